@@ -1,0 +1,10 @@
+"""The command `pocketllm`: parse, call the library, render."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Entry point; imports nothing heavy before the arguments are parsed."""
+    from pocketllm.cli.app import run
+
+    run()

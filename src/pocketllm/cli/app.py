@@ -1,0 +1,394 @@
+"""The commands. Each parses its options, calls the library, and hands the result to `render`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pocketllm.cli.render import Output, kinds_table, size, skipped_table, summary_table
+from pocketllm.config import DEFAULT_PRESET, PRESETS, CompressConfig, preset
+from pocketllm.errors import ConfigError, PocketError
+
+app = typer.Typer(
+    name="pocketllm",
+    help="Compress the weights of a language model 8 to 20 times, and run the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_PRESETS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in PRESETS.items())
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder contains.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (float32 on a CPU).")]
+Mode = Annotated[
+    str, typer.Option(help="dense (decode at load, full speed) or packed (decode layer by layer).")
+]
+
+
+def run() -> None:
+    """Run the command line; exit code 0 good, 1 failed, 2 wrong use, 130 interrupted."""
+    as_json = "--json" in sys.argv
+    try:
+        app(standalone_mode=True)
+    except PocketError as error:
+        _fail(error, as_json)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(error: PocketError, as_json: bool) -> None:
+    import json
+
+    if as_json:
+        print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2 if isinstance(error, ConfigError) else 1)
+
+
+def _settle(device: str = "cpu", threads: int = 0) -> None:
+    """Quiet transformers, set threads, check the device."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+        import faiss
+
+        faiss.omp_set_num_threads(threads)
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: got {device!r}, wanted cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+
+
+def _dtype(name: str, device: str = "cpu") -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"--dtype: got {name!r}, wanted one of auto, {', '.join(known)}")
+    return known[name]
+
+
+def _config(chosen: str | None, bpw: float | None, **changes: Any) -> CompressConfig:
+    """The preset, with the options that were given laid over it."""
+    if chosen is not None and bpw is not None:
+        raise ConfigError("--preset and --bpw exclude each other; give one")
+    config = preset(chosen or DEFAULT_PRESET)
+    if bpw is not None:
+        config = dataclasses.replace(config, target_bpw=bpw)
+    return _overlay(config, changes)
+
+
+def _overlay(config: CompressConfig, changes: dict[str, Any]) -> CompressConfig:
+    given = {key: value for key, value in changes.items() if value is not None}
+    codec_fields = {field.name for field in dataclasses.fields(config.codec)} - {"vector_len"}
+    codec = {key: given.pop(key) for key in list(given) if key in codec_fields}
+    return dataclasses.replace(config, codec=dataclasses.replace(config.codec, **codec), **given)
+
+
+@app.command(
+    epilog="Examples:\n\n  pocketllm compress builtin:smollm2-135m -o smol-8x\n\n"
+    "  pocketllm compress ./my-model -o small --bpw 3 --dry-run\n\n"
+    "  pocketllm compress owner/name -o small --preset paper-16x --json"
+)
+def compress(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, or builtin:smollm2-135m.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
+    preset: Annotated[str | None, typer.Option(help=_PRESETS_HELP)] = None,
+    bpw: Annotated[
+        float | None, typer.Option(help="Stored bits per weight over the compressed matrices, all counted.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and exact sizes, fit nothing.")] = False,
+    keep_embeddings: Annotated[
+        bool | None, typer.Option("--keep-embeddings", help="Leave embedding and head dense.")
+    ] = None,
+    dense_first: Annotated[int | None, typer.Option(help="Blocks left dense at the start.")] = None,
+    dense_last: Annotated[int | None, typer.Option(help="Blocks left dense at the end.")] = None,
+    vector_len: Annotated[int | None, typer.Option(help="Weights per index (d).")] = None,
+    codebook_size: Annotated[
+        int | None, typer.Option(help="Codewords (K); with --vector-len, instead of --bpw.")
+    ] = None,
+    codebook_scope: Annotated[str | None, typer.Option(help="auto, matrix, kind or model.")] = None,
+    decoder_scope: Annotated[str | None, typer.Option(help="matrix, kind or model.")] = None,
+    decoder: Annotated[str | None, typer.Option(help="row (published) or lookup.")] = None,
+    norm: Annotated[str | None, typer.Option(help="rln (published), ln or none.")] = None,
+    init: Annotated[str | None, typer.Option(help="kmeans, or normal (published).")] = None,
+    loss: Annotated[str | None, typer.Option(help="mse or rmse.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of the MLP blocks.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Number of MLP blocks.")] = None,
+    vq_weight: Annotated[float | None, typer.Option(help="Weight of the VQ loss (lambda).")] = None,
+    commitment_weight: Annotated[float | None, typer.Option(help="Weight of the commitment loss.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Training passes over the sample.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Subvectors per training step.")] = None,
+    row_scale: Annotated[bool | None, typer.Option(help="Store a scale per matrix row.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model there.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compress a model: plan, fit, encode, pack, write. Killed and started again, it goes on where it was."""
+    show = Output(json, quiet)
+    config = _config(
+        preset,
+        bpw,
+        keep_embeddings=keep_embeddings,
+        dense_first=dense_first,
+        dense_last=dense_last,
+        vector_len=vector_len,
+        codebook_size=codebook_size,
+        codebook_scope=codebook_scope,
+        decoder_scope=decoder_scope,
+        decoder=decoder,
+        norm=norm,
+        init=init,
+        loss=loss,
+        hidden=hidden,
+        depth=depth,
+        vq_weight=vq_weight,
+        commitment_weight=commitment_weight,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        row_scale=row_scale,
+        seed=seed,
+    )
+    _settle(device, threads)
+    import pocketllm
+
+    if dry_run:
+        report = pocketllm.dry_run(model, config, trust_remote_code).to_dict()
+        title = f"plan for {model} (nothing was fitted)"
+        show.result(report, summary_table(report, title), kinds_table(report), skipped_table(report))
+        return
+    with show.bars() as bars:
+        done = pocketllm.compress(
+            model,
+            config,
+            output,
+            progress=lambda event: bars.update(event.stage, event.share, event.detail),
+            device=device,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+    report = done.to_dict()
+    show.result(report, kinds_table(report), summary_table(report, f"{model} -> {output}"))
+
+
+@app.command(epilog="Example:\n\n  pocketllm info smol-8x --json")
+def info(
+    folder: Annotated[Path, typer.Argument(help="A compressed model.")],
+    check: Annotated[bool, typer.Option(help="Verify every file's checksum.")] = True,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Sizes, ratios and errors of a compressed model, and whether its files are whole."""
+    from pocketllm.model.checkpoint import read_report, verify
+
+    report = read_report(folder)
+    if check:
+        verify(folder)
+    title = f"{folder}" + (" (all checksums good)" if check else "")
+    Output(json, quiet).result(
+        report, summary_table(report, title), kinds_table(report), skipped_table(report)
+    )
+
+
+def _load(
+    model: str, mode: str, dtype: str, device: str, trust_remote_code: bool
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A compressed or a dense model, with what is known of its size."""
+    import pocketllm
+    from pocketllm.model import checkpoint
+    from pocketllm.model.source import resolve
+
+    folder = resolve(model)
+    where = {"": device}
+    if (folder / checkpoint.REPORT_NAME).is_file():
+        found = pocketllm.load(
+            folder,
+            mode=mode,
+            dtype=_dtype(dtype, device),
+            device_map=where,
+            trust_remote_code=trust_remote_code,
+        )
+        return *found, {"compressed": True, "bytes_on_disk": checkpoint.folder_bytes(folder)}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pocketllm.model.source import open_dense
+
+    open_dense(folder, trust_remote_code)  # its errors are clearer, and it refuses pickles
+    dense = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=_dtype(dtype, device),
+        device_map=where,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return dense.eval(), tokenizer, {"compressed": False, "bytes_on_disk": checkpoint.folder_bytes(folder)}
+
+
+@app.command(
+    name="eval",
+    epilog="Example:\n\n  pocketllm eval smol-8x --ppl wiki.test.raw --context 1024 --windows 16",
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A compressed model; a dense one works, too.")],
+    ppl: Annotated[Path, typer.Option(help="UTF-8 text file to measure perplexity on.")],
+    context: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    windows: Annotated[int, typer.Option(help="First windows used; 0 takes all.")] = 0,
+    mode: Mode = "dense",
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    threads: Threads = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Token perplexity in non-overlapping windows, the convention of the GPTQ and AQLM papers."""
+    from pocketllm.evaluate.perplexity import perplexity, read_text
+
+    if windows < 0:
+        raise ConfigError(f"--windows: got {windows}, wanted 0 (all) or more")
+    show = Output(json, quiet)
+    text = read_text(ppl)
+    _settle(device, threads)
+    loaded, tokenizer, facts = _load(model, mode, dtype, device, trust_remote_code)
+    with show.bars() as bars:
+        found = perplexity(
+            loaded, tokenizer, text, context, windows or None, lambda share: bars.update("eval", share, model)
+        )
+    values = {**dataclasses.asdict(found), **facts, "text": str(ppl), "model": model, "dtype": str(loaded.dtype)}
+    show.result(
+        values,
+        f"perplexity {found.perplexity:.3f}   ({ppl.name}, context {found.context}, {found.windows} windows, "
+        f"{found.tokens} tokens; {size(facts['bytes_on_disk'])} on disk)",
+    )
+
+
+@app.command(epilog='Example:\n\n  pocketllm generate smol-8x --prompt "The capital of France is"')
+def generate(
+    model: Annotated[str, typer.Argument(help="A compressed model; a dense one works, too.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    mode: Mode = "dense",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Continue a text with a compressed model."""
+    from pocketllm.evaluate.generate import generate as run_model
+
+    show = Output(json, quiet)
+    _settle(device, threads)
+    loaded, tokenizer, facts = _load(model, mode, dtype, device, trust_remote_code)
+    found = run_model(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, chat)
+    show.result({**dataclasses.asdict(found), **facts, "model": model}, found.text)
+    show.note(f"{found.tokens} tokens, {found.tokens_per_second:.1f} tokens per second")
+
+
+@app.command(epilog="Example:\n\n  pocketllm export smol-8x --to smol-dense --dtype bfloat16")
+def export(
+    folder: Annotated[Path, typer.Argument(help="A compressed model.")],
+    to: Annotated[Path, typer.Option(help="Folder to make.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    json: Json = False,
+    quiet: Quiet = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Decode into a dense safetensors model that any tool reads."""
+    from pocketllm.model.export import export as decode
+
+    show = Output(json, quiet)
+    _settle()
+    nbytes = decode(folder, to, _dtype(dtype), trust_remote_code)
+    show.result({"output": str(to), "bytes_on_disk": nbytes, "dtype": dtype}, f"{to}: {size(nbytes)}")
+
+
+@app.command(epilog="Example:\n\n  pocketllm demo")
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the compressed model goes.")] = Path(
+        "pocketllm-demo"
+    ),
+    model: Annotated[str, typer.Option(help="Model to compress.")] = "builtin:smollm2-135m",
+    preset: Annotated[str, typer.Option(help=_PRESETS_HELP)] = DEFAULT_PRESET,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The three primary colors are",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 1024 tokens to measure on.")] = 8,
+    threads: Threads = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress the built-in model, measure it beside the dense one, and let it write a sentence."""
+    from pocketllm.cli.demo import run_demo
+
+    show = Output(json, quiet)
+    _settle(threads=threads)
+    with show.bars() as bars:
+        values = run_demo(model, _config(preset, None), output, prompt, windows, _load, bars.update)
+    show.result(values, *_demo_tables(values))
+
+
+def _demo_tables(values: dict[str, Any]) -> list[Any]:
+    from rich.table import Table
+
+    table = Table(title=f"perplexity on {values['text_name']}, context {values['context']}")
+    for header in ("model", "bytes on disk", "perplexity"):
+        table.add_column(header, justify="left" if header == "model" else "right")
+    for name in ("dense", "compressed"):
+        entry = values[name]
+        table.add_row(name, size(entry["bytes_on_disk"]), f"{entry['perplexity']:.2f}")
+    report = values["report"]
+    return [kinds_table(report), summary_table(report, values["output"]), table, f"> {values['text']}"]
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        import pocketllm
+
+        print(f"pocketllm-codec {pocketllm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compress the weights of a language model 8 to 20 times, and run the result."""
+
+
+Loader = Callable[[str, str, str, str, bool], tuple[Any, Any, dict[str, Any]]]

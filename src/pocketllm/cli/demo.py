@@ -1,0 +1,64 @@
+"""The demo: compress, load back, compare with the dense model, generate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pocketllm.config import CompressConfig
+
+_CONTEXT = 1024
+
+
+def demo_text() -> tuple[str, str]:
+    """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, else the English that comes with Python."""
+    from pocketllm.evaluate.perplexity import read_text
+
+    data = os.environ.get("POCKETLLM_DATA")
+    file = Path(data) / "wikitext2" / "wiki.test.raw" if data else None
+    if file is not None and file.is_file():
+        return "WikiText-2 raw test", read_text(file)
+    from pydoc_data.topics import topics
+
+    return "Python's own documentation (pydoc topics)", "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def run_demo(
+    model: str,
+    config: CompressConfig,
+    output: Path,
+    prompt: str,
+    windows: int,
+    load: Callable[[str, str, str, str, bool], tuple[Any, Any, dict[str, Any]]],
+    progress: Callable[[str, float, str], None],
+) -> dict[str, Any]:
+    """Everything the demo shows, as plain values."""
+    import pocketllm
+    from pocketllm.evaluate.generate import generate
+    from pocketllm.evaluate.perplexity import perplexity
+    from pocketllm.model.checkpoint import REPORT_NAME, read_report, verify
+
+    if (output / REPORT_NAME).is_file() and read_report(output)["config"] == config.to_dict():
+        verify(output)
+        progress("compress", 1.0, f"{output} is there already")
+    else:
+        pocketllm.compress(
+            model, config, output, progress=lambda event: progress(event.stage, event.share, event.detail)
+        )
+    name, text = demo_text()
+    values: dict[str, Any] = {"text_name": name, "context": _CONTEXT, "output": str(output)}
+    for title, which in (("dense", model), ("compressed", str(output))):
+        loaded, tokenizer, facts = load(which, "dense", "auto", "cpu", False)
+
+        def told(share: float, title: str = title) -> None:
+            progress(f"eval {title}", share, "")
+
+        found = perplexity(loaded, tokenizer, text, _CONTEXT, windows, told)
+        values[title] = {**facts, "perplexity": found.perplexity, "windows": found.windows}
+    written = generate(loaded, tokenizer, prompt)
+    values["text"] = written.text
+    values["tokens_per_second"] = written.tokens_per_second
+    values["report"] = read_report(output)
+    return values

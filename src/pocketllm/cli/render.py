@@ -1,0 +1,176 @@
+"""What the terminal shows: progress bars and tables on stderr, results or one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+@dataclass
+class Output:
+    """Where things go. as_json: only one JSON object on stdout. quiet: no progress, no notes."""
+
+    as_json: bool = False
+    quiet: bool = False
+    stdout: Console = field(default_factory=lambda: Console(highlight=False))
+    stderr: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+
+    def note(self, text: str) -> None:
+        """A line for the person watching."""
+        if not self.quiet:
+            self.stderr.print(text, markup=False)
+
+    def result(self, values: Mapping[str, Any], *tables: Table | str) -> None:
+        """The command's result, in the form asked for."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(_finite(values), ensure_ascii=False) + "\n")
+        else:
+            for table in tables:
+                self.stdout.print(table, markup=False) if isinstance(table, str) else self.stdout.print(table)
+
+    @contextmanager
+    def bars(self) -> Iterator[Bars]:
+        """Progress bars with the time left, while a long step runs."""
+        shown = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=self.stderr,
+            disable=self.quiet or not self.stderr.is_terminal,
+        )
+        with shown:
+            yield Bars(self, shown)
+
+
+@dataclass
+class Bars:
+    """Progress of stages; lines instead of bars where stderr is no terminal."""
+
+    output: Output
+    progress: Progress
+    tasks: dict[str, TaskID] = field(default_factory=dict)
+    told: dict[str, int] = field(default_factory=dict)
+
+    def update(self, stage: str, share: float, detail: str = "") -> None:
+        """A stage has come to `share` (0 to 1)."""
+        key = f"{stage} {detail}" if stage == "fit" else stage
+        if self.progress.disable:
+            tenth = int(share * 10)
+            if tenth > self.told.get(key, -1):
+                self.told[key] = tenth
+                self.output.note(f"{stage}: {share:4.0%} {detail}")
+            return
+        if stage == "fit" and key not in self.tasks:
+            for name in [name for name in self.tasks if name.startswith("fit ")]:
+                self.progress.remove_task(self.tasks.pop(name))
+        if key not in self.tasks:
+            self.tasks[key] = self.progress.add_task(stage, total=1.0, detail=detail)
+        self.progress.update(self.tasks[key], completed=share, detail=detail)
+
+
+def _finite(value: Any) -> Any:
+    """NaN is no JSON: None instead."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def size(nbytes: float) -> str:
+    """Bytes in full and in MB (10^6)."""
+    return f"{nbytes:,.0f} ({nbytes / 1e6:,.1f} MB)"
+
+
+def summary_table(report: Mapping[str, Any], title: str) -> Table:
+    """Sizes and ratios of a compressed model."""
+    table = Table(title=title, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("bytes on disk, all files", size(report["bytes_on_disk"]))
+    table.add_row(
+        "smaller, whole files, than bf16 / fp32",
+        f"{report['ratio_files_bf16']:.2f}x / {report['ratio_files_fp32']:.2f}x",
+    )
+    table.add_row(
+        "smaller, compressed matrices, than bf16 / fp32",
+        f"{report['ratio_matrices_bf16']:.2f}x / {report['ratio_matrices_fp32']:.2f}x",
+    )
+    table.add_row("bits per weight: matrices", f"{report['bpw_matrices']:.3f}")
+    table.add_row("bits per weight: blocks' linear weights", f"{report['bpw_blocks']:.3f}")
+    table.add_row("bits per weight: every parameter", f"{report['bpw_all']:.3f}")
+    for part, nbytes in report["bytes_by_part"].items():
+        if part == "dense_model_bf16":
+            continue
+        share = nbytes / report["bytes_on_disk"]
+        table.add_row(f"  {part.replace('_', ' ')}", f"{size(nbytes)}  {share:6.1%}")
+    table.add_row("left dense or not stored", f"{len(report['skipped'])} tensors")
+    if report.get("seconds"):
+        table.add_row("seconds", f"{report['seconds']:.0f}")
+    return table
+
+
+def kinds_table(report: Mapping[str, Any]) -> Table:
+    """Codec and error per kind of matrix."""
+    kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for matrix in report["matrices"]:
+        kinds[matrix["kind"]].append(matrix)
+    table = Table(title="compressed matrices")
+    for header in ("kind", "matrices", "weights", "d", "K", "bpw", "nmse", "utilization"):
+        table.add_column(header, justify="left" if header == "kind" else "right")
+    for kind, matrices in kinds.items():
+        weights = [_count(m["shape"]) for m in matrices]
+
+        def mean(key: str, matrices: list[Mapping[str, Any]] = matrices, w: list[int] = weights) -> float:
+            return sum(m[key] * n for m, n in zip(matrices, w, strict=True)) / sum(w)
+
+        use = mean("codebook_utilization")
+        table.add_row(
+            kind,
+            str(len(matrices)),
+            f"{sum(weights):,}",
+            _values(matrices, "vector_len"),
+            _values(matrices, "codebook_size"),
+            f"{mean('bpw'):.3f}",
+            f"{mean('nmse'):.4f}" + (" predicted" if use != use else ""),
+            "" if use != use else f"{use:.2%}",
+        )
+    return table
+
+
+def skipped_table(report: Mapping[str, Any]) -> Table:
+    """What is not compressed, by reason."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for entry in report["skipped"]:
+        reasons[entry["reason"]].append(entry["name"])
+    table = Table(title="not compressed")
+    table.add_column("reason")
+    table.add_column("tensors", justify="right")
+    table.add_column("for example", overflow="fold")
+    for reason, names in reasons.items():
+        table.add_row(reason, str(len(names)), names[0])
+    return table
+
+
+def _count(shape: list[int]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+def _values(matrices: list[Mapping[str, Any]], key: str) -> str:
+    return ", ".join(str(value) for value in sorted({m[key] for m in matrices}))

@@ -1,0 +1,111 @@
+"""The codebook in latent space: initialization, nearest codeword, how well it is used.
+
+Source: arXiv 2511.17637, section "Method"; k-means by Lloyd's algorithm through faiss on a CPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Distances computed at once on a GPU: 2^26 float32 = 256 MiB.
+_CHUNK_DISTANCES = 1 << 26
+
+
+def normal_codebook(size: int, vector_len: int, generator: torch.Generator) -> Tensor:
+    """The authors' initialization: [K, d] from normal(0, 2 / sqrt(d)) (standard deviation)."""
+    return torch.randn(size, vector_len, generator=generator) * (2.0 / vector_len**0.5)
+
+
+def kmeans_codebook(points: Tensor, size: int, iterations: int, seed: int) -> Tensor:
+    """[N, d] -> [K, d] centroids after `iterations` rounds of Lloyd's algorithm.
+
+    Starts from K distinct points drawn with `seed`; an empty cluster takes half of a large one.
+
+    Args:
+        points: float tensor with N >= K rows.
+    """
+    if points.device.type == "cpu":
+        import faiss
+
+        kmeans = faiss.Kmeans(
+            points.shape[1],
+            size,
+            niter=iterations,
+            seed=seed & 0x7FFFFFFF,
+            min_points_per_centroid=1,
+            max_points_per_centroid=1 << 30,
+        )
+        kmeans.train(np.ascontiguousarray(points.float().numpy()))
+        return torch.from_numpy(kmeans.centroids.copy())
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randperm(points.shape[0], generator=generator)[:size].to(points.device)
+    codebook = points[start].float()
+    for _ in range(iterations):
+        codebook = centroids(points, nearest(points, codebook), codebook)
+    return codebook
+
+
+def centroids(points: Tensor, indices: Tensor, codebook: Tensor) -> Tensor:
+    """Mean of the points assigned to each codeword; a codeword nobody uses stays where it is.
+
+    Args:
+        points: [N, d]; indices: [N] int64; codebook: [K, d].
+    """
+    sums = torch.zeros_like(codebook, dtype=torch.float64).index_add_(0, indices, points.double())
+    counts = torch.bincount(indices, minlength=codebook.shape[0])
+    means = (sums / counts.clamp(min=1)[:, None]).to(codebook.dtype)
+    return torch.where(counts[:, None] > 0, means, codebook)
+
+
+def nearest(points: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest codeword in Euclidean distance; ties go to the lower index.
+
+    faiss's fused search on a CPU, chunked torch elsewhere.
+
+    Args:
+        points: [N, d] float. codebook: [K, d] float, same device.
+
+    Returns:
+        [N] int64 in [0, K).
+    """
+    points, codebook = points.detach().float(), codebook.detach().float()
+    if points.device.type == "cpu":
+        import faiss
+
+        _, found = faiss.knn(
+            np.ascontiguousarray(points.numpy()), np.ascontiguousarray(codebook.numpy()), 1
+        )
+        return torch.from_numpy(found[:, 0])
+    return nearest_torch(points, codebook)
+
+
+def nearest_torch(points: Tensor, codebook: Tensor) -> Tensor:
+    """`nearest` by matrix products in chunks; the path for a GPU, and the check of the other one."""
+    half_norms = codebook.square().sum(dim=1) / 2
+    rows = max(1, _CHUNK_DISTANCES // codebook.shape[0])
+    found = []
+    for chunk in points.split(rows):
+        # |x - c|^2 / 2 without |x|^2 / 2, which does not change the order.
+        distances = torch.addmm(half_norms, chunk, codebook.T, alpha=-1)
+        least = distances.amin(dim=1, keepdim=True)
+        # argmax of a mask returns the first maximum: the lower index wins a tie on every device.
+        found.append((distances == least).to(torch.uint8).argmax(dim=1))
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=points.device)
+
+
+def straight_through(z: Tensor, q: Tensor) -> Tensor:
+    """Value of q, gradient of z (van den Oord et al., arXiv 1711.00937)."""
+    return z + (q - z).detach()
+
+
+def utilization(counts: Tensor) -> float:
+    """Share of codewords used at least once, from the [K] index counts."""
+    return (counts > 0).float().mean().item()
+
+
+def perplexity(counts: Tensor) -> float:
+    """`codebook_perplexity`: 2^entropy of the index distribution; K when all are used alike."""
+    p = counts.double() / counts.sum().clamp(min=1)
+    return float(torch.exp2(-(p * torch.log2(p.clamp(min=1e-300))).sum()))

@@ -1,0 +1,96 @@
+"""Meta-encoder and meta-decoder: small residual MLPs between weight space and latent space.
+
+Source: arXiv 2511.17637, section "Method". Blocks are d -> hidden -> d with GELU and no biases.
+Encoder: the first block plain, the others pre-norm residual, a final norm; its output is z.
+Decoder: the mirror image, residual blocks first, ending in a plain block. With norm `rln` both see whole
+rows, so both take and return [rows, n, d].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pocketllm.codec.normalization import NORMS
+
+
+class MLPBlock(nn.Module):
+    """x -> GELU(x A) B with A [d, hidden], B [hidden, d]."""
+
+    def __init__(self, vector_len: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(vector_len, hidden))
+        self.down = nn.Parameter(torch.empty(hidden, vector_len))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.gelu(x @ self.up) @ self.down
+
+    def init_random(self, generator: torch.Generator) -> None:
+        """He-like normal initialization, as a network trained from nothing needs."""
+        d, hidden = self.up.shape
+        with torch.no_grad():
+            self.up.normal_(0.0, (2.0 / d) ** 0.5, generator=generator)
+            self.down.normal_(0.0, (1.0 / hidden) ** 0.5, generator=generator)
+
+    def init_identity(self, generator: torch.Generator) -> None:
+        """Exactly the identity, since GELU(x) - GELU(-x) = x. Needs hidden >= 2 d."""
+        d = self.up.shape[0]
+        self.init_random(generator)
+        with torch.no_grad():
+            eye = torch.eye(d)
+            self.up[:, : 2 * d] = torch.cat([eye, -eye], dim=1)
+            self.down.zero_()
+            self.down[: 2 * d] = torch.cat([eye, -eye], dim=0)
+
+    def init_zero(self, generator: torch.Generator) -> None:
+        """A residual branch that adds nothing yet but can learn: A random, B zero."""
+        self.init_random(generator)
+        with torch.no_grad():
+            self.down.zero_()
+
+
+class _MetaNet(nn.Module):
+    """`depth` blocks, one of them plain; `start` says how they begin (`identity` or `random`)."""
+
+    plain: int  # index of the plain block, set by the subclass
+
+    def __init__(self, vector_len: int, hidden: int, depth: int, norm: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(MLPBlock(vector_len, hidden) for _ in range(depth))
+        self.norm = norm
+
+    def reset(self, start: str, generator: torch.Generator) -> None:
+        """Initialize in place. `identity`: the whole network computes x -> x (up to a final norm)."""
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, MLPBlock)
+            if start == "random":
+                block.init_random(generator)
+            elif number == self.plain % len(self.blocks):
+                block.init_identity(generator)
+            else:
+                block.init_zero(generator)
+
+
+class MetaEncoder(_MetaNet):
+    """Weights of whole rows [rows, n, d] -> latents z [rows, n, d]."""
+
+    plain = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalize = NORMS[self.norm]
+        x = self.blocks[0](x)
+        for block in list(self.blocks)[1:]:
+            x = x + block(normalize(x))
+        return normalize(x)
+
+
+class MetaDecoder(_MetaNet):
+    """Codewords of whole rows [rows, n, d] -> weights of those rows [rows, n, d]."""
+
+    plain = -1
+
+    def forward(self, q: Tensor) -> Tensor:
+        normalize = NORMS[self.norm]
+        for block in list(self.blocks)[:-1]:
+            q = q + block(normalize(q))
+        return self.blocks[-1](q)

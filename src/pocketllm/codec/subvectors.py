@@ -1,0 +1,57 @@
+"""Cut the rows of a matrix into subvectors, and put them back (paper, section "Method": W -> S)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pocketllm.errors import ShapeError
+
+
+def subvectors_per_row(columns: int, vector_len: int) -> int:
+    """Number of subvectors a row of `columns` weights is cut into; the last one may be padded."""
+    return -(-columns // vector_len)
+
+
+def cut(weight: Tensor, vector_len: int) -> Tensor:
+    """Cut each row of `weight` into subvectors of `vector_len`; a ragged row is padded with zeros.
+
+    Args:
+        weight: [rows, columns], any floating dtype.
+        vector_len: d, weights per index, >= 1.
+
+    Returns:
+        [rows, ceil(columns / d), d], same dtype. A view where no padding is needed.
+
+    Raises:
+        ShapeError: `weight` is not a matrix.
+
+    Example:
+        >>> cut(torch.arange(6.0).reshape(1, 6), 4).shape
+        torch.Size([1, 2, 4])
+    """
+    if weight.ndim != 2:
+        raise ShapeError(
+            f"cut: got a tensor of shape {tuple(weight.shape)}, wanted a matrix [rows, columns]; "
+            "flatten leading dimensions first"
+        )
+    rows, columns = weight.shape
+    count = subvectors_per_row(columns, vector_len)
+    padding = count * vector_len - columns
+    if padding:
+        weight = torch.nn.functional.pad(weight, (0, padding))
+    return weight.reshape(rows, count, vector_len)
+
+
+def join(subvectors: Tensor, columns: int) -> Tensor:
+    """Inverse of `cut`: [rows, n, d] -> [rows, columns], dropping the padding.
+
+    Raises:
+        ShapeError: the subvectors do not cover exactly a row of `columns` weights.
+    """
+    if subvectors.ndim != 3 or subvectors.shape[1] != subvectors_per_row(columns, subvectors.shape[2]):
+        raise ShapeError(
+            f"join: got subvectors of shape {tuple(subvectors.shape)}, wanted "
+            f"[rows, n, d] with n = ceil({columns} / d)"
+        )
+    return subvectors.reshape(subvectors.shape[0], -1)[:, :columns]

@@ -1,0 +1,194 @@
+"""Fit codecs: end-to-end training of encoder, codebook and decoder on a sample of rows.
+
+loss = reconstruction + vq_weight * |q - sg[z]|^2 + commitment_weight * |sg[q] - z|^2,
+Adam with a cosine schedule (arXiv 2511.17637, section "Method" and "Implementation details").
+
+Codecs that share a codebook are trained together, each on its own rows: `fit` takes one sample per decoder.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pocketllm.codec import codebook as cb
+from pocketllm.codec.matrix_codec import MatrixCodec
+from pocketllm.codec.normalization import divide_rows, row_rms
+from pocketllm.codec.subvectors import cut
+from pocketllm.config import CodecConfig
+
+Progress = Callable[[float], None]
+"""Called with the finished share, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Fitted codecs by decoder key, and how the fit went.
+
+    start_nmse, final_nmse: of the unit-RMS sample rows per key, before training and of the kept state.
+    utilization: share of codewords the sample uses at the end. curve: pooled nmse after each epoch.
+    revived: dead codewords moved during training.
+    """
+
+    codecs: dict[str, MatrixCodec]
+    start_nmse: dict[str, float]
+    final_nmse: dict[str, float]
+    utilization: float
+    curve: list[float]
+    revived: int
+
+
+def fit(
+    samples: Mapping[str, list[Tensor]],
+    config: CodecConfig,
+    codebook_size: int,
+    seed: int,
+    progress: Progress = lambda share: None,
+) -> FitResult:
+    """Fit one codebook and one encoder/decoder pair per key of `samples`.
+
+    Args:
+        samples: key -> list of row blocks [rows_i, columns_i]; blocks may differ in `columns`.
+        config: the codec's settings.
+        codebook_size: K.
+        seed: of every random choice.
+
+    Returns:
+        The best state met (by sample nmse, the start included), so training never makes it worse.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = {key: [_unit_rows(block, config) for block in blocks] for key, blocks in samples.items()}
+    codecs = _start(rows, config, codebook_size, seed, generator)
+    batches = [
+        (key, part)
+        for key, blocks in rows.items()
+        for block in blocks
+        for part in block.split(max(1, config.batch_size // block.shape[1]))
+    ]
+    parameters = list(nn.ModuleList(codecs.values()).parameters())
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+    steps = max(1, config.epochs * len(batches))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    start = best = _nmse(codecs, rows)
+    kept, curve, revived = copy.deepcopy(codecs), [], 0
+    for epoch in range(config.epochs):
+        counts = torch.zeros(codebook_size, dtype=torch.int64, device=parameters[0].device)
+        for number, position in enumerate(torch.randperm(len(batches), generator=generator).tolist()):
+            key, batch = batches[position]
+            counts += _step(codecs[key], batch, optimizer)
+            schedule.step()
+            progress((epoch + (number + 1) / len(batches)) / config.epochs)
+        revived += _revive(codecs, rows, counts, generator)
+        now = _nmse(codecs, rows)
+        curve.append(_pooled(now, rows))
+        if all(now[key] <= best[key] for key in now):
+            best, kept = now, copy.deepcopy(codecs)
+    return FitResult(kept, start, best, _utilization(kept, rows), curve, revived)
+
+
+def _step(codec: MatrixCodec, batch: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """One step of training on whole rows [rows, n, d]; returns the [K] counts of index use."""
+    config = codec.config
+    reconstruction, z, q, indices = codec(batch)
+    loss = (reconstruction - batch).square().mean()
+    if config.loss == "rmse":
+        loss = loss.sqrt()
+    loss = loss + config.vq_weight * (q - z.detach()).square().mean()
+    if config.commitment_weight:
+        loss = loss + config.commitment_weight * (q.detach() - z).square().mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+    optimizer.step()
+    return torch.bincount(indices, minlength=codec.codebook.shape[0])
+
+
+def _unit_rows(block: Tensor, config: CodecConfig) -> Tensor:
+    """[rows, columns] -> [rows, n, d] float32, divided by the row scale if one is stored."""
+    unit = divide_rows(block, row_rms(block)) if config.row_scale else block.float()
+    return cut(unit, config.vector_len)
+
+
+def _start(
+    rows: Mapping[str, list[Tensor]],
+    config: CodecConfig,
+    codebook_size: int,
+    seed: int,
+    generator: torch.Generator,
+) -> dict[str, MatrixCodec]:
+    """Codecs as training begins: random networks and codebook as published, or identity and k-means."""
+    d = config.vector_len
+    device = next(iter(rows.values()))[0].device
+    codebook = nn.Parameter(torch.empty(codebook_size, d, device=device))
+    codecs = {}
+    for key in rows:
+        codecs[key] = MatrixCodec(config, codebook)
+        for net in (codecs[key].encoder, codecs[key].decoder):
+            net.reset("identity" if config.init == "kmeans" else "random", generator)
+            net.to(device)
+    with torch.no_grad():
+        if config.init == "normal":
+            codebook.copy_(cb.normal_codebook(codebook_size, d, generator))
+        else:
+            latents = torch.cat(
+                [codecs[key].encoder(block).reshape(-1, d) for key in rows for block in rows[key]]
+            )
+            codebook.copy_(cb.kmeans_codebook(latents, codebook_size, config.kmeans_iterations, seed))
+    return codecs
+
+
+@torch.no_grad()
+def _revive(
+    codecs: Mapping[str, MatrixCodec],
+    rows: Mapping[str, list[Tensor]],
+    counts: Tensor,
+    generator: torch.Generator,
+) -> int:
+    """Move codewords that the epoch never used onto random latents; returns how many."""
+    dead = (counts == 0).nonzero()[:, 0]
+    if len(dead):
+        key = list(rows)[int(torch.randint(len(rows), (1,), generator=generator))]
+        block = rows[key][int(torch.randint(len(rows[key]), (1,), generator=generator))]
+        latents = codecs[key].encoder(block).reshape(-1, block.shape[-1])
+        chosen = torch.randint(len(latents), (len(dead),), generator=generator)
+        codecs[key].codebook[dead] = latents[chosen.to(latents.device)]
+    return len(dead)
+
+
+@torch.no_grad()
+def _reconstruct(codec: MatrixCodec, block: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, n, d] -> (the same coded and decoded, [rows * n] indices), as `encode` would choose them."""
+    table = codec.decoded_codebook() if codec.is_lookup else None
+    flat = (block if table is not None else codec.encoder(block)).reshape(-1, block.shape[-1])
+    indices = cb.nearest(flat, codec.codebook if table is None else table)
+    return codec.decode_unit(indices.reshape(block.shape[:2]), table), indices
+
+
+def _nmse(codecs: Mapping[str, MatrixCodec], rows: Mapping[str, list[Tensor]]) -> dict[str, float]:
+    """nmse of the sample rows per key."""
+    result = {}
+    for key, blocks in rows.items():
+        error = sum(float((_reconstruct(codecs[key], b)[0] - b).square().sum()) for b in blocks)
+        result[key] = error / max(_energy(blocks), 1e-30)
+    return result
+
+
+def _energy(blocks: list[Tensor]) -> float:
+    return sum(float(b.square().sum()) for b in blocks)
+
+
+def _pooled(nmse: Mapping[str, float], rows: Mapping[str, list[Tensor]]) -> float:
+    energy = {key: _energy(blocks) for key, blocks in rows.items()}
+    return sum(nmse[key] * energy[key] for key in rows) / max(sum(energy.values()), 1e-30)
+
+
+def _utilization(codecs: Mapping[str, MatrixCodec], rows: Mapping[str, list[Tensor]]) -> float:
+    counts = torch.zeros(next(iter(codecs.values())).codebook.shape[0], dtype=torch.int64)
+    for key, blocks in rows.items():
+        for block in blocks:
+            counts += torch.bincount(_reconstruct(codecs[key], block)[1].cpu(), minlength=len(counts))
+    return cb.utilization(counts)

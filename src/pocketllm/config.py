@@ -1,0 +1,204 @@
+"""Every setting and its default, and the presets. Nothing else in the package holds a default."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pocketllm.errors import ConfigError
+
+SCOPES = ("matrix", "kind", "model")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: got {value!r}, wanted one of {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ConfigError(f"{name}: got {value}, wanted at least {least}")
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """The codec on one group of matrices; how it is built and trained.
+
+    vector_len: d, weights per index.
+    hidden, depth: width and number of MLP blocks in encoder and decoder (the authors: 16 and 3).
+    norm: inside the networks; `rln` as published, `ln` and `none` are ablations.
+    decoder: `row` as published (norm inside, row context) or `lookup` (no norm inside, exact table).
+    row_scale: store one scale per matrix row (counted). Without it the rows of a matrix must share one.
+    init: `kmeans` (identity networks, k-means codebook) or `normal` as published.
+    loss: `mse` or `rmse`. vq_weight: the paper's lambda. commitment_weight: 0 is off.
+    epochs, learning_rate, batch_size (subvectors): Adam with a cosine schedule.
+    kmeans_iterations: Lloyd rounds of the initialization.
+    sample_per_codeword, max_sample: bounds on the subvectors that a codebook and its networks are fitted to.
+    """
+
+    vector_len: int = 4
+    hidden: int = 16
+    depth: int = 3
+    norm: str = "rln"
+    decoder: str = "lookup"
+    row_scale: bool = True
+    init: str = "kmeans"
+    loss: str = "mse"
+    vq_weight: float = 0.5
+    commitment_weight: float = 0.0
+    epochs: int = 3
+    learning_rate: float = 3e-3
+    batch_size: int = 16384
+    kmeans_iterations: int = 15
+    sample_per_codeword: int = 256
+    max_sample: int = 1 << 21
+
+    def __post_init__(self) -> None:
+        _one_of("norm", self.norm, ("rln", "ln", "none"))
+        _one_of("decoder", self.decoder, ("row", "lookup"))
+        _one_of("init", self.init, ("kmeans", "normal"))
+        _one_of("loss", self.loss, ("mse", "rmse"))
+        for name in ("vector_len", "hidden", "depth", "batch_size", "sample_per_codeword", "max_sample"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("epochs", "kmeans_iterations", "vq_weight", "commitment_weight"):
+            _at_least(name, getattr(self, name), 0)
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate: got {self.learning_rate}, wanted more than 0")
+        if self.init == "kmeans" and self.hidden < 2 * self.vector_len:
+            raise ConfigError(
+                f"hidden: got {self.hidden}, wanted at least {2 * self.vector_len} (twice vector_len="
+                f"{self.vector_len}) so that the networks can start as the identity; "
+                "raise hidden or use init='normal'"
+            )
+
+    @property
+    def decoder_norm(self) -> str:
+        """Norm inside the decoder: none in the look-up form, whose output depends on the codeword alone."""
+        return "none" if self.decoder == "lookup" else self.norm
+
+    @property
+    def decoder_bits(self) -> int:
+        """Stored bits of one decoder, float16."""
+        return 16 * 2 * self.depth * self.vector_len * self.hidden
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """What `pocketllm.compress` does with a model.
+
+    codec: settings of every codec; `vector_len` is overridden where the planner chooses it.
+    target_bpw: stored bits per weight over all compressed matrices, everything counted.
+    vector_len: fixes d for the blocks; None lets the planner choose.
+    codebook_size: fixes K (then `vector_len` must be set too and `target_bpw` is not used).
+    codebook_scope, decoder_scope: what shares one: `matrix`, `kind` (of projection) or `model`;
+        codebook_scope `auto` takes the one with the least predicted error at the target.
+    dense_first, dense_last: blocks left dense at either end (the authors: 3 and 2).
+    keep_embeddings: leave embedding and head dense.
+    embedding_extra_bits: bits per weight by which embedding and head are coded finer than the blocks.
+    max_index_bits: bound on log2 K, for the sake of time.
+    seed: of every random choice.
+    """
+
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    target_bpw: float | None = 3.98
+    vector_len: int | None = None
+    codebook_size: int | None = None
+    codebook_scope: str = "auto"
+    decoder_scope: str = "kind"
+    dense_first: int = 0
+    dense_last: int = 0
+    keep_embeddings: bool = False
+    embedding_extra_bits: float = 0.5
+    max_index_bits: int = 15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("codebook_scope", self.codebook_scope, ("auto", *SCOPES))
+        _one_of("decoder_scope", self.decoder_scope, SCOPES)
+        for name in ("dense_first", "dense_last", "embedding_extra_bits", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        if not 1 <= self.max_index_bits <= 20:
+            raise ConfigError(f"max_index_bits: got {self.max_index_bits}, wanted 1 to 20")
+        if self.vector_len is not None and not 1 <= self.vector_len <= 64:
+            raise ConfigError(f"vector_len: got {self.vector_len}, wanted 1 to 64")
+        if self.codebook_size is not None:
+            if not 2 <= self.codebook_size <= 1 << 20:
+                raise ConfigError(f"codebook_size: got {self.codebook_size}, wanted 2 to {1 << 20}")
+            if self.vector_len is None:
+                raise ConfigError("codebook_size is set without vector_len; set both, or target_bpw alone")
+        elif self.target_bpw is None:
+            raise ConfigError("neither target_bpw nor codebook_size is set; set one")
+        elif not 0 < self.target_bpw <= 16:
+            raise ConfigError(f"target_bpw: got {self.target_bpw}, wanted more than 0 and at most 16")
+
+    def codec_for(self, vector_len: int) -> CodecConfig:
+        """The codec settings at another vector_len; `hidden` grows where the identity start needs it."""
+        hidden = max(self.codec.hidden, 2 * vector_len)
+        return dataclasses.replace(self.codec, vector_len=vector_len, hidden=hidden)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CompressConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown key.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return cls(**{**values, "codec": CodecConfig(**values["codec"])})
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named configuration. summary: one line for `--help`."""
+
+    config: CompressConfig
+    summary: str
+
+
+def _paper(bpw: float, vector_len: int) -> CompressConfig:
+    """The published method: RLN in encoder and decoder, first three and last two blocks dense."""
+    return CompressConfig(
+        codec=CodecConfig(decoder="row"),
+        target_bpw=bpw,
+        vector_len=vector_len,
+        dense_first=3,
+        dense_last=2,
+    )
+
+
+def _lookup(bpw: float) -> CompressConfig:
+    """Their successor: look-up decoder, every block compressed."""
+    return CompressConfig(target_bpw=bpw)
+
+
+PRESETS: dict[str, Preset] = {
+    "paper-8x": Preset(_paper(3.98, 4), "published method, 3.98 bits per weight (8x against fp32)"),
+    "paper-10x": Preset(_paper(2.98, 5), "published method, 2.98 bits per weight (10x against fp32)"),
+    "paper-16x": Preset(_paper(2.02, 8), "published method, 2.02 bits per weight (16x against fp32)"),
+    "paper-20x": Preset(_paper(1.6, 8), "published method, 1.6 bits per weight (20x against fp32)"),
+    "lookup-8x": Preset(_lookup(3.98), "look-up decoder, all blocks, 3.98 bits per weight (default)"),
+    "lookup-10x": Preset(_lookup(2.98), "look-up decoder, all blocks, 2.98 bits per weight"),
+    "lookup-16x": Preset(_lookup(2.02), "look-up decoder, all blocks, 2.02 bits per weight"),
+    "lookup-20x": Preset(_lookup(1.6), "look-up decoder, all blocks, 1.6 bits per weight"),
+}
+DEFAULT_PRESET = "lookup-8x"
+
+
+def preset(name: str) -> CompressConfig:
+    """The configuration of a preset.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name].config

@@ -1,0 +1,39 @@
+"""The errors PocketLLM raises on purpose. Each message says what was got, what was wanted, what to do."""
+
+from __future__ import annotations
+
+
+class PocketError(Exception):
+    """Base of every error raised on purpose; the command line exits with code 1 on it."""
+
+
+class ConfigError(PocketError):
+    """A setting is wrong or two settings contradict each other; the command line exits with code 2."""
+
+
+class ShapeError(PocketError):
+    """A tensor has a shape the operation cannot take."""
+
+
+class WeightError(PocketError):
+    """A weight holds values that cannot be coded (NaN, Inf) or has an unsupported dtype."""
+
+
+class SourceError(PocketError):
+    """The model to compress is missing, empty, or in a form that is not read (pickle, no safetensors)."""
+
+
+class FormatError(PocketError):
+    """A compressed model on disk is damaged, altered, or written by an unknown format version."""
+
+
+class OutputError(PocketError):
+    """The output cannot be written: it exists and is not ours, no permission, or the disk is full."""
+
+
+class ResumeError(PocketError):
+    """A half-done output was started with other arguments."""
+
+
+class LoadError(PocketError):
+    """A model was loaded, but its layers are not the compressed ones."""

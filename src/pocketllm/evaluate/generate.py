@@ -1,0 +1,70 @@
+"""Continue a text with a model, and say how fast it went."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pocketllm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Generation:
+    """text: prompt and continuation. tokens: new ones. tokens_per_second: new tokens over wall time."""
+
+    text: str
+    tokens: int
+    tokens_per_second: float
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> Generation:
+    """Continue `prompt`; greedy at temperature 0.
+
+    Args:
+        chat: put the prompt through the tokenizer's chat template first.
+
+    Raises:
+        ConfigError: an empty prompt, a temperature below 0, no token to make, or no chat template.
+    """
+    if not prompt.strip():
+        raise ConfigError("prompt: is empty; give some text to continue")
+    if max_new_tokens < 1 or temperature < 0:
+        raise ConfigError(
+            f"got max_new_tokens={max_new_tokens}, temperature={temperature}; wanted at least 1 and 0"
+        )
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError("chat: this model's tokenizer has no chat template; leave --chat out")
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    ids = inputs["input_ids"].to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **sampling,
+        )
+    seconds = time.perf_counter() - started
+    new = out.shape[1] - ids.shape[1]
+    text = tokenizer.decode(out[0], skip_special_tokens=True)
+    return Generation(text, new, new / seconds)

@@ -1,0 +1,1 @@
+"""The method applied to a model: plan, compress, store, load."""

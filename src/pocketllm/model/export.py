@@ -1,0 +1,47 @@
+"""Write a compressed model as an ordinary dense one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from pocketllm.errors import OutputError
+from pocketllm.model.checkpoint import folder_bytes
+
+
+def export(folder: Path, output: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
+    """Decode a compressed model into a dense safetensors checkpoint under the names tools expect.
+
+    Args:
+        folder: the compressed model. output: folder to make; must not exist or be empty.
+        dtype: of the dense weights.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        OutputError: the output exists or cannot be written.
+        FormatError: the compressed model is damaged.
+    """
+    from pocketllm.integrations.transformers import load
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output}: exists; choose another output folder")
+    model, tokenizer = load(folder, mode="dense", dtype=dtype, trust_remote_code=trust_remote_code)
+    del model.hf_quantizer
+    del model.config.quantization_config
+    model._weight_conversions = None  # so that saving restores the names of the original checkpoint
+    temporary = output.with_name(output.name + ".partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if output.is_dir():
+            output.rmdir()
+        temporary.rename(output)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
+    return folder_bytes(output)

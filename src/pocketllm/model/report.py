@@ -1,0 +1,82 @@
+"""What a compression did, in numbers: bytes on disk, ratios, bits, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One compressed matrix.
+
+    bpw: its stored bits with its share of codebook and decoder, per weight. nmse: of the decoded weights.
+    codebook_utilization: share of its codebook's codewords used by all matrices that share the codebook.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bpw: float
+    nmse: float
+    codebook_utilization: float
+    codebook_perplexity: float
+    vector_len: int
+    codebook_size: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sizes in bytes; ratios are dense bytes over stored bytes.
+
+    bytes_on_disk: every file of the output folder. ratio_files_*: whole folders, tokenizer and all.
+    ratio_matrices_*: the compressed matrices with their codebooks, decoders and scales.
+    bpw_blocks: linear weights of the blocks that are compressed; bpw_all: every parameter of the model.
+    bytes_by_part: indices, row_scales, codebooks, decoders, dense, other_files, headers.
+    kmeans_nmse: per decoder key, the sample's nmse at the start of training; trained_nmse at the end.
+    """
+
+    model: str
+    bytes_on_disk: int
+    ratio_files_bf16: float
+    ratio_files_fp32: float
+    ratio_matrices_bf16: float
+    ratio_matrices_fp32: float
+    bpw_blocks: float
+    bpw_matrices: float
+    bpw_all: float
+    bytes_by_part: dict[str, int]
+    matrices: tuple[MatrixReport, ...]
+    skipped: tuple[dict[str, Any], ...]
+    codebook_scope: str
+    config: dict[str, Any]
+    seconds: float = 0.0
+    fits: tuple[dict[str, Any], ...] = ()
+    versions: dict[str, str] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """From the JSON of a compressed model; keys that are not a report's are left out."""
+        fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        fields["matrices"] = tuple(MatrixReport(**m) for m in values["matrices"])
+        fields["skipped"] = tuple(values["skipped"])
+        return cls(**fields)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    import importlib.metadata
+    import platform
+
+    found = {"python": platform.python_version()}
+    for name in ("pocketllm-codec", "torch", "transformers", "faiss-cpu", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found

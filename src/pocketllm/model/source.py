@@ -1,0 +1,261 @@
+"""Read a dense Hugging Face checkpoint tensor by tensor, under the names the model class uses.
+
+transformers renames and merges tensors while loading (a Mixtral checkpoint stores every expert by itself,
+the model holds one 3-D parameter); the same conversions are applied here to one parameter at a time, so
+memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pocketllm.errors import SourceError, WeightError
+
+FLOAT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class _Part:
+    file: Path
+    key: str
+    pattern: str | None
+
+
+@dataclass
+class DenseCheckpoint:
+    """An opened dense model.
+
+    folder: where its files lie. model: the model class on the meta device (shapes, no weights).
+    parts: parameter name -> the stored tensors it is made of. unused: stored names the model has no use for.
+    tied: parameter name -> the parameter it is tied to.
+    """
+
+    folder: Path
+    model: Any
+    parts: dict[str, list[_Part]]
+    converters: dict[str, Any]
+    unused: list[str]
+    tied: dict[str, str]
+    _handles: dict[Path, Any] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """Stored parameter names in the model's order."""
+        return list(self.parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter as the model holds it."""
+        return tuple(self.model.get_parameter_or_buffer(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a parameter.
+
+        Raises:
+            WeightError: not a float type that can be read.
+        """
+        part = self.parts[name][0]
+        stored = str(self._open(part.file).get_slice(part.key).get_dtype())
+        if stored not in FLOAT_DTYPES:
+            raise WeightError(
+                f"{name}: stored as {stored} in {part.file.name}, wanted one of {', '.join(FLOAT_DTYPES)}; "
+                "compress the unquantized checkpoint instead"
+            )
+        return FLOAT_DTYPES[stored]
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, stored dtype, as the model holds it.
+
+        Raises:
+            WeightError: unsupported dtype, NaN or Inf, or a shape the model does not have.
+        """
+        self.dtype(name)
+        parts = self.parts[name]
+        tensors = [self._open(part.file).get_tensor(part.key) for part in parts]
+        for part, tensor in zip(parts, tensors, strict=True):
+            if not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise WeightError(
+                    f"{part.key} in {part.file.name}: {bad} of {tensor.numel()} values are NaN or Inf; "
+                    "the checkpoint is damaged, fetch it again"
+                )
+        value = self._convert(name, tensors) if parts[0].pattern is not None else tensors[0]
+        if tuple(value.shape) != self.shape(name):
+            raise WeightError(
+                f"{name}: stored with shape {tuple(value.shape)}, the model wants {self.shape(name)}; "
+                "config.json and weights do not belong together"
+            )
+        return value
+
+    def _convert(self, name: str, tensors: list[Tensor]) -> Tensor:
+        parts = self.parts[name]
+        assert parts[0].pattern is not None
+        converter = deepcopy(self.converters[parts[0].pattern])
+        for part, tensor in zip(parts, tensors, strict=True):
+            converter.add_tensor(name, part.key, part.pattern, tensor)
+        converted = converter.convert(name, model=self.model, config=self.model.config)
+        value = converted[name]
+        return value[0] if isinstance(value, list) else value
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._handles:
+            self._handles[file] = _open_safetensors(file)
+        return self._handles[file]
+
+    def fingerprint(self) -> str:
+        """Identity of the weights for resuming: names and sizes of the files, and their headers' bytes."""
+        digest = hashlib.sha256()
+        for file in sorted({part.file for parts in self.parts.values() for part in parts}):
+            with file.open("rb") as stream:
+                head = stream.read(8)
+                header = stream.read(int.from_bytes(head, "little"))
+                start = stream.read(1 << 20)
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}:".encode() + header + start)
+        return digest.hexdigest()
+
+
+def resolve(name: str, progress: Any = None) -> Path:
+    """Folder of a model given as a local folder, `builtin:NAME` or a hub id.
+
+    Raises:
+        SourceError: nothing is found there.
+    """
+    from pocketllm.model import builtin
+
+    if name.startswith(builtin.BUILTIN_PREFIX):
+        return builtin.fetch(name, progress or (lambda message: None))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise SourceError(f"{name}: a file; wanted a model folder with config.json and *.safetensors")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local:
+        raise SourceError(f"{name}: no such folder; wanted a model folder, a hub id (owner/name) or builtin:…")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"{name}: neither a local folder nor a model the hub delivers ({reason}); "
+            "check the name, your login and the connection"
+        ) from error
+    except Exception as error:
+        if "httpx" in type(error).__module__ or "requests" in type(error).__module__:
+            raise SourceError(f"{name}: the hub cannot be reached ({error}); give a local folder") from error
+        raise
+
+
+def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint:
+    """Open a dense checkpoint without reading weights.
+
+    Raises:
+        SourceError: config or safetensors missing, pickles only, already quantized, or a parameter of the
+            model that no file holds.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    files = _weight_files(folder)
+    model = _meta_model(folder, trust_remote_code)
+    meta = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found: dict[str, list[_Part]] = {}
+    unused, handles = [], {}
+    for file in files:
+        handles[file] = _open_safetensors(file)
+        for key in sorted(handles[file].keys(), key=_natural):
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+            if name not in meta and key in meta:
+                name, pattern = key, None
+            if name in meta:
+                found.setdefault(name, []).append(_Part(file, key, pattern))
+            else:
+                unused.append(key)
+    for parts in found.values():
+        parts.sort(key=lambda part: _natural(part.key))
+    tied = {
+        name: source
+        for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+        if source in found
+    }
+    missing = [name for name in meta if name not in found and name not in tied]
+    if missing:
+        raise SourceError(
+            f"{folder}: no file holds {missing[0]} ({len(missing)} parameters missing); "
+            "the checkpoint is incomplete, fetch it again"
+        )
+    parts = {name: found[name] for name in meta if name in found and name not in tied}
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    return DenseCheckpoint(folder, model, parts, by_pattern, sorted(unused), tied, handles)
+
+
+def _natural(key: str) -> list[Any]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
+
+
+def _open_safetensors(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt").__enter__()
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder}: no config.json; wanted a Hugging Face model folder")
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            import json
+
+            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            absent = [name for name in named if not (folder / name).is_file()]
+            if absent:
+                raise SourceError(f"{folder}: {absent[0]} is named in {index.name} but missing; fetch it")
+            return [folder / name for name in named]
+        return files
+    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+        raise SourceError(
+            f"{folder}: only pickle weights (*.bin, *.pt); pickles can run code and are never loaded. "
+            "Convert the model to safetensors first (save_pretrained does)"
+        )
+    raise SourceError(f"{folder}: no *.safetensors file; wanted a Hugging Face model folder with weights")
+
+
+def _meta_model(folder: Path, trust_remote_code: bool) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None):
+            raise SourceError(
+                f"{folder}: the model is already quantized; compress the unquantized checkpoint instead"
+            )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(f"{folder}: transformers cannot build this model ({reason})") from error
