@@ -52,7 +52,7 @@ class CodecConfig:
     learning_rate: float = 3e-3
     batch_size: int = 16384
     kmeans_iterations: int = 15
-    sample_per_codeword: int = 256
+    sample_per_codeword: int = 128
     max_sample: int = 1 << 21
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class CompressConfig:
     dense_last: int = 0
     keep_embeddings: bool = False
     embedding_extra_bits: float = 0.5
-    max_index_bits: int = 15
+    max_index_bits: int = 13
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -172,6 +172,7 @@ def _paper(bpw: float, vector_len: int) -> CompressConfig:
         vector_len=vector_len,
         dense_first=3,
         dense_last=2,
+        max_index_bits=15,
     )
 
 

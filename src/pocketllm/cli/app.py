@@ -121,7 +121,9 @@ def compress(
     bpw: Annotated[
         float | None, typer.Option(help="Stored bits per weight over the compressed matrices, all counted.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and exact sizes, fit nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan and exact sizes, fit nothing.")
+    ] = False,
     keep_embeddings: Annotated[
         bool | None, typer.Option("--keep-embeddings", help="Leave embedding and head dense.")
     ] = None,
@@ -285,7 +287,13 @@ def evaluate(
         found = perplexity(
             loaded, tokenizer, text, context, windows or None, lambda share: bars.update("eval", share, model)
         )
-    values = {**dataclasses.asdict(found), **facts, "text": str(ppl), "model": model, "dtype": str(loaded.dtype)}
+    values = {
+        **dataclasses.asdict(found),
+        **facts,
+        "text": str(ppl),
+        "model": model,
+        "dtype": str(loaded.dtype),
+    }
     show.result(
         values,
         f"perplexity {found.perplexity:.3f}   ({ppl.name}, context {found.context}, {found.windows} windows, "

@@ -13,7 +13,7 @@ _CONTEXT = 1024
 
 
 def demo_text() -> tuple[str, str]:
-    """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, else the English that comes with Python."""
+    """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, else Python's own documentation."""
     from pocketllm.evaluate.perplexity import read_text
 
     data = os.environ.get("POCKETLLM_DATA")

@@ -113,8 +113,6 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
     table.add_row("bits per weight: blocks' linear weights", f"{report['bpw_blocks']:.3f}")
     table.add_row("bits per weight: every parameter", f"{report['bpw_all']:.3f}")
     for part, nbytes in report["bytes_by_part"].items():
-        if part == "dense_model_bf16":
-            continue
         share = nbytes / report["bytes_on_disk"]
         table.add_row(f"  {part.replace('_', ' ')}", f"{size(nbytes)}  {share:6.1%}")
     table.add_row("left dense or not stored", f"{len(report['skipped'])} tensors")

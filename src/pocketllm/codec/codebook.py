@@ -38,7 +38,7 @@ def kmeans_codebook(points: Tensor, size: int, iterations: int, seed: int) -> Te
             max_points_per_centroid=1 << 30,
         )
         kmeans.train(np.ascontiguousarray(points.float().numpy()))
-        return torch.from_numpy(kmeans.centroids.copy())
+        return torch.from_numpy(np.array(kmeans.centroids))
     generator = torch.Generator().manual_seed(seed)
     start = torch.randperm(points.shape[0], generator=generator)[:size].to(points.device)
     codebook = points[start].float()
@@ -74,9 +74,7 @@ def nearest(points: Tensor, codebook: Tensor) -> Tensor:
     if points.device.type == "cpu":
         import faiss
 
-        _, found = faiss.knn(
-            np.ascontiguousarray(points.numpy()), np.ascontiguousarray(codebook.numpy()), 1
-        )
+        _, found = faiss.knn(np.ascontiguousarray(points.numpy()), np.ascontiguousarray(codebook.numpy()), 1)
         return torch.from_numpy(found[:, 0])
     return nearest_torch(points, codebook)
 

@@ -70,6 +70,22 @@ class _MetaNet(nn.Module):
             else:
                 block.init_zero(generator)
 
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """All blocks in two tensors, as stored: [depth, d, hidden], [depth, hidden, d]."""
+        state = self.state_dict()
+        count = range(len(self.blocks))
+        return (
+            torch.stack([state[f"blocks.{n}.up"] for n in count]),
+            torch.stack([state[f"blocks.{n}.down"] for n in count]),
+        )
+
+    def set_weights(self, up: Tensor, down: Tensor) -> None:
+        """Inverse of `weights`; computes in float32 whatever was stored."""
+        self.load_state_dict(
+            {f"blocks.{n}.up": up[n].float() for n in range(len(up))}
+            | {f"blocks.{n}.down": down[n].float() for n in range(len(down))}
+        )
+
 
 class MetaEncoder(_MetaNet):
     """Weights of whole rows [rows, n, d] -> latents z [rows, n, d]."""

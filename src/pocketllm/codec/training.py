@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,16 @@ class FitResult:
     utilization: float
     curve: list[float]
     revived: int
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the codecs, as plain JSON types."""
+        return {
+            "start_nmse": self.start_nmse,
+            "final_nmse": self.final_nmse,
+            "sample_utilization": self.utilization,
+            "curve": self.curve,
+            "revived": self.revived,
+        }
 
 
 def fit(

@@ -60,6 +60,8 @@ class PocketQuantizationConfig(QuantizationConfigMixin):
 class PocketQuantizer(HfQuantizer):
     """Swaps parameters for packed ones before loading, verifies and (mode `dense`) decodes them after."""
 
+    quantization_config: PocketQuantizationConfig
+
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._tied: dict[str, str] = {}
@@ -163,10 +165,12 @@ def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
     if missing:
         raise LoadError(f"{missing[0]}: did not load compressed ({len(missing)} of {len(layout.matrices)})")
     store = getattr(model, ckpt.STORE)
+    expected: list[tuple[str, nn.Module, str]]
     expected = [(name, m, layout.matrices[name].crc32) for name, m in packed.items()]
-    for kind, entries in (("codebooks", layout.codebooks), ("decoders", layout.decoders)):
-        for number, entry in enumerate(entries):
-            expected.append((f"{ckpt.STORE}.{kind}.{number}", getattr(store, kind)[number], entry.crc32))
+    for n, codebook in enumerate(layout.codebooks):
+        expected.append((f"{ckpt.STORE}.codebooks.{n}", store.codebooks[n], codebook.crc32))
+    for n, decoder in enumerate(layout.decoders):
+        expected.append((f"{ckpt.STORE}.decoders.{n}", store.decoders[n], decoder.crc32))
     for name, module, crc32 in expected:
         buffers = list(module.buffers(recurse=False))
         if any(buffer.is_meta for buffer in buffers):
@@ -214,6 +218,8 @@ def load(
         folder, config=config, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )
     if not isinstance(getattr(model, "hf_quantizer", None), PocketQuantizer):
-        raise LoadError(f"{folder}: transformers loaded it without pocketllm; its weights are not the model's")
+        raise LoadError(
+            f"{folder}: transformers loaded it without pocketllm; its weights are not the model's"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return model.eval().requires_grad_(False), tokenizer

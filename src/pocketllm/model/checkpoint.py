@@ -41,14 +41,14 @@ class MatrixEntry:
     """How one parameter is stored.
 
     shape: as the model holds it. transposed: stored rows are the parameter's columns (Conv1D).
-    codebook, decoder: numbers in the store. crc32: of indices then row_scale.
+    codebook, decoder: numbers in the store. crc32: of indices then row_scale, 8 hex digits.
     """
 
     shape: tuple[int, ...]
     transposed: bool
     codebook: int
     decoder: int
-    crc32: int
+    crc32: str
 
     @property
     def rows(self) -> int:
@@ -72,7 +72,7 @@ class CodebookEntry:
 
     size: int
     vector_len: int
-    crc32: int
+    crc32: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class DecoderEntry:
     """Settings of a decoder and the CRC-32 of `up` then `down`."""
 
     codec: CodecConfig
-    crc32: int
+    crc32: str
 
 
 @dataclass(frozen=True)
@@ -166,70 +166,99 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def checksum(*tensors: Tensor) -> int:
-    """CRC-32 of the tensors' bytes one after another."""
+def checksum(*tensors: Tensor) -> str:
+    """CRC-32 of the tensors' bytes one after another, 8 hex digits."""
     value = 0
     for tensor in tensors:
         value = zlib.crc32(tensor_bytes(tensor), value)
-    return value
+    return f"{value:08x}"
 
 
-def write_safetensors(
-    folder: Path, sizes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterator[Tensor]
-) -> list[str]:
+Sizes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Tensor name -> (dtype, shape), in writing order."""
+
+
+def _nbytes(sizes: Sizes, name: str) -> int:
+    dtype, shape = sizes[name]
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _shards(sizes: Sizes) -> dict[str, list[str]]:
+    """File name -> tensor names, at most 5 GB in a file."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name in sizes:
+        nbytes = _nbytes(sizes, name)
+        if shards[-1] and used + nbytes > SHARD_BYTES:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += nbytes
+    total = len(shards)
+    if total == 1:
+        return {WEIGHTS_NAME: shards[0]}
+    return {f"model-{n + 1:05d}-of-{total:05d}.safetensors": shard for n, shard in enumerate(shards)}
+
+
+def _header(sizes: Sizes, names: list[str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        dtype, shape = sizes[name]
+        end = offset + _nbytes(sizes, name)
+        header[name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _index(sizes: Sizes, shards: Mapping[str, list[str]]) -> dict[str, str]:
+    """The index beside several shards, as file name -> text."""
+    if len(shards) == 1:
+        return {}
+    body = {
+        "metadata": {"total_size": sum(_nbytes(sizes, name) for name in sizes)},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    return {f"{WEIGHTS_NAME}.index.json": json.dumps(body, separators=(",", ":")) + "\n"}
+
+
+def safetensors_bytes(sizes: Sizes) -> dict[str, int]:
+    """File name -> exact bytes that `write_safetensors` will write."""
+    shards = _shards(sizes)
+    found = {
+        file: len(_header(sizes, names)) + sum(_nbytes(sizes, name) for name in names)
+        for file, names in shards.items()
+    }
+    return {**found, **{file: len(text) for file, text in _index(sizes, shards).items()}}
+
+
+def write_safetensors(folder: Path, sizes: Sizes, tensors: Iterator[Tensor]) -> None:
     """Write tensors one at a time, in shards of at most 5 GB, with the usual index beside several shards.
 
     safetensors' own writer wants all tensors of a file in memory; this one holds a single tensor.
 
     Args:
-        sizes: name -> (dtype, shape), in writing order.
-        tensors: the tensors in that order.
-
-    Returns:
-        File names written.
+        tensors: in the order of `sizes`.
     """
-    shards: list[dict[str, int]] = [{}]
-    for name, (dtype, shape) in sizes.items():
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        if shards[-1] and sum(shards[-1].values()) + nbytes > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = nbytes
-    total = len(shards)
-    names = [WEIGHTS_NAME if total == 1 else _shard_name(i, total) for i in range(total)]
-    for file_name, shard in zip(names, shards, strict=True):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, nbytes in shard.items():
-            dtype, shape = sizes[name]
-            header[name] = {
-                "dtype": _DTYPE_NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [offset, offset + nbytes],
-            }
-            offset += nbytes
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
+    shards = _shards(sizes)
+    for file_name, names in shards.items():
         with (folder / file_name).open("wb") as stream:
-            stream.write(len(encoded).to_bytes(8, "little") + encoded)
-            for name in shard:
+            stream.write(_header(sizes, names))
+            for name in names:
                 tensor = next(tensors)
                 assert (tensor.dtype, tuple(tensor.shape)) == (sizes[name][0], tuple(sizes[name][1])), name
                 stream.write(tensor_bytes(tensor))
             stream.flush()
             os.fsync(stream.fileno())
-    if total > 1:
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        index = {
-            "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
-            "weight_map": weight_map,
-        }
-        write_json(folder / f"{WEIGHTS_NAME}.index.json", index)
-        names.append(f"{WEIGHTS_NAME}.index.json")
-    return names
-
-
-def _shard_name(number: int, total: int) -> str:
-    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+    for file_name, text in _index(sizes, shards).items():
+        (folder / file_name).write_text(text, encoding="utf-8")
+    assert next(tensors, None) is None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -322,9 +351,10 @@ def _damaged_tensor(file: Path, layout: Layout) -> str:
                 wanted = [f"{name}.indices", f"{name}.row_scale"]
                 if not layout.decoders[entry.decoder].codec.row_scale:
                     wanted.pop()
-                if names.issuperset(wanted):
-                    if checksum(*(handle.get_tensor(key) for key in wanted)) != entry.crc32:
-                        return f"{file}: {name}: altered (CRC-32 differs); fetch the file again"
+                if not names.issuperset(wanted):
+                    continue
+                if checksum(*(handle.get_tensor(key) for key in wanted)) != entry.crc32:
+                    return f"{file}: {name}: altered (CRC-32 differs); fetch the file again"
     except (SafetensorError, OSError) as error:
         return f"{file}: not a readable safetensors file ({error}); truncated or altered, fetch it again"
     return ""

@@ -46,6 +46,8 @@ class _FixedDtype(nn.Module):
 class Codebook(_FixedDtype):
     """One codebook, float16 [K, d], in the buffer `weight`."""
 
+    weight: Tensor
+
     def __init__(self, entry: CodebookEntry) -> None:
         super().__init__()
         self.entry = entry
@@ -54,6 +56,9 @@ class Codebook(_FixedDtype):
 
 class Decoder(_FixedDtype):
     """One decoder, float16 `up` [depth, d, hidden] and `down` [depth, hidden, d]."""
+
+    up: Tensor
+    down: Tensor
 
     def __init__(self, entry: DecoderEntry) -> None:
         super().__init__()
@@ -80,10 +85,9 @@ class Store(nn.Module):
         if key not in self._codecs:
             weights, net = self.codebooks[codebook], self.decoders[decoder]
             assert isinstance(weights, Codebook) and isinstance(net, Decoder)
-            made = MatrixCodec(net.entry.codec, nn.Parameter(weights.weight.float(), requires_grad=False))
-            for number, block in enumerate(made.decoder.blocks):
-                block.up = nn.Parameter(net.up[number].float(), requires_grad=False)
-                block.down = nn.Parameter(net.down[number].float(), requires_grad=False)
+            shared = nn.Parameter(weights.weight.float(), requires_grad=False)
+            made = MatrixCodec(net.entry.codec, shared)
+            made.decoder.set_weights(net.up, net.down)
             made = made.to(device)
             self._codecs[key] = made, (made.decoded_codebook() if made.is_lookup else None)
         return self._codecs[key]
@@ -94,6 +98,8 @@ class PackedMatrix(_FixedDtype):
 
     Calling it decodes: the parameter's shape, in the dtype the model computes in.
     """
+
+    indices: Tensor
 
     def __init__(self, entry: MatrixEntry, store: Store, float_dtype: torch.dtype) -> None:
         super().__init__()
@@ -113,12 +119,10 @@ class PackedMatrix(_FixedDtype):
 
     def unpacked(self) -> Tensor:
         """[rows, n] int32 indices."""
-        assert isinstance(self.indices, Tensor)
         return unpack(self.indices, self.width, self.entry.rows * self.per_row).reshape(-1, self.per_row)
 
     @torch.no_grad()
     def forward(self) -> Tensor:
-        assert isinstance(self.indices, Tensor)
         scale = self._buffers.get("row_scale")
         if scale is None:
             scale = torch.ones(self.entry.rows, dtype=torch.bfloat16, device=self.indices.device)
@@ -197,7 +201,7 @@ def _computed(module: nn.Module, leaf: str) -> None:
     cls = type(module)
     is_first = not hasattr(cls, "_dense_class")
     name = f"Packed{cls.__name__}" if is_first else cls.__name__
-    base = cls if is_first else cls._dense_class
+    base = cls if is_first else getattr(cls, "_dense_class")  # noqa: B009
     module.__class__ = type(name, (cls,), {leaf: property(read), "_dense_class": base})
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pocketllm.codec.packing import index_width, packed_bytes
@@ -111,6 +111,16 @@ class Plan:
         """Bits of indices and row scales of one matrix."""
         return matrix.own_bits(self.specs[matrix.name], self.config.codec.row_scale)
 
+    def index_bytes(self, matrix: Matrix) -> int:
+        """Bytes of the packed indices of one matrix."""
+        spec = self.specs[matrix.name]
+        return packed_bytes(matrix.subvectors(spec.vector_len), index_width(spec.codebook_size))
+
+    @property
+    def weights(self) -> int:
+        """Compressed weights, all matrices."""
+        return sum(m.weights for m in self.matrices)
+
     def groups(self) -> dict[str, list[Matrix]]:
         """Codebook key -> its matrices, in the model's order."""
         result: dict[str, list[Matrix]] = {}
@@ -151,7 +161,7 @@ class Plan:
     @property
     def bpw(self) -> float:
         """All stored bits of the compressed matrices per weight."""
-        return sum(self.bits_by_part().values()) / max(1, sum(m.weights for m in self.matrices))
+        return sum(self.bits_by_part().values()) / self.weights
 
 
 def make_plan(source: DenseCheckpoint, config: CompressConfig) -> Plan:
@@ -201,7 +211,7 @@ def classify(source: DenseCheckpoint, config: CompressConfig) -> tuple[list[Matr
         match = _BLOCK.match(name)
         number = int(match["number"]) if match else -1
         if found.in_blocks and not config.dense_first <= number < blocks - config.dense_last:
-            dense.append(Dense(name, shape, f"block {number} is left dense by the settings"))
+            dense.append(Dense(name, shape, "in a block left dense by the settings"))
         elif not found.in_blocks and config.keep_embeddings:
             dense.append(Dense(name, shape, "embedding or head, kept by the settings"))
         else:
@@ -341,14 +351,13 @@ def _fill(plan: Plan) -> Plan:
     """Spend what is left of the budget: matrices take a codebook of twice the size while it fits."""
     target = plan.config.target_bpw
     assert target is not None
-    budget = target * sum(m.weights for m in plan.matrices)
+    budget = target * plan.weights
 
-    def upgraded(wanted: Callable[[Matrix], bool]) -> Plan:
+    def upgraded(count: int) -> Plan:
+        chosen = {m.name for m in order[:count]}
         specs = {
-            m.name: Spec(plan.specs[m.name].vector_len, 2 * plan.specs[m.name].codebook_size)
-            if wanted(m)
-            else plan.specs[m.name]
-            for m in plan.matrices
+            name: Spec(spec.vector_len, 2 * spec.codebook_size) if name in chosen else spec
+            for name, spec in plan.specs.items()
         }
         return Plan(plan.matrices, specs, plan.dense, plan.codebook_scope, plan.config)
 
@@ -359,13 +368,13 @@ def _fill(plan: Plan) -> Plan:
     if 2 * plan.specs[blocks[0].name].codebook_size > 1 << (plan.config.max_index_bits + 1):
         return plan
     # Kinds in turn, then single matrices: the largest prefix of that order that fits (bisection).
-    order = {m.name: i for i, m in enumerate(sorted(blocks, key=lambda m: (m.kind, plan.matrices.index(m))))}
+    order = sorted(blocks, key=lambda m: m.kind)
     low, high = 0, len(blocks)
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(upgraded(lambda m, n=middle: order.get(m.name, n) < n)):
+        if fits(upgraded(middle)):
             low = middle
         else:
             high = middle - 1
-    candidate = upgraded(lambda m: order.get(m.name, low) < low)
+    candidate = upgraded(low)
     return candidate if low and _predicted_loss(candidate) < _predicted_loss(plan) else plan

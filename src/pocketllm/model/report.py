@@ -33,8 +33,10 @@ class Report:
     bytes_on_disk: every file of the output folder. ratio_files_*: whole folders, tokenizer and all.
     ratio_matrices_*: the compressed matrices with their codebooks, decoders and scales.
     bpw_blocks: linear weights of the blocks that are compressed; bpw_all: every parameter of the model.
-    bytes_by_part: indices, row_scales, codebooks, decoders, dense, other_files, headers.
-    kmeans_nmse: per decoder key, the sample's nmse at the start of training; trained_nmse at the end.
+    bytes_by_part: indices, row_scales, codebooks, decoders, dense, other_files (tokenizer and the like),
+        headers (of the weight files, config.json and the report).
+    fits: of each codebook, the sample's nmse by decoder before and after training, and how it went.
+    is_plan: from a dry run; nmse is predicted, utilization unknown.
     """
 
     model: str
@@ -47,6 +49,7 @@ class Report:
     bpw_matrices: float
     bpw_all: float
     bytes_by_part: dict[str, int]
+    dense_model_bytes_bf16: int
     matrices: tuple[MatrixReport, ...]
     skipped: tuple[dict[str, Any], ...]
     codebook_scope: str
@@ -54,6 +57,7 @@ class Report:
     seconds: float = 0.0
     fits: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] | None = None
+    is_plan: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from pocketllm.errors import SourceError, WeightError
 
@@ -145,7 +145,9 @@ def resolve(name: str, progress: Any = None) -> Path:
         raise SourceError(f"{name}: a file; wanted a model folder with config.json and *.safetensors")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local:
-        raise SourceError(f"{name}: no such folder; wanted a model folder, a hub id (owner/name) or builtin:…")
+        raise SourceError(
+            f"{name}: no such folder; wanted a model folder, a hub id (owner/name) or builtin:…"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -204,9 +206,9 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
             f"{folder}: no file holds {missing[0]} ({len(missing)} parameters missing); "
             "the checkpoint is incomplete, fetch it again"
         )
-    parts = {name: found[name] for name in meta if name in found and name not in tied}
+    stored = {name: found[name] for name in meta if name in found and name not in tied}
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    return DenseCheckpoint(folder, model, parts, by_pattern, sorted(unused), tied, handles)
+    return DenseCheckpoint(folder, model, stored, by_pattern, sorted(unused), tied, handles)
 
 
 def _natural(key: str) -> list[Any]:
@@ -245,7 +247,7 @@ def _weight_files(folder: Path) -> list[Path]:
     raise SourceError(f"{folder}: no *.safetensors file; wanted a Hugging Face model folder with weights")
 
 
-def _meta_model(folder: Path, trust_remote_code: bool) -> nn.Module:
+def _meta_model(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

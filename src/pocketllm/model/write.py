@@ -1,0 +1,326 @@
+"""Put a compressed checkpoint together from finished units, and count its bytes before it exists.
+
+`Checkpoint` knows every tensor, the text of config.json and of the report. All of them have a size that does
+not depend on what the fit finds (checksums have a fixed width, the report is padded to the width of its
+longest possible numbers), so a dry run says exactly what will lie on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pocketllm
+from pocketllm.codec import codebook as cb
+from pocketllm.config import CodecConfig
+from pocketllm.model import checkpoint as ckpt
+from pocketllm.model.plan import Matrix, Plan
+from pocketllm.model.report import MatrixReport, Report, versions
+from pocketllm.model.source import DenseCheckpoint
+from pocketllm.model.workspace import Workspace
+
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "README*")
+_NOT_COPIED = {"config.json", "model.safetensors.index.json", ckpt.REPORT_NAME}
+_WIDEST = 1.23457e-05  # no number of 6 digits is longer in JSON
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What only a real run knows. nmse, utilization, perplexity: by matrix; fits: facts by codebook."""
+
+    nmse: Mapping[str, float]
+    utilization: Mapping[str, float]
+    perplexity: Mapping[str, float]
+    fits: tuple[dict[str, Any], ...]
+
+
+def predicted(plan: Plan) -> Measured:
+    """Stands for what a dry run does not know, as wide as the real numbers can get."""
+    names = [m.name for m in plan.matrices]
+    fits = tuple(_widest_fit(plan, key, group) for key, group in plan.groups().items())
+    widest = dict.fromkeys(names, _WIDEST)
+    return Measured(widest, widest, widest, fits)
+
+
+def _widest_fit(plan: Plan, key: str, group: list[Matrix]) -> dict[str, Any]:
+    by_decoder = {plan.decoder_key(m): _WIDEST for m in group}
+    epochs = plan.config.codec.epochs
+    return {
+        "codebook": key,
+        "start_nmse": by_decoder,
+        "final_nmse": by_decoder,
+        "sample_utilization": _WIDEST,
+        "curve": [_WIDEST] * epochs,
+        "revived": 10**9,
+    }
+
+
+def matrix_unit(plan: Plan, matrix: Matrix) -> str:
+    """File name of a coded matrix in the workspace."""
+    return f"matrix-{plan.matrices.index(matrix):05d}.safetensors"
+
+
+def codebook_unit(number: int) -> str:
+    """File name of a fitted codebook with its networks in the workspace."""
+    return f"codebook-{number:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A compressed model to write: a plan over a dense source. model: the name the user gave."""
+
+    source: DenseCheckpoint
+    plan: Plan
+    model: str
+
+    @cached_property
+    def sizes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Every stored tensor in writing order: dense ones, coded ones, codebooks, decoders."""
+        sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for dense in self.plan.dense:
+            sizes[dense.name] = self.source.dtype(dense.name), dense.shape
+        for matrix in self.plan.matrices:
+            sizes[f"{matrix.name}.indices"] = torch.uint8, (self.plan.index_bytes(matrix),)
+            if self.plan.config.codec.row_scale:
+                sizes[f"{matrix.name}.row_scale"] = torch.bfloat16, (matrix.rows,)
+        for number, group in enumerate(self.plan.groups().values()):
+            sizes[f"{ckpt.STORE}.codebooks.{number}.weight"] = torch.float16, self._codebook_shape(group)
+        for number, codec in enumerate(self._decoders.values()):
+            d, hidden, depth = codec.vector_len, codec.hidden, codec.depth
+            sizes[f"{ckpt.STORE}.decoders.{number}.up"] = torch.float16, (depth, d, hidden)
+            sizes[f"{ckpt.STORE}.decoders.{number}.down"] = torch.float16, (depth, hidden, d)
+        return sizes
+
+    def _codebook_shape(self, group: list[Matrix]) -> tuple[int, int]:
+        spec = self.plan.specs[group[0].name]
+        return spec.codebook_size, spec.vector_len
+
+    @cached_property
+    def _decoders(self) -> dict[str, CodecConfig]:
+        """Decoder key -> codec settings, group by group: the order of the store."""
+        return {
+            self.plan.decoder_key(m): self.plan.config.codec_for(self.plan.specs[m.name].vector_len)
+            for group in self.plan.groups().values()
+            for m in group
+        }
+
+    def copied_files(self) -> list[Path]:
+        """Tokenizer, generation settings, licence: small files that belong to the model."""
+        folder = self.source.folder
+        found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
+        return sorted(path for path in found if path.name not in _NOT_COPIED)
+
+    def layout(self, crcs: Mapping[str, str]) -> ckpt.Layout:
+        """The stored form, given the checksum of each matrix, `codebook N` and `decoder N`."""
+        groups = self.plan.groups()
+        codebook_of = {m.name: n for n, group in enumerate(groups.values()) for m in group}
+        decoder_of = {key: n for n, key in enumerate(self._decoders)}
+        return ckpt.Layout(
+            {
+                m.name: ckpt.MatrixEntry(
+                    m.shape,
+                    m.transposed,
+                    codebook_of[m.name],
+                    decoder_of[self.plan.decoder_key(m)],
+                    crcs[m.name],
+                )
+                for m in self.plan.matrices
+            },
+            tuple(
+                ckpt.CodebookEntry(*self._codebook_shape(group), crcs[f"codebook {n}"])
+                for n, group in enumerate(groups.values())
+            ),
+            tuple(
+                ckpt.DecoderEntry(codec, crcs[f"decoder {n}"])
+                for n, codec in enumerate(self._decoders.values())
+            ),
+        )
+
+    def config_text(self, crcs: Mapping[str, str]) -> str:
+        """The body of config.json."""
+        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = {
+            "quant_method": ckpt.STORE,
+            "producer": f"pocketllm-codec {pocketllm.__version__}",
+            "mode": "dense",
+            **self.layout(crcs).to_dict(),
+        }
+        return json.dumps(config, ensure_ascii=False) + "\n"
+
+    def _no_crcs(self) -> dict[str, str]:
+        """Checksums of the right width for counting bytes."""
+        names = [m.name for m in self.plan.matrices]
+        names += [f"codebook {n}" for n in range(len(self.plan.groups()))]
+        names += [f"decoder {n}" for n in range(len(self._decoders))]
+        return dict.fromkeys(names, "0" * 8)
+
+    @cached_property
+    def file_bytes(self) -> dict[str, int]:
+        """Exact size of every file but the report."""
+        sizes = ckpt.safetensors_bytes(self.sizes)
+        sizes["config.json"] = len(self.config_text(self._no_crcs()).encode())
+        return {**sizes, **{path.name: path.stat().st_size for path in self.copied_files()}}
+
+    @cached_property
+    def bytes_on_disk(self) -> tuple[int, int]:
+        """(all files, the report alone), exact."""
+        files = {name: {"bytes": size, "sha256": "0" * 64} for name, size in self.file_bytes.items()}
+        rest, report = sum(self.file_bytes.values()), 0
+        while True:  # the report counts its own bytes
+            text = self._report_text(self.report(predicted(self.plan), rest + report, report), files)
+            if len(text.encode()) <= report:
+                return rest + report, report
+            report = len(text.encode())
+
+    def report(
+        self, measured: Measured, bytes_on_disk: int | None = None, report_bytes: int | None = None
+    ) -> Report:
+        """Sizes, ratios and errors."""
+        if bytes_on_disk is None or report_bytes is None:
+            bytes_on_disk, report_bytes = self.bytes_on_disk
+        plan, bits, coded = self.plan, self.plan.bits_by_part(), self.plan.weights
+        dense_bytes = sum(
+            torch.Size(d.shape).numel() * self.source.dtype(d.name).itemsize for d in plan.dense
+        )
+        every = coded + sum(torch.Size(d.shape).numel() for d in plan.dense)
+        other = sum(path.stat().st_size for path in self.copied_files())
+        payload = sum(value // 8 for value in bits.values()) + dense_bytes
+        per_matrix = plan.matrix_bits()
+        blocks = [m for m in plan.matrices if m.in_blocks]
+        block_weights = sum(m.weights for m in blocks)
+        return Report(
+            model=self.model,
+            bytes_on_disk=bytes_on_disk,
+            ratio_files_bf16=_rounded((2 * every + other) / max(1, bytes_on_disk)),
+            ratio_files_fp32=_rounded((4 * every + other) / max(1, bytes_on_disk)),
+            ratio_matrices_bf16=_rounded(16 * coded / sum(bits.values())),
+            ratio_matrices_fp32=_rounded(32 * coded / sum(bits.values())),
+            bpw_blocks=_rounded(sum(per_matrix[m.name] for m in blocks) / block_weights if blocks else 0.0),
+            bpw_matrices=_rounded(plan.bpw),
+            bpw_all=_rounded((sum(bits.values()) + 8 * dense_bytes) / every),
+            bytes_by_part={
+                **{part: value // 8 for part, value in bits.items()},
+                "dense": dense_bytes,
+                "other_files": other,
+                "headers": bytes_on_disk - payload - other,
+            },
+            dense_model_bytes_bf16=2 * every,
+            matrices=tuple(self._matrix_report(m, per_matrix[m.name], measured) for m in plan.matrices),
+            skipped=tuple(self._skipped()),
+            codebook_scope=plan.codebook_scope,
+            config=plan.config.to_dict(),
+            fits=measured.fits,
+            versions=versions(),
+        )
+
+    def _matrix_report(self, matrix: Matrix, bits: float, measured: Measured) -> MatrixReport:
+        spec = self.plan.specs[matrix.name]
+        return MatrixReport(
+            matrix.name,
+            matrix.kind,
+            matrix.shape,
+            _rounded(bits / matrix.weights),
+            measured.nmse[matrix.name],
+            measured.utilization[matrix.name],
+            measured.perplexity[matrix.name],
+            spec.vector_len,
+            spec.codebook_size,
+        )
+
+    def _skipped(self) -> Iterator[dict[str, Any]]:
+        yield from (asdict(dense) for dense in self.plan.dense)
+        for name, target in self.source.tied.items():
+            yield {"name": name, "shape": [], "reason": f"tied to {target}, stored once"}
+        for name in self.source.unused:
+            yield {"name": name, "shape": [], "reason": "the model class has no use for it"}
+
+    def _report_text(self, report: Report, files: Mapping[str, Any]) -> str:
+        body = {"format_version": ckpt.FORMAT_VERSION, **report.to_dict(), "files": files}
+        del body["seconds"]  # stored bytes must not depend on how long the run took, or on a resumption
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+    def write(self, work: Workspace) -> Report:
+        """Put the checkpoint together in `final` of the workspace."""
+        final = work.folder / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        final.mkdir()
+        crcs: dict[str, str] = {}
+        ckpt.write_safetensors(final, self.sizes, self._tensors(work, crcs))
+        (final / "config.json").write_text(self.config_text(crcs), encoding="utf-8")
+        for path in self.copied_files():
+            shutil.copyfile(path, final / path.name)
+        report = self.report(self._measured(work))
+        files = ckpt.file_facts(final, list(self.file_bytes))
+        _, room = self.bytes_on_disk
+        text = self._report_text(report, files).encode()
+        assert len(text) <= room, (len(text), room)
+        (final / ckpt.REPORT_NAME).write_bytes(text[:-1] + b" " * (room - len(text)) + b"\n")
+        assert ckpt.folder_bytes(final) == report.bytes_on_disk
+        return report
+
+    def _tensors(self, work: Workspace, crcs: dict[str, str]) -> Iterator[Tensor]:
+        """The tensors in the order of `sizes`; fills `crcs` on the way."""
+        for dense in self.plan.dense:
+            yield self.source.read(dense.name)
+        for matrix in self.plan.matrices:
+            tensors, _ = work.load(matrix_unit(self.plan, matrix))
+            stored = [tensors[k] for k in ("indices", "row_scale") if k in tensors]
+            crcs[matrix.name] = ckpt.checksum(*stored)
+            yield from stored
+        units = [work.load(codebook_unit(number))[0] for number in range(len(self.plan.groups()))]
+        for number, unit in enumerate(units):
+            crcs[f"codebook {number}"] = ckpt.checksum(unit["codebook"])
+            yield unit["codebook"]
+        decoder = 0
+        for unit in units:
+            for position in range(
+                sum(1 for key in unit if key.startswith("decoder.") and key.endswith(".up"))
+            ):
+                up, down = unit[f"decoder.{position}.up"], unit[f"decoder.{position}.down"]
+                crcs[f"decoder {decoder}"] = ckpt.checksum(up, down)
+                decoder += 1
+                yield up
+                yield down
+
+    def _measured(self, work: Workspace) -> Measured:
+        nmse, use, perplexity, fits = {}, {}, {}, []
+        for number, group in enumerate(self.plan.groups().values()):
+            fits.append(_rounded_tree(work.load(codebook_unit(number))[1]))
+            units = [work.load(matrix_unit(self.plan, m)) for m in group]
+            counts = torch.stack([tensors["counts"].long() for tensors, _ in units]).sum(dim=0)
+            for matrix, (_, facts) in zip(group, units, strict=True):
+                nmse[matrix.name] = _rounded(facts["nmse"])
+                use[matrix.name] = _rounded(cb.utilization(counts))
+                perplexity[matrix.name] = _rounded(cb.perplexity(counts))
+        return Measured(nmse, use, perplexity, tuple(fits))
+
+
+def dry_report(checkpoint: Checkpoint) -> Report:
+    """The report of a run that has not happened: errors are predictions, the rest is unknown."""
+    plan = checkpoint.plan
+    nan = dict.fromkeys((m.name for m in plan.matrices), math.nan)
+    nmse = {m.name: _rounded(plan.specs[m.name].nmse) for m in plan.matrices}
+    return replace(checkpoint.report(Measured(nmse, nan, nan, ())), is_plan=True)
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits; what is below 1e-9 is 0."""
+    return float(f"{value:.{_DIGITS}g}") if abs(value) >= 1e-9 else 0.0
+
+
+def _rounded_tree(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded_tree(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded_tree(item) for item in value]
+    return _rounded(value) if isinstance(value, float) else value
