@@ -65,6 +65,8 @@ def _settle(device: str = "cpu", threads: int = 0) -> None:
     """Quiet transformers, set threads, check the device."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torch and faiss bring an OpenMP runtime each; idle threads of one must not spin while the other works.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
     from transformers.utils import logging
 
