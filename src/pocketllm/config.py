@@ -52,7 +52,7 @@ class CodecConfig:
     learning_rate: float = 3e-3
     batch_size: int = 16384
     kmeans_iterations: int = 15
-    sample_per_codeword: int = 128
+    sample_per_codeword: int = 256
     max_sample: int = 1 << 21
 
     def __post_init__(self) -> None:

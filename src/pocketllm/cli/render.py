@@ -15,14 +15,20 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 
+def _console(stderr: bool) -> Console:
+    """A console; wide enough for the tables where there is no terminal to ask."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=140)
+
+
 @dataclass
 class Output:
     """Where things go. as_json: only one JSON object on stdout. quiet: no progress, no notes."""
 
     as_json: bool = False
     quiet: bool = False
-    stdout: Console = field(default_factory=lambda: Console(highlight=False))
-    stderr: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    stdout: Console = field(default_factory=lambda: _console(stderr=False))
+    stderr: Console = field(default_factory=lambda: _console(stderr=True))
 
     def note(self, text: str) -> None:
         """A line for the person watching."""
@@ -126,8 +132,9 @@ def kinds_table(report: Mapping[str, Any]) -> Table:
     kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for matrix in report["matrices"]:
         kinds[matrix["kind"]].append(matrix)
+    nmse = "nmse (predicted)" if report.get("is_plan") else "nmse"
     table = Table(title="compressed matrices")
-    for header in ("kind", "matrices", "weights", "d", "K", "bpw", "nmse", "utilization"):
+    for header in ("kind", "matrices", "weights", "d", "K", "bpw", nmse, "utilization"):
         table.add_column(header, justify="left" if header == "kind" else "right")
     for kind, matrices in kinds.items():
         weights = [_count(m["shape"]) for m in matrices]
@@ -143,7 +150,7 @@ def kinds_table(report: Mapping[str, Any]) -> Table:
             _values(matrices, "vector_len"),
             _values(matrices, "codebook_size"),
             f"{mean('bpw'):.3f}",
-            f"{mean('nmse'):.4f}" + (" predicted" if use != use else ""),
+            f"{mean('nmse'):.4f}",
             "" if use != use else f"{use:.2%}",
         )
     return table
