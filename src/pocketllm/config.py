@@ -51,7 +51,7 @@ class CodecConfig:
     epochs: int = 3
     learning_rate: float = 3e-3
     batch_size: int = 16384
-    kmeans_iterations: int = 15
+    kmeans_iterations: int = 25
     sample_per_codeword: int = 256
     max_sample: int = 1 << 21
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pocketllm.codec import compiled
+
 # Distances computed at once on a GPU: 2^26 float32 = 256 MiB.
 _CHUNK_DISTANCES = 1 << 26
 # faiss takes its fused search only from this many numbers (points * d) on, and is 10 times slower below.
@@ -62,28 +64,45 @@ def centroids(points: Tensor, indices: Tensor, codebook: Tensor) -> Tensor:
     return torch.where(counts[:, None] > 0, means, codebook)
 
 
-def nearest(points: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest codeword in Euclidean distance; ties go to the lower index.
+class Searcher:
+    """Nearest codeword of one codebook [K, d], many times: the table is laid out once.
 
-    faiss's fused search on a CPU, chunked torch elsewhere.
-
-    Args:
-        points: [N, d] float. codebook: [K, d] float, same device.
-
-    Returns:
-        [N] int64 in [0, K).
+    On a CPU the compiled search where it can be built, else faiss; chunked torch on a GPU. All find the same
+    up to rounding; ties go to the lower index.
     """
-    points, codebook = points.detach().float(), codebook.detach().float()
-    if points.device.type == "cpu":
-        import faiss
 
-        count, d = points.shape
-        missing = -(-_FUSED_NUMBERS // d) - count
-        if missing > 0 and count * codebook.shape[0] >= _WORTH_PADDING:
-            points = torch.nn.functional.pad(points, (0, 0, 0, missing))
-        _, found = faiss.knn(np.ascontiguousarray(points.numpy()), np.ascontiguousarray(codebook.numpy()), 1)
-        return torch.from_numpy(found[:count, 0])
-    return nearest_torch(points, codebook)
+    def __init__(self, codebook: Tensor) -> None:
+        self.codebook = codebook.detach().float()
+        on_cpu = self.codebook.device.type == "cpu"
+        self.table = (
+            compiled.Table(self.codebook) if on_cpu and compiled.available(codebook.shape[1]) else None
+        )
+
+    def nearest(self, points: Tensor) -> Tensor:
+        """Index of the nearest codeword in Euclidean distance: [N, d] float -> [N] int64 in [0, K)."""
+        points = points.detach().float()
+        if self.table is not None:
+            return self.table.nearest(points)
+        if points.device.type == "cpu":
+            return nearest_faiss(points, self.codebook)
+        return nearest_torch(points, self.codebook)
+
+
+def nearest(points: Tensor, codebook: Tensor) -> Tensor:
+    """`Searcher(codebook).nearest(points)`."""
+    return Searcher(codebook).nearest(points)
+
+
+def nearest_faiss(points: Tensor, codebook: Tensor) -> Tensor:
+    """The search through faiss on a CPU."""
+    import faiss
+
+    count, d = points.shape
+    missing = -(-_FUSED_NUMBERS // d) - count
+    if missing > 0 and count * codebook.shape[0] >= _WORTH_PADDING:
+        points = torch.nn.functional.pad(points, (0, 0, 0, missing))
+    _, found = faiss.knn(np.ascontiguousarray(points.numpy()), np.ascontiguousarray(codebook.numpy()), 1)
+    return torch.from_numpy(found[:count, 0])
 
 
 def nearest_torch(points: Tensor, codebook: Tensor) -> Tensor:

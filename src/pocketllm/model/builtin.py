@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pocketllm.cache import cache_folder
 from pocketllm.errors import SourceError
 
 BUILTIN_PREFIX = "builtin:"
@@ -44,14 +44,6 @@ _BUILTINS = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
-
-
-def cache_folder() -> Path:
-    """`$POCKETLLM_CACHE`, else `pocketllm` under `$XDG_CACHE_HOME` or `~/.cache`."""
-    own = os.environ.get("POCKETLLM_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pocketllm"
 
 
 def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> Path:

@@ -1,0 +1,14 @@
+"""Where things that can be made again are kept: built-in models, the compiled kernel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """`$POCKETLLM_CACHE`, else `pocketllm` under `$XDG_CACHE_HOME` or `~/.cache`."""
+    own = os.environ.get("POCKETLLM_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pocketllm"

@@ -1,0 +1,88 @@
+"""The compiled search for the nearest codeword: built once by the system's C++ compiler, kept in the cache.
+
+Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, callers take their path in torch or faiss.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pocketllm.cache import cache_folder
+
+MAX_VECTOR_LEN = 16
+_SOURCE = Path(__file__).with_name("nearest.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The built library, or None where it cannot be built."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    if os.environ.get("POCKETLLM_COMPILE") == "0" or compiler is None:
+        return None
+    identity = _SOURCE.read_bytes() + repr((compiler, _FLAGS, _processor())).encode()
+    target = cache_folder() / f"nearest-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    try:
+        if not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                built = Path(scratch) / target.name
+                command = [compiler, *_FLAGS, "-shared", "-fPIC", "-fopenmp", "-x", "c++", str(_SOURCE)]
+                subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, timeout=120)
+                built.replace(target)
+        library = ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    library.nearest.restype = ctypes.c_int
+    return library
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor()
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def available(vector_len: int) -> bool:
+    """Whether the compiled search runs here for this d."""
+    return vector_len <= MAX_VECTOR_LEN and _library() is not None
+
+
+class Table:
+    """A codebook [K, d] float32 laid out for the compiled search."""
+
+    def __init__(self, codebook: Tensor) -> None:
+        codebook = codebook.detach().float()
+        missing = -codebook.shape[0] % 8
+        self.columns = torch.nn.functional.pad(codebook.T, (0, missing)).contiguous()
+        half_norms = codebook.square().sum(dim=1) / 2
+        self.half_norms = torch.nn.functional.pad(half_norms, (0, missing), value=float("inf"))
+
+    def nearest(self, points: Tensor) -> Tensor:
+        """[N, d] float32 -> [N] int64, ties to the lower index."""
+        points = points.detach().float().contiguous()
+        found = torch.empty(points.shape[0], dtype=torch.int32)
+        library = _library()
+        assert library is not None
+        sizes = (points.shape[0], self.columns.shape[1], points.shape[1])
+        failed = library.nearest(
+            *(ctypes.c_void_p(t.data_ptr()) for t in (points, self.columns, self.half_norms)),
+            *(ctypes.c_int64(size) for size in sizes),
+            ctypes.c_void_p(found.data_ptr()),
+        )
+        assert not failed
+        return found.long()

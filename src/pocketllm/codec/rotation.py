@@ -1,0 +1,79 @@
+"""Incoherence: rotate both sides of a matrix by fast orthogonal transforms, so that all weights look alike.
+
+A vector of n = 2^a * m numbers (m odd) is multiplied by random signs, then by the orthogonal matrix
+Hadamard(2^a) (x) Hartley(m): any size works, nothing but the seed is stored, and a row costs
+n (a + m) additions. Hartley(m)[j, k] = (cos + sin)(2 pi j k / m) / sqrt(m) is symmetric and orthogonal.
+
+Source: incoherence processing of QuIP# (arXiv 2402.04396); Hartley (1942) for the odd factor.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pocketllm.errors import ConfigError
+
+
+def signs(size: int, seed: int) -> Tensor:
+    """[size] float32 of +1 and -1; the same on every machine for a seed (splitmix64, highest bit).
+
+    Raises:
+        ConfigError: a seed outside [0, 2^63).
+    """
+    if not 0 <= seed < 1 << 63:
+        raise ConfigError(f"rotation seed: got {seed}, wanted 0 to 2^63 - 1")
+    mask = (1 << 64) - 1
+    out = torch.empty(size)
+    for position in range(size):
+        z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        out[position] = -1.0 if (z ^ (z >> 31)) >> 63 else 1.0
+    return out
+
+
+def hartley(size: int) -> Tensor:
+    """[size, size] float32 orthogonal and symmetric."""
+    position = torch.arange(size, dtype=torch.float64)
+    angle = 2 * math.pi * (position[:, None] * position[None, :] % size) / size
+    return ((angle.cos() + angle.sin()) / math.sqrt(size)).float()
+
+
+def _split(size: int) -> tuple[int, int]:
+    """(power of two, odd) whose product is `size`."""
+    power = size & -size
+    return power, size // power
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Multiply the last dimension by Hadamard(2^a) (x) Hartley(m), which is symmetric: its own inverse."""
+    size = x.shape[-1]
+    power, odd = _split(size)
+    x = x.reshape(-1, power, odd)
+    if odd > 1:
+        x = x @ hartley(odd).to(x.device)
+    half = 1
+    while half < power:
+        pairs = x.reshape(x.shape[0], power // (2 * half), 2, half, odd)
+        low, high = pairs[:, :, 0], pairs[:, :, 1]
+        x = torch.stack([low + high, low - high], dim=2)
+        half *= 2
+    return x.reshape(-1, size) / math.sqrt(power)
+
+
+def rotate(x: Tensor, seed: int) -> Tensor:
+    """x [..., n] -> x R^T in float32, with R = mix * diag(signs)."""
+    return _mix(x.float() * signs(x.shape[-1], seed).to(x.device)).reshape(x.shape)
+
+
+def unrotate(x: Tensor, seed: int) -> Tensor:
+    """Inverse of `rotate`: x [..., n] -> x R."""
+    return _mix(x.float()).reshape(x.shape) * signs(x.shape[-1], seed).to(x.device)
+
+
+def rotate_hessian(hessian: Tensor, seed: int) -> Tensor:
+    """H [n, n] of inputs x -> R H R^T of the rotated inputs R x."""
+    return rotate(rotate(hessian, seed).T, seed).T
