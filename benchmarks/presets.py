@@ -76,7 +76,9 @@ def main() -> None:
     for name in sys.argv[1:] or pocketllm.PRESETS:
         with tempfile.TemporaryDirectory() as scratch:
             results[name] = measure(name, text, Path(scratch) / name)
-        print(name, {k: v for k, v in results[name].items() if k not in ("config", "nmse_by_kind")}, flush=True)
+        print(
+            name, {k: v for k, v in results[name].items() if k not in ("config", "nmse_by_kind")}, flush=True
+        )
         values = {
             "model": MODEL,
             "text": "WikiText-2 raw test",

@@ -1,8 +1,8 @@
 """Choose indices for what the layer does to its inputs, not for the weights alone.
 
 A layer y = W x with inputs of Hessian H = E[x x^T] loses tr(E H E^T) when W is off by E. Subvectors are coded
-in order of their columns; the error of each is carried into the columns not yet coded, which make up
-for it (GPTQ, arXiv 2210.17323, over vectors as in LDLQ of QuIP#, arXiv 2402.04396). With H^-1 = U^T U, U upper
+in order of their columns; the error of each is carried into the columns not yet coded, which make up for it
+(GPTQ, arXiv 2210.17323, over vectors as in LDLQ of QuIP#, arXiv 2402.04396). With H^-1 = U^T U, U upper
 triangular, and J the columns of a subvector:
 
     index = argmin_c |(w_J - s c) U_JJ^-1|^2         nearest decoded codeword in the conditional metric
