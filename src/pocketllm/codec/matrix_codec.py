@@ -6,10 +6,12 @@
 
 Source: arXiv 2511.17637, section "Method". Two forms of decoder:
 
-- `row` (published): RLN inside, so the output of a codeword depends on the row it stands in.
+- `row` (published): RLN inside, so the output of a codeword depends on the row it stands in. Indices are
+  the nearest latents, or the nearest of what codewords decode to in a typical row, whichever decodes closer
+  to the row.
 - `lookup`: no norm inside, so `decoded_codebook = decoder(codebook)` [K, d] is exact and decoding is a
-  table look-up. Indices are then chosen by distance to the decoded codewords, which is the quantity that
-  counts; the encoder is needed in training only.
+  table look-up. Indices are chosen by distance to the decoded codewords, which is the quantity that counts;
+  the encoder is needed in training only.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from pocketllm.codec import codebook as cb
 from pocketllm.codec.metanet import MetaDecoder, MetaEncoder
-from pocketllm.codec.normalization import best_row_scale, divide_rows, row_rms
+from pocketllm.codec.normalization import TypicalRow, best_row_scale, divide_rows, row_rms
 from pocketllm.codec.subvectors import cut, join
 from pocketllm.config import CodecConfig
 
@@ -81,23 +83,38 @@ class MatrixCodec(nn.Module):
         return self.decoder(self.codebook.float()[None])[0]
 
     @torch.no_grad()
+    def choose(self, unit: Tensor) -> Tensor:
+        """Indices [rows, n] int64 for rows of unit scale [rows, n, d]."""
+        if self.is_lookup:
+            return self._nearest(unit, self.decoded_codebook())
+        by_latent = self._nearest(self.encoder(unit), self.codebook)
+        if self.config.norm == "rln":
+            typical = TypicalRow()
+            self.decoder(self.codebook.float()[by_latent], typical.record)
+            table = self.decoder(self.codebook.float()[None], typical.replay)[0]
+        else:
+            table = self.decoded_codebook()
+        by_output = self._nearest(unit, table)
+        errors = [_row_error(unit, self.decode_unit(found, None)) for found in (by_latent, by_output)]
+        closer = errors[1] < errors[0]
+        return torch.where(closer[:, None], by_output, by_latent)
+
+    def _nearest(self, x: Tensor, targets: Tensor) -> Tensor:
+        return cb.nearest(x.reshape(-1, x.shape[-1]), targets).reshape(x.shape[:2])
+
+    @torch.no_grad()
     def encode(self, weight: Tensor) -> EncodedMatrix:
         """Code a matrix [rows, columns]; the row scale is refitted by least squares afterwards."""
+        first_scale = torch.ones(weight.shape[0], dtype=torch.bfloat16, device=weight.device)
         if self.config.row_scale:
             first_scale = row_rms(weight).bfloat16()
-        else:
-            first_scale = torch.ones(weight.shape[0], dtype=torch.bfloat16, device=weight.device)
         table = self.decoded_codebook() if self.is_lookup else None
         indices, scales = [], []
         step = max(1, _CHUNK_WEIGHTS // weight.shape[1])
         for chunk, scale in zip(weight.split(step), first_scale.split(step), strict=True):
-            unit = cut(divide_rows(chunk, scale.float()), self.config.vector_len)
-            flat = unit if table is not None else self.encoder(unit)
-            targets = self.codebook if table is None else table
-            found = cb.nearest(flat.reshape(-1, flat.shape[-1]), targets).reshape(unit.shape[:2])
-            indices.append(found)
+            indices.append(self.choose(cut(divide_rows(chunk, scale.float()), self.config.vector_len)))
             if self.config.row_scale:
-                decoded = join(self.decode_unit(found, table), weight.shape[1])
+                decoded = join(self.decode_unit(indices[-1], table), weight.shape[1])
                 scale = best_row_scale(chunk, decoded).bfloat16()
             scales.append(scale)
         return EncodedMatrix(torch.cat(indices), torch.cat(scales), weight.shape[1])
@@ -125,3 +142,8 @@ class MatrixCodec(nn.Module):
     def decode_unit(self, indices: Tensor, table: Tensor | None) -> Tensor:
         """[rows, n] indices -> [rows, n, d] decoded subvectors before scaling."""
         return table[indices] if table is not None else self.decoder(self.codebook.float()[indices])
+
+
+def _row_error(one: Tensor, other: Tensor) -> Tensor:
+    """[rows] squared distance of rows [rows, n, d]."""
+    return (one - other).square().sum(dim=(1, 2))

@@ -33,11 +33,40 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+Norm = Callable[[Tensor], Tensor]
+"""[rows, n, d] -> the same shape."""
+
+NORMS: dict[str, Norm] = {
     "rln": reshaped_layer_norm,
     "ln": subvector_layer_norm,
     "none": identity,
 }
+
+
+class TypicalRow:
+    """RLN with the statistics of a typical row, which makes what it normalizes independent of its row.
+
+    `record` normalizes as RLN does and notes the mean over rows of each row's mean and variance, call by
+    call; `replay` applies those to anything, in the same order of calls.
+    """
+
+    def __init__(self, eps: float = EPS) -> None:
+        self.eps = eps
+        self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._replayed = 0
+
+    def record(self, x: Tensor) -> Tensor:
+        """RLN of whole rows [rows, n, d]."""
+        mean = x.mean(dim=(-2, -1))
+        variance = (x - mean[:, None, None]).square().mean(dim=(-2, -1))
+        self._statistics.append((mean.mean(), variance.mean()))
+        return reshaped_layer_norm(x, self.eps)
+
+    def replay(self, x: Tensor) -> Tensor:
+        """Normalize any shape with the statistics noted at this call."""
+        mean, variance = self._statistics[self._replayed % len(self._statistics)]
+        self._replayed += 1
+        return (x - mean) * torch.rsqrt(variance + self.eps)
 
 
 def row_rms(weight: Tensor) -> Tensor:

@@ -172,11 +172,10 @@ def _revive(
 
 @torch.no_grad()
 def _reconstruct(codec: MatrixCodec, block: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, n, d] -> (the same coded and decoded, [rows * n] indices), as `encode` would choose them."""
+    """[rows, n, d] -> (the same coded and decoded, [rows * n] indices), as `encode` chooses them."""
+    indices = codec.choose(block)
     table = codec.decoded_codebook() if codec.is_lookup else None
-    flat = (block if table is not None else codec.encoder(block)).reshape(-1, block.shape[-1])
-    indices = cb.nearest(flat, codec.codebook if table is None else table)
-    return codec.decode_unit(indices.reshape(block.shape[:2]), table), indices
+    return codec.decode_unit(indices, table), indices.reshape(-1)
 
 
 def _nmse(codecs: Mapping[str, MatrixCodec], rows: Mapping[str, list[Tensor]]) -> dict[str, float]:
