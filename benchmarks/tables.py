@@ -110,17 +110,10 @@ def loading() -> str:
                 f"{entry['tokens_per_second'] / reference['tokens_per_second']:.2f}x",
             ]
         )
-    head = [
-        "",
-        "load, seconds",
-        "peak after load, MiB",
-        "peak, MiB",
-        "time for 1024-token windows",
-        "generation speed",
-    ]
+    head = ["", "load, seconds", "peak after load, MiB", "peak, MiB", "time a window", "generation speed"]
     note = (
-        f"SmolLM2-135M, default preset, {found['dtype']}; MiB above a process that loaded nothing ({base:.0f} "
-        f"MiB); times against the dense bf16 checkpoint in the same run; medians. `{found['command']}`"
+        f"SmolLM2-135M, default preset, {found['dtype']}; MiB above a process that loaded nothing "
+        f"({base:.0f} MiB); times against the dense bf16 checkpoint in the same run; medians. `{found['command']}`"
     )
     return f"{_table(head, rows)}\n\n{note}"
 

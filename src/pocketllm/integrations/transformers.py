@@ -24,6 +24,7 @@ from pocketllm.model.layers import (
     attach_tied,
     compute_weights,
     decode_in_place,
+    initialize_buffers,
     packed_matrices,
     replace_parameters,
 )
@@ -100,6 +101,7 @@ class PocketQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         store = getattr(model, ckpt.STORE)
         verify_loaded(model, self.quantization_config.layout())
+        initialize_buffers(model)
         if self.quantization_config.mode == "dense":
             self._decoded = decode_in_place(model), store
             model.all_tied_weights_keys = {**(model.all_tied_weights_keys or {}), **self._tied}

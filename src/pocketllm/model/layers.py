@@ -166,6 +166,28 @@ def packed_matrices(model: nn.Module) -> dict[str, PackedMatrix]:
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedMatrix)}
 
 
+def initialize_buffers(model: Any) -> None:
+    """Compute the buffers of packed modules that no checkpoint stores (Gemma's embedding scale).
+
+    transformers does that while it initializes a module's weights, which it must not do for packed ones; so
+    it is called for them once, with a stand-in for the weight that counts as initialized.
+    """
+    for module in list(model.modules()):
+        leaves = _packed_leaves(module)
+        if not leaves or not module._non_persistent_buffers_set:
+            continue
+        held = {leaf: module._modules.pop(leaf, None) for leaf, _ in leaves}
+        for leaf, packed in leaves:
+            stand_in = nn.Parameter(torch.empty(packed.entry.shape, device="meta"), requires_grad=False)
+            stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+            module._parameters[leaf] = stand_in
+        model._init_weights(module)
+        for leaf, original in held.items():
+            del module._parameters[leaf]
+            if original is not None:
+                module._modules[leaf] = original
+
+
 def compute_weights(model: nn.Module) -> None:
     """Once the packed tensors are filled: give every layer a class whose weight is decoded on access.
 

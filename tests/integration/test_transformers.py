@@ -1,0 +1,164 @@
+"""The plug-in for transformers: modes, dtypes, devices, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import pocketllm
+from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError
+from pocketllm.integrations import transformers as plugin
+from tests import tiny
+
+TOKENS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plugin")
+    pocketllm.compress(tiny.save(folder / "dense"), tiny.settings(), folder / "out")
+    return folder / "out"
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(TOKENS.to(model.device), use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["dense", "packed"])
+def test_dtypes(dtype: torch.dtype, mode: str, compressed: Path) -> None:
+    model, _ = pocketllm.load(compressed, mode=mode, dtype=dtype)
+    reference, _ = pocketllm.load(compressed, mode="dense", dtype=torch.float32)
+    assert model.lm_head.weight.dtype == dtype
+    # Decoding happens in float32 and is rounded once, whatever the dtype.
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(model.get_submodule(name).weight, reference.get_submodule(name).weight.to(dtype))
+    assert torch.allclose(logits(model).float(), logits(reference), atol=0.05)
+
+
+def test_casting_a_packed_model_changes_what_it_computes_in_and_not_what_it_holds(compressed: Path) -> None:
+    model, _ = pocketllm.load(compressed, mode="packed", dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.pocketllm.state_dict().items()}
+    model.bfloat16()
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert all(torch.equal(value, before[name]) for name, value in model.pocketllm.state_dict().items())
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu", "auto", {"": "cpu"}])
+@pytest.mark.parametrize("mode", ["dense", "packed"])
+def test_device_maps(device_map: Any, mode: str, compressed: Path) -> None:
+    model, _ = pocketllm.load(compressed, mode=mode, device_map=device_map)
+    reference, _ = pocketllm.load(compressed)
+    assert torch.equal(logits(model), logits(reference))
+
+
+def test_disk_offload_is_refused(compressed: Path) -> None:
+    with pytest.raises(ConfigError, match="disk"):
+        pocketllm.load(compressed, device_map={"model": "cpu", "lm_head": "disk", "disk": "disk"})
+
+
+@pytest.mark.parametrize("mode", ["dense", "packed"])
+def test_tied_head_and_embedding_are_one(mode: str, compressed: Path) -> None:
+    model, _ = pocketllm.load(compressed, mode=mode)
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert not any("lm_head" in name for name in model.state_dict()) or mode == "dense"
+
+
+def test_packed_generates_as_dense(compressed: Path) -> None:
+    texts = []
+    for mode in ("dense", "packed"):
+        model, tokenizer = pocketllm.load(compressed, mode=mode)
+        prompt = tokenizer("hello", return_tensors="pt")
+        texts.append(model.generate(**prompt, max_new_tokens=8, do_sample=False).tolist())
+    assert texts[0] == texts[1]
+
+
+def test_weights_are_not_trainable(compressed: Path) -> None:
+    model, _ = pocketllm.load(compressed)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.hf_quantizer.is_trainable
+
+
+def test_unknown_mode(compressed: Path) -> None:
+    with pytest.raises(ConfigError, match="mode: got 'fast'"):
+        pocketllm.load(compressed, mode="fast")
+    with pytest.raises(ConfigError, match="mode: got 'fast'"):
+        plugin.PocketQuantizationConfig(mode="fast")
+
+
+def test_quantizing_while_loading_is_refused(compressed: Path, tmp_path: Path) -> None:
+    layout = json.loads((compressed / "config.json").read_text())["quantization_config"]
+    config = plugin.PocketQuantizationConfig(**layout)
+    with pytest.raises(ConfigError, match=r"pocketllm\.compress"):
+        AutoModelForCausalLM.from_pretrained(tiny.save(tmp_path / "dense"), quantization_config=config)
+
+
+def test_changed_weights_are_not_lost_silently(compressed: Path, tmp_path: Path) -> None:
+    model, _ = pocketllm.load(compressed)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.add_(1.0)
+    with pytest.raises(OutputError, match=r"layers\.1\.mlp\.down_proj\.weight: was changed"):
+        model.save_pretrained(tmp_path / "again")
+
+
+def test_layout_that_does_not_fit_the_model(compressed: Path) -> None:
+    model = tiny.model()
+    layout = plugin.PocketQuantizationConfig(
+        **json.loads((compressed / "config.json").read_text())["quantization_config"]
+    ).layout()
+    plugin.check_shapes(model, layout)
+    with pytest.raises(FormatError, match=r"embed_tokens\.weight has shape"):
+        plugin.check_shapes(tiny.model(vocab_size=64), layout)
+    with pytest.raises(FormatError, match="no such parameter"):
+        plugin.check_shapes(tiny.model("gpt2"), layout)
+
+
+def test_layers_that_did_not_load_are_noticed(compressed: Path) -> None:
+    model, _ = pocketllm.load(compressed, mode="packed")
+    layout = model.hf_quantizer.quantization_config.layout()
+    plugin.verify_loaded(model, layout)
+    matrix = plugin.packed_matrices(model)["model.layers.0.mlp.up_proj.weight"]
+    matrix.indices[3] ^= 1
+    with pytest.raises(FormatError, match=r"layers\.0\.mlp\.up_proj\.weight: altered"):
+        plugin.verify_loaded(model, layout)
+    matrix._buffers["indices"] = matrix.indices.to("meta")
+    with pytest.raises(LoadError, match="no value was loaded"):
+        plugin.verify_loaded(model, layout)
+    with pytest.raises(LoadError, match="did not load compressed"):
+        plugin.verify_loaded(tiny.model(), layout)
+
+
+def test_a_model_loaded_without_the_plugin_is_refused(
+    compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        plugin.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny.model()
+    )
+    with pytest.raises(LoadError, match="without pocketllm"):
+        pocketllm.load(compressed)
+
+
+@pytest.mark.parametrize("order", ["pocketllm, transformers", "transformers, pocketllm"])
+def test_either_import_order_registers(order: str, compressed: Path) -> None:
+    code = (
+        f"import {order}\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(compressed)!r})\n"
+        "print(type(model.hf_quantizer).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "PocketQuantizer"
+
+
+def test_importing_pocketllm_is_light() -> None:
+    code = "import sys, pocketllm; print(sorted({'torch', 'transformers', 'faiss'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
