@@ -167,7 +167,7 @@ class Preset:
 def _paper(bpw: float, vector_len: int) -> CompressConfig:
     """The published method: RLN in encoder and decoder, first three and last two blocks dense."""
     return CompressConfig(
-        codec=CodecConfig(decoder="row"),
+        codec=CodecConfig(decoder="row", epochs=2, kmeans_iterations=10),
         target_bpw=bpw,
         vector_len=vector_len,
         dense_first=3,
@@ -182,8 +182,8 @@ def _lookup(bpw: float) -> CompressConfig:
 
 
 PRESETS: dict[str, Preset] = {
-    "paper-8x": Preset(_paper(3.98, 4), "published method, 3.98 bits per weight (8x against fp32)"),
-    "paper-10x": Preset(_paper(2.98, 5), "published method, 2.98 bits per weight (10x against fp32)"),
+    "paper-8x": Preset(_paper(3.98, 3), "published method, 3.98 bits per weight (8x against fp32)"),
+    "paper-10x": Preset(_paper(2.98, 4), "published method, 2.98 bits per weight (10x against fp32)"),
     "paper-16x": Preset(_paper(2.02, 8), "published method, 2.02 bits per weight (16x against fp32)"),
     "paper-20x": Preset(_paper(1.6, 8), "published method, 1.6 bits per weight (20x against fp32)"),
     "lookup-8x": Preset(_lookup(3.98), "look-up decoder, all blocks, 3.98 bits per weight (default)"),

@@ -140,9 +140,7 @@ def test_layers_that_did_not_load_are_noticed(compressed: Path) -> None:
 def test_a_model_loaded_without_the_plugin_is_refused(
     compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        plugin.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny.model()
-    )
+    monkeypatch.setattr(plugin.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny.model())
     with pytest.raises(LoadError, match="without pocketllm"):
         pocketllm.load(compressed)
 

@@ -67,8 +67,8 @@ def centroids(points: Tensor, indices: Tensor, codebook: Tensor) -> Tensor:
 class Searcher:
     """Nearest codeword of one codebook [K, d], many times: the table is laid out once.
 
-    On a CPU the compiled search where it can be built, else faiss; chunked torch on a GPU. All find the same
-    up to rounding; ties go to the lower index.
+    On a CPU faiss for many points, the compiled search (where it can be built) for few; chunked torch on a
+    GPU. All find the same up to rounding; ties go to the lower index.
     """
 
     def __init__(self, codebook: Tensor) -> None:
@@ -81,7 +81,7 @@ class Searcher:
     def nearest(self, points: Tensor) -> Tensor:
         """Index of the nearest codeword in Euclidean distance: [N, d] float -> [N] int64 in [0, K)."""
         points = points.detach().float()
-        if self.table is not None:
+        if self.table is not None and points.numel() < _FUSED_NUMBERS:
             return self.table.nearest(points)
         if points.device.type == "cpu":
             return nearest_faiss(points, self.codebook)

@@ -67,7 +67,7 @@ class Table:
 
     def __init__(self, codebook: Tensor) -> None:
         codebook = codebook.detach().float()
-        missing = -codebook.shape[0] % 8
+        missing = -codebook.shape[0] % 32
         self.columns = torch.nn.functional.pad(codebook.T, (0, missing)).contiguous()
         half_norms = codebook.square().sum(dim=1) / 2
         self.half_norms = torch.nn.functional.pad(half_norms, (0, missing), value=float("inf"))

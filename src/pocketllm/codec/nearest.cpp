@@ -1,7 +1,7 @@
 // Nearest codeword by exhaustive search: squared Euclidean distance, ties to the lower index.
 // Built by compiled.py with the system's compiler; codebook.py holds the path in torch that it must agree with.
 //
-// points [n, d]; table [d, k] (transposed, so that eight codewords lie side by side), k a multiple of 8;
+// points [n, d]; table [d, k] (transposed, so that eight codewords lie side by side), k a multiple of 16;
 // half_norms [k] = |c|^2 / 2, +inf for filled-up codewords; out [n].
 // Ordered by |c|^2 / 2 - <x, c>, which differs from |x - c|^2 / 2 by a constant.
 
@@ -10,7 +10,18 @@
 typedef float Lanes __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 
-static const int QUERIES = 4;  // share each load of the table
+static const int QUERIES = 4;   // share each load of the table
+static const int VECTORS = 4;   // of eight codewords, looked at together: few of them hold a new best one
+
+static inline bool any(Ints mask) {
+#ifdef __AVX__
+    return __builtin_ia32_movmskps256((Lanes)mask) != 0;
+#else
+    for (int lane = 0; lane < 8; ++lane)
+        if (mask[lane]) return true;
+    return false;
+#endif
+}
 
 template <int D>
 static void search(const float* points, const float* table, const float* half_norms, int64_t n, int64_t k,
@@ -23,25 +34,30 @@ static void search(const float* points, const float* table, const float* half_no
         for (int q = 0; q < QUERIES; ++q) {
             int64_t row = begin + q < n ? begin + q : n - 1;
             for (int i = 0; i < D; ++i) x[q][i] = points[row * D + i];
-            for (int lane = 0; lane < 8; ++lane) {
-                best[q][lane] = __builtin_inff();
-                where[q][lane] = 0;
-            }
+            best[q] = Lanes{} + __builtin_inff();
+            where[q] = Ints{};
         }
-        for (int64_t j = 0; j < k; j += 8) {
-            Lanes norms;
-            __builtin_memcpy(&norms, half_norms + j, sizeof norms);
-            Lanes value[QUERIES];
-            for (int q = 0; q < QUERIES; ++q) value[q] = norms;
-            for (int i = 0; i < D; ++i) {
-                Lanes c;
-                __builtin_memcpy(&c, table + i * k + j, sizeof c);
-                for (int q = 0; q < QUERIES; ++q) value[q] -= c * x[q][i];
+        for (int64_t j = 0; j < k; j += 8 * VECTORS) {
+            Lanes value[QUERIES][VECTORS];
+            for (int v = 0; v < VECTORS; ++v) {
+                Lanes norms;
+                __builtin_memcpy(&norms, half_norms + j + 8 * v, sizeof norms);
+                for (int q = 0; q < QUERIES; ++q) value[q][v] = norms;
+                for (int i = 0; i < D; ++i) {
+                    Lanes c;
+                    __builtin_memcpy(&c, table + i * k + j + 8 * v, sizeof c);
+                    for (int q = 0; q < QUERIES; ++q) value[q][v] -= c * x[q][i];
+                }
             }
             for (int q = 0; q < QUERIES; ++q) {
-                Ints closer = value[q] < best[q];
-                best[q] = closer ? value[q] : best[q];
-                where[q] = closer ? (Ints{} + (int32_t)j) : where[q];
+                Lanes least = value[q][0];
+                for (int v = 1; v < VECTORS; ++v) least = value[q][v] < least ? value[q][v] : least;
+                if (!any(least < best[q])) continue;
+                for (int v = 0; v < VECTORS; ++v) {
+                    Ints closer = value[q][v] < best[q];
+                    best[q] = closer ? value[q][v] : best[q];
+                    where[q] = closer ? (Ints{} + (int32_t)(j + 8 * v)) : where[q];
+                }
             }
         }
         for (int q = 0; q < QUERIES && begin + q < n; ++q) {
