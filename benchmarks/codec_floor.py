@@ -22,7 +22,7 @@ from common import quiet, save
 import pocketllm
 
 MODEL = "builtin:smollm2-135m"
-SIZES = ((4, 4096), (8, 4096))  # (d, K)
+SIZES = ((4, 4096),)  # (d, K)
 FORMS = {
     "lookup, k-means start": {"decoder": "lookup", "init": "kmeans"},
     "row (published form), k-means start": {"decoder": "row", "init": "kmeans"},

@@ -47,9 +47,6 @@ def run() -> None:
         app(standalone_mode=True)
     except PocketError as error:
         _fail(error, as_json)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def _fail(error: PocketError, as_json: bool) -> None:
@@ -354,9 +351,11 @@ def demo(
         "pocketllm-demo"
     ),
     model: Annotated[str, typer.Option(help="Model to compress.")] = "builtin:smollm2-135m",
-    preset: Annotated[str, typer.Option(help=_PRESETS_HELP)] = DEFAULT_PRESET,
+    preset: Annotated[str | None, typer.Option(help=_PRESETS_HELP)] = None,
+    bpw: Annotated[float | None, typer.Option(help="Stored bits per weight, instead of a preset.")] = None,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The three primary colors are",
-    windows: Annotated[int, typer.Option(min=1, help="Windows of 1024 tokens to measure on.")] = 8,
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window to measure on.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 8,
     threads: Threads = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -367,7 +366,7 @@ def demo(
     show = Output(json, quiet)
     _settle(threads=threads)
     with show.bars() as bars:
-        values = run_demo(model, _config(preset, None), output, prompt, windows, _load, bars.update)
+        values = run_demo(model, _config(preset, bpw), output, prompt, (context, windows), _load, bars.update)
     show.result(values, *_demo_tables(values))
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from pocketllm.config import CompressConfig
 
-_CONTEXT = 1024
-
 
 def demo_text() -> tuple[str, str]:
     """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, else Python's own documentation."""
@@ -30,11 +28,11 @@ def run_demo(
     config: CompressConfig,
     output: Path,
     prompt: str,
-    windows: int,
+    size: tuple[int, int],
     load: Callable[[str, str, str, str, bool], tuple[Any, Any, dict[str, Any]]],
     progress: Callable[[str, float, str], None],
 ) -> dict[str, Any]:
-    """Everything the demo shows, as plain values."""
+    """Everything the demo shows, as plain values. size: (context, windows) to measure on."""
     import pocketllm
     from pocketllm.evaluate.generate import generate
     from pocketllm.evaluate.perplexity import perplexity
@@ -48,14 +46,15 @@ def run_demo(
             model, config, output, progress=lambda event: progress(event.stage, event.share, event.detail)
         )
     name, text = demo_text()
-    values: dict[str, Any] = {"text_name": name, "context": _CONTEXT, "output": str(output)}
+    context, windows = size
+    values: dict[str, Any] = {"text_name": name, "context": context, "output": str(output)}
     for title, which in (("dense", model), ("compressed", str(output))):
         loaded, tokenizer, facts = load(which, "dense", "auto", "cpu", False)
 
         def told(share: float, title: str = title) -> None:
             progress(f"eval {title}", share, "")
 
-        found = perplexity(loaded, tokenizer, text, _CONTEXT, windows, told)
+        found = perplexity(loaded, tokenizer, text, context, windows, told)
         values[title] = {**facts, "perplexity": found.perplexity, "windows": found.windows}
     written = generate(loaded, tokenizer, prompt)
     values["text"] = written.text

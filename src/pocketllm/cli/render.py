@@ -57,8 +57,12 @@ class Output:
             console=self.stderr,
             disable=self.quiet or not self.stderr.is_terminal,
         )
-        with shown:
-            yield Bars(self, shown)
+        try:
+            with shown:
+                yield Bars(self, shown)
+        except KeyboardInterrupt:
+            self.stderr.print("interrupted; a compression goes on where it was when started again")
+            raise SystemExit(130) from None
 
 
 @dataclass

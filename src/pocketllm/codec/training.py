@@ -145,10 +145,10 @@ def _start(
         if config.init == "normal":
             codebook.copy_(cb.normal_codebook(codebook_size, d, generator))
         else:
-            latents = torch.cat(
-                [codecs[key].encoder(block).reshape(-1, d) for key in rows for block in rows[key]]
-            )
-            codebook.copy_(cb.kmeans_codebook(latents, codebook_size, config.kmeans_iterations, seed))
+            # Of the subvectors, not of the latents, which have lost the means of their rows: the networks
+            # begin as the identity, so this is what codewords have to decode to.
+            points = torch.cat([block.reshape(-1, d) for blocks in rows.values() for block in blocks])
+            codebook.copy_(cb.kmeans_codebook(points, codebook_size, config.kmeans_iterations, seed))
     return codecs
 
 

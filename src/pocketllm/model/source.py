@@ -260,4 +260,5 @@ def _meta_model(folder: Path, trust_remote_code: bool) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SourceError(f"{folder}: transformers cannot build this model ({reason})") from error
+        hint = "; pass --trust-remote-code if you trust it" if "custom code" in reason else ""
+        raise SourceError(f"{folder}: transformers cannot build this model ({reason}){hint}") from error

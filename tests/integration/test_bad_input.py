@@ -1,0 +1,185 @@
+"""Bad models: a clear error and nothing half-written; odd but legal weights: coded as well as can be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pocketllm
+from pocketllm.errors import ConfigError, PocketError, SourceError, WeightError
+from tests import tiny
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny.save(tmp_path / "dense")
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Rewrite the weights of a model folder."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def refused(model: Path | str, output: Path, error: type[PocketError], words: str, **changes: Any) -> None:
+    """Both the real and the dry run refuse, and leave nothing."""
+    with pytest.raises(error, match=words):
+        pocketllm.compress(model, tiny.settings(**changes), output)
+    assert not output.exists()
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", tmp_path / "out", SourceError, "no such folder")
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", tmp_path / "out", SourceError, r"no config\.json")
+
+
+def test_a_file_instead_of_a_folder(source: Path, tmp_path: Path) -> None:
+    refused(source / "model.safetensors", tmp_path / "out", SourceError, "a file; wanted a model folder")
+
+
+def test_no_safetensors(source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors").unlink()
+    refused(source, tmp_path / "out", SourceError, r"no \*\.safetensors file")
+
+
+def test_pickles_are_never_loaded(source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors").unlink()
+    (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    refused(source, tmp_path / "out", SourceError, "pickles can run code and are never loaded")
+
+
+def test_damaged_safetensors(source: Path, tmp_path: Path) -> None:
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    refused(source, tmp_path / "out", SourceError, r"model\.safetensors: not a readable safetensors file")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_no_numbers(value: float, source: Path, tmp_path: Path) -> None:
+    change(source, lambda tensors: tensors[UP].__setitem__((3, 4), value))
+    refused(source, tmp_path / "out", WeightError, r"up_proj\.weight in model\.safetensors: 1 of 1872 values")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_unsupported_dtype(dtype: torch.dtype, source: Path, tmp_path: Path) -> None:
+    change(source, lambda tensors: tensors.update({UP: tensors[UP].to(dtype)}))
+    refused(source, tmp_path / "out", WeightError, f"{UP}: stored as (I8|F8_E4M3)")
+
+
+def test_wrong_shape(source: Path, tmp_path: Path) -> None:
+    change(source, lambda tensors: tensors.update({UP: tensors[UP][:-1].clone()}))
+    refused(
+        source, tmp_path / "out", WeightError, r"stored with shape \(51, 36\), the model wants \(52, 36\)"
+    )
+
+
+def test_missing_parameter(source: Path, tmp_path: Path) -> None:
+    change(source, lambda tensors: tensors.pop(UP))
+    refused(source, tmp_path / "out", SourceError, f"no file holds {UP}")
+
+
+def test_missing_shard(source: Path, tmp_path: Path) -> None:
+    index = {"weight_map": {UP: "model-00002-of-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(source, tmp_path / "out", SourceError, r"model-00002-of-00002\.safetensors is named")
+
+
+def test_already_quantized(source: Path, tmp_path: Path) -> None:
+    pocketllm.compress(source, tiny.settings(), tmp_path / "small")
+    refused(tmp_path / "small", tmp_path / "out", SourceError, "already quantized")
+
+
+def test_unknown_architecture(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text('{"model_type": "perceptron", "architectures": ["Perceptron"]}')
+    refused(source, tmp_path / "out", SourceError, "transformers cannot build this model")
+
+
+def test_config_that_is_no_json(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text("{")
+    refused(source, tmp_path / "out", SourceError, "transformers cannot build this model")
+
+
+def test_code_in_the_folder_is_not_run(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    config["model_type"] = "own"
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "own.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
+    refused(source, tmp_path / "out", SourceError, "custom code.*--trust-remote-code")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*arguments: Any, **keywords: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    refused("owner/name", tmp_path / "out", SourceError, "owner/name: .*no route to host")
+
+
+def test_more_codewords_than_subvectors(source: Path, tmp_path: Path) -> None:
+    refused(source, tmp_path / "out", ConfigError, "codebook_size: got 1024, but only", codebook_size=1024)
+
+
+def reloaded(source: Path, tmp_path: Path, name: str, **changes: Any) -> tuple[torch.Tensor, Any]:
+    report = pocketllm.compress(source, tiny.settings(**changes), tmp_path / "out")
+    model, _ = pocketllm.load(tmp_path / "out")
+    return model.get_parameter(name), {m.name: m for m in report.matrices}[name]
+
+
+def test_zero_matrix(source: Path, tmp_path: Path) -> None:
+    change(source, lambda tensors: tensors[UP].zero_())
+    weight, facts = reloaded(source, tmp_path, UP)
+    assert not weight.any() and facts.nmse == 0.0
+
+
+@pytest.mark.parametrize("form", ["row", "lookup"])
+def test_zero_rows_stay_zero(form: str, source: Path, tmp_path: Path) -> None:
+    change(source, lambda tensors: tensors[UP].__setitem__([0, 7], 0))
+    weight, facts = reloaded(source, tmp_path, UP, codec={"decoder": form})
+    assert not weight[[0, 7]].any() and weight[1].any()
+    assert 0 < facts.nmse < 1
+
+
+def test_constant_matrix(source: Path, tmp_path: Path) -> None:
+    change(source, lambda tensors: tensors[UP].fill_(0.25))
+    weight, _ = reloaded(source, tmp_path, UP, codebook_scope="matrix", vector_len=4, codebook_size=4)
+    assert torch.allclose(weight, torch.tensor(0.25), rtol=0.01)
+
+
+def test_matrices_that_coding_would_not_make_smaller_stay_dense(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "dense", intermediate_size=1)
+    report = pocketllm.compress(source, tiny.settings(codebook_size=8), tmp_path / "out")
+    skipped = {entry["name"]: entry["reason"] for entry in report.skipped}
+    assert "smaller" in skipped["model.layers.0.mlp.down_proj.weight"]
+    model, _ = pocketllm.load(tmp_path / "out")
+    original = load_file(source / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, original)
+
+
+def test_one_by_one_matrices(tmp_path: Path) -> None:
+    source = tiny.save(
+        tmp_path / "dense", intermediate_size=1, hidden_size=1, num_attention_heads=1, head_dim=2
+    )
+    refused(source, tmp_path / "out", ConfigError, "codebook_size: got 32, but only 2 subvectors")
+    with pytest.raises(ConfigError, match="too small"):
+        pocketllm.compress(source, tiny.target(4.0), tmp_path / "out")
+
+
+def test_nothing_left_to_compress(source: Path, tmp_path: Path) -> None:
+    refused(source, tmp_path / "out", ConfigError, "leave none", dense_first=1, dense_last=1)

@@ -1,0 +1,257 @@
+"""The command line: exit codes, what goes to stdout and stderr, the keys that others rely on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import pocketllm
+from pocketllm import cli
+from tests import tiny
+
+SETTINGS = ["--vector-len", "5", "--codebook-size", "32", "--codebook-scope", "kind"]
+SETTINGS += ["--epochs", "1", "--threads", "2"]
+SIZES = {
+    "bytes_on_disk",
+    "ratio_files_bf16",
+    "ratio_files_fp32",
+    "ratio_matrices_bf16",
+    "ratio_matrices_fp32",
+    "bpw_blocks",
+    "bpw_all",
+    "matrices",
+    "skipped",
+}
+
+
+class Run:
+    """Runs commands in this process: exit code, stdout, stderr."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", ["pocketllm", *map(str, arguments)])
+        self.capsys.readouterr()
+        try:
+            cli.main()
+            code: Any = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = self.capsys.readouterr()
+        return int(code or 0), out, err
+
+    def json(self, *arguments: str | Path) -> dict[str, Any]:
+        code, out, err = self(*arguments, "--json")
+        assert code == 0, err
+        assert out.count("\n") == 1
+        values: dict[str, Any] = json.loads(out)
+        return values
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    return Run(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("cli") / "dense")
+
+
+@pytest.fixture(scope="module")
+def small(source: Path) -> Path:
+    pocketllm.compress(source, tiny.settings(), source.parent / "small")
+    return source.parent / "small"
+
+
+@pytest.fixture(scope="module")
+def text(source: Path) -> Path:
+    path = source.parent / "text.txt"
+    path.write_text("a text that is long enough for some windows. " * 20, encoding="utf-8")
+    return path
+
+
+def test_compress_and_info(run: Run, source: Path, tmp_path: Path) -> None:
+    report = run.json("compress", source, "-o", tmp_path / "out", *SETTINGS)
+    assert set(report) >= SIZES
+    assert set(report["matrices"][0]) >= {"name", "shape", "bpw", "nmse", "codebook_utilization"}
+    assert all(entry["reason"] for entry in report["skipped"])
+    assert report["bytes_on_disk"] == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
+    assert sum(report["bytes_by_part"].values()) == report["bytes_on_disk"]
+    info = run.json("info", tmp_path / "out")
+    assert all(info[key] == report[key] for key in SIZES)
+
+
+def test_tables_are_printed_on_stdout_and_progress_on_stderr(run: Run, source: Path, tmp_path: Path) -> None:
+    code, out, err = run("compress", source, "-o", tmp_path / "out", *SETTINGS)
+    assert code == 0
+    assert "bytes on disk" in out and "nmse" in out and "indices" in out
+    assert "encode" in err and "fit" in err and "encode" not in out
+    code, out, err = run("compress", source, "-o", tmp_path / "out", *SETTINGS, "--overwrite", "--quiet")
+    assert code == 0 and not err
+
+
+def test_dry_run_writes_nothing_and_is_exact(run: Run, source: Path, tmp_path: Path) -> None:
+    planned = run.json("compress", source, "-o", tmp_path / "out", *SETTINGS, "--dry-run")
+    assert not list(tmp_path.iterdir())
+    assert planned["is_plan"] and planned["matrices"][0]["codebook_utilization"] is None
+    report = run.json("compress", source, "-o", tmp_path / "out", *SETTINGS)
+    assert planned["bytes_on_disk"] == report["bytes_on_disk"]
+    code, out, _ = run("compress", source, "-o", tmp_path / "x", *SETTINGS, "--dry-run")
+    assert code == 0 and "nothing was fitted" in out and "predicted" in out
+
+
+def test_info_shows_and_verifies(run: Run, small: Path, tmp_path: Path) -> None:
+    code, out, _ = run("info", small)
+    assert code == 0 and "all checksums good" in out
+    import shutil
+
+    shutil.copytree(small, tmp_path / "copy")
+    path = tmp_path / "copy" / "tokenizer.json"
+    path.write_text(path.read_text() + " ")
+    code, out, err = run("info", tmp_path / "copy")
+    assert code == 1 and "tokenizer.json" in err and not out
+    assert run("info", tmp_path / "copy", "--no-check")[0] == 0
+
+
+def test_eval(run: Run, small: Path, source: Path, text: Path) -> None:
+    options = ["--ppl", text, "--context", "32", "--windows", "3"]
+    found = run.json("eval", small, *options)
+    assert set(found) >= {"perplexity", "context", "windows", "tokens", "bytes_on_disk", "compressed"}
+    assert (found["context"], found["windows"], found["tokens"]) == (32, 3, 93)
+    assert found["compressed"] and found["perplexity"] > 1
+    assert run.json("eval", small, *options, "--mode", "packed")["perplexity"] == found["perplexity"]
+    dense = run.json("eval", source, *options)
+    assert not dense["compressed"] and dense["perplexity"] != found["perplexity"]
+    code, out, _ = run("eval", small, *options)
+    assert code == 0 and "context 32" in out and "3 windows" in out
+
+
+def test_generate(run: Run, small: Path) -> None:
+    found = run.json("generate", small, "--prompt", "hello", "--max-new-tokens", "5")
+    assert found["text"].startswith("hello") and found["tokens_per_second"] > 0
+    again = run.json("generate", small, "--prompt", "hello", "--max-new-tokens", "5", "--mode", "packed")
+    assert again["text"] == found["text"]
+
+
+def test_export_is_an_ordinary_model(run: Run, small: Path, tmp_path: Path) -> None:
+    found = run.json("export", small, "--to", tmp_path / "dense", "--dtype", "float32")
+    assert found["bytes_on_disk"] == sum(p.stat().st_size for p in (tmp_path / "dense").iterdir())
+    code = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'dense')!r})\n"
+        "assert 'pocketllm' not in sys.modules\n"
+        "print(model(torch.arange(20)[None]).logits.double().sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    expected = model(torch.arange(20)[None]).logits.double().sum().item()
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-6)
+    code_, _, err = run("export", small, "--to", tmp_path / "dense")
+    assert code_ == 1 and "choose another output folder" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["compress", "SOURCE", "-o", "OUT", "--preset", "paper-9x"], 2, "unknown preset"),
+        (["compress", "SOURCE", "-o", "OUT", "--preset", "paper-8x", "--bpw", "3"], 2, "exclude"),
+        (["compress", "SOURCE", "-o", "OUT", "--bpw", "0"], 2, "target_bpw"),
+        (["compress", "SOURCE", "-o", "OUT", "--bpw", "0.01"], 2, "possible are"),
+        (["compress", "SOURCE", "-o", "OUT", "--device", "tpu"], 2, "--device"),
+        (["compress", "SOURCE", "-o", "OUT", "--codebook-size", "8"], 2, "without vector_len"),
+        (["compress", "./nowhere", "-o", "OUT"], 1, "no such folder"),
+        (["compress", "SOURCE"], 2, "Missing option"),
+        (["eval", "SMALL", "--ppl", "TEXT", "--context", "1"], 2, "context"),
+        (["eval", "SMALL", "--ppl", "TEXT", "--windows", "-1"], 2, "--windows"),
+        (["eval", "SMALL", "--ppl", "TEXT", "--windows", "9999", "--context", "32"], 2, "tokens"),
+        (["eval", "SMALL", "--ppl", "nowhere.txt"], 1, "nowhere.txt"),
+        (["eval", "SMALL", "--ppl", "TEXT", "--mode", "fast"], 2, "mode"),
+        (["eval", "SMALL", "--ppl", "TEXT", "--dtype", "int4"], 2, "--dtype"),
+        (["generate", "SMALL", "--prompt", " "], 2, "prompt"),
+        (["generate", "SMALL", "--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens"),
+        (["generate", "SMALL", "--prompt", "x", "--chat"], 2, "chat"),
+        (["info", "SOURCE"], 1, "not a model compressed by pocketllm"),
+        (["info", "nowhere"], 1, "nowhere"),
+        (["export", "SOURCE", "--to", "OUT"], 1, "not a model compressed"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_errors(
+    arguments: list[str],
+    code: int,
+    words: str,
+    run: Run,
+    source: Path,
+    small: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    places = {"SOURCE": source, "SMALL": small, "TEXT": text, "OUT": tmp_path / "out"}
+    found, out, err = run(*(places.get(argument, argument) for argument in arguments))
+    assert found == code, err
+    assert words in err and not out
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_as_json(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("compress", "./nowhere", "-o", tmp_path / "out", "--json")
+    assert code == 1
+    assert json.loads(out)["error"]["type"] == "SourceError"
+    assert "nowhere" in err
+
+
+def test_ctrl_c(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pocketllm.model import compress
+
+    def interrupted(*arguments: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compress, "fit", interrupted)
+    code, out, err = run("compress", source, "-o", tmp_path / "out", *SETTINGS)
+    assert code == 130 and "goes on where it was" in err and not out
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_gpu_is_said(run: Run, source: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    code, _, err = run("compress", source, "-o", tmp_path / "out", "--device", "cuda")
+    assert code == 2 and "no GPU" in err
+
+
+def test_demo(run: Run, source: Path, tmp_path: Path) -> None:
+    options = ["demo", "--model", source, "-o", tmp_path / "demo", "--bpw", "7", "--windows", "2"]
+    options += ["--context", "32", "--prompt", "hello"]
+    values = run.json(*options)
+    assert values["dense"]["perplexity"] > 1 and values["compressed"]["perplexity"] > 1
+    assert values["compressed"]["bytes_on_disk"] < values["dense"]["bytes_on_disk"]
+    assert values["text"].startswith("hello")
+    code, out, _ = run(*options)  # finds what is there
+    assert code == 0 and "perplexity" in out and "> hello" in out
+
+
+@pytest.mark.parametrize("command", ["compress", "info", "eval", "generate", "export", "demo"])
+def test_help_has_an_example(command: str, run: Run) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0 and f"pocketllm {command}" in out and "Example" in out
+
+
+def test_version(run: Run) -> None:
+    code, out, _ = run("--version")
+    assert code == 0 and out.strip() == f"pocketllm-codec {pocketllm.__version__}"
+
+
+def test_help_in_a_process_of_its_own() -> None:
+    code = "from pocketllm.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert "compress" in done.stdout and "export" in done.stdout

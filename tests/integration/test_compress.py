@@ -1,0 +1,293 @@
+"""The pipeline: same bytes every time, resuming after a kill, and an output that is whole or absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pocketllm
+from pocketllm.errors import OutputError, ResumeError
+from pocketllm.model import workspace
+from pocketllm.model.checkpoint import verify
+from pocketllm.model.compress import Event
+from pocketllm.model.source import DenseCheckpoint
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("compress") / "dense")
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path) -> Path:
+    """The output of an unbroken run."""
+    pocketllm.compress(source, tiny.settings(), source.parent / "whole")
+    return source.parent / "whole"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_same_arguments_same_bytes(source: Path, whole: Path, tmp_path: Path) -> None:
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole)
+    verify(tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_another_seed_gives_another_model(source: Path, whole: Path, tmp_path: Path) -> None:
+    pocketllm.compress(source, tiny.settings(seed=1), tmp_path / "out")
+    assert contents(tmp_path / "out")["model.safetensors"] != contents(whole)["model.safetensors"]
+
+
+_KILLED = """
+import os, signal, sys
+import torch; torch.set_num_threads(2)
+import pocketllm
+from tests import tiny
+seen = 0
+def progress(event):
+    global seen
+    if event.stage == sys.argv[3]:
+        seen += 1
+        if seen == int(sys.argv[4]):
+            os.kill(os.getpid(), signal.SIGKILL)
+pocketllm.compress(sys.argv[1], tiny.settings(), sys.argv[2], progress=progress)
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"), [("fit", 1), ("fit", 3), ("encode", 2), ("encode", 9), ("write", 1)]
+)
+def test_killed_and_started_again(stage: str, number: int, source: Path, whole: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _KILLED, str(source), str(tmp_path / "out"), stage, str(number)]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out").exists()
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_at(stage: str, error: BaseException) -> Callable[[Event], None]:
+    def progress(event: Event) -> None:
+        if event.stage == stage and event.share > 0:
+            raise error
+
+    return progress
+
+
+def test_other_arguments_on_a_half_done_output(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        pocketllm.compress(
+            source, tiny.settings(), tmp_path / "out", progress=stop_at("encode", StoppedError())
+        )
+    before = contents(tmp_path / "out.partial")
+    other = tiny.settings(seed=3, codebook_size=64)
+    with pytest.raises(ResumeError, match=r"codebook_size: 32 then, 64 now; seed: 0 then, 3 now"):
+        pocketllm.compress(source, other, tmp_path / "out")
+    assert contents(tmp_path / "out.partial") == before
+
+
+def test_other_weights_under_the_same_name(source: Path, tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "dense")
+    with pytest.raises(StoppedError):
+        pocketllm.compress(
+            folder, tiny.settings(), tmp_path / "out", progress=stop_at("encode", StoppedError())
+        )
+    model = tiny.model()
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    model.save_pretrained(folder)
+    with pytest.raises(ResumeError, match="weights"):
+        pocketllm.compress(folder, tiny.settings(), tmp_path / "out")
+
+
+def test_interrupted_by_the_user(source: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pocketllm.compress(
+            source, tiny.settings(), tmp_path / "out", progress=stop_at("encode", KeyboardInterrupt())
+        )
+    assert not (tmp_path / "out").exists()
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("SafetensorError: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_full_disk(
+    error: Exception, source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = workspace.save_file, []
+
+    def full(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise error
+        original(*arguments)
+
+    monkeypatch.setattr(workspace, "save_file", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_an_error_that_is_not_a_full_disk_is_not_hidden(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(workspace, "save_file", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.EACCES, "no permission"), (errno.EIO, "cannot be written")]
+)
+def test_other_refusals_of_the_system(
+    code: int, words: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(workspace, "save_file", refused)
+    with pytest.raises(OutputError, match=words):
+        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+
+
+def test_outputs_that_are_not_ours(source: Path, whole: Path, tmp_path: Path) -> None:
+    config = tiny.settings()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="is a file"):
+        pocketllm.compress(source, config, tmp_path / "file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="not a compressed model"):
+            pocketllm.compress(source, config, tmp_path / "folder", overwrite=overwrite)
+    with pytest.raises(OutputError, match="pass --overwrite"):
+        pocketllm.compress(source, config, whole)
+    with pytest.raises(OutputError, match="not a compressed model"):
+        pocketllm.compress(source, config, source, overwrite=True)
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match="not ours"):
+        pocketllm.compress(source, config, tmp_path / "other")
+    assert (tmp_path / "folder" / "thesis.tex").read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_write_permission(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace.os, "access", lambda path, mode: False)
+    with pytest.raises(OutputError, match="no permission"):
+        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+
+
+def test_overwrite_replaces_an_earlier_model(source: Path, tmp_path: Path) -> None:
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    first = contents(tmp_path / "out")
+    pocketllm.compress(source, tiny.settings(seed=5), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") != first
+    verify(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_output_folder_is_taken(source: Path, whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+@pytest.mark.parametrize("scope", ["matrix", "kind", "model"])
+def test_scopes(scope: str, source: Path, tmp_path: Path) -> None:
+    config = tiny.settings(codebook_scope=scope, decoder_scope="matrix")
+    planned = pocketllm.dry_run(source, config)
+    report = pocketllm.compress(source, config, tmp_path / "out")
+    assert report.bytes_on_disk == planned.bytes_on_disk
+    assert len(report.fits) == {"matrix": 15, "kind": 8, "model": 1}[scope]
+    model, _ = pocketllm.load(tmp_path / "out", mode="packed")
+    assert len(model.pocketllm.decoders) == 15
+
+
+def test_a_bit_budget_is_met_from_below_and_the_dry_run_is_exact(source: Path, tmp_path: Path) -> None:
+    planned = pocketllm.dry_run(source, tiny.target(7.0))
+    report = pocketllm.compress(source, tiny.target(7.0), tmp_path / "out")
+    assert planned.is_plan and not report.is_plan
+    assert report.bytes_on_disk == planned.bytes_on_disk
+    assert 6.0 < report.bpw_matrices <= 7.0
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most weights read and still alive at once, in a model of 2 and one of 8 blocks."""
+    import weakref
+
+    original, alive, peak = DenseCheckpoint.read, [0], [0]
+
+    def read(self: DenseCheckpoint, name: str) -> torch.Tensor:
+        tensor = original(self, name)
+        alive[0] += tensor.numel()
+        peak[0] = max(peak[0], alive[0])
+        weakref.finalize(tensor, lambda count: alive.__setitem__(0, alive[0] - count), tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(DenseCheckpoint, "read", read)
+    peaks = []
+    for blocks in (2, 8):
+        peak[0] = 0
+        folder = tiny.save(tmp_path / f"dense{blocks}", num_hidden_layers=blocks)
+        pocketllm.compress(folder, tiny.settings(), tmp_path / f"out{blocks}")
+        peaks.append(peak[0])
+    assert peaks[0] == peaks[1]
+
+
+def test_progress_tells_every_stage_and_ends_whole(source: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out", progress=events.append)
+    assert {event.stage for event in events} >= {"fit", "encode", "write"}
+    assert all(0 <= event.share <= 1 for event in events)
+    assert events[-1].stage == "write" and events[-1].share == 1.0
+
+
+def test_utilization_is_complete(source: Path, tmp_path: Path) -> None:
+    report = pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    assert min(m.codebook_utilization for m in report.matrices) >= 0.99
+
+
+def test_the_report_is_what_info_reads(source: Path, whole: Path, tmp_path: Path) -> None:
+    import json
+
+    from pocketllm.model.checkpoint import read_report
+    from pocketllm.model.report import Report
+
+    report = pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    read = Report.from_dict(read_report(tmp_path / "out"))
+    written = json.loads(json.dumps(dataclasses.replace(report, seconds=0.0).to_dict()))
+    assert json.loads(json.dumps(read.to_dict())) == written
