@@ -52,8 +52,7 @@ def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> Hessia
     mean = float(hessian.diagonal().mean())
     if not mean > 0:
         hessian, mean = torch.eye(columns, dtype=torch.float64, device=hessian.device), 1.0
-    hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
-    hessian.diagonal()[columns:] = mean
+    hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))  # errors there cost nothing
     while True:
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean)
@@ -101,6 +100,7 @@ _Scored = tuple[Tensor, Tensor, Tensor]  # indices [rows, n], row_scale [rows], 
 def _scored(weight: Tensor, factor: HessianFactor, table: Tensor, indices: Tensor) -> _Scored:
     """Closed-form row scale s = w H q / q H q and the loss (w - s q) H (w - s q)."""
     unit = table[indices].reshape(weight.shape)
+    unit[:, factor.columns :] = 0  # what decodes into the padding is dropped
     projected = unit @ factor.hessian
     energy = (projected * unit).sum(dim=1)
     cross = (projected * weight).sum(dim=1)

@@ -1,0 +1,140 @@
+"""Training never ends worse than it began, for every form, and is deterministic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pocketllm.codec.codebook import kmeans_codebook, nearest
+from pocketllm.codec.matrix_codec import MatrixCodec
+from pocketllm.codec.normalization import TypicalRow, divide_rows, reshaped_layer_norm, row_rms
+from pocketllm.codec.subvectors import cut, join
+from pocketllm.codec.training import fit
+from pocketllm.config import CodecConfig
+
+QUICK: dict[str, Any] = {"epochs": 2, "kmeans_iterations": 5, "batch_size": 1024}
+
+
+def sample(rows: int = 96, columns: int = 64) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
+
+
+@pytest.mark.parametrize("decoder", ["row", "lookup"])
+@pytest.mark.parametrize("norm", ["rln", "ln", "none"])
+@pytest.mark.parametrize("loss", ["mse", "rmse"])
+def test_training_never_makes_it_worse(decoder: str, norm: str, loss: str) -> None:
+    config = CodecConfig(decoder=decoder, norm=norm, loss=loss, commitment_weight=0.25, **QUICK)
+    result = fit({"a": [sample()], "b": [sample(32, 40), sample(16, 20)]}, config, 64, seed=0)
+    assert all(result.final_nmse[key] <= result.start_nmse[key] < 1 for key in ("a", "b"))
+    assert result.utilization == 1.0
+    assert len(result.curve) == 2 and all(math.isfinite(value) for value in result.curve)
+    assert result.codecs["a"].codebook is result.codecs["b"].codebook
+
+
+def test_training_improves_on_k_means() -> None:
+    result = fit({"a": [sample(256)]}, CodecConfig(**{**QUICK, "epochs": 6}), 64, seed=0)
+    assert result.final_nmse["a"] < 0.9999 * result.start_nmse["a"]
+
+
+@pytest.mark.parametrize("decoder", ["row", "lookup"])
+def test_at_most_k_means_error(decoder: str) -> None:
+    """At equal K and d, on row-scaled subvectors, against faiss's k-means of the same rounds."""
+    weight = sample(256, 64)
+    unit = divide_rows(weight, row_rms(weight))
+    points = cut(unit, 4).reshape(-1, 4)
+    table = kmeans_codebook(points, 128, 10, seed=3)
+    floor = float((table[nearest(points, table)] - points).square().sum() / points.square().sum())
+    config = CodecConfig(decoder=decoder, **{**QUICK, "kmeans_iterations": 10})
+    codec = fit({"a": [weight]}, config, 128, seed=3).codecs["a"]
+    decoded = divide_rows(codec.decode(codec.encode(weight)), row_rms(weight))
+    assert float((decoded - unit).square().sum() / unit.square().sum()) <= floor
+
+
+def test_the_published_start_trains() -> None:
+    config = CodecConfig(decoder="row", init="normal", **{**QUICK, "epochs": 10, "learning_rate": 1.6e-2})
+    result = fit({"a": [sample(256)]}, config, 64, seed=0)
+    assert result.final_nmse["a"] < 0.7 * result.start_nmse["a"]
+
+
+@pytest.mark.parametrize("init", ["kmeans", "normal"])
+def test_same_seed_same_codec(init: str) -> None:
+    config = CodecConfig(init=init, **QUICK)
+    states = [fit({"a": [sample()]}, config, 32, seed).codecs["a"].state_dict() for seed in (5, 5, 6)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not all(torch.equal(states[0][key], states[2][key]) for key in states[0])
+
+
+def test_dead_codewords_are_revived() -> None:
+    """Random codewords far from random latents: most are dead at first."""
+    config = CodecConfig(init="normal", **{**QUICK, "epochs": 8})
+    result = fit({"a": [sample(256)]}, config, 256, seed=0)
+    assert result.revived > 0
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_constant_sample(value: float) -> None:
+    weight = torch.full((8, 32), value)
+    codec = fit({"a": [weight]}, CodecConfig(**QUICK), 4, seed=0).codecs["a"]
+    assert torch.allclose(codec.decode(codec.encode(weight)), weight, rtol=0.01)
+
+
+def test_as_many_codewords_as_subvectors() -> None:
+    result = fit({"a": [sample(4, 16)]}, CodecConfig(**QUICK), 16, seed=0)
+    assert result.final_nmse["a"] < 1e-6
+
+
+def codec(**changes: Any) -> MatrixCodec:
+    config = CodecConfig(**changes)
+    made = MatrixCodec(config, nn.Parameter(torch.randn(16, config.vector_len)))
+    for net in (made.encoder, made.decoder):
+        net.reset("random", torch.Generator().manual_seed(0))
+    return made
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4, 30])
+@pytest.mark.parametrize("row_scale", [True, False])
+def test_look_up_decoding_is_a_table(columns: int, row_scale: bool) -> None:
+    made = codec(row_scale=row_scale)
+    weight = sample(7, columns)
+    encoded = made.encode(weight)
+    assert encoded.indices.shape == (7, -(-columns // 4)) and encoded.row_scale.dtype == torch.bfloat16
+    table = made.decoded_codebook()
+    expected = join(table[encoded.indices], columns) * encoded.row_scale.float()[:, None]
+    assert torch.equal(made.decode(encoded), expected)
+    if not row_scale:
+        assert torch.equal(encoded.row_scale, torch.ones(7, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("decoder", ["row", "lookup"])
+def test_large_matrices_are_coded_in_chunks(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pocketllm.codec import matrix_codec
+
+    made = codec(decoder=decoder, norm="ln")
+    weight = sample(20, 12)
+    whole = made.encode(weight)
+    monkeypatch.setattr(matrix_codec, "_CHUNK_WEIGHTS", 36)
+    parts = made.encode(weight)
+    assert torch.equal(whole.indices, parts.indices) and torch.equal(whole.row_scale, parts.row_scale)
+    assert torch.allclose(made.decode(parts), made.decode(whole), atol=1e-6)
+
+
+def test_row_form_chooses_the_better_of_two() -> None:
+    """No row is coded worse than by nearest latents alone."""
+    made = codec(decoder="row")
+    unit = cut(divide_rows(sample(), row_rms(sample())), 4)
+    by_latent = nearest(made.encoder(unit).reshape(-1, 4), made.codebook).reshape(unit.shape[:2])
+    chosen = made.choose(unit)
+    errors = [(made.decode_unit(i, None) - unit).square().sum(dim=(1, 2)) for i in (by_latent, chosen)]
+    assert (errors[1] <= errors[0]).all() and (errors[1] < errors[0]).any()
+
+
+def test_a_typical_row_normalizes_as_rln_where_rows_are_alike() -> None:
+    rows = torch.randn(1, 500, 4)
+    typical = TypicalRow()
+    assert torch.equal(typical.record(rows), reshaped_layer_norm(rows))
+    assert torch.allclose(typical.replay(rows), reshaped_layer_norm(rows), atol=1e-6)

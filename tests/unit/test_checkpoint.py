@@ -1,0 +1,180 @@
+"""Files: what is written is what safetensors reads, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pocketllm
+from pocketllm.errors import FormatError
+from pocketllm.model import checkpoint as ckpt
+from tests import tiny
+
+TENSORS = {
+    "a": torch.randn(3, 5),
+    "b": torch.randn(7).bfloat16(),
+    "c": torch.randint(0, 256, (11,), dtype=torch.uint8),
+    "d": torch.randn(2, 2, 2).half(),
+    "e": torch.randn(1).double(),
+}
+SIZES = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()}
+
+
+@pytest.mark.parametrize("limit", [10**9, 64, 1])
+def test_writing(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ckpt, "SHARD_BYTES", limit)
+    ckpt.write_safetensors(tmp_path, SIZES, iter(TENSORS.values()))
+    assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == ckpt.safetensors_bytes(SIZES)
+    read = {}
+    for file in tmp_path.glob("*.safetensors"):
+        read.update(load_file(file))
+    assert read.keys() == TENSORS.keys()
+    assert all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.is_file() == (limit < 10**9)
+    if index.is_file():
+        placed = json.loads(index.read_text())["weight_map"]
+        assert all(name in load_file(tmp_path / file) for name, file in placed.items())
+
+
+def test_checksum_is_zlib_s() -> None:
+    import zlib
+
+    assert (
+        ckpt.checksum(TENSORS["c"], TENSORS["b"])
+        == f"{zlib.crc32(ckpt.tensor_bytes(TENSORS['b']), zlib.crc32(bytes(TENSORS['c'].tolist()))):08x}"
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    pocketllm.compress(tiny.save(folder / "dense"), tiny.settings(), folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def test_a_whole_model_passes(whole: Path) -> None:
+    layout = ckpt.verify(whole)
+    assert ckpt.Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+LAYOUT_DAMAGE = {
+    "format_version is 99": lambda q: q.update(format_version=99),
+    "unknown key 'rotation'": lambda q: q.update(rotation=1),
+    "malformed": lambda q: q.pop("codebooks"),
+    "malformed.*twist": lambda q: q["decoders"][0].update(twist=1),
+    "malformed.*norm": lambda q: q["decoders"][0].update(norm="batch"),
+    "malformed.*unpack": lambda q: q["matrices"].update(x=[1]),
+    "does not exist": lambda q: q["matrices"]["model.embed_tokens.weight"].__setitem__(2, 77),
+    "not compressed by pocketllm": lambda q: q.update(quant_method="gptq"),
+}
+
+
+@pytest.mark.parametrize("words", LAYOUT_DAMAGE)
+def test_damaged_layout(words: str, copy: Path) -> None:
+    edit(copy / "config.json", lambda config: LAYOUT_DAMAGE[words](config["quantization_config"]))
+    for read in (ckpt.read_layout, ckpt.verify, pocketllm.load):
+        with pytest.raises(FormatError, match=words) as caught:
+            read(copy)
+        assert "config.json" in str(caught.value)
+
+
+def test_config_missing_or_no_json(copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    with pytest.raises(FormatError, match=r"config\.json: damaged"):
+        ckpt.read_layout(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(FormatError, match=r"no config\.json"):
+        ckpt.read_layout(copy)
+
+
+def test_report_missing_damaged_or_newer(copy: Path) -> None:
+    report = copy / ckpt.REPORT_NAME
+    edit(report, lambda value: value.update(format_version=2))
+    with pytest.raises(FormatError, match="format_version is 2"):
+        ckpt.read_report(copy)
+    report.write_text("[]")
+    with pytest.raises(FormatError, match="damaged"):
+        ckpt.read_report(copy)
+    report.unlink()
+    with pytest.raises(FormatError, match="not a model compressed by pocketllm"):
+        ckpt.read_report(copy)
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def position(path: Path, name: str) -> int:
+    """Where a tensor's data begins in a safetensors file."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    start: int = header[name]["data_offsets"][0]
+    return 8 + length + start
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        ("model.layers.1.mlp.up_proj.weight.indices", r"layers\.1\.mlp\.up_proj\.weight: altered"),
+        ("model.layers.0.mlp.up_proj.weight.row_scale", r"layers\.0\.mlp\.up_proj\.weight: altered"),
+        ("pocketllm.codebooks.2.weight", r"model\.safetensors: altered"),
+        ("pocketllm.decoders.1.up", r"model\.safetensors: altered"),
+        ("model.norm.weight", r"model\.safetensors: altered"),
+    ],
+)
+def test_one_flipped_bit(tensor: str, words: str, copy: Path) -> None:
+    path = copy / "model.safetensors"
+    flip(path, position(path, tensor) + 1)
+    with pytest.raises(FormatError, match=words):
+        pocketllm.load(copy)
+
+
+def test_flipped_bit_in_the_tokenizer(copy: Path) -> None:
+    flip(copy / "tokenizer.json", 100)
+    with pytest.raises(FormatError, match=r"tokenizer\.json: altered"):
+        pocketllm.load(copy)
+
+
+def test_truncated_file(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(FormatError, match=r"model\.safetensors: .*truncated"):
+        pocketllm.load(copy)
+
+
+def test_missing_files(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(FormatError, match=r"tokenizer\.json: missing"):
+        ckpt.verify(copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(FormatError, match="safetensors"):
+        ckpt.verify(copy)
+
+
+def test_json_is_renamed_when_whole(tmp_path: Path) -> None:
+    ckpt.write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        ckpt.write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}

@@ -1,0 +1,88 @@
+"""Settings are checked when they are made, and survive JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import pocketllm
+from pocketllm import CodecConfig, CompressConfig
+from pocketllm.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"norm": "batch"}, "norm: got 'batch', wanted one of rln, ln, none"),
+        ({"decoder": "big"}, "decoder"),
+        ({"init": "zeros"}, "init"),
+        ({"loss": "l1"}, "loss"),
+        ({"vector_len": 0}, "vector_len"),
+        ({"hidden": 0}, "hidden"),
+        ({"depth": 0}, "depth"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"epochs": -1}, "epochs"),
+        ({"vq_weight": -0.1}, "vq_weight"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"vector_len": 9, "hidden": 16}, "hidden: got 16, wanted at least 18"),
+    ],
+)
+def test_codec_settings_are_checked(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        CodecConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"codebook_scope": "layer"}, "codebook_scope"),
+        ({"decoder_scope": "auto"}, "decoder_scope"),
+        ({"dense_first": -1}, "dense_first"),
+        ({"seed": -1}, "seed"),
+        ({"max_index_bits": 0}, "max_index_bits"),
+        ({"max_index_bits": 21}, "max_index_bits"),
+        ({"vector_len": 65}, "vector_len"),
+        ({"vector_len": 4, "codebook_size": 1}, "codebook_size"),
+        ({"codebook_size": 16}, "without vector_len"),
+        ({"target_bpw": None}, "neither target_bpw nor codebook_size"),
+        ({"target_bpw": 0.0}, "target_bpw"),
+        ({"target_bpw": 17.0}, "target_bpw"),
+        ({"target_bpw": float("nan")}, "target_bpw"),
+    ],
+)
+def test_settings_are_checked(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        CompressConfig(**values)
+
+
+@pytest.mark.parametrize("name", pocketllm.PRESETS)
+def test_presets_survive_json(name: str) -> None:
+    config = pocketllm.preset(name)
+    assert CompressConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_presets_are_at_the_paper_s_sizes() -> None:
+    sizes = {"paper-8x": 3.98, "paper-10x": 2.98, "paper-16x": 2.02, "paper-20x": 1.6}
+    for name, bpw in sizes.items():
+        config = pocketllm.preset(name)
+        assert config.target_bpw == bpw
+        assert (config.dense_first, config.dense_last) == (3, 2)
+        assert (config.codec.decoder, config.codec.norm) == ("row", "rln")
+        assert (config.codec.hidden, config.codec.depth, config.codec.vq_weight) == (16, 3, 0.5)
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ConfigError, match="unknown preset 'big'"):
+        pocketllm.preset("big")
+    with pytest.raises(ConfigError, match="unknown setting 'colour'"):
+        CompressConfig.from_dict({**CompressConfig().to_dict(), "colour": 1})
+    with pytest.raises(AttributeError, match="no attribute 'colour'"):
+        _ = pocketllm.colour  # type: ignore[attr-defined]
+
+
+def test_hidden_grows_with_vector_len() -> None:
+    assert CompressConfig().codec_for(16).hidden == 32
+    assert CompressConfig().codec_for(2).hidden == 16

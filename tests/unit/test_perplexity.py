@@ -1,0 +1,106 @@
+"""Perplexity equals its definition; bad texts and windows are refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pocketllm.errors import ConfigError, SourceError
+from pocketllm.evaluate import generate as generation
+from pocketllm.evaluate.perplexity import perplexity, read_text, token_windows
+from tests import tiny
+
+TEXT = "Some text, long enough to fill a few windows of tokens; and then some more of it. " * 3
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny.tokenizer()
+
+
+@pytest.mark.parametrize("windows", [None, 1, 3])
+def test_definition(windows: int | None, model: Any, tokenizer: Any) -> None:
+    found = perplexity(model, tokenizer, TEXT, 20, windows)
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    count = windows or len(ids) // 20
+    total = 0.0
+    for window in range(count):
+        part = torch.tensor(ids[window * 20 : (window + 1) * 20])
+        with torch.inference_mode():
+            p = model(part[None]).logits[0].double().softmax(-1)
+        total -= sum(math.log(float(p[i, part[i + 1]])) for i in range(19))
+    assert found.perplexity == pytest.approx(math.exp(total / (19 * count)), rel=1e-6)
+    assert (found.context, found.windows, found.tokens) == (20, count, 19 * count)
+
+
+def test_progress_ends_at_one(model: Any, tokenizer: Any) -> None:
+    shares: list[float] = []
+    perplexity(model, tokenizer, TEXT, 20, 4, shares.append)
+    assert shares == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(("context", "windows"), [(1, None), (20, 0), (20, 10_000), (10_000, None)])
+def test_impossible_windows(context: int, windows: int | None, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"context|windows"):
+        token_windows(tokenizer, TEXT, context, windows)
+
+
+def test_context_beyond_the_model(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="the model has 64 positions"):
+        perplexity(tiny.model("gpt2"), tokenizer, TEXT, 65)
+
+
+def test_texts(tmp_path: Path) -> None:
+    good = tmp_path / "good.txt"
+    good.write_text("gr\u00fc\u00dfe\n", encoding="utf-8")
+    assert read_text(good) == "gr\u00fc\u00dfe\n"
+    with pytest.raises(SourceError, match="no such file"):
+        read_text(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match="a folder"):
+        read_text(tmp_path)
+    (tmp_path / "latin").write_bytes("gr\u00fc\u00dfe".encode("latin-1"))
+    with pytest.raises(SourceError, match=r"not UTF-8 \(byte 2\)"):
+        read_text(tmp_path / "latin")
+    (tmp_path / "empty").write_text(" \n")
+    with pytest.raises(SourceError, match="holds no text"):
+        read_text(tmp_path / "empty")
+
+
+def test_unreadable_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(SourceError, match="Permission denied"):
+        read_text(tmp_path / "secret")
+
+
+def test_generation(model: Any, tokenizer: Any) -> None:
+    first = generation.generate(model, tokenizer, "hello", 6)
+    assert first.text.startswith("hello") and 1 <= first.tokens <= 6 and first.tokens_per_second > 0
+    assert generation.generate(model, tokenizer, "hello", 6).text == first.text
+    sampled = [generation.generate(model, tokenizer, "hello", 6, 1.0, seed).text for seed in (0, 0, 1, 2)]
+    assert sampled[0] == sampled[1] and len(set(sampled)) > 1
+
+
+def test_generation_with_a_chat_template(model: Any) -> None:
+    tokenizer = tiny.tokenizer()
+    with pytest.raises(ConfigError, match="no chat template"):
+        generation.generate(model, tokenizer, "hello", chat=True)
+    tokenizer.chat_template = "user: {{ messages[0]['content'] }} reply:"
+    assert generation.generate(model, tokenizer, "hello", 2, chat=True).text.startswith("user: hello reply:")
+
+
+@pytest.mark.parametrize(("prompt", "tokens", "temperature"), [(" ", 1, 0.0), ("x", 0, 0.0), ("x", 1, -1.0)])
+def test_bad_generation(prompt: str, tokens: int, temperature: float, model: Any, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError):
+        generation.generate(model, tokenizer, prompt, tokens, temperature)
