@@ -1,0 +1,38 @@
+"""On a GPU: the same plan and sizes, indices up to rounding, and equal logits of both modes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import pocketllm
+from pocketllm.codec.codebook import nearest, nearest_torch
+from tests import tiny
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+def test_nearest_codeword() -> None:
+    points, codebook = torch.randn(5000, 8), torch.randn(4096, 8)
+    found = nearest(points.cuda(), codebook.cuda()).cpu()
+    assert (found == nearest_torch(points, codebook)).float().mean() > 0.999
+
+
+def test_compress_and_load(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "dense")
+    reports = [
+        pocketllm.compress(source, tiny.settings(), tmp_path / device, device=device)
+        for device in ("cpu", "cuda")
+    ]
+    assert reports[0].bytes_on_disk == reports[1].bytes_on_disk
+    for one, other in zip(reports[0].matrices, reports[1].matrices, strict=True):
+        assert one.nmse == pytest.approx(other.nmse, rel=0.1)
+    tokens = torch.arange(3, 40)[None].cuda()
+    logits = []
+    for mode in ("dense", "packed"):
+        model, _ = pocketllm.load(tmp_path / "cuda", mode=mode, device_map="cuda", dtype=torch.float32)
+        with torch.inference_mode():
+            logits.append(model(tokens).logits)
+    assert torch.allclose(logits[0], logits[1], atol=1e-5)
