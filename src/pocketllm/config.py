@@ -85,6 +85,30 @@ class CodecConfig:
 
 
 @dataclass(frozen=True)
+class CalibrationConfig:
+    """How indices are chosen for what layers do to their inputs.
+
+    tokens, context: of the calibration text, and per window. damping: share of the mean diagonal added to
+    each Hessian. passes: of coordinate descent after error feedback. rotate: rotate both sides of matrices.
+    texts: files or folders; none takes the text that comes with Python.
+    """
+
+    tokens: int = 32768
+    context: int = 512
+    damping: float = 0.01
+    passes: int = 2
+    rotate: bool = True
+    texts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _at_least("calibration tokens", self.tokens, self.context)
+        _at_least("calibration context", self.context, 2)
+        _at_least("passes", self.passes, 0)
+        if not self.damping > 0:
+            raise ConfigError(f"damping: got {self.damping}, wanted more than 0")
+
+
+@dataclass(frozen=True)
 class CompressConfig:
     """What `pocketllm.compress` does with a model.
 
@@ -98,6 +122,7 @@ class CompressConfig:
     keep_embeddings: leave embedding and head dense.
     embedding_extra_bits: bits per weight by which embedding and head are coded finer than the blocks.
     max_index_bits: bound on log2 K, for the sake of time.
+    calibration: how to calibrate; None codes for the error of the weights alone.
     seed: of every random choice.
     """
 
@@ -112,6 +137,7 @@ class CompressConfig:
     keep_embeddings: bool = False
     embedding_extra_bits: float = 0.5
     max_index_bits: int = 13
+    calibration: CalibrationConfig | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -132,6 +158,8 @@ class CompressConfig:
             raise ConfigError("neither target_bpw nor codebook_size is set; set one")
         elif not 0 < self.target_bpw <= 16:
             raise ConfigError(f"target_bpw: got {self.target_bpw}, wanted more than 0 and at most 16")
+        if self.calibration is not None and (self.codec.decoder != "lookup" or not self.codec.row_scale):
+            raise ConfigError("calibration needs decoder='lookup' and row_scale=True")
 
     def codec_for(self, vector_len: int) -> CodecConfig:
         """The codec settings at another vector_len; `hidden` grows where the identity start needs it."""
@@ -153,7 +181,11 @@ class CompressConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        return cls(**{**values, "codec": CodecConfig(**values["codec"])})
+        calibration = values.get("calibration")
+        if calibration is not None:
+            texts = tuple(calibration["texts"])
+            calibration = CalibrationConfig(**{**calibration, "texts": texts})
+        return cls(**{**values, "codec": CodecConfig(**values["codec"]), "calibration": calibration})
 
 
 @dataclass(frozen=True)

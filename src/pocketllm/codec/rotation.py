@@ -77,3 +77,22 @@ def unrotate(x: Tensor, seed: int) -> Tensor:
 def rotate_hessian(hessian: Tensor, seed: int) -> Tensor:
     """H [n, n] of inputs x -> R H R^T of the rotated inputs R x."""
     return rotate(rotate(hessian, seed).T, seed).T
+
+
+Seeds = tuple[int | None, int | None]
+"""Of the rotation of a matrix's columns (length `rows`) and of its rows; None leaves that side alone."""
+
+
+def rotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
+    """W [rows, columns] -> R1 W R2^T float32."""
+    weight = weight.float()
+    if seeds[0] is not None:
+        weight = rotate(weight.T, seeds[0]).T
+    return weight if seeds[1] is None else rotate(weight, seeds[1])
+
+
+def unrotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
+    """Inverse of `rotate_matrix`."""
+    if seeds[1] is not None:
+        weight = unrotate(weight, seeds[1])
+    return weight if seeds[0] is None else unrotate(weight.T, seeds[0]).T

@@ -41,13 +41,15 @@ class MatrixEntry:
     """How one parameter is stored.
 
     shape: as the model holds it. transposed: stored rows are the parameter's columns (Conv1D).
-    codebook, decoder: numbers in the store. crc32: of indices then row_scale, 8 hex digits.
+    codebook, decoder: numbers in the store. rotation: seeds of the rotations of its columns (each `rows`
+    long) and of its rows, None where that side is not rotated. crc32: of indices then row_scale, in hex.
     """
 
     shape: tuple[int, ...]
     transposed: bool
     codebook: int
     decoder: int
+    rotation: tuple[int | None, int | None]
     crc32: str
 
     @property
@@ -96,7 +98,7 @@ class Layout:
         return {
             "format_version": FORMAT_VERSION,
             "matrices": {
-                name: [list(e.shape), e.transposed, e.codebook, e.decoder, e.crc32]
+                name: [list(e.shape), e.transposed, e.codebook, e.decoder, list(e.rotation), e.crc32]
                 for name, e in self.matrices.items()
             },
             "codebooks": [[e.size, e.vector_len, e.crc32] for e in self.codebooks],
@@ -133,8 +135,11 @@ class Layout:
             raise FormatError(f"{where}: unknown key {unknown[0]!r} in quantization_config")
         try:
             matrices = {}
-            for name, (shape, transposed, codebook, decoder, crc32) in values["matrices"].items():
-                matrices[name] = MatrixEntry(tuple(shape), bool(transposed), codebook, decoder, crc32)
+            for name, (shape, transposed, codebook, decoder, rotation, crc32) in values["matrices"].items():
+                rotate_columns, rotate_rows = rotation
+                matrices[name] = MatrixEntry(
+                    tuple(shape), bool(transposed), codebook, decoder, (rotate_columns, rotate_rows), crc32
+                )
             codebooks = tuple(CodebookEntry(*entry) for entry in values["codebooks"])
             decoders = tuple(_decoder_entry(entry) for entry in values["decoders"])
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:

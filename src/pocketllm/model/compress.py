@@ -19,16 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec.matrix_codec import MatrixCodec
-from pocketllm.codec.packing import index_width, pack
+from pocketllm.codec.rotation import rotate_matrix
 from pocketllm.codec.training import fit
 from pocketllm.config import CompressConfig
-from pocketllm.errors import OutputError
+from pocketllm.errors import OutputError, SourceError
+from pocketllm.model.calibration import calibration_windows, default_text, read_calibration
+from pocketllm.model.encode import Encoder, encode_calibrated
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix, Plan, make_plan
 from pocketllm.model.report import Report
 from pocketllm.model.source import DenseCheckpoint, open_dense, resolve
 from pocketllm.model.workspace import Workspace, check_output, output_error
-from pocketllm.model.write import Checkpoint, codebook_unit, dry_report, matrix_unit
+from pocketllm.model.write import Checkpoint, codebook_unit, dry_report
+
+_SAMPLED = 4  # rotated matrices of a kind that its codec is fitted to
 
 
 @dataclass(frozen=True)
@@ -100,25 +104,57 @@ def dry_run(model: str | Path, config: CompressConfig, trust_remote_code: bool =
     return dry_report(Checkpoint(source, make_plan(source, config), str(model)))
 
 
-def _tell_fit(progress: ProgressCallback, title: str, share: float) -> None:
-    progress(Event("fit", share, title))
-
-
 def _fit_and_encode(
     work: Workspace, source: DenseCheckpoint, plan: Plan, device: str, progress: ProgressCallback
 ) -> None:
-    """Every codebook group in turn."""
+    """Fit every codebook group and code its matrices; with calibration, code when all are fitted."""
+    codecs: dict[str, MatrixCodec] = {}
+    encoder = Encoder(work, source, plan, lambda matrix: codecs[plan.decoder_key(matrix)], device)
+    windows = _calibration_windows(source, plan.config)
     done = 0
     for number, (key, group) in enumerate(plan.groups().items()):
         told = partial(
-            _tell_fit, progress, f"codebook {number + 1} of {len(plan.groups())} ({key.split('|')[0]})"
+            _tell, progress, "fit", f"codebook {number + 1} of {len(plan.groups())} ({key.split('|')[0]})"
         )
-        codecs = _fitted(work, source, plan, number, device, told)
+        fitted = _fitted(work, source, plan, number, device, told)
+        if windows is not None:
+            codecs.update(fitted)
+            continue
+        codecs = fitted
         for matrix in group:
             progress(Event("encode", done / plan.weights, matrix.name))
-            _encoded(work, source, plan, matrix, codecs[plan.decoder_key(matrix)], device)
+            encoder.nearest(matrix)
             done += matrix.weights
+    if windows is not None:
+        encode_calibrated(encoder, windows, lambda share, detail: progress(Event("encode", share, detail)))
     progress(Event("encode", 1.0, f"{plan.weights:,} weights"))
+
+
+def _tell(progress: ProgressCallback, stage: str, detail: str, share: float) -> None:
+    progress(Event(stage, share, detail))
+
+
+def _calibration_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | None:
+    """[N, context] token ids, or None without calibration.
+
+    Raises:
+        SourceError: a text or the tokenizer cannot be read. ConfigError: too little text.
+    """
+    settings = config.calibration
+    if settings is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(
+            f"{source.folder}: calibration needs the model's tokenizer, which cannot be read ({reason}); "
+            "add its files, or use a preset without calibration (lookup-8x)"
+        ) from error
+    texts = [read_calibration(path) for path in settings.texts] or [default_text()]
+    return calibration_windows(tokenizer, texts, settings.tokens, settings.context, config.seed)
 
 
 def _fitted(
@@ -172,12 +208,14 @@ def _samples(
     spec = plan.specs[group[0].name]
     settings = plan.config.codec
     budget = min(settings.max_sample, settings.sample_per_codeword * spec.codebook_size)
+    if plan.config.calibration is not None and plan.config.calibration.rotate:
+        group = _some(group)  # rotated matrices look alike
     available = sum(m.subvectors(spec.vector_len) for m in group)
     share = min(1.0, budget / available)
     blocks: dict[tuple[str, int], list[Tensor]] = {}
     for matrix in group:
         generator = torch.Generator().manual_seed(zlib.crc32(matrix.name.encode(), seed))
-        weight = fold(source.read(matrix.name), matrix.transposed)
+        weight = rotate_matrix(fold(source.read(matrix.name), matrix.transposed), plan.rotation(matrix))
         count = max(1, round(share * matrix.rows))
         rows = torch.randperm(matrix.rows, generator=generator)[:count].sort().values
         sample = weight[rows].float().to(device)
@@ -188,25 +226,9 @@ def _samples(
     return samples
 
 
-def _encoded(
-    work: Workspace, source: DenseCheckpoint, plan: Plan, matrix: Matrix, codec: MatrixCodec, device: str
-) -> None:
-    """Encode and pack one matrix, unless an earlier run did."""
-    name = matrix_unit(plan, matrix)
-    if work.has(name):
-        return
-    spec = plan.specs[matrix.name]
-    weight = fold(source.read(matrix.name), matrix.transposed).to(device)
-    encoded = codec.encode(weight)
-    decoded = codec.decode(encoded)
-    energy = float(weight.double().square().sum())
-    error = float((weight.double() - decoded.double()).square().sum())
-    flat = encoded.indices.reshape(-1)
-    tensors = {
-        "indices": pack(flat, index_width(spec.codebook_size)),
-        "row_scale": encoded.row_scale,
-        "counts": torch.bincount(flat, minlength=spec.codebook_size).to(torch.int32),
-    }
-    if not plan.config.codec.row_scale:
-        del tensors["row_scale"]
-    work.save(name, tensors, {"nmse": error / energy if energy > 0 else 0.0})
+def _some(group: list[Matrix]) -> list[Matrix]:
+    """At most `_SAMPLED` matrices of each kind, spread over the model."""
+    kinds: dict[str, list[Matrix]] = {}
+    for matrix in group:
+        kinds.setdefault(matrix.kind, []).append(matrix)
+    return [m for kind in kinds.values() for m in kind[:: -(-len(kind) // _SAMPLED)]]

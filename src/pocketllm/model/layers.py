@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.packing import index_width, packed_bytes, unpack
+from pocketllm.codec.rotation import unrotate_matrix
 from pocketllm.codec.subvectors import subvectors_per_row
 from pocketllm.model.checkpoint import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
 
@@ -129,7 +130,11 @@ class PackedMatrix(_FixedDtype):
         store = self._store[0]
         codec, table = store.codec(self.entry.codebook, self.entry.decoder, self.indices.device)
         encoded = EncodedMatrix(self.unpacked(), scale, self.entry.columns)
-        return unfold(codec.decode(encoded, self.float_dtype, table), self.entry)
+        rotation = self.entry.rotation
+        if rotation == (None, None):
+            return unfold(codec.decode(encoded, self.float_dtype, table), self.entry)
+        decoded = unrotate_matrix(codec.decode(encoded, torch.float32, table), rotation)
+        return unfold(decoded.to(self.float_dtype), self.entry)
 
 
 def unfold(matrix: Tensor, entry: MatrixEntry) -> Tensor:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pocketllm.codec.packing import index_width, packed_bytes
+from pocketllm.codec.rotation import Seeds
 from pocketllm.codec.subvectors import subvectors_per_row
 from pocketllm.config import SCOPES, CompressConfig
 from pocketllm.errors import ConfigError
@@ -106,6 +107,18 @@ class Plan:
         """Matrices with the same key share a decoder (and a codebook)."""
         scope = {"matrix": matrix.name, "kind": matrix.kind, "model": ""}[self.config.decoder_scope]
         return f"{self.codebook_key(matrix)}|{scope}"
+
+    def rotation(self, matrix: Matrix) -> Seeds:
+        """Seeds of the rotations of a matrix; the same for all that have the same inputs.
+
+        Embedding and head are rotated on one side only, since single rows of them are looked up; fused
+        experts as well, since their rows belong to different experts.
+        """
+        calibration = self.config.calibration
+        if calibration is None or not calibration.rotate:
+            return None, None
+        both = matrix.in_blocks and len(matrix.shape) == 2
+        return (2 * self.config.seed if both else None), 2 * self.config.seed + 1
 
     def own_bits(self, matrix: Matrix) -> int:
         """Bits of indices and row scales of one matrix."""

@@ -12,6 +12,7 @@ class MatrixReport:
     """One compressed matrix.
 
     bpw: its stored bits with its share of codebook and decoder, per weight. nmse: of the decoded weights.
+    proxy_error: tr(E H E^T) / tr(W H W^T) where it was calibrated.
     codebook_utilization: share of its codebook's codewords used by all matrices that share the codebook.
     """
 
@@ -20,6 +21,7 @@ class MatrixReport:
     shape: tuple[int, ...]
     bpw: float
     nmse: float
+    proxy_error: float | None
     codebook_utilization: float
     codebook_perplexity: float
     vector_len: int

@@ -42,7 +42,7 @@ class DenseCheckpoint:
 
     folder: where its files lie. model: the model class on the meta device (shapes, no weights).
     parts: parameter name -> the stored tensors it is made of. unused: stored names the model has no use for.
-    tied: parameter name -> the parameter it is tied to.
+    tied: parameter name -> the parameter it is tied to. trust_remote_code: as the user said.
     """
 
     folder: Path
@@ -51,6 +51,7 @@ class DenseCheckpoint:
     converters: dict[str, Any]
     unused: list[str]
     tied: dict[str, str]
+    trust_remote_code: bool = False
     _handles: dict[Path, Any] = field(default_factory=dict)
 
     def names(self) -> list[str]:
@@ -114,6 +115,17 @@ class DenseCheckpoint:
         if file not in self._handles:
             self._handles[file] = _open_safetensors(file)
         return self._handles[file]
+
+    def skeleton(self) -> Any:
+        """The model class with its buffers computed and its parameters on the meta device, in eval mode."""
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                self.model.config, trust_remote_code=self.trust_remote_code, dtype=torch.float32
+            )
+        return model.eval()
 
     def fingerprint(self) -> str:
         """Identity of the weights for resuming: names and sizes of the files, and their headers' bytes."""
@@ -208,7 +220,9 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
         )
     stored = {name: found[name] for name in meta if name in found and name not in tied}
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    return DenseCheckpoint(folder, model, stored, by_pattern, sorted(unused), tied, handles)
+    return DenseCheckpoint(
+        folder, model, stored, by_pattern, sorted(unused), tied, trust_remote_code, handles
+    )
 
 
 def _natural(key: str) -> list[Any]:

@@ -36,9 +36,10 @@ _DIGITS = 6
 
 @dataclass(frozen=True)
 class Measured:
-    """What only a real run knows. nmse, utilization, perplexity: by matrix; fits: facts by codebook."""
+    """What only a real run knows, by matrix; `fits` by codebook."""
 
     nmse: Mapping[str, float]
+    proxy_error: Mapping[str, float | None]
     utilization: Mapping[str, float]
     perplexity: Mapping[str, float]
     fits: tuple[dict[str, Any], ...]
@@ -49,7 +50,7 @@ def predicted(plan: Plan) -> Measured:
     names = [m.name for m in plan.matrices]
     fits = tuple(_widest_fit(plan, key, group) for key, group in plan.groups().items())
     widest = dict.fromkeys(names, _WIDEST)
-    return Measured(widest, widest, widest, fits)
+    return Measured(widest, widest, widest, widest, fits)
 
 
 def _widest_fit(plan: Plan, key: str, group: list[Matrix]) -> dict[str, Any]:
@@ -132,6 +133,7 @@ class Checkpoint:
                     m.transposed,
                     codebook_of[m.name],
                     decoder_of[self.plan.decoder_key(m)],
+                    self.plan.rotation(m),
                     crcs[m.name],
                 )
                 for m in self.plan.matrices
@@ -231,6 +233,7 @@ class Checkpoint:
             matrix.shape,
             _rounded(bits / matrix.weights),
             measured.nmse[matrix.name],
+            measured.proxy_error[matrix.name],
             measured.utilization[matrix.name],
             measured.perplexity[matrix.name],
             spec.vector_len,
@@ -293,16 +296,17 @@ class Checkpoint:
                 yield down
 
     def _measured(self, work: Workspace) -> Measured:
-        nmse, use, perplexity, fits = {}, {}, {}, []
+        nmse, proxy, use, perplexity, fits = {}, {}, {}, {}, []
         for number, group in enumerate(self.plan.groups().values()):
             fits.append(_rounded_tree(work.load(codebook_unit(number))[1]))
             units = [work.load(matrix_unit(self.plan, m)) for m in group]
             counts = torch.stack([tensors["counts"].long() for tensors, _ in units]).sum(dim=0)
             for matrix, (_, facts) in zip(group, units, strict=True):
                 nmse[matrix.name] = _rounded(facts["nmse"])
+                proxy[matrix.name] = _rounded(facts["proxy_error"]) if "proxy_error" in facts else None
                 use[matrix.name] = _rounded(cb.utilization(counts))
                 perplexity[matrix.name] = _rounded(cb.perplexity(counts))
-        return Measured(nmse, use, perplexity, tuple(fits))
+        return Measured(nmse, proxy, use, perplexity, tuple(fits))
 
 
 def dry_report(checkpoint: Checkpoint) -> Report:
@@ -310,7 +314,7 @@ def dry_report(checkpoint: Checkpoint) -> Report:
     plan = checkpoint.plan
     nan = dict.fromkeys((m.name for m in plan.matrices), math.nan)
     nmse = {m.name: _rounded(plan.specs[m.name].nmse) for m in plan.matrices}
-    return replace(checkpoint.report(Measured(nmse, nan, nan, ())), is_plan=True)
+    return replace(checkpoint.report(Measured(nmse, dict.fromkeys(nmse), nan, nan, ())), is_plan=True)
 
 
 def _rounded(value: float) -> float:
