@@ -114,6 +114,8 @@ class CompressConfig:
 
     codec: settings of every codec; `vector_len` is overridden where the planner chooses it.
     target_bpw: stored bits per weight over all compressed matrices, everything counted.
+    target_bytes: of the whole output folder, instead. target_ratio: of the whole bf16 checkpoint to the whole
+        output folder, instead.
     vector_len: fixes d for the blocks; None lets the planner choose.
     codebook_size: fixes K (then `vector_len` must be set too and `target_bpw` is not used).
     codebook_scope, decoder_scope: what shares one: `matrix`, `kind` (of projection) or `model`;
@@ -128,6 +130,8 @@ class CompressConfig:
 
     codec: CodecConfig = field(default_factory=CodecConfig)
     target_bpw: float | None = 3.98
+    target_bytes: int | None = None
+    target_ratio: float | None = None
     vector_len: int | None = None
     codebook_size: int | None = None
     codebook_scope: str = "auto"
@@ -154,12 +158,22 @@ class CompressConfig:
                 raise ConfigError(f"codebook_size: got {self.codebook_size}, wanted 2 to {1 << 20}")
             if self.vector_len is None:
                 raise ConfigError("codebook_size is set without vector_len; set both, or target_bpw alone")
-        elif self.target_bpw is None:
-            raise ConfigError("neither target_bpw nor codebook_size is set; set one")
-        elif not 0 < self.target_bpw <= 16:
-            raise ConfigError(f"target_bpw: got {self.target_bpw}, wanted more than 0 and at most 16")
+        else:
+            self._check_target()
         if self.calibration is not None and (self.codec.decoder != "lookup" or not self.codec.row_scale):
             raise ConfigError("calibration needs decoder='lookup' and row_scale=True")
+
+    def _check_target(self) -> None:
+        targets = {name: getattr(self, name) for name in ("target_bpw", "target_bytes", "target_ratio")}
+        given = [name for name, value in targets.items() if value is not None]
+        if len(given) != 1:
+            raise ConfigError(f"got {' and '.join(given) or 'no target'}, wanted one of {', '.join(targets)}")
+        if self.target_bpw is not None and not 0 < self.target_bpw <= 16:
+            raise ConfigError(f"target_bpw: got {self.target_bpw}, wanted more than 0 and at most 16")
+        if self.target_bytes is not None:
+            _at_least("target_bytes", self.target_bytes, 1)
+        if self.target_ratio is not None and not self.target_ratio > 1:
+            raise ConfigError(f"target_ratio: got {self.target_ratio}, wanted more than 1")
 
     def codec_for(self, vector_len: int) -> CodecConfig:
         """The codec settings at another vector_len; `hidden` grows where the identity start needs it."""

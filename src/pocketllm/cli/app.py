@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketllm.cli.render import Output, kinds_table, size, skipped_table, summary_table
-from pocketllm.config import DEFAULT_PRESET, PRESETS, CompressConfig, preset
+from pocketllm.cli.render import Output, kinds_table, parse_size, size, skipped_table, summary_table
+from pocketllm.config import DEFAULT_PRESET, PRESETS, CalibrationConfig, CompressConfig, preset
 from pocketllm.errors import ConfigError, PocketError
 
 app = typer.Typer(
@@ -91,14 +91,41 @@ def _dtype(name: str, device: str = "cpu") -> Any:
     return known[name]
 
 
-def _config(chosen: str | None, bpw: float | None, **changes: Any) -> CompressConfig:
+def _config(
+    chosen: str | None,
+    bpw: float | None = None,
+    ratio: float | None = None,
+    nbytes: str | None = None,
+    **changes: Any,
+) -> CompressConfig:
     """The preset, with the options that were given laid over it."""
-    if chosen is not None and bpw is not None:
-        raise ConfigError("--preset and --bpw exclude each other; give one")
+    targets = {"--preset": chosen, "--bpw": bpw, "--ratio": ratio, "--size": nbytes}
+    given = [name for name, value in targets.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other; give one")
     config = preset(chosen or DEFAULT_PRESET)
-    if bpw is not None:
-        config = dataclasses.replace(config, target_bpw=bpw)
+    if given and chosen is None:
+        target_bytes = parse_size(nbytes) if nbytes is not None else None
+        config = dataclasses.replace(config, target_bpw=bpw, target_ratio=ratio, target_bytes=target_bytes)
     return _overlay(config, changes)
+
+
+def _calibrated(
+    config: CompressConfig, texts: list[Path], tokens: int | None, without: bool
+) -> CompressConfig:
+    """The calibration options."""
+    if without and (texts or tokens):
+        raise ConfigError("--no-calibration excludes --calibration and --calibration-tokens")
+    if without:
+        return dataclasses.replace(config, calibration=None)
+    if not texts and tokens is None:
+        return config
+    calibration = config.calibration or CalibrationConfig()
+    if texts:
+        calibration = dataclasses.replace(calibration, texts=tuple(map(str, texts)))
+    if tokens is not None:
+        calibration = dataclasses.replace(calibration, tokens=tokens)
+    return dataclasses.replace(config, calibration=calibration)
 
 
 def _overlay(config: CompressConfig, changes: dict[str, Any]) -> CompressConfig:
@@ -111,6 +138,7 @@ def _overlay(config: CompressConfig, changes: dict[str, Any]) -> CompressConfig:
 @app.command(
     epilog="Examples:\n\n  pocketllm compress builtin:smollm2-135m -o smol-8x\n\n"
     "  pocketllm compress ./my-model -o small --bpw 3 --dry-run\n\n"
+    "  pocketllm compress ./my-model -o small --size 60MB --calibration my-texts/\n\n"
     "  pocketllm compress owner/name -o small --preset paper-16x --json"
 )
 def compress(
@@ -120,6 +148,20 @@ def compress(
     bpw: Annotated[
         float | None, typer.Option(help="Stored bits per weight over the compressed matrices, all counted.")
     ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="How many times smaller than the bf16 checkpoint, whole folder.")
+    ] = None,
+    nbytes: Annotated[
+        str | None, typer.Option("--size", help="Bytes of the whole output folder, as 30MB or 30MiB.")
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text to calibrate on: file, folder or hub data set; repeatable."),
+    ] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="Tokens of it that are used.")] = None,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan and exact sizes, fit nothing.")
     ] = False,
@@ -159,6 +201,8 @@ def compress(
     config = _config(
         preset,
         bpw,
+        ratio,
+        nbytes,
         keep_embeddings=keep_embeddings,
         dense_first=dense_first,
         dense_last=dense_last,
@@ -180,6 +224,7 @@ def compress(
         row_scale=row_scale,
         seed=seed,
     )
+    config = _calibrated(config, calibration or [], calibration_tokens, no_calibration)
     _settle(device, threads)
     import pocketllm
 

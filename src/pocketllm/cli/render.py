@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from pocketllm.errors import ConfigError
 
 
 def _console(stderr: bool) -> Console:
@@ -105,6 +108,21 @@ def size(nbytes: float) -> str:
     return f"{nbytes:,.0f} ({nbytes / 1e6:,.1f} MB)"
 
 
+def parse_size(text: str) -> int:
+    """Bytes of '30000000', '30MB' (10^6) or '30MiB' (2^20).
+
+    Raises:
+        ConfigError: not a size.
+    """
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", start=1):
+        units |= {letter: 1000**power, f"{letter}b": 1000**power, f"{letter}ib": 1024**power}
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    if found is None or found[2].lower() not in units:
+        raise ConfigError(f"--size: got {text!r}, wanted bytes, as 30000000, 30MB or 30MiB")
+    return int(float(found[1]) * units[found[2].lower()])
+
+
 def summary_table(report: Mapping[str, Any], title: str) -> Table:
     """Sizes and ratios of a compressed model."""
     table = Table(title=title, show_header=False)
@@ -138,7 +156,7 @@ def kinds_table(report: Mapping[str, Any]) -> Table:
         kinds[matrix["kind"]].append(matrix)
     nmse = "nmse (predicted)" if report.get("is_plan") else "nmse"
     table = Table(title="compressed matrices")
-    for header in ("kind", "matrices", "weights", "d", "K", "bpw", nmse, "utilization"):
+    for header in ("kind", "matrices", "weights", "d", "K", "bpw", nmse, "proxy error", "utilization"):
         table.add_column(header, justify="left" if header == "kind" else "right")
     for kind, matrices in kinds.items():
         weights = [_count(m["shape"]) for m in matrices]
@@ -155,6 +173,7 @@ def kinds_table(report: Mapping[str, Any]) -> Table:
             _values(matrices, "codebook_size"),
             f"{mean('bpw'):.3f}",
             f"{mean('nmse'):.4f}",
+            f"{mean('proxy_error'):.5f}" if all(m["proxy_error"] is not None for m in matrices) else "",
             "" if use != use else f"{use:.2%}",
         )
     return table

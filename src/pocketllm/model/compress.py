@@ -26,11 +26,11 @@ from pocketllm.errors import OutputError, SourceError
 from pocketllm.model.calibration import calibration_windows, default_text, read_calibration
 from pocketllm.model.encode import Encoder, encode_calibrated
 from pocketllm.model.layers import fold
-from pocketllm.model.plan import Matrix, Plan, make_plan
+from pocketllm.model.plan import Matrix, Plan
 from pocketllm.model.report import Report
 from pocketllm.model.source import DenseCheckpoint, open_dense, resolve
 from pocketllm.model.workspace import Workspace, check_output, output_error
-from pocketllm.model.write import Checkpoint, codebook_unit, dry_report
+from pocketllm.model.write import codebook_unit, dry_report, planned
 
 _SAMPLED = 4  # rotated matrices of a kind that its codec is fitted to
 
@@ -83,14 +83,14 @@ def compress(
     check_output(output, overwrite)
     folder = resolve(str(model), lambda message: progress(Event("fetch", 0.0, message)))
     source = open_dense(folder, trust_remote_code)
-    plan = make_plan(source, config)
+    checkpoint = planned(source, config, str(model))
     if output.resolve() == folder.resolve():
         raise OutputError(f"{output}: is the model itself; choose another output folder")
     try:
         work = Workspace.open(output, source, config, str(model), device)
-        _fit_and_encode(work, source, plan, device, progress)
+        _fit_and_encode(work, source, checkpoint.plan, device, progress)
         progress(Event("write", 0.0, "writing the checkpoint"))
-        report = Checkpoint(source, plan, str(model)).write(work)
+        report = checkpoint.write(work)
         work.publish(output)
     except OSError as error:
         raise output_error(output, error) from error
@@ -101,7 +101,7 @@ def compress(
 def dry_run(model: str | Path, config: CompressConfig, trust_remote_code: bool = False) -> Report:
     """The plan and the exact sizes in bytes without fitting anything; errors are the predicted ones."""
     source = open_dense(resolve(str(model)), trust_remote_code)
-    return dry_report(Checkpoint(source, make_plan(source, config), str(model)))
+    return dry_report(planned(source, config, str(model)))
 
 
 def _fit_and_encode(

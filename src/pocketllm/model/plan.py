@@ -312,7 +312,7 @@ def _allocate(matrices: list[Matrix], dense: list[Dense], config: CompressConfig
 
 
 def _unreachable(target: float, reached: list[float]) -> str:
-    if not reached:
+    if not reached or min(reached) >= 16:
         return "the model is too small for any codec (fewer subvectors than codewords); nothing to compress"
     return (
         f"target_bpw: {target} cannot be met with these settings; "

@@ -21,9 +21,10 @@ from torch import Tensor
 
 import pocketllm
 from pocketllm.codec import codebook as cb
-from pocketllm.config import CodecConfig
+from pocketllm.config import CodecConfig, CompressConfig
+from pocketllm.errors import ConfigError
 from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.plan import Matrix, Plan
+from pocketllm.model.plan import Matrix, Plan, make_plan
 from pocketllm.model.report import MatrixReport, Report, versions
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.workspace import Workspace
@@ -307,6 +308,38 @@ class Checkpoint:
                 use[matrix.name] = _rounded(cb.utilization(counts))
                 perplexity[matrix.name] = _rounded(cb.perplexity(counts))
         return Measured(nmse, proxy, use, perplexity, tuple(fits))
+
+
+def planned(source: DenseCheckpoint, config: CompressConfig, model: str) -> Checkpoint:
+    """Plan a model; a target for the whole folder is turned into bits per weight here.
+
+    Raises:
+        ConfigError: as `make_plan`; or a target below the bytes of what is not compressed.
+    """
+    if config.target_bytes is None and config.target_ratio is None:
+        return Checkpoint(source, make_plan(source, config), model)
+    first = make_plan(source, replace(config, target_bpw=16.0, target_bytes=None, target_ratio=None))
+    checkpoint = Checkpoint(source, first, model)
+    target = config.target_bytes
+    if target is None:
+        assert config.target_ratio is not None
+        report = checkpoint.report(predicted(first))
+        dense = report.dense_model_bytes_bf16 + report.bytes_by_part["other_files"]
+        target = int(dense / config.target_ratio)
+    while True:
+        total, _ = checkpoint.bytes_on_disk
+        if total <= target:
+            return checkpoint
+        # What is not matrices hardly changes with the plan; what it does change, the next round sees.
+        fixed = total - sum(checkpoint.plan.bits_by_part().values()) // 8
+        bpw = min(8 * (target - fixed) / checkpoint.plan.weights, 0.9999 * checkpoint.plan.bpw)
+        if bpw <= 0:
+            raise ConfigError(
+                f"the whole folder cannot be {target:,} bytes: what is not compressed takes {fixed:,} "
+                "(tensors left dense, tokenizer, headers); raise the target, or leave fewer tensors dense"
+            )
+        changed = replace(config, target_bpw=bpw, target_bytes=None, target_ratio=None)
+        checkpoint = Checkpoint(source, make_plan(source, changed), model)
 
 
 def dry_report(checkpoint: Checkpoint) -> Report:
