@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pocketllm.cli.options import load_any
 from pocketllm.config import CompressConfig
 
 
@@ -29,7 +30,6 @@ def run_demo(
     output: Path,
     prompt: str,
     size: tuple[int, int],
-    load: Callable[[str, str, str, str, bool], tuple[Any, Any, dict[str, Any]]],
     progress: Callable[[str, float, str], None],
 ) -> dict[str, Any]:
     """Everything the demo shows, as plain values. size: (context, windows) to measure on."""
@@ -49,7 +49,7 @@ def run_demo(
     context, windows = size
     values: dict[str, Any] = {"text_name": name, "context": context, "output": str(output)}
     for title, which in (("dense", model), ("compressed", str(output))):
-        loaded, tokenizer, facts = load(which, "dense", "auto", "cpu", False)
+        loaded, tokenizer, facts = load_any(which, "dense", "auto", "cpu", False)
 
         def told(share: float, title: str = title) -> None:
             progress(f"eval {title}", share, "")

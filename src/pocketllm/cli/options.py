@@ -1,0 +1,90 @@
+"""What the commands share: common options, settings of the process, loading a model that was named."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+from pocketllm.errors import ConfigError
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder contains.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (float32 on a CPU).")]
+Mode = Annotated[
+    str, typer.Option(help="dense (decode at load, full speed) or packed (decode layer by layer).")
+]
+
+
+def settle(device: str = "cpu", threads: int = 0) -> None:
+    """Quiet transformers, set threads, check the device."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torch and faiss bring an OpenMP runtime each; idle threads of one must not spin while the other works.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+        import faiss
+
+        faiss.omp_set_num_threads(threads)
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: got {device!r}, wanted cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+
+
+def dtype_of(name: str, device: str = "cpu") -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"--dtype: got {name!r}, wanted one of auto, {', '.join(known)}")
+    return known[name]
+
+
+def load_any(
+    model: str, mode: str, dtype: str, device: str, trust_remote_code: bool
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A compressed or a dense model, with what is known of its size."""
+    import pocketllm
+    from pocketllm.model import checkpoint
+    from pocketllm.model.source import resolve
+
+    folder = resolve(model)
+    where = {"": device}
+    if (folder / checkpoint.REPORT_NAME).is_file():
+        found = pocketllm.load(
+            folder,
+            mode=mode,
+            dtype=dtype_of(dtype, device),
+            device_map=where,
+            trust_remote_code=trust_remote_code,
+        )
+        return *found, {"compressed": True, "bytes_on_disk": checkpoint.folder_bytes(folder)}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pocketllm.model.source import open_dense
+
+    open_dense(folder, trust_remote_code)  # its errors are clearer, and it refuses pickles
+    dense = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype_of(dtype, device),
+        device_map=where,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return dense.eval(), tokenizer, {"compressed": False, "bytes_on_disk": checkpoint.folder_bytes(folder)}
