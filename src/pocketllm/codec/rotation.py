@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pocketllm.errors import ConfigError
+from pocketllm.codec.random import splitmix64
 
 
 def signs(size: int, seed: int) -> Tensor:
@@ -23,16 +24,8 @@ def signs(size: int, seed: int) -> Tensor:
     Raises:
         ConfigError: a seed outside [0, 2^63).
     """
-    if not 0 <= seed < 1 << 63:
-        raise ConfigError(f"rotation seed: got {seed}, wanted 0 to 2^63 - 1")
-    mask = (1 << 64) - 1
-    out = torch.empty(size)
-    for position in range(size):
-        z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        out[position] = -1.0 if (z ^ (z >> 31)) >> 63 else 1.0
-    return out
+    high = (splitmix64(size, seed) >> np.uint64(63)).astype(np.float32)
+    return torch.from_numpy(1 - 2 * high)
 
 
 def hartley(size: int) -> Tensor:
