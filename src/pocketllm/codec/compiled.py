@@ -129,5 +129,7 @@ def scatter(table: Tensor, indices: Tensor, scale: Tensor, grad: Tensor) -> tupl
     parts = torch.get_num_threads()
     sums, scale_grad = torch.zeros(parts, *table.shape), torch.empty_like(scale)
     inputs = [t.contiguous() for t in (table, indices, scale, grad)]
-    _run("scatter", *inputs, sums, scale_grad, *indices.shape, grad.shape[1], table.shape[1], len(table), parts)
+    _run(
+        "scatter", *inputs, sums, scale_grad, *indices.shape, grad.shape[1], table.shape[1], len(table), parts
+    )
     return sums.sum(dim=0), scale_grad
