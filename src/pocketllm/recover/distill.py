@@ -216,6 +216,49 @@ def distill(
     return done
 
 
+def dry_run_distill(
+    folder: str | Path,
+    config: DistillConfig,
+    teacher: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """What `distill` would do: steps, tokens, trained parameters, bytes; nothing is trained.
+
+    Raises:
+        As `distill` before its first step.
+    """
+    folder = Path(folder)
+    base = open_base(folder, None, trust_remote_code)
+    name = teacher or str(base.report["model"])
+    check_vocabulary(resolve(name), base)
+    train, validation = training_windows(base.tokenizer, config)
+    sizes, _ = stored_sizes(folder)
+    parts = {
+        "codebooks": [f"{STORE}.codebooks."],
+        "decoders": [f"{STORE}.decoders."],
+        "row scales": [],
+        "norms and biases": [],
+    }
+    trained = dict.fromkeys(parts, 0)
+    for key, (_, shape) in sizes.items():
+        kind = next((k for k, prefixes in parts.items() if any(key.startswith(p) for p in prefixes)), None)
+        kind = kind or ("row scales" if key.endswith(".row_scale") else "norms and biases")
+        if kind != "norms and biases" or len(shape) < 2 and not key.endswith(".indices"):
+            trained[kind] += torch.Size(shape).numel()
+    return {
+        "teacher": name,
+        "steps": config.steps,
+        "tokens_per_step": config.loop.batch_size * config.context,
+        "tokens": config.steps * config.loop.batch_size * config.context,
+        "training_windows": len(train),
+        "epochs": round(config.steps * config.loop.batch_size / len(train), 2),
+        "validation_windows": len(validation),
+        "trained_parameters": trained,
+        "bytes_on_disk": int(base.report["bytes_on_disk"]),
+        "bytes_added_to_weights": 0,
+    }
+
+
 def training_windows(tokenizer: Any, config: DistillConfig) -> tuple[Tensor, Tensor]:
     """(training, validation) windows of the texts.
 

@@ -35,7 +35,7 @@ class Base:
         return model.to(device)
 
 
-def open_base(folder: Path, output: Path, trust_remote_code: bool = False) -> Base:
+def open_base(folder: Path, output: Path | None, trust_remote_code: bool = False) -> Base:
     """Look at the base without loading its weights.
 
     Raises:
@@ -43,7 +43,7 @@ def open_base(folder: Path, output: Path, trust_remote_code: bool = False) -> Ba
     """
     from transformers import AutoTokenizer
 
-    if output.resolve() == folder.resolve():
+    if output is not None and output.resolve() == folder.resolve():
         raise OutputError(f"{output}: is the model itself; choose another output folder")
     report = ckpt.read_report(folder)
     ckpt.verify(folder)
