@@ -37,3 +37,7 @@ class ResumeError(PocketError):
 
 class LoadError(PocketError):
     """A model was loaded, but its layers are not the compressed ones."""
+
+
+class TrainingError(PocketError):
+    """Fine-tuning cannot go on: the loss is not finite, or there is nothing to train."""

@@ -1,6 +1,8 @@
-"""The compiled searches (nearest codeword, trellis path): built once by the system's C++ compiler.
+"""The compiled parts: built once by the system's C++ compiler, kept in the cache.
 
-Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, callers take their path in torch or faiss.
+`nearest.cpp` searches the nearest codeword, `trellis.cpp` the cheapest path; `matrix.cpp` decodes a matrix,
+rotates it, and takes gradients back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, callers take
+their path in torch or faiss.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pocketllm.cache import cache_folder
 MAX_VECTOR_LEN = 16
 _FLAGS = {
     "nearest": ("-O3", "-march=native", "-std=c++17"),
+    "matrix": ("-O3", "-march=native", "-std=c++17"),
     # Without fused operations it computes exactly what torch does.
     "trellis": ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off"),
 }
@@ -122,3 +125,50 @@ def trellis_search(
     if failed:
         raise MemoryError("trellis search: no memory for its tables")
     return out
+
+
+def _run(function: str, *arguments: Tensor | int) -> None:
+    """Call a function of matrix.cpp; tensors by address, everything else as int64."""
+    library = _library("matrix")
+    assert library is not None
+    passed = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments
+    ]
+    if getattr(library, function)(*passed):
+        raise MemoryError(f"{function}: no memory for the scratch space")
+
+
+def decodes(*tensors: Tensor) -> bool:
+    """Whether the compiled decoding runs here for these tensors: float32 on a CPU."""
+    on_cpu = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    return on_cpu and _library("matrix") is not None
+
+
+def rotate_(x: Tensor, signs: Tensor, hartley: Tensor, *, columns: bool, inverse: bool) -> Tensor:
+    """Rotate the rows (or the columns) of a contiguous [rows, columns] float32 matrix in place."""
+    assert x.is_contiguous() and x.ndim == 2
+    name = "rotate_columns" if columns else "rotate_rows"
+    _run(name, x, *x.shape, signs, hartley, hartley.shape[0], int(inverse), torch.get_num_threads())
+    return x
+
+
+def gather(table: Tensor, indices: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """scale * table[indices], joined: table [K, d], indices [rows, n] int32, scale [rows] -> [rows, columns]."""
+    out = torch.empty(indices.shape[0], columns)
+    sizes = (*indices.shape, columns, table.shape[1], torch.get_num_threads())
+    _run("gather", table.contiguous(), indices.contiguous(), scale.contiguous(), out, *sizes)
+    return out
+
+
+def scatter(table: Tensor, indices: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Transpose of `gather`: gradient [rows, columns] -> gradients of table [K, d] and scale [rows].
+
+    The same thread count gives the same bits.
+    """
+    parts = torch.get_num_threads()
+    sums, scale_grad = torch.zeros(parts, *table.shape), torch.empty_like(scale)
+    inputs = [t.contiguous() for t in (table, indices, scale, grad)]
+    _run(
+        "scatter", *inputs, sums, scale_grad, *indices.shape, grad.shape[1], table.shape[1], len(table), parts
+    )
+    return sums.sum(dim=0), scale_grad
