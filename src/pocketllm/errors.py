@@ -37,3 +37,7 @@ class ResumeError(PocketError):
 
 class LoadError(PocketError):
     """A model was loaded, but its layers are not the compressed ones."""
+
+
+class ExtraError(PocketError):
+    """An optional package is not installed; the message names the extra that brings it."""
