@@ -50,15 +50,15 @@ def short(value: float | None, digits: int = 3) -> str:
 def bars(name: str, labels: Sequence[str], values: Sequence[float], notes: Sequence[str]) -> str:
     """Horizontal bars from the top down, each with its label above and `notes` at its end."""
     with svg.drawing():
-        figure = svg.new_figure(12 + 30 * len(labels))
+        figure = svg.new_figure(12 + 36 * len(labels))
         axes = figure.subplots()
         rows = range(len(labels))
         axes.barh(rows, values, height=0.42, color=svg.FIRST)
         most = max([*values, 1e-12])
         for row, label, value, note in zip(rows, labels, values, notes, strict=True):
-            axes.text(0, row - 0.3, label, va="bottom", ha="left", fontsize=9)
-            axes.text(value + 0.01 * most, row, f" {note}", va="center", ha="left", fontsize=9)
-        axes.set_xlim(0, most * 1.42)
+            axes.text(0, row - 0.3, label, va="bottom", ha="left")
+            axes.text(value + 0.01 * most, row, f" {note}", va="center", ha="left")
+        axes.set_xlim(0, most * 1.6)
         axes.set_ylim(len(labels) - 0.5, -0.85)
         axes.set_axis_off()
         return svg.inline(figure, name)
@@ -95,23 +95,24 @@ def _panel(
     with svg.drawing():
         import numpy as np
 
-        height = 13 * len(grid) + 6 * max(len(label) for label in labels) + 62
+        height = 15 * len(grid) + 6.5 * max(len(label) for label in labels) + 70
         figure = svg.new_figure(height)
         axes = figure.subplots()
         numbers = np.array([[math.nan if v is None else v for v in row] for row in grid])
         mesh = axes.pcolormesh(
             np.ma.masked_invalid(numbers), cmap="cividis", norm=_norm(bounds), edgecolor="none", linewidth=0
         )
+        digits = 3 if bounds[0] >= 0.01 else 2
         for row, line in enumerate(grid):
             for column, value in enumerate(line):
                 colour = svg.MUTED if value is None else _readable_on(mesh.to_rgba(value))
                 axes.text(
                     column + 0.5,
                     row + 0.5,
-                    short(value, 2) if value is None or value < 100 else f"{value:.0f}",
+                    short(value, digits),
                     ha="center",
                     va="center_baseline",
-                    fontsize=8,
+                    fontsize=9,
                     color=colour,
                 )
         axes.set_ylim(len(grid), 0)
@@ -122,26 +123,27 @@ def _panel(
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_ylabel("block")
-        _scale(figure, axes, mesh, unit, bounds)
+        _scale(figure, axes, mesh, unit)
         return svg.inline(figure, name)
 
 
 def _norm(bounds: tuple[float, float]) -> Any:
-    """Linear, or logarithmic where the values span more than a factor of 20."""
+    """Linear, over at least a fifth of the largest value; logarithmic over more than a factor of 20."""
     from matplotlib.colors import LogNorm, Normalize
 
     low, high = bounds
     if low > 0 and high / low > 20:
         return LogNorm(low, high)
-    if high - low < 1e-12 + 1e-6 * abs(high):  # all alike: the middle of the scale
-        return Normalize(low - 1, high + 1)
+    least = 0.2 * abs(high) or 1.0
+    if high - low < least:  # nearly alike: colours that are nearly alike, too
+        middle = (low + high) / 2
+        return Normalize(middle - least / 2, middle + least / 2)
     return Normalize(low, high)
 
 
-def _scale(figure: Any, axes: Any, mesh: Any, unit: str, bounds: tuple[float, float]) -> None:
+def _scale(figure: Any, axes: Any, mesh: Any, unit: str) -> None:
     bar = figure.colorbar(mesh, ax=axes, orientation="horizontal", aspect=40, pad=0.01)
-    low, high = bounds
-    ticks = [low] if high - low < 1e-12 + 1e-6 * abs(high) else [low, high]
+    ticks = [bar.norm.vmin, bar.norm.vmax]
     bar.set_ticks(ticks, labels=[short(tick) for tick in ticks], minor=False)
     bar.minorticks_off()
     bar.outline.set_visible(False)
@@ -168,7 +170,7 @@ def short_kinds(kinds: Sequence[str]) -> list[str]:
 def histogram(name: str, edges: Sequence[float], original: Sequence[float], decoded: Sequence[float]) -> str:
     """Two distributions on the same bins: the original as a filled area, the decoded as a dashed line."""
     with svg.drawing():
-        figure = svg.new_figure(170)
+        figure = svg.new_figure(190)
         axes = figure.subplots()
         axes.stairs(original, edges, fill=True, color=svg.SECOND, alpha=0.55, label="original")
         axes.stairs(decoded, edges, color=svg.FIRST, linewidth=1.6, linestyle=(0, (3, 1.5)), label="decoded")
@@ -177,7 +179,7 @@ def histogram(name: str, edges: Sequence[float], original: Sequence[float], deco
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(_few_ticks())
-        axes.legend(loc="upper left", frameon=False, fontsize=9, ncols=2, borderpad=0, borderaxespad=0.2)
+        axes.legend(loc="upper left", frameon=False, ncols=2, borderpad=0, borderaxespad=0.2)
         return svg.inline(figure, name)
 
 

@@ -14,8 +14,11 @@ from pocketllm.report.evaluations import Evaluation
 
 @dataclass(frozen=True)
 class Compared:
-    """One model. ratio_files_*: whole folders. nmse, proxy_error: means by weights, `_blocks` without
-    embedding and head, the proxy error over the matrices that have one; None where there is none. perplexity: None where it was not measured."""
+    """One model. ratio_files_*: whole folders.
+
+    nmse: mean by weights, nmse_blocks the same without embedding and head; proxy_error: mean by weights over
+    the matrices that have one. None where there is none, or where perplexity was not measured.
+    """
 
     name: str
     folder: str

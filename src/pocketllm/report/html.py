@@ -163,8 +163,8 @@ def _facts(model: ModelFacts, evaluations: Sequence[Evaluation]) -> list[tuple[s
     report = model.report
     facts = [
         ("on disk", parts.megabytes(report["bytes_on_disk"]), "all files"),
-        ("than bf16", f"{report['ratio_files_bf16']:.2f}× smaller", "whole folders"),
-        ("than fp32", f"{report['ratio_files_fp32']:.2f}× smaller", "whole folders"),
+        ("against bf16", f"{report['ratio_files_bf16']:.2f}× smaller", "whole folders"),
+        ("against fp32", f"{report['ratio_files_fp32']:.2f}× smaller", "whole folders"),
         ("bits per weight", short(report["bpw_matrices"]), "compressed matrices"),
         ("nmse", short(mean(model.matrices, lambda m: m.nmse)), "mean over compressed weights"),
     ]

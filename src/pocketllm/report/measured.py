@@ -76,7 +76,8 @@ def perplexity_section(evaluations: Sequence[Evaluation], command: str) -> Secti
         return Section(
             "perplexity",
             title,
-            absent="Not measured. Give a text to measure it on, here and on the dense model:",
+            absent="Not measured. Measure it with --ppl TEXT, here and on the dense model, or add the "
+            "output of 'pocketllm eval --json' with --evaluation.",
             code=command,
         )
     dense = {e.setting: e.perplexity for e in evaluations if not e.compressed}

@@ -52,7 +52,7 @@ def drawing(ink: str = INK, muted: str = MUTED) -> Iterator[None]:
         "svg.hashsalt": "pocketllm",
         "text.parse_math": False,
         "font.family": "sans-serif",
-        "font.size": 9,
+        "font.size": 11,
         "text.color": ink,
         "axes.edgecolor": LINE if ink == INK else muted,
         "axes.labelcolor": ink,
@@ -88,7 +88,7 @@ def inline(figure: Figure, name: str) -> str:
     used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
     text = re.sub(r" id=\"([^\"]*)\"", lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub(r"(?:xlink:)?href=\"#", f'href="#{name}-', text)
+    text = text.replace(' xlink:href="', ' href="').replace(' href="#', f' href="#{name}-')
     text = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
