@@ -26,12 +26,13 @@ from pocketllm.errors import (
 from pocketllm.model import builtin
 from pocketllm.model.decode import Matrices
 from pocketllm.model.source import resolve_local
-from pocketllm.report import Evaluation, check_html, check_picture, compare, read_evaluation
+from pocketllm.report import Evaluation, check_html, check_picture, compare, read_evaluations
 from pocketllm.report.charts import bars, heat_map, short, short_kinds
 from pocketllm.report.collect import block_of, mean, read_model
 from pocketllm.report.files import check_target, write_whole
 from pocketllm.report.measured import perplexity_section
-from pocketllm.report.sections import error_section, making_section, use_section
+from pocketllm.report.making import making_section
+from pocketllm.report.sections import error_section, use_section
 from pocketllm.report.weights import compare_weights
 from tests import tiny
 
@@ -136,6 +137,14 @@ def test_new_keys_and_missing_values_do_no_harm(copy: Path) -> None:
     assert len(making_section(model, "", ()).tables) == 1
 
 
+def test_fine_tuning_is_told(copy: Path) -> None:
+    edit(copy, lambda values: values.update(recover={"steps": 3, "loss": {"kl": 0.5}}))
+    section = making_section(read_model(copy, check=False), "command", ("depth",))
+    table = next(t for t in section.tables if t.caption == "Fine-tuning")
+    assert list(table.rows) == [("steps", "3"), ("loss.kl", "0.5")]
+    assert "leaves out settings which have no option: depth" in section.paragraphs[1]
+
+
 @pytest.mark.parametrize("key", ["matrices", "bytes_on_disk", "bpw_all", "bytes_by_part", "model", "skipped"])
 def test_a_report_that_lacks_something(key: str, copy: Path) -> None:
     edit(copy, lambda values: values.pop(key))
@@ -227,8 +236,19 @@ EVALUATION = {"perplexity": 12.5, "model": "m", "compressed": True, "text": "a/b
 def test_an_evaluation(tmp_path: Path) -> None:
     path = tmp_path / "eval.json"
     path.write_text(json.dumps({**EVALUATION, "later": [1], "windows": None}))
-    found = read_evaluation(path)
+    (found,) = read_evaluations(path)
     assert found.perplexity == 12.5 and found.setting == ("b.txt", 32, 0, 0)
+
+
+def test_an_evaluation_against_a_dense_model(tmp_path: Path) -> None:
+    against = {"model": "dense", "compressed": False, "perplexity": 10.0, "tasks": None}
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({**EVALUATION, "against": against, "kl": 0.1}))
+    own, other = read_evaluations(path)
+    assert own.compressed and not other.compressed and other.perplexity == 10.0
+    assert own.setting == other.setting
+    path.write_text(json.dumps({**EVALUATION, "against": {**against, "perplexity": None}}))
+    assert len(read_evaluations(path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -245,7 +265,7 @@ def test_bad_evaluations(text: str | None, words: str, tmp_path: Path) -> None:
     if text is not None:
         path.write_text(text)
     with pytest.raises(SourceError, match=words):
-        read_evaluation(path)
+        read_evaluations(path)
 
 
 def test_perplexities_side_by_side() -> None:

@@ -69,12 +69,12 @@ def report(
     """Write one HTML file about a compressed model: sizes, errors, codebooks, weights, perplexity."""
     show = Output(json, quiet)
     from pocketllm.model.checkpoint import read_report
-    from pocketllm.report import check_html, default_output, html_report, read_evaluation
+    from pocketllm.report import check_html, default_output, html_report, read_evaluations
 
     name = str(read_report(folder)["model"])
     target = output or default_output(folder)
     check_html(target)
-    evaluations = [read_evaluation(path) for path in evaluation or []]
+    evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
     settle(device, threads)
     with show.bars() as bars:
         if ppl is not None:
@@ -123,13 +123,13 @@ def compare(
     """Several compressed models in one table, and in a picture: bytes, ratios, errors, perplexity."""
     show = Output(json, quiet)
     from pocketllm.model.checkpoint import read_report
-    from pocketllm.report import check_picture, read_evaluation, save_picture
+    from pocketllm.report import check_picture, read_evaluations, save_picture
     from pocketllm.report import compare as side_by_side
 
     if output is not None:
         check_picture(output)
     names = [str(read_report(folder)["model"]) for folder in folders]
-    evaluations = [read_evaluation(path) for path in evaluation or []]
+    evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
     settle(device, threads)
     with show.bars() as bars:
         if ppl is not None:

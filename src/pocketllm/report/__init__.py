@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pocketllm.report.compare import Compared, Comparison, compare
-from pocketllm.report.evaluations import Evaluation, read_evaluation
+from pocketllm.report.evaluations import Evaluation, read_evaluations
 from pocketllm.report.html import Page, check_html, default_output, html_report
 from pocketllm.report.picture import check_picture, draw, save_picture
 
@@ -18,6 +18,6 @@ __all__ = [
     "default_output",
     "draw",
     "html_report",
-    "read_evaluation",
+    "read_evaluations",
     "save_picture",
 ]

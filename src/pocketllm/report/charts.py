@@ -99,13 +99,13 @@ def _panel(
         figure = svg.new_figure(height)
         axes = figure.subplots()
         numbers = np.array([[math.nan if v is None else v for v in row] for row in grid])
-        mesh = axes.pcolormesh(
+        scale: Any = axes.pcolormesh(
             np.ma.masked_invalid(numbers), cmap="cividis", norm=_norm(bounds), edgecolor="none", linewidth=0
         )
         digits = 3 if bounds[0] >= 0.01 else 2
         for row, line in enumerate(grid):
             for column, value in enumerate(line):
-                colour = svg.MUTED if value is None else _readable_on(mesh.to_rgba(value))
+                colour = svg.MUTED if value is None else _readable_on(scale.to_rgba(value))
                 axes.text(
                     column + 0.5,
                     row + 0.5,
@@ -119,11 +119,13 @@ def _panel(
         axes.xaxis.tick_top()
         axes.set_xticks([n + 0.5 for n in range(len(labels))], labels, rotation=90)
         step = max(1, len(grid) // 16)
-        axes.set_yticks([n + 0.5 for n in range(0, len(grid), step)], list(range(0, len(grid), step)))
+        axes.set_yticks(
+            [n + 0.5 for n in range(0, len(grid), step)], [str(n) for n in range(0, len(grid), step)]
+        )
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_ylabel("block")
-        _scale(figure, axes, mesh, unit)
+        _scale(figure, axes, scale, unit)
         return svg.inline(figure, name)
 
 

@@ -47,8 +47,8 @@ class Evaluation:
         return cls(**known)
 
 
-def read_evaluation(path: Path) -> Evaluation:
-    """The evaluation in a file.
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """The evaluation in a file, and that of the model it was compared with (`--against`), if there is one.
 
     Raises:
         SourceError: missing, unreadable, no JSON, or not what `pocketllm eval --json` prints.
@@ -63,4 +63,8 @@ def read_evaluation(path: Path) -> Evaluation:
         ) from error
     if not isinstance(values, dict):
         raise SourceError(f"{path}: no JSON object; wanted the output of 'pocketllm eval --json'")
-    return Evaluation.from_dict(values, str(path))
+    own = Evaluation.from_dict(values, str(path))
+    other = values.get("against")
+    if not isinstance(other, dict) or other.get("perplexity") is None:
+        return [own]
+    return [own, Evaluation.from_dict({**values, "dtype": "", **other}, str(path))]

@@ -17,6 +17,7 @@ from pocketllm.report.collect import ModelFacts, mean, read_model
 from pocketllm.report.command import command_for
 from pocketllm.report.evaluations import Evaluation
 from pocketllm.report.files import check_target, write_whole
+from pocketllm.report.making import making_section, skipped_section
 from pocketllm.report.measured import perplexity_section, weights_section
 from pocketllm.report.sections import Section
 from pocketllm.report.weights import Weights, compare_weights
@@ -70,7 +71,7 @@ def html_report(
         output: file to write; None takes the folder's name with `.html`, beside the folder.
         against: the dense model, as for `pocketllm.compress`; None looks for it where it was compressed
             from, on this machine only.
-        evaluations: perplexities to show; see `read_evaluation`.
+        evaluations: perplexities to show; see `read_evaluations`.
         check: compare every file with its checksum first.
         trust_remote_code: let transformers run code that the dense model's folder contains.
         progress: told the stage (`check`, `weights`, `write`), the finished share of it, and a detail.
@@ -153,8 +154,8 @@ def _sections(
         parts.use_section(model),
         weights_section(weights),
         perplexity_section(evaluations, how),
-        parts.making_section(model, command, missing),
-        parts.skipped_section(model),
+        making_section(model, command, missing),
+        skipped_section(model),
     ]
 
 

@@ -241,65 +241,6 @@ def _use_chart(
     )
 
 
-def skipped_section(model: ModelFacts) -> Section:
-    """What was left dense or not stored, by reason."""
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for entry in model.report["skipped"]:
-        reasons[str(entry.get("reason", "not said"))].append(str(entry["name"]))
-    rows = [(reason, names[0], str(len(names))) for reason, names in reasons.items()]
-    table = Table("Not compressed, by reason", ("reason", "for example", "tensors"), rows, words=2)
-    if not rows:
-        return Section("dense", "Not compressed", ["Every tensor is compressed."])
-    return Section("dense", "Not compressed", tables=[table])
-
-
-def making_section(model: ModelFacts, command: str, missing: Sequence[str]) -> Section:
-    """Settings, versions, how the fit went, and the command to make it again."""
-    report = model.report
-    paragraphs = [f"Made from {report['model']}. The command to make it again:"]
-    if not command:
-        paragraphs = [
-            f"Made from {report['model']}, with settings that this version of pocketllm-codec does not know; "
-            "update it to see the command that makes the model again."
-        ]
-    elif missing:
-        paragraphs.append(
-            f"That leaves out settings which have no option: {', '.join(missing)}. In Python, "
-            "pocketllm.CompressConfig.from_dict(report['config']) sets them all, where report is the content "
-            "of pocketllm.json."
-        )
-    versions = [(str(k), str(v)) for k, v in (report.get("versions") or {}).items()]
-    settings = [(key, str(value)) for key, value in _flat(report["config"]).items()]
-    tables = [Table("Settings", ("setting", "value"), settings, words=2), *_fits(report.get("fits") or [])]
-    if versions:
-        tables.append(Table("Versions", ("package", "version"), versions, words=2))
-    return Section("making", "How it was made", paragraphs, tables=tables, code=command)
-
-
-def _fits(fits: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """nmse of every codec's sample before and after training."""
-    rows = []
-    for fit in fits:
-        start, final = fit.get("start_nmse"), fit.get("final_nmse")
-        if not isinstance(start, Mapping) or not isinstance(final, Mapping):
-            continue
-        for key in start:
-            rows.append((str(key), _text(start[key]), _text(final.get(key)), _text(fit.get("revived"))))
-    headers = ("codec", "nmse at the start", "nmse after training", "codewords revived")
-    return [Table("Training of the codecs, on their samples", headers, rows)] if rows else []
-
-
-def _text(value: Any) -> str:
-    return short(float(value)) if isinstance(value, int | float) else "–"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
 def _several(values: Any) -> str:
     return ", ".join(str(value) for value in sorted({v for v in values if v is not None})) or "–"
 

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pocketllm.errors import ExtraError
 
@@ -47,7 +47,7 @@ def drawing(ink: str = INK, muted: str = MUTED) -> Iterator[None]:
     require()
     import matplotlib
 
-    settings = {
+    settings: Any = {  # matplotlib types the keys, version by version
         "svg.fonttype": "none",
         "svg.hashsalt": "pocketllm",
         "text.parse_math": False,
