@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from pocketllm.report import Evaluation, check_html, check_picture, compare, rea
 from pocketllm.report.charts import bars, heat_map, short, short_kinds
 from pocketllm.report.collect import block_of, mean, read_model
 from pocketllm.report.files import check_target, write_whole
-from pocketllm.report.measured import perplexity_section
 from pocketllm.report.making import making_section
-from pocketllm.report.sections import error_section, use_section
+from pocketllm.report.measured import perplexity_section
+from pocketllm.report.sections import error_section
+from pocketllm.report.use import count_use, use_section
 from pocketllm.report.weights import compare_weights
 from tests import tiny
 
@@ -133,7 +135,8 @@ def test_new_keys_and_missing_values_do_no_harm(copy: Path) -> None:
     model = read_model(copy)
     section = error_section(model)
     assert not section.charts and "without calibration" in section.paragraphs[1]
-    assert not use_section(model).charts and use_section(model).tables
+    section = use_section(model, [])
+    assert not section.charts and section.tables
     assert len(making_section(model, "", ()).tables) == 1
 
 
@@ -155,6 +158,25 @@ def test_a_report_that_lacks_something(key: str, copy: Path) -> None:
 def test_a_dense_model_is_no_compressed_one(source: Path) -> None:
     with pytest.raises(FormatError, match="not a model compressed"):
         read_model(source)
+
+
+# --- codebooks
+
+
+def test_use_is_counted_in_the_indices(source: Path, tmp_path: Path) -> None:
+    pocketllm.compress(source, tiny.settings(codebook_scope="matrix"), tmp_path / "out")
+    model = read_model(tmp_path / "out")
+    uses = count_use(model)
+    assert len(uses) == len(model.matrices)
+    for use in uses:
+        matrix = next(m for m in model.matrices if m.codebook == use.codebook)
+        assert use.used == pytest.approx(matrix.utilization, rel=1e-5)
+        assert use.covered[0] == 0 and use.covered[-1] == pytest.approx(1)
+        steps = [b - a for a, b in pairwise(use.covered)]
+        assert all(b <= a + 1e-12 for a, b in pairwise(steps)) and use.covered[50] >= 0.5
+    section = use_section(model, uses)
+    assert [len(chart.table.rows) for chart in section.charts] == [15, 11]
+    assert "Heat map" in section.charts[0].description and "Of 15 codebooks" in section.charts[1].note
 
 
 # --- weights

@@ -189,3 +189,27 @@ def _few_ticks() -> Any:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(5, symmetric=True)
+
+
+def curves(name: str, series: Sequence[tuple[str, Sequence[float]]], axes_labels: tuple[str, str]) -> str:
+    """Lines over equal steps from 0 to 100, told apart by their dashes, beside the diagonal.
+
+    Args:
+        series: (label, values at 0, …, 100), at most three. axes_labels: (x, y).
+    """
+    dashes: list[Any] = ["solid", (0, (5, 1.5)), (0, (1.5, 1.2))]
+    with svg.drawing():
+        figure = svg.new_figure(230)
+        axes = figure.subplots()
+        axes.plot([0, 100], [0, 100], color=svg.MUTED, linewidth=0.8, label="all used alike")
+        for (label, values), dash, colour in zip(
+            series, dashes, (svg.FIRST, svg.SECOND, svg.INK), strict=False
+        ):
+            x = [100 * k / (len(values) - 1) for k in range(len(values))]
+            axes.plot(x, values, color=colour, linestyle=dash, linewidth=1.8, label=label)
+        axes.set_xlabel(axes_labels[0])
+        axes.set_ylabel(axes_labels[1])
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.legend(loc="lower right", frameon=False, handlelength=2.6)
+        return svg.inline(figure, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ _NUMBERS = (
     "bpw_all",
     "dense_model_bytes_bf16",
 )
+PER_KIND = 8  # matrices of a kind that are decoded, spread over the depth
 _BLOCK = re.compile(r"^.*?\.(\d+)\..+$")
 
 
@@ -93,6 +94,12 @@ def mean(matrices: Iterable[MatrixFacts], value: Callable[[MatrixFacts], float |
         total += number * matrix.weights
         weights += matrix.weights
     return total / weights if weights else None
+
+
+def spread(matrices: Sequence[MatrixFacts]) -> list[MatrixFacts]:
+    """At most `PER_KIND` of the matrices, at equal distances."""
+    count = min(PER_KIND, len(matrices))
+    return [matrices[round(n * (len(matrices) - 1) / max(1, count - 1))] for n in range(count)]
 
 
 def read_model(folder: Path, check: bool = True) -> ModelFacts:

@@ -20,6 +20,7 @@ from pocketllm.report.files import check_target, write_whole
 from pocketllm.report.making import making_section, skipped_section
 from pocketllm.report.measured import perplexity_section, weights_section
 from pocketllm.report.sections import Section
+from pocketllm.report.use import Use, count_use, use_section
 from pocketllm.report.weights import Weights, compare_weights
 
 Progress = Callable[[str, float, str], None]
@@ -74,7 +75,7 @@ def html_report(
         evaluations: perplexities to show; see `read_evaluations`.
         check: compare every file with its checksum first.
         trust_remote_code: let transformers run code that the dense model's folder contains.
-        progress: told the stage (`check`, `weights`, `write`), the finished share of it, and a detail.
+        progress: told the stage (`check`, `indices`, `weights`, `write`), the finished share of it, a detail.
 
     Returns:
         What was written, and what is absent from it.
@@ -96,12 +97,14 @@ def html_report(
     progress("check", 0.0, str(folder))
     model = read_model(folder, check)
     progress("check", 1.0, str(folder))
+    uses = count_use(model, lambda share, detail: progress("indices", share, detail))
+    progress("indices", 1.0, "")
     weights = compare_weights(
         model, against, trust_remote_code, lambda share, detail: progress("weights", share, detail)
     )
     progress("write", 0.0, "charts")
     command, missing = command_for(str(model.report["model"]), folder.resolve().name, model.report["config"])
-    found = _sections(model, weights, evaluations, command, missing)
+    found = _sections(model, uses, weights, evaluations, command, missing)
     text = environment.get_template("page.html.j2").render(
         title=folder.resolve().name,
         facts=_facts(model, evaluations),
@@ -140,6 +143,7 @@ def _environment() -> Any:
 
 def _sections(
     model: ModelFacts,
+    uses: Sequence[Use],
     weights: Weights,
     evaluations: Sequence[Evaluation],
     command: str,
@@ -151,7 +155,7 @@ def _sections(
         parts.size_section(model),
         parts.bits_section(model),
         parts.error_section(model),
-        parts.use_section(model),
+        use_section(model, uses),
         weights_section(weights),
         perplexity_section(evaluations, how),
         making_section(model, command, missing),

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from pocketllm.report import charts
 from pocketllm.report.charts import Chart, Table, short
 from pocketllm.report.collect import MatrixFacts, ModelFacts, mean
-
-_MOST_BARS = 12
 
 Value = Callable[[MatrixFacts], float | None]
 
@@ -168,7 +166,7 @@ def _every_matrix(model: ModelFacts) -> Table:
             short(m.bpw),
             short(m.nmse),
             short(m.proxy_error),
-            _percent(m.utilization),
+            percent(m.utilization),
         )
         for m in model.matrices
     ]
@@ -176,74 +174,10 @@ def _every_matrix(model: ModelFacts) -> Table:
     return Table("Every compressed matrix", headers, rows)
 
 
-def use_section(model: ModelFacts) -> Section:
-    """How much of each codebook is used."""
-    members: dict[int, list[MatrixFacts]] = defaultdict(list)
-    for matrix in model.matrices:
-        members[matrix.codebook].append(matrix)
-    rows, labels, shares = [], [], []
-    for number, group in sorted(members.items()):
-        first = group[0]
-        size = model.layout.codebooks[number].size
-        even = None if first.codebook_perplexity is None else first.codebook_perplexity / size
-        kinds = list(dict.fromkeys(m.kind for m in group))
-        who = charts.short_kinds(kinds)[0] if len(kinds) == 1 else f"{len(kinds)} kinds"
-        labels.append(f"{number}: {who}, {len(group)} {'matrix' if len(group) == 1 else 'matrices'}")
-        shares.append(first.utilization)
-        rows.append(
-            (
-                str(number),
-                ", ".join(kinds),
-                str(len(group)),
-                f"{size:,}",
-                str(model.layout.codebooks[number].vector_len),
-                _percent(first.utilization),
-                short(first.codebook_perplexity),
-                _percent(even),
-            )
-        )
-    headers = ("codebook", "kinds", "matrices", "K", "d", "used", "perplexity", "perplexity / K")
-    table = Table("Use of the codebooks", headers, rows, words=2)
-    chart = _use_chart(model, labels, shares, table)
-    paragraphs = [
-        f"{len(members)} codebook{'s' * (len(members) > 1)} for {len(model.matrices)} matrices. Used is the "
-        "share of codewords that some subvector points to. The perplexity of use counts codewords by how "
-        "evenly they are used; at 100 % of K all are used alike."
-    ]
-    if chart is None:
-        return Section("codebooks", "Codebooks", paragraphs, tables=[table])
-    return Section("codebooks", "Codebooks", paragraphs, [chart])
-
-
-def _use_chart(
-    model: ModelFacts, labels: Sequence[str], shares: Sequence[float | None], table: Table
-) -> Chart | None:
-    """Bars for few codebooks, a heat map for many; None where the use is not known."""
-    known = [share for share in shares if share is not None]
-    if not known or len(known) < len(shares):
-        return None
-    spread = f"{_percent(min(known))} to {_percent(max(known))}"
-    words = f"Share of codewords in use, {len(shares)} codebooks: {spread}."
-    if len(shares) <= _MOST_BARS:
-        picture = charts.bars("use", labels, [100 * s for s in known], [_percent(s) for s in known])
-        return Chart("use", "Codewords in use", f"Bar chart. {words}", [picture], table)
-    heat = heat_chart(
-        model,
-        "use",
-        "Codewords in use",
-        "codewords in use, %",
-        lambda m: None if m.utilization is None else 100 * m.utilization,
-    )
-    return (
-        Chart("use", "Codewords in use", f"{heat.description} {words}", heat.pictures, table)
-        if heat
-        else None
-    )
-
-
 def _several(values: Any) -> str:
     return ", ".join(str(value) for value in sorted({v for v in values if v is not None})) or "–"
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share as per cent, or a dash."""
     return "–" if share is None else f"{100 * share:.1f}%"

@@ -13,9 +13,8 @@ from torch import Tensor
 from pocketllm.errors import SourceError
 from pocketllm.model.decode import Matrices
 from pocketllm.model.source import DenseCheckpoint, open_dense, resolve, resolve_local
-from pocketllm.report.collect import MatrixFacts, ModelFacts
+from pocketllm.report.collect import MatrixFacts, ModelFacts, spread
 
-PER_KIND = 8  # matrices of a kind that are decoded, spread over the depth
 BINS = 41
 WIDTH = 4.0  # histograms end at this many times the rms of the original weights
 _AT_ONCE = 1 << 24  # weights that are turned into float64 at the same time
@@ -166,12 +165,7 @@ def _chosen(matrices: Iterable[MatrixFacts]) -> dict[str, tuple[list[MatrixFacts
     kinds: dict[str, list[MatrixFacts]] = {}
     for matrix in matrices:
         kinds.setdefault(matrix.kind, []).append(matrix)
-    chosen = {}
-    for kind, members in kinds.items():
-        count = min(PER_KIND, len(members))
-        steps = [round(n * (len(members) - 1) / max(1, count - 1)) for n in range(count)]
-        chosen[kind] = ([members[n] for n in steps], len(members))
-    return chosen
+    return {kind: (spread(members), len(members)) for kind, members in kinds.items()}
 
 
 def _distribution(
