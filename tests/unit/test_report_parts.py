@@ -145,10 +145,12 @@ def test_fine_tuning_is_told(copy: Path) -> None:
     section = making_section(read_model(copy, check=False), "command", ("depth",))
     table = next(t for t in section.tables if t.caption == "Fine-tuning")
     assert list(table.rows) == [("steps", "3"), ("loss.kl", "0.5")]
-    assert "leaves out settings which have no option: depth" in section.paragraphs[1]
+    assert "leaves out: depth" in section.paragraphs[1] and "fine-tuned" in section.paragraphs[2]
 
 
-@pytest.mark.parametrize("key", ["matrices", "bytes_on_disk", "bpw_all", "bytes_by_part", "model", "skipped"])
+@pytest.mark.parametrize(
+    "key", ["matrices", "bytes_on_disk", "bpw_all", "bytes_by_part", "model", "skipped", "config"]
+)
 def test_a_report_that_lacks_something(key: str, copy: Path) -> None:
     edit(copy, lambda values: values.pop(key))
     with pytest.raises(FormatError, match="malformed report"):

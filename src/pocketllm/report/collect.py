@@ -122,6 +122,7 @@ def read_model(folder: Path, check: bool = True) -> ModelFacts:
         for nbytes in report["bytes_by_part"].values():
             float(nbytes)
         str(report["model"])
+        dict(report["config"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
             f"{folder / REPORT_NAME}: malformed report ({error!r}); fetch the model again"

@@ -43,7 +43,9 @@ def check_html(output: Path) -> None:
 
     Raises:
         ConfigError: another suffix. OutputError: as `check_target`.
+        ExtraError: Jinja2 or matplotlib is not installed.
     """
+    _environment()
     check_target(output)
     if output.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"{output}: wanted a name that ends in .html")

@@ -26,26 +26,28 @@ def skipped_section(model: ModelFacts) -> Section:
 def making_section(model: ModelFacts, command: str, missing: Sequence[str]) -> Section:
     """Settings, versions, how the fit went, and the command to make it again."""
     report = model.report
-    paragraphs = [f"Made from {report['model']}. The command to make it again:"]
-    if not command:
-        paragraphs = [
-            f"Made from {report['model']}, with settings that this version of pocketllm-codec does not know; "
-            "update it to see the command that makes the model again."
-        ]
-    elif missing:
+    paragraphs = [f"Made from {report['model']}."]
+    if command and missing:
         paragraphs.append(
-            f"That leaves out settings which have no option: {', '.join(missing)}. In Python, "
-            "pocketllm.CompressConfig.from_dict(report['config']) sets them all, where report is the content "
-            "of pocketllm.json."
+            f"Settings that no option sets, and that the command below leaves out: {', '.join(missing)}. In "
+            "Python, pocketllm.CompressConfig.from_dict(report['config']) sets them all, where report is the "
+            "content of pocketllm.json."
         )
+    if isinstance(report.get("recover"), Mapping):
+        paragraphs.append(
+            "It was fine-tuned after it was compressed, which the command below leaves out. "
+            "Stored errors are those before the fine-tuning."
+        )
+    paragraphs.append(
+        "The command that makes it again:"
+        if command
+        else "This version of pocketllm-codec does not know its settings; update it to see the command that "
+        "makes the model again."
+    )
     versions = [(str(k), str(v)) for k, v in (report.get("versions") or {}).items()]
     settings = [(key, str(value)) for key, value in _flat(report["config"]).items()]
     tables = [Table("Settings", ("setting", "value"), settings, words=2), *_fits(report.get("fits") or [])]
     if isinstance(report.get("recover"), Mapping):
-        paragraphs.append(
-            "It was fine-tuned after it was compressed, and the command above leaves that out. Stored errors "
-            "are those before the fine-tuning."
-        )
         recover = [(key, str(value)) for key, value in _flat(report["recover"]).items()]
         tables.append(Table("Fine-tuning", ("setting", "value"), recover, words=2))
     if versions:

@@ -75,7 +75,7 @@ class Distribution:
 class Weights:
     """Distributions of every kind; empty, with the reason, where there is nothing to compare with.
 
-    source: the dense model. mismatch: set where the errors found are not those that were stored.
+    source: the dense model, as it was named. mismatch: set where the errors found are not the stored ones.
     """
 
     kinds: tuple[Distribution, ...] = ()
@@ -140,7 +140,7 @@ def compare_weights(
         found.append(_distribution(kind, [m.name for m in matrices], of, source, decoded, told))
         done += len(matrices)
     progress(1.0, "")
-    return Weights(tuple(found), str(folder), mismatch=_mismatch(model, found))
+    return Weights(tuple(found), against or str(model.report["model"]), mismatch=_mismatch(model, found))
 
 
 def _check_same(model: ModelFacts, source: DenseCheckpoint, folder: Path) -> None:
