@@ -64,7 +64,7 @@ def draw(comparison: Comparison) -> tuple[bytes, bytes]:
     with svg.drawing(_INK, _GREY):
         from matplotlib.figure import Figure
 
-        size = 3.2 * len(panels) + 1.5, 0.45 * len(models) + 1.2
+        size = 3.2 * len(panels) + 0.09 * max(len(m.name) for m in models), 0.45 * len(models) + 1.2
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
         every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, panel in zip(every, panels, strict=True):
@@ -100,6 +100,8 @@ def _draw_panel(axes: Any, title: str, values: Sequence[float | None], text: Cal
     if known and max(known) / min(known) > 20:
         axes.set_xscale("log")
         axes.set_xlim(min(known) / 2, max(known) * (max(known) / min(known)) ** 0.5)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: "")
         title += " (logarithmic)"
     else:
         axes.set_xlim(0, 1.4 * max(known, default=1.0))
