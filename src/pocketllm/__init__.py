@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pocketllm.config import PRESETS, CodecConfig, CompressConfig, preset
+from pocketllm.config import PRESETS, CodecConfig, CompressConfig, DistillConfig, LoopConfig, preset
 from pocketllm.errors import PocketError
 from pocketllm.integrations.hook import register_when_imported
 
@@ -20,22 +20,27 @@ if TYPE_CHECKING:
     from pocketllm.integrations.transformers import load
     from pocketllm.model.compress import compress, dry_run
     from pocketllm.model.report import Report
+    from pocketllm.recover.distill import distill
 
 __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "CodecConfig",
     "CompressConfig",
+    "DistillConfig",
+    "LoopConfig",
     "PocketError",
     "Report",
     "__version__",
     "compress",
+    "distill",
     "dry_run",
     "load",
     "preset",
 ]
 _LAZY = {
     "compress": "pocketllm.model.compress",
+    "distill": "pocketllm.recover.distill",
     "dry_run": "pocketllm.model.compress",
     "load": "pocketllm.integrations.transformers",
     "Report": "pocketllm.model.report",

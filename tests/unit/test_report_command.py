@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import shlex
 import sys
 from typing import Any
@@ -11,11 +12,11 @@ import pytest
 
 import pocketllm
 from pocketllm import cli
-from pocketllm.config import PRESETS, CalibrationConfig, CompressConfig, preset
+from pocketllm.config import DEFAULT_PRESET, PRESETS, CalibrationConfig, CodecConfig, CompressConfig, preset
 from pocketllm.report.command import command_for, options_for
 
-BASE = CompressConfig()
-CODEC = BASE.codec
+BASE = preset(DEFAULT_PRESET)
+PLAIN = preset("lookup-8x")
 
 
 class CaughtError(Exception):
@@ -38,8 +39,8 @@ def parsed(command: str, monkeypatch: pytest.MonkeyPatch) -> CompressConfig:
     return found.value.config
 
 
-def with_codec(**changes: Any) -> CompressConfig:
-    return dataclasses.replace(BASE, codec=dataclasses.replace(CODEC, **changes))
+def with_codec(base: CompressConfig = PLAIN, **changes: Any) -> CompressConfig:
+    return dataclasses.replace(base, codec=dataclasses.replace(base.codec, **changes))
 
 
 CONFIGS = {
@@ -47,14 +48,14 @@ CONFIGS = {
     "bpw": dataclasses.replace(BASE, target_bpw=2.5),
     "ratio": dataclasses.replace(BASE, target_bpw=None, target_ratio=6.5),
     "size": dataclasses.replace(BASE, target_bpw=None, target_bytes=30_000_000),
-    "fixed sizes": dataclasses.replace(BASE, vector_len=5, codebook_size=32),
+    "fixed sizes": dataclasses.replace(PLAIN, vector_len=5, codebook_size=32),
     "scopes": dataclasses.replace(BASE, codebook_scope="kind", decoder_scope="matrix"),
     "blocks": dataclasses.replace(BASE, dense_first=1, dense_last=2, keep_embeddings=True, seed=7),
     "codec": with_codec(norm="ln", loss="rmse", hidden=24, depth=2, vq_weight=0.25, commitment_weight=0.1),
     "training": with_codec(epochs=9, learning_rate=1e-4, batch_size=512, init="normal"),
     "no row scale": with_codec(decoder="row", row_scale=False),
     "paper, changed": dataclasses.replace(preset("paper-16x"), dense_first=0, seed=3),
-    "calibrated": dataclasses.replace(BASE, calibration=CalibrationConfig()),
+    "calibrated": dataclasses.replace(PLAIN, calibration=CalibrationConfig()),
     "calibrated on texts": dataclasses.replace(
         BASE, target_bpw=3.0, calibration=CalibrationConfig(tokens=4096, texts=("a b.txt", "c"))
     ),
@@ -78,10 +79,11 @@ def test_a_preset_is_named_and_nothing_else(name: str) -> None:
     ("config", "missing"),
     [
         (with_codec(kmeans_iterations=3, max_sample=100), ("kmeans_iterations", "max_sample")),
+        (dataclasses.replace(BASE, overrides=(("*.down_proj.*", 4.0),)), ("overrides",)),
         (dataclasses.replace(BASE, max_index_bits=9), ("max_index_bits",)),
         (dataclasses.replace(preset("paper-8x"), vector_len=None, dense_first=0), None),
         (
-            dataclasses.replace(BASE, calibration=CalibrationConfig(tokens=64, context=32, rotate=False)),
+            dataclasses.replace(PLAIN, calibration=CalibrationConfig(tokens=64, context=32, rotate=False)),
             ("calibration.context", "calibration.rotate"),
         ),
     ],
@@ -93,11 +95,22 @@ def test_settings_without_an_option_are_named(
     assert found.missing if missing is None else found.missing == missing
 
 
-def test_no_calibration_is_said() -> None:
-    calibrated = dataclasses.replace(BASE, calibration=CalibrationConfig())
-    from pocketllm.report.command import _calibration
+def test_no_calibration_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(preset("calibrated-8x"), calibration=None)
+    command, missing = command_for("m", "out", config.to_dict())
+    assert "--no-calibration" in command and not missing
+    assert parsed(command, monkeypatch) == config
 
-    assert _calibration(calibrated.calibration, None) == (["--no-calibration"], ())
+
+def test_every_option_of_a_setting_is_known() -> None:
+    """An option that the command line gains is taken into the command of a report, too."""
+    from pocketllm.cli import compress
+    from pocketllm.report.command import _OPTIONS, _SWITCHES
+
+    settings = {f.name for f in dataclasses.fields(CompressConfig)}
+    settings |= {f.name for f in dataclasses.fields(CodecConfig)}
+    on_the_line = set(inspect.signature(compress.compress).parameters) & (settings - {"calibration"})
+    assert on_the_line == {*_OPTIONS, *_SWITCHES}
 
 
 def test_settings_of_a_later_version_give_no_command() -> None:

@@ -72,9 +72,20 @@ def edit(folder: Path, change: Any) -> None:
 def test_decoded_matrices_are_those_of_the_model(small: Path) -> None:
     model, _ = pocketllm.load(small, dtype=torch.float32)
     matrices = Matrices.open(small)
-    for name in matrices.names():
-        assert torch.equal(matrices.read(name), model.get_parameter(name))
+    assert all(torch.equal(matrices.read(n), model.get_parameter(n)) for n in matrices.names())
     assert matrices.indices(UP).shape == (52, 8)
+
+
+@pytest.mark.parametrize("source_of_codebook", ["fit", "seed"])
+def test_matrices_on_a_trellis(source_of_codebook: str, source: Path, tmp_path: Path) -> None:
+    codec = {"trellis_width": 6, "codebook_source": source_of_codebook}
+    config = tiny.target(5.0, codec=codec)
+    pocketllm.compress(source, config, tmp_path / "out")
+    expected, _ = pocketllm.load(tmp_path / "out", dtype=torch.float32)
+    matrices, model = Matrices.open(tmp_path / "out"), read_model(tmp_path / "out")
+    assert all(torch.equal(matrices.read(n), expected.get_parameter(n)) for n in matrices.names())
+    assert model.matrices[-1].stride > 0 and sum(use.covered[-1] for use in count_use(model)) > 0
+    assert error_section(model).tables[-1].headers[4] == "stride"
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape"])

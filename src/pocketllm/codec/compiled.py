@@ -1,6 +1,8 @@
-"""The compiled search for the nearest codeword: built once by the system's C++ compiler, kept in the cache.
+"""The compiled parts: built once by the system's C++ compiler, kept in the cache.
 
-Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, callers take their path in torch or faiss.
+`nearest.cpp` searches the nearest codeword, `trellis.cpp` the cheapest path; `matrix.cpp` decodes a matrix,
+rotates it, and takes gradients back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, callers take
+their path in torch or faiss.
 """
 
 from __future__ import annotations
@@ -21,30 +23,34 @@ from torch import Tensor
 from pocketllm.cache import cache_folder
 
 MAX_VECTOR_LEN = 16
-_SOURCE = Path(__file__).with_name("nearest.cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++17")
+_FLAGS = {
+    "nearest": ("-O3", "-march=native", "-std=c++17"),
+    "matrix": ("-O3", "-march=native", "-std=c++17"),
+    # Without fused operations it computes exactly what torch does.
+    "trellis": ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off"),
+}
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The built library, or None where it cannot be built."""
+def _library(name: str) -> ctypes.CDLL | None:
+    """The library built of NAME.cpp, or None where it cannot be built."""
+    source = Path(__file__).with_name(f"{name}.cpp")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if os.environ.get("POCKETLLM_COMPILE") == "0" or compiler is None:
         return None
-    identity = _SOURCE.read_bytes() + repr((compiler, _FLAGS, _processor())).encode()
-    target = cache_folder() / f"nearest-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    identity = source.read_bytes() + repr((compiler, _FLAGS[name], _processor())).encode()
+    target = cache_folder() / f"{name}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     try:
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 built = Path(scratch) / target.name
-                command = [compiler, *_FLAGS, "-shared", "-fPIC", "-fopenmp", "-x", "c++", str(_SOURCE)]
+                command = [compiler, *_FLAGS[name], "-shared", "-fPIC", "-fopenmp", "-x", "c++", str(source)]
                 subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, timeout=120)
                 built.replace(target)
         library = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError):
         return None
-    library.nearest.restype = ctypes.c_int
     return library
 
 
@@ -59,7 +65,7 @@ def _processor() -> str:
 
 def available(vector_len: int) -> bool:
     """Whether the compiled search runs here for this d."""
-    return vector_len <= MAX_VECTOR_LEN and _library() is not None
+    return vector_len <= MAX_VECTOR_LEN and _library("nearest") is not None
 
 
 class Table:
@@ -76,7 +82,7 @@ class Table:
         """[N, d] float32 -> [N] int64, ties to the lower index."""
         points = points.detach().float().contiguous()
         found = torch.empty(points.shape[0], dtype=torch.int32)
-        library = _library()
+        library = _library("nearest")
         assert library is not None
         sizes = (points.shape[0], self.columns.shape[1], points.shape[1])
         failed = library.nearest(
@@ -86,3 +92,83 @@ class Table:
         )
         assert not failed
         return found.long()
+
+
+def trellis_available(vector_len: int, stride: int, kept: int) -> bool:
+    """Whether the compiled path search runs here for this d and trellis."""
+    return vector_len <= 4 and stride <= 8 and kept >= 4 and _library("trellis") is not None
+
+
+def trellis_search(
+    points: Tensor,
+    weights: Tensor,
+    table: Tensor,
+    half: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    lengths: list[int],
+    width: int,
+    stride: int,
+) -> Tensor:
+    """States of the cheapest paths; see `trellis.PathSearch`. All tensors contiguous, on the CPU."""
+    library = _library("trellis")
+    assert library is not None
+    out = torch.empty(points.shape[0], dtype=torch.int64)
+    sizes = torch.tensor(lengths)
+    tensors = (points, weights, table, half, start, stop, sizes)
+    numbers = (len(lengths), width, stride, table.shape[0])
+    failed = library.trellis_search(
+        *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
+        *(ctypes.c_int64(number) for number in numbers),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    if failed:
+        raise MemoryError("trellis search: no memory for its tables")
+    return out
+
+
+def _run(function: str, *arguments: Tensor | int) -> None:
+    """Call a function of matrix.cpp; tensors by address, everything else as int64."""
+    library = _library("matrix")
+    assert library is not None
+    passed = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments
+    ]
+    if getattr(library, function)(*passed):
+        raise MemoryError(f"{function}: no memory for the scratch space")
+
+
+def decodes(*tensors: Tensor) -> bool:
+    """Whether the compiled decoding runs here for these tensors: float32 on a CPU."""
+    on_cpu = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    return on_cpu and _library("matrix") is not None
+
+
+def rotate_(x: Tensor, signs: Tensor, hartley: Tensor, *, columns: bool, inverse: bool) -> Tensor:
+    """Rotate the rows (or the columns) of a contiguous [rows, columns] float32 matrix in place."""
+    assert x.is_contiguous() and x.ndim == 2
+    name = "rotate_columns" if columns else "rotate_rows"
+    _run(name, x, *x.shape, signs, hartley, hartley.shape[0], int(inverse), torch.get_num_threads())
+    return x
+
+
+def gather(table: Tensor, indices: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """scale * table[indices], joined: table [K, d], indices [rows, n] int32, scale [rows] -> [rows, columns]."""
+    out = torch.empty(indices.shape[0], columns)
+    sizes = (*indices.shape, columns, table.shape[1], torch.get_num_threads())
+    _run("gather", table.contiguous(), indices.contiguous(), scale.contiguous(), out, *sizes)
+    return out
+
+
+def scatter(table: Tensor, indices: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Transpose of `gather`: gradient [rows, columns] -> gradients of table [K, d] and scale [rows].
+
+    The same thread count gives the same bits.
+    """
+    parts = torch.get_num_threads()
+    sums, scale_grad = torch.zeros(parts, *table.shape), torch.empty_like(scale)
+    inputs = [t.contiguous() for t in (table, indices, scale, grad)]
+    _run(
+        "scatter", *inputs, sums, scale_grad, *indices.shape, grad.shape[1], table.shape[1], len(table), parts
+    )
+    return sums.sum(dim=0), scale_grad

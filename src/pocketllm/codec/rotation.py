@@ -9,32 +9,29 @@ Source: incoherence processing of QuIP# (arXiv 2402.04396); Hartley (1942) for t
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pocketllm.errors import ConfigError
+from pocketllm.codec import compiled
+from pocketllm.codec.random import splitmix64
 
 
+@functools.lru_cache(maxsize=64)
 def signs(size: int, seed: int) -> Tensor:
     """[size] float32 of +1 and -1; the same on every machine for a seed (splitmix64, highest bit).
 
     Raises:
         ConfigError: a seed outside [0, 2^63).
     """
-    if not 0 <= seed < 1 << 63:
-        raise ConfigError(f"rotation seed: got {seed}, wanted 0 to 2^63 - 1")
-    mask = (1 << 64) - 1
-    out = torch.empty(size)
-    for position in range(size):
-        z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        out[position] = -1.0 if (z ^ (z >> 31)) >> 63 else 1.0
-    return out
+    high = (splitmix64(size, seed) >> np.uint64(63)).astype(np.float32)
+    return torch.from_numpy(1 - 2 * high)
 
 
+@functools.lru_cache(maxsize=64)
 def hartley(size: int) -> Tensor:
     """[size, size] float32 orthogonal and symmetric."""
     position = torch.arange(size, dtype=torch.float64)
@@ -86,6 +83,8 @@ Seeds = tuple[int | None, int | None]
 def rotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
     """W [rows, columns] -> R1 W R2^T float32."""
     weight = weight.float()
+    if seeds != (None, None) and compiled.decodes(weight):
+        return _compiled(weight, seeds, inverse=False)
     if seeds[0] is not None:
         weight = rotate(weight.T, seeds[0]).T
     return weight if seeds[1] is None else rotate(weight, seeds[1])
@@ -93,6 +92,20 @@ def rotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
 
 def unrotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
     """Inverse of `rotate_matrix`."""
+    weight = weight.float()
+    if seeds != (None, None) and compiled.decodes(weight):
+        return _compiled(weight, seeds, inverse=True)
     if seeds[1] is not None:
         weight = unrotate(weight, seeds[1])
     return weight if seeds[0] is None else unrotate(weight.T, seeds[0]).T
+
+
+def _compiled(weight: Tensor, seeds: Seeds, inverse: bool) -> Tensor:
+    """Both sides by the compiled transform, in one copy of the matrix."""
+    weight = weight.detach().clone(memory_format=torch.contiguous_format)
+    for side, seed in enumerate(seeds):
+        if seed is not None:
+            size = weight.shape[side]
+            values, mixer = signs(size, seed), hartley(_split(size)[1])
+            compiled.rotate_(weight, values, mixer, columns=side == 0, inverse=inverse)
+    return weight

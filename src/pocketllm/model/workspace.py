@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,27 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OutputError(f"{parent}: no permission to write here; choose another output folder")
 
 
+def take_lock(folder: Path) -> Any:
+    """An open file that keeps other processes out of a folder until it is closed, at the latest at exit.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    stream = (folder / "lock").open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        raise OutputError(
+            f"{folder}: in use by another process; wait for it, or choose another output"
+        ) from error
+    return stream
+
+
 def output_error(output: Path, error: OSError) -> OutputError:
     """What the operating system refused, in words that say what to do."""
     where = error.filename or output
@@ -72,7 +94,6 @@ class Workspace:
         Raises:
             ResumeError: it holds a run with other arguments. OutputError: it is not ours.
         """
-        folder = output.with_name(output.name + ".partial")
         wanted = {
             "version": pocketllm.__version__,
             "format_version": ckpt.FORMAT_VERSION,
@@ -80,8 +101,19 @@ class Workspace:
             "weights": source.fingerprint(),
             "device": device,
             "threads": torch.get_num_threads(),
-            **_flat(config.to_dict()),
+            **config.to_dict(),
         }
+        return cls.at(output, wanted)
+
+    @classmethod
+    def at(cls, output: Path, arguments: Mapping[str, Any]) -> Workspace:
+        """`open` for any kind of run. arguments: all that its result depends on, plain JSON types.
+
+        Raises:
+            ResumeError: it holds a run with other arguments. OutputError: it is not ours.
+        """
+        folder = output.with_name(output.name + ".partial")
+        wanted = json.loads(json.dumps(_flat(arguments)))  # as it is read back: lists for tuples
         state = folder / "state.json"
         if state.is_file():
             found = json.loads(state.read_text(encoding="utf-8"))
@@ -130,8 +162,8 @@ class Workspace:
         shutil.rmtree(self.folder)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
     return flat

@@ -32,6 +32,7 @@ class MatrixFacts:
     """One compressed matrix; None stands for what the report does not say.
 
     block: its number, None outside the blocks (embedding, head). codebook, decoder: numbers in the store.
+    stride: bits that each index adds on a trellis, 0 for independent indices.
     """
 
     name: str
@@ -40,6 +41,7 @@ class MatrixFacts:
     shape: tuple[int, ...]
     codebook: int
     decoder: int
+    stride: int
     vector_len: int | None
     codebook_size: int | None
     bpw: float | None
@@ -148,6 +150,7 @@ def _facts(entry: Mapping[str, Any], layout: Layout) -> MatrixFacts:
         shape=stored.shape,
         codebook=stored.codebook,
         decoder=stored.decoder,
+        stride=stored.stride,
         vector_len=entry.get("vector_len"),
         codebook_size=entry.get("codebook_size"),
         bpw=_number(entry.get("bpw")),

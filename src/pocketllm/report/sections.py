@@ -162,6 +162,7 @@ def _every_matrix(model: ModelFacts) -> Table:
             " × ".join(map(str, m.shape)),
             str(m.vector_len or "–"),
             str(m.codebook_size or "–"),
+            str(m.stride or "–"),
             str(m.codebook),
             short(m.bpw),
             short(m.nmse),
@@ -170,7 +171,18 @@ def _every_matrix(model: ModelFacts) -> Table:
         )
         for m in model.matrices
     ]
-    headers = ("matrix", "shape", "d", "K", "codebook", "bits per weight", "nmse", "proxy error", "used")
+    headers = (
+        "matrix",
+        "shape",
+        "d",
+        "K",
+        "stride",
+        "codebook",
+        "bits per weight",
+        "nmse",
+        "proxy error",
+        "used",
+    )
     return Table("Every compressed matrix", headers, rows)
 
 

@@ -1,0 +1,1 @@
+"""Get the accuracy back: distillation into the compressed form, and LoRA beside it."""

@@ -1,0 +1,131 @@
+"""KL(teacher || student) over the next token, and its gradient, without holding all logits.
+
+With [4096, 49152] float32 logits of two models 1.6 GB would be needed before softmax begins. Here the head runs
+on some positions at a time: logits of both models, divergence and gradient, and only the gradients of hidden
+states and head weight are kept. Source of the idea: chunked linear cross-entropy, as in Liger Kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+_LOGITS_AT_ONCE = 1 << 25
+
+Target = Callable[[slice], "Tensor | tuple[Tensor, Tensor]"]
+"""Positions -> the teacher's logits [n, V] float32 there, or (token ids [n, k], log-probabilities [n, k])."""
+
+
+def position_slices(positions: int, vocabulary: int) -> list[slice]:
+    """Parts of the positions whose logits fit into memory."""
+    step = max(1, _LOGITS_AT_ONCE // vocabulary)
+    return [slice(begin, min(begin + step, positions)) for begin in range(0, positions, step)]
+
+
+def divergence(
+    student: Tensor, target: Tensor | tuple[Tensor, Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Sum over positions of KL(teacher || student), and `scale` times its gradient.
+
+    With the k largest of the teacher only, the other tokens count as one: a lower bound of the divergence.
+
+    Args:
+        student: [n, V] float32 logits; overwritten by the gradient.
+
+    Returns:
+        sum (float64 scalar), gradient [n, V] float32 (the memory of `student`).
+    """
+    if isinstance(target, tuple):
+        return _partial_divergence(student, *target, scale)
+    log_z = student.logsumexp(dim=1, keepdim=True)
+    target_log_z = target.logsumexp(dim=1, keepdim=True)
+    difference = (target - student).sub_(target_log_z - log_z)
+    teacher = target.sub_(target_log_z).exp_()
+    total = (teacher * difference).sum(dim=1).double().sum()
+    del difference
+    return total, student.sub_(log_z).exp_().sub_(teacher).mul_(scale)
+
+
+def _partial_divergence(student: Tensor, ids: Tensor, log_p: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`divergence` over k tokens and the rest of the vocabulary taken together."""
+    q = student.sub_(student.logsumexp(dim=1, keepdim=True)).exp_()
+    p, chosen = log_p.exp(), q.gather(1, ids)
+    rest_p = (1 - p.sum(dim=1, keepdim=True)).clamp(min=1e-9)
+    rest_q = (1 - chosen.sum(dim=1, keepdim=True)).clamp(min=1e-9)
+    inside = (p * (log_p - chosen.clamp(min=1e-30).log())).sum(dim=1)
+    total = (inside + (rest_p * (rest_p / rest_q).log())[:, 0]).double().sum()
+    gradient = q.mul_(1 - rest_p / rest_q).scatter_(1, ids, chosen - p)
+    return total, gradient.mul_(scale)
+
+
+class _HeadDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, dtype, scale):  # type: ignore[no-untyped-def]
+        low, low_weight = hidden.detach().to(dtype), weight.detach().to(dtype)
+        low_bias = None if bias is None else bias.detach().to(dtype)
+        needs = ctx.needs_input_grad
+        hidden_grad = torch.empty_like(low) if needs[0] else None
+        weight_grad = torch.zeros_like(weight) if needs[1] else None
+        bias_grad = torch.zeros_like(bias) if needs[2] else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for part in position_slices(len(hidden), len(weight)):
+            logits = linear(low[part], low_weight, low_bias).float()
+            found, gradient = divergence(logits, target(part), scale)
+            total += found
+            gradient_low = gradient.to(dtype)
+            if hidden_grad is not None:
+                hidden_grad[part] = gradient_low @ low_weight
+            if weight_grad is not None:
+                weight_grad += gradient_low.T @ low[part]
+            if bias_grad is not None:
+                bias_grad += gradient.sum(dim=0)
+        ctx.grads = (
+            hidden_grad if hidden_grad is None else hidden_grad.to(hidden.dtype),
+            weight_grad,
+            bias_grad,
+        )
+        return total * scale
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        grads, ctx.grads = ctx.grads, None
+        return *(None if g is None else g * grad.to(g.dtype) for g in grads), None, None, None
+
+
+def head_divergence(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Target, dtype: torch.dtype, scale: float
+) -> Tensor:
+    """`scale` times the summed divergence of the student whose logits are hidden W^T + b.
+
+    Args:
+        hidden: [N, h]. weight: [V, h]. target: the teacher. dtype: of the matrix products.
+
+    Returns:
+        float64 scalar with gradients to hidden, weight and bias.
+    """
+    return _HeadDivergence.apply(hidden, weight, bias, target, dtype, scale)
+
+
+class _LogitsDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, scale):  # type: ignore[no-untyped-def]
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        ctx.gradient = torch.empty_like(logits)
+        for part in position_slices(*logits.shape):
+            found, gradient = divergence(logits[part].float().clone(), target(part), scale)
+            total += found
+            ctx.gradient[part] = gradient.to(logits.dtype)
+        return total * scale
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient * grad.to(gradient.dtype), None, None
+
+
+def logits_divergence(logits: Tensor, target: Target, scale: float) -> Tensor:
+    """The same for a model whose logits are not simply hidden W^T + b: logits [N, V] are held."""
+    return _LogitsDivergence.apply(logits, target, scale)

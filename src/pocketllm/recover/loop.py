@@ -1,0 +1,236 @@
+"""The training loop of every recovery method: steps, validation, checkpoints, log.
+
+A step is a function of the seed and its number, so a run that is killed goes on from its last checkpoint to the
+same bytes. Launched by `accelerate launch`, processes share each batch and add up their gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+from pocketllm.config import LoopConfig
+from pocketllm.errors import TrainingError
+from pocketllm.model.workspace import Workspace
+from pocketllm.recover.log import RunLog
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate."""
+
+    name: str
+    learning_rate: float
+    parameters: list[torch.nn.Parameter]
+
+
+class Task(Protocol):
+    """What is trained, and on what.
+
+    items: number of training items; each step takes a batch of them.
+    """
+
+    items: int
+
+    def groups(self) -> list[Group]:
+        """Trained parameters."""
+
+    def weight(self, numbers: Tensor) -> float:
+        """How much these items count, usually their scored tokens."""
+
+    def backward(self, numbers: Tensor, scale: float) -> float:
+        """Add the gradient of scale * (loss summed over these items); returns that value."""
+
+    def validate(self) -> float:
+        """Mean loss on the validation items."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands. history: (step, validation loss). waited: validations since the best one."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float = math.inf
+    waited: int = 0
+    stopped_early: bool = False
+    history: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the caller hears: step of steps, training and latest validation loss, seconds of the step."""
+
+    step: int
+    steps: int
+    loss: float
+    validation: float
+    seconds: float
+
+
+class Loop:
+    """Trains a task for a number of steps.
+
+    Args:
+        work: where checkpoints lie; the run goes on from one that is there. log: gets a line per step.
+        state: this process among those launched together.
+    """
+
+    def __init__(
+        self, task: Task, config: LoopConfig, steps: int, work: Workspace, log: RunLog, state: PartialState
+    ) -> None:
+        self.task, self.config, self.steps = task, config, steps
+        self.work, self.log, self.state = work, log, state
+        self.groups = [g for g in task.groups() if g.learning_rate > 0 and g.parameters]
+        self.parameters = [p for g in self.groups for p in g.parameters]
+        if not self.parameters:
+            raise TrainingError("nothing to train: every learning rate is 0; raise one")
+        self.optimizer = torch.optim.Adam(
+            [{"params": g.parameters, "lr": g.learning_rate} for g in self.groups]
+        )
+        self.best: list[Tensor] = []
+        self.at = Progress()
+
+    def run(self, progress: Callable[[Told], None]) -> Progress:
+        """Train; afterwards the parameters are those of the best validation.
+
+        Raises:
+            TrainingError: a loss or gradient that is not finite; the state before that step is kept.
+        """
+        if self.work.has(CHECKPOINT):
+            self._restore()
+        self.log.resume_at(self.at.step)
+        if not self.at.history:
+            self._validate()
+        while self.at.step < self.steps and not self.at.stopped_early:
+            started = time.monotonic()
+            loss, norm = self._step()
+            step = self.at.step
+            validated = step % self.config.eval_every == 0 or step == self.steps
+            if validated:
+                self._validate()
+            seconds = time.monotonic() - started
+            latest = self.at.history[-1][1]
+            facts = {"step": step, "loss": loss, "grad_norm": norm, "lr_factor": self._rate(step - 1)}
+            self.log.add(
+                {**facts, **({"validation": latest} if validated else {}), "seconds": round(seconds, 3)}
+            )
+            if step % self.config.checkpoint_every == 0 or step == self.steps or self.at.stopped_early:
+                self._save()
+            progress(Told(step, self.steps, loss, latest, seconds))
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.best, strict=True):
+                parameter.copy_(value)
+        return self.at
+
+    def _step(self) -> tuple[float, float]:
+        """One step of the optimizer; returns loss and gradient norm."""
+        config, number = self.config, self.at.step
+        torch.manual_seed(hash((config.seed, number)) & 0x7FFFFFFF)
+        batch = self._batch(number)
+        scale = 1.0 / max(1e-9, self.task.weight(batch))
+        mine = batch[self.state.process_index :: self.state.num_processes]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for numbers in mine.split(config.micro_batch or max(1, len(mine))):
+            if len(numbers):
+                loss += self.task.backward(numbers, scale)
+        loss, norm = self._agree(loss)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._save()
+            raise TrainingError(
+                f"step {number + 1}: the loss is {loss}, its gradient's norm {norm}; stopped. The state after step "
+                f"{number} is kept in {self.work.folder / CHECKPOINT}; start anew with lower learning rates, or in "
+                "float32"
+            )
+        if config.max_grad_norm and norm > config.max_grad_norm:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(config.max_grad_norm / norm)
+        for group, chosen in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = chosen.learning_rate * self._rate(number)
+        self.optimizer.step()
+        self.at.step += 1
+        return loss, norm
+
+    def _agree(self, loss: float) -> tuple[float, float]:
+        """Add up losses and gradients of all processes; the gradient's norm."""
+        if self.state.num_processes > 1:
+            for parameter in self.parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = reduce(parameter.grad, "sum")
+            loss = float(reduce(torch.tensor(loss, device=self.state.device), "sum"))
+        norms = [p.grad.double().norm() for p in self.parameters if p.grad is not None]
+        return loss, float(torch.stack(norms).norm()) if norms else 0.0
+
+    def _rate(self, number: int) -> float:
+        """Factor of the learning rates in a step: linear warm-up, then a cosine to 0."""
+        warmup = math.ceil(self.config.warmup * self.steps)
+        if number < warmup:
+            return (number + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (number - warmup) / max(1, self.steps - warmup)))
+
+    def _batch(self, number: int) -> Tensor:
+        """Items of a step: every epoch goes through all of them in another order."""
+        size, items = self.config.batch_size, self.task.items
+        wanted = torch.arange(number * size, (number + 1) * size)
+        orders = {
+            epoch: torch.randperm(
+                items, generator=torch.Generator().manual_seed(self.config.seed * 1000003 + epoch)
+            )
+            for epoch in set((wanted // items).tolist())
+        }
+        return torch.stack([orders[g // items][g % items] for g in wanted.tolist()])
+
+    def _validate(self) -> None:
+        """Measure, and keep the parameters if they are the best so far."""
+        loss = self.task.validate()
+        if self.state.num_processes > 1:
+            loss = float(reduce(torch.tensor(loss, device=self.state.device), "mean"))
+        at = self.at
+        at.history.append((at.step, loss))
+        if loss < at.best_loss or not self.best:
+            at.best_loss, at.best_step, at.waited = loss, at.step, 0
+            self.best = [p.detach().clone() for p in self.parameters]
+        else:
+            at.waited += 1
+            at.stopped_early = bool(self.config.patience) and at.waited >= self.config.patience
+
+    def _save(self) -> None:
+        if not self.state.is_main_process:
+            return
+        tensors: dict[str, Tensor] = {}
+        for n, (parameter, best) in enumerate(zip(self.parameters, self.best, strict=True)):
+            tensors[f"parameter.{n}"], tensors[f"best.{n}"] = parameter.detach(), best
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}.{n}"] = value
+        self.work.save(CHECKPOINT, tensors, dict(vars(self.at)))
+
+    def _restore(self) -> None:
+        tensors, facts = self.work.load(CHECKPOINT)
+        self.at = Progress(**facts)
+        self.at.history = [(step, loss) for step, loss in facts["history"]]
+        device = self.parameters[0].device
+        self.best = [tensors[f"best.{n}"].to(device) for n in range(len(self.parameters))]
+        with torch.no_grad():
+            for n, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors[f"parameter.{n}"])
+                state: dict[str, Any] = {
+                    key: tensors[f"{key}.{n}"]
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}.{n}" in tensors
+                }
+                if state:
+                    moved = {k: v if k == "step" else v.to(device) for k, v in state.items()}
+                    self.optimizer.state[parameter] = moved

@@ -1,0 +1,58 @@
+"""Run a causal language model up to its head, where the head is a plain linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PROBE = 4  # tokens
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What a model computes for a batch of tokens.
+
+    is_plain: logits are hidden W^T + b, so that they can be computed for some positions at a time.
+    """
+
+    model: Any
+    is_plain: bool
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any) -> Readout:
+        """Find out by trying whether the head is plain (no soft-capping, no scaling of logits)."""
+        head, base = model.get_output_embeddings(), model.base_model
+        if head is None or base is model:
+            return cls(model, False)
+        ids = torch.arange(_PROBE, device=model.device)[None] % model.config.get_text_config().vocab_size
+        output = base(input_ids=ids, use_cache=False)
+        hidden = getattr(output, "last_hidden_state", None)
+        logits = model(input_ids=ids, use_cache=False).logits
+        if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
+            return cls(model, False)
+        bias = getattr(head, "bias", None)
+        plain = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, bias)
+        tolerance = 1e-4 if plain.dtype == torch.float32 else 3e-2
+        return cls(
+            model,
+            plain.shape == logits.shape and torch.allclose(plain, logits, rtol=tolerance, atol=tolerance),
+        )
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B * T, h], what goes into the head. For a plain head."""
+        found = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return found.reshape(-1, found.shape[-1])
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B * T, V]."""
+        found = self.model(input_ids=ids, use_cache=False).logits
+        return found.reshape(-1, found.shape[-1])
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """(weight [V, h], bias) of a plain head."""
+        module = self.model.get_output_embeddings()
+        return module.weight, getattr(module, "bias", None)

@@ -1,0 +1,102 @@
+"""What every recovery method starts from: a compressed base that is whole, a dtype, a matching vocabulary."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pocketllm
+from pocketllm.errors import ConfigError, OutputError, SourceError
+from pocketllm.model import checkpoint as ckpt
+
+
+@dataclass(frozen=True)
+class Base:
+    """A compressed model to start from.
+
+    identity: changes with any bit of it. tokenizer: its own.
+    """
+
+    folder: Path
+    report: dict[str, Any]
+    tokenizer: Any
+    identity: str
+    trust_remote_code: bool = False
+
+    def load(self, mode: str, device: Any) -> Any:
+        """The model in float32, verified."""
+        model, _ = pocketllm.load(
+            self.folder, mode=mode, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+        )
+        return model.to(device)
+
+
+def open_base(folder: Path, output: Path | None, trust_remote_code: bool = False) -> Base:
+    """Look at the base without loading its weights.
+
+    Raises:
+        FormatError: not a compressed model, or damaged. OutputError: the output is the base itself.
+    """
+    from transformers import AutoTokenizer
+
+    if output is not None and output.resolve() == folder.resolve():
+        raise OutputError(f"{output}: is the model itself; choose another output folder")
+    report = ckpt.read_report(folder)
+    ckpt.verify(folder)
+    identity = hashlib.sha256(repr(sorted(report["files"].items())).encode()).hexdigest()[:16]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{folder}: its tokenizer cannot be read ({error})") from error
+    return Base(folder, report, tokenizer, identity, trust_remote_code)
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products; `auto` is bfloat16 where the machine computes in it at full speed."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    has = (getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
+    return torch.bfloat16 if any(has) else torch.float32
+
+
+def check_vocabulary(teacher: Path, base: Base) -> None:
+    """The teacher speaks of the same tokens.
+
+    Raises:
+        ConfigError: naming both vocabularies.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    trust = base.trust_remote_code
+    sizes = [
+        AutoConfig.from_pretrained(path, trust_remote_code=trust).get_text_config().vocab_size
+        for path in (teacher, base.folder)
+    ]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"the teacher {teacher} has a vocabulary of {sizes[0]} tokens, {base.folder} one of {sizes[1]}; "
+            "name the dense model that was compressed with --teacher"
+        )
+    try:
+        tokens = AutoTokenizer.from_pretrained(teacher, trust_remote_code=trust).get_vocab()
+    except (OSError, ValueError):
+        return  # a teacher without tokenizer: its size is all that can be compared
+    if tokens != base.tokenizer.get_vocab():
+        raise ConfigError(
+            f"the teacher {teacher} and {base.folder} have different vocabularies (as many tokens, other ones); "
+            "name the dense model that was compressed with --teacher"
+        )
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Compute activations again on the way back; layers stay in evaluation mode (no dropout)."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # of the wrapper alone, not of what it contains

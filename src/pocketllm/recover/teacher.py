@@ -1,0 +1,109 @@
+"""The teacher: the dense model's next-token distributions, run batch by batch or computed once (top k)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from pocketllm.errors import SourceError
+from pocketllm.recover.divergence import Target, position_slices
+from pocketllm.recover.readout import Readout
+
+
+class Teacher(Protocol):
+    """What distillation learns from."""
+
+    def target(self, numbers: Tensor, ids: Tensor) -> Target:
+        """The distributions at all positions of windows `ids` [B, T], which are those of these numbers."""
+
+
+class LiveTeacher:
+    """The dense model itself, run on every batch."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.readout = Readout.of(model)
+
+    @torch.no_grad()
+    def target(self, numbers: Tensor, ids: Tensor) -> Target:
+        """Logits; held for some positions at a time where the head is plain."""
+        if not self.readout.is_plain:
+            logits = self.readout.logits(ids)
+            return lambda part: logits[part].to(torch.float32, copy=True)
+        hidden = self.readout.hidden(ids)
+        weight, bias = self.readout.head()
+        return lambda part: linear(hidden[part].to(weight.dtype), weight, bias).float()
+
+
+class CachedTeacher:
+    """The k most likely tokens at every position of every window, computed once and kept in two files.
+
+    Args:
+        folder: holds `teacher-ids.npy` [windows, T, k] int32 and `teacher-log-p.npy` float16, once they are whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.ids = np.load(folder / "teacher-ids.npy", mmap_mode="r")
+        self.log_p = np.load(folder / "teacher-log-p.npy", mmap_mode="r")
+
+    @staticmethod
+    def is_made(folder: Path) -> bool:
+        """Whether the files are whole."""
+        return (folder / "teacher-log-p.npy").is_file()
+
+    @classmethod
+    @torch.no_grad()
+    def make(
+        cls, folder: Path, teacher: LiveTeacher, windows: Tensor, k: int, progress: Callable[[float], None]
+    ) -> None:
+        """Run the teacher over all windows."""
+        shape = (*windows.shape, k)
+        device = teacher.model.device
+        names = folder / "teacher-ids.npy", folder / "teacher-log-p.tmp.npy"
+        ids = np.lib.format.open_memmap(names[0], mode="w+", dtype=np.int32, shape=shape)
+        log_p = np.lib.format.open_memmap(names[1], mode="w+", dtype=np.float16, shape=shape)
+        for number, window in enumerate(windows):
+            target = teacher.target(torch.tensor([number]), window[None].to(device))
+            for part in position_slices(len(window), teacher.model.config.get_text_config().vocab_size):
+                logits = target(part)
+                assert isinstance(logits, Tensor)
+                top = logits.sub_(logits.logsumexp(dim=1, keepdim=True)).topk(k, dim=1)
+                ids[number, part] = top.indices.int().cpu().numpy()
+                log_p[number, part] = top.values.half().cpu().numpy()
+            progress((number + 1) / len(windows))
+        ids.flush()
+        log_p.flush()
+        names[1].rename(folder / "teacher-log-p.npy")
+
+    def target(self, numbers: Tensor, ids: Tensor) -> Target:
+        """(token ids, log-probabilities)."""
+        rows = numbers.numpy()
+        k = self.ids.shape[2]
+        tokens = torch.from_numpy(self.ids[rows]).reshape(-1, k).long().to(ids.device)
+        log_p = torch.from_numpy(self.log_p[rows]).reshape(-1, k).float().to(ids.device)
+        return lambda part: (tokens[part], log_p[part])
+
+
+def open_teacher(folder: Path, dtype: torch.dtype, device: Any, trust_remote_code: bool = False) -> Any:
+    """The dense model of a folder.
+
+    Raises:
+        SourceError: not a dense model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from pocketllm.model.source import open_dense
+
+    open_dense(folder, trust_remote_code)  # its errors are clearer, and it refuses pickles
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        ).to(device)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SourceError(f"{folder}: the teacher cannot be loaded ({error})") from error

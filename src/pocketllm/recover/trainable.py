@@ -1,0 +1,242 @@
+"""The trainable form of a compressed model: indices fixed; codebooks, decoders, row scales, norms trained.
+
+`make_trainable` takes a model loaded in mode `packed` and lets its layers decode with gradients. A linear
+layer keeps its input alone for the backward pass and decodes its weight again there; its dense gradient exists
+while it is reduced to that of table and scale, and no longer. Any other module that reads a coded weight
+(embeddings, fused experts) gets a differentiable weight, decoded once per forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pocketllm.codec.differentiable import decoded_table, lookup, lookup_gradients, row_form
+from pocketllm.model.checkpoint import STORE
+from pocketllm.model.layers import PackedMatrix, Store, unfold
+
+LOOKUP, CODEWORDS = "lookup", "codewords"
+
+
+class TrainableStore(nn.Module):
+    """Codebooks and decoders as float32 parameters, and the tables made of them."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.codecs = [decoder.entry.codec for decoder in store.decoders]  # type: ignore[union-attr]
+        self.codebooks = nn.ParameterList(nn.Parameter(c.value().float()) for c in store.codebooks)
+        self.ups = nn.ParameterList(nn.Parameter(d.up.float()) for d in store.decoders)
+        self.downs = nn.ParameterList(nn.Parameter(d.down.float()) for d in store.decoders)
+        self._cache: dict[tuple[int, int, bool], tuple[Tensor, ...]] = {}
+        self._weights: dict[int, Tensor] = {}
+
+    def refresh(self) -> None:
+        """Forget tables and weights computed from earlier parameters; to be called before each forward pass."""
+        self._cache.clear()
+        self._weights.clear()
+
+    def shared(self, codebook: int, decoder: int) -> tuple[Tensor, ...]:
+        """What decodes the indices: (table [K, d],) in the look-up form, else (codebook, up, down)."""
+        key = codebook, decoder, torch.is_grad_enabled()
+        if key not in self._cache:
+            codec = self.codecs[decoder]
+            parts = self.codebooks[codebook], self.ups[decoder], self.downs[decoder]
+            if codec.decoder == "lookup":
+                with torch.autocast(parts[0].device.type, enabled=False):
+                    parts = (decoded_table(codec, *parts),)
+            self._cache[key] = parts
+        return self._cache[key]
+
+
+class TrainableMatrix(PackedMatrix):
+    """A coded parameter that decodes with gradients.
+
+    row scale = `scale` * exp(`gain`): a step of the optimizer is relative to each row's own size.
+    """
+
+    indices: Tensor
+    scale: Tensor
+
+    def __init__(self, packed: PackedMatrix, store: TrainableStore) -> None:
+        nn.Module.__init__(self)
+        self.entry, self.float_dtype = packed.entry, torch.float32
+        self.codec = store.codecs[packed.entry.decoder]
+        device = packed.indices.device
+        self.register_buffer("indices", packed.unpacked().to(torch.int32).contiguous(), persistent=False)
+        stored = packed._buffers.get("row_scale")
+        scale = torch.ones(self.entry.rows, device=device) if stored is None else stored.float()
+        self.register_buffer("scale", scale, persistent=False)
+        self.gain = nn.Parameter(torch.zeros_like(scale), requires_grad=stored is not None)
+        self._trained = [store]
+        self.uses = 1
+
+    def shared(self) -> tuple[Tensor, ...]:
+        """See `TrainableStore.shared`."""
+        return self._trained[0].shared(self.entry.codebook, self.entry.decoder)
+
+    def matrix(self, gain: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
+        """[rows, columns] float32; autograd goes through it in the row form only."""
+        scale = self.scale * gain.exp()
+        if len(shared) == 1:
+            return lookup(self.indices, shared[0], scale, self.entry.columns, self.entry.rotation)
+        return row_form(self.codec, self.indices, shared, scale, self.entry.columns, self.entry.rotation)
+
+    def gradients(self, grad: Tensor, gain: Tensor, shared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Gradients of gain and of `shared`, given that of the matrix [rows, columns]."""
+        if len(shared) == 1:
+            scale = self.scale * gain.exp()
+            table_grad, scale_grad = lookup_gradients(
+                grad, self.indices, shared[0], scale, self.entry.rotation
+            )
+            return scale_grad * scale, table_grad
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (gain, *shared)]
+            value = self.matrix(inputs[0], tuple(inputs[1:]))
+            return torch.autograd.grad(value, inputs, grad)
+
+    def forward(self) -> Tensor:
+        """The parameter, differentiable; decoded once per forward pass where several modules read it."""
+        store = self._trained[0]
+        if self.uses == 1 or not torch.is_grad_enabled():
+            return unfold(_Decode.apply(self, self.gain, *self.shared()), self.entry)
+        if id(self) not in store._weights:
+            store._weights[id(self)] = unfold(_Decode.apply(self, self.gain, *self.shared()), self.entry)
+        return store._weights[id(self)]
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., columns] -> x W^T + b [..., rows], computed in autocast's dtype where that is on."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        y = _Linear.apply(self, x.to(dtype), self.gain, *self.shared())
+        return y if bias is None else y + bias.to(dtype)
+
+
+class _Decode(torch.autograd.Function):
+    """(gain, shared) -> matrix; keeps nothing dense."""
+
+    @staticmethod
+    def forward(ctx, matrix, gain, *shared):  # type: ignore[no-untyped-def]
+        ctx.matrix = matrix
+        ctx.save_for_backward(gain, *shared)
+        return matrix.matrix(gain, shared)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        gain, *shared = ctx.saved_tensors
+        return None, *ctx.matrix.gradients(grad.float(), gain, tuple(shared))
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T; keeps x alone, decodes W again on the way back."""
+
+    @staticmethod
+    def forward(ctx, matrix, x, gain, *shared):  # type: ignore[no-untyped-def]
+        ctx.matrix = matrix
+        ctx.save_for_backward(x, gain, *shared)
+        return x @ matrix.matrix(gain, shared).to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, gain, *shared = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        x_grad = None
+        if ctx.needs_input_grad[1]:
+            with torch.no_grad():
+                x_grad = grad @ ctx.matrix.matrix(gain, tuple(shared)).to(x.dtype)
+        weight_grad = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        return None, x_grad, *ctx.matrix.gradients(weight_grad.float(), gain, tuple(shared))
+
+
+def make_trainable(model: Any) -> dict[str, TrainableMatrix]:
+    """Turn a model loaded in mode `packed` into its trainable form, in place.
+
+    Returns:
+        The coded parameters by name. Norms, biases and other vectors require gradients, dense matrices do not.
+    """
+    store = TrainableStore(getattr(model, STORE))
+    delattr(model, STORE)
+    model.add_module(STORE, store)
+    made: dict[int, TrainableMatrix] = {}
+    named: dict[str, TrainableMatrix] = {}
+    for path, module in list(model.named_modules()):
+        for leaf, packed in list(module._modules.items()):
+            if isinstance(packed, PackedMatrix):
+                matrix = TrainableMatrix(packed, store)
+                made[id(packed)] = named[f"{path}.{leaf}"] = matrix
+                module._modules[leaf] = matrix
+    for module in list(model.modules()):
+        for key, held in list(module.__dict__.items()):
+            if key.startswith("_tied_"):
+                held[0] = made[id(held[0])]
+                held[0].uses += 1
+        _fast_linear(module)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(parameter.requires_grad or parameter.ndim < 2)
+    for matrix in named.values():
+        matrix.gain.requires_grad_(matrix.codec.row_scale)
+    return named
+
+
+def _fast_linear(module: nn.Module) -> None:
+    """Let nn.Linear and Conv1D, whose forward is known, keep their input alone."""
+    from transformers.pytorch_utils import Conv1D
+
+    plain = getattr(type(module), "_dense_class", None)
+    weight = module._modules.get("weight")
+    if plain in (nn.Linear, Conv1D) and isinstance(weight, TrainableMatrix) and weight.uses == 1:
+        module.__class__ = type(type(module).__name__, (type(module),), {"forward": _linear_forward})
+
+
+def _linear_forward(module: Any, x: Tensor) -> Tensor:
+    matrix: TrainableMatrix = module._modules["weight"]
+    return matrix.linear(x, module.bias)
+
+
+def stored_tensors(model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Everything trained, rounded as it is stored, by stored name.
+
+    Args:
+        dtypes: stored dtype of the tensors that are not coded; those absent are left out.
+    """
+    store: TrainableStore = getattr(model, STORE)
+    found: dict[str, Tensor] = {}
+    for kind, leaf, values in (
+        ("codebooks", "weight", store.codebooks),
+        ("decoders", "up", store.ups),
+        ("decoders", "down", store.downs),
+    ):
+        for number, value in enumerate(values):
+            found[f"{STORE}.{kind}.{number}.{leaf}"] = value.detach().half()
+    for name, module in model.named_modules():
+        if isinstance(module, TrainableMatrix) and module.codec.row_scale:
+            found[f"{name}.row_scale"] = (module.scale * module.gain.detach().exp()).bfloat16()
+    for name, parameter in model.named_parameters():
+        if name in dtypes and parameter.requires_grad:
+            found[name] = parameter.detach().to(dtypes[name])
+    return found
+
+
+@torch.no_grad()
+def set_stored(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Inverse of `stored_tensors`: the model computes with the rounded values."""
+    store: TrainableStore = getattr(model, STORE)
+    store.refresh()
+    for kind, leaf, values in (
+        ("codebooks", "weight", store.codebooks),
+        ("decoders", "up", store.ups),
+        ("decoders", "down", store.downs),
+    ):
+        for number, value in enumerate(values):
+            value.copy_(tensors[f"{STORE}.{kind}.{number}.{leaf}"])
+    parameters = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, TrainableMatrix) and f"{name}.row_scale" in tensors:
+            module.scale.copy_(tensors[f"{name}.row_scale"])
+            module.gain.zero_()
+    for name, value in tensors.items():
+        if name in parameters:
+            parameters[name].copy_(value)
