@@ -305,11 +305,13 @@ def test_bad_evaluations(text: str | None, words: str, tmp_path: Path) -> None:
 
 def test_perplexities_side_by_side() -> None:
     compressed = Evaluation(20.0, "small", True, "t", 8, 1, 7)
-    section = perplexity_section([compressed, Evaluation(10.0, "dense", False, "t", 8, 1, 7)], "")
+    section = perplexity_section([compressed, Evaluation(10.0, "dense", False, "t", 8, 1, 7)], "", 5)
     assert section.charts[0].table.rows[0][-1] == "2.000×" and len(section.paragraphs) == 1
-    section = perplexity_section([compressed, Evaluation(10.0, "dense", False, "t", 9, 1, 8)], "")
+    section = perplexity_section([compressed, Evaluation(10.0, "dense", False, "t", 9, 1, 8)], "", 5)
     assert section.charts[0].table.rows[0][-1] == "–" and "no figure of the dense" in section.paragraphs[1]
-    assert not perplexity_section([Evaluation(math.inf, "small", True)], "").charts
+    other = Evaluation(math.inf, "small", True, bytes_on_disk=7)
+    section = perplexity_section([other], "", 5)
+    assert not section.charts and "of 7 bytes, this model has 5" in section.paragraphs[-1]
 
 
 # --- comparing
@@ -361,6 +363,7 @@ def test_a_heat_map_of_many_kinds_is_cut() -> None:
     pictures = heat_map("h", [[0.1 * n + 0.01 for n in range(17)], [None] * 17], kinds, "nmse")
     assert len(pictures) == 3 and "kind16" in pictures[2] and "–" in pictures[0]
     assert heat_map("h", [[None]], ["kind"], "nmse") == []
+    assert "nmse, thousandths" in heat_map("h", [[5e-4, 0.2]], ["a", "b"], "nmse")[0]
     assert heat_map("h", [[0.0, 0.0]], ["a", "b"], "nmse") and heat_map(
         "h", [[1e-5, 1.0]], ["a", "b"], "nmse"
     )

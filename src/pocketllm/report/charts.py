@@ -76,6 +76,9 @@ def heat_map(name: str, grid: Sequence[Sequence[float | None]], kinds: Sequence[
     values = [v for row in grid for v in row if v is not None]
     if not values:
         return []
+    if 0 <= min(values) < 1e-3 and max(values) > 0:  # shorter in thousandths
+        grid = [[None if v is None else 1000 * v for v in row] for row in grid]
+        values, unit = [1000 * v for v in values], f"{unit}, thousandths"
     labels = short_kinds(kinds)
     pictures = []
     for start in range(0, len(kinds), _KINDS_AT_ONCE):

@@ -105,6 +105,7 @@ def html_report(
         model, against, trust_remote_code, lambda share, detail: progress("weights", share, detail)
     )
     progress("write", 0.0, "charts")
+    evaluations = list(dict.fromkeys(evaluations))
     command, missing = command_for(str(model.report["model"]), folder.resolve().name, model.report["config"])
     found = _sections(model, uses, weights, evaluations, command, missing)
     text = environment.get_template("page.html.j2").render(
@@ -159,7 +160,7 @@ def _sections(
         parts.error_section(model),
         use_section(model, uses),
         weights_section(weights),
-        perplexity_section(evaluations, how),
+        perplexity_section(evaluations, how, model.report["bytes_on_disk"]),
         making_section(model, command, missing),
         skipped_section(model),
     ]

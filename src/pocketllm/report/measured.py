@@ -69,8 +69,12 @@ def _figures(moments: Moments) -> tuple[str, str, str, str]:
     return short(moments.mean), short(moments.rms), short(moments.largest), short(moments.kurtosis)
 
 
-def perplexity_section(evaluations: Sequence[Evaluation], command: str) -> Section:
-    """Perplexity of the compressed model beside the dense one. command: how to get what is lacking."""
+def perplexity_section(evaluations: Sequence[Evaluation], command: str, nbytes: int) -> Section:
+    """Perplexity of the compressed model beside the dense one.
+
+    Args:
+        command: how to measure it. nbytes: of the compressed model, to tell an evaluation of another one.
+    """
     title = "Perplexity"
     if not evaluations:
         return Section(
@@ -106,6 +110,11 @@ def perplexity_section(evaluations: Sequence[Evaluation], command: str) -> Secti
             "There is no figure of the dense model in the same setting. Name that model with --against, or "
             "add its evaluation with --evaluation."
         )
+    paragraphs += [
+        f"Mind: the evaluation of {e.model} is of {e.bytes_on_disk:,} bytes, this model has {nbytes:,}."
+        for e in evaluations
+        if e.compressed and e.bytes_on_disk not in (0, nbytes)
+    ]
     if not all(math.isfinite(e.perplexity) for e in evaluations):
         return Section("perplexity", title, paragraphs, tables=[table])
     notes = [short(e.perplexity, 4) for e in evaluations]
