@@ -15,7 +15,6 @@ from pocketllm.codec.indices import IndexForm
 from pocketllm.codec.trellis import (
     PathSearch,
     Trellis,
-    first_state,
     pack_paths,
     reversed_bits,
     strip_rows,
