@@ -41,3 +41,7 @@ class LoadError(PocketError):
 
 class TrainingError(PocketError):
     """Fine-tuning cannot go on: the loss is not finite, or there is nothing to train."""
+
+
+class ExtraError(PocketError):
+    """An optional package is not installed; the message names the extra that brings it."""
