@@ -47,7 +47,7 @@ class PocketLM(HFLM):  # type: ignore[misc]
         progress: Progress = lambda share: None,
     ) -> None:
         positions = getattr(model.config, "max_position_embeddings", None) or max_length
-        with quiet():
+        with quiet(), _tied_already(model):
             super().__init__(
                 pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=min(max_length, positions)
             )
@@ -123,6 +123,16 @@ def _score(log_probabilities: Tensor, continuation: list[int]) -> tuple[float, b
     wanted = torch.tensor(continuation, device=rows.device)
     picked = rows.gather(1, wanted[:, None])
     return float(picked.sum()), bool((rows.argmax(-1) == wanted).all())
+
+
+@contextlib.contextmanager
+def _tied_already(model: Any) -> Iterator[None]:
+    """lm-eval ties weights anew; loading has done it, and packed ones, being computed, do not allow it."""
+    model.__dict__["tie_weights"] = lambda: None
+    try:
+        yield
+    finally:
+        del model.__dict__["tie_weights"]
 
 
 @contextlib.contextmanager
