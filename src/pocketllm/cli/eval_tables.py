@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from pocketllm.cli.render import size
@@ -29,7 +30,7 @@ def _described(entry: Mapping[str, Any]) -> str:
 
 
 def _text_table(values: Mapping[str, Any]) -> Table:
-    what = f"{values['text']}, context {values['context']}, {values['windows']} windows"
+    what = f"{escape(values['text'])}, context {values['context']}, {values['windows']} windows"
     table = Table(title=f"{what}, {values['tokens']} tokens", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
