@@ -163,8 +163,9 @@ def tasks() -> str:
     head += [*(_TASK_TITLES.get(name, name) for name in names), "average", "margin over chance kept"]
     which = "all documents" if found["limit"] is None else f"the first {found['limit']} documents of each"
     version = dense["tasks"][names[0]]["versions"]["lm-eval"]
+    seconds = sum(task["seconds"] for task in dense["tasks"].values())
     note = (
-        f"SmolLM2-135M. Tasks: lm-eval {version}, zero-shot, acc, {which}; "
+        f"SmolLM2-135M. Tasks: lm-eval {version}, zero-shot, acc, {which} ({seconds:.0f} seconds a model); "
         "in brackets the difference to dense with its standard error, paired by document. Perplexity and KL: "
         f"{found['text']}, context {found['context']}, first {found['windows']} windows. Evaluated in "
         f"{found['dtype'].removeprefix('torch.')}. `{found['command']}`"
