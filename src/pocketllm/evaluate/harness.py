@@ -87,7 +87,7 @@ class PocketLM(HFLM):  # type: ignore[misc]
 
     def _batches(self, rows: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
         """Rows, longest first, in batches of at most `batch_tokens` tokens (one row at least)."""
-        budget = min(self.batch_tokens, _LOGITS_BYTES // (4 * self.model.config.vocab_size))
+        budget = min(self.batch_tokens, _LOGITS_BYTES // (4 * self.model.config.get_text_config().vocab_size))
         start = 0
         while start < len(rows):
             count = max(1, budget // len(rows[start]))
