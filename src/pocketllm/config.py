@@ -311,6 +311,35 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """How a model is measured.
+
+    context: tokens per window of perplexity and divergence. windows: first ones used, None all.
+    limit: first documents of each task, None all. batch_tokens: tokens of a batch of task prompts, padding
+    counted. max_length: longest prompt of a task with its answer, in tokens.
+    """
+
+    context: int = 1024
+    windows: int | None = None
+    limit: int | None = None
+    batch_tokens: int = 1024
+    max_length: int = 2048
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError naming the field."""
+        for name, least in (
+            ("context", 2),
+            ("windows", 1),
+            ("limit", 1),
+            ("batch_tokens", 1),
+            ("max_length", 2),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}: got {value}, wanted at least {least}")
+
+
+@dataclass(frozen=True)
 class Preset:
     """A named configuration. summary: one line for `--help`."""
 
