@@ -207,9 +207,10 @@ class LoopConfig:
     """How fine-tuning steps, whatever the method.
 
     batch_size: items per step. micro_batch: items at once, their gradients added up; 0 takes all.
-    eval_every: steps between validations. patience: validations without a better one before it stops; 0 never
-        stops early. checkpoint_every: steps between checkpoints. warmup: share of the steps with a rising rate,
-        a cosine follows. max_grad_norm: gradients are scaled down to it; 0 is off.
+    eval_every: steps between validations. patience: validations without a better one before it stops; 0
+        never stops early. checkpoint_every: steps between checkpoints.
+    warmup: share of the steps with a rising rate; a cosine follows. max_grad_norm: gradients are scaled down
+        to it; 0 is off.
     gradient_checkpointing: compute activations again on the way back instead of keeping them.
     dtype: of the matrix products; auto is bfloat16 where the machine has it, else float32.
     """
@@ -241,8 +242,8 @@ class DistillConfig:
 
     texts: files or folders; none takes the text that comes with Python. context: tokens per window.
     validation_windows: kept out of training. validation_text: take them from here instead.
-    lr_codebook, lr_scale: of codebooks (about unit size) and of row scales (relative). lr_decoder: of decoders.
-    lr_norm: of norms, biases and other vectors. 0 leaves a group as it is.
+    lr_codebook: of codebooks (about unit size). lr_scale: of row scales, relative. lr_decoder: of decoders.
+    lr_norm: of norms, biases and other vectors. A rate of 0 leaves its group as it is.
     teacher_top_k: keep the teacher's k most likely tokens, computed once; 0 runs it on every batch.
     """
 

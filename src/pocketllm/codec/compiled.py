@@ -114,7 +114,7 @@ def rotate_(x: Tensor, signs: Tensor, hartley: Tensor, *, columns: bool, inverse
 
 
 def gather(table: Tensor, indices: Tensor, scale: Tensor, columns: int) -> Tensor:
-    """scale * table[indices], joined: table [K, d], indices [rows, n] int32, scale [rows] -> [rows, columns]."""
+    """scale * table[indices] joined to rows: [K, d], [rows, n] int32, [rows] -> [rows, columns]."""
     out = torch.empty(indices.shape[0], columns)
     sizes = (*indices.shape, columns, table.shape[1], torch.get_num_threads())
     _run("gather", table.contiguous(), indices.contiguous(), scale.contiguous(), out, *sizes)

@@ -53,7 +53,8 @@ def rewrite(
     for name, value in changed.items():
         if sizes.get(name) != (value.dtype, tuple(value.shape)):
             raise ShapeError(
-                f"{name}: got {value.dtype} {tuple(value.shape)}, stored is {sizes.get(name, 'no such tensor')}"
+                f"{name}: got {value.dtype} {tuple(value.shape)}, wanted what is stored: "
+                f"{sizes.get(name, 'no such tensor')}"
             )
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()

@@ -1,8 +1,8 @@
 """Distillation into the compressed form: no index changes, no byte is added.
 
-Codebooks, decoders, row scales, norms and biases are tuned end to end so that the compressed model's next-token
-distribution matches the dense model's: minimize KL(teacher || student), averaged over positions, on any text.
-Afterwards everything is rounded as it is stored, and validated in that form.
+Codebooks, decoders, row scales, norms and biases are tuned end to end so that the compressed model's
+next-token distribution matches the dense model's: minimize KL(teacher || student), averaged over positions,
+on any text. Afterwards everything is rounded as it is stored, and validated in that form.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from pocketllm.recover.readout import Readout
 from pocketllm.recover.setting import check_vocabulary, compute_dtype, enable_checkpointing, open_base
 from pocketllm.recover.teacher import CachedTeacher, LiveTeacher, Teacher, open_teacher
 from pocketllm.recover.text import split, windows_of
-from pocketllm.recover.trainable import STORE, TrainableMatrix, make_trainable, set_stored, stored_tensors
+from pocketllm.recover.trainable import TrainableMatrix, make_trainable, set_stored, stored_tensors
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a distillation did. kl_*: mean KL(dense || compressed) in nats per token on the validation windows,
-    before, at the best step, and in the form that is stored. steps: taken; best_step: of the form kept."""
+    """What a distillation did.
+
+    kl_*: mean KL(dense || compressed) in nats per token on the validation windows: before, at the best step,
+    and in the form that is stored. steps: taken. best_step: whose parameters are kept.
+    """
 
     output: str
     bytes_on_disk: int
@@ -76,7 +79,7 @@ class Distillation:
 
     def groups(self) -> list[Group]:
         """Codebooks, decoders, row scales, and vectors (norms, biases)."""
-        store, config = getattr(self.student, STORE), self.config
+        store, config = getattr(self.student, ckpt.STORE), self.config
         gains = [m.gain for m in self.student.modules() if isinstance(m, TrainableMatrix)]
         coded = {id(p) for p in [*store.parameters(), *gains]}
         vectors = [p for p in self.student.parameters() if p.requires_grad and id(p) not in coded]
@@ -112,7 +115,7 @@ class Distillation:
         return total / self.validation.numel()
 
     def _divergence(self, ids: Tensor, target: Target, scale: float) -> Tensor:
-        getattr(self.student, STORE).refresh()
+        getattr(self.student, ckpt.STORE).refresh()
         kind = ids.device.type
         with torch.autocast(kind, dtype=self.dtype, enabled=self.dtype != torch.float32):
             if not self.readout.is_plain:
@@ -234,8 +237,8 @@ def dry_run_distill(
     train, validation = training_windows(base.tokenizer, config)
     sizes, _ = stored_sizes(folder)
     parts = {
-        "codebooks": [f"{STORE}.codebooks."],
-        "decoders": [f"{STORE}.decoders."],
+        "codebooks": [f"{ckpt.STORE}.codebooks."],
+        "decoders": [f"{ckpt.STORE}.decoders."],
         "row scales": [],
         "norms and biases": [],
     }
@@ -243,7 +246,7 @@ def dry_run_distill(
     for key, (_, shape) in sizes.items():
         kind = next((k for k, prefixes in parts.items() if any(key.startswith(p) for p in prefixes)), None)
         kind = kind or ("row scales" if key.endswith(".row_scale") else "norms and biases")
-        if kind != "norms and biases" or len(shape) < 2 and not key.endswith(".indices"):
+        if kind != "norms and biases" or (len(shape) < 2 and not key.endswith(".indices")):
             trained[kind] += torch.Size(shape).numel()
     return {
         "teacher": name,

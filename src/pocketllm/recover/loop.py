@@ -1,7 +1,7 @@
 """The training loop of every recovery method: steps, validation, checkpoints, log.
 
-A step is a function of the seed and its number, so a run that is killed goes on from its last checkpoint to the
-same bytes. Launched by `accelerate launch`, processes share each batch and add up their gradients.
+A step is a function of the seed and its number, so a run that is killed goes on from its last checkpoint to
+the same bytes. Launched by `accelerate launch`, processes share each batch and add up their gradients.
 """
 
 from __future__ import annotations
@@ -149,9 +149,9 @@ class Loop:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._save()
             raise TrainingError(
-                f"step {number + 1}: the loss is {loss}, its gradient's norm {norm}; stopped. The state after step "
-                f"{number} is kept in {self.work.folder / CHECKPOINT}; start anew with lower learning rates, or in "
-                "float32"
+                f"step {number + 1}: the loss is {loss}, its gradient's norm {norm}; stopped. The state "
+                f"after step {number} is kept in {self.work.folder / CHECKPOINT}; delete that folder and "
+                "start anew with lower learning rates, or in float32"
             )
         if config.max_grad_norm and norm > config.max_grad_norm:
             for parameter in self.parameters:

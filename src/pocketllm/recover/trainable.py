@@ -1,9 +1,9 @@
 """The trainable form of a compressed model: indices fixed; codebooks, decoders, row scales, norms trained.
 
 `make_trainable` takes a model loaded in mode `packed` and lets its layers decode with gradients. A linear
-layer keeps its input alone for the backward pass and decodes its weight again there; its dense gradient exists
-while it is reduced to that of table and scale, and no longer. Any other module that reads a coded weight
-(embeddings, fused experts) gets a differentiable weight, decoded once per forward pass.
+layer keeps its input alone for the backward pass and decodes its weight again there; its dense gradient
+exists while it is reduced to that of table and scale, and no longer. Any other module that reads a coded
+weight (embeddings, fused experts) gets a differentiable weight.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec.differentiable import decoded_table, lookup, lookup_gradients, row_form
+from pocketllm.config import CodecConfig
 from pocketllm.model.checkpoint import STORE
-from pocketllm.model.layers import PackedMatrix, Store, unfold
-
-LOOKUP, CODEWORDS = "lookup", "codewords"
+from pocketllm.model.layers import Codebook, Decoder, PackedMatrix, Store, unfold
 
 
 class TrainableStore(nn.Module):
     """Codebooks and decoders as float32 parameters, and the tables made of them."""
 
+    codecs: list[CodecConfig]
+
     def __init__(self, store: Store) -> None:
         super().__init__()
-        self.codecs = [decoder.entry.codec for decoder in store.decoders]  # type: ignore[union-attr]
-        self.codebooks = nn.ParameterList(nn.Parameter(c.weight.float()) for c in store.codebooks)
-        self.ups = nn.ParameterList(nn.Parameter(d.up.float()) for d in store.decoders)
-        self.downs = nn.ParameterList(nn.Parameter(d.down.float()) for d in store.decoders)
+        books = [book for book in store.codebooks if isinstance(book, Codebook)]
+        nets = [net for net in store.decoders if isinstance(net, Decoder)]
+        self.codecs = [net.entry.codec for net in nets]
+        self.codebooks = nn.ParameterList(nn.Parameter(book.weight.float()) for book in books)
+        self.ups = nn.ParameterList(nn.Parameter(net.up.float()) for net in nets)
+        self.downs = nn.ParameterList(nn.Parameter(net.down.float()) for net in nets)
         self._cache: dict[tuple[int, int, bool], tuple[Tensor, ...]] = {}
         self._weights: dict[int, Tensor] = {}
 
     def refresh(self) -> None:
-        """Forget tables and weights computed from earlier parameters; to be called before each forward pass."""
+        """Forget what was computed from earlier parameters; to be called before each forward pass."""
         self._cache.clear()
         self._weights.clear()
 
@@ -44,10 +47,10 @@ class TrainableStore(nn.Module):
         if key not in self._cache:
             codec = self.codecs[decoder]
             parts = self.codebooks[codebook], self.ups[decoder], self.downs[decoder]
+            self._cache[key] = parts
             if codec.decoder == "lookup":
                 with torch.autocast(parts[0].device.type, enabled=False):
-                    parts = (decoded_table(codec, *parts),)
-            self._cache[key] = parts
+                    self._cache[key] = (decoded_table(codec, *parts),)
         return self._cache[key]
 
 
@@ -59,6 +62,7 @@ class TrainableMatrix(PackedMatrix):
 
     indices: Tensor
     scale: Tensor
+    codec: CodecConfig
 
     def __init__(self, packed: PackedMatrix, store: TrainableStore) -> None:
         nn.Module.__init__(self)
@@ -154,7 +158,8 @@ def make_trainable(model: Any) -> dict[str, TrainableMatrix]:
     """Turn a model loaded in mode `packed` into its trainable form, in place.
 
     Returns:
-        The coded parameters by name. Norms, biases and other vectors require gradients, dense matrices do not.
+        The coded parameters by name. Norms, biases and other vectors require gradients, dense matrices
+        do not.
     """
     store = TrainableStore(getattr(model, STORE))
     delattr(model, STORE)
