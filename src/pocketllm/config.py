@@ -272,6 +272,47 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class LoraTuneConfig:
+    """Train a low-rank adapter on a frozen compressed base; defaults are the paper's recipe.
+
+    rank, alpha, dropout, targets: as in PEFT; targets is `all-linear` or names of layers. epochs: over the text;
+        steps sets their number instead. texts: instruction data (JSON or JSON lines) or plain text.
+    context: tokens per window of plain text, and the most that are kept of an instruction with its answer.
+    mode: how the base is held, `dense` (fast) or `packed` (small).
+    """
+
+    rank: int = 32
+    alpha: int = 64
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    epochs: float = 3.0
+    steps: int | None = None
+    learning_rate: float = 1e-4
+    context: int = 512
+    texts: tuple[str, ...] = ()
+    validation_items: int = 64
+    mode: str = "dense"
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(batch_size=16, max_grad_norm=1.0))
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha", "validation_items"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("context", self.context, 2)
+        if self.steps is not None:
+            _at_least("steps", self.steps, 1)
+        for name in ("epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted more than 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout: got {self.dropout}, wanted 0 to less than 1")
+        _one_of("mode", self.mode, ("dense", "packed"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
 class Preset:
     """A named configuration. summary: one line for `--help`."""
 

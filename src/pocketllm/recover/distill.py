@@ -26,7 +26,7 @@ from pocketllm.model.source import resolve
 from pocketllm.model.workspace import Workspace, check_output, output_error, take_lock
 from pocketllm.recover.divergence import Target, head_divergence, logits_divergence
 from pocketllm.recover.log import RunLog
-from pocketllm.recover.loop import Group, Loop, Progress, Told
+from pocketllm.recover.loop import Group, Loop, Progress, told_event
 from pocketllm.recover.readout import Readout
 from pocketllm.recover.setting import check_vocabulary, compute_dtype, enable_checkpointing, open_base
 from pocketllm.recover.teacher import CachedTeacher, LiveTeacher, Teacher, open_teacher
@@ -315,9 +315,3 @@ def _facts(config: DistillConfig, base: str, teacher: str, at: Progress, kl_stor
         "config": config.to_dict(),
         "note": "nmse and proxy_error of the matrices are those from before",
     }
-
-
-def told_event(told: Told) -> Event:
-    """A step, as the caller's progress shows it."""
-    detail = f"step {told.step} of {told.steps}, loss {told.loss:.4f}, validation {told.validation:.4f}"
-    return Event("train", told.step / told.steps, f"{detail}, {told.seconds:.1f} s a step")

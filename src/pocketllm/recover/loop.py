@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pocketllm.config import LoopConfig
 from pocketllm.errors import TrainingError
+from pocketllm.model.compress import Event
 from pocketllm.model.workspace import Workspace
 from pocketllm.recover.log import RunLog
 
@@ -234,3 +235,9 @@ class Loop:
                 if state:
                     moved = {k: v if k == "step" else v.to(device) for k, v in state.items()}
                     self.optimizer.state[parameter] = moved
+
+
+def told_event(told: Told) -> Event:
+    """A step, as the caller's progress shows it."""
+    detail = f"step {told.step} of {told.steps}, loss {told.loss:.4f}, validation {told.validation:.4f}"
+    return Event("train", told.step / told.steps, f"{detail}, {told.seconds:.1f} s a step")

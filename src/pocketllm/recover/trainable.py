@@ -150,6 +150,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             with torch.no_grad():
                 x_grad = grad @ ctx.matrix.matrix(gain, tuple(shared)).to(x.dtype)
+        if not any(ctx.needs_input_grad[2:]):  # a frozen base under an adapter
+            return None, x_grad, *[None] * (1 + len(shared))
         weight_grad = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         return None, x_grad, *ctx.matrix.gradients(weight_grad.float(), gain, tuple(shared))
 
