@@ -36,6 +36,8 @@ class CodecConfig:
     epochs, learning_rate, batch_size (subvectors): Adam with a cosine schedule.
     kmeans_iterations: Lloyd rounds of the initialization.
     sample_per_codeword, max_sample: bounds on the subvectors that a codebook and its networks are fitted to.
+    trellis_width: bits of an index on a trellis, where indices overlap; None for independent indices.
+    codebook_source: `fit`, or `seed`: Gaussian numbers drawn from a seed, so that no codebook is stored.
     """
 
     vector_len: int = 4
@@ -54,12 +56,17 @@ class CodecConfig:
     kmeans_iterations: int = 25
     sample_per_codeword: int = 256
     max_sample: int = 1 << 21
+    trellis_width: int | None = None
+    codebook_source: str = "fit"
 
     def __post_init__(self) -> None:
         _one_of("norm", self.norm, ("rln", "ln", "none"))
         _one_of("decoder", self.decoder, ("row", "lookup"))
         _one_of("init", self.init, ("kmeans", "normal"))
         _one_of("loss", self.loss, ("mse", "rmse"))
+        _one_of("codebook_source", self.codebook_source, ("fit", "seed"))
+        if self.trellis_width is not None:
+            self._check_trellis(self.trellis_width)
         for name in ("vector_len", "hidden", "depth", "batch_size", "sample_per_codeword", "max_sample"):
             _at_least(name, getattr(self, name), 1)
         for name in ("epochs", "kmeans_iterations", "vq_weight", "commitment_weight"):
@@ -72,6 +79,12 @@ class CodecConfig:
                 f"{self.vector_len}) so that the networks can start as the identity; "
                 "raise hidden or use init='normal'"
             )
+
+    def _check_trellis(self, width: int) -> None:
+        if not 2 <= width <= 16:
+            raise ConfigError(f"trellis_width: got {width}, wanted 2 to 16")
+        if self.decoder != "lookup" or not self.row_scale:
+            raise ConfigError("trellis_width needs decoder='lookup' and row_scale=True")
 
     @property
     def decoder_norm(self) -> str:
@@ -88,15 +101,17 @@ class CodecConfig:
 class CalibrationConfig:
     """How indices are chosen for what layers do to their inputs.
 
-    tokens, context: of the calibration text, and per window. damping: share of the mean diagonal added to
-    each Hessian. passes: of coordinate descent after error feedback. rotate: rotate both sides of matrices.
+    tokens, context: of the calibration text, and per window. sensitivity_tokens: of these, for the
+    measurement of what an error in each matrix costs. damping: share of the mean diagonal added to each
+    Hessian. passes: of coordinate descent after error feedback. rotate: rotate both sides of matrices.
     texts: files or folders; none takes the text that comes with Python.
     """
 
     tokens: int = 32768
     context: int = 512
+    sensitivity_tokens: int = 4096
     damping: float = 0.01
-    passes: int = 2
+    passes: int = 0
     rotate: bool = True
     texts: tuple[str, ...] = ()
 
@@ -125,6 +140,8 @@ class CompressConfig:
     embedding_extra_bits: bits per weight by which embedding and head are coded finer than the blocks.
     max_index_bits: bound on log2 K, for the sake of time.
     calibration: how to calibrate; None codes for the error of the weights alone.
+    overrides: (pattern, bits per weight) pairs for matrices whose name fits the pattern (as in a shell);
+        16 leaves them dense.
     seed: of every random choice.
     """
 
@@ -142,6 +159,7 @@ class CompressConfig:
     embedding_extra_bits: float = 0.5
     max_index_bits: int = 13
     calibration: CalibrationConfig | None = None
+    overrides: tuple[tuple[str, float], ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -160,6 +178,13 @@ class CompressConfig:
                 raise ConfigError("codebook_size is set without vector_len; set both, or target_bpw alone")
         else:
             self._check_target()
+        if self.codebook_size is not None and self.codec.trellis_width is not None:
+            raise ConfigError("codebook_size and trellis_width exclude each other; K is 2^trellis_width")
+        for pattern, bits in self.overrides:
+            if not 0 < bits <= 16:
+                raise ConfigError(f"override {pattern!r}: got {bits} bits per weight, wanted 0 to 16")
+        if any(bits < 16 for _, bits in self.overrides) and self.codec.trellis_width is None:
+            raise ConfigError("overrides below 16 bits need a trellis (trellis_width)")
         if self.calibration is not None and (self.codec.decoder != "lookup" or not self.codec.row_scale):
             raise ConfigError("calibration needs decoder='lookup' and row_scale=True")
 
@@ -195,11 +220,19 @@ class CompressConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        overrides = tuple((pattern, bits) for pattern, bits in values.get("overrides", ()))
         calibration = values.get("calibration")
         if calibration is not None:
             texts = tuple(calibration["texts"])
             calibration = CalibrationConfig(**{**calibration, "texts": texts})
-        return cls(**{**values, "codec": CodecConfig(**values["codec"]), "calibration": calibration})
+        return cls(
+            **{
+                **values,
+                "codec": CodecConfig(**values["codec"]),
+                "calibration": calibration,
+                "overrides": overrides,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -332,22 +365,35 @@ def _paper(bpw: float, vector_len: int) -> CompressConfig:
     )
 
 
+def _calibrated(bpw: float) -> CompressConfig:
+    """Indices on a trellis, chosen for what layers do to their inputs; bits where they matter."""
+    return CompressConfig(
+        codec=CodecConfig(trellis_width=12, kmeans_iterations=10, max_sample=1 << 18),
+        calibration=CalibrationConfig(),
+        target_bpw=bpw,
+    )
+
+
 def _lookup(bpw: float) -> CompressConfig:
     """Their successor: look-up decoder, every block compressed."""
     return CompressConfig(target_bpw=bpw)
 
 
 PRESETS: dict[str, Preset] = {
+    "calibrated-8x": Preset(_calibrated(3.98), "calibrated, 3.98 bits per weight (8x against fp32)"),
+    "calibrated-10x": Preset(_calibrated(2.98), "calibrated, 2.98 bits per weight (default)"),
+    "calibrated-16x": Preset(_calibrated(2.02), "calibrated, 2.02 bits per weight"),
+    "calibrated-20x": Preset(_calibrated(1.6), "calibrated, 1.6 bits per weight"),
     "paper-8x": Preset(_paper(3.98, 3), "published method, 3.98 bits per weight (8x against fp32)"),
     "paper-10x": Preset(_paper(2.98, 4), "published method, 2.98 bits per weight (10x against fp32)"),
     "paper-16x": Preset(_paper(2.02, 8), "published method, 2.02 bits per weight (16x against fp32)"),
     "paper-20x": Preset(_paper(1.6, 8), "published method, 1.6 bits per weight (20x against fp32)"),
-    "lookup-8x": Preset(_lookup(3.98), "look-up decoder, all blocks, 3.98 bits per weight (default)"),
+    "lookup-8x": Preset(_lookup(3.98), "look-up decoder, all blocks, 3.98 bits per weight"),
     "lookup-10x": Preset(_lookup(2.98), "look-up decoder, all blocks, 2.98 bits per weight"),
     "lookup-16x": Preset(_lookup(2.02), "look-up decoder, all blocks, 2.02 bits per weight"),
     "lookup-20x": Preset(_lookup(1.6), "look-up decoder, all blocks, 1.6 bits per weight"),
 }
-DEFAULT_PRESET = "lookup-8x"
+DEFAULT_PRESET = "calibrated-10x"
 
 
 def preset(name: str) -> CompressConfig:

@@ -44,7 +44,7 @@ def test_signs_are_fixed_for_ever() -> None:
     assert signs(12, 0).tolist() == signs(20, 0).tolist()[:12]
     assert abs(float(signs(10_000, 3).mean())) < 0.05
     assert not torch.equal(signs(64, 1), signs(64, 2))
-    with pytest.raises(ConfigError, match="rotation seed"):
+    with pytest.raises(ConfigError, match="seed"):
         signs(4, -1)
 
 

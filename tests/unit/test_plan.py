@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pocketllm.errors import ConfigError
-from pocketllm.model.plan import Matrix, make_plan, predicted_nmse
+from pocketllm.model.allocate import make_plan
+from pocketllm.model.plan import Matrix, predicted_nmse
 from pocketllm.model.source import DenseCheckpoint, open_dense
 from pocketllm.model.write import Checkpoint
 from tests import tiny

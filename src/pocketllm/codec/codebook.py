@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec import compiled
+from pocketllm.codec.random import splitmix64
 
 # Distances computed at once on a GPU: 2^26 float32 = 256 MiB.
 _CHUNK_DISTANCES = 1 << 26
@@ -21,6 +22,15 @@ _WORTH_PADDING = 1 << 22
 def normal_codebook(size: int, vector_len: int, generator: torch.Generator) -> Tensor:
     """The authors' initialization: [K, d] from normal(0, 2 / sqrt(d)) (standard deviation)."""
     return torch.randn(size, vector_len, generator=generator) * (2.0 / vector_len**0.5)
+
+
+def seeded_codebook(size: int, vector_len: int, seed: int) -> Tensor:
+    """[K, d] float16 of independent normal numbers: a codebook for rotated weights that needs no storing.
+
+    Component i is the normal quantile of (u + 1/2) / 2^32, with u the upper half of output i of splitmix64.
+    """
+    high = torch.from_numpy((splitmix64(size * vector_len, seed) >> np.uint64(32)).astype(np.float64))
+    return torch.special.ndtri((high + 0.5) / 2.0**32).reshape(size, vector_len).half()
 
 
 def kmeans_codebook(points: Tensor, size: int, iterations: int, seed: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The compiled parts: built once by the system's C++ compiler, kept in the cache.
 
-`nearest.cpp` searches the nearest codeword; `matrix.cpp` decodes a matrix, rotates it, and takes gradients
-back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, callers take their path in torch or faiss.
+`nearest.cpp` searches the nearest codeword, `trellis.cpp` the cheapest path; `matrix.cpp` decodes a matrix,
+rotates it, and takes gradients back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, callers take
+their path in torch or faiss.
 """
 
 from __future__ import annotations
@@ -22,24 +23,29 @@ from torch import Tensor
 from pocketllm.cache import cache_folder
 
 MAX_VECTOR_LEN = 16
-_FLAGS = ("-O3", "-march=native", "-std=c++17")
+_FLAGS = {
+    "nearest": ("-O3", "-march=native", "-std=c++17"),
+    "matrix": ("-O3", "-march=native", "-std=c++17"),
+    # Without fused operations it computes exactly what torch does.
+    "trellis": ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off"),
+}
 
 
 @functools.cache
-def _library(name: str = "nearest") -> ctypes.CDLL | None:
+def _library(name: str) -> ctypes.CDLL | None:
     """The library built of NAME.cpp, or None where it cannot be built."""
     source = Path(__file__).with_name(f"{name}.cpp")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if os.environ.get("POCKETLLM_COMPILE") == "0" or compiler is None:
         return None
-    identity = source.read_bytes() + repr((compiler, _FLAGS, _processor())).encode()
+    identity = source.read_bytes() + repr((compiler, _FLAGS[name], _processor())).encode()
     target = cache_folder() / f"{name}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     try:
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 built = Path(scratch) / target.name
-                command = [compiler, *_FLAGS, "-shared", "-fPIC", "-fopenmp", "-x", "c++", str(source)]
+                command = [compiler, *_FLAGS[name], "-shared", "-fPIC", "-fopenmp", "-x", "c++", str(source)]
                 subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, timeout=120)
                 built.replace(target)
         library = ctypes.CDLL(str(target))
@@ -59,7 +65,7 @@ def _processor() -> str:
 
 def available(vector_len: int) -> bool:
     """Whether the compiled search runs here for this d."""
-    return vector_len <= MAX_VECTOR_LEN and _library() is not None
+    return vector_len <= MAX_VECTOR_LEN and _library("nearest") is not None
 
 
 class Table:
@@ -76,7 +82,7 @@ class Table:
         """[N, d] float32 -> [N] int64, ties to the lower index."""
         points = points.detach().float().contiguous()
         found = torch.empty(points.shape[0], dtype=torch.int32)
-        library = _library()
+        library = _library("nearest")
         assert library is not None
         sizes = (points.shape[0], self.columns.shape[1], points.shape[1])
         failed = library.nearest(
@@ -86,6 +92,39 @@ class Table:
         )
         assert not failed
         return found.long()
+
+
+def trellis_available(vector_len: int, stride: int, kept: int) -> bool:
+    """Whether the compiled path search runs here for this d and trellis."""
+    return vector_len <= 4 and stride <= 8 and kept >= 4 and _library("trellis") is not None
+
+
+def trellis_search(
+    points: Tensor,
+    weights: Tensor,
+    table: Tensor,
+    half: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    lengths: list[int],
+    width: int,
+    stride: int,
+) -> Tensor:
+    """States of the cheapest paths; see `trellis.PathSearch`. All tensors contiguous, on the CPU."""
+    library = _library("trellis")
+    assert library is not None
+    out = torch.empty(points.shape[0], dtype=torch.int64)
+    sizes = torch.tensor(lengths)
+    tensors = (points, weights, table, half, start, stop, sizes)
+    numbers = (len(lengths), width, stride, table.shape[0])
+    failed = library.trellis_search(
+        *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
+        *(ctypes.c_int64(number) for number in numbers),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    if failed:
+        raise MemoryError("trellis search: no memory for its tables")
+    return out
 
 
 def _run(function: str, *arguments: Tensor | int) -> None:

@@ -9,8 +9,9 @@ triangular, and J the columns of a subvector:
     e     = (w_J - s c_index) U_JJ^-1
     w_>J  = w_>J - e U_J,>J                          feedback
 
-Afterwards passes of coordinate descent choose each index again with all others fixed, which can only lower
-the loss, and the row scale is refitted in closed form.
+Indices are independent, or lie on a trellis: then those of a column of subvectors form one path down the
+rows, and the columns of a strip are one path, too. Afterwards passes of coordinate descent choose each column
+again with all others fixed, which can only lower the loss, and the row scale is refitted in closed form.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from pocketllm.codec.codebook import Searcher
 from pocketllm.codec.subvectors import cut, subvectors_per_row
+from pocketllm.codec.trellis import PathSearch, Trellis, first_state
 
 _GROUP = 128  # columns whose feedback is applied to the rest of the row at once
 
@@ -64,98 +66,169 @@ def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> Hessia
         damping *= 2
 
 
+class _Independent:
+    """Chooses every index of a column by itself."""
+
+    def __init__(self, rows: int) -> None:
+        self.strips = [1] * rows  # rows that are better or worse together
+
+    def first(self, points: Tensor, table: Tensor, weights: Tensor, before: Tensor | None) -> Tensor:
+        """Indices of a column [rows, d], given those of the column before it (None for the first)."""
+        return Searcher(table).nearest(points)
+
+    def again(
+        self, points: Tensor, table: Tensor, weights: Tensor, before: Tensor | None, now: Tensor
+    ) -> Tensor:
+        """Better indices than `now`, such that the columns after it can stay as they are."""
+        return Searcher(table).nearest(points)
+
+
+class _OnTrellis:
+    """Chooses the indices of a column as one path for each strip of rows."""
+
+    def __init__(self, rows: int, trellis: Trellis, device: torch.device) -> None:
+        self.search = PathSearch(trellis, rows, device)
+        self.strips = self.search.lengths
+        self.last = torch.tensor(self.strips, device=device).cumsum(0) - 1
+
+    def _start(self, before: Tensor | None) -> Tensor:
+        return first_state(len(self.strips), self.last.device) if before is None else before[self.last]
+
+    def first(self, points: Tensor, table: Tensor, weights: Tensor, before: Tensor | None) -> Tensor:
+        return self.search.search(points, weights, table, self._start(before))
+
+    def again(
+        self, points: Tensor, table: Tensor, weights: Tensor, before: Tensor | None, now: Tensor
+    ) -> Tensor:
+        return self.search.search(points, weights, table, self._start(before), now[self.last])
+
+
 def assign(
     weight: Tensor,
     factor: HessianFactor,
     table: Tensor,
     row_scale: Tensor,
     passes: int = 1,
+    trellis: Trellis | None = None,
+    row_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Indices with error feedback, and the row scale that suits them.
 
     Args:
         weight: [rows, columns] float32. table: [K, d] float32, the decoded codebook.
         row_scale: [rows] float32, to start with. passes: of coordinate descent.
+        trellis: of the indices; None for independent ones.
+        row_weight: [rows] float32, what an error in a row costs; None for all alike. Paths run over rows, so
+            on a trellis it shifts precision between them.
 
     Returns:
-        indices [rows, n] int64, row_scale [rows] float32. For no row is the loss above that of the nearest
-        codewords with the row scale that suits those.
+        indices [rows, n] int64, row_scale [rows] float32. For no row (on a trellis: no strip of rows) is the
+        loss above that of the nearest codewords with the row scale that suits those.
     """
-    d = table.shape[1]
-    padded = cut(weight, d).reshape(weight.shape[0], -1).float()
-    scale = row_scale.clamp(min=1e-12)[:, None]
-    plain = Searcher(table).nearest((padded / scale).reshape(-1, d)).reshape(weight.shape[0], -1)
-    best = _scored(padded, factor, table, plain)
-    indices = _feedback(padded, factor, table, scale)
-    best = _better(best, _scored(padded, factor, table, indices))
+    d, rows = table.shape[1], weight.shape[0]
+    padded = cut(weight, d).reshape(rows, -1).float()
+    scale = row_scale.clamp(min=1e-12)
+    importance = torch.ones_like(scale) if row_weight is None else row_weight
+    chooser = _Independent(rows) if trellis is None else _OnTrellis(rows, trellis, weight.device)
+    problem = _Problem(padded, factor, table, chooser, importance)
+    best = problem.scored(problem.feedback(scale))
+    best = problem.better(best, problem.scored(problem.nearest(scale)))
     for _ in range(passes):
-        indices = _descend(padded, factor, table, best[0], best[1][:, None])
-        best = _better(best, _scored(padded, factor, table, indices))
+        best = problem.better(best, problem.scored(problem.descend(best[0], best[1])))
     return best[0], best[1]
 
 
 _Scored = tuple[Tensor, Tensor, Tensor]  # indices [rows, n], row_scale [rows], loss [rows]
 
 
-def _scored(weight: Tensor, factor: HessianFactor, table: Tensor, indices: Tensor) -> _Scored:
-    """Closed-form row scale s = w H q / q H q and the loss (w - s q) H (w - s q)."""
-    unit = table[indices].reshape(weight.shape)
-    unit[:, factor.columns :] = 0  # what decodes into the padding is dropped
-    projected = unit @ factor.hessian
-    energy = (projected * unit).sum(dim=1)
-    cross = (projected * weight).sum(dim=1)
-    scale = torch.where(energy > 0, cross / energy.clamp(min=1e-30), torch.zeros_like(energy))
-    error = weight - scale[:, None] * unit
-    return indices, scale, ((error @ factor.hessian) * error).sum(dim=1)
+@dataclass(frozen=True)
+class _Problem:
+    """weight: [rows, padded columns]. chooser: of the indices of a column. importance: [rows]."""
 
+    weight: Tensor
+    factor: HessianFactor
+    table: Tensor
+    chooser: _Independent | _OnTrellis
+    importance: Tensor
 
-def _better(one: _Scored, other: _Scored) -> _Scored:
-    """Row by row, the one with the lower loss."""
-    take = other[2] < one[2]
-    return (
-        torch.where(take[:, None], other[0], one[0]),
-        torch.where(take, other[1], one[1]),
-        torch.where(take, other[2], one[2]),
-    )
+    def scored(self, indices: Tensor) -> _Scored:
+        """Closed-form row scale s = w H q / q H q and the loss (w - s q) H (w - s q)."""
+        hessian = self.factor.hessian
+        unit = self.table[indices].reshape(self.weight.shape)
+        unit[:, self.factor.columns :] = 0  # what decodes into the padding is dropped
+        projected = unit @ hessian
+        energy = (projected * unit).sum(dim=1)
+        cross = (projected * self.weight).sum(dim=1)
+        scale = torch.where(energy > 0, cross / energy.clamp(min=1e-30), torch.zeros_like(energy))
+        error = self.weight - scale[:, None] * unit
+        return indices, scale, ((error @ hessian) * error).sum(dim=1)
 
+    def better(self, one: _Scored, other: _Scored) -> _Scored:
+        """Strip by strip, the one with the lower loss."""
+        gain = ((one[2] - other[2]) * self.importance).split(self.chooser.strips)
+        take = torch.cat([part.sum().gt(0).expand(len(part)) for part in gain])
+        return (
+            torch.where(take[:, None], other[0], one[0]),
+            torch.where(take, other[1], one[1]),
+            torch.where(take, other[2], one[2]),
+        )
 
-def _feedback(weight: Tensor, factor: HessianFactor, table: Tensor, scale: Tensor) -> Tensor:
-    """[rows, n] indices by error feedback from left to right."""
-    d, columns = table.shape[1], weight.shape[1]
-    remaining = weight / scale
-    indices = torch.empty(weight.shape[0], columns // d, dtype=torch.int64, device=weight.device)
-    group = max(d, _GROUP // d * d)
-    for begin in range(0, columns, group):
-        end = min(begin + group, columns)
-        errors = torch.zeros(weight.shape[0], end - begin, device=weight.device)
-        for j in range(begin, end, d):
-            block = slice(j, j + d)
-            inner = torch.linalg.inv(factor.upper[block, block])
-            found = Searcher(table @ inner).nearest(remaining[:, block] @ inner)
-            indices[:, j // d] = found
-            error = (remaining[:, block] - table[found]) @ inner
-            errors[:, j - begin : j - begin + d] = error
-            remaining[:, j + d : end] -= error @ factor.upper[block, j + d : end]
-        remaining[:, end:] -= errors @ factor.upper[begin:end, end:]
-    return indices
+    def _weights(self, scale: Tensor) -> Tensor:
+        """[rows] what a squared error in units of the row scale costs."""
+        weights = self.importance * scale.square()
+        return weights / weights.mean().clamp(min=1e-30)
 
+    def nearest(self, scale: Tensor) -> Tensor:
+        """[rows, n] indices of the least error of the weights alone."""
+        d = self.table.shape[1]
+        unit = self.weight / scale[:, None]
+        if isinstance(self.chooser, _Independent):
+            return self.chooser.first(unit.reshape(-1, d), self.table, scale, None).reshape(len(unit), -1)
+        weights, found = self._weights(scale), list[Tensor]()
+        for points in unit.split(d, dim=1):
+            found.append(self.chooser.first(points, self.table, weights, found[-1] if found else None))
+        return torch.stack(found, dim=1)
 
-def _descend(weight: Tensor, factor: HessianFactor, table: Tensor, indices: Tensor, scale: Tensor) -> Tensor:
-    """One pass of coordinate descent over the indices; the loss of no row rises."""
-    d = table.shape[1]
-    scale = torch.where(scale.abs() > 1e-12, scale, torch.full_like(scale, 1e-12))
-    target = weight / scale
-    error = target - table[indices].reshape(weight.shape)
-    pull = error @ factor.hessian  # gradient of the loss per column, kept up to date
-    indices = indices.clone()
-    for j in range(0, weight.shape[1], d):
-        block = slice(j, j + d)
-        inner = factor.hessian[block, block]
-        root = torch.linalg.cholesky(inner)
-        # The loss over this subvector is |(x - c) root|^2 with x its error-free target.
-        wanted = table[indices[:, j // d]] + torch.linalg.solve(inner, pull[:, block].T).T
-        found = Searcher(table @ root).nearest(wanted @ root)
-        change = table[indices[:, j // d]] - table[found]
-        indices[:, j // d] = found
-        pull += change @ factor.hessian[block]
-    return indices
+    def feedback(self, scale: Tensor) -> Tensor:
+        """[rows, n] indices by error feedback from left to right."""
+        (rows, columns), d, upper = self.weight.shape, self.table.shape[1], self.factor.upper
+        remaining = self.weight / scale[:, None]
+        weights = self._weights(scale)
+        found = list[Tensor]()
+        group = max(d, _GROUP // d * d)
+        inner = torch.linalg.inv(torch.stack([upper[j : j + d, j : j + d] for j in range(0, columns, d)]))
+        for begin in range(0, columns, group):
+            end = min(begin + group, columns)
+            errors = torch.zeros(rows, end - begin, device=remaining.device)
+            for j in range(begin, end, d):
+                block, metric = slice(j, j + d), inner[j // d]
+                points = remaining[:, block] @ metric
+                before = found[-1] if found else None
+                table = self.table @ metric
+                found.append(self.chooser.first(points, table, weights, before))
+                error = points - table[found[-1]]
+                errors[:, j - begin : j - begin + d] = error
+                remaining[:, j + d : end] -= error @ upper[block, j + d : end]
+            remaining[:, end:] -= errors @ upper[begin:end, end:]
+        return torch.stack(found, dim=1)
+
+    def descend(self, indices: Tensor, scale: Tensor) -> Tensor:
+        """One pass of coordinate descent over the columns; the loss of no strip rises."""
+        d, hessian = self.table.shape[1], self.factor.hessian
+        scale = torch.where(scale.abs() > 1e-12, scale, torch.full_like(scale, 1e-12))
+        weights = self._weights(scale)
+        error = self.weight / scale[:, None] - self.table[indices].reshape(self.weight.shape)
+        pull = error @ hessian  # gradient of the loss per column, kept up to date
+        indices = indices.clone()
+        for j in range(0, self.weight.shape[1], d):
+            block, column = slice(j, j + d), j // d
+            inner = hessian[block, block]
+            root = torch.linalg.cholesky(inner)
+            # The loss over this subvector is |(x - c) root|^2 with x its error-free target.
+            wanted = self.table[indices[:, column]] + torch.linalg.solve(inner, pull[:, block].T).T
+            before = indices[:, column - 1] if column else None
+            now = indices[:, column]
+            found = self.chooser.again(wanted @ root, self.table @ root, weights, before, now)
+            pull += (self.table[now] - self.table[found]) @ hessian[block]
+            indices[:, column] = found
+        return indices

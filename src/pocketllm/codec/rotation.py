@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec import compiled
-from pocketllm.errors import ConfigError
+from pocketllm.codec.random import splitmix64
 
 
 @functools.lru_cache(maxsize=64)
@@ -27,13 +27,8 @@ def signs(size: int, seed: int) -> Tensor:
     Raises:
         ConfigError: a seed outside [0, 2^63).
     """
-    if not 0 <= seed < 1 << 63:
-        raise ConfigError(f"rotation seed: got {seed}, wanted 0 to 2^63 - 1")
-    z = np.uint64(seed) + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    return torch.from_numpy(1.0 - 2.0 * (z >> np.uint64(63)).astype(np.float32))
+    high = (splitmix64(size, seed) >> np.uint64(63)).astype(np.float32)
+    return torch.from_numpy(1 - 2 * high)
 
 
 @functools.lru_cache(maxsize=64)

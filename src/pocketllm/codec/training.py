@@ -20,6 +20,7 @@ from pocketllm.codec import codebook as cb
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.normalization import divide_rows, row_rms
 from pocketllm.codec.subvectors import cut
+from pocketllm.codec.trellis import Trellis, train_codebook
 from pocketllm.config import CodecConfig
 
 Progress = Callable[[float], None]
@@ -99,6 +100,36 @@ def fit(
         if all(now[key] <= best[key] for key in now):
             best, kept = now, copy.deepcopy(codecs)
     return FitResult(kept, start, best, _utilization(kept, rows), curve, revived)
+
+
+def fit_on_trellis(
+    samples: Mapping[str, list[Tensor]], config: CodecConfig, trellis: Trellis, seed: int
+) -> FitResult:
+    """Fit a codebook whose indices overlap; the networks stay the identity.
+
+    Rotated rows of unit scale all look alike, so that networks trained for their reconstruction have nothing
+    to add to the codebook; they serve the tuning that comes after.
+
+    Args:
+        samples: key -> list of row blocks [rows_i, columns_i]. seed: of every random choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = {key: [_unit_rows(block, config) for block in blocks] for key, blocks in samples.items()}
+    points = torch.cat([block.reshape(-1, config.vector_len) for blocks in rows.values() for block in blocks])
+    points = points[torch.randperm(len(points), generator=generator)[: config.max_sample].to(points.device)]
+    if config.codebook_source == "seed":
+        table = cb.seeded_codebook(1 << trellis.width, config.vector_len, seed).float().to(points.device)
+        utilization, curve = 1.0, [0.0]
+    else:
+        table, utilization, curve = train_codebook(points, trellis, config.kmeans_iterations, seed)
+    codebook = nn.Parameter(table)
+    codecs = {key: MatrixCodec(config, codebook) for key in rows}
+    for codec in codecs.values():
+        for net in (codec.encoder, codec.decoder):
+            net.reset("identity", generator)
+            net.to(points.device)
+    start, end = dict.fromkeys(rows, curve[0]), dict.fromkeys(rows, curve[-1])
+    return FitResult(codecs, start, end, utilization, curve, 0)
 
 
 def _step(codec: MatrixCodec, batch: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.layers import (
+    Codebook,
     PackedMatrix,
     Store,
     attach_tied,
@@ -174,7 +175,7 @@ def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
     for n, decoder in enumerate(layout.decoders):
         expected.append((f"{ckpt.STORE}.decoders.{n}", store.decoders[n], decoder.crc32))
     for name, module, crc32 in expected:
-        buffers = list(module.buffers(recurse=False))
+        buffers = [module.value()] if isinstance(module, Codebook) else list(module.buffers(recurse=False))
         if any(buffer.is_meta for buffer in buffers):
             raise LoadError(f"{name}: no value was loaded; the files lack it")
         if ckpt.checksum(*buffers) != crc32:

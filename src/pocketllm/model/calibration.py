@@ -9,7 +9,7 @@ for the inputs it will get, the errors of its predecessors included.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,9 +94,18 @@ class BlockStream:
     Args:
         source: the dense model. windows: [N, context] token ids.
         device: where blocks run, in float32.
+        batch: windows that run together; 0 takes about 4096 tokens.
+        coded: weights outside the blocks to use instead of the dense ones.
     """
 
-    def __init__(self, source: DenseCheckpoint, windows: Tensor, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        source: DenseCheckpoint,
+        windows: Tensor,
+        device: str = "cpu",
+        batch: int = 0,
+        coded: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.source, self.device = source, device
         self.model = source.skeleton()
         self.path, self.blocks = _blocks(self.model)
@@ -104,8 +113,8 @@ class BlockStream:
         head = self.model.get_output_embeddings()
         for name in outside:
             if head is None or self.model.get_submodule(name.rpartition(".")[0]) is not head:
-                self._load(name, source.read(name))
-        per_batch = max(1, _BATCH_TOKENS // windows.shape[1])
+                self._load(name, (coded or {}).get(name, source.read(name)))
+        per_batch = batch or max(1, _BATCH_TOKENS // windows.shape[1])
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.hidden: list[Tensor] = []
         self._capture(windows.split(per_batch))
@@ -119,7 +128,7 @@ class BlockStream:
         else:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _capture(self, batches: tuple[Tensor, ...]) -> None:
         """Run what lies before the blocks, and keep the arguments of the first block."""
         stream = self
@@ -146,28 +155,79 @@ class BlockStream:
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
         """(path, block) with dense weights, one block in memory at a time.
 
-        The caller puts coded weights into the block, then `advance`s.
+        The caller puts coded weights into the block, then sets `hidden` to what it puts out.
         """
-        for number, block in enumerate(self.blocks):
-            path = f"{self.path}.{number}"
-            names = [name for name in self.source.names() if name.startswith(f"{path}.")]
-            for name in names:
+        for number in range(len(self.blocks)):
+            with self.loaded(number) as entry:
+                yield entry
+
+    @contextmanager
+    def loaded(self, number: int) -> Iterator[tuple[str, nn.Module]]:
+        """(path, block) with its dense weights, which are dropped afterwards."""
+        path, block = f"{self.path}.{number}", self.blocks[number]
+        for name in self.source.names():
+            if name.startswith(f"{path}."):
                 self._load(name, self.source.read(name))
-            yield path, block
-            block.to("meta")
+        yield path, block
+        block.to("meta")
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head's weight is the embedding's."""
+        return any(target in self.source.parts for target in self.source.tied.values())
+
+    def load_head(self) -> None:
+        """Load the output head, or tie it to the embedding."""
+        head = self.model.get_output_embeddings()
+        for name in self.source.names():
+            if self.model.get_submodule(name.rpartition(".")[0]) is head:
+                self._load(name, self.source.read(name))
+        if head.weight.is_meta:
+            head._parameters["weight"] = self.model.get_input_embeddings().weight
+
+    def after_blocks(self, hidden: Tensor) -> Tensor:
+        """What the head gets to see for an output of the last block [1, context, C]: the final norm."""
+        model = self.model.base_model
+        parent, _, leaf = self.path.rpartition(".")
+        owner = self.model.get_submodule(parent)
+
+        class Given(nn.Module):
+            def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+                return hidden
+
+        given = Given()
+        given.__dict__.update({k: v for k, v in self.blocks[0].__dict__.items() if not k.startswith("_")})
+        count = model.config.num_hidden_layers
+        setattr(owner, leaf, nn.ModuleList([given]))
+        model.config.num_hidden_layers = 1
+        try:
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+            out = model(ids, use_cache=False).last_hidden_state
+            assert isinstance(out, Tensor)
+            return out
+        finally:
+            model.config.num_hidden_layers = count
+            setattr(owner, leaf, self.blocks)
 
     def set_weight(self, name: str, value: Tensor) -> None:
         """Put another weight into the model."""
         self._load(name, value)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, block: nn.Module, progress: Callable[[float], None] = lambda share: None) -> list[Tensor]:
         """Outputs of a block for the present activations."""
         out = []
-        for number, (hidden, (args, kwargs)) in enumerate(zip(self.hidden, self.calls, strict=True)):
-            result = block(hidden, *args, **kwargs)
-            out.append(result[0] if isinstance(result, tuple) else result)
+        for number, hidden in enumerate(self.hidden):
+            out.append(self.call(block, hidden, number))
             progress((number + 1) / len(self.hidden))
+        return out
+
+    def call(self, block: nn.Module, hidden: Tensor, number: int) -> Tensor:
+        """Output of a block for an input that belongs to batch `number`."""
+        args, kwargs = self.calls[number]
+        result = block(hidden, *args, **kwargs)
+        out = result[0] if isinstance(result, tuple) else result
+        assert isinstance(out, Tensor)
         return out
 
     def hessians(self, path: str, block: nn.Module, matrices: list[Matrix]) -> dict[str, Tensor]:

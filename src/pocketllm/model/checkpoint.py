@@ -41,7 +41,8 @@ class MatrixEntry:
     """How one parameter is stored.
 
     shape: as the model holds it. transposed: stored rows are the parameter's columns (Conv1D).
-    codebook, decoder: numbers in the store. rotation: seeds of the rotations of its columns (each `rows`
+    codebook, decoder: numbers in the store. stride: bits that each index adds on a trellis, 0 for independent
+    indices. rotation: seeds of the rotations of its columns (each `rows`
     long) and of its rows, None where that side is not rotated. crc32: of indices then row_scale, in hex.
     """
 
@@ -49,6 +50,7 @@ class MatrixEntry:
     transposed: bool
     codebook: int
     decoder: int
+    stride: int
     rotation: tuple[int | None, int | None]
     crc32: str
 
@@ -70,10 +72,14 @@ class MatrixEntry:
 
 @dataclass(frozen=True)
 class CodebookEntry:
-    """Size of a codebook [size, vector_len] and the CRC-32 of its bytes."""
+    """Size of a codebook [size, vector_len], the CRC-32 of its bytes, and the seed it is drawn from.
+
+    seed: None for a codebook that is stored; one that is drawn is not.
+    """
 
     size: int
     vector_len: int
+    seed: int | None
     crc32: str
 
 
@@ -98,10 +104,13 @@ class Layout:
         return {
             "format_version": FORMAT_VERSION,
             "matrices": {
-                name: [list(e.shape), e.transposed, e.codebook, e.decoder, list(e.rotation), e.crc32]
+                name: [
+                    *(list(e.shape), e.transposed, e.codebook, e.decoder),
+                    *(e.stride, list(e.rotation), e.crc32),
+                ]
                 for name, e in self.matrices.items()
             },
-            "codebooks": [[e.size, e.vector_len, e.crc32] for e in self.codebooks],
+            "codebooks": [[e.size, e.vector_len, e.seed, e.crc32] for e in self.codebooks],
             "decoders": [
                 {
                     "vector_len": e.codec.vector_len,
@@ -135,10 +144,10 @@ class Layout:
             raise FormatError(f"{where}: unknown key {unknown[0]!r} in quantization_config")
         try:
             matrices = {}
-            for name, (shape, transposed, codebook, decoder, rotation, crc32) in values["matrices"].items():
-                rotate_columns, rotate_rows = rotation
+            for name, stored in values["matrices"].items():
+                shape, transposed, codebook, decoder, stride, (columns, rows), crc32 = stored
                 matrices[name] = MatrixEntry(
-                    tuple(shape), bool(transposed), codebook, decoder, (rotate_columns, rotate_rows), crc32
+                    tuple(shape), bool(transposed), codebook, decoder, stride, (columns, rows), crc32
                 )
             codebooks = tuple(CodebookEntry(*entry) for entry in values["codebooks"])
             decoders = tuple(_decoder_entry(entry) for entry in values["decoders"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
-from pocketllm.codec.training import fit
+from pocketllm.codec.training import fit, fit_on_trellis
 from pocketllm.config import CompressConfig
 from pocketllm.errors import OutputError, SourceError
 from pocketllm.model.calibration import calibration_windows, default_text, read_calibration
@@ -28,16 +28,18 @@ from pocketllm.model.encode import Encoder, encode_calibrated
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix, Plan
 from pocketllm.model.report import Report
+from pocketllm.model.sensitivity import Sensitivity, measure
 from pocketllm.model.source import DenseCheckpoint, open_dense, resolve
 from pocketllm.model.workspace import Workspace, check_output, output_error
 from pocketllm.model.write import codebook_unit, dry_report, planned
 
+_SENSITIVITY = "sensitivity.safetensors"
 _SAMPLED = 4  # rotated matrices of a kind that its codec is fitted to
 
 
 @dataclass(frozen=True)
 class Event:
-    """Progress: stage (`fetch`, `fit`, `encode`, `write`), finished share of it, what is at work."""
+    """Progress: stage (`fetch`, `measure`, `fit`, `encode`, `write`), its finished share, what is at work."""
 
     stage: str
     share: float
@@ -88,7 +90,12 @@ def compress(
         raise OutputError(f"{output}: is the model itself; choose another output folder")
     try:
         work = Workspace.open(output, source, config, str(model), device)
-        _fit_and_encode(work, source, checkpoint.plan, device, progress)
+        windows = _calibration_windows(source, config)
+        sensitivity = None
+        if windows is not None:
+            sensitivity = _sensitivity(work, source, windows, config, checkpoint.plan, device, progress)
+            checkpoint = planned(source, config, str(model), sensitivity.importance)
+        _fit_and_encode(work, source, checkpoint.plan, windows, sensitivity, device, progress)
         progress(Event("write", 0.0, "writing the checkpoint"))
         report = checkpoint.write(work)
         work.publish(output)
@@ -98,19 +105,76 @@ def compress(
     return replace(report, seconds=time.monotonic() - started)
 
 
-def dry_run(model: str | Path, config: CompressConfig, trust_remote_code: bool = False) -> Report:
-    """The plan and the exact sizes in bytes without fitting anything; errors are the predicted ones."""
+def dry_run(
+    model: str | Path,
+    config: CompressConfig,
+    trust_remote_code: bool = False,
+    *,
+    progress: ProgressCallback = lambda event: None,
+    device: str = "cpu",
+) -> Report:
+    """The plan and the exact sizes in bytes without fitting anything; errors are the predicted ones.
+
+    With calibration the model's sensitivity is measured, since the plan depends on it.
+    """
     source = open_dense(resolve(str(model)), trust_remote_code)
-    return dry_report(planned(source, config, str(model)))
+    checkpoint = planned(source, config, str(model))
+    windows = _calibration_windows(source, config)
+    if windows is not None:
+        found = _measured(source, windows, config, checkpoint.plan, device, progress)
+        checkpoint = planned(source, config, str(model), found.importance)
+    return dry_report(checkpoint)
+
+
+def _measured(
+    source: DenseCheckpoint,
+    windows: Tensor,
+    config: CompressConfig,
+    plan: Plan,
+    device: str,
+    progress: ProgressCallback,
+) -> Sensitivity:
+    settings = config.calibration
+    assert settings is not None
+    told = partial(_tell, progress, "measure", "sensitivity of every matrix")
+    count = max(1, settings.sensitivity_tokens // windows.shape[1])
+    chosen = windows[:: max(1, len(windows) // count)][:count]
+    return measure(source, chosen, list(plan.matrices), settings.damping, config.seed, device, told)
+
+
+def _sensitivity(
+    work: Workspace,
+    source: DenseCheckpoint,
+    windows: Tensor,
+    config: CompressConfig,
+    plan: Plan,
+    device: str,
+    progress: ProgressCallback,
+) -> Sensitivity:
+    """What each matrix's errors cost, measured now or by an earlier run."""
+    if not work.has(_SENSITIVITY):
+        found = _measured(source, windows, config, plan, device, progress)
+        rows = {f"rows.{name}": value for name, value in found.row_importance.items()}
+        facts = {"importance": found.importance, "head_share": found.head_share}
+        work.save(_SENSITIVITY, {"head_hessian": found.head_hessian, **rows}, facts)
+    tensors, facts = work.load(_SENSITIVITY)
+    hessian = tensors.pop("head_hessian")
+    rows = {name.removeprefix("rows."): value for name, value in tensors.items()}
+    return Sensitivity(facts["importance"], hessian, facts["head_share"], rows)
 
 
 def _fit_and_encode(
-    work: Workspace, source: DenseCheckpoint, plan: Plan, device: str, progress: ProgressCallback
+    work: Workspace,
+    source: DenseCheckpoint,
+    plan: Plan,
+    windows: Tensor | None,
+    sensitivity: Sensitivity | None,
+    device: str,
+    progress: ProgressCallback,
 ) -> None:
     """Fit every codebook group and code its matrices; with calibration, code when all are fitted."""
     codecs: dict[str, MatrixCodec] = {}
     encoder = Encoder(work, source, plan, lambda matrix: codecs[plan.decoder_key(matrix)], device)
-    windows = _calibration_windows(source, plan.config)
     done = 0
     for number, (key, group) in enumerate(plan.groups().items()):
         told = partial(
@@ -126,11 +190,16 @@ def _fit_and_encode(
             encoder.nearest(matrix)
             done += matrix.weights
     if windows is not None:
-        encode_calibrated(encoder, windows, lambda share, detail: progress(Event("encode", share, detail)))
+        assert sensitivity is not None
+        encode_calibrated(encoder, windows, sensitivity, partial(_tell_detail, progress, "encode"))
     progress(Event("encode", 1.0, f"{plan.weights:,} weights"))
 
 
 def _tell(progress: ProgressCallback, stage: str, detail: str, share: float) -> None:
+    progress(Event(stage, share, detail))
+
+
+def _tell_detail(progress: ProgressCallback, stage: str, share: float, detail: str) -> None:
     progress(Event(stage, share, detail))
 
 
@@ -174,7 +243,12 @@ def _fitted(
     if not work.has(name):
         seed = zlib.crc32(f"{plan.config.seed}|{key}".encode())
         samples = _samples(source, plan, group, seed, device)
-        result = fit(samples, config, spec.codebook_size, seed, progress)
+        if spec.form.trellis is not None:
+            # The seed of a codebook that is not stored is part of the stored form.
+            drawn = plan.config.seed if config.codebook_source == "seed" else seed
+            result = fit_on_trellis(samples, config, spec.form.trellis, drawn)
+        else:
+            result = fit(samples, config, spec.codebook_size, seed, progress)
         work.save(name, _unit_tensors([result.codecs[k] for k in keys]), {"codebook": key, **result.facts()})
     tensors, _ = work.load(name)
     codebook = nn.Parameter(tensors["codebook"].float(), requires_grad=False)

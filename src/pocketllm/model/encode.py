@@ -14,11 +14,11 @@ from torch import Tensor
 from pocketllm.codec.feedback import HessianFactor, assign, factorize
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.normalization import row_rms
-from pocketllm.codec.packing import index_width, pack, unpack
 from pocketllm.codec.rotation import rotate_hessian, rotate_matrix, unrotate_matrix
 from pocketllm.model.calibration import BlockStream
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix, Plan
+from pocketllm.model.sensitivity import Sensitivity
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.workspace import Workspace
 from pocketllm.model.write import matrix_unit
@@ -38,35 +38,40 @@ class Encoder:
 
     def nearest(self, matrix: Matrix) -> None:
         """Nearest codewords."""
-        if not self._done(matrix):
+        if not self.done(matrix):
             weight = self._weight(matrix)
             self._keep(matrix, weight, self.codec_of(matrix).encode(weight), None)
 
-    def with_feedback(self, matrix: Matrix, factor: HessianFactor) -> None:
-        """Indices for inputs of a given (rotated) Hessian."""
-        if self._done(matrix):
+    def with_feedback(
+        self, matrix: Matrix, factor: HessianFactor, row_importance: Tensor | None = None
+    ) -> None:
+        """Indices for inputs of a given (rotated) Hessian; row_importance: [rows], see `assign`."""
+        if self.done(matrix):
             return
         settings = self.plan.config.calibration
         assert settings is not None
         weight = self._weight(matrix)
         table = self.codec_of(matrix).decoded_codebook()
-        indices, scale = assign(weight, factor, table, row_rms(weight), settings.passes)
+        trellis = self.plan.specs[matrix.name].form.trellis
+        indices, scale = assign(
+            weight, factor, table, row_rms(weight), settings.passes, trellis, row_importance
+        )
         self._keep(matrix, weight, EncodedMatrix(indices, scale.bfloat16(), matrix.columns), factor)
 
     def decoded(self, matrix: Matrix) -> Tensor:
         """What a coded matrix will be when it is loaded: [rows, columns] float32."""
         tensors, _ = self.work.load(matrix_unit(self.plan, matrix))
         spec = self.plan.specs[matrix.name]
-        count = matrix.subvectors(spec.vector_len)
-        indices = unpack(tensors["indices"], index_width(spec.codebook_size), count)
+        per_row = matrix.subvectors(spec.vector_len) // matrix.rows
         encoded = EncodedMatrix(
-            indices.reshape(matrix.rows, -1).long().to(self.device),
+            spec.form.unpack(tensors["indices"], matrix.rows, per_row).long().to(self.device),
             tensors["row_scale"].to(self.device),
             matrix.columns,
         )
         return unrotate_matrix(self.codec_of(matrix).decode(encoded), self.plan.rotation(matrix))
 
-    def _done(self, matrix: Matrix) -> bool:
+    def done(self, matrix: Matrix) -> bool:
+        """Whether a matrix is coded already."""
         return self.work.has(matrix_unit(self.plan, matrix))
 
     def _weight(self, matrix: Matrix) -> Tensor:
@@ -86,7 +91,7 @@ class Encoder:
             loss, energy = (((x @ hessian) * x).sum() for x in (error, weight))
             facts["proxy_error"] = _share(loss, energy)
         tensors = {
-            "indices": pack(flat, index_width(size)),
+            "indices": self.plan.specs[matrix.name].form.pack(encoded.indices),
             "row_scale": encoded.row_scale,
             "counts": torch.bincount(flat, minlength=size).to(torch.int32),
         }
@@ -99,33 +104,31 @@ def _share(part: Tensor, whole: Tensor) -> float:
     return float(part.double() / whole.double()) if float(whole) > 0 else 0.0
 
 
-def encode_calibrated(encoder: Encoder, windows: Tensor, progress: Progress) -> None:
-    """Code embedding and head for their weights, then block after block for its inputs.
+def encode_calibrated(
+    encoder: Encoder, windows: Tensor, sensitivity: Sensitivity, progress: Progress
+) -> None:
+    """Code embedding and head, then block after block for its inputs.
 
     Args:
         windows: [N, context] token ids of the calibration text.
     """
-    plan, settings = encoder.plan, encoder.plan.config.calibration
-    assert settings is not None
+    plan = encoder.plan
     done = 0
-    stream = BlockStream(encoder.source, windows, encoder.device)
-    coded = {m.name: m for m in plan.matrices}
     for matrix in plan.matrices:
         if not matrix.in_blocks:
             progress(done / plan.weights, matrix.name)
-            encoder.nearest(matrix)
+            _encode_end(encoder, matrix, sensitivity)
             done += matrix.weights
+    ends = {m.name: encoder.decoded(m) for m in plan.matrices if not m.in_blocks}
+    stream = BlockStream(encoder.source, windows, encoder.device, coded=ends)
     for path, block in stream:
-        inside = [m for name, m in coded.items() if name.startswith(f"{path}.")]
-        if any(not encoder._done(m) for m in inside):
+        inside = [m for m in plan.matrices if m.name.startswith(f"{path}.")]
+        if any(not encoder.done(m) for m in inside):
             progress(done / plan.weights, f"{path}: inputs")
             hessians = stream.hessians(path, block, inside)
             for matrix, factor in _factors(inside, hessians, plan):
                 progress(done / plan.weights, matrix.name)
-                if factor is None:
-                    encoder.nearest(matrix)
-                else:
-                    encoder.with_feedback(matrix, factor)
+                encoder.with_feedback(matrix, factor)
                 done += matrix.weights
         for matrix in inside:
             decoded = encoder.decoded(matrix)
@@ -134,18 +137,34 @@ def encode_calibrated(encoder: Encoder, windows: Tensor, progress: Progress) -> 
         stream.hidden = stream.run(block)
 
 
+def _encode_end(encoder: Encoder, matrix: Matrix, sensitivity: Sensitivity) -> None:
+    """Embedding or head: errors cost what the head makes of them, and alike where rows are looked up."""
+    settings = encoder.plan.config.calibration
+    assert settings is not None
+    head, share = sensitivity.head_hessian.to(encoder.device), sensitivity.head_share[matrix.name]
+    hessian = share * head / head.diagonal().mean()
+    hessian.diagonal().add_(1 - share)
+    seed = encoder.plan.rotation(matrix)[1]
+    rotated = hessian if seed is None else rotate_hessian(hessian, seed)
+    factor = factorize(rotated, encoder.plan.specs[matrix.name].vector_len, settings.damping)
+    encoder.with_feedback(matrix, factor, sensitivity.row_importance[matrix.name].to(encoder.device))
+
+
 def _factors(
     matrices: list[Matrix], hessians: dict[str, Tensor], plan: Plan
-) -> Iterator[tuple[Matrix, HessianFactor | None]]:
-    """Each matrix with the factor of its Hessian, computed once for matrices that share inputs and d."""
+) -> Iterator[tuple[Matrix, HessianFactor]]:
+    """Each matrix with the factor of its Hessian, computed once for matrices that share inputs and d.
+
+    A matrix whose inputs were not seen is coded for inputs that are all alike.
+    """
     settings = plan.config.calibration
     assert settings is not None
     kept: dict[tuple[int, int], HessianFactor] = {}
     for matrix in matrices:
         hessian = hessians.get(matrix.name)
         if hessian is None:
-            yield matrix, None
-            continue
+            hessian = torch.eye(matrix.columns)
+            hessians[matrix.name] = hessian
         key = id(hessian), plan.specs[matrix.name].vector_len
         if key not in kept:
             seed = plan.rotation(matrix)[1]

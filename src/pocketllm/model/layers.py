@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pocketllm.codec.codebook import seeded_codebook
+from pocketllm.codec.indices import IndexForm
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
-from pocketllm.codec.packing import index_width, packed_bytes, unpack
 from pocketllm.codec.rotation import unrotate_matrix
 from pocketllm.codec.subvectors import subvectors_per_row
 from pocketllm.model.checkpoint import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
@@ -45,14 +46,21 @@ class _FixedDtype(nn.Module):
 
 
 class Codebook(_FixedDtype):
-    """One codebook, float16 [K, d], in the buffer `weight`."""
+    """One codebook, float16 [K, d], in the buffer `weight`; not stored if it is drawn from a seed."""
 
     weight: Tensor
 
     def __init__(self, entry: CodebookEntry) -> None:
         super().__init__()
         self.entry = entry
-        self.register_buffer("weight", torch.empty(entry.size, entry.vector_len, dtype=torch.float16))
+        if entry.seed is None:
+            self.register_buffer("weight", torch.empty(entry.size, entry.vector_len, dtype=torch.float16))
+
+    def value(self) -> Tensor:
+        """[K, d] float16."""
+        if self.entry.seed is None:
+            return self.weight
+        return seeded_codebook(self.entry.size, self.entry.vector_len, self.entry.seed)
 
 
 class Decoder(_FixedDtype):
@@ -86,7 +94,7 @@ class Store(nn.Module):
         if key not in self._codecs:
             weights, net = self.codebooks[codebook], self.decoders[decoder]
             assert isinstance(weights, Codebook) and isinstance(net, Decoder)
-            shared = nn.Parameter(weights.weight.float(), requires_grad=False)
+            shared = nn.Parameter(weights.value().float(), requires_grad=False)
             made = MatrixCodec(net.entry.codec, shared)
             made.decoder.set_weights(net.up, net.down)
             made = made.to(device)
@@ -108,9 +116,9 @@ class PackedMatrix(_FixedDtype):
         self.float_dtype = float_dtype
         codebook = store.codebooks[entry.codebook].entry
         assert isinstance(codebook, CodebookEntry)
-        self.width = index_width(codebook.size)
+        self.form = IndexForm(codebook.size, entry.stride or None)
         self.per_row = subvectors_per_row(entry.columns, codebook.vector_len)
-        nbytes = packed_bytes(entry.rows * self.per_row, self.width)
+        nbytes = self.form.nbytes(entry.rows, self.per_row)
         self.register_buffer("indices", torch.empty(nbytes, dtype=torch.uint8))
         decoder = store.decoders[entry.decoder].entry
         assert isinstance(decoder, DecoderEntry)
@@ -120,7 +128,7 @@ class PackedMatrix(_FixedDtype):
 
     def unpacked(self) -> Tensor:
         """[rows, n] int32 indices."""
-        return unpack(self.indices, self.width, self.entry.rows * self.per_row).reshape(-1, self.per_row)
+        return self.form.unpack(self.indices, self.entry.rows, self.per_row)
 
     @torch.no_grad()
     def forward(self) -> Tensor:

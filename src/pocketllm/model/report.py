@@ -13,6 +13,7 @@ class MatrixReport:
 
     bpw: its stored bits with its share of codebook and decoder, per weight. nmse: of the decoded weights.
     proxy_error: tr(E H E^T) / tr(W H W^T) where it was calibrated.
+    stride: bits that each index adds on a trellis, None for independent indices.
     codebook_utilization: share of its codebook's codewords used by all matrices that share the codebook.
     """
 
@@ -26,6 +27,7 @@ class MatrixReport:
     codebook_perplexity: float
     vector_len: int
     codebook_size: int
+    stride: int | None = None
 
 
 @dataclass(frozen=True)

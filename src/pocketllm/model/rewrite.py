@@ -100,7 +100,9 @@ def _checked(layout: ckpt.Layout, tensors: _Tensors) -> ckpt.Layout:
             for name, entry in layout.matrices.items()
         },
         codebooks=tuple(
-            replace(entry, crc32=tensors.crc(f"{ckpt.STORE}.codebooks.{n}.weight"))
+            entry
+            if entry.seed is not None
+            else replace(entry, crc32=tensors.crc(f"{ckpt.STORE}.codebooks.{n}.weight"))
             for n, entry in enumerate(layout.codebooks)
         ),
         decoders=tuple(

@@ -24,7 +24,8 @@ from pocketllm.codec import codebook as cb
 from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.errors import ConfigError
 from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.plan import Matrix, Plan, make_plan
+from pocketllm.model.allocate import make_plan
+from pocketllm.model.plan import Matrix, Plan, classify
 from pocketllm.model.report import MatrixReport, Report, versions
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.workspace import Workspace
@@ -33,6 +34,7 @@ _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICEN
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", ckpt.REPORT_NAME}
 _WIDEST = 1.23457e-05  # no number of 6 digits is longer in JSON
 _DIGITS = 6
+_PLANNING_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,14 @@ def predicted(plan: Plan) -> Measured:
 
 def _widest_fit(plan: Plan, key: str, group: list[Matrix]) -> dict[str, Any]:
     by_decoder = {plan.decoder_key(m): _WIDEST for m in group}
-    epochs = plan.config.codec.epochs
+    on_trellis = plan.config.codec.trellis_width is not None
+    points = max(1, plan.config.codec.kmeans_iterations) if on_trellis else plan.config.codec.epochs
     return {
         "codebook": key,
         "start_nmse": by_decoder,
         "final_nmse": by_decoder,
         "sample_utilization": _WIDEST,
-        "curve": [_WIDEST] * epochs,
+        "curve": [_WIDEST] * points,
         "revived": 10**9,
     }
 
@@ -95,13 +98,19 @@ class Checkpoint:
             sizes[f"{matrix.name}.indices"] = torch.uint8, (self.plan.index_bytes(matrix),)
             if self.plan.config.codec.row_scale:
                 sizes[f"{matrix.name}.row_scale"] = torch.bfloat16, (matrix.rows,)
-        for number, group in enumerate(self.plan.groups().values()):
-            sizes[f"{ckpt.STORE}.codebooks.{number}.weight"] = torch.float16, self._codebook_shape(group)
+        if self.codebooks_are_stored:
+            for number, group in enumerate(self.plan.groups().values()):
+                sizes[f"{ckpt.STORE}.codebooks.{number}.weight"] = torch.float16, self._codebook_shape(group)
         for number, codec in enumerate(self._decoders.values()):
             d, hidden, depth = codec.vector_len, codec.hidden, codec.depth
             sizes[f"{ckpt.STORE}.decoders.{number}.up"] = torch.float16, (depth, d, hidden)
             sizes[f"{ckpt.STORE}.decoders.{number}.down"] = torch.float16, (depth, hidden, d)
         return sizes
+
+    @property
+    def codebooks_are_stored(self) -> bool:
+        """False where they are drawn from a seed."""
+        return self.plan.config.codec.codebook_source == "fit"
 
     def _codebook_shape(self, group: list[Matrix]) -> tuple[int, int]:
         spec = self.plan.specs[group[0].name]
@@ -134,13 +143,18 @@ class Checkpoint:
                     m.transposed,
                     codebook_of[m.name],
                     decoder_of[self.plan.decoder_key(m)],
+                    self.plan.specs[m.name].stride,
                     self.plan.rotation(m),
                     crcs[m.name],
                 )
                 for m in self.plan.matrices
             },
             tuple(
-                ckpt.CodebookEntry(*self._codebook_shape(group), crcs[f"codebook {n}"])
+                ckpt.CodebookEntry(
+                    *self._codebook_shape(group),
+                    None if self.codebooks_are_stored else self.plan.config.seed,
+                    crcs[f"codebook {n}"],
+                )
                 for n, group in enumerate(groups.values())
             ),
             tuple(
@@ -239,6 +253,7 @@ class Checkpoint:
             measured.perplexity[matrix.name],
             spec.vector_len,
             spec.codebook_size,
+            spec.stride or None,
         )
 
     def _skipped(self) -> Iterator[dict[str, Any]]:
@@ -284,7 +299,8 @@ class Checkpoint:
         units = [work.load(codebook_unit(number))[0] for number in range(len(self.plan.groups()))]
         for number, unit in enumerate(units):
             crcs[f"codebook {number}"] = ckpt.checksum(unit["codebook"])
-            yield unit["codebook"]
+            if self.codebooks_are_stored:
+                yield unit["codebook"]
         decoder = 0
         for unit in units:
             for position in range(
@@ -310,36 +326,57 @@ class Checkpoint:
         return Measured(nmse, proxy, use, perplexity, tuple(fits))
 
 
-def planned(source: DenseCheckpoint, config: CompressConfig, model: str) -> Checkpoint:
+def planned(
+    source: DenseCheckpoint,
+    config: CompressConfig,
+    model: str,
+    importance: Mapping[str, float] | None = None,
+) -> Checkpoint:
     """Plan a model; a target for the whole folder is turned into bits per weight here.
+
+    Args:
+        importance: as in `make_plan`.
 
     Raises:
         ConfigError: as `make_plan`; or a target below the bytes of what is not compressed.
     """
     if config.target_bytes is None and config.target_ratio is None:
-        return Checkpoint(source, make_plan(source, config), model)
-    first = make_plan(source, replace(config, target_bpw=16.0, target_bytes=None, target_ratio=None))
-    checkpoint = Checkpoint(source, first, model)
+        return Checkpoint(source, make_plan(source, config, importance), model)
+    matrices, dense = classify(source, config)
+    checkpoint = Checkpoint(source, Plan((), {}, tuple(dense), "model", config), model)
+    dense_bytes = 2 * sum(m.weights for m in matrices) + sum(2 * torch.Size(d.shape).numel() for d in dense)
+    other = sum(path.stat().st_size for path in checkpoint.copied_files())
     target = config.target_bytes
     if target is None:
         assert config.target_ratio is not None
-        report = checkpoint.report(predicted(first))
-        dense = report.dense_model_bytes_bf16 + report.bytes_by_part["other_files"]
-        target = int(dense / config.target_ratio)
-    while True:
+        target = int((dense_bytes + other) / config.target_ratio)
+    weights = sum(m.weights for m in matrices)
+    fixed = other + sum(torch.Size(d.shape).numel() * source.dtype(d.name).itemsize for d in dense)
+    bpw = 8 * (target - fixed) / max(1, weights)
+    best: Checkpoint | None = None
+    for _ in range(_PLANNING_ROUNDS):
+        if not 0 < bpw <= 16:
+            break
+        changed = replace(config, target_bpw=bpw, target_bytes=None, target_ratio=None)
+        try:
+            checkpoint = Checkpoint(source, make_plan(source, changed, importance), model)
+        except ConfigError as error:
+            raise ConfigError(
+                f"a folder of {target:,} bytes leaves {bpw:.3f} bits per weight to the matrices: {error}"
+            ) from error
+        # What is not matrices hardly changes with the plan; what it does change, the next round sees.
         total, _ = checkpoint.bytes_on_disk
         if total <= target:
-            return checkpoint
-        # What is not matrices hardly changes with the plan; what it does change, the next round sees.
-        fixed = total - sum(checkpoint.plan.bits_by_part().values()) // 8
-        bpw = min(8 * (target - fixed) / checkpoint.plan.weights, 0.9999 * checkpoint.plan.bpw)
-        if bpw <= 0:
-            raise ConfigError(
-                f"the whole folder cannot be {target:,} bytes: what is not compressed takes {fixed:,} "
-                "(tensors left dense, tokenizer, headers); raise the target, or leave fewer tensors dense"
-            )
-        changed = replace(config, target_bpw=bpw, target_bytes=None, target_ratio=None)
-        checkpoint = Checkpoint(source, make_plan(source, changed), model)
+            best = checkpoint
+            if target - total < 0.003 * target:
+                break
+        bpw += 8 * (target - total) / weights - 0.001
+    if best is None:
+        raise ConfigError(
+            f"the whole folder cannot be {target:,} bytes: what is not compressed takes {fixed:,} "
+            "(tensors left dense, tokenizer); raise the target, or leave fewer tensors dense"
+        )
+    return best
 
 
 def dry_report(checkpoint: Checkpoint) -> Report:

@@ -84,7 +84,7 @@ class Distillation:
         coded = {id(p) for p in [*store.parameters(), *gains]}
         vectors = [p for p in self.student.parameters() if p.requires_grad and id(p) not in coded]
         return [
-            Group("codebooks", config.lr_codebook, list(store.codebooks)),
+            Group("codebooks", config.lr_codebook, [c for c in store.codebooks if c.requires_grad]),
             Group("decoders", config.lr_decoder, [*store.ups, *store.downs]),
             Group("row scales", config.lr_scale, [gain for gain in gains if gain.requires_grad]),
             Group("norms and biases", config.lr_norm, vectors),

@@ -24,17 +24,29 @@ class TrainableStore(nn.Module):
     """Codebooks and decoders as float32 parameters, and the tables made of them."""
 
     codecs: list[CodecConfig]
+    seeds: list[int | None]
 
     def __init__(self, store: Store) -> None:
         super().__init__()
         books = [book for book in store.codebooks if isinstance(book, Codebook)]
         nets = [net for net in store.decoders if isinstance(net, Decoder)]
         self.codecs = [net.entry.codec for net in nets]
-        self.codebooks = nn.ParameterList(nn.Parameter(book.weight.float()) for book in books)
+        self.seeds = [book.entry.seed for book in books]
+        self.codebooks = nn.ParameterList(nn.Parameter(book.value().float()) for book in books)
         self.ups = nn.ParameterList(nn.Parameter(net.up.float()) for net in nets)
         self.downs = nn.ParameterList(nn.Parameter(net.down.float()) for net in nets)
+        for codebook, seed in zip(self.codebooks, self.seeds, strict=True):
+            codebook.requires_grad_(seed is None)  # what is drawn from a seed is not stored
         self._cache: dict[tuple[int, int, bool], tuple[Tensor, ...]] = {}
         self._weights: dict[int, Tensor] = {}
+
+    def stored(self) -> dict[str, nn.Parameter]:
+        """Stored tensor name -> parameter: codebooks that are not drawn from a seed, and decoders."""
+        kept = [n for n, seed in enumerate(self.seeds) if seed is None]
+        found = {f"{STORE}.codebooks.{n}.weight": self.codebooks[n] for n in kept}
+        found |= {f"{STORE}.decoders.{n}.up": up for n, up in enumerate(self.ups)}
+        found |= {f"{STORE}.decoders.{n}.down": down for n, down in enumerate(self.downs)}
+        return found
 
     def refresh(self) -> None:
         """Forget what was computed from earlier parameters; to be called before each forward pass."""
@@ -210,14 +222,7 @@ def stored_tensors(model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, T
         dtypes: stored dtype of the tensors that are not coded; those absent are left out.
     """
     store: TrainableStore = getattr(model, STORE)
-    found: dict[str, Tensor] = {}
-    for kind, leaf, values in (
-        ("codebooks", "weight", store.codebooks),
-        ("decoders", "up", store.ups),
-        ("decoders", "down", store.downs),
-    ):
-        for number, value in enumerate(values):
-            found[f"{STORE}.{kind}.{number}.{leaf}"] = value.detach().half()
+    found = {name: value.detach().half() for name, value in store.stored().items()}
     for name, module in model.named_modules():
         if isinstance(module, TrainableMatrix) and module.codec.row_scale:
             found[f"{name}.row_scale"] = (module.scale * module.gain.detach().exp()).bfloat16()
@@ -232,13 +237,8 @@ def set_stored(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of `stored_tensors`: the model computes with the rounded values."""
     store: TrainableStore = getattr(model, STORE)
     store.refresh()
-    for kind, leaf, values in (
-        ("codebooks", "weight", store.codebooks),
-        ("decoders", "up", store.ups),
-        ("decoders", "down", store.downs),
-    ):
-        for number, value in enumerate(values):
-            value.copy_(tensors[f"{STORE}.{kind}.{number}.{leaf}"])
+    for name, parameter in store.stored().items():
+        parameter.copy_(tensors[name])
     parameters = dict(model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, TrainableMatrix) and f"{name}.row_scale" in tensors:

@@ -1,0 +1,259 @@
+"""Choose the codec of every matrix: the least predicted loss that a budget of bits allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+from pocketllm.config import SCOPES, CompressConfig
+from pocketllm.errors import ConfigError
+from pocketllm.model.plan import Dense, Matrix, Plan, Spec, classify, override
+from pocketllm.model.source import DenseCheckpoint
+
+_VECTOR_LENS = (2, 3, 4, 5, 6, 8)
+# (d, bits that an index adds) on a trellis: 0.5 to 8 bits per weight.
+_STEPS = (
+    *((4, stride) for stride in (2, 3, 4, 5)),
+    *((2, stride) for stride in (3, 4, 5, 6, 7, 8)),
+    *((1, stride) for stride in (5, 6, 7, 8)),
+)
+
+
+def make_plan(
+    source: DenseCheckpoint, config: CompressConfig, importance: Mapping[str, float] | None = None
+) -> Plan:
+    """Decide for every tensor of the model.
+
+    Args:
+        importance: loss that a matrix causes per unit of its nmse, by name, as measured by calibration. Bits
+            on a trellis go where they lower the summed loss most; without it all weights count alike.
+
+    Raises:
+        ConfigError: nothing to compress, the target cannot be met (the message names the smallest and
+            largest possible), or a codebook larger than the number of subvectors that share it.
+    """
+    matrices, dense = classify(source, config)
+    while True:
+        if not matrices:
+            raise ConfigError(
+                "no tensor is left to compress; the model is too small for these settings, "
+                "or too many blocks are left dense"
+            )
+        if config.codec.trellis_width is not None:
+            plan = _by_importance(matrices, dense, config, importance)
+        else:
+            plan = _uniform(matrices, dense, config)
+        useless = [m for m in matrices if plan.own_bits(m) >= 16 * m.weights]
+        if not useless:
+            return plan
+        for matrix in useless:
+            matrices.remove(matrix)
+            dense.append(Dense(matrix.name, matrix.shape, "coding it would not make it smaller than 16 bit"))
+
+
+def _by_importance(
+    matrices: list[Matrix], dense: list[Dense], config: CompressConfig, importance: Mapping[str, float] | None
+) -> Plan:
+    """Trellis codecs, each matrix with its own number of bits.
+
+    For a price per bit every matrix takes the codec of the least importance * nmse + price * bits; the price
+    is bisected until the budget is met, and what is left of it is spent matrix by matrix.
+    """
+    assert config.codec.trellis_width is not None and config.target_bpw is not None
+    weights = sum(m.weights for m in matrices)
+    budget = config.target_bpw * weights
+    value = {m.name: importance[m.name] if importance else float(m.weights) for m in matrices}
+    choices = {m.name: _choices(m, config) for m in matrices}
+    scope = "model" if config.codebook_scope == "auto" else config.codebook_scope
+
+    def plan(specs: dict[str, Spec]) -> Plan:
+        return Plan(tuple(matrices), specs, tuple(dense), scope, config)
+
+    def at(price: float) -> dict[str, Spec]:
+        return {
+            m.name: min(
+                choices[m.name],
+                key=lambda spec: value[m.name] * spec.nmse + price * spec.index_bpw * m.weights,
+            )
+            for m in matrices
+        }
+
+    def bits(specs: dict[str, Spec]) -> int:
+        return sum(plan(specs).bits_by_part().values())
+
+    least = {name: min(specs, key=lambda spec: spec.index_bpw) for name, specs in choices.items()}
+    most = {name: max(specs, key=lambda spec: spec.index_bpw) for name, specs in choices.items()}
+    if bits(least) > budget or config.target_bpw > 1.5 * bits(most) / weights:
+        raise ConfigError(_unreachable(config.target_bpw, [bits(least) / weights, bits(most) / weights]))
+    cheap, dear, best = -80.0, 80.0, least  # base-2 logarithms of the price
+    for _ in range(40):
+        middle = (cheap + dear) / 2
+        specs = at(2.0**middle)
+        if bits(specs) <= budget:
+            dear, best = middle, specs
+        else:
+            cheap = middle
+    return plan(_spend(best, matrices, choices, value, lambda specs: bits(specs) <= budget))
+
+
+def _choices(matrix: Matrix, config: CompressConfig) -> list[Spec]:
+    """The codecs a matrix may take, by rising bits."""
+    width = config.codec.trellis_width
+    assert width is not None
+    lens = None if config.vector_len is None else (config.vector_len,)
+    specs = [
+        Spec(d, 1 << width, stride) for d, stride in _STEPS if stride <= width and (lens is None or d in lens)
+    ]
+    wanted = override(matrix.name, config)
+    if wanted is not None:
+        below = [spec for spec in specs if spec.index_bpw <= wanted]
+        specs = [max(below, key=lambda spec: spec.index_bpw)] if below else specs[:1]
+    return sorted(specs, key=lambda spec: spec.index_bpw)
+
+
+def _spend(
+    specs: dict[str, Spec],
+    matrices: list[Matrix],
+    choices: Mapping[str, list[Spec]],
+    value: Mapping[str, float],
+    fits: Callable[[dict[str, Spec]], bool],
+) -> dict[str, Spec]:
+    """Raise single matrices to their next codec, the most useful first, while the budget lasts.
+
+    Only codecs that are in use already, which cost no further codebook.
+    """
+    in_use = set(specs.values())
+    steps = []
+    for m in matrices:
+        now = specs[m.name]
+        higher = [s for s in choices[m.name] if s.index_bpw > now.index_bpw and s in in_use]
+        if higher:
+            gain = value[m.name] * (now.nmse - higher[0].nmse)
+            steps.append((gain / (higher[0].index_bpw - now.index_bpw) / m.weights, m.name, higher[0]))
+    for _, name, spec in sorted(steps, key=lambda step: (-step[0], step[1])):
+        raised = {**specs, name: spec}
+        if fits(raised):
+            specs = raised
+    return specs
+
+
+def _uniform(matrices: list[Matrix], dense: list[Dense], config: CompressConfig) -> Plan:
+    """The same codec for every matrix of the blocks, a finer one for embedding and head."""
+
+    def plan(specs: dict[str, Spec], scope: str) -> Plan:
+        return Plan(tuple(matrices), specs, tuple(dense), scope, config)
+
+    scopes = SCOPES if config.codebook_scope == "auto" else (config.codebook_scope,)
+    if config.codebook_size is not None:
+        assert config.vector_len is not None
+        spec = Spec(config.vector_len, config.codebook_size)
+        fixed = [plan({m.name: spec for m in matrices}, scope) for scope in scopes]
+        usable = [candidate for candidate in fixed if _fits_samples(candidate)]
+        if not usable:
+            most = max(min(_subvectors(group, spec) for group in p.groups().values()) for p in fixed)
+            raise ConfigError(
+                f"codebook_size: got {spec.codebook_size}, but only {most} subvectors share the smallest "
+                f"codebook (scope {fixed[-1].codebook_scope}); lower it or widen the scope"
+            )
+        return min(usable, key=lambda candidate: candidate.bpw)
+    assert config.target_bpw is not None
+    best: tuple[float, Plan] | None = None
+    reached: list[float] = []
+    for scope in scopes:
+        for blocks, ends in _uniform_specs(matrices, config):
+            candidate = plan({m.name: blocks if m.in_blocks else ends for m in matrices}, scope)
+            if not _fits_samples(candidate):
+                continue
+            reached.append(candidate.bpw)
+            if candidate.bpw <= config.target_bpw:
+                loss = _predicted_loss(candidate)
+                if best is None or loss < best[0]:
+                    best = loss, candidate
+    if best is None:
+        raise ConfigError(_unreachable(config.target_bpw, reached))
+    filled = _fill(best[1])
+    if config.target_bpw > 1.5 * max(reached, default=0.0):
+        raise ConfigError(_unreachable(config.target_bpw, reached))
+    return filled
+
+
+def _unreachable(target: float, reached: list[float]) -> str:
+    if not reached or min(reached) >= 16:
+        return "the model is too small for any codec (fewer subvectors than codewords); nothing to compress"
+    return (
+        f"target_bpw: {target} cannot be met with these settings; "
+        f"possible are {min(reached):.3f} to {max(reached):.3f} bits per weight"
+    )
+
+
+def _uniform_specs(matrices: list[Matrix], config: CompressConfig) -> Iterable[tuple[Spec, Spec]]:
+    """Pairs (spec of the blocks, spec of embedding and head) worth comparing."""
+    widths = range(1, config.max_index_bits + 1)
+    lens = _VECTOR_LENS if config.vector_len is None else (config.vector_len,)
+    ends_lens = sorted({*_VECTOR_LENS, *lens})
+    has_ends = any(not m.in_blocks for m in matrices)
+    has_blocks = any(m.in_blocks for m in matrices)
+    for d in lens:
+        for width in widths:
+            spec = Spec(d, 1 << width)
+            if not has_ends or not has_blocks:
+                yield spec, spec
+                continue
+            # Embedding and head: the finest codec that is about `embedding_extra_bits` finer.
+            wanted = spec.nmse * 4.0**-config.embedding_extra_bits
+            options = [Spec(e, 1 << w) for e in ends_lens for w in widths]
+            close = [o for o in options if o.nmse <= wanted * 1.05]
+            rate = [(math.log2(o.codebook_size) / o.vector_len, o.codebook_size, o) for o in close]
+            if rate:
+                yield spec, min(rate)[2]
+
+
+def _subvectors(group: list[Matrix], spec: Spec) -> int:
+    return sum(m.subvectors(spec.vector_len) for m in group)
+
+
+def _fits_samples(plan: Plan) -> bool:
+    """Every codebook is at most as large as the number of subvectors that share it."""
+    return all(
+        plan.specs[group[0].name].codebook_size <= _subvectors(group, plan.specs[group[0].name])
+        for group in plan.groups().values()
+    )
+
+
+def _predicted_loss(plan: Plan) -> float:
+    """Predicted nmse summed over weights; embedding and head count more by the extra bits asked for."""
+    weight = 4.0**plan.config.embedding_extra_bits
+    return sum(m.weights * plan.specs[m.name].nmse * (1.0 if m.in_blocks else weight) for m in plan.matrices)
+
+
+def _fill(plan: Plan) -> Plan:
+    """Spend what is left of the budget: matrices take a codebook of twice the size while it fits."""
+    target = plan.config.target_bpw
+    assert target is not None
+    budget = target * plan.weights
+
+    def upgraded(count: int) -> Plan:
+        chosen = {m.name for m in order[:count]}
+        specs = {
+            name: Spec(spec.vector_len, 2 * spec.codebook_size) if name in chosen else spec
+            for name, spec in plan.specs.items()
+        }
+        return Plan(plan.matrices, specs, plan.dense, plan.codebook_scope, plan.config)
+
+    def fits(candidate: Plan) -> bool:
+        return sum(candidate.bits_by_part().values()) <= budget and _fits_samples(candidate)
+
+    blocks = [m for m in plan.matrices if m.in_blocks] or list(plan.matrices)
+    if 2 * plan.specs[blocks[0].name].codebook_size > 1 << (plan.config.max_index_bits + 1):
+        return plan
+    # Kinds in turn, then single matrices: the largest prefix of that order that fits (bisection).
+    order = sorted(blocks, key=lambda m: m.kind)
+    low, high = 0, len(blocks)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(upgraded(middle)):
+            low = middle
+        else:
+            high = middle - 1
+    candidate = upgraded(low)
+    return candidate if low and _predicted_loss(candidate) < _predicted_loss(plan) else plan

@@ -1,0 +1,198 @@
+"""What an error in each matrix costs the model: measured on the dense model before anything is coded.
+
+If every weight of a matrix W is off by independent noise of variance v, the KL divergence between the outputs
+of the dense and the noisy model grows by v / 2 * F, with F the trace of the Fisher information of W: the mean
+over tokens of |d log p(token) / dW|^2, the tokens drawn from the model's own distribution. Error feedback
+shapes the noise of a coded matrix by the Hessian H of its inputs and lowers that by the factor
+
+    feedback gain = mean of 1 / U_jj^2, over mean of H_jj        (H^-1 = U^T U; see codec/feedback.py)
+
+so a matrix coded with a given nmse costs  nmse * |W|^2 / (rows * columns) * F / 2 * gain.
+
+One pass forward and one backward, one block of the model in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pocketllm.codec.feedback import factorize
+from pocketllm.codec.rotation import rotate_hessian
+from pocketllm.model.calibration import BlockStream
+from pocketllm.model.layers import fold
+from pocketllm.model.plan import Matrix
+from pocketllm.model.source import DenseCheckpoint
+
+_LOGITS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the measurement finds.
+
+    importance: loss (nats a token) per unit of nmse, by matrix. head_hessian: [C, C] of the inputs of the
+    output head. head_share: of the loss that errors in embedding or head cause as the head, by matrix.
+    row_importance: [rows] for embedding and head, by matrix: what an error in a row costs, mean 1.
+    """
+
+    importance: dict[str, float]
+    head_hessian: Tensor
+    head_share: dict[str, float]
+    row_importance: dict[str, Tensor]
+
+
+def measure(
+    source: DenseCheckpoint,
+    windows: Tensor,
+    matrices: list[Matrix],
+    damping: float,
+    seed: int,
+    device: str = "cpu",
+    progress: Callable[[float], None] = lambda share: None,
+) -> Sensitivity:
+    """Measure a dense model on [N, context] token ids."""
+    stream = BlockStream(source, windows, device, batch=1)
+    tokens = windows.numel()
+    inputs: list[list[Tensor]] = []
+    for number, (_, block) in enumerate(stream):
+        inputs.append(stream.hidden)
+        stream.hidden = stream.run(block)
+        progress(0.3 * (number + 1) / len(stream.blocks))
+    head = _Head(stream, seed)
+    gradients = [head.backward(n) for n in range(len(windows))]
+    energy: dict[str, float] = {}
+    gains: dict[str, float] = {}
+    for number in reversed(range(len(stream.blocks))):
+        with stream.loaded(number) as (path, block):
+            inside = [m for m in matrices if m.name.startswith(f"{path}.")]
+            stream.hidden = inputs.pop()
+            hessians = stream.hessians(path, block, inside)
+            factors: dict[int, float] = {}
+            for matrix in inside:
+                hessian = hessians.get(matrix.name)
+                if hessian is not None and id(hessian) not in factors:
+                    factors[id(hessian)] = _gain(hessian, damping)
+                gains[matrix.name] = 1.0 if hessian is None else factors[id(hessian)]
+            gradients = _block_backward(stream, block, inside, gradients, energy)
+        progress(0.4 + 0.6 * (len(stream.blocks) - number) / len(stream.blocks))
+    importance = {}
+    for matrix in matrices:
+        if matrix.in_blocks:
+            scale = _mean_square(source, matrix) / 2 / tokens
+            importance[matrix.name] = scale * energy.get(matrix.name, 0.0) * gains[matrix.name]
+    embedded = torch.zeros(windows_vocabulary(stream.model))
+    for ids, gradient in zip(windows, gradients, strict=True):
+        embedded.index_add_(0, ids, gradient[0].square().sum(dim=1).cpu())
+    ends = _Ends(head.rows.cpu(), embedded, _gain(head.hessian / tokens, damping))
+    rows: dict[str, Tensor] = {}
+    share: dict[str, float] = {}
+    for matrix in matrices:
+        if not matrix.in_blocks:
+            cost, rows[matrix.name], share[matrix.name] = ends.of(stream, matrix)
+            importance[matrix.name] = _mean_square(source, matrix) / 2 / tokens * cost
+    floor = 1e-9 * max(importance.values(), default=1.0)
+    importance = {name: max(value, floor) for name, value in importance.items()}
+    return Sensitivity(importance, (head.hessian / tokens).cpu(), share, rows)
+
+
+def windows_vocabulary(model: Any) -> int:
+    """Rows of the input embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _gain(hessian: Tensor, damping: float) -> float:
+    """See the module's docstring; of the rotated Hessian."""
+    factor = factorize(rotate_hessian(hessian, 1), 1, damping)
+    conditional = factor.upper.diagonal().double().square().reciprocal().mean()
+    return float(conditional / factor.hessian.diagonal().double().mean())
+
+
+def _mean_square(source: DenseCheckpoint, matrix: Matrix) -> float:
+    return float(fold(source.read(matrix.name), matrix.transposed).float().square().mean())
+
+
+class _Head:
+    """What comes after the blocks: final norm, head, and the loss of tokens the model draws itself."""
+
+    def __init__(self, stream: BlockStream, seed: int) -> None:
+        self.stream, self.seed = stream, seed
+        stream.load_head()
+        self.head = stream.model.get_output_embeddings()
+        self.rows = torch.zeros(self.head.weight.shape[0], device=stream.device)
+        columns = self.head.weight.shape[1]
+        self.hessian = torch.zeros(columns, columns, device=stream.device)
+
+    def backward(self, number: int) -> Tensor:
+        """Gradient of a window's loss with respect to what the blocks put out, [1, context, C]."""
+        hidden = self.stream.hidden[number].detach().clone().requires_grad_()
+        with torch.enable_grad():
+            final = self.stream.after_blocks(hidden)
+        final_gradient = torch.zeros_like(final)
+        generator = torch.Generator().manual_seed(self.seed + number)
+        with torch.no_grad():
+            flat, out = final.detach().reshape(-1, final.shape[-1]), []
+            self.hessian.addmm_(flat.T, flat)
+            weight_gradient = torch.zeros_like(self.head.weight)
+            for part in flat.split(_LOGITS_AT_ONCE):
+                logits = self.head(part).float()
+                p = logits.softmax(dim=-1)
+                drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
+                p.scatter_add_(1, drawn, torch.full_like(p[:, :1], -1.0))  # d loss / d logits
+                weight_gradient.addmm_(p.T, part)
+                out.append(p @ self.head.weight)
+            self.rows += weight_gradient.square().sum(dim=1)
+            final_gradient = torch.cat(out).reshape(final.shape)
+        final.backward(final_gradient)
+        assert hidden.grad is not None
+        return hidden.grad
+
+
+def _block_backward(
+    stream: BlockStream,
+    block: nn.Module,
+    matrices: list[Matrix],
+    gradients: list[Tensor],
+    energy: dict[str, float],
+) -> list[Tensor]:
+    """Gradients before the block from those after it; adds each weight's squared gradient to `energy`."""
+    weights = {m.name: stream.model.get_parameter(m.name).requires_grad_() for m in matrices}
+    before = []
+    for number, gradient in enumerate(gradients):
+        hidden = stream.hidden[number].detach().clone().requires_grad_()
+        with torch.enable_grad():
+            out = stream.call(block, hidden, number)
+        found = torch.autograd.grad(out, [hidden, *weights.values()], gradient, allow_unused=True)
+        assert found[0] is not None
+        before.append(found[0])
+        for name, value in zip(weights, found[1:], strict=True):
+            if value is not None:
+                energy[name] = energy.get(name, 0.0) + float(value.square().sum())
+    return before
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """head: [rows] squared gradients of the head's rows; embedded: of the embedding's; gain: of the head."""
+
+    head: Tensor
+    embedded: Tensor
+    gain: float
+
+    def of(self, stream: BlockStream, matrix: Matrix) -> tuple[float, Tensor, float]:
+        """(Fisher trace with feedback, importance of rows with mean 1, share of the head) of a matrix."""
+        module = stream.model.get_submodule(matrix.name.rpartition(".")[0])
+        is_input = module is stream.model.get_input_embeddings()
+        is_head = not is_input or stream.is_tied
+        head = self.head if is_head else torch.zeros_like(self.head)
+        embedded = self.embedded if is_input else torch.zeros_like(self.head)
+        rows = head + embedded
+        share = float(head.sum() / rows.sum().clamp(min=1e-30))
+        cost = float(head.sum()) * self.gain + float(embedded.sum())
+        # Tokens that the text happens not to hold still matter.
+        rows = rows + 0.25 * rows.mean() + 1e-30
+        return cost, rows / rows.mean(), share
