@@ -308,8 +308,9 @@ class DistillConfig:
 class LoraTuneConfig:
     """Train a low-rank adapter on a frozen compressed base; defaults are the paper's recipe.
 
-    rank, alpha, dropout, targets: as in PEFT; targets is `all-linear` or names of layers. epochs: over the text;
-        steps sets their number instead. texts: instruction data (JSON or JSON lines) or plain text.
+    rank, alpha, dropout, targets: as in PEFT; targets is `all-linear` or names of layers.
+    epochs: over the text; steps sets the number of steps instead.
+    texts: instruction data (JSON or JSON lines) or plain text; none takes the text that comes with Python.
     context: tokens per window of plain text, and the most that are kept of an instruction with its answer.
     mode: how the base is held, `dense` (fast) or `packed` (small).
     """

@@ -1,8 +1,8 @@
 """The compiled parts: built once by the system's C++ compiler, kept in the cache.
 
 `nearest.cpp` searches the nearest codeword, `trellis.cpp` the cheapest path; `matrix.cpp` decodes a matrix,
-rotates it, and takes gradients back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, callers take
-their path in torch or faiss.
+rotates it, and takes gradients back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, callers
+take their path in torch or faiss.
 """
 
 from __future__ import annotations

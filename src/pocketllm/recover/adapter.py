@@ -1,7 +1,7 @@
 """Adapters on disk: which base one belongs to, running it, and merging it into its base.
 
 PEFT's own `merge_and_unload` on a model in mode `packed` drops the adapter without a word, since it adds to a
-weight that was decoded for the moment. So a merge is done here on the decoded model, and the logits are compared.
+weight that was decoded for the moment. So a merge is done here on the decoded model, and logits are compared.
 """
 
 from __future__ import annotations

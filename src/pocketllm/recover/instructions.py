@@ -1,8 +1,8 @@
 """Training items for LoRA: instructions with answers (the Alpaca form), or windows of plain text.
 
 A JSON file (a list of objects) or a JSON-lines file is instruction data if its objects have `instruction` and
-`output` (and perhaps `input`), or `prompt` and `response`. The loss is taken on answers only. Everything else is
-plain text, cut into windows, with the loss on every token. Source of the template: tatsu-lab/stanford_alpaca.
+`output` (and perhaps `input`), or `prompt` and `response`. The loss is taken on answers only. Everything else
+is plain text, cut into windows, with the loss on every token. Template: tatsu-lab/stanford_alpaca.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from pocketllm.errors import ConfigError, SourceError
 from pocketllm.evaluate.perplexity import read_text
 from pocketllm.recover.text import tokenize, windows_of
 
-_HEAD = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
+_HEAD = (
+    "Below is an instruction that describes a task{}. "
+    "Write a response that appropriately completes the request."
+)
 _PAIRED = ", paired with an input that provides further context"
 
 
@@ -62,17 +65,11 @@ def read_instructions(path: Path) -> list[tuple[str, str]] | None:
     """
     if path.suffix not in (".json", ".jsonl"):
         return None
-    text = read_text(path)
+    text, is_lines = read_text(path), path.suffix == ".jsonl"
     try:
-        rows = (
-            json.loads(text)
-            if path.suffix == ".json"
-            else [json.loads(r) for r in text.splitlines() if r.strip()]
-        )
+        rows = [json.loads(r) for r in text.splitlines() if r.strip()] if is_lines else json.loads(text)
     except ValueError as error:
-        raise SourceError(
-            f"{path}: not {'JSON' if path.suffix == '.json' else 'JSON lines'} ({error})"
-        ) from error
+        raise SourceError(f"{path}: not {'JSON lines' if is_lines else 'JSON'} ({error})") from error
     if not isinstance(rows, list) or not rows:
         raise SourceError(f"{path}: wanted a list of objects")
     found = [prompt_of(row) if isinstance(row, dict) else None for row in rows]
@@ -80,19 +77,19 @@ def read_instructions(path: Path) -> list[tuple[str, str]] | None:
         return None
     if None in found:
         raise SourceError(
-            f"{path}: row {found.index(None) + 1} is no instruction, others are; wanted `instruction` and `output` "
-            "(and perhaps `input`), or `prompt` and `response`, in every row"
+            f"{path}: row {found.index(None) + 1} is no instruction, others are; wanted `instruction` and "
+            "`output` (and perhaps `input`), or `prompt` and `response`, in every row"
         )
     return [pair for pair in found if pair is not None]
 
 
 def _files(texts: tuple[str, ...]) -> Iterator[Path]:
+    """Files as they are named, and those in folders that are named."""
+    suffixes = (".json", ".jsonl", ".txt", ".md", ".raw")
     for text in texts:
         path = Path(text)
         if path.is_dir():
-            yield from sorted(
-                p for p in path.rglob("*") if p.suffix in (".json", ".jsonl", ".txt", ".md", ".raw")
-            )
+            yield from sorted(p for p in path.rglob("*") if p.suffix in suffixes)
         else:
             yield path
 
@@ -116,8 +113,8 @@ def read_items(tokenizer: Any, texts: tuple[str, ...], context: int) -> list[Ite
         items += [Item(window, 1) for window in windows]
     if len(items) < 2:
         raise ConfigError(
-            f"the text gives {len(items)} item to train on, wanted at least two (one to validate); give more text "
-            "or change the context"
+            f"the text gives {len(items)} item to train on, wanted at least two (one of them to validate); "
+            "give more text or change the context"
         )
     return items
 

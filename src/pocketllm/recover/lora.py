@@ -1,4 +1,4 @@
-"""LoRA on a compressed base: the paper's recovery. The base is frozen, a low-rank adapter is trained beside it.
+"""LoRA on a compressed base: the paper's recovery. The base is frozen, an adapter is trained beside it.
 
 Through PEFT, and saved in its form: `PeftModel.from_pretrained(pocketllm.load(DIR)[0], ADAPTER)` runs it. The
 adapter is stored in bfloat16; its bytes come on top of the base and are counted in every size.
@@ -36,8 +36,10 @@ from pocketllm.recover.trainable import make_trainable
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a LoRA run did. loss_*: mean negative log likelihood of the scored tokens of the validation items, in
-    nats: before, at the best step, and as stored. bytes_on_disk: base and adapter together.
+    """What a LoRA run did.
+
+    loss_*: mean negative log likelihood of the validation items' scored tokens, in nats: before, at the best
+    step, and as stored. bytes_on_disk: base and adapter together.
     """
 
     output: str
@@ -157,9 +159,7 @@ def lora(
         "dtype": str(dtype),
         "processes": state.num_processes,
         "threads": torch.get_num_threads(),
-        "text": hashlib.sha256(
-            torch.cat([i.ids for part in items for i in part]).numpy().tobytes()
-        ).hexdigest()[:16],
+        "text": _fingerprint(items),
         **config.to_dict(),
     }
     try:
@@ -220,12 +220,45 @@ def lora(
     return done
 
 
+def dry_run_lora(
+    folder: str | Path, config: LoraTuneConfig, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """What `lora` would do: steps, tokens, trained parameters, bytes; nothing is trained.
+
+    Raises:
+        As `lora` before its first step.
+    """
+    need_peft()
+    base = open_base(Path(folder), None, trust_remote_code)
+    train, validation = training_items(base.tokenizer, config)
+    steps = number_of_steps(config, len(train))
+    model, _ = with_adapter(base, config, "cpu")
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base_bytes = int(base.report["bytes_on_disk"])
+    return {
+        "steps": steps,
+        "training_items": len(train),
+        "validation_items": len(validation),
+        "tokens": round(sum(i.weight for i in train) / len(train) * steps * config.loop.batch_size),
+        "trained_parameters": parameters,
+        "base_bytes": base_bytes,
+        "adapter_bytes": 2 * parameters,
+        "bytes_on_disk": base_bytes + 2 * parameters,
+    }
+
+
 def training_items(tokenizer: Any, config: LoraTuneConfig) -> tuple[list[Item], list[Item]]:
     """(training, validation) items: at most a twentieth is kept for validation, but at least one."""
     items = read_items(tokenizer, config.texts, config.context)
     count = min(config.validation_items, max(1, len(items) // 20))
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(config.loop.seed)).tolist()
     return [items[n] for n in sorted(order[count:])], [items[n] for n in sorted(order[:count])]
+
+
+def _fingerprint(items: tuple[list[Item], list[Item]]) -> str:
+    """Changes with any token."""
+    tokens = torch.cat([item.ids for part in items for item in part])
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
 def number_of_steps(config: LoraTuneConfig, items: int) -> int:
