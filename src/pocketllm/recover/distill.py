@@ -23,7 +23,7 @@ from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
 from pocketllm.model.rewrite import rewrite, stored_sizes
 from pocketllm.model.source import resolve
-from pocketllm.model.workspace import Workspace, check_output, output_error, take_lock
+from pocketllm.model.workspace import Workspace, check_output, output_error, locked
 from pocketllm.recover.divergence import Target, head_divergence, logits_divergence
 from pocketllm.recover.log import RunLog
 from pocketllm.recover.loop import Group, Loop, Progress, told_event
@@ -99,7 +99,7 @@ class Distillation:
         ids = self.train[numbers].to(self.student.device)
         loss = self._divergence(ids, self.teacher.target(numbers, ids), scale)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -177,25 +177,24 @@ def distill(
     }
     try:
         work = Workspace.at(output, arguments)
-        lock = take_lock(work.folder) if state.is_main_process else None
-        log = RunLog(output, state.is_main_process)
-        source = _teacher(dense, work, windows, config, dtype, state, progress, trust_remote_code)
-        student = base.load("packed", state.device)
-        make_trainable(student)
-        if config.loop.gradient_checkpointing:
-            enable_checkpointing(student)
-        task = Distillation(student, source, windows, config, dtype)
-        loop = Loop(task, config.loop, config.steps, work, log, state)
-        at = loop.run(lambda told: progress(told_event(told)))
-        stored = stored_tensors(student, {key: size[0] for key, size in stored_sizes(folder)[0].items()})
-        set_stored(student, stored)
-        kl_stored = task.validate()
-        facts = _facts(config, base.identity, name, at, kl_stored)
-        if state.is_main_process:
-            rewrite(folder, stored, work.folder / "final", facts)
-            work.publish(output)
-        state.wait_for_everyone()
-        del lock
+        with locked(work.folder, state.is_main_process):
+            log = RunLog(output, state.is_main_process)
+            source = _teacher(dense, work, windows, config, dtype, state, progress, trust_remote_code)
+            student = base.load("packed", state.device)
+            make_trainable(student)
+            if config.loop.gradient_checkpointing:
+                enable_checkpointing(student)
+            task = Distillation(student, source, windows, config, dtype)
+            loop = Loop(task, config.loop, config.steps, work, log, state)
+            at = loop.run(lambda told: progress(told_event(told)))
+            stored = stored_tensors(student, {key: size[0] for key, size in stored_sizes(folder)[0].items()})
+            set_stored(student, stored)
+            kl_stored = task.validate()
+            facts = _facts(config, base.identity, name, at, kl_stored)
+            if state.is_main_process:
+                rewrite(folder, stored, work.folder / "final", facts)
+                work.publish(output)
+            state.wait_for_everyone()
     except OSError as error:
         raise output_error(output, error) from error
     done = Distilled(

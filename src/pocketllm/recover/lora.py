@@ -23,7 +23,7 @@ from pocketllm.config import LoraTuneConfig
 from pocketllm.errors import ConfigError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
-from pocketllm.model.workspace import Workspace, output_error, take_lock
+from pocketllm.model.workspace import Workspace, output_error, locked
 from pocketllm.recover.adapter import RECORD_NAME, check_adapter_output, need_peft
 from pocketllm.recover.divergence import head_divergence, logits_divergence
 from pocketllm.recover.instructions import Item, read_items
@@ -86,7 +86,7 @@ class Adaptation:
         """Gradient of scale * summed negative log likelihood of these items."""
         loss = self._loss([self.train[n] for n in numbers.tolist()], scale)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -164,31 +164,30 @@ def lora(
     }
     try:
         work = Workspace.at(output, arguments)
-        lock = take_lock(work.folder) if state.is_main_process else None
-        log = RunLog(output, state.is_main_process)
-        model, adapted = with_adapter(base, config, state.device)
-        task = Adaptation(model, items, config, dtype)
-        loop = Loop(task, config.loop, steps, work, log, state)
-        at = loop.run(lambda told: progress(told_event(told)))
-        with torch.no_grad():
-            for parameter in loop.parameters:
-                parameter.copy_(parameter.bfloat16())
-        loss_stored = task.validate()
-        facts = {
-            "base": str(folder),
-            "base_identity": base.identity,
-            "base_model": base.report["model"],
-            "steps": at.step,
-            "best_step": at.best_step,
-            "loss_before": float(f"{at.history[0][1]:.6g}"),
-            "loss_after": float(f"{loss_stored:.6g}"),
-            "config": config.to_dict(),
-        }
-        if state.is_main_process:
-            _save(adapted, loop.parameters, work.folder / "final", facts)
-            work.publish(output)
-        state.wait_for_everyone()
-        del lock
+        with locked(work.folder, state.is_main_process):
+            log = RunLog(output, state.is_main_process)
+            model, adapted = with_adapter(base, config, state.device)
+            task = Adaptation(model, items, config, dtype)
+            loop = Loop(task, config.loop, steps, work, log, state)
+            at = loop.run(lambda told: progress(told_event(told)))
+            with torch.no_grad():
+                for parameter in loop.parameters:
+                    parameter.copy_(parameter.bfloat16())
+            loss_stored = task.validate()
+            facts = {
+                "base": str(folder),
+                "base_identity": base.identity,
+                "base_model": base.report["model"],
+                "steps": at.step,
+                "best_step": at.best_step,
+                "loss_before": float(f"{at.history[0][1]:.6g}"),
+                "loss_after": float(f"{loss_stored:.6g}"),
+                "config": config.to_dict(),
+            }
+            if state.is_main_process:
+                _save(adapted, loop.parameters, work.folder / "final", facts)
+                work.publish(output)
+            state.wait_for_everyone()
     except OSError as error:
         raise output_error(output, error) from error
     sizes = int(base.report["bytes_on_disk"]), ckpt.folder_bytes(output)
