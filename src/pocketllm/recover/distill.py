@@ -23,7 +23,7 @@ from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
 from pocketllm.model.rewrite import rewrite, stored_sizes
 from pocketllm.model.source import resolve
-from pocketllm.model.workspace import Workspace, check_output, output_error, locked
+from pocketllm.model.workspace import Workspace, check_output, locked, output_error
 from pocketllm.recover.divergence import Target, head_divergence, logits_divergence
 from pocketllm.recover.log import RunLog
 from pocketllm.recover.loop import Group, Loop, Progress, told_event

@@ -23,7 +23,7 @@ from pocketllm.config import LoraTuneConfig
 from pocketllm.errors import ConfigError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
-from pocketllm.model.workspace import Workspace, output_error, locked
+from pocketllm.model.workspace import Workspace, locked, output_error
 from pocketllm.recover.adapter import RECORD_NAME, check_adapter_output, need_peft
 from pocketllm.recover.divergence import head_divergence, logits_divergence
 from pocketllm.recover.instructions import Item, read_items
