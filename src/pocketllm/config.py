@@ -104,6 +104,8 @@ class CalibrationConfig:
     tokens, context: of the calibration text, and per window. sensitivity_tokens: of these, for the
     measurement of what an error in each matrix costs. damping: share of the mean diagonal added to each
     Hessian. passes: of coordinate descent after error feedback. rotate: rotate both sides of matrices.
+    refine_epochs, refine_rate: passes over the text, and learning rate, of tuning each coded block; 0 passes
+        leave it as it was coded.
     texts: files or folders; none takes the text that comes with Python.
     """
 
@@ -113,12 +115,17 @@ class CalibrationConfig:
     damping: float = 0.01
     passes: int = 0
     rotate: bool = True
+    refine_epochs: int = 0
+    refine_rate: float = 1e-3
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least("calibration tokens", self.tokens, self.context)
         _at_least("calibration context", self.context, 2)
         _at_least("passes", self.passes, 0)
+        _at_least("refine_epochs", self.refine_epochs, 0)
+        if not self.refine_rate > 0:
+            raise ConfigError(f"refine_rate: got {self.refine_rate}, wanted more than 0")
         if not self.damping > 0:
             raise ConfigError(f"damping: got {self.damping}, wanted more than 0")
 

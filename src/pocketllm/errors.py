@@ -39,5 +39,9 @@ class LoadError(PocketError):
     """A model was loaded, but its layers are not the compressed ones."""
 
 
+class ExtraError(PocketError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
 class TrainingError(PocketError):
     """Fine-tuning cannot go on: the loss is not finite, or there is nothing to train."""

@@ -99,3 +99,19 @@ class _Unrotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         return rotate_matrix(grad, ctx.rotation), None
+
+
+class Lookup(torch.autograd.Function):
+    """`lookup` with gradients of table and scale; keeps nothing dense."""
+
+    @staticmethod
+    def forward(ctx, indices, table, scale, columns, rotation):  # type: ignore[no-untyped-def]
+        ctx.rotation = rotation
+        ctx.save_for_backward(indices, table, scale)
+        return lookup(indices, table, scale, columns, rotation)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        indices, table, scale = ctx.saved_tensors
+        table_grad, scale_grad = lookup_gradients(grad, indices, table, scale, ctx.rotation)
+        return None, table_grad, scale_grad, None, None

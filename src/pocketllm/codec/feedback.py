@@ -132,7 +132,8 @@ def assign(
     chooser = _Independent(rows) if trellis is None else _OnTrellis(rows, trellis, weight.device)
     problem = _Problem(padded, factor, table, chooser, importance)
     best = problem.scored(problem.feedback(scale))
-    best = problem.better(best, problem.scored(problem.nearest(scale)))
+    if not (trellis is not None and problem.is_far_below_nearest(best[2], trellis.stride / d)):
+        best = problem.better(best, problem.scored(problem.nearest(scale)))
     for _ in range(passes):
         best = problem.better(best, problem.scored(problem.descend(best[0], best[1])))
     return best[0], best[1]
@@ -172,6 +173,18 @@ class _Problem:
             torch.where(take, other[1], one[1]),
             torch.where(take, other[2], one[2]),
         )
+
+    def is_far_below_nearest(self, loss: Tensor, bits: float) -> bool:
+        """Whether no strip can come out better with the nearest path, so that it need not be searched.
+
+        The nearest path leaves an error that is blind to H: about mean(H_jj) |e|^2 over a strip's thousands of
+        weights, with |e|^2 at least 2^(-2 bits) |w|^2 by Shannon's bound (weights are no harder than Gaussian
+        ones by much). Half of that is left as a margin.
+        """
+        mean = self.factor.hessian.diagonal()[: self.factor.columns].mean()
+        least = mean * 4.0**-bits * self.weight.square().sum(dim=1)
+        pairs = zip(loss.split(self.chooser.strips), least.split(self.chooser.strips), strict=True)
+        return all(bool(found.sum() < 0.5 * bound.sum()) for found, bound in pairs)
 
     def _weights(self, scale: Tensor) -> Tensor:
         """[rows] what a squared error in units of the row scale costs."""

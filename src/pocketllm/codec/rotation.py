@@ -73,7 +73,7 @@ def unrotate(x: Tensor, seed: int) -> Tensor:
 
 def rotate_hessian(hessian: Tensor, seed: int) -> Tensor:
     """H [n, n] of inputs x -> R H R^T of the rotated inputs R x."""
-    return rotate(rotate(hessian, seed).T, seed).T
+    return rotate_matrix(hessian, (seed, seed))
 
 
 Seeds = tuple[int | None, int | None]

@@ -103,7 +103,7 @@ def fit(
 
 
 def fit_on_trellis(
-    samples: Mapping[str, list[Tensor]], config: CodecConfig, trellis: Trellis, seed: int
+    samples: Mapping[str, list[Tensor]], keys: list[str], config: CodecConfig, trellis: Trellis, seed: int
 ) -> FitResult:
     """Fit a codebook whose indices overlap; the networks stay the identity.
 
@@ -111,7 +111,8 @@ def fit_on_trellis(
     to add to the codebook; they serve the tuning that comes after.
 
     Args:
-        samples: key -> list of row blocks [rows_i, columns_i]. seed: of every random choice.
+        samples: some key -> list of row blocks [rows_i, columns_i]. keys: every codec to make.
+        seed: of every random choice.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = {key: [_unit_rows(block, config) for block in blocks] for key, blocks in samples.items()}
@@ -123,12 +124,12 @@ def fit_on_trellis(
     else:
         table, utilization, curve = train_codebook(points, trellis, config.kmeans_iterations, seed)
     codebook = nn.Parameter(table)
-    codecs = {key: MatrixCodec(config, codebook) for key in rows}
+    codecs = {key: MatrixCodec(config, codebook) for key in keys}
     for codec in codecs.values():
         for net in (codec.encoder, codec.decoder):
             net.reset("identity", generator)
             net.to(points.device)
-    start, end = dict.fromkeys(rows, curve[0]), dict.fromkeys(rows, curve[-1])
+    start, end = dict.fromkeys(keys, curve[0]), dict.fromkeys(keys, curve[-1])
     return FitResult(codecs, start, end, utilization, curve, 0)
 
 

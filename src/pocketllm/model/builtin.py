@@ -82,6 +82,15 @@ def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> 
     return folder
 
 
+def cached(name: str) -> Path | None:
+    """The folder of a built-in model if an earlier `fetch` has made it."""
+    builtin = _BUILTINS.get(name.removeprefix(BUILTIN_PREFIX))
+    if builtin is None:
+        return None
+    folder = cache_folder() / f"{name.removeprefix(BUILTIN_PREFIX)}-{builtin.version}"
+    return folder if (folder / "config.json").is_file() else None
+
+
 def _names() -> list[str]:
     return [BUILTIN_PREFIX + name for name in _BUILTINS]
 

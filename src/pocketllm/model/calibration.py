@@ -214,15 +214,11 @@ class BlockStream:
         self._load(name, value)
 
     @torch.no_grad()
-    def run(self, block: nn.Module, progress: Callable[[float], None] = lambda share: None) -> list[Tensor]:
-        """Outputs of a block for the present activations."""
-        out = []
-        for number, hidden in enumerate(self.hidden):
-            out.append(self.call(block, hidden, number))
-            progress((number + 1) / len(self.hidden))
-        return out
+    def run(self, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+        """Outputs of a block for activations, batch by batch."""
+        return [self.call(block, batch, number) for number, batch in enumerate(hidden)]
 
-    def call(self, block: nn.Module, hidden: Tensor, number: int) -> Tensor:
+    def call(self, block: Callable[..., Any], hidden: Tensor, number: int) -> Tensor:
         """Output of a block for an input that belongs to batch `number`."""
         args, kwargs = self.calls[number]
         result = block(hidden, *args, **kwargs)
@@ -236,7 +232,7 @@ class BlockStream:
         A matrix whose inputs are not seen (the second one of fused experts) has none.
         """
         with _collecting(self.model, matrices) as sums:
-            self.run(block)
+            self.run(block, self.hidden)
         tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.hidden)
         scaled: dict[int, Tensor] = {}
         return {name: scaled.setdefault(id(total), total / tokens) for name, total in sums.items()}

@@ -246,7 +246,7 @@ def _fitted(
         if spec.form.trellis is not None:
             # The seed of a codebook that is not stored is part of the stored form.
             drawn = plan.config.seed if config.codebook_source == "seed" else seed
-            result = fit_on_trellis(samples, config, spec.form.trellis, drawn)
+            result = fit_on_trellis(samples, keys, config, spec.form.trellis, drawn)
         else:
             result = fit(samples, config, spec.codebook_size, seed, progress)
         work.save(name, _unit_tensors([result.codecs[k] for k in keys]), {"codebook": key, **result.facts()})
@@ -282,7 +282,8 @@ def _samples(
     spec = plan.specs[group[0].name]
     settings = plan.config.codec
     budget = min(settings.max_sample, settings.sample_per_codeword * spec.codebook_size)
-    if plan.config.calibration is not None and plan.config.calibration.rotate:
+    alike = plan.config.calibration is not None and plan.config.calibration.rotate
+    if alike and (spec.stride or plan.config.decoder_scope != "matrix"):
         group = _some(group)  # rotated matrices look alike
     available = sum(m.subvectors(spec.vector_len) for m in group)
     share = min(1.0, budget / available)

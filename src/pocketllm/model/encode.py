@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pocketllm.codec.feedback import HessianFactor, assign, factorize
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
@@ -18,10 +18,11 @@ from pocketllm.codec.rotation import rotate_hessian, rotate_matrix, unrotate_mat
 from pocketllm.model.calibration import BlockStream
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix, Plan
+from pocketllm.model.refine import Coded, refine_block
 from pocketllm.model.sensitivity import Sensitivity
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.workspace import Workspace
-from pocketllm.model.write import matrix_unit
+from pocketllm.model.write import matrix_unit, refined_unit
 
 CodecOf = Callable[[Matrix], MatrixCodec]
 Progress = Callable[[float, str], None]
@@ -35,6 +36,8 @@ class Encoder:
     ) -> None:
         self.work, self.source, self.plan = work, source, plan
         self.codec_of, self.device = codec_of, device
+        self.by_name = {m.name: m for m in plan.matrices}
+        self.scales: dict[str, Tensor] = {}  # refined row scales
 
     def nearest(self, matrix: Matrix) -> None:
         """Nearest codewords."""
@@ -58,17 +61,77 @@ class Encoder:
         )
         self._keep(matrix, weight, EncodedMatrix(indices, scale.bfloat16(), matrix.columns), factor)
 
+    def refine(
+        self,
+        number: int,
+        prefix: str,
+        block: nn.Module,
+        matrices: list[Matrix],
+        stream: BlockStream,
+        targets: list[Tensor],
+    ) -> None:
+        """Tune a block whose matrices are all coded; see `refine_block`."""
+        if self.work.has(refined_unit(number)):
+            return
+        settings = self.plan.config.calibration
+        assert settings is not None
+        coded = {m.name: self._coded(m) for m in matrices}
+        found = refine_block(block, prefix, coded, stream.hidden, targets, stream.call, settings)
+        tensors = {f"row_scale|{name}": value for name, value in found.row_scale.items()}
+        for name, pair in found.decoders.items():
+            tensors |= {f"up|{name}": pair[0], f"down|{name}": pair[1]}
+        for name, value in found.vectors.items():
+            tensors[f"vector|{name}"] = value.to(self.source.dtype(name))
+        self.work.save(refined_unit(number), tensors, {"before": found.before, "after": found.after})
+
+    def install(self, number: int, matrices: list[Matrix], stream: BlockStream) -> None:
+        """Put what will be stored into the block: decoded matrices, refined vectors."""
+        if self.work.has(refined_unit(number)):
+            for key, value in self.work.load(refined_unit(number))[0].items():
+                kind, _, name = key.partition("|")
+                if kind == "vector":
+                    stream.set_weight(name, value)
+                elif kind == "row_scale":
+                    self.scales[name] = value
+                elif kind == "up":
+                    down = self.work.load(refined_unit(number))[0][f"down|{name}"]
+                    self.codec_of(self.by_name[name]).decoder.set_weights(value, down)
+        for matrix in matrices:
+            decoded = self.decoded(matrix)
+            stream.set_weight(matrix.name, decoded.T if matrix.transposed else decoded.reshape(matrix.shape))
+
+    def _coded(self, matrix: Matrix) -> Coded:
+        encoded = self._encoded(matrix)
+        shared = [m for m in self.plan.matrices if self.plan.decoder_key(m) == self.plan.decoder_key(matrix)]
+
+        def unfold(value: Tensor) -> Tensor:
+            return value.T if matrix.transposed else value.reshape(matrix.shape)
+
+        return Coded(
+            encoded.indices.to(torch.int32),
+            encoded.row_scale.float(),
+            self.codec_of(matrix),
+            len(shared) == 1,
+            matrix.columns,
+            self.plan.rotation(matrix),
+            unfold,
+        )
+
     def decoded(self, matrix: Matrix) -> Tensor:
         """What a coded matrix will be when it is loaded: [rows, columns] float32."""
+        decoded = self.codec_of(matrix).decode(self._encoded(matrix))
+        return unrotate_matrix(decoded, self.plan.rotation(matrix))
+
+    def _encoded(self, matrix: Matrix) -> EncodedMatrix:
+        """A finished matrix, with its refined scale if there is one."""
         tensors, _ = self.work.load(matrix_unit(self.plan, matrix))
         spec = self.plan.specs[matrix.name]
         per_row = matrix.subvectors(spec.vector_len) // matrix.rows
-        encoded = EncodedMatrix(
+        return EncodedMatrix(
             spec.form.unpack(tensors["indices"], matrix.rows, per_row).long().to(self.device),
-            tensors["row_scale"].to(self.device),
+            self.scales.get(matrix.name, tensors["row_scale"]).to(self.device),
             matrix.columns,
         )
-        return unrotate_matrix(self.codec_of(matrix).decode(encoded), self.plan.rotation(matrix))
 
     def done(self, matrix: Matrix) -> bool:
         """Whether a matrix is coded already."""
@@ -112,7 +175,8 @@ def encode_calibrated(
     Args:
         windows: [N, context] token ids of the calibration text.
     """
-    plan = encoder.plan
+    plan, settings = encoder.plan, encoder.plan.config.calibration
+    assert settings is not None
     done = 0
     for matrix in plan.matrices:
         if not matrix.in_blocks:
@@ -121,7 +185,9 @@ def encode_calibrated(
             done += matrix.weights
     ends = {m.name: encoder.decoded(m) for m in plan.matrices if not m.in_blocks}
     stream = BlockStream(encoder.source, windows, encoder.device, coded=ends)
-    for path, block in stream:
+    refines = settings.refine_epochs > 0
+    targets = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
+    for number, (path, block) in enumerate(stream):
         inside = [m for m in plan.matrices if m.name.startswith(f"{path}.")]
         if any(not encoder.done(m) for m in inside):
             progress(done / plan.weights, f"{path}: inputs")
@@ -130,11 +196,12 @@ def encode_calibrated(
                 progress(done / plan.weights, matrix.name)
                 encoder.with_feedback(matrix, factor)
                 done += matrix.weights
-        for matrix in inside:
-            decoded = encoder.decoded(matrix)
-            value = decoded.T if matrix.transposed else decoded.reshape(matrix.shape)
-            stream.set_weight(matrix.name, value)
-        stream.hidden = stream.run(block)
+        if refines:
+            targets = stream.run(block, targets)
+            progress(done / plan.weights, f"{path}: refinement")
+            encoder.refine(number, f"{path}.", block, inside, stream, targets)
+        encoder.install(number, inside, stream)
+        stream.hidden = stream.run(block, stream.hidden)
 
 
 def _encode_end(encoder: Encoder, matrix: Matrix, sensitivity: Sensitivity) -> None:

@@ -61,7 +61,7 @@ def measure(
     inputs: list[list[Tensor]] = []
     for number, (_, block) in enumerate(stream):
         inputs.append(stream.hidden)
-        stream.hidden = stream.run(block)
+        stream.hidden = stream.run(block, stream.hidden)
         progress(0.3 * (number + 1) / len(stream.blocks))
     head = _Head(stream, seed)
     gradients = [head.backward(n) for n in range(len(windows))]

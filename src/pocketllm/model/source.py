@@ -177,6 +177,24 @@ def resolve(name: str, progress: Any = None) -> Path:
         raise
 
 
+def resolve_local(name: str) -> Path | None:
+    """Folder of a model as in `resolve`, if it is on this machine already; nothing is fetched."""
+    from pocketllm.model import builtin
+
+    if name.startswith(builtin.BUILTIN_PREFIX):
+        return builtin.cached(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, local_files_only=True))
+    except (OSError, HFValidationError, ValueError):
+        return None
+
+
 def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint:
     """Open a dense checkpoint without reading weights.
 

@@ -159,6 +159,13 @@ class Workspace:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
             return tensors, json.loads(handle.metadata()["facts"])
 
+    def refined(self) -> dict[str, Tensor]:
+        """What refinement of the blocks changed, by `KIND|NAME`."""
+        found: dict[str, Tensor] = {}
+        for path in sorted(self.folder.glob("refined-*.safetensors")):
+            found |= self.load(path.name)[0]
+        return found
+
     def publish(self, output: Path) -> None:
         """Rename the finished checkpoint into place and drop the rest."""
         if output.is_dir():

@@ -75,6 +75,11 @@ def matrix_unit(plan: Plan, matrix: Matrix) -> str:
     return f"matrix-{plan.matrices.index(matrix):05d}.safetensors"
 
 
+def refined_unit(number: int) -> str:
+    """File name of what refinement changed in a block, in the workspace."""
+    return f"refined-{number:05d}.safetensors"
+
+
 def codebook_unit(number: int) -> str:
     """File name of a fitted codebook with its networks in the workspace."""
     return f"codebook-{number:05d}.safetensors"
@@ -289,11 +294,14 @@ class Checkpoint:
 
     def _tensors(self, work: Workspace, crcs: dict[str, str]) -> Iterator[Tensor]:
         """The tensors in the order of `sizes`; fills `crcs` on the way."""
+        refined = work.refined()
         for dense in self.plan.dense:
-            yield self.source.read(dense.name)
+            yield refined.get(f"vector|{dense.name}", self.source.read(dense.name))
         for matrix in self.plan.matrices:
             tensors, _ = work.load(matrix_unit(self.plan, matrix))
-            stored = [tensors[k] for k in ("indices", "row_scale") if k in tensors]
+            stored = [tensors["indices"]]
+            if "row_scale" in tensors:
+                stored.append(refined.get(f"row_scale|{matrix.name}", tensors["row_scale"]))
             crcs[matrix.name] = ckpt.checksum(*stored)
             yield from stored
         units = [work.load(codebook_unit(number))[0] for number in range(len(self.plan.groups()))]
@@ -302,11 +310,13 @@ class Checkpoint:
             if self.codebooks_are_stored:
                 yield unit["codebook"]
         decoder = 0
-        for unit in units:
-            for position in range(
-                sum(1 for key in unit if key.startswith("decoder.") and key.endswith(".up"))
-            ):
-                up, down = unit[f"decoder.{position}.up"], unit[f"decoder.{position}.down"]
+        for unit, group in zip(units, self.plan.groups().values(), strict=True):
+            users = {self.plan.decoder_key(m): m.name for m in group}
+            for position, name in enumerate(users.values()):
+                up, down = (
+                    refined.get(f"{part}|{name}", unit[f"decoder.{position}.{part}"])
+                    for part in ("up", "down")
+                )
                 crcs[f"decoder {decoder}"] = ckpt.checksum(up, down)
                 decoder += 1
                 yield up

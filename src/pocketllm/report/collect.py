@@ -1,0 +1,168 @@
+"""What is known of a compressed model, from its own files alone: `pocketllm.json` and `config.json`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pocketllm.errors import FormatError
+from pocketllm.model.checkpoint import REPORT_NAME, Layout, read_layout, read_report, verify
+
+_NUMBERS = (
+    "bytes_on_disk",
+    "ratio_files_bf16",
+    "ratio_files_fp32",
+    "ratio_matrices_bf16",
+    "ratio_matrices_fp32",
+    "bpw_blocks",
+    "bpw_matrices",
+    "bpw_all",
+    "dense_model_bytes_bf16",
+)
+PER_KIND = 8  # matrices of a kind that are decoded, spread over the depth
+_BLOCK = re.compile(r"^.*?\.(\d+)\..+$")
+
+
+@dataclass(frozen=True)
+class MatrixFacts:
+    """One compressed matrix; None stands for what the report does not say.
+
+    block: its number, None outside the blocks (embedding, head). codebook, decoder: numbers in the store.
+    stride: bits that each index adds on a trellis, 0 for independent indices.
+    """
+
+    name: str
+    kind: str
+    block: int | None
+    shape: tuple[int, ...]
+    codebook: int
+    decoder: int
+    stride: int
+    vector_len: int | None
+    codebook_size: int | None
+    bpw: float | None
+    nmse: float | None
+    proxy_error: float | None
+    utilization: float | None
+    codebook_perplexity: float | None
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A compressed model. blocks: how many the model has; report: the JSON as stored."""
+
+    folder: Path
+    matrices: tuple[MatrixFacts, ...]
+    blocks: int
+    layout: Layout
+    report: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of the matrices inside blocks, in the model's order."""
+        return list(dict.fromkeys(m.kind for m in self.matrices if m.block is not None))
+
+    @property
+    def outside(self) -> list[MatrixFacts]:
+        """Matrices outside the blocks."""
+        return [m for m in self.matrices if m.block is None]
+
+    def grid(self, value: Callable[[MatrixFacts], float | None]) -> list[list[float | None]]:
+        """[blocks][kinds]: the mean of `value` by weights; None where nothing is compressed."""
+        cells: dict[tuple[int, str], list[MatrixFacts]] = {}
+        for matrix in self.matrices:
+            if matrix.block is not None:
+                cells.setdefault((matrix.block, matrix.kind), []).append(matrix)
+        return [
+            [mean(cells.get((block, kind), []), value) for kind in self.kinds] for block in range(self.blocks)
+        ]
+
+
+def mean(matrices: Iterable[MatrixFacts], value: Callable[[MatrixFacts], float | None]) -> float | None:
+    """Mean of a value, each matrix counted by its weights; None if any lacks it or there are none."""
+    total, weights = 0.0, 0
+    for matrix in matrices:
+        number = value(matrix)
+        if number is None or not math.isfinite(number):
+            return None
+        total += number * matrix.weights
+        weights += matrix.weights
+    return total / weights if weights else None
+
+
+def spread(matrices: Sequence[MatrixFacts]) -> list[MatrixFacts]:
+    """At most `PER_KIND` of the matrices, at equal distances."""
+    count = min(PER_KIND, len(matrices))
+    return [matrices[round(n * (len(matrices) - 1) / max(1, count - 1))] for n in range(count)]
+
+
+def read_model(folder: Path, check: bool = True) -> ModelFacts:
+    """Read what a compressed model says of itself.
+
+    Args:
+        folder: a compressed model. check: compare every file with its checksum.
+
+    Raises:
+        FormatError: not a compressed model, damaged, or of another format version.
+    """
+    report = read_report(folder)
+    layout = verify(folder) if check else read_layout(folder)
+    try:
+        found = {entry["name"]: entry for entry in report["matrices"]}
+        matrices = tuple(_facts(found[name], layout) for name in layout.matrices)
+        skipped = [str(entry["name"]) for entry in report["skipped"]]
+        for key in _NUMBERS:
+            float(report[key])
+        for nbytes in report["bytes_by_part"].values():
+            float(nbytes)
+        str(report["model"])
+        dict(report["config"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            f"{folder / REPORT_NAME}: malformed report ({error!r}); fetch the model again"
+        ) from error
+    numbers = [block_of(name) for name in [*layout.matrices, *skipped]]
+    blocks = max((n for n in numbers if n is not None), default=-1) + 1
+    return ModelFacts(folder, matrices, blocks, layout, report)
+
+
+def block_of(name: str) -> int | None:
+    """Number of the block a tensor belongs to: the first number in its name."""
+    match = _BLOCK.match(name)
+    return int(match[1]) if match else None
+
+
+def _facts(entry: Mapping[str, Any], layout: Layout) -> MatrixFacts:
+    name = entry["name"]
+    stored = layout.matrices[name]
+    return MatrixFacts(
+        name=name,
+        kind=str(entry.get("kind", name)),
+        block=block_of(name),
+        shape=stored.shape,
+        codebook=stored.codebook,
+        decoder=stored.decoder,
+        stride=stored.stride,
+        vector_len=entry.get("vector_len"),
+        codebook_size=entry.get("codebook_size"),
+        bpw=_number(entry.get("bpw")),
+        nmse=_number(entry.get("nmse")),
+        proxy_error=_number(entry.get("proxy_error")),
+        utilization=_number(entry.get("codebook_utilization")),
+        codebook_perplexity=_number(entry.get("codebook_perplexity")),
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -1,0 +1,138 @@
+"""Several compressed models side by side: sizes, errors, perplexities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketllm.errors import ConfigError
+from pocketllm.report.collect import ModelFacts, mean, read_model
+from pocketllm.report.evaluations import Evaluation
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One model. ratio_files_*: whole folders.
+
+    nmse: mean by weights, nmse_blocks the same without embedding and head; proxy_error: mean by weights over
+    the matrices that have one. None where there is none, or where perplexity was not measured.
+    """
+
+    name: str
+    folder: str
+    model: str
+    bytes_on_disk: int
+    ratio_files_bf16: float
+    ratio_files_fp32: float
+    bpw_matrices: float
+    bpw_all: float
+    nmse: float | None
+    nmse_blocks: float | None
+    proxy_error: float | None
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models in the order given; dense_perplexity: of the dense model in the same setting, if measured."""
+
+    models: tuple[Compared, ...]
+    dense_perplexity: float | None = None
+    setting: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def compare(
+    folders: Sequence[str | Path],
+    evaluations: Sequence[Evaluation] = (),
+    check: bool = True,
+    progress: Callable[[float, str], None] = lambda share, detail: None,
+) -> Comparison:
+    """Read several compressed models.
+
+    Args:
+        folders: the compressed models. evaluations: of these folders and of their dense model, all in one
+            setting. check: compare every file with its checksum. progress: finished share, folder at work.
+
+    Raises:
+        FormatError: one is not a compressed model, or damaged.
+        ConfigError: no folder, one given twice, an evaluation of another model, or of different settings.
+
+    Example:
+        >>> [m.name for m in compare(["smol-8x", "smol-16x"]).models]
+        ['smol-8x', 'smol-16x']
+    """
+    paths = [Path(folder) for folder in folders]
+    if not paths:
+        raise ConfigError("no model to compare; name at least one folder")
+    places = [path.resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise ConfigError(f"{path}: given twice; name every model once")
+    perplexities, dense = _by_place(places, evaluations)
+    names = _names(paths)
+    rows = []
+    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+        progress(number / len(paths), str(path))
+        rows.append(_row(read_model(path, check), name, perplexities.get(places[number])))
+    progress(1.0, "")
+    setting = None
+    if evaluations:
+        text, context, windows, tokens = evaluations[0].setting
+        setting = {"text": text, "context": context, "windows": windows, "tokens": tokens}
+    return Comparison(tuple(rows), dense, setting)
+
+
+def _by_place(
+    places: Sequence[Path], evaluations: Sequence[Evaluation]
+) -> tuple[dict[Path, float], float | None]:
+    """(folder -> perplexity, the dense model's)."""
+    found: dict[Path, float] = {}
+    dense = None
+    for e in evaluations:
+        if e.setting != evaluations[0].setting:
+            raise ConfigError(
+                f"{e.model}: evaluated on {e.setting}, {evaluations[0].model} on {evaluations[0].setting} "
+                "(text, context, windows, tokens); perplexities in different settings cannot be compared"
+            )
+        if not e.compressed:
+            dense = e.perplexity
+            continue
+        place = Path(e.model).resolve()
+        if place not in places:
+            raise ConfigError(f"{e.model}: there is an evaluation of it, but it is not among the models")
+        found[place] = e.perplexity
+    return found, dense
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Folder names; the whole path where two are alike."""
+    short_names = [path.resolve().name for path in paths]
+    return [
+        name if short_names.count(name) == 1 else str(path)
+        for path, name in zip(paths, short_names, strict=True)
+    ]
+
+
+def _row(model: ModelFacts, name: str, perplexity: float | None) -> Compared:
+    report = model.report
+    blocks = [m for m in model.matrices if m.block is not None]
+    return Compared(
+        name=name,
+        folder=str(model.folder),
+        model=str(report["model"]),
+        bytes_on_disk=report["bytes_on_disk"],
+        ratio_files_bf16=report["ratio_files_bf16"],
+        ratio_files_fp32=report["ratio_files_fp32"],
+        bpw_matrices=report["bpw_matrices"],
+        bpw_all=report["bpw_all"],
+        nmse=mean(model.matrices, lambda m: m.nmse),
+        nmse_blocks=mean(blocks, lambda m: m.nmse),
+        proxy_error=mean([m for m in model.matrices if m.proxy_error is not None], lambda m: m.proxy_error),
+        perplexity=perplexity,
+    )

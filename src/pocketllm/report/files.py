@@ -1,0 +1,44 @@
+"""Write a result whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from pocketllm.errors import OutputError
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that could not be written, before the work that makes it.
+
+    Raises:
+        OutputError: a folder of that name, a parent that is a file, or no permission.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path}: exists and is a folder; name a file")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent}: is a file, wanted a folder; choose another output file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent}: no permission to write here; choose another output file")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write under a temporary name beside `path`, then rename; folders on the way are made.
+
+    Raises:
+        OutputError: the disk is full, no permission, or another refusal of the system.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reasons = {errno.ENOSPC: "the disk is full; free some space", errno.EACCES: "no permission to write"}
+        reason = reasons.get(error.errno or 0, f"cannot be written ({error.strerror or error})")
+        raise OutputError(f"{path}: {reason}") from error

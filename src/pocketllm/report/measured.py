@@ -1,0 +1,124 @@
+"""The parts of a report that need more than the model's own files: weights and perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from pocketllm.report import charts
+from pocketllm.report.charts import Chart, Table, short
+from pocketllm.report.evaluations import Evaluation
+from pocketllm.report.sections import Section
+from pocketllm.report.weights import WIDTH, Distribution, Moments, Weights
+
+
+def weights_section(weights: Weights) -> Section:
+    """Original and decoded weights, kind by kind."""
+    title = "Distribution of the weights"
+    if weights.absent:
+        return Section("weights", title, absent=weights.absent)
+    partial = [d for d in weights.kinds if len(d.nmse) < d.of]
+    paragraphs = [
+        f"Weights of the dense model ({weights.source}) and what the compressed one decodes to. The axis "
+        f"ends at {WIDTH:g} times the root mean square of the original weights; what lies beyond is counted "
+        "in the outermost bins."
+    ]
+    if partial:
+        seen = sum(len(d.nmse) for d in weights.kinds)
+        paragraphs.append(f"{seen} of {sum(d.of for d in weights.kinds)} matrices, spread over the depth.")
+    if weights.mismatch:
+        paragraphs.append(f"Mind: {weights.mismatch}")
+    found = [_histogram(n, distribution) for n, distribution in enumerate(weights.kinds)]
+    return Section("weights", title, paragraphs, found, [_moments(weights.kinds)])
+
+
+def _histogram(number: int, distribution: Distribution) -> Chart:
+    edges, name = distribution.edges, f"weights-{number}"
+    centres = [(low + high) / 2 for low, high in pairwise(edges)]
+    rows = [
+        (short(centre), f"{a:.2%}", f"{b:.2%}")
+        for centre, a, b in zip(centres, distribution.original, distribution.decoded, strict=True)
+    ]
+    caption = f"{distribution.kind}: share of the weights in each bin"
+    original, decoded = distribution.moments
+    description = (
+        f"Histograms of {distribution.kind}: original with root mean square {short(original.rms)} and "
+        f"largest magnitude {short(original.largest)}, decoded with {short(decoded.rms)} and "
+        f"{short(decoded.largest)}."
+    )
+    picture = charts.histogram(name, edges, distribution.original, distribution.decoded)
+    table = Table(caption, ("centre of bin", "original", "decoded"), rows, words=0)
+    return Chart(name, distribution.kind, description, [picture], table)
+
+
+def _moments(kinds: Sequence[Distribution]) -> Table:
+    rows = []
+    for distribution in kinds:
+        count = f"{len(distribution.nmse)} of {distribution.of}"
+        error = sum(distribution.nmse.values()) / len(distribution.nmse)
+        for label, moments in zip(("original", "decoded"), distribution.moments, strict=True):
+            nmse = short(error) if label == "decoded" else "–"
+            rows.append((distribution.kind, label, count, *_figures(moments), nmse))
+    headers = ("kind", "weights", "matrices", "mean", "rms", "largest", "kurtosis", "nmse found")
+    return Table("Figures of the distributions (the kurtosis of a Gaussian is 3)", headers, rows, words=2)
+
+
+def _figures(moments: Moments) -> tuple[str, str, str, str]:
+    return short(moments.mean), short(moments.rms), short(moments.largest), short(moments.kurtosis)
+
+
+def perplexity_section(evaluations: Sequence[Evaluation], command: str, nbytes: int) -> Section:
+    """Perplexity of the compressed model beside the dense one.
+
+    Args:
+        command: how to measure it. nbytes: of the compressed model, to tell an evaluation of another one.
+    """
+    title = "Perplexity"
+    if not evaluations:
+        return Section(
+            "perplexity",
+            title,
+            absent="Not measured. Measure it with --ppl TEXT, here and on the dense model, or add the "
+            "output of 'pocketllm eval --json' with --evaluation.",
+            code=command,
+        )
+    dense = {e.setting: e.perplexity for e in evaluations if not e.compressed}
+    rows, labels = [], []
+    for e in evaluations:
+        against = dense.get(e.setting)
+        more = f"{e.perplexity / against:.3f}×" if e.compressed and against else "–"
+        kind = "compressed" if e.compressed else "dense"
+        labels.append(f"{kind}, {Path(e.text).name}")
+        rows.append(
+            (
+                kind,
+                e.model,
+                Path(e.text).name or "–",
+                str(e.context or "–"),
+                str(e.windows or "–"),
+                short(e.perplexity, 4),
+                more,
+            )
+        )
+    headers = ("weights", "model", "text", "context", "windows", "perplexity", "times dense")
+    table = Table("Perplexity per token; lower is better", headers, rows, words=3)
+    paragraphs = ["Figures may be compared only on the same text, context length and number of windows."]
+    if not any(e.compressed and e.setting in dense for e in evaluations):
+        paragraphs.append(
+            "There is no figure of the dense model in the same setting. Name that model with --against, or "
+            "add its evaluation with --evaluation."
+        )
+    paragraphs += [
+        f"Mind: the evaluation of {e.model} is of {e.bytes_on_disk:,} bytes, this model has {nbytes:,}."
+        for e in evaluations
+        if e.compressed and e.bytes_on_disk not in (0, nbytes)
+    ]
+    if not all(math.isfinite(e.perplexity) for e in evaluations):
+        return Section("perplexity", title, paragraphs, tables=[table])
+    notes = [short(e.perplexity, 4) for e in evaluations]
+    picture = charts.bars("perplexity-bars", labels, [e.perplexity for e in evaluations], notes)
+    words = "; ".join(f"{label}: {note}" for label, note in zip(labels, notes, strict=True))
+    chart = Chart("perplexity-chart", "Perplexity", f"Bar chart. {words}.", [picture], table)
+    return Section("perplexity", title, paragraphs, [chart])

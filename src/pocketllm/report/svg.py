@@ -1,0 +1,98 @@
+"""matplotlib figures as SVG that may stand inside a page: its colours, its fonts, no id twice.
+
+Charts are drawn in stand-in colours (`INK`, `MUTED`, …), which become CSS variables; so they follow the
+page's light or dark mode.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pocketllm.errors import ExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, MUTED, LINE, FIRST, SECOND, EMPTY = (f"#01020{n}" for n in range(3, 9))
+_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", FIRST: "first", SECOND: "second", EMPTY: "empty"}
+POINTS = 72
+WIDTH = 330  # points; a phone of 360 pixels shows them about one to one
+
+
+def require() -> None:
+    """Refuse early where there is nothing to draw with.
+
+    Raises:
+        ExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ExtraError(
+            "pictures need matplotlib; install it with: pip install 'pocketllm-codec[report]'"
+        ) from error
+
+
+@contextmanager
+def drawing(ink: str = INK, muted: str = MUTED) -> Iterator[None]:
+    """The settings that every picture is drawn under.
+
+    Raises:
+        ExtraError: matplotlib is not installed.
+    """
+    require()
+    import matplotlib
+
+    settings: Any = {  # matplotlib types the keys, version by version
+        "svg.fonttype": "none",
+        "svg.hashsalt": "pocketllm",
+        "text.parse_math": False,
+        "font.family": "sans-serif",
+        "font.size": 11,
+        "text.color": ink,
+        "axes.edgecolor": LINE if ink == INK else muted,
+        "axes.labelcolor": ink,
+        "axes.facecolor": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": muted,
+        "ytick.color": muted,
+        "xtick.labelcolor": ink,
+        "ytick.labelcolor": ink,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure, `WIDTH` points wide and `height` points high."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH / POINTS, height / POINTS), layout="constrained", facecolor="none")
+
+
+def inline(figure: Figure, name: str) -> str:
+    """The figure as the inside of a page: `<svg viewBox=…>` with ids that begin with `name`."""
+    raw = io.BytesIO()
+    figure.savefig(raw, format="svg", metadata={"Date": None, "Creator": None})
+    text = raw.getvalue().decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style type=\"text/css\">.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf"<svg \1 {_HIDDEN}>", text, count=1)
+    used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
+    text = re.sub(r" id=\"([^\"]*)\"", lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = text.replace(' xlink:href="', ' href="').replace(' href="#', f' href="#{name}-')
+    text = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    return re.sub(r"\n\s*", "\n", text).strip()
+
+
+_HIDDEN = 'aria-hidden="true" focusable="false"'

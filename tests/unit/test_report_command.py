@@ -1,0 +1,119 @@
+"""The command in a report makes the same configuration again: settings, options, parser, settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shlex
+import sys
+from typing import Any
+
+import pytest
+
+import pocketllm
+from pocketllm import cli
+from pocketllm.config import DEFAULT_PRESET, PRESETS, CalibrationConfig, CodecConfig, CompressConfig, preset
+from pocketllm.report.command import command_for, options_for
+
+BASE = preset(DEFAULT_PRESET)
+PLAIN = preset("lookup-8x")
+
+
+class CaughtError(Exception):
+    """Carries the configuration out of the command."""
+
+    def __init__(self, config: CompressConfig) -> None:
+        self.config = config
+
+
+def parsed(command: str, monkeypatch: pytest.MonkeyPatch) -> CompressConfig:
+    """The configuration that the command line makes of a command."""
+
+    def caught(model: str, config: CompressConfig, *rest: Any) -> None:
+        raise CaughtError(config)
+
+    monkeypatch.setattr(pocketllm, "dry_run", caught, raising=False)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--dry-run"])
+    with pytest.raises(CaughtError) as found:
+        cli.main()
+    return found.value.config
+
+
+def with_codec(base: CompressConfig = PLAIN, **changes: Any) -> CompressConfig:
+    return dataclasses.replace(base, codec=dataclasses.replace(base.codec, **changes))
+
+
+CONFIGS = {
+    **{name: entry.config for name, entry in PRESETS.items()},
+    "bpw": dataclasses.replace(BASE, target_bpw=2.5),
+    "ratio": dataclasses.replace(BASE, target_bpw=None, target_ratio=6.5),
+    "size": dataclasses.replace(BASE, target_bpw=None, target_bytes=30_000_000),
+    "fixed sizes": dataclasses.replace(PLAIN, vector_len=5, codebook_size=32),
+    "scopes": dataclasses.replace(BASE, codebook_scope="kind", decoder_scope="matrix"),
+    "blocks": dataclasses.replace(BASE, dense_first=1, dense_last=2, keep_embeddings=True, seed=7),
+    "codec": with_codec(norm="ln", loss="rmse", hidden=24, depth=2, vq_weight=0.25, commitment_weight=0.1),
+    "training": with_codec(epochs=9, learning_rate=1e-4, batch_size=512, init="normal"),
+    "no row scale": with_codec(decoder="row", row_scale=False),
+    "paper, changed": dataclasses.replace(preset("paper-16x"), dense_first=0, seed=3),
+    "calibrated": dataclasses.replace(PLAIN, calibration=CalibrationConfig()),
+    "calibrated on texts": dataclasses.replace(
+        BASE, target_bpw=3.0, calibration=CalibrationConfig(tokens=4096, texts=("a b.txt", "c"))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    command, missing = command_for("./a model", "out dir", CONFIGS[name].to_dict())
+    assert not missing
+    assert parsed(command, monkeypatch) == CONFIGS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_named_and_nothing_else(name: str) -> None:
+    found = options_for(PRESETS[name].config)
+    assert len(found.arguments) <= 2 and not found.missing
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        (with_codec(kmeans_iterations=3, max_sample=100), ("kmeans_iterations", "max_sample")),
+        (dataclasses.replace(BASE, overrides=(("*.down_proj.*", 4.0),)), ("overrides",)),
+        (dataclasses.replace(BASE, max_index_bits=9), ("max_index_bits",)),
+        (dataclasses.replace(preset("paper-8x"), vector_len=None, dense_first=0), None),
+        (
+            dataclasses.replace(PLAIN, calibration=CalibrationConfig(tokens=64, context=32, rotate=False)),
+            ("calibration.context", "calibration.rotate"),
+        ),
+    ],
+)
+def test_settings_without_an_option_are_named(
+    config: CompressConfig, missing: tuple[str, ...] | None
+) -> None:
+    found = options_for(config)
+    assert found.missing if missing is None else found.missing == missing
+
+
+def test_no_calibration_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(preset("calibrated-8x"), calibration=None)
+    command, missing = command_for("m", "out", config.to_dict())
+    assert "--no-calibration" in command and not missing
+    assert parsed(command, monkeypatch) == config
+
+
+def test_every_option_of_a_setting_is_known() -> None:
+    """An option that the command line gains is taken into the command of a report, too."""
+    from pocketllm.cli import compress
+    from pocketllm.report.command import _OPTIONS, _SWITCHES
+
+    settings = {f.name for f in dataclasses.fields(CompressConfig)}
+    settings |= {f.name for f in dataclasses.fields(CodecConfig)}
+    on_the_line = set(inspect.signature(compress.compress).parameters) & (settings - {"calibration"})
+    assert on_the_line == {*_OPTIONS, *_SWITCHES}
+
+
+def test_settings_of_a_later_version_give_no_command() -> None:
+    values = {**BASE.to_dict(), "window_bits": 3}
+    assert command_for("m", "out", values) == ("", ())
+    assert command_for("m", "out", {"codec": None}) == ("", ())

@@ -1,0 +1,428 @@
+"""The parts of a report: what is read, what is computed, what is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pocketllm
+from pocketllm.errors import (
+    ConfigError,
+    ExtraError,
+    FormatError,
+    OutputError,
+    SourceError,
+)
+from pocketllm.model import builtin
+from pocketllm.model.decode import Matrices
+from pocketllm.model.source import resolve_local
+from pocketllm.report import Evaluation, check_html, check_picture, compare, read_evaluations
+from pocketllm.report.charts import bars, heat_map, short, short_kinds
+from pocketllm.report.collect import block_of, mean, read_model
+from pocketllm.report.files import check_target, write_whole
+from pocketllm.report.making import making_section
+from pocketllm.report.measured import perplexity_section
+from pocketllm.report.sections import error_section
+from pocketllm.report.use import count_use, use_section
+from pocketllm.report.weights import compare_weights
+from tests import tiny
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("parts") / "dense")
+
+
+@pytest.fixture(scope="module")
+def small(source: Path) -> Path:
+    pocketllm.compress(source, tiny.settings(), source.parent / "small")
+    return source.parent / "small"
+
+
+@pytest.fixture
+def copy(small: Path, tmp_path: Path) -> Path:
+    shutil.copytree(small, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def edit(folder: Path, change: Any) -> None:
+    """Change the report of a compressed model."""
+    path = folder / "pocketllm.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+# --- decoding single matrices
+
+
+def test_decoded_matrices_are_those_of_the_model(small: Path) -> None:
+    model, _ = pocketllm.load(small, dtype=torch.float32)
+    matrices = Matrices.open(small)
+    assert all(torch.equal(matrices.read(n), model.get_parameter(n)) for n in matrices.names())
+    assert matrices.indices(UP).shape == (52, 8)
+
+
+@pytest.mark.parametrize("source_of_codebook", ["fit", "seed"])
+def test_matrices_on_a_trellis(source_of_codebook: str, source: Path, tmp_path: Path) -> None:
+    codec = {"trellis_width": 6, "codebook_source": source_of_codebook}
+    config = tiny.target(5.0, codec=codec)
+    pocketllm.compress(source, config, tmp_path / "out")
+    expected, _ = pocketllm.load(tmp_path / "out", dtype=torch.float32)
+    matrices, model = Matrices.open(tmp_path / "out"), read_model(tmp_path / "out")
+    assert all(torch.equal(matrices.read(n), expected.get_parameter(n)) for n in matrices.names())
+    assert model.matrices[-1].stride > 0 and sum(use.covered[-1] for use in count_use(model)) > 0
+    assert error_section(model).tables[-1].headers[4] == "stride"
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape"])
+def test_a_tensor_that_is_missing_or_of_another_size(damage: str, copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    if damage == "missing":
+        del tensors[f"{UP}.indices"]
+    else:
+        tensors[f"{UP}.indices"] = tensors[f"{UP}.indices"][:-1].clone()
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    words = {"missing": "no file holds it", "shape": "stored as"}[damage]
+    with pytest.raises(FormatError, match=f"{UP}.indices: {words}"):
+        Matrices.open(copy).read(UP)
+
+
+def test_a_weight_file_that_is_cut_off(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FormatError, match="not a readable safetensors file"):
+        Matrices.open(copy)
+
+
+# --- what the model says of itself
+
+
+def test_blocks_are_counted_with_those_left_dense(source: Path, tmp_path: Path) -> None:
+    pocketllm.compress(source, tiny.settings(dense_first=1), tmp_path / "out")
+    model = read_model(tmp_path / "out")
+    assert model.blocks == 2 and [m.name for m in model.outside] == ["model.embed_tokens.weight"]
+    grid = model.grid(lambda m: m.nmse)
+    assert all(cell is None for cell in grid[0]) and all(cell is not None for cell in grid[1])
+
+
+def test_several_matrices_of_a_kind_in_a_block_are_averaged_by_size(small: Path) -> None:
+    model = read_model(small, check=False)
+    pair = [m for m in model.matrices if m.name.endswith(("q_proj.weight", "k_proj.weight"))]
+    expected = sum(m.nmse * m.weights for m in pair if m.nmse) / sum(m.weights for m in pair)
+    assert mean(pair, lambda m: m.nmse) == pytest.approx(expected)
+    assert mean(pair, lambda m: None) is None and mean([], lambda m: m.nmse) is None
+
+
+def test_block_numbers() -> None:
+    assert block_of("model.layers.12.mlp.experts.3.up.weight") == 12
+    assert block_of("lm_head.weight") is None
+
+
+def test_new_keys_and_missing_values_do_no_harm(copy: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["new"] = {"key": 1}
+        values["fits"] = [{"unknown": 1}]
+        del values["versions"]
+        for matrix in values["matrices"]:
+            matrix["window"] = 3
+            matrix["nmse"] = None
+            del matrix["proxy_error"], matrix["codebook_utilization"]
+
+    edit(copy, change)
+    model = read_model(copy)
+    section = error_section(model)
+    assert not section.charts and "without calibration" in section.paragraphs[1]
+    section = use_section(model, [])
+    assert not section.charts and section.tables
+    assert len(making_section(model, "", ()).tables) == 1
+
+
+def test_fine_tuning_is_told(copy: Path) -> None:
+    edit(copy, lambda values: values.update(recover={"steps": 3, "loss": {"kl": 0.5}}))
+    section = making_section(read_model(copy, check=False), "command", ("depth",))
+    table = next(t for t in section.tables if t.caption == "Fine-tuning")
+    assert list(table.rows) == [("steps", "3"), ("loss.kl", "0.5")]
+    assert "leaves out: depth" in section.paragraphs[1] and "fine-tuned" in section.paragraphs[2]
+
+
+@pytest.mark.parametrize(
+    "key", ["matrices", "bytes_on_disk", "bpw_all", "bytes_by_part", "model", "skipped", "config"]
+)
+def test_a_report_that_lacks_something(key: str, copy: Path) -> None:
+    edit(copy, lambda values: values.pop(key))
+    with pytest.raises(FormatError, match="malformed report"):
+        read_model(copy)
+
+
+def test_a_dense_model_is_no_compressed_one(source: Path) -> None:
+    with pytest.raises(FormatError, match="not a model compressed"):
+        read_model(source)
+
+
+# --- codebooks
+
+
+def test_use_is_counted_in_the_indices(source: Path, tmp_path: Path) -> None:
+    pocketllm.compress(source, tiny.settings(codebook_scope="matrix"), tmp_path / "out")
+    model = read_model(tmp_path / "out")
+    uses = count_use(model)
+    assert len(uses) == len(model.matrices)
+    for use in uses:
+        matrix = next(m for m in model.matrices if m.codebook == use.codebook)
+        assert use.used == pytest.approx(matrix.utilization, rel=1e-5)
+        assert use.covered[0] == 0 and use.covered[-1] == pytest.approx(1)
+        steps = [b - a for a, b in pairwise(use.covered)]
+        assert all(b <= a + 1e-12 for a, b in pairwise(steps)) and use.covered[50] >= 0.5
+    section = use_section(model, uses)
+    assert [len(chart.table.rows) for chart in section.charts] == [15, 11]
+    assert "Heat map" in section.charts[0].description and "Of 15 codebooks" in section.charts[1].note
+
+
+# --- weights
+
+
+def test_distributions(small: Path, source: Path) -> None:
+    model = read_model(small)
+    told: list[float] = []
+    found = compare_weights(model, progress=lambda share, detail: told.append(share))
+    assert not found.absent and not found.mismatch and found.source == str(source)
+    assert told == sorted(told) and told[-1] == 1.0
+    for kind in found.kinds:
+        assert sum(kind.original) == pytest.approx(1) and sum(kind.decoded) == pytest.approx(1)
+        for name, nmse in kind.nmse.items():
+            stored = next(m.nmse for m in model.matrices if m.name == name)
+            assert nmse == pytest.approx(stored, rel=1e-4)
+    up = next(kind for kind in found.kinds if kind.kind == "mlp.up_proj")
+    weights = torch.cat(
+        [t.flatten() for n, t in load_file(source / "model.safetensors").items() if "up_proj" in n]
+    )
+    moments = up.moments[0]
+    assert moments.count == len(weights) and moments.largest == float(weights.abs().max())
+    assert moments.rms == pytest.approx(float(weights.double().square().mean().sqrt()))
+    fourth = float((weights.double() ** 4).mean())
+    assert moments.kurtosis == pytest.approx(fourth / moments.rms**4)
+
+
+def test_no_dense_model_here(copy: Path) -> None:
+    edit(copy, lambda values: values.update(model="./gone"))
+    assert "not on this machine" in compare_weights(read_model(copy)).absent
+
+
+def test_another_dense_model(small: Path, tmp_path: Path) -> None:
+    model = read_model(small)
+    other = tiny.save(tmp_path / "other", intermediate_size=40)
+    with pytest.raises(SourceError, match=r"of shape .* not the model that was compressed"):
+        compare_weights(model, str(other))
+    gpt = tiny.save(tmp_path / "gpt", "gpt2")
+    with pytest.raises(SourceError, match="has no model"):
+        compare_weights(model, str(gpt))
+    shutil.rmtree(tmp_path / "other")
+    with pytest.raises(SourceError, match="no such folder"):
+        compare_weights(model, str(other))
+
+
+def test_a_dense_model_found_by_itself_that_does_not_fit(copy: Path, tmp_path: Path) -> None:
+    other = tiny.save(tmp_path / "other", intermediate_size=40)
+    edit(copy, lambda values: values.update(model=str(other)))
+    assert "cannot be used" in compare_weights(read_model(copy)).absent
+
+
+def test_the_same_shapes_but_other_weights(small: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    model = tiny.model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "other")
+    found = compare_weights(read_model(small), str(tmp_path / "other"))
+    assert "the stored one" in found.mismatch
+
+
+def test_where_models_are_looked_for(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POCKETLLM_CACHE", str(tmp_path))
+    assert resolve_local(str(source)) == source
+    assert resolve_local("./nowhere/at/all") is None and resolve_local("nobody/nothing") is None
+    assert builtin.cached("builtin:unknown") is None and resolve_local("builtin:smollm2-135m") is None
+    folder = tmp_path / "smollm2-135m-0.1.2"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    assert resolve_local("builtin:smollm2-135m") == folder
+
+
+# --- evaluations
+
+EVALUATION = {"perplexity": 12.5, "model": "m", "compressed": True, "text": "a/b.txt", "context": 32}
+
+
+def test_an_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({**EVALUATION, "later": [1], "windows": None}))
+    (found,) = read_evaluations(path)
+    assert found.perplexity == 12.5 and found.setting == ("b.txt", 32, 0, 0)
+
+
+def test_an_evaluation_against_a_dense_model(tmp_path: Path) -> None:
+    against = {"model": "dense", "compressed": False, "perplexity": 10.0, "tasks": None}
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({**EVALUATION, "against": against, "kl": 0.1}))
+    own, other = read_evaluations(path)
+    assert own.compressed and not other.compressed and other.perplexity == 10.0
+    assert own.setting == other.setting
+    path.write_text(json.dumps({**EVALUATION, "against": {**against, "perplexity": None}}))
+    assert len(read_evaluations(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "no JSON"),
+        ("[]", "no JSON object"),
+        ('{"model": "m"}', "perplexity is None"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_evaluations(text: str | None, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SourceError, match=words):
+        read_evaluations(path)
+
+
+def test_perplexities_side_by_side() -> None:
+    compressed = Evaluation(20.0, "small", True, "t", 8, 1, 7)
+    section = perplexity_section([compressed, Evaluation(10.0, "dense", False, "t", 8, 1, 7)], "", 5)
+    assert section.charts[0].table.rows[0][-1] == "2.000×" and len(section.paragraphs) == 1
+    section = perplexity_section([compressed, Evaluation(10.0, "dense", False, "t", 9, 1, 8)], "", 5)
+    assert section.charts[0].table.rows[0][-1] == "–" and "no figure of the dense" in section.paragraphs[1]
+    other = Evaluation(math.inf, "small", True, bytes_on_disk=7)
+    section = perplexity_section([other], "", 5)
+    assert not section.charts and "of 7 bytes, this model has 5" in section.paragraphs[-1]
+
+
+# --- comparing
+
+
+def test_compare_refuses(small: Path, copy: Path) -> None:
+    with pytest.raises(ConfigError, match="no model to compare"):
+        compare([])
+    with pytest.raises(ConfigError, match="given twice"):
+        compare([small, small])
+    one = Evaluation(2.0, str(small), True, "t", 8)
+    with pytest.raises(ConfigError, match="not among the models"):
+        compare([copy], [one])
+    with pytest.raises(ConfigError, match="different settings"):
+        compare([small, copy], [one, Evaluation(2.0, str(copy), True, "t", 9)])
+
+
+def test_compare_names_and_means(small: Path, copy: Path, tmp_path: Path) -> None:
+    shutil.copytree(small, tmp_path / "deeper" / "small")
+    found = compare([small, copy, tmp_path / "deeper" / "small"], [Evaluation(2.0, str(copy), True)])
+    assert [m.name for m in found.models] == [str(small), "copy", str(tmp_path / "deeper" / "small")]
+    assert [m.perplexity for m in found.models] == [None, 2.0, None]
+    assert found.models[0].proxy_error is None and found.models[0].nmse_blocks
+
+
+# --- drawing
+
+
+def test_numbers() -> None:
+    assert [short(v) for v in (None, 0.0, 3.98123, 0.0116, 1234.0, 2e-7, 99.96)] == [
+        "–",
+        "0",
+        "3.98",
+        "0.0116",
+        "1234",
+        "2.00e-07",
+        "100.0",
+    ]
+
+
+def test_short_kinds() -> None:
+    assert short_kinds(["self_attn.q_proj", "mlp.up_proj"]) == ["q_proj", "up_proj"]
+    assert short_kinds(["attn.proj", "mlp.proj"]) == ["attn.proj", "mlp.proj"]
+    assert short_kinds([]) == [] and short_kinds(["a", "a"]) == ["a", "a"]
+
+
+def test_a_heat_map_of_many_kinds_is_cut() -> None:
+    kinds = [f"kind{n}" for n in range(17)]
+    pictures = heat_map("h", [[0.1 * n + 0.01 for n in range(17)], [None] * 17], kinds, "nmse")
+    assert len(pictures) == 3 and "kind16" in pictures[2] and "–" in pictures[0]
+    assert heat_map("h", [[None]], ["kind"], "nmse") == []
+    assert "nmse, thousandths" in heat_map("h", [[5e-4, 0.2]], ["a", "b"], "nmse")[0]
+    assert heat_map("h", [[0.0, 0.0]], ["a", "b"], "nmse") and heat_map(
+        "h", [[1e-5, 1.0]], ["a", "b"], "nmse"
+    )
+
+
+def test_text_in_a_picture_is_text() -> None:
+    picture = bars("b", ["<script>$x$</script>"], [0.0], ["a & b"])
+    assert "&lt;script&gt;$x$&lt;/script&gt;" in picture and "a &amp; b" in picture
+    assert "var(--first)" in picture and "#0102" not in picture
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_a_package_that_is_not_installed(
+    package: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pocketllm.report import html_report
+
+    monkeypatch.setitem(sys.modules, package, None)
+    if package == "matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(ExtraError, match=r"pip install 'pocketllm-codec\[report\]'"):
+            check_picture(tmp_path / "x.png")
+    with pytest.raises(ExtraError, match=r"pip install 'pocketllm-codec\[report\]'"):
+        html_report(small, tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists()
+
+
+# --- writing
+
+
+def test_outputs_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a folder"):
+        check_html(tmp_path / "folder.html")
+    with pytest.raises(OutputError, match="is a file, wanted a folder"):
+        check_target(tmp_path / "file" / "x.html")
+    with pytest.raises(ConfigError, match=r"ends in \.html"):
+        check_html(tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match=r"ends in \.png or \.svg"):
+        check_picture(tmp_path / "x.pdf")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OutputError, match="no permission"):
+        check_html(tmp_path / "x.html")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(errno.ENOSPC, "disk is full"), (errno.EACCES, "no permission"), (errno.EIO, "cannot be written")],
+)
+def test_a_write_that_fails_leaves_nothing(
+    code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Path, target: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "x.html").write_text("before")
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OutputError, match=words):
+        write_whole(tmp_path / "x.html", b"after")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.html"]
+    assert (tmp_path / "x.html").read_text() == "before"
