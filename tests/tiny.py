@@ -92,3 +92,8 @@ def settings(**changes: Any) -> CompressConfig:
 def target(bpw: float, **changes: Any) -> CompressConfig:
     """A bit budget instead of fixed sizes."""
     return settings(vector_len=None, codebook_size=None, codebook_scope="auto", target_bpw=bpw, **changes)
+
+
+def calibrated(config: CompressConfig) -> CompressConfig:
+    """The same with rotation and error feedback, on a little of Python's own text."""
+    return dataclasses.replace(config, calibration=pocketllm.config.CalibrationConfig(tokens=256, context=32))

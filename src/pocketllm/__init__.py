@@ -12,7 +12,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pocketllm.config import PRESETS, CodecConfig, CompressConfig, DistillConfig, LoopConfig, preset
+from pocketllm.config import (
+    PRESETS,
+    CodecConfig,
+    CompressConfig,
+    DistillConfig,
+    LoopConfig,
+    LoraTuneConfig,
+    preset,
+)
 from pocketllm.errors import PocketError
 from pocketllm.integrations.hook import register_when_imported
 
@@ -21,6 +29,8 @@ if TYPE_CHECKING:
     from pocketllm.model.compress import compress, dry_run
     from pocketllm.model.report import Report
     from pocketllm.recover.distill import distill
+    from pocketllm.recover.lora import lora
+    from pocketllm.recover.merge import merge
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +39,7 @@ __all__ = [
     "CompressConfig",
     "DistillConfig",
     "LoopConfig",
+    "LoraTuneConfig",
     "PocketError",
     "Report",
     "__version__",
@@ -36,6 +47,8 @@ __all__ = [
     "distill",
     "dry_run",
     "load",
+    "lora",
+    "merge",
     "preset",
 ]
 _LAZY = {
@@ -43,6 +56,8 @@ _LAZY = {
     "distill": "pocketllm.recover.distill",
     "dry_run": "pocketllm.model.compress",
     "load": "pocketllm.integrations.transformers",
+    "lora": "pocketllm.recover.lora",
+    "merge": "pocketllm.recover.merge",
     "Report": "pocketllm.model.report",
 }
 

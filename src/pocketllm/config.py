@@ -247,9 +247,10 @@ class LoopConfig:
     """How fine-tuning steps, whatever the method.
 
     batch_size: items per step. micro_batch: items at once, their gradients added up; 0 takes all.
-    eval_every: steps between validations. patience: validations without a better one before it stops; 0 never
-        stops early. checkpoint_every: steps between checkpoints. warmup: share of the steps with a rising rate,
-        a cosine follows. max_grad_norm: gradients are scaled down to it; 0 is off.
+    eval_every: steps between validations. patience: validations without a better one before it stops; 0
+        never stops early. checkpoint_every: steps between checkpoints.
+    warmup: share of the steps with a rising rate; a cosine follows. max_grad_norm: gradients are scaled down
+        to it; 0 is off.
     gradient_checkpointing: compute activations again on the way back instead of keeping them.
     dtype: of the matrix products; auto is bfloat16 where the machine has it, else float32.
     """
@@ -281,8 +282,8 @@ class DistillConfig:
 
     texts: files or folders; none takes the text that comes with Python. context: tokens per window.
     validation_windows: kept out of training. validation_text: take them from here instead.
-    lr_codebook, lr_scale: of codebooks (about unit size) and of row scales (relative). lr_decoder: of decoders.
-    lr_norm: of norms, biases and other vectors. 0 leaves a group as it is.
+    lr_codebook: of codebooks (about unit size). lr_scale: of row scales, relative. lr_decoder: of decoders.
+    lr_norm: of norms, biases and other vectors. A rate of 0 leaves its group as it is.
     teacher_top_k: keep the teacher's k most likely tokens, computed once; 0 runs it on every batch.
     """
 
@@ -337,6 +338,48 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name}: got {value}, wanted at least {least}")
+
+
+@dataclass(frozen=True)
+class LoraTuneConfig:
+    """Train a low-rank adapter on a frozen compressed base; defaults are the paper's recipe.
+
+    rank, alpha, dropout, targets: as in PEFT; targets is `all-linear` or names of layers.
+    epochs: over the text; steps sets the number of steps instead.
+    texts: instruction data (JSON or JSON lines) or plain text; none takes the text that comes with Python.
+    context: tokens per window of plain text, and the most that are kept of an instruction with its answer.
+    mode: how the base is held, `dense` (fast) or `packed` (small).
+    """
+
+    rank: int = 32
+    alpha: int = 64
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    epochs: float = 3.0
+    steps: int | None = None
+    learning_rate: float = 1e-4
+    context: int = 512
+    texts: tuple[str, ...] = ()
+    validation_items: int = 64
+    mode: str = "dense"
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(batch_size=16, max_grad_norm=1.0))
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha", "validation_items"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("context", self.context, 2)
+        if self.steps is not None:
+            _at_least("steps", self.steps, 1)
+        for name in ("epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted more than 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout: got {self.dropout}, wanted 0 to less than 1")
+        _one_of("mode", self.mode, ("dense", "packed"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,14 @@ import typer
 
 from pocketllm.cli.options import Device, Json, Quiet, Seed, Threads, Trust, dtype_of, settle
 from pocketllm.cli.render import Output, kinds_table, parse_size, size, skipped_table, summary_table
-from pocketllm.config import DEFAULT_PRESET, PRESETS, CalibrationConfig, CompressConfig, preset
+from pocketllm.config import (
+    DEFAULT_PRESET,
+    PRESETS,
+    CalibrationConfig,
+    CompressConfig,
+    DistillConfig,
+    preset,
+)
 from pocketllm.errors import ConfigError
 
 app = typer.Typer()
@@ -115,6 +123,14 @@ def compress(
     learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Subvectors per training step.")] = None,
     row_scale: Annotated[bool | None, typer.Option(help="Store a scale per matrix row.")] = None,
+    recover: Annotated[
+        str | None, typer.Option(help="distill: get accuracy back afterwards, see `pocketllm finetune`.")
+    ] = None,
+    recover_text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text for that; repeatable. The default is the calibration text."),
+    ] = None,
+    recover_steps: Annotated[int | None, typer.Option(help="Steps of that.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model there.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -152,6 +168,7 @@ def compress(
         seed=seed,
     )
     config = _calibrated(config, calibration or [], calibration_tokens, no_calibration)
+    recovery = _recovery(recover, recover_text, recover_steps, config)
     settle(device, threads)
     import pocketllm
 
@@ -161,7 +178,8 @@ def compress(
         show.result(report, summary_table(report, title), kinds_table(report), skipped_table(report))
         return
     with show.bars() as bars:
-        done = pocketllm.compress(
+        run = pocketllm.compress if recovery is None else partial(_recovered, recovery)
+        done = run(
             model,
             config,
             output,
@@ -172,6 +190,29 @@ def compress(
         )
     report = done.to_dict()
     show.result(report, kinds_table(report), summary_table(report, f"{model} -> {output}"))
+
+
+def _recovery(
+    method: str | None, texts: list[Path] | None, steps: int | None, config: CompressConfig
+) -> DistillConfig | None:
+    """The options of recovery."""
+    if method is None:
+        if texts or steps is not None:
+            raise ConfigError("--recover-text and --recover-steps need --recover distill")
+        return None
+    if method != "distill":
+        raise ConfigError(f"--recover: got {method!r}, wanted distill (for lora use pocketllm finetune)")
+    chosen = tuple(map(str, texts or ())) or (config.calibration.texts if config.calibration else ())
+    made = DistillConfig(texts=chosen, loop=dataclasses.replace(DistillConfig().loop, seed=config.seed))
+    return made if steps is None else dataclasses.replace(made, steps=steps)
+
+
+def _recovered(recovery: DistillConfig, model: str, config: CompressConfig, output: Path, **how: Any) -> Any:
+    """Compress and distill; the report of the result."""
+    from pocketllm.recover.chain import compress_and_distill
+
+    report, _ = compress_and_distill(model, config, recovery, output, **how)
+    return report
 
 
 @app.command(epilog="Example:\n\n  pocketllm info smol-8x --json")

@@ -1,8 +1,8 @@
 """The compiled parts: built once by the system's C++ compiler, kept in the cache.
 
 `nearest.cpp` searches the nearest codeword, `trellis.cpp` the cheapest path; `matrix.cpp` decodes a matrix,
-rotates it, and takes gradients back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, callers take
-their path in torch or faiss.
+rotates it, and takes gradients back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, callers
+take their path in torch or faiss.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def rotate_(x: Tensor, signs: Tensor, hartley: Tensor, *, columns: bool, inverse
 
 
 def gather(table: Tensor, indices: Tensor, scale: Tensor, columns: int) -> Tensor:
-    """scale * table[indices], joined: table [K, d], indices [rows, n] int32, scale [rows] -> [rows, columns]."""
+    """scale * table[indices] joined to rows: [K, d], [rows, n] int32, [rows] -> [rows, columns]."""
     out = torch.empty(indices.shape[0], columns)
     sizes = (*indices.shape, columns, table.shape[1], torch.get_num_threads())
     _run("gather", table.contiguous(), indices.contiguous(), scale.contiguous(), out, *sizes)

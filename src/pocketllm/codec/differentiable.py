@@ -4,7 +4,7 @@
 
 With G = dL/dW the gradients come back through the transpose of each step:
 
-    G' = R1 G R2^T,   dL/ds_r = <G'_r, U_r>,   dL/dtable_k = sum of s_r G'_(r, j) over indices (r, j) equal to k
+    G' = R1 G R2^T,   dL/ds_r = <G'_r, U_r>,   dL/dtable_k = sum of s_r G'_(r, j) where index (r, j) is k
 
 `rotate_matrix` is the transpose of `unrotate_matrix`, so nothing but the indices has to be kept. The row form
 has row statistics inside its decoder; its gradients are taken by autograd on one matrix at a time.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,9 +28,30 @@ def export(folder: Path, output: Path, dtype: torch.dtype, trust_remote_code: bo
     """
     from pocketllm.integrations.transformers import load
 
+    check_empty(output)
+    model, tokenizer = load(folder, mode="dense", dtype=dtype, trust_remote_code=trust_remote_code)
+    return save_dense(model, tokenizer, output)
+
+
+def check_empty(output: Path) -> None:
+    """Refuse an output that is there already.
+
+    Raises:
+        OutputError: it exists and is not an empty folder.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output}: exists; choose another output folder")
-    model, tokenizer = load(folder, mode="dense", dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def save_dense(model: Any, tokenizer: Any, output: Path) -> int:
+    """Write a model that was loaded compressed, in mode `dense`, as an ordinary one.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        OutputError: the output cannot be written.
+    """
     del model.hf_quantizer
     del model.config.quantization_config
     model._weight_conversions = None  # so that saving restores the names of the original checkpoint

@@ -53,7 +53,8 @@ def rewrite(
     for name, value in changed.items():
         if sizes.get(name) != (value.dtype, tuple(value.shape)):
             raise ShapeError(
-                f"{name}: got {value.dtype} {tuple(value.shape)}, stored is {sizes.get(name, 'no such tensor')}"
+                f"{name}: got {value.dtype} {tuple(value.shape)}, wanted what is stored: "
+                f"{sizes.get(name, 'no such tensor')}"
             )
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
@@ -99,7 +100,9 @@ def _checked(layout: ckpt.Layout, tensors: _Tensors) -> ckpt.Layout:
             for name, entry in layout.matrices.items()
         },
         codebooks=tuple(
-            replace(entry, crc32=tensors.crc(f"{ckpt.STORE}.codebooks.{n}.weight"))
+            entry
+            if entry.seed is not None
+            else replace(entry, crc32=tensors.crc(f"{ckpt.STORE}.codebooks.{n}.weight"))
             for n, entry in enumerate(layout.codebooks)
         ),
         decoders=tuple(

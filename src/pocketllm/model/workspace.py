@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ from pocketllm.config import CompressConfig
 from pocketllm.errors import OutputError, ResumeError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.source import DenseCheckpoint
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -45,25 +51,24 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OutputError(f"{parent}: no permission to write here; choose another output folder")
 
 
-def take_lock(folder: Path) -> Any:
-    """An open file that keeps other processes out of a folder until it is closed, at the latest at exit.
+@contextmanager
+def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
+    """Keep other processes out of a folder; those launched together share it, their first one holds it.
 
     Raises:
-        OutputError: another process holds it.
+        OutputError: another process is at work in it.
     """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    stream = (folder / "lock").open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        stream.close()
-        raise OutputError(
-            f"{folder}: in use by another process; wait for it, or choose another output"
-        ) from error
-    return stream
+    if not is_main or fcntl is None:
+        yield
+        return
+    with (folder / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(
+                f"{folder}: in use by another process; wait for it, or choose another output folder"
+            ) from error
+        yield
 
 
 def output_error(output: Path, error: OSError) -> OutputError:

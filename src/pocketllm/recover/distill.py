@@ -1,8 +1,8 @@
 """Distillation into the compressed form: no index changes, no byte is added.
 
-Codebooks, decoders, row scales, norms and biases are tuned end to end so that the compressed model's next-token
-distribution matches the dense model's: minimize KL(teacher || student), averaged over positions, on any text.
-Afterwards everything is rounded as it is stored, and validated in that form.
+Codebooks, decoders, row scales, norms and biases are tuned end to end so that the compressed model's
+next-token distribution matches the dense model's: minimize KL(teacher || student), averaged over positions,
+on any text. Afterwards everything is rounded as it is stored, and validated in that form.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
 from pocketllm.model.rewrite import rewrite, stored_sizes
 from pocketllm.model.source import resolve
-from pocketllm.model.workspace import Workspace, check_output, output_error, take_lock
+from pocketllm.model.workspace import Workspace, check_output, locked, output_error
 from pocketllm.recover.divergence import Target, head_divergence, logits_divergence
 from pocketllm.recover.log import RunLog
-from pocketllm.recover.loop import Group, Loop, Progress, Told
+from pocketllm.recover.loop import Group, Loop, Progress, told_event
 from pocketllm.recover.readout import Readout
 from pocketllm.recover.setting import check_vocabulary, compute_dtype, enable_checkpointing, open_base
 from pocketllm.recover.teacher import CachedTeacher, LiveTeacher, Teacher, open_teacher
 from pocketllm.recover.text import split, windows_of
-from pocketllm.recover.trainable import STORE, TrainableMatrix, make_trainable, set_stored, stored_tensors
+from pocketllm.recover.trainable import TrainableMatrix, make_trainable, set_stored, stored_tensors
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a distillation did. kl_*: mean KL(dense || compressed) in nats per token on the validation windows,
-    before, at the best step, and in the form that is stored. steps: taken; best_step: of the form kept."""
+    """What a distillation did.
+
+    kl_*: mean KL(dense || compressed) in nats per token on the validation windows: before, at the best step,
+    and in the form that is stored. steps: taken. best_step: whose parameters are kept.
+    """
 
     output: str
     bytes_on_disk: int
@@ -76,12 +79,12 @@ class Distillation:
 
     def groups(self) -> list[Group]:
         """Codebooks, decoders, row scales, and vectors (norms, biases)."""
-        store, config = getattr(self.student, STORE), self.config
+        store, config = getattr(self.student, ckpt.STORE), self.config
         gains = [m.gain for m in self.student.modules() if isinstance(m, TrainableMatrix)]
         coded = {id(p) for p in [*store.parameters(), *gains]}
         vectors = [p for p in self.student.parameters() if p.requires_grad and id(p) not in coded]
         return [
-            Group("codebooks", config.lr_codebook, list(store.codebooks)),
+            Group("codebooks", config.lr_codebook, [c for c in store.codebooks if c.requires_grad]),
             Group("decoders", config.lr_decoder, [*store.ups, *store.downs]),
             Group("row scales", config.lr_scale, [gain for gain in gains if gain.requires_grad]),
             Group("norms and biases", config.lr_norm, vectors),
@@ -96,7 +99,7 @@ class Distillation:
         ids = self.train[numbers].to(self.student.device)
         loss = self._divergence(ids, self.teacher.target(numbers, ids), scale)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -112,7 +115,7 @@ class Distillation:
         return total / self.validation.numel()
 
     def _divergence(self, ids: Tensor, target: Target, scale: float) -> Tensor:
-        getattr(self.student, STORE).refresh()
+        getattr(self.student, ckpt.STORE).refresh()
         kind = ids.device.type
         with torch.autocast(kind, dtype=self.dtype, enabled=self.dtype != torch.float32):
             if not self.readout.is_plain:
@@ -174,25 +177,24 @@ def distill(
     }
     try:
         work = Workspace.at(output, arguments)
-        lock = take_lock(work.folder) if state.is_main_process else None
-        log = RunLog(output, state.is_main_process)
-        source = _teacher(dense, work, windows, config, dtype, state, progress, trust_remote_code)
-        student = base.load("packed", state.device)
-        make_trainable(student)
-        if config.loop.gradient_checkpointing:
-            enable_checkpointing(student)
-        task = Distillation(student, source, windows, config, dtype)
-        loop = Loop(task, config.loop, config.steps, work, log, state)
-        at = loop.run(lambda told: progress(told_event(told)))
-        stored = stored_tensors(student, {key: size[0] for key, size in stored_sizes(folder)[0].items()})
-        set_stored(student, stored)
-        kl_stored = task.validate()
-        facts = _facts(config, base.identity, name, at, kl_stored)
-        if state.is_main_process:
-            rewrite(folder, stored, work.folder / "final", facts)
-            work.publish(output)
-        state.wait_for_everyone()
-        del lock
+        with locked(work.folder, state.is_main_process):
+            log = RunLog(output, state.is_main_process)
+            source = _teacher(dense, work, windows, config, dtype, state, progress, trust_remote_code)
+            student = base.load("packed", state.device)
+            make_trainable(student)
+            if config.loop.gradient_checkpointing:
+                enable_checkpointing(student)
+            task = Distillation(student, source, windows, config, dtype)
+            loop = Loop(task, config.loop, config.steps, work, log, state)
+            at = loop.run(lambda told: progress(told_event(told)))
+            stored = stored_tensors(student, {key: size[0] for key, size in stored_sizes(folder)[0].items()})
+            set_stored(student, stored)
+            kl_stored = task.validate()
+            facts = _facts(config, base.identity, name, at, kl_stored)
+            if state.is_main_process:
+                rewrite(folder, stored, work.folder / "final", facts)
+                work.publish(output)
+            state.wait_for_everyone()
     except OSError as error:
         raise output_error(output, error) from error
     done = Distilled(
@@ -234,8 +236,8 @@ def dry_run_distill(
     train, validation = training_windows(base.tokenizer, config)
     sizes, _ = stored_sizes(folder)
     parts = {
-        "codebooks": [f"{STORE}.codebooks."],
-        "decoders": [f"{STORE}.decoders."],
+        "codebooks": [f"{ckpt.STORE}.codebooks."],
+        "decoders": [f"{ckpt.STORE}.decoders."],
         "row scales": [],
         "norms and biases": [],
     }
@@ -312,9 +314,3 @@ def _facts(config: DistillConfig, base: str, teacher: str, at: Progress, kl_stor
         "config": config.to_dict(),
         "note": "nmse and proxy_error of the matrices are those from before",
     }
-
-
-def told_event(told: Told) -> Event:
-    """A step, as the caller's progress shows it."""
-    detail = f"step {told.step} of {told.steps}, loss {told.loss:.4f}, validation {told.validation:.4f}"
-    return Event("train", told.step / told.steps, f"{detail}, {told.seconds:.1f} s a step")

@@ -1,7 +1,7 @@
 """KL(teacher || student) over the next token, and its gradient, without holding all logits.
 
-With [4096, 49152] float32 logits of two models 1.6 GB would be needed before softmax begins. Here the head runs
-on some positions at a time: logits of both models, divergence and gradient, and only the gradients of hidden
+With [4096, 49152] float32 logits of two models 1.6 GB would be needed before softmax begins. Here the head
+runs on some positions at a time: logits of both models, divergence and gradient; only the gradients of hidden
 states and head weight are kept. Source of the idea: chunked linear cross-entropy, as in Liger Kernel.
 """
 

@@ -1,7 +1,7 @@
 """The training loop of every recovery method: steps, validation, checkpoints, log.
 
-A step is a function of the seed and its number, so a run that is killed goes on from its last checkpoint to the
-same bytes. Launched by `accelerate launch`, processes share each batch and add up their gradients.
+A step is a function of the seed and its number, so a run that is killed goes on from its last checkpoint to
+the same bytes. Launched by `accelerate launch`, processes share each batch and add up their gradients.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pocketllm.config import LoopConfig
 from pocketllm.errors import TrainingError
+from pocketllm.model.compress import Event
 from pocketllm.model.workspace import Workspace
 from pocketllm.recover.log import RunLog
 
@@ -149,9 +150,9 @@ class Loop:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._save()
             raise TrainingError(
-                f"step {number + 1}: the loss is {loss}, its gradient's norm {norm}; stopped. The state after step "
-                f"{number} is kept in {self.work.folder / CHECKPOINT}; start anew with lower learning rates, or in "
-                "float32"
+                f"step {number + 1}: the loss is {loss}, its gradient's norm {norm}; stopped. The state "
+                f"after step {number} is kept in {self.work.folder / CHECKPOINT}; delete that folder and "
+                "start anew with lower learning rates, or in float32"
             )
         if config.max_grad_norm and norm > config.max_grad_norm:
             for parameter in self.parameters:
@@ -234,3 +235,9 @@ class Loop:
                 if state:
                     moved = {k: v if k == "step" else v.to(device) for k, v in state.items()}
                     self.optimizer.state[parameter] = moved
+
+
+def told_event(told: Told) -> Event:
+    """A step, as the caller's progress shows it."""
+    detail = f"step {told.step} of {told.steps}, loss {told.loss:.4f}, validation {told.validation:.4f}"
+    return Event("train", told.step / told.steps, f"{detail}, {told.seconds:.1f} s a step")

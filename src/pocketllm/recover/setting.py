@@ -89,7 +89,7 @@ def check_vocabulary(teacher: Path, base: Base) -> None:
         return  # a teacher without tokenizer: its size is all that can be compared
     if tokens != base.tokenizer.get_vocab():
         raise ConfigError(
-            f"the teacher {teacher} and {base.folder} have different vocabularies (as many tokens, other ones); "
+            f"the teacher {teacher} and {base.folder} have as many tokens, but other ones; "
             "name the dense model that was compressed with --teacher"
         )
 

@@ -45,7 +45,7 @@ class CachedTeacher:
     """The k most likely tokens at every position of every window, computed once and kept in two files.
 
     Args:
-        folder: holds `teacher-ids.npy` [windows, T, k] int32 and `teacher-log-p.npy` float16, once they are whole.
+        folder: holds `teacher-ids.npy` [windows, T, k] int32 and `teacher-log-p.npy` float16.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -28,8 +28,8 @@ def windows_of(tokenizer: Any, texts: tuple[str, ...], context: int) -> Tensor:
     found = torch.cat(parts)
     if not len(found):
         raise ConfigError(
-            f"the text has {sum(map(len, tokens))} tokens, not one window of {context}; give more text or lower "
-            "the context"
+            f"the text has {sum(map(len, tokens))} tokens, not one window of {context}; "
+            "give more text or lower the context"
         )
     return found
 
@@ -42,8 +42,8 @@ def split(windows: Tensor, validation: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     if len(windows) < 2:
         raise ConfigError(
-            f"the text has {len(windows)} window of {windows.shape[1]} tokens, wanted at least two (one to train, "
-            "one to validate); give more text or lower the context"
+            f"the text has {len(windows)} window of {windows.shape[1]} tokens, wanted at least two "
+            "(one to train, one to validate); give more text or lower the context"
         )
     count = min(validation, max(1, len(windows) // 10))
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))

@@ -1,9 +1,9 @@
 """The trainable form of a compressed model: indices fixed; codebooks, decoders, row scales, norms trained.
 
 `make_trainable` takes a model loaded in mode `packed` and lets its layers decode with gradients. A linear
-layer keeps its input alone for the backward pass and decodes its weight again there; its dense gradient exists
-while it is reduced to that of table and scale, and no longer. Any other module that reads a coded weight
-(embeddings, fused experts) gets a differentiable weight, decoded once per forward pass.
+layer keeps its input alone for the backward pass and decodes its weight again there; its dense gradient
+exists while it is reduced to that of table and scale, and no longer. Any other module that reads a coded
+weight (embeddings, fused experts) gets a differentiable weight.
 """
 
 from __future__ import annotations
@@ -15,26 +15,41 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec.differentiable import decoded_table, lookup, lookup_gradients, row_form
+from pocketllm.config import CodecConfig
 from pocketllm.model.checkpoint import STORE
-from pocketllm.model.layers import PackedMatrix, Store, unfold
-
-LOOKUP, CODEWORDS = "lookup", "codewords"
+from pocketllm.model.layers import Codebook, Decoder, PackedMatrix, Store, unfold
 
 
 class TrainableStore(nn.Module):
     """Codebooks and decoders as float32 parameters, and the tables made of them."""
 
+    codecs: list[CodecConfig]
+    seeds: list[int | None]
+
     def __init__(self, store: Store) -> None:
         super().__init__()
-        self.codecs = [decoder.entry.codec for decoder in store.decoders]  # type: ignore[union-attr]
-        self.codebooks = nn.ParameterList(nn.Parameter(c.value().float()) for c in store.codebooks)
-        self.ups = nn.ParameterList(nn.Parameter(d.up.float()) for d in store.decoders)
-        self.downs = nn.ParameterList(nn.Parameter(d.down.float()) for d in store.decoders)
+        books = [book for book in store.codebooks if isinstance(book, Codebook)]
+        nets = [net for net in store.decoders if isinstance(net, Decoder)]
+        self.codecs = [net.entry.codec for net in nets]
+        self.seeds = [book.entry.seed for book in books]
+        self.codebooks = nn.ParameterList(nn.Parameter(book.value().float()) for book in books)
+        self.ups = nn.ParameterList(nn.Parameter(net.up.float()) for net in nets)
+        self.downs = nn.ParameterList(nn.Parameter(net.down.float()) for net in nets)
+        for codebook, seed in zip(self.codebooks, self.seeds, strict=True):
+            codebook.requires_grad_(seed is None)  # what is drawn from a seed is not stored
         self._cache: dict[tuple[int, int, bool], tuple[Tensor, ...]] = {}
         self._weights: dict[int, Tensor] = {}
 
+    def stored(self) -> dict[str, nn.Parameter]:
+        """Stored tensor name -> parameter: codebooks that are not drawn from a seed, and decoders."""
+        kept = [n for n, seed in enumerate(self.seeds) if seed is None]
+        found = {f"{STORE}.codebooks.{n}.weight": self.codebooks[n] for n in kept}
+        found |= {f"{STORE}.decoders.{n}.up": up for n, up in enumerate(self.ups)}
+        found |= {f"{STORE}.decoders.{n}.down": down for n, down in enumerate(self.downs)}
+        return found
+
     def refresh(self) -> None:
-        """Forget tables and weights computed from earlier parameters; to be called before each forward pass."""
+        """Forget what was computed from earlier parameters; to be called before each forward pass."""
         self._cache.clear()
         self._weights.clear()
 
@@ -44,10 +59,10 @@ class TrainableStore(nn.Module):
         if key not in self._cache:
             codec = self.codecs[decoder]
             parts = self.codebooks[codebook], self.ups[decoder], self.downs[decoder]
+            self._cache[key] = parts
             if codec.decoder == "lookup":
                 with torch.autocast(parts[0].device.type, enabled=False):
-                    parts = (decoded_table(codec, *parts),)
-            self._cache[key] = parts
+                    self._cache[key] = (decoded_table(codec, *parts),)
         return self._cache[key]
 
 
@@ -59,6 +74,7 @@ class TrainableMatrix(PackedMatrix):
 
     indices: Tensor
     scale: Tensor
+    codec: CodecConfig
 
     def __init__(self, packed: PackedMatrix, store: TrainableStore) -> None:
         nn.Module.__init__(self)
@@ -146,6 +162,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             with torch.no_grad():
                 x_grad = grad @ ctx.matrix.matrix(gain, tuple(shared)).to(x.dtype)
+        if not any(ctx.needs_input_grad[2:]):  # a frozen base under an adapter
+            return None, x_grad, *[None] * (1 + len(shared))
         weight_grad = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         return None, x_grad, *ctx.matrix.gradients(weight_grad.float(), gain, tuple(shared))
 
@@ -154,7 +172,8 @@ def make_trainable(model: Any) -> dict[str, TrainableMatrix]:
     """Turn a model loaded in mode `packed` into its trainable form, in place.
 
     Returns:
-        The coded parameters by name. Norms, biases and other vectors require gradients, dense matrices do not.
+        The coded parameters by name. Norms, biases and other vectors require gradients, dense matrices
+        do not.
     """
     store = TrainableStore(getattr(model, STORE))
     delattr(model, STORE)
@@ -203,14 +222,7 @@ def stored_tensors(model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, T
         dtypes: stored dtype of the tensors that are not coded; those absent are left out.
     """
     store: TrainableStore = getattr(model, STORE)
-    found: dict[str, Tensor] = {}
-    for kind, leaf, values in (
-        ("codebooks", "weight", store.codebooks),
-        ("decoders", "up", store.ups),
-        ("decoders", "down", store.downs),
-    ):
-        for number, value in enumerate(values):
-            found[f"{STORE}.{kind}.{number}.{leaf}"] = value.detach().half()
+    found = {name: value.detach().half() for name, value in store.stored().items()}
     for name, module in model.named_modules():
         if isinstance(module, TrainableMatrix) and module.codec.row_scale:
             found[f"{name}.row_scale"] = (module.scale * module.gain.detach().exp()).bfloat16()
@@ -225,13 +237,8 @@ def set_stored(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of `stored_tensors`: the model computes with the rounded values."""
     store: TrainableStore = getattr(model, STORE)
     store.refresh()
-    for kind, leaf, values in (
-        ("codebooks", "weight", store.codebooks),
-        ("decoders", "up", store.ups),
-        ("decoders", "down", store.downs),
-    ):
-        for number, value in enumerate(values):
-            value.copy_(tensors[f"{STORE}.{kind}.{number}.{leaf}"])
+    for name, parameter in store.stored().items():
+        parameter.copy_(tensors[name])
     parameters = dict(model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, TrainableMatrix) and f"{name}.row_scale" in tensors:

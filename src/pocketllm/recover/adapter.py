@@ -1,0 +1,104 @@
+"""Adapters on disk: which base one belongs to, running it, and merging it into its base.
+
+PEFT's own `merge_and_unload` on a model in mode `packed` drops the adapter without a word, since it adds to a
+weight that was decoded for the moment. So a merge is done here on the decoded model, and logits are compared.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError
+from pocketllm.recover.setting import Base
+
+RECORD_NAME = "pocketllm-adapter.json"
+_TOLERANCE = 1e-3  # of logits, relative to their spread
+
+
+def need_peft() -> None:
+    """PEFT is an extra.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("LoRA needs PEFT; pip install 'pocketllm-codec[finetune]'") from error
+
+
+def check_adapter_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output that would destroy something other than an adapter of ours.
+
+    Raises:
+        OutputError: it exists and is not ours, or is ours and `overwrite` is not set.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not output.is_dir() or not (output / RECORD_NAME).is_file():
+        raise OutputError(f"{output}: exists and is not an adapter; choose another output folder")
+    if not overwrite:
+        raise OutputError(f"{output}: an adapter is there already; pass --overwrite to replace it")
+
+
+def check_adapter(adapter: Path, base: Base) -> dict[str, Any]:
+    """PEFT's settings of an adapter that belongs to this base.
+
+    Raises:
+        FormatError: no adapter there. ConfigError: it was trained on another base.
+    """
+    path = adapter / "adapter_config.json"
+    if not path.is_file():
+        raise FormatError(f"{adapter}: no adapter_config.json; wanted an adapter in PEFT's form")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    record = adapter / RECORD_NAME
+    if record.is_file():
+        facts = json.loads(record.read_text(encoding="utf-8"))
+        if facts["base_identity"] != base.identity:
+            raise ConfigError(
+                f"{adapter}: was trained on {facts['base']} (made from {facts['base_model']}), not on "
+                f"{base.folder} (made from {base.report['model']}); name the base it belongs to"
+            )
+    return settings
+
+
+def load_with_adapter(base: Base, adapter: Path, mode: str, device: Any = "cpu") -> Any:
+    """The PeftModel of a base and its adapter, in evaluation mode.
+
+    Raises:
+        FormatError, ConfigError: as `check_adapter`; or the adapter's layers do not fit the base.
+    """
+    from peft import PeftModel
+
+    need_peft()
+    settings = check_adapter(adapter, base)
+    model = base.load(mode, device)
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{adapter}: made for {settings.get('base_model_name_or_path')}, does not fit {base.folder} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+@torch.no_grad()
+def merged(base: Base, adapter: Path, device: Any = "cpu") -> Any:
+    """A dense float32 model that computes what base and adapter compute together.
+
+    Raises:
+        LoadError: the logits after merging differ.
+    """
+    adapted = load_with_adapter(base, adapter, "dense", device)
+    ids = torch.arange(16, device=adapted.device)[None] % adapted.config.get_text_config().vocab_size
+    before = adapted(input_ids=ids, use_cache=False).logits
+    model = adapted.merge_and_unload()
+    after = model(input_ids=ids, use_cache=False).logits
+    gap = float((after - before).abs().max() / before.std())
+    if not gap <= _TOLERANCE:
+        raise LoadError(f"{adapter}: merging changed the logits (by {gap:.2g} of their spread); not written")
+    return model

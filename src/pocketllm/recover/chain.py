@@ -1,0 +1,75 @@
+"""Compress and recover in one go."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from pocketllm.config import CompressConfig, DistillConfig
+from pocketllm.errors import FormatError
+from pocketllm.model import checkpoint as ckpt
+from pocketllm.model.compress import ProgressCallback, compress
+from pocketllm.model.report import Report
+from pocketllm.model.workspace import check_output
+from pocketllm.recover.distill import Distilled, distill
+
+
+def compress_and_distill(
+    model: str | Path,
+    config: CompressConfig,
+    recovery: DistillConfig,
+    output: str | Path,
+    *,
+    progress: ProgressCallback = lambda event: None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[Report, Distilled]:
+    """`compress`, then `distill` on its result. Killed and started again, it goes on where it was.
+
+    Args:
+        output: the recovered model; the one before recovery lies in `OUTPUT.plain` meanwhile.
+
+    Returns:
+        The report of the recovered model, and what the distillation did.
+
+    Raises:
+        As `compress` and `distill`.
+    """
+    output = Path(output)
+    check_output(output, overwrite)
+    plain = output.with_name(output.name + ".plain")
+    if not _is_made(plain, str(model), config):
+        compress(
+            model,
+            config,
+            plain,
+            progress=progress,
+            device=device,
+            overwrite=True,
+            trust_remote_code=trust_remote_code,
+        )
+    done = distill(
+        plain,
+        output,
+        recovery,
+        teacher=str(model),
+        progress=progress,
+        device=device,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    shutil.rmtree(plain)
+    report = Report.from_dict(ckpt.read_report(output))
+    return replace(report, seconds=done.seconds), done
+
+
+def _is_made(folder: Path, model: str, config: CompressConfig) -> bool:
+    """Whether an earlier run has compressed this model with these settings."""
+    try:
+        report = ckpt.read_report(folder)
+    except FormatError:
+        return False
+    same = CompressConfig.from_dict(report["config"]) == config
+    return bool(report["model"] == model and same)

@@ -1,0 +1,314 @@
+"""Recovery on tiny models: what it promises about accuracy, bytes, resumption and bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pocketllm
+from pocketllm import DistillConfig, LoopConfig
+from pocketllm.errors import ConfigError, FormatError, OutputError, ResumeError, SourceError, TrainingError
+from pocketllm.model.checkpoint import folder_bytes, read_report
+from pocketllm.model.rewrite import stored_sizes
+from pocketllm.model.workspace import locked
+from pocketllm.recover.chain import compress_and_distill
+from tests import tiny
+
+SENTENCE = "the quick brown fox jumps over the lazy dog. "
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense model `m`, its compressed form `c` and a text `t.txt`."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("recover")
+    source = tiny.save(folder / "m")
+    pocketllm.compress(source, tiny.calibrated(tiny.settings()), folder / "c")
+    (folder / "t.txt").write_text(SENTENCE * 40)
+    return folder
+
+
+def config(made: Path, **changes: Any) -> DistillConfig:
+    """A quick distillation; `loop` changes settings of the loop."""
+    loop = LoopConfig(
+        **{
+            "batch_size": 4,
+            "eval_every": 4,
+            "checkpoint_every": 3,
+            "dtype": "float32",
+            **changes.pop("loop", {}),
+        }
+    )
+    values = {
+        "steps": 8,
+        "context": 24,
+        "texts": (str(made / "t.txt"),),
+        "validation_windows": 4,
+        "loop": loop,
+    }
+    return DistillConfig(**{**values, "lr_codebook": 1e-2, **changes})
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file."""
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()
+    }
+
+
+def logits(folder: Path, mode: str = "dense") -> torch.Tensor:
+    model, _ = pocketllm.load(folder, mode=mode, dtype=torch.float32)
+    return model(torch.arange(20)[None] + 30).logits.detach()
+
+
+def test_distillation_lowers_the_divergence_and_keeps_bytes_and_indices(made: Path, tmp_path: Path) -> None:
+    before = digest(made / "c")
+    done = pocketllm.distill(made / "c", tmp_path / "o", config(made))
+    assert done.kl_stored < 0.95 * done.kl_before
+    assert done.kl_stored == pytest.approx(done.kl_best, rel=0.02)
+    assert digest(made / "c") == before
+    assert stored_sizes(tmp_path / "o")[0] == stored_sizes(made / "c")[0]
+    report = read_report(tmp_path / "o")
+    assert report["bytes_on_disk"] == folder_bytes(tmp_path / "o") == done.bytes_on_disk
+    assert report["recover"]["method"] == "distill"
+    assert sum(report["bytes_by_part"].values()) == report["bytes_on_disk"]
+    from safetensors import safe_open
+
+    with (
+        safe_open(made / "c" / "model.safetensors", "pt") as old,
+        safe_open(tmp_path / "o" / "model.safetensors", "pt") as new,
+    ):
+        indices = [key for key in new.keys() if key.endswith(".indices")]  # noqa: SIM118
+        assert indices
+        assert all(torch.equal(old.get_tensor(key), new.get_tensor(key)) for key in indices)
+    log = tmp_path / "o.log"
+    assert [json.loads(line)["step"] for line in (log / "steps.jsonl").read_text().splitlines()] == list(
+        range(1, 9)
+    )
+    assert json.loads((log / "summary.json").read_text())["kl_stored"] == done.kl_stored
+    assert (log / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "o.partial").exists()
+
+
+def test_the_reported_divergence_is_that_of_the_loaded_model(made: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from pocketllm.recover.distill import training_windows
+
+    settings = config(made, steps=2)
+    done = pocketllm.distill(made / "c", tmp_path / "o", settings)
+    for mode in ("dense", "packed"):
+        model, tokenizer = pocketllm.load(tmp_path / "o", mode=mode, dtype=torch.float32)
+        windows = training_windows(tokenizer, settings)[1]
+        teacher = AutoModelForCausalLM.from_pretrained(made / "m", dtype=torch.float32)
+        with torch.no_grad():
+            wanted, found = (m(windows).logits.log_softmax(-1) for m in (teacher, model))
+        kl = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+        assert kl == pytest.approx(done.kl_stored, rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "gemma", "gpt_neox"])
+def test_every_architecture_is_distilled(architecture: str, made: Path, tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "m", architecture)
+    pocketllm.compress(source, tiny.calibrated(tiny.settings()), tmp_path / "c")
+    done = pocketllm.distill(tmp_path / "c", tmp_path / "o", config(made, steps=4))
+    assert done.kl_stored < done.kl_before
+
+
+@pytest.mark.parametrize("codec", [{"decoder": "row"}, {"row_scale": False}])
+def test_other_forms_are_distilled(codec: dict[str, Any], made: Path, tmp_path: Path) -> None:
+    pocketllm.compress(made / "m", tiny.settings(codec=codec), tmp_path / "c")
+    done = pocketllm.distill(tmp_path / "c", tmp_path / "o", config(made, steps=4))
+    assert done.kl_stored < done.kl_before
+    assert ("row scales" in done.trained_parameters) == codec.get("row_scale", True)
+
+
+@pytest.mark.parametrize("source", ["fit", "seed"])
+def test_overlapping_indices_are_distilled(source: str, made: Path, tmp_path: Path) -> None:
+    codec = {"trellis_width": 6, "codebook_source": source, "max_sample": 1 << 12}
+    settings = tiny.target(4.5, codec=codec, codebook_scope="model")
+    pocketllm.compress(made / "m", tiny.calibrated(settings), tmp_path / "c")
+    done = pocketllm.distill(tmp_path / "c", tmp_path / "o", config(made, steps=4))
+    assert done.kl_stored < done.kl_before
+    assert ("codebooks" in done.trained_parameters) == (source == "fit")
+
+
+def stop_at(step: int) -> Callable[[Any], None]:
+    """A progress callback that ends the run after a step, as Ctrl-C does."""
+
+    def progress(event: Any) -> None:
+        if event.stage == "train" and f"step {step} " in event.detail:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("step", [1, 4, 8])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(step: int, made: Path, tmp_path: Path) -> None:
+    whole = pocketllm.distill(made / "c", tmp_path / "whole", config(made))
+    with pytest.raises(KeyboardInterrupt):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made), progress=stop_at(step))
+    assert not (tmp_path / "o").exists()
+    told: list[str] = []
+    done = pocketllm.distill(
+        made / "c", tmp_path / "o", config(made), progress=lambda e: told.append(e.detail)
+    )
+    assert digest(tmp_path / "o") == digest(tmp_path / "whole")
+    assert (done.kl_before, done.kl_best) == (whole.kl_before, whole.kl_best)
+    assert not any(f"step {step - step % 3} " in line for line in told)  # before the last checkpoint
+
+
+def test_other_arguments_do_not_continue_a_run(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made), progress=stop_at(3))
+    with pytest.raises(ResumeError, match=r"lr_scale: 0.003 then, 0.001 now"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made, lr_scale=1e-3))
+
+
+def test_parts_of_a_batch_add_up(made: Path, tmp_path: Path) -> None:
+    found = [
+        pocketllm.distill(made / "c", tmp_path / f"o{n}", config(made, steps=4, loop=loop)).kl_best
+        for n, loop in enumerate([{}, {"micro_batch": 1}, {"gradient_checkpointing": True}])
+    ]
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-3)
+
+
+def test_bfloat16_and_cached_teacher_lower_it_too(made: Path, tmp_path: Path) -> None:
+    for n, changes in enumerate([{"loop": {"dtype": "bfloat16"}}, {"teacher_top_k": 8}]):
+        done = pocketllm.distill(made / "c", tmp_path / f"o{n}", config(made, **changes))
+        assert done.kl_stored < done.kl_before
+
+
+def test_it_stops_early_and_keeps_the_best(made: Path, tmp_path: Path) -> None:
+    bad = config(made, steps=40, lr_codebook=3.0, loop={"patience": 2, "eval_every": 1, "warmup": 0.0})
+    done = pocketllm.distill(made / "c", tmp_path / "o", bad)
+    assert done.stopped_early
+    assert done.steps < 40
+    assert done.best_step < done.steps
+    assert done.kl_best <= done.kl_before
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(made: Path, tmp_path: Path) -> None:
+    bad = config(made, lr_codebook=1e38, loop={"warmup": 0.0})
+    with pytest.raises(TrainingError, match=r"step 2: the loss is .*state after step 1 is kept"):
+        pocketllm.distill(made / "c", tmp_path / "o", bad)
+    assert (tmp_path / "o.partial" / "checkpoint.safetensors").is_file()
+    assert not (tmp_path / "o").exists()
+
+
+def test_bad_input(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="not a model compressed by pocketllm"):
+        pocketllm.distill(made / "m", tmp_path / "o", config(made))
+    with pytest.raises(ConfigError, match="not one window of 2000"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made, context=2000))
+    with pytest.raises(ConfigError, match="has 1 window of 1000 tokens, wanted at least two"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made, context=1000))
+    with pytest.raises(SourceError, match="no such file"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made, texts=("nowhere.txt",)))
+    with pytest.raises(OutputError, match="is the model itself"):
+        pocketllm.distill(made / "c", made / "c", config(made), overwrite=True)
+    with pytest.raises(OutputError, match="already there"):
+        pocketllm.distill(made / "c", made / "c", config(made))
+    with pytest.raises(TrainingError, match="nothing to train"):
+        still = config(made, lr_codebook=0, lr_decoder=0, lr_scale=0, lr_norm=0)
+        pocketllm.distill(made / "c", tmp_path / "o", still)
+    with pytest.raises(SourceError, match="no such folder"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made), teacher="./nowhere")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(made: Path, tmp_path: Path) -> None:
+    larger = tiny.save(tmp_path / "larger", vocab_size=128)
+    with pytest.raises(ConfigError, match=r"larger has a vocabulary of 128 tokens, .* one of 96"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made), teacher=str(larger))
+    other = tiny.save(tmp_path / "other")
+    path = other / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"a":', '"\u00e4":'), encoding="utf-8")
+    with pytest.raises(ConfigError, match="as many tokens, but other ones"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made), teacher=str(other))
+
+
+def test_an_output_in_use_is_refused(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made), progress=stop_at(3))
+    with locked(tmp_path / "o.partial"), pytest.raises(OutputError, match="in use by another process"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made))
+
+
+def test_compress_and_distill_in_one_go(made: Path, tmp_path: Path) -> None:
+    settings = tiny.calibrated(tiny.settings())
+    report, done = compress_and_distill(made / "m", settings, config(made), tmp_path / "o")
+    assert report.bytes_on_disk == folder_bytes(tmp_path / "o")
+    assert done.kl_stored < done.kl_before
+    assert not (tmp_path / "o.plain").exists()
+    apart = pocketllm.distill(made / "c", tmp_path / "apart", config(made), teacher=str(made / "m"))
+    assert apart.kl_stored == done.kl_stored
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-c", "from pocketllm.cli import main; main()", *map(str, arguments)]
+
+
+def finetune(made: Path, output: Path, *more: str) -> list[str]:
+    text = ("--text", str(made / "t.txt"), "--context", "24", "--steps", "12", "--batch-size", "2")
+    return command("finetune", made / "c", "-o", output, *text, "--checkpoint-every", "1", *more)
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_killed_on_the_command_line_it_goes_on_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    whole = run(finetune(made, tmp_path / "whole", "--json"))
+    assert whole.returncode == 0, whole.stderr
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        finetune(made, tmp_path / "o"), stderr=subprocess.DEVNULL, env=environment
+    ) as started:
+        while started.poll() is None and not (tmp_path / "o.partial" / "checkpoint.safetensors").exists():
+            time.sleep(0.002)
+        started.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "o").exists()
+    again = run(finetune(made, tmp_path / "o", "--json"))
+    assert again.returncode == 0, again.stderr
+    assert digest(tmp_path / "o") == digest(tmp_path / "whole")
+    values = json.loads(again.stdout)
+    assert values["kl_stored"] < values["kl_before"]
+    assert "step 12 of 12" in again.stderr
+
+
+def test_command_line_says_what_is_wrong(made: Path, tmp_path: Path) -> None:
+    planned = run(finetune(made, tmp_path / "o", "--dry-run", "--json"))
+    assert planned.returncode == 0, planned.stderr
+    values = json.loads(planned.stdout)
+    assert (values["steps"], values["tokens"], values["bytes_added_to_weights"]) == (12, 12 * 2 * 24, 0)
+    report = read_report(made / "c")
+    assert values["trained_parameters"]["row scales"] * 2 == report["bytes_by_part"]["row_scales"]
+    wrong = run(finetune(made, tmp_path / "o", "--rank", "4"))
+    assert wrong.returncode == 2
+    assert "--rank has no meaning with --method distill" in wrong.stderr
+    missing = run(command("finetune", made / "m", "-o", tmp_path / "o"))
+    assert missing.returncode == 1
+    assert not (tmp_path / "o.partial").exists()
+
+
+def test_settings_are_checked() -> None:
+    for loop in ({"batch_size": 0}, {"warmup": 1.0}, {"dtype": "float16"}, {"patience": -1}):
+        with pytest.raises(ConfigError):
+            LoopConfig(**loop)
+    for changes in ({"steps": 0}, {"context": 1}, {"validation_windows": 0}, {"lr_norm": -1}):
+        with pytest.raises(ConfigError):
+            dataclasses.replace(DistillConfig(), **changes)
