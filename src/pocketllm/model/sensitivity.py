@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from pocketllm.codec.feedback import factorize
 from pocketllm.codec.rotation import rotate_hessian
-from pocketllm.model.calibration import BlockStream
+from pocketllm.model.calibration import BlockStream, add_square
+from pocketllm.model.compute import autocast
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix
 from pocketllm.model.source import DenseCheckpoint
@@ -136,15 +137,17 @@ class _Head:
         generator = torch.Generator().manual_seed(self.seed + number)
         with torch.no_grad():
             flat, out = final.detach().reshape(-1, final.shape[-1]), []
-            self.hessian.addmm_(flat.T, flat)
+            add_square(self.hessian, flat)
             weight_gradient = torch.zeros_like(self.head.weight)
             for part in flat.split(_LOGITS_AT_ONCE):
-                logits = self.head(part).float()
+                with autocast(flat.device):
+                    logits = self.head(part).float()
                 p = logits.softmax(dim=-1)
                 drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
                 p.scatter_add_(1, drawn, torch.full_like(p[:, :1], -1.0))  # d loss / d logits
-                weight_gradient.addmm_(p.T, part)
-                out.append(p @ self.head.weight)
+                with autocast(flat.device):
+                    weight_gradient += p.T @ part
+                    out.append((p @ self.head.weight).float())
             self.rows += weight_gradient.square().sum(dim=1)
             final_gradient = torch.cat(out).reshape(final.shape)
         final.backward(final_gradient)
