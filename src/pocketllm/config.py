@@ -282,7 +282,7 @@ class DistillConfig:
 
     texts: files or folders; none takes the text that comes with Python. context: tokens per window.
     validation_windows: kept out of training. validation_text: take them from here instead.
-    lr_codebook: of codebooks (about unit size). lr_scale: of row scales, relative. lr_decoder: of decoders.
+    lr_codebook, lr_scale: of codebooks and of row scales, relative to their size. lr_decoder: of decoders.
     lr_norm: of norms, biases and other vectors. A rate of 0 leaves its group as it is.
     teacher_top_k: keep the teacher's k most likely tokens, computed once; 0 runs it on every batch.
     """

@@ -138,7 +138,7 @@ def test_other_forms_are_distilled(codec: dict[str, Any], made: Path, tmp_path: 
 @pytest.mark.parametrize("source", ["fit", "seed"])
 def test_overlapping_indices_are_distilled(source: str, made: Path, tmp_path: Path) -> None:
     codec = {"trellis_width": 6, "codebook_source": source, "max_sample": 1 << 12}
-    settings = tiny.target(4.5, codec=codec, codebook_scope="model")
+    settings = tiny.target(4.5, codec=codec)
     pocketllm.compress(made / "m", tiny.calibrated(settings), tmp_path / "c")
     done = pocketllm.distill(tmp_path / "c", tmp_path / "o", config(made, steps=4))
     assert done.kl_stored < done.kl_before
@@ -201,7 +201,7 @@ def test_it_stops_early_and_keeps_the_best(made: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(made: Path, tmp_path: Path) -> None:
-    bad = config(made, lr_codebook=1e38, loop={"warmup": 0.0})
+    bad = config(made, lr_codebook=1e30, loop={"warmup": 0.0})
     with pytest.raises(TrainingError, match=r"step 2: the loss is .*state after step 1 is kept"):
         pocketllm.distill(made / "c", tmp_path / "o", bad)
     assert (tmp_path / "o.partial" / "checkpoint.safetensors").is_file()
@@ -219,7 +219,7 @@ def test_bad_input(made: Path, tmp_path: Path) -> None:
         pocketllm.distill(made / "c", tmp_path / "o", config(made, texts=("nowhere.txt",)))
     with pytest.raises(OutputError, match="is the model itself"):
         pocketllm.distill(made / "c", made / "c", config(made), overwrite=True)
-    with pytest.raises(OutputError, match="already there"):
+    with pytest.raises(OutputError, match="there already"):
         pocketllm.distill(made / "c", made / "c", config(made))
     with pytest.raises(TrainingError, match="nothing to train"):
         still = config(made, lr_codebook=0, lr_decoder=0, lr_scale=0, lr_norm=0)

@@ -83,8 +83,9 @@ class Distillation:
         gains = [m.gain for m in self.student.modules() if isinstance(m, TrainableMatrix)]
         coded = {id(p) for p in [*store.parameters(), *gains]}
         vectors = [p for p in self.student.parameters() if p.requires_grad and id(p) not in coded]
+        codebooks = [c for c in store.codebooks if c.requires_grad]
         return [
-            Group("codebooks", config.lr_codebook, [c for c in store.codebooks if c.requires_grad]),
+            *(Group("codebooks", config.lr_codebook * _rms(c), [c]) for c in codebooks),
             Group("decoders", config.lr_decoder, [*store.ups, *store.downs]),
             Group("row scales", config.lr_scale, [gain for gain in gains if gain.requires_grad]),
             Group("norms and biases", config.lr_norm, vectors),
@@ -125,6 +126,11 @@ class Distillation:
         if not torch.is_grad_enabled():
             hidden, weight = hidden.detach(), weight.detach()
         return head_divergence(hidden, weight, bias, target, self.dtype, scale)
+
+
+def _rms(codebook: Tensor) -> float:
+    """Typical size of a codebook's numbers: about 1 where rows have scales."""
+    return float(codebook.detach().square().mean().sqrt())
 
 
 def distill(
@@ -206,7 +212,7 @@ def distill(
         kl_before=at.history[0][1],
         kl_best=at.best_loss,
         kl_stored=kl_stored,
-        trained_parameters={g.name: sum(p.numel() for p in g.parameters) for g in loop.groups},
+        trained_parameters=loop.trained(),
         training_windows=len(windows[0]),
         validation_windows=len(windows[1]),
         seconds=time.monotonic() - started,

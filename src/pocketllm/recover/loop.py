@@ -102,6 +102,13 @@ class Loop:
         self.best: list[Tensor] = []
         self.at = Progress()
 
+    def trained(self) -> dict[str, int]:
+        """Number of trained parameters by name of the group."""
+        counts: dict[str, int] = {}
+        for group in self.groups:
+            counts[group.name] = counts.get(group.name, 0) + sum(p.numel() for p in group.parameters)
+        return counts
+
     def run(self, progress: Callable[[Told], None]) -> Progress:
         """Train; afterwards the parameters are those of the best validation.
 

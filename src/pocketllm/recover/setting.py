@@ -94,7 +94,8 @@ def check_vocabulary(teacher: Path, base: Base) -> None:
 
 def enable_checkpointing(model: Any) -> None:
     """Compute activations again on the way back; layers stay in evaluation mode (no dropout)."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True  # of the wrapper alone, not of what it contains

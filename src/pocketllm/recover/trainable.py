@@ -37,6 +37,7 @@ class TrainableStore(nn.Module):
         self.downs = nn.ParameterList(nn.Parameter(net.down.float()) for net in nets)
         for codebook, seed in zip(self.codebooks, self.seeds, strict=True):
             codebook.requires_grad_(seed is None)  # what is drawn from a seed is not stored
+        self.pairs: set[tuple[int, int]] = set()
         self._cache: dict[tuple[int, int, bool], tuple[Tensor, ...]] = {}
         self._weights: dict[int, Tensor] = {}
 
@@ -49,9 +50,14 @@ class TrainableStore(nn.Module):
         return found
 
     def refresh(self) -> None:
-        """Forget what was computed from earlier parameters; to be called before each forward pass."""
+        """Forget what was computed from earlier parameters; to be called before each forward pass.
+
+        Tables are made at once: inside a checkpointed layer they would be taken for its activations.
+        """
         self._cache.clear()
         self._weights.clear()
+        for pair in sorted(self.pairs):
+            self.shared(*pair)
 
     def shared(self, codebook: int, decoder: int) -> tuple[Tensor, ...]:
         """What decodes the indices: (table [K, d],) in the look-up form, else (codebook, up, down)."""
@@ -87,6 +93,7 @@ class TrainableMatrix(PackedMatrix):
         self.register_buffer("scale", scale, persistent=False)
         self.gain = nn.Parameter(torch.zeros_like(scale), requires_grad=stored is not None)
         self._trained = [store]
+        store.pairs.add((self.entry.codebook, self.entry.decoder))
         self.uses = 1
 
     def shared(self) -> tuple[Tensor, ...]:
