@@ -14,11 +14,16 @@ One pass forward and one backward, one block of the model in memory at a time.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pocketllm.codec.feedback import factorize
@@ -45,6 +50,24 @@ class Sensitivity:
     head_hessian: Tensor
     head_share: dict[str, float]
     row_importance: dict[str, Tensor]
+
+    def save(self, path: Path) -> None:
+        """Write to a temporary name and rename when whole."""
+        rows = {f"rows|{name}": value for name, value in self.row_importance.items()}
+        facts = json.dumps({"importance": self.importance, "head_share": self.head_share})
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"head_hessian": self.head_hessian.contiguous(), **rows}, str(temporary), {"facts": facts})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Sensitivity:
+        """Inverse of `save`."""
+        with safe_open(str(path), framework="pt") as handle:
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            facts = json.loads(handle.metadata()["facts"])
+        hessian = tensors.pop("head_hessian")
+        rows = {name.removeprefix("rows|"): value for name, value in tensors.items()}
+        return cls(facts["importance"], hessian, facts["head_share"], rows)
 
 
 def measure(
