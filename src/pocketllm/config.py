@@ -109,7 +109,7 @@ class CalibrationConfig:
     texts: files or folders; none takes the text that comes with Python.
     """
 
-    tokens: int = 32768
+    tokens: int = 65536
     context: int = 512
     sensitivity_tokens: int = 4096
     damping: float = 0.01
@@ -407,6 +407,7 @@ def _calibrated(bpw: float) -> CompressConfig:
     return CompressConfig(
         codec=CodecConfig(trellis_width=12, kmeans_iterations=10, max_sample=1 << 18),
         calibration=CalibrationConfig(),
+        decoder_scope="matrix",
         target_bpw=bpw,
     )
 
