@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/loading.md", "docs/evaluation.md")
+PAGES = ("docs/calibration.md", "README.md", "docs/results.md", "docs/loading.md", "docs/evaluation.md")
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -177,8 +177,75 @@ def _beside(value: float, gap: dict[str, float]) -> str:
     return f"{value:.1%} ({gap['difference'] * 100:+.1f} ± {gap['stderr'] * 100:.1f})"
 
 
+_CALIBRATED_HEAD = [
+    "setting",
+    "bpw of blocks",
+    "MB on disk",
+    "files smaller, bf16 / fp32",
+    "perplexity",
+    "proxy error",
+    "seconds",
+    "peak GB",
+]
+
+
+def _calibrated_row(name: str, entry: dict[str, Any]) -> list[str]:
+    return [
+        name,
+        f"{entry['bpw_blocks']:.2f}",
+        f"{entry['bytes_on_disk'] / 1e6:.1f}",
+        f"{entry['ratio_files_bf16']:.2f} / {entry['ratio_files_fp32']:.2f}",
+        _perplexity(entry["perplexity"]),
+        f"{entry['proxy_error_blocks']:.4f}",
+        f"{entry['seconds']:.0f}",
+        f"{entry['peak_memory_bytes'] / 1e9:.1f}",
+    ]
+
+
+def calibrated() -> str:
+    """Calibrated compression at several targets."""
+    found = _load("calibrated")
+    rows = [["dense (bf16)", "16", "272.6", "1 / 2", f"{found['dense_perplexity']:.2f}", "", "", ""]]
+    rows += [
+        _calibrated_row(n, e) for n, e in found["settings"].items() if n.startswith(("blocks", "everything"))
+    ]
+    note = (
+        "SmolLM2-135M; 'blocks': embedding and head left in bf16, 'everything': coded too. "
+        f"{found['text']}, context {found['context']}, first {found['windows']} windows, evaluated in "
+        f"{found['dtype']}; calibrated on {found['calibration']}; {found['machine']['processor']}, "
+        f"{found['machine']['threads']} threads, other work beside it. `{found['command']}`"
+    )
+    return f"{_table(_CALIBRATED_HEAD, rows)}\n\n{note}"
+
+
+def ablations() -> str:
+    """One choice changed at a time, at 2.05 bits per weight of the blocks."""
+    found = _load("calibrated")["settings"]
+    rows = [_calibrated_row("2.05, default", found["blocks at 2.05"])]
+    rows += [_calibrated_row(n, e) for n, e in found.items() if n.startswith("2.05")]
+    return _table(_CALIBRATED_HEAD, rows) + "\n\n`python benchmarks/calibrated.py`"
+
+
+def rotation() -> str:
+    """Proxy error without rotation, with the fast one, with a dense one."""
+    found = _load("rotation")
+    names = {"none": "none", "fast": "Hadamard and Hartley (used)", "dense": "dense random orthogonal"}
+    kinds = list(found["by_kind"]["fast"])
+    rows = [
+        [title, *(f"{found['by_kind'][name][kind]:.4f}" for kind in kinds), f"{found['mean'][name]:.4f}"]
+        for name, title in names.items()
+    ]
+    head = ["rotation", *(f"`{kind.split('.')[-1]}`" for kind in kinds), "mean"]
+    blocks = ", ".join(map(str, found["blocks"]))
+    note = f"Proxy error at 2 bits per weight, blocks {blocks} of SmolLM2-135M. `{found['command']}`"
+    return f"{_table(head, rows)}\n\n{note}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
+    "calibrated": calibrated,
+    "ablations": ablations,
+    "rotation": rotation,
     "codec_floor": codec_floor,
     "loading": loading,
     "tasks": tasks,
@@ -189,7 +256,8 @@ def filled(page: str) -> str:
     """The page with every `<!-- NAME:begin -->` ... `<!-- NAME:end -->` filled in."""
     for name, make in TABLES.items():
         pattern = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        if pattern.search(page) and (RESULTS / f"{name}.json").is_file():
+        source = {"ablations": "calibrated"}.get(name, name)
+        if pattern.search(page) and (RESULTS / f"{source}.json").is_file():
             body = make()
             page = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", page)
     return page
