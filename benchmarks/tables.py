@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/loading.md")
+PAGES = ("README.md", "docs/results.md", "docs/loading.md", "docs/evaluation.md")
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -119,14 +119,77 @@ def loading() -> str:
     return f"{_table(head, rows)}\n\n{note}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"presets": presets, "codec_floor": codec_floor, "loading": loading}
+_TASK_TITLES = {
+    "winogrande": "WinoGrande",
+    "piqa": "PIQA",
+    "hellaswag": "HellaSwag",
+    "arc_easy": "ARC-E",
+    "arc_challenge": "ARC-C",
+    "boolq": "BoolQ",
+    "openbookqa": "OBQA",
+    "lambada_openai": "LAMBADA",
+}
+
+
+def tasks() -> str:
+    """Zero-shot accuracy of compressed models beside the dense one; the differences in brackets."""
+    found = _load("tasks")
+    dense = found["dense"]
+    names = [name for name in _TASK_TITLES if name in dense["tasks"]]
+    names += [name for name in dense["tasks"] if name not in _TASK_TITLES]
+    rows = [
+        ["dense (bf16)", "16", f"{dense['bytes_on_disk'] / 1e6:.1f}", f"{dense['perplexity']:.2f}", "", ""]
+    ]
+    rows[0] += [f"{dense['tasks'][n]['acc']:.1%} ± {dense['tasks'][n]['acc_stderr']:.1%}" for n in names]
+    rows[0] += [f"{dense['average']['all']['acc']:.1%} ± {dense['average']['all']['stderr']:.1%}", ""]
+    for name, entry in found["models"].items():
+        gaps = entry["difference"]
+        mean = gaps["average"]["all"]
+        kept = mean["margin_kept"]
+        rows.append(
+            [
+                name,
+                f"{entry['bpw_blocks']:.2f}",
+                f"{entry['bytes_on_disk'] / 1e6:.1f}",
+                _perplexity(entry["perplexity"]),
+                f"{entry['kl']:.3f}",
+                f"{entry['top1_agreement']:.1%}",
+                *(_beside(entry["tasks"][n]["acc"], gaps["tasks"][n]["acc"]) for n in names),
+                _beside(entry["average"]["all"]["acc"], mean),
+                "" if kept is None else f"{kept:.0%}",
+            ]
+        )
+    head = ["model", "bpw of blocks", "MB on disk", "perplexity", "KL, nats", "same top token"]
+    head += [*(_TASK_TITLES.get(name, name) for name in names), "average", "margin over chance kept"]
+    which = "all documents" if found["limit"] is None else f"the first {found['limit']} documents of each"
+    version = dense["tasks"][names[0]]["versions"]["lm-eval"]
+    seconds = sum(task["seconds"] for task in dense["tasks"].values())
+    note = (
+        f"SmolLM2-135M. Tasks: lm-eval {version}, zero-shot, acc, {which} ({seconds:.0f} seconds a model); "
+        "in brackets the difference to dense with its standard error, paired by document. Perplexity and KL: "
+        f"{found['text']}, context {found['context']}, first {found['windows']} windows. Evaluated in "
+        f"{found['dtype'].removeprefix('torch.')}. `{found['command']}`"
+    )
+    return f"{_table(head, rows)}\n\n{note}"
+
+
+def _beside(value: float, gap: dict[str, float]) -> str:
+    return f"{value:.1%} ({gap['difference'] * 100:+.1f} ± {gap['stderr'] * 100:.1f})"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "presets": presets,
+    "codec_floor": codec_floor,
+    "loading": loading,
+    "tasks": tasks,
+}
 
 
 def filled(page: str) -> str:
     """The page with every `<!-- NAME:begin -->` ... `<!-- NAME:end -->` filled in."""
     for name, make in TABLES.items():
         pattern = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        if pattern.search(page):
+        if pattern.search(page) and (RESULTS / f"{name}.json").is_file():
             body = make()
             page = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", page)
     return page

@@ -109,7 +109,7 @@ class CalibrationConfig:
     texts: files or folders; none takes the text that comes with Python.
     """
 
-    tokens: int = 32768
+    tokens: int = 65536
     context: int = 512
     sensitivity_tokens: int = 4096
     damping: float = 0.01
@@ -312,6 +312,35 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """How a model is measured.
+
+    context: tokens per window of perplexity and divergence. windows: first ones used, None all.
+    limit: first documents of each task, None all. batch_tokens: tokens of a batch of task prompts, padding
+    counted. max_length: longest prompt of a task with its answer, in tokens.
+    """
+
+    context: int = 1024
+    windows: int | None = None
+    limit: int | None = None
+    batch_tokens: int = 1024
+    max_length: int = 2048
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError naming the field."""
+        for name, least in (
+            ("context", 2),
+            ("windows", 1),
+            ("limit", 1),
+            ("batch_tokens", 1),
+            ("max_length", 2),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}: got {value}, wanted at least {least}")
+
+
+@dataclass(frozen=True)
 class LoraTuneConfig:
     """Train a low-rank adapter on a frozen compressed base; defaults are the paper's recipe.
 
@@ -378,6 +407,7 @@ def _calibrated(bpw: float) -> CompressConfig:
     return CompressConfig(
         codec=CodecConfig(trellis_width=12, kmeans_iterations=10, max_sample=1 << 18),
         calibration=CalibrationConfig(),
+        decoder_scope="matrix",
         target_bpw=bpw,
     )
 

@@ -9,6 +9,8 @@ import torch
 
 import pocketllm
 from pocketllm.codec.codebook import nearest, nearest_torch
+from pocketllm.evaluate.harness import PocketLM
+from pocketllm.evaluate.kl import divergence
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -36,3 +38,17 @@ def test_compress_and_load(tmp_path: Path) -> None:
         with torch.inference_mode():
             logits.append(model(tokens).logits)
     assert torch.allclose(logits[0], logits[1], atol=1e-5)
+
+
+def test_evaluate() -> None:
+    text = "the same figures on both devices, within rounding. " * 8
+    requests = [(("", ""), list(range(5, 5 + n)), list(range(40, 43 + n))) for n in (1, 4, 9)]
+    scores, divergences = [], []
+    for device in ("cpu", "cuda"):
+        model = tiny.model().to(device)
+        scores += [PocketLM(model, tiny.tokenizer(), 64, 48)._loglikelihood_tokens(requests)]
+        other = tiny.model("qwen3")  # on the CPU: each model is asked where it is
+        divergences.append(divergence(model, other, tiny.tokenizer(), text, 40, 3).kl)
+    for (one, _), (two, _) in zip(*scores, strict=True):
+        assert one == pytest.approx(two, abs=1e-3)
+    assert divergences[0] == pytest.approx(divergences[1], rel=1e-3)

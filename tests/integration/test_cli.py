@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import pocketllm
 from pocketllm import cli
+from pocketllm.model.checkpoint import read_layout
 from tests import tiny
 
 SETTINGS = ["--vector-len", "5", "--codebook-size", "32", "--codebook-scope", "kind"]
@@ -133,6 +134,93 @@ def test_eval(run: Run, small: Path, source: Path, text: Path) -> None:
     assert not dense["compressed"] and dense["perplexity"] != found["perplexity"]
     code, out, _ = run("eval", small, *options)
     assert code == 0 and "context 32" in out and "3 windows" in out
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Local task files; results are kept in a cache of the test's own."""
+    monkeypatch.setenv("POCKETLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("POCKETLLM_DATA", raising=False)
+    folder = tmp_path / "data"
+    (folder / "piqa").mkdir(parents=True)
+    rows = [
+        {"goal": f"count to {n}", "sol1": "one two", "sol2": "2" * n, "label": n % 2} for n in range(1, 9)
+    ]
+    (folder / "piqa" / "valid.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "lambada").mkdir()
+    (folder / "lambada" / "test.jsonl").write_text('{"text": "one two"}\n{"text": "three four"}\n')
+    return folder
+
+
+def test_eval_beside_the_dense_model(
+    run: Run, small: Path, source: Path, text: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--ppl", text, "--context", "32", "--windows", "3", "--against", source]
+    options += ["--tasks", "piqa, lambada", "--data", data, "--limit", "6"]
+    found = run.json("eval", small, *options)
+    assert set(found) >= {
+        "kl",
+        "kl_stderr",
+        "top1_agreement",
+        "top1_agreement_stderr",
+        "average",
+        "difference",
+    }
+    assert found["compressed"] and found["matrices"] == len(read_layout(small).matrices)
+    assert found["kl"] > 0 and 0 <= found["top1_agreement"] <= 1 and found["limit"] == 6
+    against = found["against"]
+    assert not against["compressed"] and against["bytes_on_disk"] > found["bytes_on_disk"]
+    assert against["perplexity"] == pytest.approx(run.json("eval", source, *options[:6])["perplexity"])
+    piqa = found["tasks"]["piqa"]
+    assert set(piqa) >= {
+        "acc",
+        "acc_stderr",
+        "acc_norm",
+        "acc_norm_stderr",
+        "n",
+        "versions",
+        "limit",
+        "seconds",
+    }
+    assert (piqa["n"], found["tasks"]["lambada_openai"]["n"]) == (6, 2)
+    gap = found["difference"]["tasks"]["piqa"]["acc"]["difference"]
+    assert gap == pytest.approx(piqa["acc"] - against["tasks"]["piqa"]["acc"])
+    code, out, err = run("eval", small, *options)
+    assert code == 0 and "matrices verified" in out and "KL(other || this)" in out and "kept" in out
+    assert "paper's average (1 of 5)" in out and "not measured: winogrande" in out and "first 6" in out
+    assert "piqa" in err and "loglikelihood" not in err
+    code, out, _ = run("eval", small, "--tasks", "local", "--data", data)
+    assert code == 0 and "perplexity" in out and "difference" not in out
+    monkeypatch.setenv("POCKETLLM_DATA", str(data))
+    assert set(run.json("eval", small, "--tasks", "local", "--no-cache")["tasks"]) == {
+        "piqa",
+        "lambada_openai",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["SMALL"], 2, "nothing to measure"),
+        (["SMALL", "--tasks", "piqa", "--limit", "-1"], 2, "--limit"),
+        (["SMALL", "--tasks", "piqa", "--batch-tokens", "0"], 2, "batch_tokens"),
+        (["SMALL", "--tasks", "piqa", "--data", "nowhere"], 1, "nowhere is no folder"),
+        (["SMALL", "--tasks", "arc_easy", "--data", "DATA"], 1, "holds no arc_easy/test.jsonl"),
+        (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "OTHER"], 2, "another vocabulary"),
+        (["SMALL", "--ppl", "TEXT", "--against", "./nowhere"], 1, "no such folder"),
+    ],
+)
+def test_eval_errors(
+    arguments: list[str], code: int, words: str, run: Run, small: Path, text: Path, data: Path, tmp_path: Path
+) -> None:
+    other = tiny.save(tmp_path / "other")
+    vocabulary = json.loads((other / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"].pop("z")
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    places = {"SMALL": small, "TEXT": text, "DATA": data, "OTHER": other}
+    found, out, err = run("eval", *(places.get(argument, argument) for argument in arguments))
+    assert found == code, err
+    assert words in err and not out and "Traceback" not in err
 
 
 def test_generate(run: Run, small: Path) -> None:

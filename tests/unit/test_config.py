@@ -9,6 +9,7 @@ import pytest
 
 import pocketllm
 from pocketllm import CodecConfig, CompressConfig
+from pocketllm.config import EvalConfig
 from pocketllm.errors import ConfigError
 
 
@@ -89,3 +90,9 @@ def test_unknown_names() -> None:
 def test_hidden_grows_with_vector_len() -> None:
     assert CompressConfig().codec_for(16).hidden == 32
     assert CompressConfig().codec_for(2).hidden == 16
+
+
+@pytest.mark.parametrize("name", ["context", "windows", "limit", "batch_tokens", "max_length"])
+def test_evaluation_settings_are_checked(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: got 0, wanted at least"):
+        EvalConfig(**{name: 0})

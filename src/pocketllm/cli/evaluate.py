@@ -3,27 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pocketllm.cli.options import Device, Dtype, Json, Mode, Quiet, Seed, Threads, Trust, load_any, settle
-from pocketllm.cli.render import Output, size
-from pocketllm.errors import ConfigError
+from pocketllm.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Mode,
+    Quiet,
+    Seed,
+    Threads,
+    Trust,
+    dtype_of,
+    load_any,
+    settle,
+)
+from pocketllm.cli.render import Output
+from pocketllm.config import EvalConfig
+from pocketllm.errors import ConfigError, SourceError
 
 app = typer.Typer()
 
 
 @app.command(
     name="eval",
-    epilog="Example:\n\n  pocketllm eval smol-8x --ppl wiki.test.raw --context 1024 --windows 16",
+    epilog="Examples:\n\n  pocketllm eval smol-8x --ppl wiki.test.raw --context 1024 --windows 16\n\n"
+    "  pocketllm eval smol-8x --against builtin:smollm2-135m --ppl wiki.test.raw\n\n"
+    "  pocketllm eval smol-8x --against builtin:smollm2-135m --tasks piqa,arc_easy --data ./data --limit 400",
 )
 def evaluate(
     model: Annotated[str, typer.Argument(help="A compressed model; a dense one works, too.")],
-    ppl: Annotated[Path, typer.Option(help="UTF-8 text file to measure perplexity on.")],
-    context: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    ppl: Annotated[Path | None, typer.Option(help="UTF-8 text file to measure perplexity on.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Dense model to compare with; with --ppl also KL divergence to it.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="lm-eval tasks, with commas; `paper`: the paper's five; `local`: all that --data holds."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with local task files; docs/evaluation.md says which. "
+            "Default: $POCKETLLM_DATA, and the hub for what it lacks."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="First documents of each task; 0 takes all.")] = 0,
+    context: Annotated[int, typer.Option(help="Tokens per window.")] = EvalConfig.context,
     windows: Annotated[int, typer.Option(help="First windows used; 0 takes all.")] = 0,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch of task prompts.")] = (
+        EvalConfig.batch_tokens
+    ),
+    cache: Annotated[bool, typer.Option(help="Take earlier results of a task, and keep new ones.")] = True,
     mode: Mode = "dense",
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -32,31 +70,47 @@ def evaluate(
     quiet: Quiet = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Token perplexity in non-overlapping windows, the convention of the GPTQ and AQLM papers."""
-    from pocketllm.evaluate.perplexity import perplexity, read_text
+    """Perplexity, divergence from the dense model, and zero-shot tasks, side by side with the dense model."""
+    from pocketllm.cli.eval_tables import eval_tables
+    from pocketllm.evaluate.measure import Model, TaskOptions, measure
+    from pocketllm.evaluate.perplexity import read_text
+    from pocketllm.evaluate.tasks import check_installed, task_names
+    from pocketllm.model.source import resolve
 
-    if windows < 0:
-        raise ConfigError(f"--windows: got {windows}, wanted 0 (all) or more")
+    if ppl is None and tasks is None:
+        raise ConfigError("nothing to measure: give --ppl FILE, --tasks NAMES or both")
+    for name, number in (("--windows", windows), ("--limit", limit)):
+        if number < 0:
+            raise ConfigError(f"{name}: got {number}, wanted 0 (all) or more")
+    config = EvalConfig(context, windows or None, limit or None, batch_tokens)
+    folder = data or _default_data()
+    if data is not None and not data.is_dir():
+        raise SourceError(f"--data: {data} is no folder")
     show = Output(json, quiet)
-    text = read_text(ppl)
+    text = None if ppl is None else read_text(ppl)
+    options = None
+    if tasks is not None:
+        check_installed()
+        names = task_names([name for name in re.split(r"[,\s]+", tasks) if name], folder)
+        options = TaskOptions(tuple(names), folder, hub=data is None, cache=cache)
     settle(device, threads)
-    loaded, tokenizer, facts = load_any(model, mode, dtype, device, trust_remote_code)
-    with show.bars() as bars:
-        found = perplexity(
-            loaded, tokenizer, text, context, windows or None, lambda share: bars.update("eval", share, model)
+
+    def named(name: str, mode: str) -> Model:
+        setting = f"{dtype_of(dtype, device)}, {mode}, {device}"
+        return Model(
+            name, resolve(name), setting, lambda: load_any(name, mode, dtype, device, trust_remote_code)[:2]
         )
-    values = {
-        **dataclasses.asdict(found),
-        **facts,
-        "text": str(ppl),
-        "model": model,
-        "dtype": str(loaded.dtype),
-    }
-    show.result(
-        values,
-        f"perplexity {found.perplexity:.3f}   ({ppl.name}, context {found.context}, {found.windows} windows, "
-        f"{found.tokens} tokens; {size(facts['bytes_on_disk'])} on disk)",
-    )
+
+    other = None if against is None else named(against, "dense")
+    with show.bars() as bars:
+        values = measure(named(model, mode), other, text, options, config, bars.update)
+    values |= {"text": None if ppl is None else str(ppl), "dtype": str(dtype_of(dtype, device))}
+    show.result(values, *eval_tables(values))
+
+
+def _default_data() -> Path | None:
+    named = os.environ.get("POCKETLLM_DATA")
+    return Path(named) if named and Path(named).is_dir() else None
 
 
 @app.command(epilog='Example:\n\n  pocketllm generate smol-8x --prompt "The capital of France is"')

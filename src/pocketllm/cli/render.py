@@ -64,7 +64,7 @@ class Output:
             with shown:
                 yield Bars(self, shown)
         except KeyboardInterrupt:
-            self.stderr.print("interrupted; a compression goes on where it was when started again")
+            self.stderr.print("interrupted; started again, it goes on where it was")
             raise SystemExit(130) from None
 
 

@@ -96,9 +96,7 @@ def perplexity(
     Raises:
         ConfigError: as `token_windows`; or a context longer than the model's positions.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and context > positions:
-        raise ConfigError(f"context: got {context}, the model has {positions} positions; lower it")
+    check_context(model, context)
     parts = token_windows(tokenizer, text, context, windows)
     total, scored = 0.0, 0
     for number, window in enumerate(parts):
@@ -107,8 +105,19 @@ def perplexity(
         total += _negative_log_likelihood(logits, ids[0, 1:])
         scored += context - 1
         progress((number + 1) / len(parts))
-    mean = total / scored
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, context, len(parts), scored)
+    return Perplexity(exp_mean(total / scored), context, len(parts), scored)
+
+
+def check_context(model: Any, context: int) -> None:
+    """Raises ConfigError where the model has fewer positions than a window has tokens."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and context > positions:
+        raise ConfigError(f"context: got {context}, the model has {positions} positions; lower it")
+
+
+def exp_mean(mean: float) -> float:
+    """Perplexity of a mean negative log likelihood; infinite beyond what a float holds."""
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:

@@ -110,6 +110,10 @@ class PocketQuantizer(HfQuantizer):
             compute_weights(model)
         return model
 
+    def packed(self, model: Any) -> dict[str, PackedMatrix]:
+        """The packed matrices by parameter name; in mode `dense` those its weights were decoded from."""
+        return packed_matrices(model) if self._decoded is None else self._decoded[0]
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         """What `save_pretrained` writes: the packed form, in mode `dense`, too."""
         if self._decoded is None:

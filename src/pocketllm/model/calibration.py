@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pocketllm.errors import ConfigError, SourceError
 from pocketllm.evaluate.perplexity import read_text
+from pocketllm.model.compute import autocast
 from pocketllm.model.plan import Matrix
 from pocketllm.model.source import DenseCheckpoint
 
@@ -93,7 +94,7 @@ class BlockStream:
 
     Args:
         source: the dense model. windows: [N, context] token ids.
-        device: where blocks run, in float32.
+        device: where blocks run; activations between them are float32.
         batch: windows that run together; 0 takes about 4096 tokens.
         coded: weights outside the blocks to use instead of the dense ones.
     """
@@ -202,9 +203,10 @@ class BlockStream:
         model.config.num_hidden_layers = 1
         try:
             ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-            out = model(ids, use_cache=False).last_hidden_state
+            with autocast(self.device):
+                out = model(ids, use_cache=False).last_hidden_state
             assert isinstance(out, Tensor)
-            return out
+            return out.float()
         finally:
             model.config.num_hidden_layers = count
             setattr(owner, leaf, self.blocks)
@@ -221,10 +223,11 @@ class BlockStream:
     def call(self, block: Callable[..., Any], hidden: Tensor, number: int) -> Tensor:
         """Output of a block for an input that belongs to batch `number`."""
         args, kwargs = self.calls[number]
-        result = block(hidden, *args, **kwargs)
+        with autocast(self.device):
+            result = block(hidden, *args, **kwargs)
         out = result[0] if isinstance(result, tuple) else result
         assert isinstance(out, Tensor)
-        return out
+        return out.float()
 
     def hessians(self, path: str, block: nn.Module, matrices: list[Matrix]) -> dict[str, Tensor]:
         """H = E[x x^T] [columns, columns] float32 by matrix name; matrices with the same inputs share it.
@@ -236,6 +239,16 @@ class BlockStream:
         tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.hidden)
         scaled: dict[int, Tensor] = {}
         return {name: scaled.setdefault(id(total), total / tokens) for name, total in sums.items()}
+
+
+def add_square(total: Tensor, x: Tensor) -> None:
+    """total [C, C] += x^T x for x [tokens, C] float32, in place."""
+    if x.device.type == "cpu":
+        # numpy sees that both sides are the same and computes one triangle.
+        array = x.contiguous().numpy()
+        total += torch.from_numpy(array.T @ array)
+    else:
+        total.addmm_(x.T, x)
 
 
 class _CaughtError(Exception):
@@ -260,7 +273,7 @@ def _collecting(model: nn.Module, matrices: list[Matrix]) -> Iterator[dict[str, 
             flat = x.reshape(-1, x.shape[-1]).float()
             if matrix.name not in sums:
                 sums[matrix.name] = torch.zeros(matrix.columns, matrix.columns, device=flat.device)
-            sums[matrix.name].addmm_(flat.T, flat)
+            add_square(sums[matrix.name], flat)
 
         return collect
 

@@ -8,6 +8,7 @@ together in `OUTPUT.partial/final` and renamed to OUTPUT.
 
 from __future__ import annotations
 
+import hashlib
 import time
 import zlib
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import pocketllm
+from pocketllm.cache import cache_folder
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
 from pocketllm.codec.training import fit, fit_on_trellis
@@ -33,7 +36,6 @@ from pocketllm.model.source import DenseCheckpoint, open_dense, resolve
 from pocketllm.model.workspace import Workspace, check_output, output_error
 from pocketllm.model.write import codebook_unit, dry_report, planned
 
-_SENSITIVITY = "sensitivity.safetensors"
 _SAMPLED = 4  # rotated matrices of a kind that its codec is fitted to
 
 
@@ -93,7 +95,7 @@ def compress(
         windows = _calibration_windows(source, config)
         sensitivity = None
         if windows is not None:
-            sensitivity = _sensitivity(work, source, windows, config, checkpoint.plan, device, progress)
+            sensitivity = _sensitivity(source, windows, config, checkpoint.plan, device, progress)
             checkpoint = planned(source, config, str(model), sensitivity.importance)
         _fit_and_encode(work, source, checkpoint.plan, windows, sensitivity, device, progress)
         progress(Event("write", 0.0, "writing the checkpoint"))
@@ -121,12 +123,12 @@ def dry_run(
     checkpoint = planned(source, config, str(model))
     windows = _calibration_windows(source, config)
     if windows is not None:
-        found = _measured(source, windows, config, checkpoint.plan, device, progress)
+        found = _sensitivity(source, windows, config, checkpoint.plan, device, progress)
         checkpoint = planned(source, config, str(model), found.importance)
     return dry_report(checkpoint)
 
 
-def _measured(
+def _sensitivity(
     source: DenseCheckpoint,
     windows: Tensor,
     config: CompressConfig,
@@ -134,33 +136,21 @@ def _measured(
     device: str,
     progress: ProgressCallback,
 ) -> Sensitivity:
+    """What each matrix's errors cost. Kept in the cache: a dry run and every target of a model share it."""
     settings = config.calibration
     assert settings is not None
-    told = partial(_tell, progress, "measure", "sensitivity of every matrix")
     count = max(1, settings.sensitivity_tokens // windows.shape[1])
     chosen = windows[:: max(1, len(windows) // count)][:count]
-    return measure(source, chosen, list(plan.matrices), settings.damping, config.seed, device, told)
-
-
-def _sensitivity(
-    work: Workspace,
-    source: DenseCheckpoint,
-    windows: Tensor,
-    config: CompressConfig,
-    plan: Plan,
-    device: str,
-    progress: ProgressCallback,
-) -> Sensitivity:
-    """What each matrix's errors cost, measured now or by an earlier run."""
-    if not work.has(_SENSITIVITY):
-        found = _measured(source, windows, config, plan, device, progress)
-        rows = {f"rows.{name}": value for name, value in found.row_importance.items()}
-        facts = {"importance": found.importance, "head_share": found.head_share}
-        work.save(_SENSITIVITY, {"head_hessian": found.head_hessian, **rows}, facts)
-    tensors, facts = work.load(_SENSITIVITY)
-    hessian = tensors.pop("head_hessian")
-    rows = {name.removeprefix("rows."): value for name, value in tensors.items()}
-    return Sensitivity(facts["importance"], hessian, facts["head_share"], rows)
+    asked = (source.fingerprint(), pocketllm.__version__, settings.damping, config.seed, device)
+    names = [m.name for m in plan.matrices]
+    key = hashlib.sha256(repr((asked, torch.get_num_threads(), names)).encode() + chosen.numpy().tobytes())
+    path = cache_folder() / f"sensitivity-{key.hexdigest()[:16]}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        told = partial(_tell, progress, "measure", "sensitivity of every matrix")
+        found = measure(source, chosen, list(plan.matrices), settings.damping, config.seed, device, told)
+        found.save(path)
+    return Sensitivity.load(path)
 
 
 def _fit_and_encode(

@@ -118,7 +118,9 @@ def refine_block(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
 
     def output(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
-        result = functional_call(block, parameters.values(), (hidden, *args), kwargs)
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = parameters.values()
+        result = functional_call(block, values, (hidden, *args), kwargs)
         return result[0] if isinstance(result, tuple) else result
 
     def loss(number: int) -> Tensor:

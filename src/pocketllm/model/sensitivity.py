@@ -14,16 +14,22 @@ One pass forward and one backward, one block of the model in memory at a time.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pocketllm.codec.feedback import factorize
 from pocketllm.codec.rotation import rotate_hessian
-from pocketllm.model.calibration import BlockStream
+from pocketllm.model.calibration import BlockStream, add_square
+from pocketllm.model.compute import autocast
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix
 from pocketllm.model.source import DenseCheckpoint
@@ -44,6 +50,24 @@ class Sensitivity:
     head_hessian: Tensor
     head_share: dict[str, float]
     row_importance: dict[str, Tensor]
+
+    def save(self, path: Path) -> None:
+        """Write to a temporary name and rename when whole."""
+        rows = {f"rows|{name}": value for name, value in self.row_importance.items()}
+        facts = json.dumps({"importance": self.importance, "head_share": self.head_share})
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"head_hessian": self.head_hessian.contiguous(), **rows}, str(temporary), {"facts": facts})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Sensitivity:
+        """Inverse of `save`."""
+        with safe_open(str(path), framework="pt") as handle:
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            facts = json.loads(handle.metadata()["facts"])
+        hessian = tensors.pop("head_hessian")
+        rows = {name.removeprefix("rows|"): value for name, value in tensors.items()}
+        return cls(facts["importance"], hessian, facts["head_share"], rows)
 
 
 def measure(
@@ -136,15 +160,17 @@ class _Head:
         generator = torch.Generator().manual_seed(self.seed + number)
         with torch.no_grad():
             flat, out = final.detach().reshape(-1, final.shape[-1]), []
-            self.hessian.addmm_(flat.T, flat)
+            add_square(self.hessian, flat)
             weight_gradient = torch.zeros_like(self.head.weight)
             for part in flat.split(_LOGITS_AT_ONCE):
-                logits = self.head(part).float()
+                with autocast(flat.device):
+                    logits = self.head(part).float()
                 p = logits.softmax(dim=-1)
                 drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
                 p.scatter_add_(1, drawn, torch.full_like(p[:, :1], -1.0))  # d loss / d logits
-                weight_gradient.addmm_(p.T, part)
-                out.append(p @ self.head.weight)
+                with autocast(flat.device):
+                    weight_gradient += p.T @ part
+                    out.append((p @ self.head.weight).float())
             self.rows += weight_gradient.square().sum(dim=1)
             final_gradient = torch.cat(out).reshape(final.shape)
         final.backward(final_gradient)

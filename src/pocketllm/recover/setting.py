@@ -12,6 +12,7 @@ import torch
 import pocketllm
 from pocketllm.errors import ConfigError, OutputError, SourceError
 from pocketllm.model import checkpoint as ckpt
+from pocketllm.model.compute import fast_dtype
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products; `auto` is bfloat16 where the machine computes in it at full speed."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    has = (getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
-    return torch.bfloat16 if any(has) else torch.float32
+    return fast_dtype(device)
 
 
 def check_vocabulary(teacher: Path, base: Base) -> None:

@@ -1,0 +1,109 @@
+"""What `pocketllm eval` shows: the models, their text figures, their tasks side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from pocketllm.cli.render import size
+
+
+def eval_tables(values: Mapping[str, Any]) -> list[Table | str]:
+    """Everything measured, from the command's JSON values."""
+    shown: list[Table | str] = [_described(values)]
+    if values["against"]:
+        shown.append(f"against: {_described(values['against'])}")
+    if values["perplexity"] is not None:
+        shown.append(_text_table(values))
+    if values["tasks"]:
+        shown.append(_task_table(values))
+        shown += _notes(values)
+    return shown
+
+
+def _described(entry: Mapping[str, Any]) -> str:
+    kind = f"compressed, {entry['matrices']} matrices verified" if entry["compressed"] else "not compressed"
+    return f"{entry['model']}: {kind}; {size(entry['bytes_on_disk'])} on disk"
+
+
+def _text_table(values: Mapping[str, Any]) -> Table:
+    what = f"{escape(values['text'])}, context {values['context']}, {values['windows']} windows"
+    table = Table(title=f"{what}, {values['tokens']} tokens", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("perplexity", f"{values['perplexity']:.3f}")
+    if values["kl"] is not None:
+        table.add_row("perplexity of the other", f"{values['against']['perplexity']:.3f}")
+        table.add_row("KL(other || this), nats a token", _number(values["kl"], values["kl_stderr"], 5))
+        agreement = _percent(values["top1_agreement"], values["top1_agreement_stderr"])
+        table.add_row("same most likely token", agreement)
+    return table
+
+
+def _task_table(values: Mapping[str, Any]) -> Table:
+    other = values["against"]
+    table = Table(title="zero-shot tasks (± standard error)")
+    headers = ["task", "n", "metric", "this", *(["other", "difference"] if other else []), "chance"]
+    for header in [*headers, "seconds"]:
+        table.add_column(header, justify="left" if header in ("task", "metric") else "right")
+    for name, result in values["tasks"].items():
+        for metric in ("acc", "acc_norm"):
+            if result[metric] is None:
+                continue
+            row = [name, str(result["n"]), metric, _percent(result[metric], result[f"{metric}_stderr"])]
+            if other:
+                theirs = other["tasks"][name]
+                gap = values["difference"]["tasks"][name][metric]
+                row += [_percent(theirs[metric], theirs[f"{metric}_stderr"]), _gap(gap)]
+            chance = "" if result["chance"] is None else f"{result['chance']:.1%}"
+            table.add_row(*row, chance, "kept" if result["cached"] else f"{result['seconds']:.0f}")
+        for metric, entry in result["other"].items():
+            row = [name, str(result["n"]), metric, _number(entry["value"], entry["stderr"], 3)]
+            if other:
+                theirs = other["tasks"][name]["other"][metric]
+                row += [
+                    _number(theirs["value"], theirs["stderr"], 3),
+                    f"{entry['value'] - theirs['value']:+.3f}",
+                ]
+            table.add_row(*row, "", "")
+    table.add_section()
+    for title, key in (("average", "all"), ("paper's average", "paper")):
+        mean = values["average"][key]
+        if mean is not None:
+            if mean.get("missing"):
+                title += f" ({len(mean['tasks'])} of {len(mean['tasks']) + len(mean['missing'])})"
+            row = [title, str(len(mean["tasks"])), "acc", _percent(mean["acc"], mean["stderr"])]
+            if other:
+                base = other["average"][key]
+                row += [_percent(base["acc"], base["stderr"]), _gap(values["difference"]["average"][key])]
+            table.add_row(*row, f"{mean['chance']:.1%}", "")
+    return table
+
+
+def _notes(values: Mapping[str, Any]) -> list[str]:
+    notes = []
+    paper = values["average"]["paper"]
+    if paper:
+        missing = f"; not measured: {', '.join(paper['missing'])}" if paper["missing"] else ""
+        notes.append(f"paper's average is over {', '.join(paper['tasks'])}{missing}")
+    if values["against"]:
+        notes.append("differences: standard error paired by document")
+    if values["limit"] is not None:
+        notes.append(f"first {values['limit']} documents of each task; full figures differ")
+    return notes
+
+
+def _percent(value: float, error: float | None) -> str:
+    return f"{value:.1%}" if error is None else f"{value * 100:.1f} ± {error:.1%}"
+
+
+def _number(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _gap(gap: Mapping[str, Any]) -> str:
+    spread = "" if gap["stderr"] is None else f" ± {gap['stderr'] * 100:.1f}"
+    return f"{gap['difference'] * 100:+.1f}{spread}"

@@ -1,0 +1,147 @@
+"""How far a compressed model's next-token distribution is from the dense model's, on the same text.
+
+    kl = mean over positions of KL(dense || compressed) = sum over tokens p_dense · (log p_dense − log p)
+
+in nats, over the windows that perplexity is measured on, and the share of positions at which both models'
+most likely token is the same. Both tell small damage apart where perplexity does not: perplexity can stay
+when errors cancel, these cannot. Positions of one window depend on each other, so standard errors are taken
+over windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketllm.errors import ConfigError
+from pocketllm.evaluate.perplexity import check_context, exp_mean, token_windows
+
+_LOGITS_AT_ONCE = 128  # positions whose float32 distributions are held at the same time
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A model beside a reference, per token.
+
+    perplexity, reference_perplexity: of the two models. kl: mean KL(reference || model) in nats.
+    top1_agreement: share of positions with the same most likely token. *_stderr: over windows, None where
+    there is only one. context: tokens per window. windows, tokens: scored.
+    """
+
+    perplexity: float
+    reference_perplexity: float
+    kl: float
+    kl_stderr: float | None
+    top1_agreement: float
+    top1_agreement_stderr: float | None
+    context: int
+    windows: int
+    tokens: int
+
+
+def check_vocabularies(tokenizer: Any, reference: Any) -> None:
+    """Two models can be compared token by token only if a token means the same to both.
+
+    Raises:
+        ConfigError: saying how the vocabularies differ.
+    """
+    own, other = tokenizer.get_vocab(), reference.get_vocab()
+    if own == other:
+        return
+    if len(own) != len(other):
+        difference = f"{len(own)} tokens here, {len(other)} there"
+    else:
+        token = next(token for token in own if own[token] != other.get(token))
+        difference = f"token {token!r} is {own[token]} here, {other.get(token)} there"
+    raise ConfigError(
+        f"the model to compare with has another vocabulary ({difference}); "
+        "name the dense model that this one was compressed from"
+    )
+
+
+@torch.inference_mode()
+def divergence(
+    model: Any,
+    reference: Any,
+    tokenizer: Any,
+    text: str,
+    context: int = 1024,
+    windows: int | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Divergence:
+    """KL divergence, top-1 agreement and both perplexities, in one pass over the text.
+
+    Memory beside the models: one window's logits [context, vocabulary] of each, and float32 distributions
+    of 128 positions.
+
+    Args:
+        model, reference: transformers causal language models with the same vocabulary.
+        windows: first windows scored; None takes all.
+        progress: called with the finished share.
+
+    Raises:
+        ConfigError: as `token_windows`; a context longer than a model's positions; other sizes of logits.
+    """
+    check_context(model, context)
+    check_context(reference, context)
+    parts = token_windows(tokenizer, text, context, windows)
+    sums = torch.zeros(len(parts), 4, dtype=torch.float64)
+    for number, window in enumerate(parts):
+        logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]
+        wanted = reference(window[None].to(reference.device), use_cache=False).logits[0, :-1]
+        if logits.shape != wanted.shape:
+            raise ConfigError(
+                f"the models give {logits.shape[-1]} and {wanted.shape[-1]} logits per token; "
+                "name the dense model that this one was compressed from"
+            )
+        sums[number] = _window_sums(logits, wanted.to(logits.device), window[1:].to(logits.device))
+        progress((number + 1) / len(parts))
+    tokens = len(parts) * (context - 1)
+    means = sums / (context - 1)
+    return Divergence(
+        perplexity=exp_mean(float(means[:, 0].mean())),
+        reference_perplexity=exp_mean(float(means[:, 1].mean())),
+        kl=float(means[:, 2].mean()),
+        kl_stderr=standard_error(means[:, 2].tolist()),
+        top1_agreement=float(means[:, 3].mean()),
+        top1_agreement_stderr=standard_error(means[:, 3].tolist()),
+        context=context,
+        windows=len(parts),
+        tokens=tokens,
+    )
+
+
+def _window_sums(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+    """float64 [4]: negative log likelihoods of both, KL, agreements, summed over positions.
+
+    Args:
+        logits, reference: [positions, vocabulary].
+        targets: [positions] the tokens that follow.
+    """
+    total = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(targets), _LOGITS_AT_ONCE):
+        chosen = slice(start, start + _LOGITS_AT_ONCE)
+        log_q = logits[chosen].float().log_softmax(-1)
+        log_p = reference[chosen].float().log_softmax(-1)
+        wanted = targets[chosen, None]
+        total[0] -= log_q.gather(1, wanted).double().sum().cpu()
+        total[1] -= log_p.gather(1, wanted).double().sum().cpu()
+        total[3] += (log_q.argmax(-1) == log_p.argmax(-1)).sum().cpu()
+        p = log_p.exp()
+        terms = (log_p - log_q).mul_(p).masked_fill_(p == 0, 0.0)  # masked vocabulary: 0 · −inf
+        total[2] += terms.sum(-1).double().sum().cpu()
+    return total
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean, n − 1 in the variance; None for fewer than two values."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean = math.fsum(values) / count
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)

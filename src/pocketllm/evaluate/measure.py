@@ -1,0 +1,147 @@
+"""Everything `pocketllm eval` measures of a model, beside another where there is one, as plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketllm.config import EvalConfig
+from pocketllm.evaluate.compare import average, compare
+from pocketllm.evaluate.kl import Divergence, check_vocabularies, divergence
+from pocketllm.evaluate.perplexity import perplexity
+from pocketllm.evaluate.results import fingerprint
+from pocketllm.evaluate.tasks import Subject, evaluate_tasks
+from pocketllm.evaluate.verify import verify_compressed
+from pocketllm.model.checkpoint import REPORT_NAME, folder_bytes
+
+Progress = Callable[[str, float], None]
+
+
+class Model:
+    """A model to measure: loaded when it is first needed, and verified then if it is a compressed one.
+
+    Args:
+        name: to show. folder: of its files.
+        setting: dtype, mode and device, as part of the identity of its results.
+        load: gives (model, tokenizer).
+    """
+
+    def __init__(self, name: str, folder: Path, setting: str, load: Callable[[], tuple[Any, Any]]) -> None:
+        self.name, self.folder, self.setting = name, folder, setting
+        self._load = load
+        self._loaded: tuple[Any, Any] | None = None
+        self._matrices: int | None = None
+
+    def load(self) -> tuple[Any, Any]:
+        """(model, tokenizer), the same each time.
+
+        Raises:
+            LoadError: it should be compressed and is not.
+        """
+        if self._loaded is None:
+            model, tokenizer = self._load()
+            self._matrices = verify_compressed(model) if self.is_compressed() else None
+            self._loaded = model, tokenizer
+        return self._loaded
+
+    def is_compressed(self) -> bool:
+        """Whether its folder is that of a compressed model."""
+        return (self.folder / REPORT_NAME).is_file()
+
+    def described(self) -> dict[str, Any]:
+        """model, compressed, matrices (verified in memory; None where dense), bytes_on_disk."""
+        if self.is_compressed():
+            self.load()  # so that it is said of layers that were looked at
+        return {
+            "model": self.name,
+            "compressed": self.is_compressed(),
+            "matrices": self._matrices,
+            "bytes_on_disk": folder_bytes(self.folder),
+        }
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """names: of the tasks. data: folder with local files. hub: may be asked for what `data` lacks.
+
+    cache: take earlier results, and keep new ones.
+    """
+
+    names: tuple[str, ...]
+    data: Path | None = None
+    hub: bool = True
+    cache: bool = True
+
+
+def measure(
+    own: Model,
+    other: Model | None,
+    text: str | None,
+    tasks: TaskOptions | None,
+    config: EvalConfig,
+    progress: Progress = lambda stage, share: None,
+) -> dict[str, Any]:
+    """Measure a model; every key is there always, None where it was not asked for.
+
+    Args:
+        other: usually the dense model.
+        text: for perplexity and, beside `other`, divergence.
+
+    Returns:
+        model, compressed, matrices, bytes_on_disk; perplexity, context, windows, tokens; kl, kl_stderr,
+        top1_agreement, top1_agreement_stderr; tasks, average, limit; against: the same of `other`;
+        difference: as `compare`.
+
+    Raises:
+        ConfigError: another vocabulary, windows that do not fit, an unknown task.
+        ExtraError: tasks, but no lm-eval.
+        SourceError: a task's data is missing or malformed.
+        LoadError: a compressed model is not compressed in memory.
+    """
+    values: dict[str, Any] = {**own.described(), **_on_text(own, other, text, config, progress)}
+    reference = values.pop("reference_perplexity")
+    results = [_on_tasks(model, tasks, config, progress) for model in (own, other) if model is not None]
+    values |= _shown(results[0]) | {"limit": config.limit, "against": None, "difference": None}
+    if other is not None:
+        values["against"] = {**other.described(), "perplexity": reference, **_shown(results[1])}
+        if results[0] is not None and results[1] is not None:
+            values["difference"] = compare(results[0], results[1])
+    return values
+
+
+def _on_text(
+    own: Model, other: Model | None, text: str | None, config: EvalConfig, progress: Progress
+) -> dict[str, Any]:
+    values: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Divergence))
+    if text is None:
+        return values
+    model, tokenizer = own.load()
+    size = (config.context, config.windows, lambda share: progress("text", share))
+    if other is None:
+        return values | dataclasses.asdict(perplexity(model, tokenizer, text, *size))
+    reference, its_tokenizer = other.load()
+    check_vocabularies(tokenizer, its_tokenizer)
+    return values | dataclasses.asdict(divergence(model, reference, tokenizer, text, *size))
+
+
+def _on_tasks(model: Model, tasks: TaskOptions | None, config: EvalConfig, progress: Progress) -> Any:
+    if tasks is None:
+        return None
+    return evaluate_tasks(
+        tasks.names,
+        Subject(fingerprint(model.folder), model.setting, model.load),
+        config,
+        tasks.data,
+        hub=tasks.hub,
+        cache=tasks.cache,
+        progress=lambda task, share: progress(f"{task}, {model.name}", share),
+    )
+
+
+def _shown(results: Any) -> dict[str, Any]:
+    if results is None:
+        return {"tasks": None, "average": None}
+    return {"tasks": {name: r.to_dict() for name, r in results.items()}, "average": average(results)}

@@ -1,0 +1,237 @@
+"""Zero-shot tasks through lm-eval: by its names from the hub, or from local files with the same prompts.
+
+Results are kept per task, so that a stopped evaluation goes on, and with every document's score, so that two
+models are compared document by document: the standard error of their difference is then much smaller than
+that of either.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pocketllm.config import EvalConfig
+from pocketllm.errors import ConfigError, ExtraError, SourceError
+from pocketllm.evaluate import results
+from pocketllm.evaluate.local_tasks import LocalTask, local_tasks, prepare
+
+PAPER_TASKS = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
+"""Whose mean accuracy the paper reports (arXiv 2511.17637, zero-shot results)."""
+_ALIASES = {"lambada": "lambada_openai"}
+METRICS = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task. acc_norm: the answer chosen by likelihood per character. *_stderr: over documents.
+
+    n: documents scored. limit: as asked for, None all. chance: accuracy of guessing. split, data: what was
+    read. seconds: it took when it was measured. versions: of lm-eval, its task, torch and transformers.
+    truncated: requests that lost their beginning to the longest prompt. other: further metrics, as
+    {name: {value, stderr}}. cached: measured earlier. scores: each document's, by metric.
+    """
+
+    task: str
+    acc: float | None
+    acc_stderr: float | None
+    acc_norm: float | None
+    acc_norm_stderr: float | None
+    n: int
+    limit: int | None
+    chance: float | None
+    split: str
+    data: str
+    seconds: float
+    versions: dict[str, Any]
+    truncated: int
+    other: dict[str, dict[str, float | None]]
+    scores: dict[str, list[float]]
+    cached: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, without the scores of single documents."""
+        values = asdict(self)
+        del values["scores"]
+        return values
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A task to run. rows: identity of its data. load: makes lm-eval's task."""
+
+    name: str
+    split: str
+    data: str
+    rows: str
+    load: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model to measure. fingerprint: of its files. setting: what else its scores depend on (dtype …).
+
+    load: gives (model, tokenizer); called only when something has to be measured.
+    """
+
+    fingerprint: str
+    setting: str
+    load: Callable[[], tuple[Any, Any]]
+
+
+def check_installed() -> None:
+    """Raises ExtraError where lm-eval is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ExtraError("tasks need lm-eval, which is not installed: pip install 'pocketllm-codec[eval]'")
+
+
+def task_names(wanted: Iterable[str], data: Path | None) -> list[str]:
+    """Names asked for, without repetition; `paper` stands for the paper's five, `local` for all in `data`.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    names: list[str] = []
+    for name in wanted:
+        if name == "paper":
+            names += PAPER_TASKS
+        elif name == "local":
+            names += [task.name for task in local_tasks().values() if task.find(data)]
+        else:
+            names.append(_ALIASES.get(name, name))
+    if not names:
+        files = ", ".join(task.files[0][0] for task in local_tasks().values())
+        raise ConfigError(f"no task to run in {data or 'no data folder'}; looked for {files} and the like")
+    return list(dict.fromkeys(names))
+
+
+def evaluate_tasks(
+    names: Sequence[str],
+    subject: Subject,
+    config: EvalConfig,
+    data: Path | None = None,
+    *,
+    hub: bool = True,
+    cache: bool = True,
+    progress: Callable[[str, float], None] = lambda task, share: None,
+) -> dict[str, TaskResult]:
+    """Measure a model on tasks, each kept as soon as it is done.
+
+    Args:
+        names: as `task_names` gives them; lm-eval's groups count by their members.
+        data: folder with local files.
+        hub: whether what `data` lacks may come from the hub.
+        cache: take earlier results, and keep new ones.
+        progress: told a task's name and its finished share.
+
+    Raises:
+        ExtraError: lm-eval is not installed.
+        ConfigError: a name is unknown.
+        SourceError: data is missing or malformed; every task's is looked at before the first is run.
+    """
+    check_installed()
+    sources = [source for name in names for source in _sources(name, data, hub)]
+    found: dict[str, TaskResult] = {}
+    for source in sources:
+        identity = _identity(source, subject, config)
+        kept = results.recall(identity) if cache else None
+        if kept is not None:
+            found[source.name] = replace(TaskResult(**kept), cached=True)
+            progress(source.name, 1.0)
+            continue
+        found[source.name] = _measure(source, subject, config, partial(progress, source.name))
+        if cache:
+            results.keep(identity, asdict(found[source.name]))
+    return found
+
+
+def _measure(
+    source: _Source, subject: Subject, config: EvalConfig, progress: Callable[[float], None]
+) -> TaskResult:
+    from pocketllm.evaluate.harness import PocketLM, run_task
+
+    model, tokenizer = subject.load()
+    started = time.perf_counter()
+    lm = PocketLM(model, tokenizer, config.batch_tokens, config.max_length, progress)
+    got = run_task(lm, source.load(), config.limit)
+    metrics = got["metrics"]
+    acc, norm = (metrics.pop(name, (None, None)) for name in METRICS)
+    return TaskResult(
+        task=source.name,
+        acc=acc[0],
+        acc_stderr=acc[1],
+        acc_norm=norm[0],
+        acc_norm_stderr=norm[1],
+        n=got["n"],
+        limit=config.limit,
+        chance=got["chance"],
+        split=source.split,
+        data=source.data,
+        seconds=time.perf_counter() - started,
+        versions={"task": got["version"], **_versions()},
+        truncated=got["truncated"],
+        other={name: {"value": value, "stderr": error} for name, (value, error) in metrics.items()},
+        scores=got["scores"],
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("lm-eval", "torch", "transformers")}
+
+
+def _identity(source: _Source, subject: Subject, config: EvalConfig) -> dict[str, Any]:
+    """Everything a result depends on."""
+    return {
+        "model": subject.fingerprint,
+        "setting": subject.setting,
+        "task": source.name,
+        "rows": source.rows,
+        "split": source.split,
+        "limit": config.limit,
+        "max_length": config.max_length,
+        "versions": _versions(),
+    }
+
+
+def _sources(name: str, data: Path | None, hub: bool) -> list[_Source]:
+    from pocketllm.evaluate import harness
+
+    task = local_tasks().get(name)
+    if task is None:
+        loaded = harness.load_tasks(name, registry=True)
+        return [
+            _Source(t.config.task, "", f"hub: {t.DATASET_PATH}", "hub", partial(_same, t)) for t in loaded
+        ]
+    place = task.find(data)
+    if place is not None:
+        ready = prepare(task, *place)
+        return [
+            _Source(
+                name, ready.split, ready.source, ready.sha256, lambda: harness.load_tasks(str(ready.yaml))[0]
+            )
+        ]
+    if not hub:
+        raise SourceError(f"{name}: {_wanted(task, data)}")
+    import lm_eval.tasks
+
+    stock = Path(lm_eval.tasks.__file__).parent / task.include
+    try:
+        loaded = harness.load_tasks(str(stock))
+    except SourceError as error:
+        raise SourceError(f"{name}: not on the hub as seen from here, and {_wanted(task, data)}") from error
+    return [_Source(name, "", f"hub: {t.DATASET_PATH}", "hub", partial(_same, t)) for t in loaded]
+
+
+def _same(task: Any) -> Any:
+    return task
+
+
+def _wanted(task: LocalTask, data: Path | None) -> str:
+    files = " or ".join(file for file, _ in task.files)
+    where = f"{data} holds no {files}" if data else f"no data folder is given (--data) with {files}"
+    return f"{where}; the form: {task.form}"

@@ -1,0 +1,41 @@
+"""Whether a model in memory really is the compressed one, so that the right model is measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pocketllm.errors import LoadError
+
+_DECODED_AGAIN = 8
+
+
+def verify_compressed(model: Any, sample: int = _DECODED_AGAIN) -> int:
+    """How many matrices of a loaded model are compressed: all that its layout names.
+
+    Args:
+        model: as from `pocketllm.load`, in either mode.
+        sample: so many of them, evenly spread, are decoded again and compared with what the layers compute
+            with.
+
+    Raises:
+        LoadError: the model is not compressed, a matrix is not, or a layer computes with something else.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if not hasattr(quantizer, "packed"):
+        raise LoadError("the model was not loaded by pocketllm; load it with pocketllm.load")
+    packed = quantizer.packed(model)
+    named = list(quantizer.quantization_config.layout().matrices)
+    missing = [name for name in named if name not in packed]
+    if missing:
+        raise LoadError(f"{missing[0]}: is not compressed in memory ({len(missing)} of {len(named)})")
+    for name in named[:: max(1, len(named) // sample)]:
+        parent, _, leaf = name.rpartition(".")
+        weight = getattr(model.get_submodule(parent), leaf)
+        if not torch.equal(packed[name]().to(weight.device, weight.dtype), weight):
+            raise LoadError(
+                f"{name}: the layer does not compute with the compressed weight; it was changed after "
+                "loading, load the model again"
+            )
+    return len(named)

@@ -1,0 +1,20 @@
+"""The dtype that matrix products of a running model are fastest in."""
+
+from __future__ import annotations
+
+import torch
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where the machine computes in it at full speed, else float32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    has = (getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
+    return torch.bfloat16 if any(has) else torch.float32
+
+
+def autocast(device: torch.device | str) -> torch.autocast:
+    """Matrix products in `fast_dtype`; everything else, and the sums, in float32."""
+    dtype = fast_dtype(device)
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,295 @@
+"""lm-eval tasks on tiny models: scores equal to lm-eval's own adapter, results kept and taken again."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import pytest
+import torch
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+
+import pocketllm
+from pocketllm.config import EvalConfig
+from pocketllm.errors import ConfigError, ExtraError, SourceError
+from pocketllm.evaluate import harness, results, tasks
+from pocketllm.evaluate.compare import average, compare
+from tests import tiny
+
+CONFIG = EvalConfig(batch_tokens=256)
+WORDS = ["soil", "a bright sun", "water and air", "stones", "no", "yes", "more of it"]
+
+
+def rows(name: str, count: int = 12) -> Iterator[dict[str, Any]]:
+    for n in range(count):
+        first, second, third = (WORDS[(n * k + 1) % len(WORDS)] for k in (1, 2, 3))
+        if name == "piqa":
+            yield {"goal": f"grow {n} seeds in {third}", "sol1": first, "sol2": f"{second}s", "label": n % 2}
+        elif name == "boolq":
+            yield {"question": f"is it {first}", "passage": f"It is {n}, {second}.", "answer": n % 3 == 0}
+        else:
+            yield {"text": f"there were {n} {first} of {second}"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name, file in (("piqa", "piqa/valid"), ("boolq", "boolq/val"), ("lambada", "lambada/test")):
+        path = folder / f"{file}.jsonl"
+        path.parent.mkdir()
+        path.write_text("\n".join(map(json.dumps, rows(name))))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POCKETLLM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    made = tiny.model()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(3)  # far from uniform, so that answers differ
+    return made
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A dense model, and two compressed ones of it."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {"dense": tiny.save(folder / "dense")}
+    for seed in (0, 1):
+        made[f"small{seed}"] = folder / f"small{seed}"
+        pocketllm.compress(made["dense"], tiny.settings(seed=seed), made[f"small{seed}"])
+    return made
+
+
+def subject(model: Any, fingerprint: str = "a") -> tasks.Subject:
+    return tasks.Subject(fingerprint, "float32", lambda: (model, tiny.tokenizer()))
+
+
+def no_model() -> tuple[Any, Any]:
+    raise AssertionError("loaded though everything is kept")
+
+
+def requests() -> list[Any]:
+    """Answers of one token that share a prompt, answers of several, a prompt that is too long."""
+    return [
+        *((("", ""), list(range(5, 25)), [token]) for token in (30, 31, 32)),
+        *((("", ""), list(range(40, 40 + n)), list(range(n, 2 * n))) for n in (1, 2, 7, 19)),
+        (("", ""), list(range(3, 93)), [5, 6, 7]),
+    ]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_scores_are_those_of_lm_evals_adapter(architecture: str, batch_tokens: int) -> None:
+    made, tokenizer = tiny.model(architecture), tiny.tokenizer()
+    shares: list[float] = []
+    lm = harness.PocketLM(made, tokenizer, batch_tokens, 48, shares.append)
+    with harness.quiet():
+        stock = HFLM(pretrained=made, tokenizer=tokenizer, batch_size=3, max_length=48)
+        expected = stock._loglikelihood_tokens(requests(), disable_tqdm=True)
+    for keeps in (True, False):  # with and without the model's help
+        lm._keeps = lm._keeps and keeps
+        found = lm._loglikelihood_tokens(requests())
+        for (own, greedy), (wanted, same) in zip(found, expected, strict=True):
+            assert own == pytest.approx(wanted, abs=1e-4) and greedy == same
+    assert lm.truncated == 2 * 1
+    assert shares[-1] == 1.0 and shares == sorted(shares[: len(shares) // 2]) * 2
+
+
+def test_one_text_split_at_two_places(model: Any) -> None:
+    text = list(range(5, 30))
+    lm = harness.PocketLM(model, tiny.tokenizer(), 64, 48)
+    found = lm._loglikelihood_tokens([(("", ""), text[:n], text[n:]) for n in (24, 10, 20)])
+    with torch.inference_mode():
+        scores = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
+    scores = scores.gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+    for n, (score, _) in zip((24, 10, 20), found, strict=True):
+        assert score == pytest.approx(float(scores[n - 1 :].sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["piqa", "boolq", "lambada_openai"])
+def test_results_are_those_of_lm_eval(name: str, model: Any, data: Path) -> None:
+    [result] = tasks.evaluate_tasks([name], subject(model), CONFIG, data, hub=False).values()
+    [source] = tasks._sources(name, data, hub=False)
+    with harness.quiet():
+        stock = HFLM(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=4, max_length=2048)
+        task = source.load()
+        task.set_config(key="num_fewshot", value=0)
+        loaded: Any = {"tasks": {name: task}}
+        found: Any = evaluate(stock, loaded, bootstrap_iters=0, log_samples=True)
+        scores = [sample["acc"] for sample in found["samples"][name]]
+    expected = found["results"][name]
+    assert result.acc == pytest.approx(expected["acc,none"])
+    assert result.acc_stderr == pytest.approx(lm_eval.api.metrics.mean_stderr(scores))
+    assert result.scores["acc"] == scores
+    assert result.acc_norm == expected.get("acc_norm,none")
+    assert (result.n, result.limit, result.chance) == (12, None, None if "lambada" in name else 0.5)
+    if name == "lambada_openai":
+        assert result.other["perplexity"]["value"] == pytest.approx(expected["perplexity,none"], rel=1e-4)
+        assert result.other["perplexity"]["stderr"]
+
+
+def test_results_are_kept(model: Any, data: Path) -> None:
+    names = ["piqa", "boolq"]
+    first = tasks.evaluate_tasks(names, subject(model), CONFIG, data, hub=False)
+    told: list[tuple[str, float]] = []
+    again = tasks.evaluate_tasks(
+        names,
+        tasks.Subject("a", "float32", no_model),
+        CONFIG,
+        data,
+        hub=False,
+        progress=lambda task, share: told.append((task, share)),
+    )
+    assert all(result.cached for result in again.values()) and told == [("piqa", 1.0), ("boolq", 1.0)]
+    assert {n: dataclasses.replace(r, cached=False) for n, r in again.items()} == first
+    assert "scores" not in again["piqa"].to_dict()
+
+
+@pytest.mark.parametrize("change", ["model", "dtype", "limit", "data", "no cache"])
+def test_other_settings_are_measured_anew(change: str, model: Any, data: Path, tmp_path: Path) -> None:
+    tasks.evaluate_tasks(["piqa"], subject(model), CONFIG, data, hub=False)
+    who, config, folder = subject(model), CONFIG, data
+    if change == "model":
+        who = subject(model, "b")
+    elif change == "dtype":
+        who = dataclasses.replace(who, setting="bfloat16")
+    elif change == "limit":
+        config = dataclasses.replace(CONFIG, limit=5)
+    elif change == "data":
+        folder = tmp_path / "other"
+        (folder / "piqa").mkdir(parents=True)
+        (folder / "piqa" / "valid.jsonl").write_text("\n".join(map(json.dumps, rows("piqa", 7))))
+    [found] = tasks.evaluate_tasks(
+        ["piqa"], who, config, folder, hub=False, cache=change != "no cache"
+    ).values()
+    assert not found.cached
+    assert found.n == {"limit": 5, "data": 7}.get(change, 12)
+
+
+def test_a_stopped_evaluation_goes_on(model: Any, data: Path) -> None:
+    def stop(task: str, share: float) -> None:
+        if task == "boolq":
+            raise KeyboardInterrupt
+
+    names = ["piqa", "boolq"]
+    with pytest.raises(KeyboardInterrupt):
+        tasks.evaluate_tasks(names, subject(model), CONFIG, data, hub=False, progress=stop)
+    found = tasks.evaluate_tasks(names, subject(model), CONFIG, data, hub=False)
+    assert found["piqa"].cached and not found["boolq"].cached
+    [kept] = [
+        file
+        for file in (Path(results.cache_folder()) / "eval" / "results").iterdir()
+        if "piqa" in file.read_text()
+    ]
+    kept.write_text(kept.read_text()[:40])  # damaged: measured again
+    assert not tasks.evaluate_tasks(["piqa"], subject(model), CONFIG, data, hub=False)["piqa"].cached
+
+
+def test_compressed_models_in_both_modes(data: Path, folders: dict[str, Path]) -> None:
+    found = []
+    for mode in ("dense", "packed"):
+        loaded, _ = pocketllm.load(folders["small0"], mode=mode, dtype=torch.float32)
+        got = tasks.evaluate_tasks(["piqa"], subject(loaded, mode), CONFIG, data, hub=False)
+        found.append(dataclasses.replace(got["piqa"], seconds=0))
+    assert found[0] == found[1]
+
+
+def test_fingerprints(folders: dict[str, Path], tmp_path: Path) -> None:
+    found = {name: results.fingerprint(folder) for name, folder in folders.items()}
+    assert len(set(found.values())) == 3
+    copy = shutil.copytree(folders["dense"], tmp_path / "copy")
+    assert results.fingerprint(copy) == found["dense"]
+    weights = copy / "model.safetensors"
+    body = bytearray(weights.read_bytes())
+    body[len(body) // 2] ^= 1
+    weights.write_bytes(body)
+    assert results.fingerprint(copy) != found["dense"]
+
+
+def test_names(data: Path) -> None:
+    assert tasks.task_names(["paper", "piqa", "lambada"], None) == [*tasks.PAPER_TASKS, "lambada_openai"]
+    assert tasks.task_names(["local"], data) == ["boolq", "lambada_openai", "piqa"]
+    with pytest.raises(ConfigError, match=r"no task to run in no data folder; looked for .*piqa/valid.jsonl"):
+        tasks.task_names(["local"], None)
+
+
+def test_missing_data(data: Path) -> None:
+    who = tasks.Subject("a", "", no_model)
+    with pytest.raises(SourceError, match=r"arc_easy: .* holds no arc_easy/test.jsonl or .*form: one JSON"):
+        tasks.evaluate_tasks(["piqa", "arc_easy"], who, CONFIG, data, hub=False)
+    with pytest.raises(SourceError, match=r"hellaswag: not on the hub .*no data folder is given \(--data\)"):
+        tasks.evaluate_tasks(["hellaswag"], who, CONFIG)
+
+
+def test_lm_evals_other_tasks(
+    model: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, from lm-eval's registry; here one of two tasks under a tag."""
+    registry = tmp_path / "registry"
+    registry.mkdir()
+    for name in ("first", "second"):
+        [source] = tasks._sources("boolq", data, hub=False)
+        include = source.load().config.metadata["config_source"]
+        (registry / f"{name}.yaml").write_text(f"include: {include}\ntask: {name}\ntag: both\n")
+
+    class Manager(lm_eval.tasks.TaskManager):  # type: ignore[misc]
+        def __init__(self, include_defaults: bool) -> None:
+            super().__init__(include_path=str(registry), include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Manager)
+    found = tasks.evaluate_tasks(["both"], subject(model), CONFIG)
+    assert sorted(found) == ["first", "second"]
+    assert found["first"].acc == found["second"].acc and found["first"].data == "hub: json"
+    with pytest.raises(ConfigError, match=r"unknown task 'frist'; near it: first.*from local files: arc_ch"):
+        tasks.evaluate_tasks(["frist"], subject(model), CONFIG)
+
+
+def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ExtraError, match=r"pip install 'pocketllm-codec\[eval\]'"):
+        tasks.evaluate_tasks(["piqa"], tasks.Subject("a", "", no_model), CONFIG)
+
+
+def result(task: str, scores: list[float], chance: float | None = 0.5) -> tasks.TaskResult:
+    """A result with these scores and their exact mean and standard error."""
+    values = torch.tensor(scores, dtype=torch.float64)
+    acc, error = float(values.mean()), float(values.std() / len(scores) ** 0.5)
+    return tasks.TaskResult(
+        task, acc, error, None, None, len(scores), None, chance, "", "", 0.0, {}, 0, {}, {"acc": scores}
+    )
+
+
+def test_averages_and_differences() -> None:
+    own = {"piqa": result("piqa", [1, 1, 0, 0]), "boolq": result("boolq", [1, 0, 0, 0])}
+    dense = {"piqa": result("piqa", [1, 1, 1, 0]), "boolq": result("boolq", [1, 1, 1, 1])}
+    means = average(own)
+    assert means["paper"]["tasks"] == ["piqa"] and len(means["paper"]["missing"]) == 4
+    assert means["all"]["acc"] == 0.375 and means["all"]["chance"] == 0.5
+    errors = [own["piqa"].acc_stderr or 0, own["boolq"].acc_stderr or 0]
+    assert means["all"]["stderr"] == pytest.approx((errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2)
+    found = compare(own, dense)
+    piqa = found["tasks"]["piqa"]["acc"]
+    assert piqa["difference"] == -0.25 and piqa["margin_kept"] == 0
+    assert piqa["stderr"] == pytest.approx(0.25)  # of 0, 0, -1, 0
+    assert piqa["combined_stderr"] == pytest.approx(
+        ((own["piqa"].acc_stderr or 0) ** 2 + (dense["piqa"].acc_stderr or 0) ** 2) ** 0.5
+    )
+    assert found["average"]["all"]["difference"] == -0.5
+    assert found["average"]["all"]["stderr"] == pytest.approx(0.25 * 2**0.5 / 2)
+    assert found["average"]["paper"]["difference"] == -0.25
+    empty = average({})
+    assert empty == {"paper": None, "all": None}
+    assert compare({}, dense) == {"tasks": {}, "average": {"paper": None, "all": None}}
