@@ -110,6 +110,9 @@ def finetune(
     given["texts"] = tuple(map(str, given.pop("text", ())))
     show = Output(json, quiet)
     settle(device, threads)
+    from accelerate import PartialState
+
+    show.quiet = show.quiet or not PartialState(cpu=device == "cpu").is_main_process
     common = {"device": device, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
     run = _distill if method == "distill" else _lora
     with show.bars() as bars:
@@ -120,6 +123,8 @@ def finetune(
             dry_run,
             {**common, "progress": lambda event: bars.update(event.stage, event.share, event.detail)},
         )
+    if not PartialState(cpu=device == "cpu").is_main_process:
+        return
     title = f"plan for {folder} (nothing was trained)" if dry_run else f"{folder} -> {output}"
     show.result(values, _table(values, title))
 

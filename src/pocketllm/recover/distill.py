@@ -182,7 +182,8 @@ def distill(
         **config.to_dict(),
     }
     try:
-        work = Workspace.at(output, arguments)
+        with state.main_process_first():
+            work = Workspace.at(output, arguments)
         with locked(work.folder, state.is_main_process):
             log = RunLog(output, state.is_main_process)
             source = _teacher(dense, work, windows, config, dtype, state, progress, trust_remote_code)

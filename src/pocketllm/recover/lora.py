@@ -163,7 +163,8 @@ def lora(
         **config.to_dict(),
     }
     try:
-        work = Workspace.at(output, arguments)
+        with state.main_process_first():
+            work = Workspace.at(output, arguments)
         with locked(work.folder, state.is_main_process):
             log = RunLog(output, state.is_main_process)
             model, adapted = with_adapter(base, config, state.device)
@@ -272,18 +273,21 @@ def with_adapter(base: Base, config: LoraTuneConfig, device: Any) -> tuple[Any, 
         ConfigError: no layer has a name in `targets`.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     model = base.load(config.mode, device)
     if config.mode == "packed":
         make_trainable(model)  # linear layers then keep their inputs alone
         model.requires_grad_(False)
     torch.manual_seed(config.loop.seed)
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
     targets: Any = config.targets[0] if config.targets == ("all-linear",) else list(config.targets)
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
+        fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base.folder),
     )

@@ -1,0 +1,186 @@
+"""LoRA on tiny compressed models: training, PEFT's form, merging, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pocketllm
+from pocketllm import LoopConfig, LoraTuneConfig
+from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError
+from pocketllm.model.checkpoint import folder_bytes
+from pocketllm.recover.adapter import load_with_adapter, merged
+from pocketllm.recover.setting import open_base
+from tests import tiny
+
+peft = pytest.importorskip("peft")
+IDS = torch.arange(20)[None] + 30
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense model `m`, its compressed form `c`, instructions, and an adapter `a`."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("lora")
+    source = tiny.save(folder / "m")
+    pocketllm.compress(source, tiny.calibrated(tiny.settings()), folder / "c")
+    words = ["fox", "dog", "cat", "cow"] * 8
+    rows = [
+        {"instruction": f"say {w}", "input": "now" if n % 2 else "", "output": f"{w} {w}"}
+        for n, w in enumerate(words)
+    ]
+    (folder / "alpaca.json").write_text(json.dumps(rows))
+    pocketllm.lora(folder / "c", folder / "a", config(folder))
+    return folder
+
+
+def config(made: Path, **changes: Any) -> LoraTuneConfig:
+    """A quick run."""
+    loop = LoopConfig(
+        **{
+            "batch_size": 4,
+            "eval_every": 3,
+            "checkpoint_every": 2,
+            "dtype": "float32",
+            **changes.pop("loop", {}),
+        }
+    )
+    values = {"steps": 6, "context": 200, "texts": (str(made / "alpaca.json"),), "rank": 4, "alpha": 8}
+    return LoraTuneConfig(**{**values, "learning_rate": 1e-2, "loop": loop, **changes})
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()
+    }
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits.float()
+
+
+def test_it_lowers_the_loss_and_counts_its_bytes(made: Path, tmp_path: Path) -> None:
+    before = digest(made / "c")
+    done = pocketllm.lora(made / "c", tmp_path / "a", config(made))
+    assert done.loss_stored < 0.98 * done.loss_before
+    assert done.loss_stored == pytest.approx(done.loss_best, rel=0.01)
+    assert done.adapter_bytes == folder_bytes(tmp_path / "a")
+    assert done.bytes_on_disk == folder_bytes(made / "c") + folder_bytes(tmp_path / "a")
+    assert digest(made / "c") == before
+    assert (tmp_path / "a.log" / "curve.png").is_file()
+    assert digest(tmp_path / "a") == digest(made / "a") | {
+        "pocketllm-adapter.json": digest(tmp_path / "a")["pocketllm-adapter.json"]
+    }
+
+
+def test_peft_loads_the_adapter_on_both_modes(made: Path) -> None:
+    plain, _ = pocketllm.load(made / "c", dtype=torch.float32)
+    base = logits(plain)
+    found = []
+    for mode in ("dense", "packed"):
+        model, _ = pocketllm.load(made / "c", mode=mode, dtype=torch.float32)
+        found.append(logits(peft.PeftModel.from_pretrained(model, str(made / "a"))))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert (found[0] - base).abs().max() > 0.01 * base.std()
+
+
+def test_merging_keeps_the_logits_where_pefts_own_drops_the_adapter(made: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = open_base(made / "c", None)
+    adapted = logits(load_with_adapter(base, made / "a", "packed"))
+    pocketllm.merge(made / "c", made / "a", tmp_path / "dense", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    torch.testing.assert_close(logits(dense), adapted, rtol=1e-3, atol=1e-4)
+    model, _ = pocketllm.load(made / "c", mode="packed", dtype=torch.float32)
+    with pytest.warns(UserWarning, match="no longer tied"):
+        dropped = peft.PeftModel.from_pretrained(model, str(made / "a")).merge_and_unload()
+    plain, _ = pocketllm.load(made / "c", dtype=torch.float32)
+    torch.testing.assert_close(logits(dropped), logits(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_a_merge_that_changes_logits_is_not_written(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = open_base(made / "c", None)
+    monkeypatch.setattr(peft.PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    with pytest.raises(LoadError, match="merging changed the logits"):
+        merged(base, made / "a")
+
+
+def test_reencoding_says_what_it_costs(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 10)
+    done = pocketllm.merge(
+        made / "c", made / "a", tmp_path / "o", reencode=True, text=tmp_path / "t.txt", context=24, windows=4
+    )
+    assert set(done.perplexities) == {"base", "with adapter", "re-encoded"}
+    assert done.bytes_on_disk == folder_bytes(tmp_path / "o")
+    assert done.bytes_before == folder_bytes(made / "c") + folder_bytes(made / "a")
+    pocketllm.load(tmp_path / "o")
+    assert (tmp_path / "o-dense" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("changes", [{"mode": "packed"}, {"dropout": 0.1}, {"targets": ("q_proj", "v_proj")}])
+def test_other_settings_train_too(changes: dict[str, Any], made: Path, tmp_path: Path) -> None:
+    loop = {"micro_batch": 2, "gradient_checkpointing": True}
+    done = pocketllm.lora(made / "c", tmp_path / "a", config(made, **changes, loop=loop))
+    assert done.loss_stored < done.loss_before
+
+
+def test_plain_text_and_conv1d(made: Path, tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "m", "gpt2")
+    pocketllm.compress(source, tiny.calibrated(tiny.settings()), tmp_path / "c")
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    settings = config(made, texts=(str(tmp_path / "t.txt"),), context=24)
+    done = pocketllm.lora(tmp_path / "c", tmp_path / "a", settings)
+    assert done.loss_stored < done.loss_before
+    pocketllm.merge(tmp_path / "c", tmp_path / "a", tmp_path / "dense")
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    def stop(event: Any) -> None:
+        if "step 3 " in event.detail:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pocketllm.lora(made / "c", tmp_path / "a", config(made), progress=stop)
+    assert not (tmp_path / "a").exists()
+    pocketllm.lora(made / "c", tmp_path / "a", config(made))
+    assert digest(tmp_path / "a") == digest(made / "a")
+
+
+def test_what_is_refused(made: Path, tmp_path: Path) -> None:
+    other = tiny.save(tmp_path / "m", num_hidden_layers=1)
+    pocketllm.compress(other, tiny.settings(), tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"was trained on .*/c \(made from .*/m\), not on .*/other"):
+        pocketllm.merge(tmp_path / "other", made / "a", tmp_path / "o")
+    with pytest.raises(FormatError, match="no adapter_config"):
+        pocketllm.merge(made / "c", made / "m", tmp_path / "o")
+    with pytest.raises(FormatError, match="not a model compressed"):
+        pocketllm.lora(made / "m", tmp_path / "o", config(made))
+    with pytest.raises(OutputError, match="an adapter is there already"):
+        pocketllm.lora(made / "c", made / "a", config(made))
+    with pytest.raises(OutputError, match="is not an adapter"):
+        pocketllm.lora(made / "c", made / "m", config(made))
+    with pytest.raises(OutputError, match="exists"):
+        pocketllm.merge(made / "c", made / "a", made / "m")
+    with pytest.raises(ConfigError, match="targets nothing"):
+        pocketllm.lora(made / "c", tmp_path / "o", config(made, targets=("nothing",)))
+    for changes in ({"rank": 0}, {"epochs": 0}, {"dropout": 1.0}, {"mode": "disk"}, {"steps": 0}):
+        with pytest.raises(ConfigError):
+            LoraTuneConfig(**changes)
+
+
+def test_an_adapter_that_does_not_fit_is_named(made: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = tiny.save(tmp_path / "m", intermediate_size=60)
+    pocketllm.compress(other, tiny.settings(), tmp_path / "other")
+    shutil.copytree(made / "a", tmp_path / "a")
+    (tmp_path / "a" / "pocketllm-adapter.json").unlink()  # as if trained elsewhere
+    with pytest.raises(ConfigError, match=r"made for .*/c, does not fit .*/other"):
+        pocketllm.merge(tmp_path / "other", tmp_path / "a", tmp_path / "o")

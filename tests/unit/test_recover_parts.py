@@ -1,0 +1,183 @@
+"""Parts of recovery: items, windows, the order of steps, the log, rewriting a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+
+from pocketllm.config import LoopConfig
+from pocketllm.errors import ConfigError, ShapeError, SourceError
+from pocketllm.model.rewrite import rewrite
+from pocketllm.model.workspace import Workspace
+from pocketllm.recover.instructions import prompt_of, read_instructions, read_items
+from pocketllm.recover.log import RunLog
+from pocketllm.recover.loop import Group, Loop
+from pocketllm.recover.setting import compute_dtype
+from pocketllm.recover.text import split
+from tests import tiny
+
+
+def test_alpaca_prompt() -> None:
+    with_input = prompt_of({"instruction": "Add.", "input": "1 2", "output": "3"})
+    assert with_input is not None
+    assert with_input[0].endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
+    assert with_input[1] == "3"
+    without = prompt_of({"instruction": "Hi", "input": "", "output": "Ho"})
+    assert without is not None
+    assert "### Input" not in without[0]
+    assert "paired" not in without[0]
+    assert prompt_of({"text": "no instruction"}) is None
+
+
+def test_instructions_are_told_from_text(tmp_path: Path) -> None:
+    lines, mixed, text, broken = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.json"))
+    lines.write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
+    assert read_instructions(lines) == [("p", "r")]
+    mixed.write_text(lines.read_text() + '{"text": "x"}\n')
+    with pytest.raises(SourceError, match="row 2 is no instruction"):
+        read_instructions(mixed)
+    text.write_text('{"text": "x"}\n')
+    assert read_instructions(text) is None
+    broken.write_text("{")
+    with pytest.raises(SourceError, match="not JSON"):
+        read_instructions(broken)
+    broken.write_text("3")
+    with pytest.raises(SourceError, match="wanted a list"):
+        read_instructions(broken)
+
+
+def test_items_learn_the_answer_and_its_end(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    rows = [{"prompt": "abc", "response": "de"}, {"prompt": "x" * 50, "response": "cut off"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "b.txt").write_text("y" * 45)
+    items = read_items(tokenizer, (str(tmp_path),), 20)
+    assert [(len(i.ids), i.learned_from, i.weight) for i in items] == [(6, 3, 3), (20, 1, 19), (20, 1, 19)]
+    assert items[0].ids[-1] == tokenizer.eos_token_id
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(ConfigError, match="gives 1 item"):
+        read_items(tokenizer, (str(tmp_path),), 20)
+
+
+def test_split_keeps_windows_apart() -> None:
+    windows = torch.arange(60).reshape(30, 2)
+    train, validation = split(windows, 16, seed=0)
+    assert (len(train), len(validation)) == (27, 3)
+    assert torch.equal(torch.cat([train, validation]).sort(0).values, windows)
+    assert len(split(windows[:2], 16, seed=0)[1]) == 1
+    with pytest.raises(ConfigError, match="wanted at least two"):
+        split(windows[:1], 16, seed=0)
+
+
+class Square:
+    """Least squares towards the mean of five numbers."""
+
+    items = 5
+
+    def __init__(self) -> None:
+        self.value = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[list[int]] = []
+
+    def groups(self) -> list[Group]:
+        return [Group("value", 0.1, [self.value]), Group("frozen", 0.0, [torch.nn.Parameter(torch.zeros(1))])]
+
+    def weight(self, numbers: torch.Tensor) -> float:
+        return float(len(numbers))
+
+    def backward(self, numbers: torch.Tensor, scale: float) -> float:
+        self.seen.append(numbers.tolist())
+        loss = scale * (self.value - numbers.float()).square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    def validate(self) -> float:
+        return float((self.value.detach() - 2).square())
+
+
+def loop_of(task: Any, tmp_path: Path, **settings: Any) -> Loop:
+    work = Workspace.at(tmp_path / "o", {"a": 1})
+    config = LoopConfig(**{"batch_size": 2, "eval_every": 5, **settings})
+    return Loop(task, config, 20, work, RunLog(tmp_path / "o"), PartialState(cpu=True))
+
+
+def test_every_epoch_sees_every_item_once(tmp_path: Path) -> None:
+    task = Square()
+    told: list[int] = []
+    at = loop_of(task, tmp_path).run(lambda t: told.append(t.step))
+    flat = [number for batch in task.seen for number in batch]
+    assert all(sorted(flat[n : n + 5]) == [0, 1, 2, 3, 4] for n in range(0, 40, 5))
+    assert told == list(range(1, 21))
+    assert [step for step, _ in at.history] == [0, 5, 10, 15, 20]
+    assert at.best_loss == min(loss for _, loss in at.history)
+    assert float((task.value.detach() - 2).square()) == pytest.approx(at.best_loss)
+
+
+def test_gradients_are_scaled_down_to_a_norm(tmp_path: Path) -> None:
+    task = Square()
+    loop = loop_of(task, tmp_path, max_grad_norm=1e-3)
+    loop.log.resume_at(0)
+    loop._validate()
+    loop._step()
+    assert task.value.grad is not None
+    assert float(task.value.grad.abs()) == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_log_drops_what_is_run_again(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "o")
+    log.resume_at(0)
+    for step in range(1, 6):
+        log.add({"step": step, "loss": 1.0})
+    with (log.folder / "steps.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')  # a kill in the middle of a line
+    log.resume_at(3)
+    assert [line["step"] for line in log.steps()] == [1, 2, 3]
+    silent = RunLog(tmp_path / "p", enabled=False)
+    silent.resume_at(0)
+    silent.add({"step": 1})
+    silent.finish({})
+    assert not silent.folder.exists()
+
+
+def test_the_picture_is_left_out_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    log = RunLog(tmp_path / "o")
+    log.resume_at(0)
+    log.finish({"validation": [(0, 1.0)]})
+    assert not (log.folder / "curve.png").exists()
+    assert (log.folder / "summary.json").is_file()
+
+
+def test_rewriting_checks_dtype_and_shape(tmp_path: Path) -> None:
+    import pocketllm
+
+    source = tiny.save(tmp_path / "m")
+    pocketllm.compress(source, tiny.settings(), tmp_path / "c")
+    name = "model.norm.weight"
+    for value in (torch.zeros(36, dtype=torch.float16), torch.zeros(35), torch.zeros(36, 1)):
+        with pytest.raises(ShapeError, match=name):
+            rewrite(tmp_path / "c", {name: value}, tmp_path / "o", {})
+    with pytest.raises(ShapeError, match="no such tensor"):
+        rewrite(tmp_path / "c", {"nothing": torch.zeros(1)}, tmp_path / "o", {})
+    report = rewrite(tmp_path / "c", {}, tmp_path / "o", {"method": "none"})
+    assert report["recover"] == {"method": "none"}
+    assert (tmp_path / "o" / "model.safetensors").read_bytes() == (
+        tmp_path / "c" / "model.safetensors"
+    ).read_bytes()
+    pocketllm.load(tmp_path / "o")
+
+
+def test_dtype_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch, "cpu", SimpleNamespace(_is_avx512_bf16_supported=lambda: True))
+    assert compute_dtype("auto", cpu) == torch.bfloat16
+    monkeypatch.setattr(torch, "cpu", SimpleNamespace())
+    assert compute_dtype("auto", cpu) == torch.float32
+    assert compute_dtype("bfloat16", cpu) == torch.bfloat16
