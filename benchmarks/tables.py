@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peers import table as peers_table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/loading.md")
+PAGES = ("README.md", "docs/results.md", "docs/loading.md", "docs/peers.md")
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -119,7 +121,29 @@ def loading() -> str:
     return f"{_table(head, rows)}\n\n{note}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"presets": presets, "codec_floor": codec_floor, "loading": loading}
+def peers() -> str:
+    """Peer quantizers and ours on one model."""
+    found = _load("peers")
+    note = (
+        f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
+        f"evaluated in {found['dtype']}; {found['machine']['processor']}, {found['machine']['threads']} "
+        f"threads. `{found['command']}`"
+    )
+    return f"{_table(*peers_table.rows(found))}\n\n{note}"
+
+
+def peer_bits() -> str:
+    """What the peers' names say, and what they store."""
+    return _table(*peers_table.fallbacks(_load("peers")))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "presets": presets,
+    "codec_floor": codec_floor,
+    "loading": loading,
+    "peers": peers,
+    "peer_bits": peer_bits,
+}
 
 
 def filled(page: str) -> str:

@@ -93,8 +93,9 @@ class Bench:
         """Evaluate a dense folder, unless it is done."""
         if not result.is_file():
             print(f"{title}: evaluating", flush=True)
-            script = HERE / "evaluate.py"
-            measured([sys.executable, script, dense, self.test_text, result], result.with_suffix(".log"))
+            script, logits = HERE / "evaluate.py", self.root / "dense-logits"
+            command = [str(script), str(dense), str(self.test_text), str(result), str(logits)]
+            measured([sys.executable, *command], result.with_suffix(".log"))
 
     def paired(self, repeats: int) -> None:
         """Quantize with each of PAIRED in turn, the first of a pair changing; write peers_paired.json."""
@@ -133,6 +134,8 @@ def main() -> int:
     if arguments.paired:
         bench.paired(arguments.paired)
         return 0
+    dense = json.loads((bench.calibration / "facts.json").read_text())["model"]
+    bench.evaluate(Path(dense), bench.calibration / "dense.json", "dense model")
     failed = 0
     for setting in SETTINGS:
         if arguments.only and not {setting.name, setting.peer} & set(arguments.only):
@@ -145,8 +148,6 @@ def main() -> int:
             failed += 1
             print(f"{setting.title}: failed\n{error}", file=sys.stderr, flush=True)
             (bench.work(setting) / "failure.txt").write_text(str(error))
-    dense = json.loads((bench.calibration / "facts.json").read_text())["model"]
-    bench.evaluate(Path(dense), bench.calibration / "dense.json", "dense model")
     subprocess.run([sys.executable, HERE / "report.py", "peers", bench.root], check=True)
     figure = environment("figure", bench.root)
     subprocess.run([figure, HERE / "figure.py"], check=True)
