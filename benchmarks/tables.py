@@ -13,9 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peers import table as peers_table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("docs/calibration.md", "README.md", "docs/results.md", "docs/loading.md", "docs/evaluation.md")
+PAGES = (
+    "docs/calibration.md",
+    "README.md",
+    "docs/results.md",
+    "docs/loading.md",
+    "docs/evaluation.md",
+    "docs/peers.md",
+)
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -241,6 +250,22 @@ def rotation() -> str:
     return f"{_table(head, rows)}\n\n{note}"
 
 
+def peers() -> str:
+    """Peer quantizers and ours on one model."""
+    found = _load("peers")
+    note = (
+        f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
+        f"evaluated in {found['dtype']}; {found['machine']['processor']}, {found['machine']['threads']} "
+        f"threads. `{found['command']}`"
+    )
+    return f"{_table(*peers_table.rows(found))}\n\n{note}"
+
+
+def peer_bits() -> str:
+    """What the peers' names say, and what they store."""
+    return _table(*peers_table.fallbacks(_load("peers")))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "calibrated": calibrated,
@@ -249,6 +274,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "codec_floor": codec_floor,
     "loading": loading,
     "tasks": tasks,
+    "peers": peers,
+    "peer_bits": peer_bits,
 }
 
 
@@ -256,7 +283,7 @@ def filled(page: str) -> str:
     """The page with every `<!-- NAME:begin -->` ... `<!-- NAME:end -->` filled in."""
     for name, make in TABLES.items():
         pattern = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        source = {"ablations": "calibrated"}.get(name, name)
+        source = {"ablations": "calibrated", "peer_bits": "peers"}.get(name, name)
         if pattern.search(page) and (RESULTS / f"{source}.json").is_file():
             body = make()
             page = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", page)
