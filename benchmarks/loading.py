@@ -2,7 +2,7 @@
 
     POCKETLLM_DATA=... python benchmarks/loading.py
 
-Compresses SmolLM2-135M with the default preset first. Peak memory is the resident set's (ru_maxrss); `base`
+Compresses SmolLM2-135M with the preset lookup-8x first. Peak memory is the resident set's (ru_maxrss); `base`
 is that of a process which has imported everything and loaded nothing. Writes results/loading.json.
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(Path(scratch) / "out")
-        pocketllm.compress(MODEL, pocketllm.preset(pocketllm.config.DEFAULT_PRESET), folder)
+        pocketllm.compress(MODEL, pocketllm.preset("lookup-8x"), folder)
         for _ in range(REPEATS):
             for mode, source in modes.items():
                 command = [sys.executable, __file__, "child", mode, source or folder, text]

@@ -121,7 +121,7 @@ def loading() -> str:
         )
     head = ["", "load, seconds", "peak after load, MiB", "peak, MiB", "time a window", "generation speed"]
     note = (
-        f"SmolLM2-135M, default preset, {found['dtype']}; MiB above a process that loaded nothing "
+        f"SmolLM2-135M, preset `lookup-8x`, {found['dtype']}; MiB above a process that loaded nothing "
         f"({base:.0f} MiB); times against the dense bf16 checkpoint in the same run; medians. "
         f"`{found['command']}`"
     )

@@ -432,6 +432,7 @@ PRESETS: dict[str, Preset] = {
     "lookup-20x": Preset(_lookup(1.6), "look-up decoder, all blocks, 1.6 bits per weight"),
 }
 DEFAULT_PRESET = "calibrated-10x"
+PLAIN_PRESET = "lookup-8x"  # where calibration is not wanted
 
 
 def preset(name: str) -> CompressConfig:

@@ -318,7 +318,18 @@ def test_no_gpu_is_said(run: Run, source: Path, tmp_path: Path) -> None:
 
 
 def test_demo(run: Run, source: Path, tmp_path: Path) -> None:
-    options = ["demo", "--model", source, "-o", tmp_path / "demo", "--bpw", "7", "--windows", "2"]
+    options = [
+        "demo",
+        "--model",
+        source,
+        "-o",
+        tmp_path / "demo",
+        "--bpw",
+        "7",
+        "--no-calibration",
+        "--windows",
+        "2",
+    ]
     options += ["--context", "32", "--prompt", "hello"]
     values = run.json(*options)
     assert values["dense"]["perplexity"] > 1 and values["compressed"]["perplexity"] > 1

@@ -13,6 +13,7 @@ from pocketllm.cli.options import Device, Json, Quiet, Seed, Threads, Trust, dty
 from pocketllm.cli.render import Output, kinds_table, parse_size, size, skipped_table, summary_table
 from pocketllm.config import (
     DEFAULT_PRESET,
+    PLAIN_PRESET,
     PRESETS,
     CalibrationConfig,
     CompressConfig,
@@ -23,6 +24,17 @@ from pocketllm.errors import ConfigError
 
 app = typer.Typer()
 
+_PLAIN_OPTIONS = (
+    "codebook_size",
+    "decoder",
+    "norm",
+    "init",
+    "loss",
+    "hidden",
+    "depth",
+    "epochs",
+    "row_scale",
+)
 _PRESETS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in PRESETS.items())
 
 
@@ -31,14 +43,20 @@ def _config(
     bpw: float | None = None,
     ratio: float | None = None,
     nbytes: str | None = None,
+    without_calibration: bool = False,
     **changes: Any,
 ) -> CompressConfig:
-    """The preset, with the options that were given laid over it."""
+    """The preset, with the options that were given laid over it.
+
+    Options of the networks and of independent indices have no meaning on a trellis: they, too, start from the
+    preset without calibration.
+    """
+    plain = without_calibration or any(changes.get(name) is not None for name in _PLAIN_OPTIONS)
     targets = {"--preset": chosen, "--bpw": bpw, "--ratio": ratio, "--size": nbytes}
     given = [name for name, value in targets.items() if value is not None]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} exclude each other; give one")
-    config = preset(chosen or DEFAULT_PRESET)
+    config = preset(chosen or (PLAIN_PRESET if plain else DEFAULT_PRESET))
     if given and chosen is None:
         target_bytes = parse_size(nbytes) if nbytes is not None else None
         config = dataclasses.replace(config, target_bpw=bpw, target_ratio=ratio, target_bytes=target_bytes)
@@ -146,6 +164,7 @@ def compress(
         bpw,
         ratio,
         nbytes,
+        no_calibration,
         keep_embeddings=keep_embeddings,
         dense_first=dense_first,
         dense_last=dense_last,
@@ -260,6 +279,9 @@ def demo(
     model: Annotated[str, typer.Option(help="Model to compress.")] = "builtin:smollm2-135m",
     preset: Annotated[str | None, typer.Option(help=_PRESETS_HELP)] = None,
     bpw: Annotated[float | None, typer.Option(help="Stored bits per weight, instead of a preset.")] = None,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone.")
+    ] = False,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The three primary colors are",
     context: Annotated[int, typer.Option(min=2, help="Tokens per window to measure on.")] = 1024,
     windows: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 8,
@@ -271,9 +293,10 @@ def demo(
     from pocketllm.cli.demo import run_demo
 
     show = Output(json, quiet)
+    config = _config(preset, bpw, without_calibration=no_calibration)
     settle(threads=threads)
     with show.bars() as bars:
-        values = run_demo(model, _config(preset, bpw), output, prompt, (context, windows), bars.update)
+        values = run_demo(model, config, output, prompt, (context, windows), bars.update)
     show.result(values, *_demo_tables(values))
 
 

@@ -19,9 +19,9 @@ def demo_text() -> tuple[str, str]:
     file = Path(data) / "wikitext2" / "wiki.test.raw" if data else None
     if file is not None and file.is_file():
         return "WikiText-2 raw test", read_text(file)
-    from pydoc_data.topics import topics
+    from pocketllm.model.calibration import default_text
 
-    return "Python's own documentation (pydoc topics)", "\n\n".join(topics[key] for key in sorted(topics))
+    return "Python's own documentation (held-out topics)", default_text(held_out=True)
 
 
 def run_demo(
