@@ -227,29 +227,6 @@ def calibrated() -> str:
     return f"{_table(_CALIBRATED_HEAD, rows)}\n\n{note}"
 
 
-def ablations() -> str:
-    """One choice changed at a time, at 2.05 bits per weight of the blocks."""
-    found = _load("calibrated")["settings"]
-    rows = [_calibrated_row("2.05, default", found["blocks at 2.05"])]
-    rows += [_calibrated_row(n, e) for n, e in found.items() if n.startswith("2.05")]
-    return _table(_CALIBRATED_HEAD, rows) + "\n\n`python benchmarks/calibrated.py`"
-
-
-def rotation() -> str:
-    """Proxy error without rotation, with the fast one, with a dense one."""
-    found = _load("rotation")
-    names = {"none": "none", "fast": "Hadamard and Hartley (used)", "dense": "dense random orthogonal"}
-    kinds = list(found["by_kind"]["fast"])
-    rows = [
-        [title, *(f"{found['by_kind'][name][kind]:.4f}" for kind in kinds), f"{found['mean'][name]:.4f}"]
-        for name, title in names.items()
-    ]
-    head = ["rotation", *(f"`{kind.split('.')[-1]}`" for kind in kinds), "mean"]
-    blocks = ", ".join(map(str, found["blocks"]))
-    note = f"Proxy error at 2 bits per weight, blocks {blocks} of SmolLM2-135M. `{found['command']}`"
-    return f"{_table(head, rows)}\n\n{note}"
-
-
 def peers() -> str:
     """Peer quantizers and ours on one model."""
     found = _load("peers")
@@ -269,8 +246,6 @@ def peer_bits() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "calibrated": calibrated,
-    "ablations": ablations,
-    "rotation": rotation,
     "codec_floor": codec_floor,
     "loading": loading,
     "tasks": tasks,
@@ -283,7 +258,7 @@ def filled(page: str) -> str:
     """The page with every `<!-- NAME:begin -->` ... `<!-- NAME:end -->` filled in."""
     for name, make in TABLES.items():
         pattern = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        source = {"ablations": "calibrated", "peer_bits": "peers"}.get(name, name)
+        source = {"peer_bits": "peers"}.get(name, name)
         if pattern.search(page) and (RESULTS / f"{source}.json").is_file():
             body = make()
             page = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", page)
