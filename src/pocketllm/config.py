@@ -98,6 +98,9 @@ class CodecConfig:
         return 16 * 2 * self.depth * self.vector_len * self.hidden
 
 
+REFINE_EPOCHS = 2  # where refinement is asked for without a number
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """How indices are chosen for what layers do to their inputs.
@@ -105,9 +108,12 @@ class CalibrationConfig:
     tokens, context: of the calibration text, and per window. sensitivity_tokens: of these, for the
     measurement of what an error in each matrix costs. damping: share of the mean diagonal added to each
     Hessian. passes: of coordinate descent after error feedback. rotate: rotate both sides of matrices.
+    sequential: code each block for the inputs it gets from the coded blocks before it; else for those it has
+        in the dense model, which can be kept and used again.
     refine_epochs, refine_rate: passes over the text, and learning rate, of tuning each coded block; 0 passes
         leave it as it was coded.
-    texts: files or folders; none takes the text that comes with Python.
+    texts: files, folders or data sets of the hub (OWNER/NAME[:CONFIG[:SPLIT]]); none takes the text that comes
+        with Python.
     """
 
     tokens: int = 65536
@@ -116,6 +122,7 @@ class CalibrationConfig:
     damping: float = 0.01
     passes: int = 0
     rotate: bool = True
+    sequential: bool = True
     refine_epochs: int = 0
     refine_rate: float = 1e-3
     texts: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ def demo_text() -> tuple[str, str]:
     file = Path(data) / "wikitext2" / "wiki.test.raw" if data else None
     if file is not None and file.is_file():
         return "WikiText-2 raw test", read_text(file)
-    from pocketllm.model.calibration import default_text
+    from pocketllm.model.texts import default_text
 
     return "Python's own documentation (held-out topics)", default_text(held_out=True)
 

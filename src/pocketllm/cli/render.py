@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from pocketllm.errors import ConfigError
+from pocketllm.model.report import warnings_of
 
 
 def _console(stderr: bool) -> Console:
@@ -146,6 +147,11 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
     table.add_row("left dense or not stored", f"{len(report['skipped'])} tensors")
     if report.get("seconds"):
         table.add_row("seconds", f"{report['seconds']:.0f}")
+    for kind in ("peak_memory_bytes", "peak_gpu_memory_bytes"):
+        if report.get(kind):
+            table.add_row(kind.removesuffix("_bytes").replace("_", " "), size(report[kind]))
+    for text in warnings_of(report):
+        table.add_row("warning", text, style="yellow")
     return table
 
 

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from pocketllm.codec.feedback import factorize
 from pocketllm.codec.rotation import rotate_hessian
-from pocketllm.model.calibration import BlockStream, add_square
+from pocketllm.model.blocks import BlockStream
 from pocketllm.model.compute import autocast
+from pocketllm.model.inputs import add_square
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix
 from pocketllm.model.source import DenseCheckpoint
@@ -95,7 +96,7 @@ def measure(
         with stream.loaded(number) as (path, block):
             inside = [m for m in matrices if m.name.startswith(f"{path}.")]
             stream.hidden = inputs.pop()
-            hessians = stream.hessians(path, block, inside)
+            hessians = stream.inputs(block, inside).hessians
             factors: dict[int, float] = {}
             for matrix in inside:
                 hessian = hessians.get(matrix.name)

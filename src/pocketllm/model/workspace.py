@@ -92,9 +92,15 @@ class Workspace:
 
     @classmethod
     def open(
-        cls, output: Path, source: DenseCheckpoint, config: CompressConfig, model: str, device: str
+        cls,
+        output: Path,
+        source: DenseCheckpoint,
+        config: CompressConfig,
+        model: str,
+        device: str,
+        text: str | None = None,
     ) -> Workspace:
-        """Make the folder, or go on in it.
+        """Make the folder, or go on in it. text: identity of the calibration text.
 
         Raises:
             ResumeError: it holds a run with other arguments. OutputError: it is not ours.
@@ -105,6 +111,7 @@ class Workspace:
             "model": model,
             "weights": source.fingerprint(),
             "device": device,
+            "calibration_text": text,
             "threads": torch.get_num_threads(),
             **config.to_dict(),
         }

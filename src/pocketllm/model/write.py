@@ -26,13 +26,14 @@ from pocketllm.errors import ConfigError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.allocate import make_plan
 from pocketllm.model.plan import Matrix, Plan, classify
-from pocketllm.model.report import MatrixReport, Report, versions
+from pocketllm.model.report import RUN_FACTS, MatrixReport, Report, versions
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.workspace import Workspace
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "README*")
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", ckpt.REPORT_NAME}
 _WIDEST = 1.23457e-05  # no number of 6 digits is longer in JSON
+_WIDEST_COUNT = 10**9
 _DIGITS = 6
 _PLANNING_ROUNDS = 6
 
@@ -45,6 +46,8 @@ class Measured:
     proxy_error: Mapping[str, float | None]
     utilization: Mapping[str, float]
     perplexity: Mapping[str, float]
+    input_tokens: Mapping[str, int | None]
+    unseen_experts: Mapping[str, int | None]
     fits: tuple[dict[str, Any], ...]
 
 
@@ -52,8 +55,8 @@ def predicted(plan: Plan) -> Measured:
     """Stands for what a dry run does not know, as wide as the real numbers can get."""
     names = [m.name for m in plan.matrices]
     fits = tuple(_widest_fit(plan, key, group) for key, group in plan.groups().items())
-    widest = dict.fromkeys(names, _WIDEST)
-    return Measured(widest, widest, widest, widest, fits)
+    widest, counts = dict.fromkeys(names, _WIDEST), dict.fromkeys(names, _WIDEST_COUNT)
+    return Measured(widest, widest, widest, widest, counts, counts, fits)
 
 
 def _widest_fit(plan: Plan, key: str, group: list[Matrix]) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def _widest_fit(plan: Plan, key: str, group: list[Matrix]) -> dict[str, Any]:
         "final_nmse": by_decoder,
         "sample_utilization": _WIDEST,
         "curve": [_WIDEST] * points,
-        "revived": 10**9,
+        "revived": _WIDEST_COUNT,
     }
 
 
@@ -259,6 +262,9 @@ class Checkpoint:
             spec.vector_len,
             spec.codebook_size,
             spec.stride or None,
+            matrix.columns,
+            measured.input_tokens[matrix.name],
+            measured.unseen_experts[matrix.name],
         )
 
     def _skipped(self) -> Iterator[dict[str, Any]]:
@@ -270,7 +276,8 @@ class Checkpoint:
 
     def _report_text(self, report: Report, files: Mapping[str, Any]) -> str:
         body = {"format_version": ckpt.FORMAT_VERSION, **report.to_dict(), "files": files}
-        del body["seconds"]  # stored bytes must not depend on how long the run took, or on a resumption
+        for name in RUN_FACTS:  # stored bytes must not depend on how long the run took, or on a resumption
+            del body[name]
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")) + "\n"
 
     def write(self, work: Workspace) -> Report:
@@ -323,7 +330,7 @@ class Checkpoint:
                 yield down
 
     def _measured(self, work: Workspace) -> Measured:
-        nmse, proxy, use, perplexity, fits = {}, {}, {}, {}, []
+        nmse, proxy, use, perplexity, tokens, unseen, fits = {}, {}, {}, {}, {}, {}, []
         for number, group in enumerate(self.plan.groups().values()):
             fits.append(_rounded_tree(work.load(codebook_unit(number))[1]))
             units = [work.load(matrix_unit(self.plan, m)) for m in group]
@@ -331,9 +338,11 @@ class Checkpoint:
             for matrix, (_, facts) in zip(group, units, strict=True):
                 nmse[matrix.name] = _rounded(facts["nmse"])
                 proxy[matrix.name] = _rounded(facts["proxy_error"]) if "proxy_error" in facts else None
+                tokens[matrix.name] = facts.get("input_tokens")
+                unseen[matrix.name] = facts.get("unseen_experts")
                 use[matrix.name] = _rounded(cb.utilization(counts))
                 perplexity[matrix.name] = _rounded(cb.perplexity(counts))
-        return Measured(nmse, proxy, use, perplexity, tuple(fits))
+        return Measured(nmse, proxy, use, perplexity, tokens, unseen, tuple(fits))
 
 
 def planned(
@@ -394,7 +403,9 @@ def dry_report(checkpoint: Checkpoint) -> Report:
     plan = checkpoint.plan
     nan = dict.fromkeys((m.name for m in plan.matrices), math.nan)
     nmse = {m.name: _rounded(plan.specs[m.name].nmse) for m in plan.matrices}
-    return replace(checkpoint.report(Measured(nmse, dict.fromkeys(nmse), nan, nan, ())), is_plan=True)
+    unknown = dict.fromkeys(nmse)
+    measured = Measured(nmse, unknown, nan, nan, unknown, unknown, ())
+    return replace(checkpoint.report(measured), is_plan=True)
 
 
 def _rounded(value: float) -> float:
