@@ -110,7 +110,6 @@ def on_trellis(bpw: float | None = 6.0, **changes: Any) -> CompressConfig:
     return CompressConfig(
         codec=pocketllm.CodecConfig(trellis_width=6, kmeans_iterations=3, depth=1, hidden=8),
         calibration=pocketllm.config.CalibrationConfig(**calibration),
-        decoder_scope="matrix",
         target_bpw=bpw,
-        **changes,
+        **{"decoder_scope": "matrix", **changes},
     )

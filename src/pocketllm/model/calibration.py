@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import pocketllm
 from pocketllm.cache import cache_folder
 from pocketllm.config import CompressConfig
 from pocketllm.errors import SourceError
+from pocketllm.model.inputs import filled_up
 from pocketllm.model.plan import classify
 from pocketllm.model.sensitivity import Sensitivity, measure
 from pocketllm.model.source import DenseCheckpoint
@@ -77,7 +78,10 @@ def calibrate(
     if folder is not None and not settings.sequential:
         inside = [m.name for m in matrices if m.in_blocks]
         kept = folder / f"inputs-{_key(source, windows, device, inside)}"
-    return Calibration(windows, Sensitivity.load(path), kept)
+    found, tokens = Sensitivity.load(path), chosen.numel()
+    if tokens < len(found.head_hessian):
+        found = replace(found, head_hessian=filled_up(found.head_hessian * tokens, tokens))
+    return Calibration(windows, found, kept)
 
 
 def _key(source: DenseCheckpoint, windows: Tensor, device: str, *facts: object) -> str:
