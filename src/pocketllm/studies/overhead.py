@@ -133,7 +133,8 @@ def _probes(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
         )
         runs[job].append(probe.run(asked))
         progress((done + 1) / (repeats * len(jobs)))
-    return {"runs": runs, "short": short, "long": long, "repeats": repeats}
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return {"runs": runs, "short": short, "long": long, "repeats": repeats, "gpu": gpu}
 
 
 def _positions(setup: Setup) -> int:
@@ -193,7 +194,8 @@ def _measured_table(results: Results, device: str) -> Table:
         "tokens/s: single tokens after that, batch 1. Memory: most that was held until the model was loaded "
         "and until the end, beyond the process before it."
     )
-    return Table(f"Measured on the {device.upper().replace('CUDA', 'GPU')}", header, rows, note)
+    where = f"GPU ({values['gpu']})" if device == "cuda" else "CPU"
+    return Table(f"Measured on the {where}", header, rows, note)
 
 
 def _draw(results: Results, figure: Figure) -> None:
@@ -221,6 +223,7 @@ def _bars(axes: Any, numbers: Sequence[float], jobs: Sequence[str]) -> None:
     axes.barh(range(len(jobs)), numbers, color=colours)
     axes.set_yticks(range(len(jobs)), jobs, fontsize=8)
     axes.set_xlim(0, 1.35 * max(numbers))
+    axes.tick_params(labelsize=8)
     for place, value in enumerate(numbers):
         axes.text(value, place, f" {number(value)}", va="center", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
