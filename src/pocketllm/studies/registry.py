@@ -13,6 +13,10 @@ STUDIES: dict[str, str] = {
     "depth": "1, 3 and 5 blocks: is more worse, and is it optimization or capacity",
     "codebook": "codebook size and vector length at equal bits and at equal size",
     "utilization": "which codewords are used, by initialization; a collapse provoked",
+    "sensitivity": "which parts of a model suffer most from compression, for the bytes they save",
+    "decoder": "what the decoder buys at equal stored bits, before and after recovery",
+    "overhead": "what decoding costs at load and at run time",
+    "robustness": "8 to 20 times smaller: on several texts and tasks, where it becomes brittle",
 }
 """Name -> what it asks, in a line. The module `pocketllm.studies.NAME` holds it as STUDY."""
 

@@ -117,7 +117,8 @@ def _setup(
     if texts and not study.on_text:
         raise ConfigError(f"{study.name}: measures no model on text; leave the texts out")
     named = tuple(map(str, texts)) if texts else None
-    return Setup(model, quick, seed, device, named, output.with_name(f"{output.name}.partial") / "work")
+    work = output.with_name(f"{output.name}.partial") / "work"
+    return Setup(model, quick, seed, device, named, work, study.several_texts)
 
 
 def _asked(study: Study, setup: Setup) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Setup:
     seed: of every random choice. device: `cpu` or `cuda`.
     texts: files to measure perplexity on; None takes the default one (`evaluation_text`).
     work: a scratch folder for intermediate models, kept until the study is whole.
+    several: whether the default is texts of several kinds (`evaluation_texts`).
     """
 
     model: str
@@ -49,6 +50,7 @@ class Setup:
     device: str
     texts: tuple[str, ...] | None
     work: Path
+    several: bool = False
 
     def evaluation_texts(self) -> list[Text]:
         """The texts to measure on, never none.
@@ -57,10 +59,11 @@ class Setup:
             SourceError: a file cannot be read.
         """
         from pocketllm.evaluate.perplexity import read_text
-        from pocketllm.evaluate.texts import evaluation_text
+        from pocketllm.evaluate.texts import evaluation_text, evaluation_texts
 
         if not self.texts:
-            return [Text(*evaluation_text())]
+            found = evaluation_texts() if self.several else [evaluation_text()]
+            return [Text(*each) for each in found]
         return [Text(Path(path).name, read_text(path)) for path in self.texts]
 
     def source(self) -> DenseCheckpoint:
@@ -107,7 +110,7 @@ class Study:
     steps: in the order they run; each may be the one where an interrupted run goes on.
     draw: into an empty matplotlib figure; sets its size itself.
     findings: plain sentences with numbers, computed from the results; the first says whether the claim held.
-    on_text: whether it measures models on text.
+    on_text: whether it measures models on text; several_texts: on several kinds of it.
     """
 
     name: str
@@ -119,3 +122,4 @@ class Study:
     draw: Callable[[Results, Figure], None]
     findings: Callable[[Results], list[str]]
     on_text: bool = False
+    several_texts: bool = False
