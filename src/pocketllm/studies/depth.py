@@ -16,6 +16,7 @@ from pocketllm.studies.trials import OURS, PUBLISHED, UNGUARDED, sample, up_proj
 
 DEPTHS = (1, 3, 5)
 _SIZE, _MOST, _BATCH, _LONGER = 256, 1 << 16, 512, 4
+_EPOCHS, _QUICK_EPOCHS = 25, 12
 _SHARE = 0.25  # of the gap between 5 and 3 blocks that may remain where tuning is said to close it
 
 
@@ -24,7 +25,7 @@ def steps(setup: Setup) -> list[Step]:
     quick = setup.quick
     rows = partial(sample, setup, up_projection(setup), _MOST)
     seeds = range(setup.seed, setup.seed + (2 if quick else 5))
-    epochs = 12 if quick else 25
+    epochs = _QUICK_EPOCHS if quick else _EPOCHS
 
     def step(key: str, guards: Safeguards, config: CodecConfig, few: bool = False) -> Step:
         config = dataclasses.replace(config, batch_size=_BATCH)
@@ -38,7 +39,7 @@ def steps(setup: Setup) -> list[Step]:
             wide = dataclasses.replace(published, hidden=hidden)
             made.append(step(f"hidden.{depth}.{hidden}", Safeguards(), wide))
         for times in (1,) if quick else (1, _LONGER):
-            for rate in (5e-3, 1.6e-2) if quick else (1.6e-3, 5e-3, 1.6e-2, 5e-2):
+            for rate in (5e-3, 1.6e-2) if quick or times > 1 else (1.6e-3, 5e-3, 1.6e-2, 5e-2):
                 tuned = dataclasses.replace(published, learning_rate=rate, epochs=times * epochs)
                 made.append(step(f"tuned.{depth}.{times}.{rate:g}", Safeguards(), tuned, few=True))
         made.append(step(f"ours.{depth}", Safeguards(), dataclasses.replace(OURS, depth=depth)))
@@ -148,10 +149,10 @@ def findings(results: Results) -> list[str]:
     else:
         noise = ((spread(five) or 0) ** 2 + (spread(three) or 0) ** 2) ** 0.5
         held = "Held" if gap > noise else "Did not hold here"
+        certain = "more than" if abs(gap) > noise else "within"
         first = (
             f"{held}: as published, {_by_depth(results, 'published')}; five blocks end {_more(gap)} than three, "
-            + ("more than" if abs(gap) > noise else "within")
-            + f" the spread of the seeds ({number(noise, 2)})."
+            f"{certain} the spread of the seeds ({number(noise, 2)}). Lowest: {_lowest(results, 'published')}."
         )
     others = [
         f"{words[0].upper()}{words[1:]}: {_by_depth(results, name)}."
@@ -168,6 +169,12 @@ def _gap(five: list[float | None], three: list[float | None]) -> float | None:
 
 def _more(gap: float) -> str:
     return f"{number(abs(gap), 2)} {'higher' if gap > 0 else 'lower'}"
+
+
+def _lowest(results: Results, name: str) -> str:
+    ends = {depth: mean(_start(results, name, depth)["end_nmse"]) for depth in DEPTHS}
+    known = {depth: value for depth, value in ends.items() if value is not None}
+    return f"{min(known, key=lambda depth: known[depth])} block(s)"
 
 
 def _by_depth(results: Results, name: str) -> str:
@@ -224,7 +231,9 @@ def draw(results: Results, figure: Any) -> None:
             words = {"label": f"{depth} block{'s' if depth > 1 else ''}"} if place == 0 else {}
             dots(first, place + 0.15 * (n - 1), _start(results, name, depth)["end_nmse"], n, **words)
         wide = {
-            int(key[1]): e["end_nmse"] for key, e in _group(results, "hidden").items() if key[0] == str(depth)
+            float(key[1]): e["end_nmse"]
+            for key, e in _group(results, "hidden").items()
+            if key[0] == str(depth)
         }
         _line(second, wide, n)
         lengths = sorted({int(key[1]) for key in _group(results, "tuned")})
@@ -244,6 +253,8 @@ def draw(results: Results, figure: Any) -> None:
         third.set_xlabel(f"solid: as long as the others; dashed: {lengths[-1]} times longer")
     third.set_xscale("log")
     second.set_xscale("log", base=2)
+    second.set_xticks(sorted({int(key[1]) for key in _group(results, "hidden")}))
+    third.set_xticks(sorted({float(key[2]) for key in _group(results, "tuned")}))
     for axes in (second, third):
         plain_ticks(axes.xaxis)
     for axes in (first, second, third):

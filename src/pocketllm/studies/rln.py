@@ -22,10 +22,11 @@ TRAININGS = {
     "ours": "our start",
 }
 _SIZE, _MOST, _BATCH = 256, 1 << 16, 512
+_EPOCHS, _QUICK_EPOCHS = 25, 12
 
 
 def _training(name: str, quick: bool) -> Training:
-    published = dataclasses.replace(PUBLISHED, epochs=12 if quick else 25)
+    published = dataclasses.replace(PUBLISHED, epochs=_QUICK_EPOCHS if quick else _EPOCHS)
     config = dataclasses.replace(OURS if name == "ours" else published, batch_size=_BATCH)
     return Training(config, UNGUARDED if name == "published" else Safeguards(), _SIZE)
 
@@ -52,7 +53,7 @@ def steps(setup: Setup) -> list[Step]:
         for rate in (1.6e-2, 1.6e-1) if quick else (1.6e-3, 1.6e-2, 5e-2, 1.6e-1, 5e-1):
             training = _with(published, norm=norm, learning_rate=rate)
             made.append(repeated(f"rate.{norm}.{rate:g}", up, training, seeds[:3]))
-        for size in (64, 256) if quick else (64, 256, 1024):
+        for size in (_SIZE // 4, _SIZE) if quick else (_SIZE // 4, _SIZE, 4 * _SIZE):
             training = _with(_training("guarded", quick), size, norm=norm)
             made.append(repeated(f"size.{norm}.{size}", up, training, seeds[:3]))
     return made
@@ -217,6 +218,7 @@ def draw(results: Results, figure: Any) -> None:
     second.set_title(f"nmse at the end, {seeds} seeds", fontsize=11)
     second.set_ylim(bottom=0)
     third.set_xscale("log")
+    third.set_xticks([float(rate) for rate in _tried(results, "rate")])
     third.set_yscale("log")
     plain_ticks(third.xaxis)
     plain_ticks(third.yaxis)

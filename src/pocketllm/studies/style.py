@@ -55,10 +55,11 @@ def spread(values: Sequence[float | None]) -> float | None:
 
 
 def mean_spread(values: Sequence[float | None], digits: int = 3) -> str:
-    """`mean ± standard deviation`; says how many were not finite."""
+    """`mean ± standard deviation`, a single value alone; says how many were not finite."""
     known = [v for v in values if v is not None]
     lost = len(values) - len(known)
-    words = f"{number(mean(known), digits)} ± {number(spread(known), 2)}" if known else "not finite"
+    words = number(mean(known), digits) if known else "not finite"
+    words += f" ± {number(spread(known), 2)}" if len(known) > 1 else ""
     return f"{words} ({lost} not finite)" if lost and known else words
 
 

@@ -128,7 +128,17 @@ def train(
     safeguards: Safeguards | None = None,
     progress: Progress = lambda share: None,
 ) -> Trial:
-    """Fit a codec of its own to a matrix [rows, columns], and code the matrix with it."""
+    """Fit a codec of its own to a matrix [rows, columns], and code the matrix with it.
+
+    Raises:
+        SourceError: the matrix has fewer subvectors than the codebook has codewords.
+    """
+    available = weight.shape[0] * subvectors_per_row(weight.shape[1], config.vector_len)
+    if available < codebook_size:
+        raise SourceError(
+            f"the matrix under study, {tuple(weight.shape)}, has {available} subvectors of {config.vector_len} "
+            f"weights, wanted at least K = {codebook_size}; study a larger model"
+        )
     steps: list[TrainingStep] = []
     started = time.monotonic()
     fitted = fit({"": [weight]}, config, codebook_size, seed, progress, safeguards, steps.append)
