@@ -151,7 +151,7 @@ class CompressConfig:
     codebook_scope, decoder_scope: what shares one: `matrix`, `kind` (of projection) or `model`;
         codebook_scope `auto` takes the one with the least predicted error at the target.
     dense_first, dense_last: blocks left dense at either end (the authors: 3 and 2).
-    keep_embeddings: leave embedding and head dense.
+    keep_embeddings: leave embedding and head dense, in 16 bit.
     embedding_extra_bits: bits per weight by which embedding and head are coded finer than the blocks.
     max_index_bits: bound on log2 K, for the sake of time.
     calibration: how to calibrate; None codes for the error of the weights alone.
@@ -191,6 +191,8 @@ class CompressConfig:
                 raise ConfigError(f"codebook_size: got {self.codebook_size}, wanted 2 to {1 << 20}")
             if self.vector_len is None:
                 raise ConfigError("codebook_size is set without vector_len; set both, or target_bpw alone")
+            if self.target_bytes is not None or self.target_ratio is not None:
+                raise ConfigError("codebook_size fixes the size; it excludes target_bytes and target_ratio")
         else:
             self._check_target()
         if self.codebook_size is not None and self.codec.trellis_width is not None:

@@ -29,8 +29,9 @@ from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix, Plan
 from pocketllm.model.report import Report, peak_memory_bytes
 from pocketllm.model.source import DenseCheckpoint, open_dense, resolve
+from pocketllm.model.target import planned
 from pocketllm.model.workspace import Workspace, check_output, output_error
-from pocketllm.model.write import codebook_unit, dry_report, planned
+from pocketllm.model.write import codebook_unit, dry_report
 
 _SAMPLED = 4  # rotated matrices of a kind that its codec is fitted to
 

@@ -21,11 +21,9 @@ from torch import Tensor
 
 import pocketllm
 from pocketllm.codec import codebook as cb
-from pocketllm.config import CodecConfig, CompressConfig
-from pocketllm.errors import ConfigError
+from pocketllm.config import CodecConfig
 from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.allocate import make_plan
-from pocketllm.model.plan import Matrix, Plan, classify
+from pocketllm.model.plan import KEPT_END, Dense, Matrix, Plan
 from pocketllm.model.report import RUN_FACTS, MatrixReport, Report, versions
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.workspace import Workspace
@@ -35,7 +33,6 @@ _NOT_COPIED = {"config.json", "model.safetensors.index.json", ckpt.REPORT_NAME}
 _WIDEST = 1.23457e-05  # no number of 6 digits is longer in JSON
 _WIDEST_COUNT = 10**9
 _DIGITS = 6
-_PLANNING_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class Checkpoint:
         """Every stored tensor in writing order: dense ones, coded ones, codebooks, decoders."""
         sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for dense in self.plan.dense:
-            sizes[dense.name] = self.source.dtype(dense.name), dense.shape
+            sizes[dense.name] = self.dense_dtype(dense), dense.shape
         for matrix in self.plan.matrices:
             sizes[f"{matrix.name}.indices"] = torch.uint8, (self.plan.index_bytes(matrix),)
             if self.plan.config.codec.row_scale:
@@ -114,6 +111,16 @@ class Checkpoint:
             sizes[f"{ckpt.STORE}.decoders.{number}.up"] = torch.float16, (depth, d, hidden)
             sizes[f"{ckpt.STORE}.decoders.{number}.down"] = torch.float16, (depth, hidden, d)
         return sizes
+
+    def dense_dtype(self, dense: Dense) -> torch.dtype:
+        """In which a tensor that is left dense is stored: its own; kept embeddings in at most 16 bits."""
+        own = self.source.dtype(dense.name)
+        return torch.bfloat16 if dense.reason == KEPT_END and own.itemsize > 2 else own
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of all tensors that are left dense."""
+        return sum(torch.Size(d.shape).numel() * self.dense_dtype(d).itemsize for d in self.plan.dense)
 
     @property
     def codebooks_are_stored(self) -> bool:
@@ -214,9 +221,7 @@ class Checkpoint:
         if bytes_on_disk is None or report_bytes is None:
             bytes_on_disk, report_bytes = self.bytes_on_disk
         plan, bits, coded = self.plan, self.plan.bits_by_part(), self.plan.weights
-        dense_bytes = sum(
-            torch.Size(d.shape).numel() * self.source.dtype(d.name).itemsize for d in plan.dense
-        )
+        dense_bytes = self.dense_bytes
         every = coded + sum(torch.Size(d.shape).numel() for d in plan.dense)
         other = sum(path.stat().st_size for path in self.copied_files())
         payload = sum(value // 8 for value in bits.values()) + dense_bytes
@@ -303,7 +308,8 @@ class Checkpoint:
         """The tensors in the order of `sizes`; fills `crcs` on the way."""
         refined = work.refined()
         for dense in self.plan.dense:
-            yield refined.get(f"vector|{dense.name}", self.source.read(dense.name))
+            value = refined.get(f"vector|{dense.name}", self.source.read(dense.name))
+            yield value.to(self.dense_dtype(dense))
         for matrix in self.plan.matrices:
             tensors, _ = work.load(matrix_unit(self.plan, matrix))
             stored = [tensors["indices"]]
@@ -343,59 +349,6 @@ class Checkpoint:
                 use[matrix.name] = _rounded(cb.utilization(counts))
                 perplexity[matrix.name] = _rounded(cb.perplexity(counts))
         return Measured(nmse, proxy, use, perplexity, tokens, unseen, tuple(fits))
-
-
-def planned(
-    source: DenseCheckpoint,
-    config: CompressConfig,
-    model: str,
-    importance: Mapping[str, float] | None = None,
-) -> Checkpoint:
-    """Plan a model; a target for the whole folder is turned into bits per weight here.
-
-    Args:
-        importance: as in `make_plan`.
-
-    Raises:
-        ConfigError: as `make_plan`; or a target below the bytes of what is not compressed.
-    """
-    if config.target_bytes is None and config.target_ratio is None:
-        return Checkpoint(source, make_plan(source, config, importance), model)
-    matrices, dense = classify(source, config)
-    checkpoint = Checkpoint(source, Plan((), {}, tuple(dense), "model", config), model)
-    dense_bytes = 2 * sum(m.weights for m in matrices) + sum(2 * torch.Size(d.shape).numel() for d in dense)
-    other = sum(path.stat().st_size for path in checkpoint.copied_files())
-    target = config.target_bytes
-    if target is None:
-        assert config.target_ratio is not None
-        target = int((dense_bytes + other) / config.target_ratio)
-    weights = sum(m.weights for m in matrices)
-    fixed = other + sum(torch.Size(d.shape).numel() * source.dtype(d.name).itemsize for d in dense)
-    bpw = 8 * (target - fixed) / max(1, weights)
-    best: Checkpoint | None = None
-    for _ in range(_PLANNING_ROUNDS):
-        if not 0 < bpw <= 16:
-            break
-        changed = replace(config, target_bpw=bpw, target_bytes=None, target_ratio=None)
-        try:
-            checkpoint = Checkpoint(source, make_plan(source, changed, importance), model)
-        except ConfigError as error:
-            raise ConfigError(
-                f"a folder of {target:,} bytes leaves {bpw:.3f} bits per weight to the matrices: {error}"
-            ) from error
-        # What is not matrices hardly changes with the plan; what it does change, the next round sees.
-        total, _ = checkpoint.bytes_on_disk
-        if total <= target:
-            best = checkpoint
-            if target - total < 0.003 * target:
-                break
-        bpw += 8 * (target - total) / weights - 0.001
-    if best is None:
-        raise ConfigError(
-            f"the whole folder cannot be {target:,} bytes: what is not compressed takes {fixed:,} "
-            "(tensors left dense, tokenizer); raise the target, or leave fewer tensors dense"
-        )
-    return best
 
 
 def dry_report(checkpoint: Checkpoint) -> Report:
