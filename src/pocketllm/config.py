@@ -116,7 +116,7 @@ class CalibrationConfig:
         with Python.
     """
 
-    tokens: int = 65536
+    tokens: int = 32768
     context: int = 512
     sensitivity_tokens: int = 4096
     damping: float = 0.01
