@@ -52,7 +52,7 @@ def settings() -> dict[str, CompressConfig]:
         "2.05, codebook from a seed": at_two(codec={"codebook_source": "seed"}),
         "2.05, independent indices": at_two(codec=plain),
         "2.05, refined": at_two(calibration={"refine_epochs": 2}),
-        "2.05, twice the text": at_two(calibration={"tokens": 65536}),
+        "2.05, inputs of the dense model": at_two(calibration={"sequential": False}),
     }
     return {**whole, **ablations}
 
