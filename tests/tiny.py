@@ -102,3 +102,15 @@ def target(bpw: float, **changes: Any) -> CompressConfig:
 def calibrated(config: CompressConfig) -> CompressConfig:
     """The same with rotation and error feedback, on a little of Python's own text."""
     return dataclasses.replace(config, calibration=pocketllm.config.CalibrationConfig(tokens=256, context=32))
+
+
+def on_trellis(bpw: float | None = 6.0, **changes: Any) -> CompressConfig:
+    """The calibrated presets at a tiny scale; `calibration` changes some of its settings."""
+    calibration = {"tokens": 512, "context": 32, "sensitivity_tokens": 128, **changes.pop("calibration", {})}
+    return CompressConfig(
+        codec=pocketllm.CodecConfig(trellis_width=6, kmeans_iterations=3, depth=1, hidden=8),
+        calibration=pocketllm.config.CalibrationConfig(**calibration),
+        decoder_scope="matrix",
+        target_bpw=bpw,
+        **changes,
+    )
