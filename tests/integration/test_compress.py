@@ -82,6 +82,50 @@ def test_killed_and_started_again(stage: str, number: int, source: Path, whole: 
     assert contents(tmp_path / "out") == contents(whole)
 
 
+def test_killed_while_it_cleans_up(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output is whole by then; what is left of the work is still known as ours, and replaced."""
+    original = workspace.shutil.rmtree
+
+    def killed(path: Path, **keywords: Any) -> None:
+        original(path, **keywords)
+        if Path(path).name == "old":
+            raise StoppedError
+
+    monkeypatch.setattr(workspace.shutil, "rmtree", killed)
+    pocketllm.compress(source, tiny.settings(seed=5), tmp_path / "out")
+    with pytest.raises(StoppedError):
+        pocketllm.compress(source, tiny.settings(), tmp_path / "out", overwrite=True)
+    verify(tmp_path / "out")
+    assert (tmp_path / "out.partial" / "state.json").is_file()
+    with pytest.raises(ResumeError, match="delete that folder"):
+        pocketllm.compress(source, tiny.settings(seed=6), tmp_path / "out", overwrite=True)
+    monkeypatch.undo()
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_before_the_state_was_written(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".state.json.tmp").write_text("{")
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_runs_for_one_output(source: Path, whole: Path, tmp_path: Path) -> None:
+    """The second is turned away, and the first goes on undisturbed."""
+    refusals: list[str] = []
+
+    def progress(event: Event) -> None:
+        if event.stage == "encode" and not refusals:
+            with pytest.raises(OutputError) as caught:
+                pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+            refusals.append(str(caught.value))
+
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out", progress=progress)
+    assert "in use by another process" in refusals[0]
+    assert contents(tmp_path / "out") == contents(whole)
+
+
 class StoppedError(Exception):
     pass
 

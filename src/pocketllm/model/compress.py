@@ -33,7 +33,7 @@ from pocketllm.model.plan import Matrix, Plan
 from pocketllm.model.report import Report
 from pocketllm.model.sensitivity import Sensitivity, measure
 from pocketllm.model.source import DenseCheckpoint, open_dense, resolve
-from pocketllm.model.workspace import Workspace, check_output, output_error
+from pocketllm.model.workspace import Workspace, check_output, locked, output_error
 from pocketllm.model.write import codebook_unit, dry_report, planned
 
 _SAMPLED = 4  # rotated matrices of a kind that its codec is fitted to
@@ -41,7 +41,7 @@ _SAMPLED = 4  # rotated matrices of a kind that its codec is fitted to
 
 @dataclass(frozen=True)
 class Event:
-    """Progress: stage (`fetch`, `measure`, `fit`, `encode`, `write`), its finished share, what is at work."""
+    """Progress: stage (`fetch`, `check`, `measure`, `fit`, `encode`, `write`), finished share, what is at work."""
 
     stage: str
     share: float
@@ -90,17 +90,21 @@ def compress(
     checkpoint = planned(source, config, str(model))
     if output.resolve() == folder.resolve():
         raise OutputError(f"{output}: is the model itself; choose another output folder")
+    # What can be wrong with the input is found before anything is written, or hours are spent.
+    windows = _calibration_windows(source, config)
+    if not Workspace.is_begun(output):
+        source.check(partial(_tell_detail, progress, "check"))
     try:
         work = Workspace.open(output, source, config, str(model), device)
-        windows = _calibration_windows(source, config)
-        sensitivity = None
-        if windows is not None:
-            sensitivity = _sensitivity(source, windows, config, checkpoint.plan, device, progress)
-            checkpoint = planned(source, config, str(model), sensitivity.importance)
-        _fit_and_encode(work, source, checkpoint.plan, windows, sensitivity, device, progress)
-        progress(Event("write", 0.0, "writing the checkpoint"))
-        report = checkpoint.write(work)
-        work.publish(output)
+        with locked(work.folder):
+            sensitivity = None
+            if windows is not None:
+                sensitivity = _sensitivity(source, windows, config, checkpoint.plan, device, progress)
+                checkpoint = planned(source, config, str(model), sensitivity.importance)
+            _fit_and_encode(work, source, checkpoint.plan, windows, sensitivity, device, progress)
+            progress(Event("write", 0.0, "writing the checkpoint"))
+            report = checkpoint.write(work)
+            work.publish(output)
     except OSError as error:
         raise output_error(output, error) from error
     progress(Event("write", 1.0, str(output)))
@@ -120,6 +124,7 @@ def dry_run(
     With calibration the model's sensitivity is measured, since the plan depends on it.
     """
     source = open_dense(resolve(str(model)), trust_remote_code)
+    source.check_dtypes()
     checkpoint = planned(source, config, str(model))
     windows = _calibration_windows(source, config)
     if windows is not None:

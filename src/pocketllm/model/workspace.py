@@ -28,6 +28,8 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
+_STATE = "state.json"
+
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuse an output that would destroy something.
@@ -117,9 +119,9 @@ class Workspace:
         Raises:
             ResumeError: it holds a run with other arguments. OutputError: it is not ours.
         """
-        folder = output.with_name(output.name + ".partial")
+        folder = _partial(output)
         wanted = json.loads(json.dumps(_flat(arguments)))  # as it is read back: lists for tuples
-        state = folder / "state.json"
+        state = folder / _STATE
         if state.is_file():
             found = json.loads(state.read_text(encoding="utf-8"))
             differing = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
@@ -129,12 +131,17 @@ class Workspace:
                     f"{folder}: holds a half-done run with other arguments ({facts}); "
                     "run with the same arguments to go on, or delete that folder to start anew"
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(path.name != f".{_STATE}.tmp" for path in folder.iterdir()):
             raise OutputError(f"{folder}: exists and is not ours; move it away")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             ckpt.write_json(state, wanted)
         return cls(folder)
+
+    @staticmethod
+    def is_begun(output: Path) -> bool:
+        """Whether a half-done run for this output is there."""
+        return (_partial(output) / _STATE).is_file()
 
     def has(self, name: str) -> bool:
         """Whether a unit is finished."""
@@ -171,7 +178,17 @@ class Workspace:
         if output.is_dir():
             output.rename(self.folder / "old")
         (self.folder / "final").rename(output)
-        shutil.rmtree(self.folder)
+        # Killed on the way, the rest must still be known as ours: the state goes last.
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _STATE:
+                path.unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
