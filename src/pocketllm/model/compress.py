@@ -151,7 +151,6 @@ def _sensitivity(
     key = hashlib.sha256(repr((asked, torch.get_num_threads(), names)).encode() + chosen.numpy().tobytes())
     path = cache_folder() / f"sensitivity-{key.hexdigest()[:16]}.safetensors"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         told = partial(_tell, progress, "measure", "sensitivity of every matrix")
         found = measure(source, chosen, list(plan.matrices), settings.damping, config.seed, device, told)
         found.save(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -71,6 +72,18 @@ def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
                 f"{folder}: in use by another process; wait for it, or choose another output folder"
             ) from error
         yield
+
+
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Raise what the operating system refused as OSError: safetensors reports it as an error of its own."""
+    try:
+        yield
+    except Exception as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def output_error(output: Path, error: OSError) -> OutputError:
@@ -151,13 +164,9 @@ class Workspace:
         """Keep one finished unit."""
         path = self.folder / name
         temporary = path.with_suffix(".tmp")
-        metadata = {"facts": json.dumps(facts)}
-        try:
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, str(temporary), metadata)
-        except Exception as error:  # safetensors reports a full disk as its own error, not as OSError
-            if "os error 28" in str(error) or "No space left" in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device", str(temporary)) from error
-            raise
+        with system_errors(temporary):
+            stored = {key: value.contiguous().cpu() for key, value in tensors.items()}
+            save_file(stored, str(temporary), {"facts": json.dumps(facts)})
         temporary.replace(path)
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
