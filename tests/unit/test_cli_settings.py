@@ -108,7 +108,7 @@ def test_overrides() -> None:
     assert found == (("model.layers.0.*", 4.0), ("a=b*", 2.5), ("lm_head.weight", 16.0))
     assert compress_config(None, overrides=found).overrides == found
     for wrong in ("model.layers.0.*", "=4", "x=", "x=four"):
-        with pytest.raises(ConfigError, match="--override: got .*, wanted PATTERN=BITS"):
+        with pytest.raises(ConfigError, match=r"--override: got .*, wanted PATTERN=BITS"):
             parse_overrides([wrong])
     with pytest.raises(ConfigError, match="17"):
         compress_config(None, overrides=(("x", 17.0),))

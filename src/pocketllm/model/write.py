@@ -28,7 +28,7 @@ from pocketllm.model.report import RUN_FACTS, MatrixReport, Report, versions
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.workspace import Workspace
 
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "README*")
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", ckpt.REPORT_NAME}
 _WIDEST = 1.23457e-05  # no number of 6 digits is longer in JSON
 _WIDEST_COUNT = 10**9
@@ -363,7 +363,7 @@ def dry_report(checkpoint: Checkpoint) -> Report:
 
 def _rounded(value: float) -> float:
     """Six significant digits; what is below 1e-9 is 0."""
-    return float(f"{value:.{_DIGITS}g}") if abs(value) >= 1e-9 else 0.0
+    return 0.0 if abs(value) < 1e-9 else float(f"{value:.{_DIGITS}g}")
 
 
 def _rounded_tree(value: Any) -> Any:
