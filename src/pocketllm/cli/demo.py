@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pocketllm.cli.options import load_any
 from pocketllm.config import CompressConfig
-
-
-def demo_text() -> tuple[str, str]:
-    """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, else Python's own documentation."""
-    from pocketllm.evaluate.perplexity import read_text
-
-    data = os.environ.get("POCKETLLM_DATA")
-    file = Path(data) / "wikitext2" / "wiki.test.raw" if data else None
-    if file is not None and file.is_file():
-        return "WikiText-2 raw test", read_text(file)
-    from pocketllm.model.texts import default_text
-
-    return "Python's own documentation (held-out topics)", default_text(held_out=True)
 
 
 def run_demo(
@@ -32,10 +18,11 @@ def run_demo(
     size: tuple[int, int],
     progress: Callable[[str, float, str], None],
 ) -> dict[str, Any]:
-    """Everything the demo shows, as plain values. size: (context, windows) to measure on."""
+    """Everything the demo shows, as plain values. size: (context, most windows) to measure on."""
     import pocketllm
     from pocketllm.evaluate.generate import generate
-    from pocketllm.evaluate.perplexity import perplexity
+    from pocketllm.evaluate.perplexity import perplexity, token_windows
+    from pocketllm.evaluate.texts import evaluation_text
     from pocketllm.model.checkpoint import REPORT_NAME, read_report, verify
 
     if (output / REPORT_NAME).is_file() and read_report(output)["config"] == config.to_dict():
@@ -45,7 +32,7 @@ def run_demo(
         pocketllm.compress(
             model, config, output, progress=lambda event: progress(event.stage, event.share, event.detail)
         )
-    name, text = demo_text()
+    name, text = evaluation_text()
     context, windows = size
     values: dict[str, Any] = {"text_name": name, "context": context, "output": str(output)}
     for title, which in (("dense", model), ("compressed", str(output))):
@@ -54,7 +41,8 @@ def run_demo(
         def told(share: float, title: str = title) -> None:
             progress(f"eval {title}", share, "")
 
-        found = perplexity(loaded, tokenizer, text, context, windows, told)
+        available = len(token_windows(tokenizer, text, context))
+        found = perplexity(loaded, tokenizer, text, context, min(windows, available), told)
         values[title] = {**facts, "perplexity": found.perplexity, "windows": found.windows}
     written = generate(loaded, tokenizer, prompt)
     values["text"] = written.text

@@ -32,8 +32,13 @@ except ImportError:  # not on Windows
 _STATE = "state.json"
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(
+    output: Path, overwrite: bool, marker: str = ckpt.REPORT_NAME, what: str = "a compressed model"
+) -> None:
     """Refuse an output that would destroy something.
+
+    Args:
+        marker: the file by which a folder is known as ours. what: it is then, in words.
 
     Raises:
         OutputError: it exists and is not ours, or is ours and `overwrite` is not set, or cannot be made.
@@ -41,12 +46,10 @@ def check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: exists and is a file; choose another output folder")
     if output.is_dir() and any(output.iterdir()):
-        if not (output / ckpt.REPORT_NAME).is_file():
-            raise OutputError(f"{output}: exists and is not a compressed model; choose another output folder")
+        if not (output / marker).is_file():
+            raise OutputError(f"{output}: exists and is not {what}; choose another output folder")
         if not overwrite:
-            raise OutputError(
-                f"{output}: a compressed model is there already; pass --overwrite to replace it"
-            )
+            raise OutputError(f"{output}: {what} is there already; pass --overwrite to replace it")
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent

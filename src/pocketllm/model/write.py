@@ -107,9 +107,8 @@ class Checkpoint:
             for number, group in enumerate(self.plan.groups().values()):
                 sizes[f"{ckpt.STORE}.codebooks.{number}.weight"] = torch.float16, self._codebook_shape(group)
         for number, codec in enumerate(self._decoders.values()):
-            d, hidden, depth = codec.vector_len, codec.hidden, codec.depth
-            sizes[f"{ckpt.STORE}.decoders.{number}.up"] = torch.float16, (depth, d, hidden)
-            sizes[f"{ckpt.STORE}.decoders.{number}.down"] = torch.float16, (depth, hidden, d)
+            for part, shape in zip(("up", "down"), codec.network_shapes, strict=True):
+                sizes[f"{ckpt.STORE}.decoders.{number}.{part}"] = torch.float16, shape
         return sizes
 
     def dense_dtype(self, dense: Dense) -> torch.dtype:
