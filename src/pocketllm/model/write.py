@@ -25,6 +25,7 @@ from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.errors import ConfigError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.allocate import make_plan
+from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.model.plan import Matrix, Plan, classify
 from pocketllm.model.report import MatrixReport, Report, versions
 from pocketllm.model.source import DenseCheckpoint
@@ -99,17 +100,7 @@ class Checkpoint:
         sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for dense in self.plan.dense:
             sizes[dense.name] = self.source.dtype(dense.name), dense.shape
-        for matrix in self.plan.matrices:
-            sizes[f"{matrix.name}.indices"] = torch.uint8, (self.plan.index_bytes(matrix),)
-            if self.plan.config.codec.row_scale:
-                sizes[f"{matrix.name}.row_scale"] = torch.bfloat16, (matrix.rows,)
-        if self.codebooks_are_stored:
-            for number, group in enumerate(self.plan.groups().values()):
-                sizes[f"{ckpt.STORE}.codebooks.{number}.weight"] = torch.float16, self._codebook_shape(group)
-        for number, codec in enumerate(self._decoders.values()):
-            d, hidden, depth = codec.vector_len, codec.hidden, codec.depth
-            sizes[f"{ckpt.STORE}.decoders.{number}.up"] = torch.float16, (depth, d, hidden)
-            sizes[f"{ckpt.STORE}.decoders.{number}.down"] = torch.float16, (depth, hidden, d)
+        sizes.update(self.layout(self._no_crcs()).tensors())
         return sizes
 
     @property
@@ -136,14 +127,14 @@ class Checkpoint:
         found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
         return sorted(path for path in found if path.name not in _NOT_COPIED)
 
-    def layout(self, crcs: Mapping[str, str]) -> ckpt.Layout:
+    def layout(self, crcs: Mapping[str, str]) -> Layout:
         """The stored form, given the checksum of each matrix, `codebook N` and `decoder N`."""
         groups = self.plan.groups()
         codebook_of = {m.name: n for n, group in enumerate(groups.values()) for m in group}
         decoder_of = {key: n for n, key in enumerate(self._decoders)}
-        return ckpt.Layout(
+        return Layout(
             {
-                m.name: ckpt.MatrixEntry(
+                m.name: MatrixEntry(
                     m.shape,
                     m.transposed,
                     codebook_of[m.name],
@@ -155,7 +146,7 @@ class Checkpoint:
                 for m in self.plan.matrices
             },
             tuple(
-                ckpt.CodebookEntry(
+                CodebookEntry(
                     *self._codebook_shape(group),
                     None if self.codebooks_are_stored else self.plan.config.seed,
                     crcs[f"codebook {n}"],
@@ -163,8 +154,7 @@ class Checkpoint:
                 for n, group in enumerate(groups.values())
             ),
             tuple(
-                ckpt.DecoderEntry(codec, crcs[f"decoder {n}"])
-                for n, codec in enumerate(self._decoders.values())
+                DecoderEntry(codec, crcs[f"decoder {n}"]) for n, codec in enumerate(self._decoders.values())
             ),
         )
 
