@@ -339,6 +339,32 @@ def test_demo(run: Run, source: Path, tmp_path: Path) -> None:
     assert code == 0 and "perplexity" in out and "> hello" in out
 
 
+def test_demo_takes_the_windows_that_the_text_has(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says before the work begins that it has none."""
+    from pocketllm.cli import demo
+
+    monkeypatch.setattr(demo, "demo_text", lambda: ("a short text", "a short text. " * 10))
+    options = ["demo", "--model", source, "-o", tmp_path / "demo", "--bpw", "7", "--no-calibration"]
+    options += ["--prompt", "hello"]
+    code, _, err = run(*options, "--context", "64", "--windows", "1000")
+    assert code == 0, err
+    values = run.json(*options, "--context", "64", "--windows", "1000")
+    assert values["dense"]["windows"] == values["compressed"]["windows"] == 2
+    code, _, err = run(*options[:3], "-o", tmp_path / "none", "--context", "1024")
+    assert code == 2 and "lower context" in err and not list(tmp_path.glob("none*"))
+
+
+def test_the_demo_of_the_readme_has_text_to_measure_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own text, in characters: about 4 to a token, and less than 5 windows would say little."""
+    from pocketllm.cli.demo import demo_text
+
+    monkeypatch.delenv("POCKETLLM_DATA", raising=False)
+    name, text = demo_text()
+    assert "Python" in name and len(text) > 5 * 1024 * 4
+
+
 @pytest.mark.parametrize("command", ["compress", "info", "eval", "generate", "export", "demo"])
 def test_help_has_an_example(command: str, run: Run) -> None:
     code, out, _ = run(command, "--help")

@@ -284,7 +284,7 @@ def demo(
     ] = False,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The three primary colors are",
     context: Annotated[int, typer.Option(min=2, help="Tokens per window to measure on.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="Most windows to measure on.")] = 8,
     threads: Threads = 0,
     json: Json = False,
     quiet: Quiet = False,
