@@ -67,12 +67,8 @@ class Output:
             console=self.stderr,
             disable=self.quiet or not self.stderr.is_terminal,
         )
-        try:
-            with shown:
-                yield Bars(self, shown)
-        except KeyboardInterrupt:
-            self.stderr.print("interrupted; started again, it goes on where it was")
-            raise SystemExit(130) from None
+        with shown:
+            yield Bars(self, shown)
 
 
 class _Notes(logging.Handler):

@@ -1,4 +1,4 @@
-"""What lies in a dense model's folder: its weight files and its model class."""
+"""What lies in a model's folder: weight files, model class, tokenizer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from pocketllm.errors import SourceError
 
+_TOKENIZERS = ("tokenizer*.json", "tokenizer*.model", "spiece.model", "vocab*", "*.tiktoken", "tekken.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -83,3 +84,22 @@ def meta_model(folder: Path, trust_remote_code: bool) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "; pass --trust-remote-code if you trust it" if "custom code" in reason else ""
         raise SourceError(f"{folder}: transformers cannot build this model ({reason}){hint}") from error
+
+
+def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The model's tokenizer, or None where the folder holds none.
+
+    Raises:
+        SourceError: its files cannot be read.
+    """
+    if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and tokenizers raise whatever they come upon
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceError(
+            f"{folder}: its tokenizer cannot be read ({reason}); fetch its files again"
+        ) from error

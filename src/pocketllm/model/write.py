@@ -23,6 +23,7 @@ import pocketllm
 from pocketllm.codec import codebook as cb
 from pocketllm.config import CodecConfig
 from pocketllm.model import checkpoint as ckpt
+from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.model.plan import KEPT_END, Dense, Matrix, Plan
 from pocketllm.model.report import RUN_FACTS, MatrixReport, Report, versions
 from pocketllm.model.source import DenseCheckpoint
@@ -99,16 +100,7 @@ class Checkpoint:
         sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for dense in self.plan.dense:
             sizes[dense.name] = self.dense_dtype(dense), dense.shape
-        for matrix in self.plan.matrices:
-            sizes[f"{matrix.name}.indices"] = torch.uint8, (self.plan.index_bytes(matrix),)
-            if self.plan.config.codec.row_scale:
-                sizes[f"{matrix.name}.row_scale"] = torch.bfloat16, (matrix.rows,)
-        if self.codebooks_are_stored:
-            for number, group in enumerate(self.plan.groups().values()):
-                sizes[f"{ckpt.STORE}.codebooks.{number}.weight"] = torch.float16, self._codebook_shape(group)
-        for number, codec in enumerate(self._decoders.values()):
-            for part, shape in zip(("up", "down"), codec.network_shapes, strict=True):
-                sizes[f"{ckpt.STORE}.decoders.{number}.{part}"] = torch.float16, shape
+        sizes.update(self.layout(self._no_crcs()).tensors())
         return sizes
 
     def dense_dtype(self, dense: Dense) -> torch.dtype:
@@ -145,14 +137,14 @@ class Checkpoint:
         found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
         return sorted(path for path in found if path.name not in _NOT_COPIED)
 
-    def layout(self, crcs: Mapping[str, str]) -> ckpt.Layout:
+    def layout(self, crcs: Mapping[str, str]) -> Layout:
         """The stored form, given the checksum of each matrix, `codebook N` and `decoder N`."""
         groups = self.plan.groups()
         codebook_of = {m.name: n for n, group in enumerate(groups.values()) for m in group}
         decoder_of = {key: n for n, key in enumerate(self._decoders)}
-        return ckpt.Layout(
+        return Layout(
             {
-                m.name: ckpt.MatrixEntry(
+                m.name: MatrixEntry(
                     m.shape,
                     m.transposed,
                     codebook_of[m.name],
@@ -164,7 +156,7 @@ class Checkpoint:
                 for m in self.plan.matrices
             },
             tuple(
-                ckpt.CodebookEntry(
+                CodebookEntry(
                     *self._codebook_shape(group),
                     None if self.codebooks_are_stored else self.plan.config.seed,
                     crcs[f"codebook {n}"],
@@ -172,8 +164,7 @@ class Checkpoint:
                 for n, group in enumerate(groups.values())
             ),
             tuple(
-                ckpt.DecoderEntry(codec, crcs[f"decoder {n}"])
-                for n, codec in enumerate(self._decoders.values())
+                DecoderEntry(codec, crcs[f"decoder {n}"]) for n, codec in enumerate(self._decoders.values())
             ),
         )
 
