@@ -113,6 +113,9 @@ class CodecConfig:
         return 16 * sum(math.prod(shape) for shape in self.network_shapes)
 
 
+REFINE_EPOCHS = 2  # where refinement is asked for without a number
+
+
 @dataclass(frozen=True)
 class Safeguards:
     """What keeps the training of a codec on its way; off only where a study asks what happens without.
@@ -136,17 +139,21 @@ class CalibrationConfig:
     tokens, context: of the calibration text, and per window. sensitivity_tokens: of these, for the
     measurement of what an error in each matrix costs. damping: share of the mean diagonal added to each
     Hessian. passes: of coordinate descent after error feedback. rotate: rotate both sides of matrices.
+    sequential: code each block for the inputs it gets from the coded blocks before it; else for those it has
+        in the dense model, which can be kept and used again.
     refine_epochs, refine_rate: passes over the text, and learning rate, of tuning each coded block; 0 passes
         leave it as it was coded.
-    texts: files or folders; none takes the text that comes with Python.
+    texts: files, folders or data sets of the hub (OWNER/NAME[:CONFIG[:SPLIT]]); none takes the text that comes
+        with Python.
     """
 
-    tokens: int = 65536
+    tokens: int = 32768
     context: int = 512
     sensitivity_tokens: int = 4096
     damping: float = 0.01
     passes: int = 0
     rotate: bool = True
+    sequential: bool = True
     refine_epochs: int = 0
     refine_rate: float = 1e-3
     texts: tuple[str, ...] = ()
@@ -175,7 +182,7 @@ class CompressConfig:
     codebook_scope, decoder_scope: what shares one: `matrix`, `kind` (of projection) or `model`;
         codebook_scope `auto` takes the one with the least predicted error at the target.
     dense_first, dense_last: blocks left dense at either end (the authors: 3 and 2).
-    keep_embeddings: leave embedding and head dense.
+    keep_embeddings: leave embedding and head dense, in 16 bit.
     embedding_extra_bits: bits per weight by which embedding and head are coded finer than the blocks.
     max_index_bits: bound on log2 K, for the sake of time.
     calibration: how to calibrate; None codes for the error of the weights alone.
@@ -215,6 +222,8 @@ class CompressConfig:
                 raise ConfigError(f"codebook_size: got {self.codebook_size}, wanted 2 to {1 << 20}")
             if self.vector_len is None:
                 raise ConfigError("codebook_size is set without vector_len; set both, or target_bpw alone")
+            if self.target_bytes is not None or self.target_ratio is not None:
+                raise ConfigError("codebook_size fixes the size; it excludes target_bytes and target_ratio")
         else:
             self._check_target()
         if self.codebook_size is not None and self.codec.trellis_width is not None:

@@ -14,8 +14,9 @@ import pocketllm
 from pocketllm.config import CodecConfig
 from pocketllm.errors import LoadError
 from pocketllm.evaluate.kl import divergence
-from pocketllm.model.checkpoint import CodebookEntry, DecoderEntry, Layout, MatrixEntry, read_report
+from pocketllm.model.checkpoint import read_report
 from pocketllm.model.decode import Matrices
+from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.report.collect import read_model
 from pocketllm.studies import decoder, overhead, probe, robustness, run_study, sensitivity
 from pocketllm.studies import robustness_page as robust

@@ -10,6 +10,8 @@ import typer
 from pocketllm.cli import compress, evaluate, finetune, report, study
 from pocketllm.errors import ConfigError, PocketError
 
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 app = typer.Typer(
     name="pocketllm",
     help="Compress the weights of a language model 8 to 20 times, and run the result.",
@@ -30,6 +32,10 @@ def run() -> None:
         app(standalone_mode=True)
     except PocketError as error:
         _fail(error, as_json)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            print("interrupted; compress and finetune, started again, go on where they were", file=sys.stderr)
+        raise
 
 
 def _fail(error: PocketError, as_json: bool) -> None:

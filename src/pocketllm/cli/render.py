@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections import defaultdict
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from pocketllm.errors import ConfigError
+from pocketllm.model.report import warnings_of
 
 
 def _console(stderr: bool) -> Console:
@@ -32,6 +34,11 @@ class Output:
     quiet: bool = False
     stdout: Console = field(default_factory=lambda: _console(stderr=False))
     stderr: Console = field(default_factory=lambda: _console(stderr=True))
+
+    def __post_init__(self) -> None:
+        logger = logging.getLogger("pocketllm")
+        others = [handler for handler in logger.handlers if not isinstance(handler, _Notes)]
+        logger.handlers = [*others, _Notes(self)]
 
     def note(self, text: str) -> None:
         """A line for the person watching."""
@@ -60,12 +67,19 @@ class Output:
             console=self.stderr,
             disable=self.quiet or not self.stderr.is_terminal,
         )
-        try:
-            with shown:
-                yield Bars(self, shown)
-        except KeyboardInterrupt:
-            self.stderr.print("interrupted; started again, it goes on where it was")
-            raise SystemExit(130) from None
+        with shown:
+            yield Bars(self, shown)
+
+
+class _Notes(logging.Handler):
+    """Shows the library's warnings as notes."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.WARNING)
+        self.output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.output.note(f"warning: {record.getMessage()}")
 
 
 @dataclass
@@ -146,6 +160,11 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
     table.add_row("left dense or not stored", f"{len(report['skipped'])} tensors")
     if report.get("seconds"):
         table.add_row("seconds", f"{report['seconds']:.0f}")
+    for kind in ("peak_memory_bytes", "peak_gpu_memory_bytes"):
+        if report.get(kind):
+            table.add_row(kind.removesuffix("_bytes").replace("_", " "), size(report[kind]))
+    for text in warnings_of(report):
+        table.add_row("warning", text, style="yellow")
     return table
 
 

@@ -19,7 +19,7 @@ from pocketllm.codec.indices import IndexForm
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.rotation import unrotate_matrix
 from pocketllm.codec.subvectors import subvectors_per_row
-from pocketllm.model.checkpoint import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
+from pocketllm.model.layout import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
 
 
 class _FixedDtype(nn.Module):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
+
+RUN_FACTS = ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")  # of a Report; not stored
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,9 @@ class MatrixReport:
 
     bpw: its stored bits with its share of codebook and decoder, per weight. nmse: of the decoded weights.
     proxy_error: tr(E H E^T) / tr(W H W^T) where it was calibrated.
+    columns: weights in a row as it is coded: the layer's inputs.
+    input_tokens: that its Hessian was taken from, where it was calibrated; 0: no input was seen.
+    unseen_experts: of fused experts, how many no token came to.
     stride: bits that each index adds on a trellis, None for independent indices.
     codebook_utilization: share of its codebook's codewords used by all matrices that share the codebook.
     """
@@ -28,6 +34,9 @@ class MatrixReport:
     vector_len: int
     codebook_size: int
     stride: int | None = None
+    columns: int = 0
+    input_tokens: int | None = None
+    unseen_experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,8 @@ class Report:
     bytes_by_part: indices, row_scales, codebooks, decoders, dense, other_files (tokenizer and the like),
         headers (of the weight files, config.json and the report).
     fits: of each codebook, the sample's nmse by decoder before and after training, and how it went.
+    seconds, peak_memory_bytes, peak_gpu_memory_bytes: of the run that made it. They are not stored, since the
+        same arguments give the same bytes; a report read from a folder has None.
     is_plan: from a dry run; nmse is predicted, utilization unknown.
     """
 
@@ -58,7 +69,9 @@ class Report:
     skipped: tuple[dict[str, Any], ...]
     codebook_scope: str
     config: dict[str, Any]
-    seconds: float = 0.0
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    peak_gpu_memory_bytes: int | None = None
     fits: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] | None = None
     is_plan: bool = False
@@ -74,6 +87,95 @@ class Report:
         fields["matrices"] = tuple(MatrixReport(**m) for m in values["matrices"])
         fields["skipped"] = tuple(values["skipped"])
         return cls(**fields)
+
+
+def warnings_of(report: Mapping[str, Any]) -> list[str]:
+    """What a person should know about how matrices of a report were calibrated."""
+    matrices = [m for m in report["matrices"] if m.get("input_tokens") is not None]
+    unseen = [m["name"] for m in matrices if m["input_tokens"] == 0]
+    experts = [m for m in matrices if m.get("unseen_experts")]
+    thin = [m for m in matrices if 0 < m["input_tokens"] < m["columns"]]
+    found = []
+    if unseen:
+        found.append(
+            f"no input of {_some(unseen)} was seen (no token of the calibration text came there, or the layer is "
+            "not a linear one as known here): coded for the mean inputs of the other experts of the block, or "
+            "where there are none for inputs that are all alike"
+        )
+    if experts:
+        count = sum(m["unseen_experts"] for m in experts)
+        found.append(
+            f"no token of the calibration text came to {count} experts in {_some([m['name'] for m in experts])}"
+            ": coded for the mean inputs of the other experts of the block"
+        )
+    if thin:
+        least = min(thin, key=lambda m: m["input_tokens"] / m["columns"])
+        found.append(
+            f"fewer tokens than inputs in {_some([m['name'] for m in thin])} (at worst {least['input_tokens']:,} "
+            f"tokens for {least['columns']:,} inputs): their Hessians were filled up; give more text"
+        )
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} matrices ({names[0]} and others)"
+
+
+def peak_memory_bytes(device: str = "cpu") -> tuple[int | None, int | None]:
+    """Most memory that this process has held so far: resident, and on the GPU where that is the device."""
+    gpu = None
+    if device != "cpu":
+        import torch
+
+        gpu = torch.cuda.max_memory_allocated()
+    try:
+        import resource
+        import sys
+    except ImportError:  # not on Windows
+        return None, gpu
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, gpu
+
+
+_JSON_TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "dict": dict,
+    "tuple": (list, tuple),
+}
+
+
+def check_report(values: Mapping[str, Any]) -> None:
+    """See that the JSON of a report has every key that a report must have, in its type.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    _check_fields(Report, values, "")
+    for number, matrix in enumerate(values["matrices"]):
+        _check_fields(MatrixReport, matrix, f"matrices[{number}].")
+    for number, entry in enumerate(values["skipped"]):
+        if not all(isinstance(_at(entry, key), str) for key in ("name", "reason")):
+            raise ValueError(f"skipped[{number}]: wanted name and reason")
+    for part, nbytes in values["bytes_by_part"].items():
+        if not isinstance(nbytes, int):
+            raise ValueError(f"bytes_by_part.{part}: got {nbytes!r}")
+
+
+def _check_fields(cls: type[Report] | type[MatrixReport], values: Any, where: str) -> None:
+    for field in fields(cls):
+        value = _at(values, field.name)
+        if value is None and (field.default is not MISSING or "None" in str(field.type)):
+            continue
+        wanted = _JSON_TYPES[re.split(r"\W", str(field.type))[0]]
+        if not isinstance(value, wanted):
+            raise ValueError(f"{where}{field.name}: got {value!r}, wanted {field.type}")
+
+
+def _at(values: Any, key: str) -> Any:
+    return values.get(key) if isinstance(values, Mapping) else None
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
+
+_STATE = "state.json"
 
 
 def check_output(
@@ -74,6 +77,18 @@ def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Raise what the operating system refused as OSError: safetensors reports it as an error of its own."""
+    try:
+        yield
+    except Exception as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
 def output_error(output: Path, error: OSError) -> OutputError:
     """What the operating system refused, in words that say what to do."""
     where = error.filename or output
@@ -95,9 +110,15 @@ class Workspace:
 
     @classmethod
     def open(
-        cls, output: Path, source: DenseCheckpoint, config: CompressConfig, model: str, device: str
+        cls,
+        output: Path,
+        source: DenseCheckpoint,
+        config: CompressConfig,
+        model: str,
+        device: str,
+        text: str | None = None,
     ) -> Workspace:
-        """Make the folder, or go on in it.
+        """Make the folder, or go on in it. text: identity of the calibration text.
 
         Raises:
             ResumeError: it holds a run with other arguments. OutputError: it is not ours.
@@ -108,6 +129,7 @@ class Workspace:
             "model": model,
             "weights": source.fingerprint(),
             "device": device,
+            "calibration_text": text,
             "threads": torch.get_num_threads(),
             **config.to_dict(),
         }
@@ -120,9 +142,9 @@ class Workspace:
         Raises:
             ResumeError: it holds a run with other arguments. OutputError: it is not ours.
         """
-        folder = output.with_name(output.name + ".partial")
+        folder = _partial(output)
         wanted = json.loads(json.dumps(_flat(arguments)))  # as it is read back: lists for tuples
-        state = folder / "state.json"
+        state = folder / _STATE
         if state.is_file():
             found = json.loads(state.read_text(encoding="utf-8"))
             differing = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
@@ -132,12 +154,17 @@ class Workspace:
                     f"{folder}: holds a half-done run with other arguments ({facts}); "
                     "run with the same arguments to go on, or delete that folder to start anew"
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(path.name != f".{_STATE}.tmp" for path in folder.iterdir()):
             raise OutputError(f"{folder}: exists and is not ours; move it away")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             ckpt.write_json(state, wanted)
         return cls(folder)
+
+    @staticmethod
+    def is_begun(output: Path) -> bool:
+        """Whether a half-done run for this output is there."""
+        return (_partial(output) / _STATE).is_file()
 
     def has(self, name: str) -> bool:
         """Whether a unit is finished."""
@@ -147,13 +174,9 @@ class Workspace:
         """Keep one finished unit."""
         path = self.folder / name
         temporary = path.with_suffix(".tmp")
-        metadata = {"facts": json.dumps(facts)}
-        try:
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, str(temporary), metadata)
-        except Exception as error:  # safetensors reports a full disk as its own error, not as OSError
-            if "os error 28" in str(error) or "No space left" in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device", str(temporary)) from error
-            raise
+        with system_errors(temporary):
+            stored = {key: value.contiguous().cpu() for key, value in tensors.items()}
+            save_file(stored, str(temporary), {"facts": json.dumps(facts)})
         temporary.replace(path)
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -174,7 +197,17 @@ class Workspace:
         if output.is_dir():
             output.rename(self.folder / "old")
         (self.folder / "final").rename(output)
-        shutil.rmtree(self.folder)
+        # Killed on the way, the rest must still be known as ours: the state goes last.
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _STATE:
+                path.unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,20 +21,19 @@ from torch import Tensor
 
 import pocketllm
 from pocketllm.codec import codebook as cb
-from pocketllm.config import CodecConfig, CompressConfig
-from pocketllm.errors import ConfigError
+from pocketllm.config import CodecConfig
 from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.allocate import make_plan
-from pocketllm.model.plan import Matrix, Plan, classify
-from pocketllm.model.report import MatrixReport, Report, versions
+from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
+from pocketllm.model.plan import KEPT_END, Dense, Matrix, Plan
+from pocketllm.model.report import RUN_FACTS, MatrixReport, Report, versions
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.workspace import Workspace
 
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "README*")
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", ckpt.REPORT_NAME}
 _WIDEST = 1.23457e-05  # no number of 6 digits is longer in JSON
+_WIDEST_COUNT = 10**9
 _DIGITS = 6
-_PLANNING_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class Measured:
     proxy_error: Mapping[str, float | None]
     utilization: Mapping[str, float]
     perplexity: Mapping[str, float]
+    input_tokens: Mapping[str, int | None]
+    unseen_experts: Mapping[str, int | None]
     fits: tuple[dict[str, Any], ...]
 
 
@@ -52,8 +53,8 @@ def predicted(plan: Plan) -> Measured:
     """Stands for what a dry run does not know, as wide as the real numbers can get."""
     names = [m.name for m in plan.matrices]
     fits = tuple(_widest_fit(plan, key, group) for key, group in plan.groups().items())
-    widest = dict.fromkeys(names, _WIDEST)
-    return Measured(widest, widest, widest, widest, fits)
+    widest, counts = dict.fromkeys(names, _WIDEST), dict.fromkeys(names, _WIDEST_COUNT)
+    return Measured(widest, widest, widest, widest, counts, counts, fits)
 
 
 def _widest_fit(plan: Plan, key: str, group: list[Matrix]) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def _widest_fit(plan: Plan, key: str, group: list[Matrix]) -> dict[str, Any]:
         "final_nmse": by_decoder,
         "sample_utilization": _WIDEST,
         "curve": [_WIDEST] * points,
-        "revived": 10**9,
+        "revived": _WIDEST_COUNT,
     }
 
 
@@ -98,18 +99,19 @@ class Checkpoint:
         """Every stored tensor in writing order: dense ones, coded ones, codebooks, decoders."""
         sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for dense in self.plan.dense:
-            sizes[dense.name] = self.source.dtype(dense.name), dense.shape
-        for matrix in self.plan.matrices:
-            sizes[f"{matrix.name}.indices"] = torch.uint8, (self.plan.index_bytes(matrix),)
-            if self.plan.config.codec.row_scale:
-                sizes[f"{matrix.name}.row_scale"] = torch.bfloat16, (matrix.rows,)
-        if self.codebooks_are_stored:
-            for number, group in enumerate(self.plan.groups().values()):
-                sizes[f"{ckpt.STORE}.codebooks.{number}.weight"] = torch.float16, self._codebook_shape(group)
-        for number, codec in enumerate(self._decoders.values()):
-            for part, shape in zip(("up", "down"), codec.network_shapes, strict=True):
-                sizes[f"{ckpt.STORE}.decoders.{number}.{part}"] = torch.float16, shape
+            sizes[dense.name] = self.dense_dtype(dense), dense.shape
+        sizes.update(self.layout(self._no_crcs()).tensors())
         return sizes
+
+    def dense_dtype(self, dense: Dense) -> torch.dtype:
+        """In which a tensor that is left dense is stored: its own; kept embeddings in at most 16 bits."""
+        own = self.source.dtype(dense.name)
+        return torch.bfloat16 if dense.reason == KEPT_END and own.itemsize > 2 else own
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of all tensors that are left dense."""
+        return sum(torch.Size(d.shape).numel() * self.dense_dtype(d).itemsize for d in self.plan.dense)
 
     @property
     def codebooks_are_stored(self) -> bool:
@@ -135,14 +137,14 @@ class Checkpoint:
         found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
         return sorted(path for path in found if path.name not in _NOT_COPIED)
 
-    def layout(self, crcs: Mapping[str, str]) -> ckpt.Layout:
+    def layout(self, crcs: Mapping[str, str]) -> Layout:
         """The stored form, given the checksum of each matrix, `codebook N` and `decoder N`."""
         groups = self.plan.groups()
         codebook_of = {m.name: n for n, group in enumerate(groups.values()) for m in group}
         decoder_of = {key: n for n, key in enumerate(self._decoders)}
-        return ckpt.Layout(
+        return Layout(
             {
-                m.name: ckpt.MatrixEntry(
+                m.name: MatrixEntry(
                     m.shape,
                     m.transposed,
                     codebook_of[m.name],
@@ -154,7 +156,7 @@ class Checkpoint:
                 for m in self.plan.matrices
             },
             tuple(
-                ckpt.CodebookEntry(
+                CodebookEntry(
                     *self._codebook_shape(group),
                     None if self.codebooks_are_stored else self.plan.config.seed,
                     crcs[f"codebook {n}"],
@@ -162,8 +164,7 @@ class Checkpoint:
                 for n, group in enumerate(groups.values())
             ),
             tuple(
-                ckpt.DecoderEntry(codec, crcs[f"decoder {n}"])
-                for n, codec in enumerate(self._decoders.values())
+                DecoderEntry(codec, crcs[f"decoder {n}"]) for n, codec in enumerate(self._decoders.values())
             ),
         )
 
@@ -210,9 +211,7 @@ class Checkpoint:
         if bytes_on_disk is None or report_bytes is None:
             bytes_on_disk, report_bytes = self.bytes_on_disk
         plan, bits, coded = self.plan, self.plan.bits_by_part(), self.plan.weights
-        dense_bytes = sum(
-            torch.Size(d.shape).numel() * self.source.dtype(d.name).itemsize for d in plan.dense
-        )
+        dense_bytes = self.dense_bytes
         every = coded + sum(torch.Size(d.shape).numel() for d in plan.dense)
         other = sum(path.stat().st_size for path in self.copied_files())
         payload = sum(value // 8 for value in bits.values()) + dense_bytes
@@ -258,6 +257,9 @@ class Checkpoint:
             spec.vector_len,
             spec.codebook_size,
             spec.stride or None,
+            matrix.columns,
+            measured.input_tokens[matrix.name],
+            measured.unseen_experts[matrix.name],
         )
 
     def _skipped(self) -> Iterator[dict[str, Any]]:
@@ -269,7 +271,8 @@ class Checkpoint:
 
     def _report_text(self, report: Report, files: Mapping[str, Any]) -> str:
         body = {"format_version": ckpt.FORMAT_VERSION, **report.to_dict(), "files": files}
-        del body["seconds"]  # stored bytes must not depend on how long the run took, or on a resumption
+        for name in RUN_FACTS:  # stored bytes must not depend on how long the run took, or on a resumption
+            del body[name]
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")) + "\n"
 
     def write(self, work: Workspace) -> Report:
@@ -295,7 +298,8 @@ class Checkpoint:
         """The tensors in the order of `sizes`; fills `crcs` on the way."""
         refined = work.refined()
         for dense in self.plan.dense:
-            yield refined.get(f"vector|{dense.name}", self.source.read(dense.name))
+            value = refined.get(f"vector|{dense.name}", self.source.read(dense.name))
+            yield value.to(self.dense_dtype(dense))
         for matrix in self.plan.matrices:
             tensors, _ = work.load(matrix_unit(self.plan, matrix))
             stored = [tensors["indices"]]
@@ -322,7 +326,7 @@ class Checkpoint:
                 yield down
 
     def _measured(self, work: Workspace) -> Measured:
-        nmse, proxy, use, perplexity, fits = {}, {}, {}, {}, []
+        nmse, proxy, use, perplexity, tokens, unseen, fits = {}, {}, {}, {}, {}, {}, []
         for number, group in enumerate(self.plan.groups().values()):
             fits.append(_rounded_tree(work.load(codebook_unit(number))[1]))
             units = [work.load(matrix_unit(self.plan, m)) for m in group]
@@ -330,62 +334,11 @@ class Checkpoint:
             for matrix, (_, facts) in zip(group, units, strict=True):
                 nmse[matrix.name] = _rounded(facts["nmse"])
                 proxy[matrix.name] = _rounded(facts["proxy_error"]) if "proxy_error" in facts else None
+                tokens[matrix.name] = facts.get("input_tokens")
+                unseen[matrix.name] = facts.get("unseen_experts")
                 use[matrix.name] = _rounded(cb.utilization(counts))
                 perplexity[matrix.name] = _rounded(cb.perplexity(counts))
-        return Measured(nmse, proxy, use, perplexity, tuple(fits))
-
-
-def planned(
-    source: DenseCheckpoint,
-    config: CompressConfig,
-    model: str,
-    importance: Mapping[str, float] | None = None,
-) -> Checkpoint:
-    """Plan a model; a target for the whole folder is turned into bits per weight here.
-
-    Args:
-        importance: as in `make_plan`.
-
-    Raises:
-        ConfigError: as `make_plan`; or a target below the bytes of what is not compressed.
-    """
-    if config.target_bytes is None and config.target_ratio is None:
-        return Checkpoint(source, make_plan(source, config, importance), model)
-    matrices, dense = classify(source, config)
-    checkpoint = Checkpoint(source, Plan((), {}, tuple(dense), "model", config), model)
-    dense_bytes = 2 * sum(m.weights for m in matrices) + sum(2 * torch.Size(d.shape).numel() for d in dense)
-    other = sum(path.stat().st_size for path in checkpoint.copied_files())
-    target = config.target_bytes
-    if target is None:
-        assert config.target_ratio is not None
-        target = int((dense_bytes + other) / config.target_ratio)
-    weights = sum(m.weights for m in matrices)
-    fixed = other + sum(torch.Size(d.shape).numel() * source.dtype(d.name).itemsize for d in dense)
-    bpw = 8 * (target - fixed) / max(1, weights)
-    best: Checkpoint | None = None
-    for _ in range(_PLANNING_ROUNDS):
-        if not 0 < bpw <= 16:
-            break
-        changed = replace(config, target_bpw=bpw, target_bytes=None, target_ratio=None)
-        try:
-            checkpoint = Checkpoint(source, make_plan(source, changed, importance), model)
-        except ConfigError as error:
-            raise ConfigError(
-                f"a folder of {target:,} bytes leaves {bpw:.3f} bits per weight to the matrices: {error}"
-            ) from error
-        # What is not matrices hardly changes with the plan; what it does change, the next round sees.
-        total, _ = checkpoint.bytes_on_disk
-        if total <= target:
-            best = checkpoint
-            if target - total < 0.003 * target:
-                break
-        bpw += 8 * (target - total) / weights - 0.001
-    if best is None:
-        raise ConfigError(
-            f"the whole folder cannot be {target:,} bytes: what is not compressed takes {fixed:,} "
-            "(tensors left dense, tokenizer); raise the target, or leave fewer tensors dense"
-        )
-    return best
+        return Measured(nmse, proxy, use, perplexity, tokens, unseen, tuple(fits))
 
 
 def dry_report(checkpoint: Checkpoint) -> Report:
@@ -393,12 +346,14 @@ def dry_report(checkpoint: Checkpoint) -> Report:
     plan = checkpoint.plan
     nan = dict.fromkeys((m.name for m in plan.matrices), math.nan)
     nmse = {m.name: _rounded(plan.specs[m.name].nmse) for m in plan.matrices}
-    return replace(checkpoint.report(Measured(nmse, dict.fromkeys(nmse), nan, nan, ())), is_plan=True)
+    unknown = dict.fromkeys(nmse)
+    measured = Measured(nmse, unknown, nan, nan, unknown, unknown, ())
+    return replace(checkpoint.report(measured), is_plan=True)
 
 
 def _rounded(value: float) -> float:
     """Six significant digits; what is below 1e-9 is 0."""
-    return float(f"{value:.{_DIGITS}g}") if abs(value) >= 1e-9 else 0.0
+    return 0.0 if abs(value) < 1e-9 else float(f"{value:.{_DIGITS}g}")
 
 
 def _rounded_tree(value: Any) -> Any:

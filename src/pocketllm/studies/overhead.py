@@ -18,7 +18,7 @@ from pocketllm.studies.whole import calibration_texts, coded
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pocketllm.model.checkpoint import Layout
+    from pocketllm.model.layout import Layout
 
 _MODES = {"dense": "decoded at load", "packed": "packed"}
 _MEASURED = ("load_seconds", "first_token_seconds", "long_seconds", "tokens_per_second")

@@ -65,7 +65,7 @@ def measure(probe: Probe) -> dict[str, float]:
     import torch
 
     from pocketllm.evaluate.generate import generate
-    from pocketllm.model.calibration import default_text
+    from pocketllm.model.texts import default_text
 
     torch.set_num_threads(probe.threads)
     if probe.device == "cuda":
