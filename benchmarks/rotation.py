@@ -22,10 +22,11 @@ from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate_hessian, rotate_matrix
 from pocketllm.codec.trellis import Trellis
 from pocketllm.config import CompressConfig
+from pocketllm.model.blocks import BlockStream
 from pocketllm.model.builtin import fetch
-from pocketllm.model.calibration import BlockStream, calibration_windows, read_calibration
 from pocketllm.model.plan import classify
 from pocketllm.model.source import open_dense
+from pocketllm.model.texts import calibration_windows, read_calibration
 
 BLOCKS = (2, 15, 27)
 TRELLIS, VECTOR_LEN = Trellis(12, 4), 2
@@ -79,7 +80,7 @@ def main() -> None:
     for number, (path, block) in enumerate(stream):
         if number in BLOCKS:
             inside = [m for m in matrices if m.name.startswith(f"{path}.")]
-            hessians = stream.hessians(path, block, inside)
+            hessians = stream.inputs(block, inside).hessians
             for matrix in inside:
                 for name, form in forms.items():
                     error = proxy_error(form(source.read(matrix.name).float(), hessians[matrix.name]))

@@ -14,6 +14,7 @@ from pocketllm import CompressConfig
 # 36 and 52 are not multiples of vector_len 5: rows are padded.
 _SIZES = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96}
 _ROTARY = {**_SIZES, "intermediate_size": 52, "num_key_value_heads": 1, "head_dim": 18}
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 _EXPERTS = {**_ROTARY, "num_local_experts": 3, "num_experts_per_tok": 2}
 
 
@@ -31,6 +32,9 @@ def config(architecture: str, **changes: Any) -> Any:
             {"n_embd": 36, "n_layer": 2, "n_head": 2, "vocab_size": 96, "n_positions": 64},
         ),
         "gpt_neox": (t.GPTNeoXConfig, {**_SIZES, "intermediate_size": 52}),
+        "gemma3": (t.Gemma3TextConfig, {**_ROTARY, **_SLIDING, "query_pre_attn_scalar": 18}),
+        "gemma2": (t.Gemma2Config, {**_ROTARY, **_SLIDING, "query_pre_attn_scalar": 18}),
+        "qwen3_sliding": (t.Qwen3Config, {**_ROTARY, **_SLIDING, "use_sliding_window": True}),
         "mixtral": (t.MixtralConfig, _EXPERTS),
         "qwen3_moe": (
             t.Qwen3MoeConfig,
@@ -42,6 +46,7 @@ def config(architecture: str, **changes: Any) -> Any:
     return cls(**{**settings, **special, **changes})
 
 
+MIXED = ("gemma3", "gemma2", "qwen3_sliding")  # every block of another kind than the one before it
 ARCHITECTURES = ("llama", "qwen3", "gemma", "phi", "gpt2", "gpt_neox", "mixtral", "qwen3_moe")
 
 
@@ -97,3 +102,15 @@ def target(bpw: float, **changes: Any) -> CompressConfig:
 def calibrated(config: CompressConfig) -> CompressConfig:
     """The same with rotation and error feedback, on a little of Python's own text."""
     return dataclasses.replace(config, calibration=pocketllm.config.CalibrationConfig(tokens=256, context=32))
+
+
+def on_trellis(bpw: float | None = 6.0, **changes: Any) -> CompressConfig:
+    """The calibrated presets at a tiny scale; `calibration` changes some of its settings."""
+    calibration = {"tokens": 512, "context": 32, "sensitivity_tokens": 128, **changes.pop("calibration", {})}
+    return CompressConfig(
+        codec=pocketllm.CodecConfig(trellis_width=6, kmeans_iterations=3, depth=1, hidden=8),
+        calibration=pocketllm.config.CalibrationConfig(**calibration),
+        decoder_scope="matrix",
+        target_bpw=bpw,
+        **changes,
+    )

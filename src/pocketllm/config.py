@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,8 @@ class CodecConfig:
     """The codec on one group of matrices; how it is built and trained.
 
     vector_len: d, weights per index.
-    hidden, depth: width and number of MLP blocks in encoder and decoder (the authors: 16 and 3).
+    hidden, depth: width and number of MLP blocks in encoder and decoder (the authors: 16 and 3). hidden 0
+        makes each block an affine map; depth 0 leaves the networks out, so that codewords are weights.
     norm: inside the networks; `rln` as published, `ln` and `none` are ablations.
     decoder: `row` as published (norm inside, row context) or `lookup` (no norm inside, exact table).
     row_scale: store one scale per matrix row (counted). Without it the rows of a matrix must share one.
@@ -68,13 +70,18 @@ class CodecConfig:
         _one_of("codebook_source", self.codebook_source, ("fit", "seed"))
         if self.trellis_width is not None:
             self._check_trellis(self.trellis_width)
-        for name in ("vector_len", "hidden", "depth", "batch_size", "sample_per_codeword", "max_sample"):
+        for name in ("vector_len", "batch_size", "sample_per_codeword", "max_sample"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("epochs", "kmeans_iterations", "vq_weight", "commitment_weight"):
+        for name in ("hidden", "depth", "epochs", "kmeans_iterations", "vq_weight", "commitment_weight"):
             _at_least(name, getattr(self, name), 0)
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate: got {self.learning_rate}, wanted more than 0")
-        if self.init == "kmeans" and self.hidden < 2 * self.vector_len:
+        if self.depth == 0 and (self.decoder != "lookup" or self.vq_weight == 0):
+            raise ConfigError(
+                "depth=0 needs decoder='lookup' and vq_weight above 0: without networks a codeword decodes to "
+                "itself, and only the codebook's own loss can train it"
+            )
+        if self.init == "kmeans" and self.hidden and self.depth and self.hidden < 2 * self.vector_len:
             raise ConfigError(
                 f"hidden: got {self.hidden}, wanted at least {2 * self.vector_len} (twice vector_len="
                 f"{self.vector_len}) so that the networks can start as the identity; "
@@ -93,9 +100,20 @@ class CodecConfig:
         return "none" if self.decoder == "lookup" else self.norm
 
     @property
+    def network_shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Shapes of all blocks of a network as they are stored, `up` and `down`."""
+        d, hidden = self.vector_len, self.hidden
+        if hidden == 0:
+            return (self.depth, d, d), (self.depth, 1, d)
+        return (self.depth, d, hidden), (self.depth, hidden, d)
+
+    @property
     def decoder_bits(self) -> int:
         """Stored bits of one decoder, float16."""
-        return 16 * 2 * self.depth * self.vector_len * self.hidden
+        return 16 * sum(math.prod(shape) for shape in self.network_shapes)
+
+
+REFINE_EPOCHS = 2  # where refinement is asked for without a number
 
 
 @dataclass(frozen=True)
@@ -105,17 +123,21 @@ class CalibrationConfig:
     tokens, context: of the calibration text, and per window. sensitivity_tokens: of these, for the
     measurement of what an error in each matrix costs. damping: share of the mean diagonal added to each
     Hessian. passes: of coordinate descent after error feedback. rotate: rotate both sides of matrices.
+    sequential: code each block for the inputs it gets from the coded blocks before it; else for those it has
+        in the dense model, which can be kept and used again.
     refine_epochs, refine_rate: passes over the text, and learning rate, of tuning each coded block; 0 passes
         leave it as it was coded.
-    texts: files or folders; none takes the text that comes with Python.
+    texts: files, folders or data sets of the hub (OWNER/NAME[:CONFIG[:SPLIT]]); none takes the text that comes
+        with Python.
     """
 
-    tokens: int = 65536
+    tokens: int = 32768
     context: int = 512
     sensitivity_tokens: int = 4096
     damping: float = 0.01
     passes: int = 0
     rotate: bool = True
+    sequential: bool = True
     refine_epochs: int = 0
     refine_rate: float = 1e-3
     texts: tuple[str, ...] = ()
@@ -144,7 +166,7 @@ class CompressConfig:
     codebook_scope, decoder_scope: what shares one: `matrix`, `kind` (of projection) or `model`;
         codebook_scope `auto` takes the one with the least predicted error at the target.
     dense_first, dense_last: blocks left dense at either end (the authors: 3 and 2).
-    keep_embeddings: leave embedding and head dense.
+    keep_embeddings: leave embedding and head dense, in 16 bit.
     embedding_extra_bits: bits per weight by which embedding and head are coded finer than the blocks.
     max_index_bits: bound on log2 K, for the sake of time.
     calibration: how to calibrate; None codes for the error of the weights alone.
@@ -184,6 +206,8 @@ class CompressConfig:
                 raise ConfigError(f"codebook_size: got {self.codebook_size}, wanted 2 to {1 << 20}")
             if self.vector_len is None:
                 raise ConfigError("codebook_size is set without vector_len; set both, or target_bpw alone")
+            if self.target_bytes is not None or self.target_ratio is not None:
+                raise ConfigError("codebook_size fixes the size; it excludes target_bytes and target_ratio")
         else:
             self._check_target()
         if self.codebook_size is not None and self.codec.trellis_width is not None:
@@ -210,7 +234,7 @@ class CompressConfig:
 
     def codec_for(self, vector_len: int) -> CodecConfig:
         """The codec settings at another vector_len; `hidden` grows where the identity start needs it."""
-        hidden = max(self.codec.hidden, 2 * vector_len)
+        hidden = max(self.codec.hidden, 2 * vector_len) if self.codec.hidden else 0
         return dataclasses.replace(self.codec, vector_len=vector_len, hidden=hidden)
 
     def to_dict(self) -> dict[str, Any]:

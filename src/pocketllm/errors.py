@@ -11,6 +11,14 @@ class ConfigError(PocketError):
     """A setting is wrong or two settings contradict each other; the command line exits with code 2."""
 
 
+class TargetError(ConfigError):
+    """No plan meets a target of bits per weight. least, most: that are possible with the settings."""
+
+    def __init__(self, message: str, least: float, most: float) -> None:
+        super().__init__(message)
+        self.least, self.most = least, most
+
+
 class ShapeError(PocketError):
     """A tensor has a shape the operation cannot take."""
 

@@ -326,6 +326,19 @@ def test_scopes(scope: str, source: Path, tmp_path: Path) -> None:
     assert len(model.pocketllm.decoders) == 15
 
 
+@pytest.mark.parametrize("codec", [{"hidden": 0, "depth": 1}, {"hidden": 0, "decoder": "row"}, {"depth": 0}])
+def test_affine_decoders_and_none(codec: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    config = tiny.settings(codec=codec)
+    report = pocketllm.compress(source, config, tmp_path / "out")
+    assert report.bytes_on_disk == pocketllm.dry_run(source, config).bytes_on_disk
+    each = 2 * config.codec.depth * (5 * 5 + 5)  # float16: a matrix and a shift
+    assert report.bytes_by_part["decoders"] == each * len({m.kind for m in report.matrices})
+    dense, packed = (pocketllm.load(tmp_path / "out", mode=mode)[0] for mode in ("dense", "packed"))
+    ids = torch.arange(20)[None]
+    assert torch.equal(dense(ids).logits, packed(ids).logits)
+    assert all(0 < m.nmse < 0.6 for m in report.matrices)
+
+
 def test_a_bit_budget_is_met_from_below_and_the_dry_run_is_exact(source: Path, tmp_path: Path) -> None:
     planned = pocketllm.dry_run(source, tiny.target(7.0))
     report = pocketllm.compress(source, tiny.target(7.0), tmp_path / "out")
@@ -376,9 +389,11 @@ def test_the_report_is_what_info_reads(source: Path, whole: Path, tmp_path: Path
     import json
 
     from pocketllm.model.checkpoint import read_report
-    from pocketllm.model.report import Report
+    from pocketllm.model.report import RUN_FACTS, Report
 
     report = pocketllm.compress(source, tiny.settings(), tmp_path / "out")
     read = Report.from_dict(read_report(tmp_path / "out"))
-    written = json.loads(json.dumps(dataclasses.replace(report, seconds=0.0).to_dict()))
+    unstored = dict.fromkeys(RUN_FACTS)
+    assert report.seconds and report.peak_memory_bytes
+    written = json.loads(json.dumps(dataclasses.replace(report, **unstored).to_dict()))
     assert json.loads(json.dumps(read.to_dict())) == written

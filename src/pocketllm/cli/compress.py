@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,88 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from pocketllm.cli.options import Device, Json, Quiet, Seed, Threads, Trust, dtype_of, settle
-from pocketllm.cli.render import Output, kinds_table, parse_size, size, skipped_table, summary_table
-from pocketllm.config import (
-    DEFAULT_PRESET,
-    PLAIN_PRESET,
-    PRESETS,
-    CalibrationConfig,
-    CompressConfig,
-    DistillConfig,
-    preset,
-)
-from pocketllm.errors import ConfigError
+from pocketllm.cli.render import Output, kinds_table, size, skipped_table, summary_table
+from pocketllm.cli.settings import compress_config, parse_overrides, recovery, with_calibration
+from pocketllm.config import PRESETS, CompressConfig, DistillConfig
 
 app = typer.Typer()
 
-_PLAIN_OPTIONS = (
-    "codebook_size",
-    "decoder",
-    "norm",
-    "init",
-    "loss",
-    "hidden",
-    "depth",
-    "epochs",
-    "row_scale",
-)
 _PRESETS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in PRESETS.items())
-
-
-def _config(
-    chosen: str | None,
-    bpw: float | None = None,
-    ratio: float | None = None,
-    nbytes: str | None = None,
-    without_calibration: bool = False,
-    **changes: Any,
-) -> CompressConfig:
-    """The preset, with the options that were given laid over it.
-
-    Options of the networks and of independent indices have no meaning on a trellis: they, too, start from the
-    preset without calibration.
-    """
-    plain = without_calibration or any(changes.get(name) is not None for name in _PLAIN_OPTIONS)
-    targets = {"--preset": chosen, "--bpw": bpw, "--ratio": ratio, "--size": nbytes}
-    given = [name for name, value in targets.items() if value is not None]
-    if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} exclude each other; give one")
-    config = preset(chosen or (PLAIN_PRESET if plain else DEFAULT_PRESET))
-    if given and chosen is None:
-        target_bytes = parse_size(nbytes) if nbytes is not None else None
-        config = dataclasses.replace(config, target_bpw=bpw, target_ratio=ratio, target_bytes=target_bytes)
-    return _overlay(config, changes)
-
-
-def _calibrated(
-    config: CompressConfig, texts: list[Path], tokens: int | None, without: bool
-) -> CompressConfig:
-    """The calibration options."""
-    if without and (texts or tokens):
-        raise ConfigError("--no-calibration excludes --calibration and --calibration-tokens")
-    if without:
-        return dataclasses.replace(config, calibration=None)
-    if not texts and tokens is None:
-        return config
-    calibration = config.calibration or CalibrationConfig()
-    if texts:
-        calibration = dataclasses.replace(calibration, texts=tuple(map(str, texts)))
-    if tokens is not None:
-        calibration = dataclasses.replace(calibration, tokens=tokens)
-    return dataclasses.replace(config, calibration=calibration)
-
-
-def _overlay(config: CompressConfig, changes: dict[str, Any]) -> CompressConfig:
-    given = {key: value for key, value in changes.items() if value is not None}
-    codec_fields = {field.name for field in dataclasses.fields(config.codec)} - {"vector_len"}
-    codec = {key: given.pop(key) for key in list(given) if key in codec_fields}
-    return dataclasses.replace(config, codec=dataclasses.replace(config.codec, **codec), **given)
 
 
 @app.command(
     epilog="Examples:\n\n  pocketllm compress builtin:smollm2-135m -o smol-8x\n\n"
     "  pocketllm compress ./my-model -o small --bpw 3 --dry-run\n\n"
     "  pocketllm compress ./my-model -o small --size 60MB --calibration my-texts/\n\n"
+    "  pocketllm compress ./my-model -o small --ratio 6 --override '*.v_proj.weight=5' --refine\n\n"
     "  pocketllm compress owner/name -o small --preset paper-16x --json"
 )
 def compress(
@@ -108,13 +39,47 @@ def compress(
         str | None, typer.Option("--size", help="Bytes of the whole output folder, as 30MB or 30MiB.")
     ] = None,
     calibration: Annotated[
-        list[Path] | None,
-        typer.Option(help="Text to calibrate on: file, folder or hub data set; repeatable."),
+        list[str] | None,
+        typer.Option(
+            help="Text to calibrate on: file, folder, or OWNER/NAME[:CONFIG[:SPLIT]] on the hub; repeatable."
+        ),
     ] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="Tokens of it that are used.")] = None,
     no_calibration: Annotated[
         bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone.")
     ] = False,
+    calibration_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps what calibration measures, for other targets of the same model and text."
+        ),
+    ] = None,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--no-sequential",
+            help="Code each block for the inputs that the compressed blocks before it make (default), "
+            "or for those of the dense model.",
+        ),
+    ] = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option("--refine/--no-refine", help="Tune each coded block to what the dense one computes."),
+    ] = None,
+    passes: Annotated[
+        int | None, typer.Option(help="Passes of coordinate descent over the indices of each matrix.")
+    ] = None,
+    rotate: Annotated[
+        bool | None, typer.Option("--rotate/--no-rotate", help="Rotate both sides of each matrix (default).")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=BITS",
+            help="Bits per weight of the matrices whose name fits, as 'model.layers.0.*=4'; 16 leaves them "
+            "dense; the last that fits counts; repeatable.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan and exact sizes, fit nothing.")
     ] = False,
@@ -133,8 +98,8 @@ def compress(
     norm: Annotated[str | None, typer.Option(help="rln (published), ln or none.")] = None,
     init: Annotated[str | None, typer.Option(help="kmeans, or normal (published).")] = None,
     loss: Annotated[str | None, typer.Option(help="mse or rmse.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Width of the MLP blocks.")] = None,
-    depth: Annotated[int | None, typer.Option(help="Number of MLP blocks.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of the MLP blocks; 0: affine maps.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Number of MLP blocks; 0: no networks.")] = None,
     vq_weight: Annotated[float | None, typer.Option(help="Weight of the VQ loss (lambda).")] = None,
     commitment_weight: Annotated[float | None, typer.Option(help="Weight of the commitment loss.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Training passes over the sample.")] = None,
@@ -159,7 +124,7 @@ def compress(
 ) -> None:
     """Compress a model: plan, fit, encode, pack, write. Killed and started again, it goes on where it was."""
     show = Output(json, quiet)
-    config = _config(
+    config = compress_config(
         preset,
         bpw,
         ratio,
@@ -184,46 +149,41 @@ def compress(
         learning_rate=learning_rate,
         batch_size=batch_size,
         row_scale=row_scale,
+        overrides=parse_overrides(override),
         seed=seed,
     )
-    config = _calibrated(config, calibration or [], calibration_tokens, no_calibration)
-    recovery = _recovery(recover, recover_text, recover_steps, config)
+    config = with_calibration(
+        config,
+        no_calibration,
+        calibration,
+        calibration_tokens,
+        refine,
+        passes=passes,
+        rotate=rotate,
+        sequential=sequential,
+    )
+    recovers = recovery(recover, recover_text, recover_steps, config)
     settle(device, threads)
     import pocketllm
 
+    with show.bars() as bars:
+        how: dict[str, Any] = {
+            "progress": lambda event: bars.update(event.stage, event.share, event.detail),
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+            "calibration_folder": calibration_cache,
+        }
+        if dry_run:
+            done = pocketllm.dry_run(model, config, **how)
+        else:
+            run = pocketllm.compress if recovers is None else partial(_recovered, recovers)
+            done = run(model, config, output, overwrite=overwrite, **how)
+    report = done.to_dict()
     if dry_run:
-        report = pocketllm.dry_run(model, config, trust_remote_code).to_dict()
         title = f"plan for {model} (nothing was fitted)"
         show.result(report, summary_table(report, title), kinds_table(report), skipped_table(report))
         return
-    with show.bars() as bars:
-        run = pocketllm.compress if recovery is None else partial(_recovered, recovery)
-        done = run(
-            model,
-            config,
-            output,
-            progress=lambda event: bars.update(event.stage, event.share, event.detail),
-            device=device,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-        )
-    report = done.to_dict()
     show.result(report, kinds_table(report), summary_table(report, f"{model} -> {output}"))
-
-
-def _recovery(
-    method: str | None, texts: list[Path] | None, steps: int | None, config: CompressConfig
-) -> DistillConfig | None:
-    """The options of recovery."""
-    if method is None:
-        if texts or steps is not None:
-            raise ConfigError("--recover-text and --recover-steps need --recover distill")
-        return None
-    if method != "distill":
-        raise ConfigError(f"--recover: got {method!r}, wanted distill (for lora use pocketllm finetune)")
-    chosen = tuple(map(str, texts or ())) or (config.calibration.texts if config.calibration else ())
-    made = DistillConfig(texts=chosen, loop=dataclasses.replace(DistillConfig().loop, seed=config.seed))
-    return made if steps is None else dataclasses.replace(made, steps=steps)
 
 
 def _recovered(recovery: DistillConfig, model: str, config: CompressConfig, output: Path, **how: Any) -> Any:
@@ -243,8 +203,9 @@ def info(
 ) -> None:
     """Sizes, ratios and errors of a compressed model, and whether its files are whole."""
     from pocketllm.model.checkpoint import read_report, verify
+    from pocketllm.model.report import RUN_FACTS
 
-    report = read_report(folder)
+    report = {**dict.fromkeys(RUN_FACTS), **read_report(folder)}
     if check:
         verify(folder)
     title = f"{folder}" + (" (all checksums good)" if check else "")
@@ -284,7 +245,9 @@ def demo(
     ] = False,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The three primary colors are",
     context: Annotated[int, typer.Option(min=2, help="Tokens per window to measure on.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Most windows to measure on.")] = 8,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Windows to measure on, or as many as the text has.")
+    ] = 8,
     threads: Threads = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -293,7 +256,7 @@ def demo(
     from pocketllm.cli.demo import run_demo
 
     show = Output(json, quiet)
-    config = _config(preset, bpw, without_calibration=no_calibration)
+    config = compress_config(preset, bpw, without_calibration=no_calibration)
     settle(threads=threads)
     with show.bars() as bars:
         values = run_demo(model, config, output, prompt, (context, windows), bars.update)

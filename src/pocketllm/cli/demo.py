@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,6 @@ from typing import Any
 from pocketllm.cli.options import load_any
 from pocketllm.config import CompressConfig
 from pocketllm.errors import SourceError
-
-
-def demo_text() -> tuple[str, str]:
-    """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, else Python's own documentation."""
-    from pocketllm.evaluate.perplexity import read_text
-
-    data = os.environ.get("POCKETLLM_DATA")
-    file = Path(data) / "wikitext2" / "wiki.test.raw" if data else None
-    if file is not None and file.is_file():
-        return "WikiText-2 raw test", read_text(file)
-    from pocketllm.model.calibration import default_text
-
-    return "Python's own documentation (held-out topics)", default_text(held_out=True)
 
 
 def run_demo(
@@ -37,9 +23,10 @@ def run_demo(
     import pocketllm
     from pocketllm.evaluate.generate import generate
     from pocketllm.evaluate.perplexity import perplexity
+    from pocketllm.evaluate.texts import evaluation_text
     from pocketllm.model.checkpoint import REPORT_NAME, read_report, verify
 
-    name, text = demo_text()
+    name, text = evaluation_text()
     context, windows = _size(model, text, size, progress)
     if (output / REPORT_NAME).is_file() and read_report(output)["config"] == config.to_dict():
         verify(output)

@@ -25,6 +25,7 @@ from pocketllm.codec.codebook import Searcher
 from pocketllm.codec.subvectors import cut, subvectors_per_row
 from pocketllm.codec.trellis import PathSearch, Trellis, first_state
 
+_MANY = 4096  # weights of a strip of which the mean is sure
 _GROUP = 128  # columns whose feedback is applied to the rest of the row at once
 
 
@@ -179,9 +180,13 @@ class _Problem:
 
         The nearest path leaves an error that is blind to H: about mean(H_jj) |e|^2 over a strip's thousands of
         weights, with |e|^2 at least 2^(-2 bits) |w|^2 by Shannon's bound (weights are no harder than Gaussian
-        ones by much). Half of that is left as a margin.
+        ones by much). Half of that is left as a margin. Where weights are few or inputs very unlike (they are
+        not once rotated), the mean says little.
         """
-        mean = self.factor.hessian.diagonal()[: self.factor.columns].mean()
+        diagonal = self.factor.hessian.diagonal()[: self.factor.columns]
+        mean = diagonal.mean()
+        if min(self.chooser.strips) * self.factor.columns < _MANY or float(diagonal.max()) > 8 * float(mean):
+            return False
         least = mean * 4.0**-bits * self.weight.square().sum(dim=1)
         pairs = zip(loss.split(self.chooser.strips), least.split(self.chooser.strips), strict=True)
         return all(bool(found.sum() < 0.5 * bound.sum()) for found, bound in pairs)

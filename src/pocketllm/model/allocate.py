@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from pocketllm.config import SCOPES, CompressConfig
-from pocketllm.errors import ConfigError
+from pocketllm.errors import ConfigError, TargetError
 from pocketllm.model.plan import Dense, Matrix, Plan, Spec, classify, override
 from pocketllm.model.source import DenseCheckpoint
 
@@ -83,8 +83,8 @@ def _by_importance(
 
     least = {name: min(specs, key=lambda spec: spec.index_bpw) for name, specs in choices.items()}
     most = {name: max(specs, key=lambda spec: spec.index_bpw) for name, specs in choices.items()}
-    if bits(least) > budget or config.target_bpw > 1.5 * bits(most) / weights:
-        raise ConfigError(_unreachable(config.target_bpw, [bits(least) / weights, bits(most) / weights]))
+    if bits(least) > budget or config.target_bpw > 1.01 * bits(most) / weights:
+        raise _unreachable(config.target_bpw, [bits(least) / weights, bits(most) / weights])
     cheap, dear, best = -80.0, 80.0, least  # base-2 logarithms of the price
     for _ in range(40):
         middle = (cheap + dear) / 2
@@ -170,19 +170,23 @@ def _uniform(matrices: list[Matrix], dense: list[Dense], config: CompressConfig)
                 if best is None or loss < best[0]:
                     best = loss, candidate
     if best is None:
-        raise ConfigError(_unreachable(config.target_bpw, reached))
+        raise _unreachable(config.target_bpw, reached)
     filled = _fill(best[1])
     if config.target_bpw > 1.5 * max(reached, default=0.0):
-        raise ConfigError(_unreachable(config.target_bpw, reached))
+        raise _unreachable(config.target_bpw, reached)
     return filled
 
 
-def _unreachable(target: float, reached: list[float]) -> str:
+def _unreachable(target: float, reached: list[float]) -> ConfigError:
     if not reached or min(reached) >= 16:
-        return "the model is too small for any codec (fewer subvectors than codewords); nothing to compress"
-    return (
+        return ConfigError(
+            "the model is too small for any codec (fewer subvectors than codewords); nothing to compress"
+        )
+    return TargetError(
         f"target_bpw: {target} cannot be met with these settings; "
-        f"possible are {min(reached):.3f} to {max(reached):.3f} bits per weight"
+        f"possible are {min(reached):.3f} to {max(reached):.3f} bits per weight",
+        min(reached),
+        max(reached),
     )
 
 

@@ -8,7 +8,6 @@ together in `OUTPUT.partial/final` and renamed to OUTPUT.
 
 from __future__ import annotations
 
-import hashlib
 import time
 import zlib
 from collections.abc import Callable
@@ -19,22 +18,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import pocketllm
-from pocketllm.cache import cache_folder
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
 from pocketllm.codec.training import fit, fit_on_trellis
 from pocketllm.config import CompressConfig
-from pocketllm.errors import OutputError, SourceError
-from pocketllm.model.calibration import calibration_windows, default_text, read_calibration
+from pocketllm.errors import OutputError
+from pocketllm.model.calibration import Calibration, calibrate, read_windows, text_identity
 from pocketllm.model.encode import Encoder, encode_calibrated
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix, Plan
-from pocketllm.model.report import Report
-from pocketllm.model.sensitivity import Sensitivity, measure
+from pocketllm.model.report import Report, peak_memory_bytes
 from pocketllm.model.source import DenseCheckpoint, open_dense, resolve
+from pocketllm.model.target import planned
+from pocketllm.model.units import codebook_unit
 from pocketllm.model.workspace import Workspace, check_output, locked, output_error
-from pocketllm.model.write import codebook_unit, dry_report, planned
+from pocketllm.model.write import dry_report
 
 _SAMPLED = 4  # rotated matrices of a kind that its codec is fitted to
 
@@ -60,6 +58,7 @@ def compress(
     device: str = "cpu",
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    calibration_folder: str | Path | None = None,
 ) -> Report:
     """Compress a causal language model.
 
@@ -71,6 +70,7 @@ def compress(
         device: where codecs are fitted and matrices encoded, `cpu` or `cuda`.
         overwrite: replace an earlier compressed model at `output`.
         trust_remote_code: let transformers run code that the model folder contains.
+        calibration_folder: where what calibration measures is kept and looked for; see `calibrate`.
 
     Returns:
         Sizes, ratios and errors; the same as `info` shows later.
@@ -91,24 +91,29 @@ def compress(
     if output.resolve() == folder.resolve():
         raise OutputError(f"{output}: is the model itself; choose another output folder")
     # What can be wrong with the input is found before anything is written, or hours are spent.
-    windows = _calibration_windows(source, config)
+    windows = read_windows(source, config)
     if not Workspace.is_begun(output):
         source.check(partial(_tell_detail, progress, "check"))
     try:
-        work = Workspace.open(output, source, config, str(model), device)
+        work = Workspace.open(output, source, config, str(model), device, text_identity(windows))
         with locked(work.folder):
-            sensitivity = None
-            if windows is not None:
-                sensitivity = _sensitivity(source, windows, config, checkpoint.plan, device, progress)
-                checkpoint = planned(source, config, str(model), sensitivity.importance)
-            _fit_and_encode(work, source, checkpoint.plan, windows, sensitivity, device, progress)
+            found = _calibrated(source, windows, config, device, calibration_folder, progress)
+            if found is not None:
+                checkpoint = planned(source, config, str(model), found.sensitivity.importance)
+            _fit_and_encode(work, source, checkpoint.plan, found, device, progress)
             progress(Event("write", 0.0, "writing the checkpoint"))
             report = checkpoint.write(work)
             work.publish(output)
     except OSError as error:
         raise output_error(output, error) from error
     progress(Event("write", 1.0, str(output)))
-    return replace(report, seconds=time.monotonic() - started)
+    resident, on_gpu = peak_memory_bytes(device)
+    return replace(
+        report,
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=resident,
+        peak_gpu_memory_bytes=on_gpu,
+    )
 
 
 def dry_run(
@@ -118,6 +123,7 @@ def dry_run(
     *,
     progress: ProgressCallback = lambda event: None,
     device: str = "cpu",
+    calibration_folder: str | Path | None = None,
 ) -> Report:
     """The plan and the exact sizes in bytes without fitting anything; errors are the predicted ones.
 
@@ -126,43 +132,32 @@ def dry_run(
     source = open_dense(resolve(str(model)), trust_remote_code)
     source.check_dtypes()
     checkpoint = planned(source, config, str(model))
-    windows = _calibration_windows(source, config)
-    if windows is not None:
-        found = _sensitivity(source, windows, config, checkpoint.plan, device, progress)
-        checkpoint = planned(source, config, str(model), found.importance)
+    windows = read_windows(source, config)
+    found = _calibrated(source, windows, config, device, calibration_folder, progress)
+    if found is not None:
+        checkpoint = planned(source, config, str(model), found.sensitivity.importance)
     return dry_report(checkpoint)
 
 
-def _sensitivity(
+def _calibrated(
     source: DenseCheckpoint,
-    windows: Tensor,
+    windows: Tensor | None,
     config: CompressConfig,
-    plan: Plan,
     device: str,
+    folder: str | Path | None,
     progress: ProgressCallback,
-) -> Sensitivity:
-    """What each matrix's errors cost. Kept in the cache: a dry run and every target of a model share it."""
-    settings = config.calibration
-    assert settings is not None
-    count = max(1, settings.sensitivity_tokens // windows.shape[1])
-    chosen = windows[:: max(1, len(windows) // count)][:count]
-    asked = (source.fingerprint(), pocketllm.__version__, settings.damping, config.seed, device)
-    names = [m.name for m in plan.matrices]
-    key = hashlib.sha256(repr((asked, torch.get_num_threads(), names)).encode() + chosen.numpy().tobytes())
-    path = cache_folder() / f"sensitivity-{key.hexdigest()[:16]}.safetensors"
-    if not path.is_file():
-        told = partial(_tell, progress, "measure", "sensitivity of every matrix")
-        found = measure(source, chosen, list(plan.matrices), settings.damping, config.seed, device, told)
-        found.save(path)
-    return Sensitivity.load(path)
+) -> Calibration | None:
+    if windows is None:
+        return None
+    told = partial(_tell, progress, "measure", "sensitivity of every matrix")
+    return calibrate(source, windows, config, device, None if folder is None else Path(folder), told)
 
 
 def _fit_and_encode(
     work: Workspace,
     source: DenseCheckpoint,
     plan: Plan,
-    windows: Tensor | None,
-    sensitivity: Sensitivity | None,
+    calibration: Calibration | None,
     device: str,
     progress: ProgressCallback,
 ) -> None:
@@ -175,7 +170,7 @@ def _fit_and_encode(
             _tell, progress, "fit", f"codebook {number + 1} of {len(plan.groups())} ({key.split('|')[0]})"
         )
         fitted = _fitted(work, source, plan, number, device, told)
-        if windows is not None:
+        if calibration is not None:
             codecs.update(fitted)
             continue
         codecs = fitted
@@ -183,9 +178,9 @@ def _fit_and_encode(
             progress(Event("encode", done / plan.weights, matrix.name))
             encoder.nearest(matrix)
             done += matrix.weights
-    if windows is not None:
-        assert sensitivity is not None
-        encode_calibrated(encoder, windows, sensitivity, partial(_tell_detail, progress, "encode"))
+    if calibration is not None:
+        told = partial(_tell_detail, progress, "encode")
+        encode_calibrated(encoder, calibration.windows, calibration.sensitivity, told, calibration.kept)
     progress(Event("encode", 1.0, f"{plan.weights:,} weights"))
 
 
@@ -195,29 +190,6 @@ def _tell(progress: ProgressCallback, stage: str, detail: str, share: float) -> 
 
 def _tell_detail(progress: ProgressCallback, stage: str, share: float, detail: str) -> None:
     progress(Event(stage, share, detail))
-
-
-def _calibration_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | None:
-    """[N, context] token ids, or None without calibration.
-
-    Raises:
-        SourceError: a text or the tokenizer cannot be read. ConfigError: too little text.
-    """
-    settings = config.calibration
-    if settings is None:
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SourceError(
-            f"{source.folder}: calibration needs the model's tokenizer, which cannot be read ({reason}); "
-            "add its files, or use a preset without calibration (lookup-8x)"
-        ) from error
-    texts = [read_calibration(path) for path in settings.texts] or [default_text()]
-    return calibration_windows(tokenizer, texts, settings.tokens, settings.context, config.seed)
 
 
 def _fitted(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +19,15 @@ from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate_hessian, rotate_matrix, unrotate_matrix
 from pocketllm.errors import WeightError
-from pocketllm.model.calibration import BlockStream
+from pocketllm.model.blocks import BlockStream, block_list
+from pocketllm.model.inputs import Inputs
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix, Plan
 from pocketllm.model.refine import Coded, refine_block
 from pocketllm.model.sensitivity import Sensitivity
 from pocketllm.model.source import DenseCheckpoint
+from pocketllm.model.units import matrix_unit, refined_unit
 from pocketllm.model.workspace import Workspace
-from pocketllm.model.write import matrix_unit, refined_unit
 
 CodecOf = Callable[[Matrix], MatrixCodec]
 Progress = Callable[[float, str], None]
@@ -40,6 +43,12 @@ class Encoder:
         self.codec_of, self.device = codec_of, device
         self.by_name = {m.name: m for m in plan.matrices}
         self.scales: dict[str, Tensor] = {}  # refined row scales
+        self.passed = 0  # weights of the matrices that are dealt with
+
+    @property
+    def share(self) -> float:
+        """Of the weights: how many are dealt with."""
+        return self.passed / self.plan.weights
 
     def nearest(self, matrix: Matrix) -> None:
         """Nearest codewords."""
@@ -48,9 +57,18 @@ class Encoder:
             self._keep(matrix, weight, self.codec_of(matrix).encode(weight), None)
 
     def with_feedback(
-        self, matrix: Matrix, factor: HessianFactor, row_importance: Tensor | None = None
+        self,
+        matrix: Matrix,
+        factor: HessianFactor,
+        inputs: Inputs | None = None,
+        row_importance: Tensor | None = None,
     ) -> None:
-        """Indices for inputs of a given (rotated) Hessian; row_importance: [rows], see `assign`."""
+        """Indices for inputs of a given (rotated) Hessian.
+
+        Args:
+            inputs: that it was taken from, for the report. row_importance: [rows], see `assign`.
+        """
+        self.passed += matrix.weights
         if self.done(matrix):
             return
         settings = self.plan.config.calibration
@@ -61,7 +79,8 @@ class Encoder:
         indices, scale = assign(
             weight, factor, table, row_rms(weight), settings.passes, trellis, row_importance
         )
-        self._keep(matrix, weight, EncodedMatrix(indices, scale.bfloat16(), matrix.columns), factor)
+        encoded = EncodedMatrix(indices, scale.bfloat16(), matrix.columns)
+        self._keep(matrix, weight, encoded, factor, inputs)
 
     def refine(
         self,
@@ -145,12 +164,17 @@ class Encoder:
         return rotate_matrix(weight, self.plan.rotation(matrix))
 
     def _keep(
-        self, matrix: Matrix, weight: Tensor, encoded: EncodedMatrix, factor: HessianFactor | None
+        self,
+        matrix: Matrix,
+        weight: Tensor,
+        encoded: EncodedMatrix,
+        factor: HessianFactor | None,
+        inputs: Inputs | None = None,
     ) -> None:
         size = self.plan.specs[matrix.name].codebook_size
         flat = encoded.indices.reshape(-1)
         error = weight - self.codec_of(matrix).decode(encoded)
-        facts = {"nmse": _share(_energy(error), _energy(weight))}
+        facts: dict[str, float] = {"nmse": _share(_energy(error), _energy(weight))}
         if not math.isfinite(facts["nmse"]):
             raise WeightError(
                 f"{matrix.name}: decodes to values that are no numbers (beyond what float16 holds); "
@@ -160,6 +184,9 @@ class Encoder:
             hessian = factor.hessian[: matrix.columns, : matrix.columns]
             loss, energy = (((x @ hessian) * x).sum() for x in (error, weight))
             facts["proxy_error"] = _share(loss, energy)
+        if inputs is not None:
+            facts["input_tokens"] = inputs.tokens[matrix.name]
+            facts["unseen_experts"] = inputs.unseen_experts.get(matrix.name, 0)
         tensors = {
             "indices": self.plan.specs[matrix.name].form.pack(encoded.indices),
             "row_scale": encoded.row_scale,
@@ -181,40 +208,93 @@ def _share(part: Tensor, whole: Tensor) -> float:
 
 
 def encode_calibrated(
-    encoder: Encoder, windows: Tensor, sensitivity: Sensitivity, progress: Progress
+    encoder: Encoder, windows: Tensor, sensitivity: Sensitivity, progress: Progress, kept: Path | None = None
 ) -> None:
     """Code embedding and head, then block after block for its inputs.
 
     Args:
         windows: [N, context] token ids of the calibration text.
+        kept: folder in which an earlier run left what blocks of the dense model see; see `_for_dense`.
     """
-    plan, settings = encoder.plan, encoder.plan.config.calibration
+    settings = encoder.plan.config.calibration
     assert settings is not None
-    done = 0
-    for matrix in plan.matrices:
+    for matrix in encoder.plan.matrices:
         if not matrix.in_blocks:
-            progress(done / plan.weights, matrix.name)
+            progress(encoder.share, matrix.name)
             _encode_end(encoder, matrix, sensitivity)
-            done += matrix.weights
-    ends = {m.name: encoder.decoded(m) for m in plan.matrices if not m.in_blocks}
+    if settings.sequential:
+        _in_sequence(encoder, windows, progress, settings.refine_epochs > 0)
+    else:
+        _for_dense(encoder, windows, progress, settings.refine_epochs > 0, kept)
+
+
+def _in_sequence(encoder: Encoder, windows: Tensor, progress: Progress, refines: bool) -> None:
+    """Every block for the inputs that it gets from the coded ones before it."""
+    ends = {m.name: encoder.decoded(m) for m in encoder.plan.matrices if not m.in_blocks}
     stream = BlockStream(encoder.source, windows, encoder.device, coded=ends)
-    refines = settings.refine_epochs > 0
     targets = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
     for number, (path, block) in enumerate(stream):
-        inside = [m for m in plan.matrices if m.name.startswith(f"{path}.")]
-        if any(not encoder.done(m) for m in inside):
-            progress(done / plan.weights, f"{path}: inputs")
-            hessians = stream.hessians(path, block, inside)
-            for matrix, factor in _factors(inside, hessians, plan):
-                progress(done / plan.weights, matrix.name)
-                encoder.with_feedback(matrix, factor)
-                done += matrix.weights
+        inside = _inside(encoder.plan, path)
+        _encode_block(encoder, path, partial(stream.inputs, block, inside), progress)
         if refines:
             targets = stream.run(block, targets)
-            progress(done / plan.weights, f"{path}: refinement")
+            progress(encoder.share, f"{path}: refinement")
             encoder.refine(number, f"{path}.", block, inside, stream, targets)
         encoder.install(number, inside, stream)
         stream.hidden = stream.run(block, stream.hidden)
+
+
+def _for_dense(
+    encoder: Encoder, windows: Tensor, progress: Progress, refines: bool, kept: Path | None
+) -> None:
+    """Every block for the inputs that it has in the dense model.
+
+    What blocks see then depends on model and text alone. It is kept in the folder `kept`; a run at another
+    target finds it there and need not run the model at all, unless it refines.
+    """
+    list_path, blocks = block_list(encoder.source.model)
+    files = {}
+    if kept is not None:
+        files = {f"{list_path}.{n}": kept / f"{list_path}.{n}.safetensors" for n in range(len(blocks))}
+
+    def see(path: str, measured: Callable[[], Inputs]) -> Inputs:
+        if path in files and files[path].is_file():
+            return Inputs.load(files[path], encoder.device)
+        found = measured()
+        if path in files:
+            found.save(files[path])
+        return found
+
+    if files and not refines and all(file.is_file() for file in files.values()):
+        for path, file in files.items():
+            _encode_block(encoder, path, partial(Inputs.load, file, encoder.device), progress)
+        return
+    stream = BlockStream(encoder.source, windows, encoder.device)
+    for number, (path, block) in enumerate(stream):
+        inside = _inside(encoder.plan, path)
+        _encode_block(encoder, path, partial(see, path, partial(stream.inputs, block, inside)), progress)
+        outputs = stream.run(block, stream.hidden)
+        if refines:
+            progress(encoder.share, f"{path}: refinement")
+            encoder.refine(number, f"{path}.", block, inside, stream, outputs)
+        stream.hidden = outputs
+
+
+def _inside(plan: Plan, path: str) -> list[Matrix]:
+    return [m for m in plan.matrices if m.name.startswith(f"{path}.")]
+
+
+def _encode_block(encoder: Encoder, path: str, see: Callable[[], Inputs], progress: Progress) -> None:
+    """Code the matrices of a block; `see` tells their inputs, and is not asked if all are coded already."""
+    inside = _inside(encoder.plan, path)
+    if all(encoder.done(m) for m in inside):
+        encoder.passed += sum(m.weights for m in inside)
+        return
+    progress(encoder.share, f"{path}: inputs")
+    inputs = see()
+    for matrix, factor in _factors(inside, inputs, encoder.plan):
+        progress(encoder.share, matrix.name)
+        encoder.with_feedback(matrix, factor, inputs)
 
 
 def _encode_end(encoder: Encoder, matrix: Matrix, sensitivity: Sensitivity) -> None:
@@ -227,24 +307,17 @@ def _encode_end(encoder: Encoder, matrix: Matrix, sensitivity: Sensitivity) -> N
     seed = encoder.plan.rotation(matrix)[1]
     rotated = hessian if seed is None else rotate_hessian(hessian, seed)
     factor = factorize(rotated, encoder.plan.specs[matrix.name].vector_len, settings.damping)
-    encoder.with_feedback(matrix, factor, sensitivity.row_importance[matrix.name].to(encoder.device))
+    rows = sensitivity.row_importance[matrix.name].to(encoder.device)
+    encoder.with_feedback(matrix, factor, row_importance=rows)
 
 
-def _factors(
-    matrices: list[Matrix], hessians: dict[str, Tensor], plan: Plan
-) -> Iterator[tuple[Matrix, HessianFactor]]:
-    """Each matrix with the factor of its Hessian, computed once for matrices that share inputs and d.
-
-    A matrix whose inputs were not seen is coded for inputs that are all alike.
-    """
+def _factors(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> Iterator[tuple[Matrix, HessianFactor]]:
+    """Each matrix with the factor of its Hessian, computed once for matrices that share inputs and d."""
     settings = plan.config.calibration
     assert settings is not None
     kept: dict[tuple[int, int], HessianFactor] = {}
     for matrix in matrices:
-        hessian = hessians.get(matrix.name)
-        if hessian is None:
-            hessian = torch.eye(matrix.columns)
-            hessians[matrix.name] = hessian
+        hessian = inputs.hessians[matrix.name]
         key = id(hessian), plan.specs[matrix.name].vector_len
         if key not in kept:
             seed = plan.rotation(matrix)[1]

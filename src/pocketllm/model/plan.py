@@ -25,6 +25,7 @@ from pocketllm.model.source import DenseCheckpoint
 
 ROW_SCALE_BITS = 16
 CODEWORD_BITS = 16  # per component
+KEPT_END = "embedding or head, kept in 16 bit by the settings"
 
 
 def predicted_nmse(vector_len: int, index_bits: float) -> float:
@@ -208,7 +209,16 @@ _BLOCK = re.compile(r"^(?P<stem>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 def classify(source: DenseCheckpoint, config: CompressConfig) -> tuple[list[Matrix], list[Dense]]:
-    """Split the model's tensors into matrices to compress and dense ones with their reason."""
+    """Split the model's tensors into matrices to compress and dense ones with their reason.
+
+    Raises:
+        ConfigError: settings that leave every block dense, or an override that fits no tensor.
+    """
+    for pattern, _ in config.overrides:
+        if not fnmatch.filter(source.names(), pattern):
+            raise ConfigError(
+                f"override {pattern!r}: fits no tensor of the model; names are like {source.names()[-1]!r}"
+            )
     numbers = [int(m["number"]) for n in source.names() if (m := _BLOCK.match(n))]
     blocks = max(numbers, default=-1) + 1
     if config.dense_first + config.dense_last >= blocks > 0:
@@ -232,7 +242,7 @@ def classify(source: DenseCheckpoint, config: CompressConfig) -> tuple[list[Matr
         elif found.in_blocks and not config.dense_first <= number < blocks - config.dense_last:
             dense.append(Dense(name, shape, "in a block left dense by the settings"))
         elif not found.in_blocks and config.keep_embeddings:
-            dense.append(Dense(name, shape, "embedding or head, kept by the settings"))
+            dense.append(Dense(name, shape, KEPT_END))
         else:
             matrices.append(found)
     return matrices, dense

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+RUN_FACTS = ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")  # of a Report; not stored
+
 
 @dataclass(frozen=True)
 class MatrixReport:
@@ -14,6 +16,9 @@ class MatrixReport:
 
     bpw: its stored bits with its share of codebook and decoder, per weight. nmse: of the decoded weights.
     proxy_error: tr(E H E^T) / tr(W H W^T) where it was calibrated.
+    columns: weights in a row as it is coded: the layer's inputs.
+    input_tokens: that its Hessian was taken from, where it was calibrated; 0: no input was seen.
+    unseen_experts: of fused experts, how many no token came to.
     stride: bits that each index adds on a trellis, None for independent indices.
     codebook_utilization: share of its codebook's codewords used by all matrices that share the codebook.
     """
@@ -29,6 +34,9 @@ class MatrixReport:
     vector_len: int
     codebook_size: int
     stride: int | None = None
+    columns: int = 0
+    input_tokens: int | None = None
+    unseen_experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class Report:
     bytes_by_part: indices, row_scales, codebooks, decoders, dense, other_files (tokenizer and the like),
         headers (of the weight files, config.json and the report).
     fits: of each codebook, the sample's nmse by decoder before and after training, and how it went.
+    seconds, peak_memory_bytes, peak_gpu_memory_bytes: of the run that made it. They are not stored, since the
+        same arguments give the same bytes; a report read from a folder has None.
     is_plan: from a dry run; nmse is predicted, utilization unknown.
     """
 
@@ -59,7 +69,9 @@ class Report:
     skipped: tuple[dict[str, Any], ...]
     codebook_scope: str
     config: dict[str, Any]
-    seconds: float = 0.0
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    peak_gpu_memory_bytes: int | None = None
     fits: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] | None = None
     is_plan: bool = False
@@ -77,6 +89,7 @@ class Report:
         return cls(**fields)
 
 
+_MEASURED = ("nmse", "proxy_error", "codebook_utilization", "codebook_perplexity")  # null where unknown
 _JSON_TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "int": int,
@@ -107,7 +120,7 @@ def check_report(values: Mapping[str, Any]) -> None:
 def _check_fields(cls: type[Report] | type[MatrixReport], values: Any, where: str) -> None:
     for field in fields(cls):
         value = _at(values, field.name)
-        if value is None and (field.default is not MISSING or "None" in str(field.type)):
+        if value is None and (field.default is not MISSING or field.name in _MEASURED):
             continue
         wanted = _JSON_TYPES[re.split(r"\W", str(field.type))[0]]
         if not isinstance(value, wanted):
@@ -116,6 +129,54 @@ def _check_fields(cls: type[Report] | type[MatrixReport], values: Any, where: st
 
 def _at(values: Any, key: str) -> Any:
     return values.get(key) if isinstance(values, Mapping) else None
+
+
+def warnings_of(report: Mapping[str, Any]) -> list[str]:
+    """What a person should know about how matrices of a report were calibrated."""
+    matrices = [m for m in report["matrices"] if m.get("input_tokens") is not None]
+    unseen = [m["name"] for m in matrices if m["input_tokens"] == 0]
+    experts = [m for m in matrices if m.get("unseen_experts")]
+    thin = [m for m in matrices if 0 < m["input_tokens"] < m["columns"]]
+    found = []
+    if unseen:
+        found.append(
+            f"no input of {_some(unseen)} was seen (no token of the calibration text came there, or the layer is "
+            "not a linear one as known here): coded for the mean inputs of the other experts of the block, or "
+            "where there are none for inputs that are all alike"
+        )
+    if experts:
+        count = sum(m["unseen_experts"] for m in experts)
+        found.append(
+            f"no token of the calibration text came to {count} experts in {_some([m['name'] for m in experts])}"
+            ": coded for the mean inputs of the other experts of the block"
+        )
+    if thin:
+        least = min(thin, key=lambda m: m["input_tokens"] / m["columns"])
+        found.append(
+            f"fewer tokens than inputs in {_some([m['name'] for m in thin])} (at worst {least['input_tokens']:,} "
+            f"tokens for {least['columns']:,} inputs): their Hessians were filled up; give more text"
+        )
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} matrices ({names[0]} and others)"
+
+
+def peak_memory_bytes(device: str = "cpu") -> tuple[int | None, int | None]:
+    """Most memory that this process has held so far: resident, and on the GPU where that is the device."""
+    gpu = None
+    if device != "cpu":
+        import torch
+
+        gpu = torch.cuda.max_memory_allocated()
+    try:
+        import resource
+        import sys
+    except ImportError:  # not on Windows
+        return None, gpu
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, gpu
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,13 @@ except ImportError:  # not on Windows
 _STATE = "state.json"
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(
+    output: Path, overwrite: bool, marker: str = ckpt.REPORT_NAME, what: str = "a compressed model"
+) -> None:
     """Refuse an output that would destroy something.
+
+    Args:
+        marker: the file by which a folder is known as ours. what: it is then, in words.
 
     Raises:
         OutputError: it exists and is not ours, or is ours and `overwrite` is not set, or cannot be made.
@@ -41,12 +46,10 @@ def check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: exists and is a file; choose another output folder")
     if output.is_dir() and any(output.iterdir()):
-        if not (output / ckpt.REPORT_NAME).is_file():
-            raise OutputError(f"{output}: exists and is not a compressed model; choose another output folder")
+        if not (output / marker).is_file():
+            raise OutputError(f"{output}: exists and is not {what}; choose another output folder")
         if not overwrite:
-            raise OutputError(
-                f"{output}: a compressed model is there already; pass --overwrite to replace it"
-            )
+            raise OutputError(f"{output}: {what} is there already; pass --overwrite to replace it")
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -86,6 +89,27 @@ def system_errors(path: Path) -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
+def keep_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write what was measured to a temporary name and rename when whole.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with system_errors(path):
+            save_file(tensors, str(temporary), {"facts": json.dumps(facts)})
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); make room there, or name another folder by "
+            "--calibration-cache or POCKETLLM_CACHE"
+        ) from error
+
+
 def output_error(output: Path, error: OSError) -> OutputError:
     """What the operating system refused, in words that say what to do."""
     where = error.filename or output
@@ -107,9 +131,15 @@ class Workspace:
 
     @classmethod
     def open(
-        cls, output: Path, source: DenseCheckpoint, config: CompressConfig, model: str, device: str
+        cls,
+        output: Path,
+        source: DenseCheckpoint,
+        config: CompressConfig,
+        model: str,
+        device: str,
+        text: str | None = None,
     ) -> Workspace:
-        """Make the folder, or go on in it.
+        """Make the folder, or go on in it. text: identity of the calibration text.
 
         Raises:
             ResumeError: it holds a run with other arguments. OutputError: it is not ours.
@@ -120,6 +150,7 @@ class Workspace:
             "model": model,
             "weights": source.fingerprint(),
             "device": device,
+            "calibration_text": text,
             "threads": torch.get_num_threads(),
             **config.to_dict(),
         }

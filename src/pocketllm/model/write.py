@@ -8,7 +8,6 @@ longest possible numbers), so a dry run says exactly what will lie on disk.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,70 +19,18 @@ import torch
 from torch import Tensor
 
 import pocketllm
-from pocketllm.codec import codebook as cb
-from pocketllm.config import CodecConfig, CompressConfig
-from pocketllm.errors import ConfigError
+from pocketllm.config import CodecConfig
 from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.allocate import make_plan
+from pocketllm.model.facts import Measured, matrix_report, measured, not_run, predicted, rounded
 from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
-from pocketllm.model.plan import Matrix, Plan, classify
-from pocketllm.model.report import MatrixReport, Report, versions
+from pocketllm.model.plan import KEPT_END, Dense, Matrix, Plan
+from pocketllm.model.report import RUN_FACTS, Report, versions
 from pocketllm.model.source import DenseCheckpoint
+from pocketllm.model.units import codebook_unit, matrix_unit
 from pocketllm.model.workspace import Workspace
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", ckpt.REPORT_NAME}
-_WIDEST = 1.23457e-05  # no number of 6 digits is longer in JSON
-_DIGITS = 6
-_PLANNING_ROUNDS = 6
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What only a real run knows, by matrix; `fits` by codebook."""
-
-    nmse: Mapping[str, float]
-    proxy_error: Mapping[str, float | None]
-    utilization: Mapping[str, float]
-    perplexity: Mapping[str, float]
-    fits: tuple[dict[str, Any], ...]
-
-
-def predicted(plan: Plan) -> Measured:
-    """Stands for what a dry run does not know, as wide as the real numbers can get."""
-    names = [m.name for m in plan.matrices]
-    fits = tuple(_widest_fit(plan, key, group) for key, group in plan.groups().items())
-    widest = dict.fromkeys(names, _WIDEST)
-    return Measured(widest, widest, widest, widest, fits)
-
-
-def _widest_fit(plan: Plan, key: str, group: list[Matrix]) -> dict[str, Any]:
-    by_decoder = {plan.decoder_key(m): _WIDEST for m in group}
-    on_trellis = plan.config.codec.trellis_width is not None
-    points = max(1, plan.config.codec.kmeans_iterations) if on_trellis else plan.config.codec.epochs
-    return {
-        "codebook": key,
-        "start_nmse": by_decoder,
-        "final_nmse": by_decoder,
-        "sample_utilization": _WIDEST,
-        "curve": [_WIDEST] * points,
-        "revived": 10**9,
-    }
-
-
-def matrix_unit(plan: Plan, matrix: Matrix) -> str:
-    """File name of a coded matrix in the workspace."""
-    return f"matrix-{plan.matrices.index(matrix):05d}.safetensors"
-
-
-def refined_unit(number: int) -> str:
-    """File name of what refinement changed in a block, in the workspace."""
-    return f"refined-{number:05d}.safetensors"
-
-
-def codebook_unit(number: int) -> str:
-    """File name of a fitted codebook with its networks in the workspace."""
-    return f"codebook-{number:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -99,9 +46,19 @@ class Checkpoint:
         """Every stored tensor in writing order: dense ones, coded ones, codebooks, decoders."""
         sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for dense in self.plan.dense:
-            sizes[dense.name] = self.source.dtype(dense.name), dense.shape
+            sizes[dense.name] = self.dense_dtype(dense), dense.shape
         sizes.update(self.layout(self._no_crcs()).tensors())
         return sizes
+
+    def dense_dtype(self, dense: Dense) -> torch.dtype:
+        """In which a tensor that is left dense is stored: its own; kept embeddings in at most 16 bits."""
+        own = self.source.dtype(dense.name)
+        return torch.bfloat16 if dense.reason == KEPT_END and own.itemsize > 2 else own
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of all tensors that are left dense."""
+        return sum(torch.Size(d.shape).numel() * self.dense_dtype(d).itemsize for d in self.plan.dense)
 
     @property
     def codebooks_are_stored(self) -> bool:
@@ -195,15 +152,13 @@ class Checkpoint:
             report = len(text.encode())
 
     def report(
-        self, measured: Measured, bytes_on_disk: int | None = None, report_bytes: int | None = None
+        self, found: Measured, bytes_on_disk: int | None = None, report_bytes: int | None = None
     ) -> Report:
         """Sizes, ratios and errors."""
         if bytes_on_disk is None or report_bytes is None:
             bytes_on_disk, report_bytes = self.bytes_on_disk
         plan, bits, coded = self.plan, self.plan.bits_by_part(), self.plan.weights
-        dense_bytes = sum(
-            torch.Size(d.shape).numel() * self.source.dtype(d.name).itemsize for d in plan.dense
-        )
+        dense_bytes = self.dense_bytes
         every = coded + sum(torch.Size(d.shape).numel() for d in plan.dense)
         other = sum(path.stat().st_size for path in self.copied_files())
         payload = sum(value // 8 for value in bits.values()) + dense_bytes
@@ -213,13 +168,13 @@ class Checkpoint:
         return Report(
             model=self.model,
             bytes_on_disk=bytes_on_disk,
-            ratio_files_bf16=_rounded((2 * every + other) / max(1, bytes_on_disk)),
-            ratio_files_fp32=_rounded((4 * every + other) / max(1, bytes_on_disk)),
-            ratio_matrices_bf16=_rounded(16 * coded / sum(bits.values())),
-            ratio_matrices_fp32=_rounded(32 * coded / sum(bits.values())),
-            bpw_blocks=_rounded(sum(per_matrix[m.name] for m in blocks) / block_weights if blocks else 0.0),
-            bpw_matrices=_rounded(plan.bpw),
-            bpw_all=_rounded((sum(bits.values()) + 8 * dense_bytes) / every),
+            ratio_files_bf16=rounded((2 * every + other) / max(1, bytes_on_disk)),
+            ratio_files_fp32=rounded((4 * every + other) / max(1, bytes_on_disk)),
+            ratio_matrices_bf16=rounded(16 * coded / sum(bits.values())),
+            ratio_matrices_fp32=rounded(32 * coded / sum(bits.values())),
+            bpw_blocks=rounded(sum(per_matrix[m.name] for m in blocks) / block_weights if blocks else 0.0),
+            bpw_matrices=rounded(plan.bpw),
+            bpw_all=rounded((sum(bits.values()) + 8 * dense_bytes) / every),
             bytes_by_part={
                 **{part: value // 8 for part, value in bits.items()},
                 "dense": dense_bytes,
@@ -227,28 +182,12 @@ class Checkpoint:
                 "headers": bytes_on_disk - payload - other,
             },
             dense_model_bytes_bf16=2 * every,
-            matrices=tuple(self._matrix_report(m, per_matrix[m.name], measured) for m in plan.matrices),
+            matrices=tuple(matrix_report(plan, m, per_matrix[m.name], found) for m in plan.matrices),
             skipped=tuple(self._skipped()),
             codebook_scope=plan.codebook_scope,
             config=plan.config.to_dict(),
-            fits=measured.fits,
+            fits=found.fits,
             versions=versions(),
-        )
-
-    def _matrix_report(self, matrix: Matrix, bits: float, measured: Measured) -> MatrixReport:
-        spec = self.plan.specs[matrix.name]
-        return MatrixReport(
-            matrix.name,
-            matrix.kind,
-            matrix.shape,
-            _rounded(bits / matrix.weights),
-            measured.nmse[matrix.name],
-            measured.proxy_error[matrix.name],
-            measured.utilization[matrix.name],
-            measured.perplexity[matrix.name],
-            spec.vector_len,
-            spec.codebook_size,
-            spec.stride or None,
         )
 
     def _skipped(self) -> Iterator[dict[str, Any]]:
@@ -260,7 +199,8 @@ class Checkpoint:
 
     def _report_text(self, report: Report, files: Mapping[str, Any]) -> str:
         body = {"format_version": ckpt.FORMAT_VERSION, **report.to_dict(), "files": files}
-        del body["seconds"]  # stored bytes must not depend on how long the run took, or on a resumption
+        for name in RUN_FACTS:  # stored bytes must not depend on how long the run took, or on a resumption
+            del body[name]
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")) + "\n"
 
     def write(self, work: Workspace) -> Report:
@@ -273,7 +213,7 @@ class Checkpoint:
         (final / "config.json").write_text(self.config_text(crcs), encoding="utf-8")
         for path in self.copied_files():
             shutil.copyfile(path, final / path.name)
-        report = self.report(self._measured(work))
+        report = self.report(measured(self.plan, work))
         files = ckpt.file_facts(final, list(self.file_bytes))
         _, room = self.bytes_on_disk
         text = self._report_text(report, files).encode()
@@ -286,7 +226,8 @@ class Checkpoint:
         """The tensors in the order of `sizes`; fills `crcs` on the way."""
         refined = work.refined()
         for dense in self.plan.dense:
-            yield refined.get(f"vector|{dense.name}", self.source.read(dense.name))
+            value = refined.get(f"vector|{dense.name}", self.source.read(dense.name))
+            yield value.to(self.dense_dtype(dense))
         for matrix in self.plan.matrices:
             tensors, _ = work.load(matrix_unit(self.plan, matrix))
             stored = [tensors["indices"]]
@@ -312,89 +253,7 @@ class Checkpoint:
                 yield up
                 yield down
 
-    def _measured(self, work: Workspace) -> Measured:
-        nmse, proxy, use, perplexity, fits = {}, {}, {}, {}, []
-        for number, group in enumerate(self.plan.groups().values()):
-            fits.append(_rounded_tree(work.load(codebook_unit(number))[1]))
-            units = [work.load(matrix_unit(self.plan, m)) for m in group]
-            counts = torch.stack([tensors["counts"].long() for tensors, _ in units]).sum(dim=0)
-            for matrix, (_, facts) in zip(group, units, strict=True):
-                nmse[matrix.name] = _rounded(facts["nmse"])
-                proxy[matrix.name] = _rounded(facts["proxy_error"]) if "proxy_error" in facts else None
-                use[matrix.name] = _rounded(cb.utilization(counts))
-                perplexity[matrix.name] = _rounded(cb.perplexity(counts))
-        return Measured(nmse, proxy, use, perplexity, tuple(fits))
-
-
-def planned(
-    source: DenseCheckpoint,
-    config: CompressConfig,
-    model: str,
-    importance: Mapping[str, float] | None = None,
-) -> Checkpoint:
-    """Plan a model; a target for the whole folder is turned into bits per weight here.
-
-    Args:
-        importance: as in `make_plan`.
-
-    Raises:
-        ConfigError: as `make_plan`; or a target below the bytes of what is not compressed.
-    """
-    if config.target_bytes is None and config.target_ratio is None:
-        return Checkpoint(source, make_plan(source, config, importance), model)
-    matrices, dense = classify(source, config)
-    checkpoint = Checkpoint(source, Plan((), {}, tuple(dense), "model", config), model)
-    dense_bytes = 2 * sum(m.weights for m in matrices) + sum(2 * torch.Size(d.shape).numel() for d in dense)
-    other = sum(path.stat().st_size for path in checkpoint.copied_files())
-    target = config.target_bytes
-    if target is None:
-        assert config.target_ratio is not None
-        target = int((dense_bytes + other) / config.target_ratio)
-    weights = sum(m.weights for m in matrices)
-    fixed = other + sum(torch.Size(d.shape).numel() * source.dtype(d.name).itemsize for d in dense)
-    bpw = 8 * (target - fixed) / max(1, weights)
-    best: Checkpoint | None = None
-    for _ in range(_PLANNING_ROUNDS):
-        if not 0 < bpw <= 16:
-            break
-        changed = replace(config, target_bpw=bpw, target_bytes=None, target_ratio=None)
-        try:
-            checkpoint = Checkpoint(source, make_plan(source, changed, importance), model)
-        except ConfigError as error:
-            raise ConfigError(
-                f"a folder of {target:,} bytes leaves {bpw:.3f} bits per weight to the matrices: {error}"
-            ) from error
-        # What is not matrices hardly changes with the plan; what it does change, the next round sees.
-        total, _ = checkpoint.bytes_on_disk
-        if total <= target:
-            best = checkpoint
-            if target - total < 0.003 * target:
-                break
-        bpw += 8 * (target - total) / weights - 0.001
-    if best is None:
-        raise ConfigError(
-            f"the whole folder cannot be {target:,} bytes: what is not compressed takes {fixed:,} "
-            "(tensors left dense, tokenizer); raise the target, or leave fewer tensors dense"
-        )
-    return best
-
 
 def dry_report(checkpoint: Checkpoint) -> Report:
     """The report of a run that has not happened: errors are predictions, the rest is unknown."""
-    plan = checkpoint.plan
-    nan = dict.fromkeys((m.name for m in plan.matrices), math.nan)
-    nmse = {m.name: _rounded(plan.specs[m.name].nmse) for m in plan.matrices}
-    return replace(checkpoint.report(Measured(nmse, dict.fromkeys(nmse), nan, nan, ())), is_plan=True)
-
-
-def _rounded(value: float) -> float:
-    """Six significant digits; what is below 1e-9 is 0."""
-    return 0.0 if abs(value) < 1e-9 else float(f"{value:.{_DIGITS}g}")
-
-
-def _rounded_tree(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded_tree(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded_tree(item) for item in value]
-    return _rounded(value) if isinstance(value, float) else value
+    return replace(checkpoint.report(not_run(checkpoint.plan)), is_plan=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pocketllm.config import CompressConfig, DistillConfig
 from pocketllm.errors import FormatError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import ProgressCallback, compress
-from pocketllm.model.report import Report
+from pocketllm.model.report import Report, peak_memory_bytes
 from pocketllm.model.workspace import check_output
 from pocketllm.recover.distill import Distilled, distill
 
@@ -25,6 +26,7 @@ def compress_and_distill(
     device: str = "cpu",
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    calibration_folder: str | Path | None = None,
 ) -> tuple[Report, Distilled]:
     """`compress`, then `distill` on its result. Killed and started again, it goes on where it was.
 
@@ -37,6 +39,7 @@ def compress_and_distill(
     Raises:
         As `compress` and `distill`.
     """
+    started = time.monotonic()
     output = Path(output)
     check_output(output, overwrite)
     plain = output.with_name(output.name + ".plain")
@@ -49,6 +52,7 @@ def compress_and_distill(
             device=device,
             overwrite=True,
             trust_remote_code=trust_remote_code,
+            calibration_folder=calibration_folder,
         )
     done = distill(
         plain,
@@ -62,7 +66,13 @@ def compress_and_distill(
     )
     shutil.rmtree(plain)
     report = Report.from_dict(ckpt.read_report(output))
-    return replace(report, seconds=done.seconds), done
+    resident, on_gpu = peak_memory_bytes(device)
+    return replace(
+        report,
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=resident,
+        peak_gpu_memory_bytes=on_gpu,
+    ), done
 
 
 def _is_made(folder: Path, model: str, config: CompressConfig) -> bool:

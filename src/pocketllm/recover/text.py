@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import ConfigError
-from pocketllm.model.calibration import default_text, read_calibration
+from pocketllm.model.texts import default_text, read_calibration
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
