@@ -117,6 +117,22 @@ REFINE_EPOCHS = 2  # where refinement is asked for without a number
 
 
 @dataclass(frozen=True)
+class Safeguards:
+    """What keeps the training of a codec on its way; off only where a study asks what happens without.
+
+    max_grad_norm: gradients are scaled down to it; infinite is off.
+    revive: move codewords that an epoch never used.
+    """
+
+    max_grad_norm: float = 1.0
+    revive: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm: got {self.max_grad_norm}, wanted more than 0")
+
+
+@dataclass(frozen=True)
 class CalibrationConfig:
     """How indices are chosen for what layers do to their inputs.
 

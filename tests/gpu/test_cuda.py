@@ -11,6 +11,7 @@ import pocketllm
 from pocketllm.codec.codebook import nearest, nearest_torch
 from pocketllm.evaluate.harness import PocketLM
 from pocketllm.evaluate.kl import divergence
+from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.studies import probe
 from tests import tiny
 
@@ -39,6 +40,40 @@ def test_compress_and_load(tmp_path: Path) -> None:
         with torch.inference_mode():
             logits.append(model(tokens).logits)
     assert torch.allclose(logits[0], logits[1], atol=1e-5)
+
+
+def test_calibrated(tmp_path: Path) -> None:
+    """Every stage of the calibrated path: the same plan and sizes, perplexity within 1 % of the CPU's."""
+    source = tiny.save(tmp_path / "dense", "mixtral")
+    config = tiny.on_trellis(calibration={"refine_epochs": 1})
+    text, reports, found = "some text to measure on, the same on both. " * 40, [], []
+    for device in ("cpu", "cuda"):
+        reports.append(
+            pocketllm.compress(
+                source, config, tmp_path / device, device=device, calibration_folder=tmp_path / "measured"
+            )
+        )
+        model, tokenizer = pocketllm.load(tmp_path / device, dtype=torch.float32)
+        found.append(perplexity(model, tokenizer, text, 32).perplexity)
+    plans = [[(m.name, m.vector_len, m.codebook_size, m.stride) for m in r.matrices] for r in reports]
+    assert plans[0] == plans[1]
+    assert reports[0].bytes_on_disk == reports[1].bytes_on_disk
+    assert reports[1].peak_gpu_memory_bytes
+    assert found[1] == pytest.approx(found[0], rel=0.01)
+    for one, other in zip(reports[0].matrices, reports[1].matrices, strict=True):
+        assert one.proxy_error == pytest.approx(other.proxy_error, rel=0.2)
+        assert (one.input_tokens, one.unseen_experts) == (other.input_tokens, other.unseen_experts)
+
+
+def test_dense_inputs_are_kept_on_a_gpu(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "dense", "gemma3")
+    config = tiny.on_trellis(calibration={"sequential": False})
+    for name in ("first", "again"):
+        pocketllm.compress(
+            source, config, tmp_path / name, device="cuda", calibration_folder=tmp_path / "measured"
+        )
+    weights = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("first", "again")]
+    assert weights[0] == weights[1]
 
 
 def test_evaluate() -> None:

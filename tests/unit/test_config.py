@@ -9,7 +9,7 @@ import pytest
 
 import pocketllm
 from pocketllm import CodecConfig, CompressConfig
-from pocketllm.config import EvalConfig
+from pocketllm.config import CalibrationConfig, EvalConfig
 from pocketllm.errors import ConfigError
 
 
@@ -78,6 +78,68 @@ def test_presets_are_at_the_paper_s_sizes() -> None:
         assert (config.dense_first, config.dense_last) == (3, 2)
         assert (config.codec.decoder, config.codec.norm) == ("row", "rln")
         assert (config.codec.hidden, config.codec.depth, config.codec.vq_weight) == (16, 3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "bpw", "vector_len"),
+    [("paper-8x", 3.98, 3), ("paper-10x", 2.98, 4), ("paper-16x", 2.02, 8), ("paper-20x", 1.6, 8)],
+)
+def test_the_paper_s_presets_stay_as_they_are(name: str, bpw: float, vector_len: int) -> None:
+    """Every field, so that a default which changes for the sake of other presets does not change these."""
+    codec = {
+        "vector_len": 4,
+        "hidden": 16,
+        "depth": 3,
+        "norm": "rln",
+        "decoder": "row",
+        "row_scale": True,
+        "init": "kmeans",
+        "loss": "mse",
+        "vq_weight": 0.5,
+        "commitment_weight": 0.0,
+        "epochs": 2,
+        "learning_rate": 3e-3,
+        "batch_size": 16384,
+        "kmeans_iterations": 10,
+        "sample_per_codeword": 256,
+        "max_sample": 1 << 21,
+        "trellis_width": None,
+        "codebook_source": "fit",
+    }
+    assert pocketllm.preset(name).to_dict() == {
+        "codec": codec,
+        "target_bpw": bpw,
+        "target_bytes": None,
+        "target_ratio": None,
+        "vector_len": vector_len,
+        "codebook_size": None,
+        "codebook_scope": "auto",
+        "decoder_scope": "kind",
+        "dense_first": 3,
+        "dense_last": 2,
+        "keep_embeddings": False,
+        "embedding_extra_bits": 0.5,
+        "max_index_bits": 15,
+        "calibration": None,
+        "overrides": [],
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"tokens": 100}, "calibration tokens"),
+        ({"context": 1, "tokens": 1}, "calibration context"),
+        ({"passes": -1}, "passes"),
+        ({"refine_epochs": -1}, "refine_epochs"),
+        ({"refine_rate": 0.0}, "refine_rate"),
+        ({"damping": 0.0}, "damping"),
+    ],
+)
+def test_calibration_settings_are_checked(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        CalibrationConfig(**values)
 
 
 def test_unknown_names() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections import defaultdict
@@ -34,6 +35,11 @@ class Output:
     stdout: Console = field(default_factory=lambda: _console(stderr=False))
     stderr: Console = field(default_factory=lambda: _console(stderr=True))
 
+    def __post_init__(self) -> None:
+        logger = logging.getLogger("pocketllm")
+        others = [handler for handler in logger.handlers if not isinstance(handler, _Notes)]
+        logger.handlers = [*others, _Notes(self)]
+
     def note(self, text: str) -> None:
         """A line for the person watching."""
         if not self.quiet:
@@ -63,6 +69,17 @@ class Output:
         )
         with shown:
             yield Bars(self, shown)
+
+
+class _Notes(logging.Handler):
+    """Shows the library's warnings as notes."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.WARNING)
+        self.output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.output.note(f"warning: {record.getMessage()}")
 
 
 @dataclass

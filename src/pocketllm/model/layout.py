@@ -193,8 +193,8 @@ class Layout:
                 size = codebook.size, codebook.vector_len
                 found[f"{STORE}.codebooks.{number}.weight"] = torch.float16, size
         for number, decoder in enumerate(self.decoders):
-            for part, shape in zip(("up", "down"), decoder.codec.network_shapes, strict=True):
-                found[f"{STORE}.decoders.{number}.{part}"] = torch.float16, shape
+            for part, net_shape in zip(("up", "down"), decoder.codec.network_shapes, strict=True):
+                found[f"{STORE}.decoders.{number}.{part}"] = torch.float16, net_shape
         return found
 
 

@@ -18,9 +18,10 @@ from pocketllm.studies.whole import calibration_texts, coded
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pocketllm.model.checkpoint import Layout
+    from pocketllm.model.layout import Layout
 
 _MODES = {"dense": "decoded at load", "packed": "packed"}
+_ROUNDS = 3
 _MEASURED = ("load_seconds", "first_token_seconds", "long_seconds", "tokens_per_second")
 
 
@@ -92,8 +93,10 @@ def _steps(setup: Setup) -> list[Step]:
     import torch
 
     steps = [Step(f"form-{name}", partial(_form, setup, name)) for name in forms(setup)]
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return [*steps, *(Step(device, partial(_probes, setup, device)) for device in devices)]
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        rounds = range(1 if setup.quick else _ROUNDS)
+        steps += [Step(f"{device}-{number}", partial(_round, setup, device)) for number in rounds]
+    return steps
 
 
 def _form(setup: Setup, name: str, progress: Progress) -> dict[str, Any]:
@@ -112,41 +115,48 @@ def _form(setup: Setup, name: str, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _probes(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
-    """Every form and mode in processes of their own, in turn, so that all see the same machine."""
+def _round(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
+    """Every form and mode, each in a process of its own, one after another on the same machine."""
     import torch
 
     from pocketllm.model.source import resolve
 
-    short, long, repeats = (8, 64, 1) if setup.quick else (16, 512, 3)
+    short, long = (8, 64) if setup.quick else (16, 512)
     long = min(long, _positions(setup) - 1)
     jobs = {DENSE: (resolve(setup.model), DENSE)}
     for name, config in forms(setup).items():
         folder = coded(setup, name, config)
         jobs |= {f"{name}, {shown}": (folder, mode) for mode, shown in _MODES.items()}
-    runs: dict[str, list[dict[str, float]]] = {job: [] for job in jobs}
-    for done in range(repeats * len(jobs)):
-        job = list(jobs)[done % len(jobs)]
-        folder, mode = jobs[job]
+    runs: dict[str, dict[str, float]] = {}
+    for job, (folder, mode) in jobs.items():
         asked = probe.Probe(
             str(folder), mode, device, torch.get_num_threads(), short, long, 16, 4.0 if setup.quick else 10.0
         )
-        runs[job].append(probe.run(asked))
-        progress((done + 1) / (repeats * len(jobs)))
+        runs[job] = probe.run(asked)
+        progress(len(runs) / len(jobs))
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    return {"runs": runs, "short": short, "long": long, "repeats": repeats, "gpu": gpu}
+    return {"runs": runs, "short": short, "long": long, "gpu": gpu}
 
 
 def _positions(setup: Setup) -> int:
     return int(getattr(setup.source().model.config, "max_position_embeddings", None) or 1 << 20)
 
 
-def _middle(values: Mapping[str, Any], job: str, key: str) -> float:
-    return float(median(run[key] for run in values["runs"][job]))
+def _rounds(results: Results, device: str) -> list[Mapping[str, Any]]:
+    return [values for key, values in results.items() if key.startswith(f"{device}-")]
+
+
+def _middle(rounds: Sequence[Mapping[str, Any]], job: str, key: str) -> float:
+    return float(median(values["runs"][job][key] for values in rounds))
+
+
+def _ratio(rounds: Sequence[Mapping[str, Any]], job: str, key: str) -> float:
+    """Of a job to the dense checkpoint: median over the rounds of the ratio in each."""
+    return float(median(values["runs"][job][key] / values["runs"][DENSE][key] for values in rounds))
 
 
 def _devices(results: Results) -> list[str]:
-    return [key for key in ("cpu", "cuda") if key in results]
+    return [device for device in ("cpu", "cuda") if _rounds(results, device)]
 
 
 def _forms_of(results: Results) -> list[str]:
@@ -176,20 +186,19 @@ def _flops_table(results: Results) -> Table:
 
 
 def _measured_table(results: Results, device: str) -> Table:
-    values = results[device]
-    rows = []
+    rounds, rows = _rounds(results, device), []
+    values = rounds[0]
     for job in values["runs"]:
-        seconds = [number(_middle(values, job, key)) for key in _MEASURED[:3]]
-        speed = _middle(values, job, "tokens_per_second")
-        memory = [number(_middle(values, job, key) / 2**20) for key in ("loaded_bytes", "peak_bytes")]
-        share = f"{number(speed / _middle(values, DENSE, 'tokens_per_second'))}x"
-        rows.append([job, *seconds, number(speed), share, *memory])
+        measured = [number(_middle(rounds, job, key)) for key in _MEASURED]
+        memory = [number(_middle(rounds, job, key) / 2**20) for key in ("loaded_bytes", "peak_bytes")]
+        share = f"{number(_ratio(rounds, job, 'tokens_per_second'))}x"
+        rows.append([job, *measured, share, *memory])
     header = [
         *("", "load, s", "first token, s", f"{values['long']} tokens, s", "tokens/s", "of dense"),
         *("MiB loaded", "MiB at most"),
     ]
     note = (
-        f"Medians of {values['repeats']}, each in a process of its own, in turn. First token: of a prompt of "
+        f"Medians of {len(rounds)}, each in a process of its own, in turn. First token: of a prompt of "
         f"{values['short']} tokens, the first after loading; then the first token of a long prompt. "
         "tokens/s: single tokens after that, batch 1. Memory: most that was held until the model was loaded "
         "and until the end, beyond the process before it."
@@ -203,16 +212,16 @@ def _draw(results: Results, figure: Figure) -> None:
     figure.set_size_inches(9, 3.6 * len(devices))
     grid = figure.subplots(len(devices), 4, squeeze=False)
     for row, device in zip(grid, devices, strict=True):
-        values = results[device]
-        jobs = list(values["runs"])[::-1]
+        rounds = _rounds(results, device)
+        jobs = list(rounds[0]["runs"])[::-1]
         shown = (
             ("load, seconds", "load_seconds", 1.0),
-            (f"{values['long']} tokens, seconds", "long_seconds", 1.0),
+            (f"{rounds[0]['long']} tokens, seconds", "long_seconds", 1.0),
             ("tokens a second", "tokens_per_second", 1.0),
             ("peak memory, MiB", "peak_bytes", 2.0**20),
         )
         for axes, (title, key, unit) in zip(row, shown, strict=True):
-            _bars(axes, [_middle(values, job, key) / unit for job in jobs], jobs)
+            _bars(axes, [_middle(rounds, job, key) / unit for job in jobs], jobs)
             axes.set_title(f"{title}{' (GPU)' if device == 'cuda' else ''}", fontsize=9)
         for axes in row[1:]:
             axes.set_yticklabels([])
@@ -245,19 +254,17 @@ def _findings(results: Results) -> list[str]:
 
 
 def _finding(results: Results, device: str, name: str) -> str:
-    values = results[device]
+    rounds = _rounds(results, device)
 
     def ratio(mode: str, key: str) -> float:
-        return _middle(values, f"{name}, {mode}", key) / _middle(values, DENSE, key)
+        return _ratio(rounds, f"{name}, {mode}", key)
 
     speed = {mode: ratio(mode, "tokens_per_second") for mode in _MODES.values()}
-    extra = _middle(values, f"{name}, decoded at load", "load_seconds") - _middle(
-        values, DENSE, "load_seconds"
-    )
+    loads = [_middle(rounds, job, "load_seconds") for job in (f"{name}, decoded at load", DENSE)]
     return (
-        f"{'GPU' if device == 'cuda' else 'CPU'}, {name}: decoding at load takes {number(extra)} s beyond "
-        f"loading dense weights, then tokens come at {number(speed['decoded at load'], 2)} times the dense "
-        f"speed; packed, they come at {number(speed['packed'], 2)} times, a prompt of {values['long']} tokens "
+        f"{'GPU' if device == 'cuda' else 'CPU'}, {name}: loading and decoding takes {number(loads[0])} s (dense "
+        f"weights {number(loads[1])} s), then tokens come at {number(speed['decoded at load'], 2)} times the dense "
+        f"speed; packed, they come at {number(speed['packed'], 2)} times, a prompt of {rounds[0]['long']} tokens "
         f"takes {number(ratio('packed', 'long_seconds'), 2)} times as long, and the peak of memory is "
         f"{number(ratio('packed', 'peak_bytes'), 2)} times the dense one."
     )

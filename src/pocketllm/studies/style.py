@@ -19,10 +19,17 @@ def look(number: int) -> dict[str, Any]:
     return {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": DASHES[n], "markersize": 4.5}
 
 
-def plain_ticks(axis: Any) -> None:
-    """Numbers on a logarithmic axis as people write them: 0.01, 4096."""
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(lambda value, _: "")
+def plain_ticks(axis: Any, minor: bool = False) -> None:
+    """Numbers on a logarithmic axis as people write them: 0.01, 4096, 10⁻⁸."""
+    axis.set_major_formatter(lambda value, _: _plain(value))
+    axis.set_minor_formatter(lambda value, _: _plain(value) if minor else "")
+
+
+def _plain(value: float) -> str:
+    power = round(math.log10(value)) if value > 0 else 0
+    if value > 0 and not -4 < power < 5 and math.isclose(value, 10.0**power, rel_tol=1e-6):
+        return "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{value:.4g}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -48,8 +55,17 @@ def spread(values: Sequence[float | None]) -> float | None:
 
 
 def mean_spread(values: Sequence[float | None], digits: int = 3) -> str:
-    """`mean ± standard deviation`; says how many were not finite."""
+    """`mean ± standard deviation`, a single value alone; says how many were not finite."""
     known = [v for v in values if v is not None]
     lost = len(values) - len(known)
-    words = f"{number(mean(known), digits)} ± {number(spread(known), 2)}" if known else "not finite"
+    words = number(mean(known), digits) if known else "not finite"
+    words += f" ± {number(spread(known), 2)}" if len(known) > 1 else ""
     return f"{words} ({lost} not finite)" if lost and known else words
+
+
+def dots(axes: Any, place: float, values: Sequence[float | None], series: int, **more: Any) -> None:
+    """Mean and standard deviation at a place; nothing where a value is None."""
+    middle = mean(values)
+    if middle is not None:
+        style = {key: value for key, value in look(series).items() if key != "linestyle"}
+        axes.errorbar([place], [middle], [spread(values)], linestyle="none", capsize=3, **style, **more)

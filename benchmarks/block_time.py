@@ -1,0 +1,166 @@
+"""Seconds to code one block of Llama-2-7B's shape at 2 and 3 bits per weight. Writes results/block_time.json.
+
+    python benchmarks/block_time.py [--device cuda] [--scale 8] [--bpw 2 --bpw 3] [--tokens 65536]
+
+Random weights with outliers; Hessians of random correlated inputs (a power law of directions, mixed), as many
+tokens as the default preset takes. Timed are the steps that the calibrated path takes for every block: Hessians
+from inputs, their rotation and factors, and for each matrix its rotation, its indices and what they decode to.
+Running the block itself twice is not among them, nor is refinement. `--scale` divides all sizes, to try it out;
+only the full size is written down.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import RESULTS, machine
+from torch import Tensor
+
+import pocketllm
+from pocketllm.codec.codebook import seeded_codebook
+from pocketllm.codec.feedback import assign, factorize
+from pocketllm.codec.normalization import row_rms
+from pocketllm.codec.rotation import rotate, rotate_hessian, rotate_matrix, unrotate_matrix
+from pocketllm.codec.trellis import Trellis
+from pocketllm.config import DEFAULT_PRESET
+from pocketllm.model.inputs import add_square
+from pocketllm.model.report import peak_memory_bytes
+
+HIDDEN, INTERMEDIATE, BLOCKS = 4096, 11008, 32
+VECTOR_LEN = 2
+_CHUNK = 4096  # tokens
+
+
+@dataclass(frozen=True)
+class Setting:
+    """device: cpu or cuda. scale: divides the sizes. bpw: of the indices. tokens: of each Hessian."""
+
+    device: str
+    scale: int
+    bpw: int
+    tokens: int
+
+    def groups(self) -> dict[int, list[tuple[str, int]]]:
+        """Columns (inputs) -> (name, rows) of the matrices that share them; keys are the inputs' numbers."""
+        hidden, wide = HIDDEN // self.scale, INTERMEDIATE // self.scale
+        attention = [("q_proj", hidden), ("k_proj", hidden), ("v_proj", hidden)]
+        return {
+            0: attention,
+            1: [("o_proj", hidden)],
+            2: [("gate_proj", wide), ("up_proj", wide)],
+            3: [("down_proj", hidden)],
+        }
+
+    def columns(self, group: int) -> int:
+        return (INTERMEDIATE if group == 3 else HIDDEN) // self.scale
+
+
+@dataclass
+class Clock:
+    """Seconds by step; waits for the device before it reads the time."""
+
+    device: str
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def now(self) -> float:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        started = self.now()
+        yield
+        self.seconds[name] += self.now() - started
+
+
+def inputs(setting: Setting, columns: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Chunks of correlated inputs [tokens, columns] float32."""
+    loud = torch.arange(1, columns + 1, device=setting.device).float() ** -0.5
+    for begin in range(0, setting.tokens, _CHUNK):
+        count = min(_CHUNK, setting.tokens - begin)
+        noise = torch.randn(count, columns, generator=generator, device=setting.device)
+        yield rotate(noise * loud, seed=99)
+
+
+def code_block(setting: Setting) -> dict[str, Any]:
+    """Code every matrix of a block; seconds by step and proxy error by matrix."""
+    preset = pocketllm.preset(DEFAULT_PRESET)
+    calibration, width = preset.calibration, preset.codec.trellis_width
+    assert calibration is not None and width is not None
+    trellis = Trellis(width, setting.bpw * VECTOR_LEN)
+    table = seeded_codebook(1 << width, VECTOR_LEN, 0).float().to(setting.device)
+    generator = torch.Generator(setting.device).manual_seed(0)
+    clock, errors = Clock(setting.device), {}
+    for group, matrices in setting.groups().items():
+        columns = setting.columns(group)
+        hessian = torch.zeros(columns, columns, device=setting.device)
+        for x in inputs(setting, columns, generator):
+            with clock.step("hessians"):
+                add_square(hessian, x)
+        with clock.step("factors"):
+            rotated = rotate_hessian(hessian / setting.tokens, 1)
+            factor = factorize(rotated, VECTOR_LEN, calibration.damping)
+        for name, rows in matrices:
+            weight = torch.randn(rows, columns, generator=generator, device=setting.device)
+            weight[:: max(1, rows // 8), 0] *= 30
+            with clock.step("rotation"):
+                weight = rotate_matrix(weight, (0, 1))
+            with clock.step("indices"):
+                indices, scale = assign(weight, factor, table, row_rms(weight), calibration.passes, trellis)
+            with clock.step("decoding"):
+                unit = table[indices].reshape(rows, -1)[:, :columns] * scale[:, None]
+                unrotate_matrix(unit, (0, 1))
+            kept = factor.hessian[:columns, :columns]
+            loss, energy = (float(((e @ kept) * e).sum()) for e in (weight - unit, weight))
+            errors[name] = loss / energy
+    total = sum(clock.seconds.values())
+    resident, on_gpu = peak_memory_bytes(setting.device)
+    return {
+        **asdict(setting),
+        "passes": calibration.passes,
+        "seconds_by_step": dict(clock.seconds),
+        "seconds_per_block": total,
+        "seconds_for_all_blocks": BLOCKS * total,
+        "proxy_error": errors,
+        "peak_memory_bytes": resident,
+        "peak_gpu_memory_bytes": on_gpu,
+    }
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    scale: Annotated[int, typer.Option(min=1, help="Divides all sizes.")] = 1,
+    bpw: Annotated[list[int] | None, typer.Option(help="Bits per weight; repeatable.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each Hessian.")] = 65536,
+) -> None:
+    """Measure, print, and write down what was measured at full size."""
+    import json
+
+    path = RESULTS / "block_time.json"
+    kept = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    for bits in bpw or [2, 3]:
+        setting = Setting(device, scale, bits, tokens)
+        found = code_block(setting)
+        name = torch.cuda.get_device_name() if device != "cpu" else machine()["processor"]
+        print(
+            f"{name}: {bits} bits per weight, sizes / {scale}: {found['seconds_per_block']:.1f} s a block, "
+            f"{found['seconds_for_all_blocks'] / 60:.1f} min for {BLOCKS} blocks; by step "
+            + ", ".join(f"{step} {seconds:.1f}" for step, seconds in found["seconds_by_step"].items())
+        )
+        if scale == 1:
+            kept[f"{name}, {bits} bits"] = {**found, "machine": machine(), "processor": name}
+            body = {"command": "python benchmarks/block_time.py", "blocks": BLOCKS, "runs": kept}
+            RESULTS.mkdir(exist_ok=True)
+            path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
