@@ -370,9 +370,9 @@ def test_demo_takes_the_windows_that_the_text_has(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And says before the work begins that it has none."""
-    from pocketllm.cli import demo
+    from pocketllm.evaluate import texts
 
-    monkeypatch.setattr(demo, "demo_text", lambda: ("a short text", "a short text. " * 10))
+    monkeypatch.setattr(texts, "evaluation_text", lambda: ("a short text", "a short text. " * 10))
     options = ["demo", "--model", source, "-o", tmp_path / "demo", "--bpw", "7", "--no-calibration"]
     options += ["--prompt", "hello"]
     code, _, err = run(*options, "--context", "64", "--windows", "1000")
@@ -385,10 +385,10 @@ def test_demo_takes_the_windows_that_the_text_has(
 
 def test_the_demo_of_the_readme_has_text_to_measure_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's own text, in characters: about 4 to a token, and less than 5 windows would say little."""
-    from pocketllm.cli.demo import demo_text
+    from pocketllm.evaluate.texts import evaluation_text
 
     monkeypatch.delenv("POCKETLLM_DATA", raising=False)
-    name, text = demo_text()
+    name, text = evaluation_text()
     assert "Python" in name and len(text) > 5 * 1024 * 4
 
 

@@ -30,8 +30,9 @@ from pocketllm.model.plan import Matrix, Plan
 from pocketllm.model.report import Report, peak_memory_bytes
 from pocketllm.model.source import DenseCheckpoint, open_dense, resolve
 from pocketllm.model.target import planned
+from pocketllm.model.units import codebook_unit
 from pocketllm.model.workspace import Workspace, check_output, locked, output_error
-from pocketllm.model.write import codebook_unit, dry_report
+from pocketllm.model.write import dry_report
 
 _SAMPLED = 4  # rotated matrices of a kind that its codec is fitted to
 

@@ -26,8 +26,8 @@ from pocketllm.model.plan import Matrix, Plan
 from pocketllm.model.refine import Coded, refine_block
 from pocketllm.model.sensitivity import Sensitivity
 from pocketllm.model.source import DenseCheckpoint
+from pocketllm.model.units import matrix_unit, refined_unit
 from pocketllm.model.workspace import Workspace
-from pocketllm.model.write import matrix_unit, refined_unit
 
 CodecOf = Callable[[Matrix], MatrixCodec]
 Progress = Callable[[float, str], None]
@@ -262,7 +262,6 @@ def _for_dense(
             return Inputs.load(files[path], encoder.device)
         found = measured()
         if path in files:
-            files[path].parent.mkdir(parents=True, exist_ok=True)
             found.save(files[path])
         return found
 

@@ -13,7 +13,6 @@ of its siblings.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,11 +22,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pocketllm.model.plan import Matrix
+from pocketllm.model.workspace import keep_tensors
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,11 @@ class Inputs:
     unseen_experts: dict[str, int]
 
     def save(self, path: Path) -> None:
-        """Write to a temporary name and rename when whole; shared Hessians are stored once."""
+        """Write to a temporary name and rename when whole; shared Hessians are stored once.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         owner = {id(hessian): name for name, hessian in reversed(self.hessians.items())}
         facts = {
             "same": {name: owner[id(hessian)] for name, hessian in self.hessians.items()},
@@ -52,9 +55,7 @@ class Inputs:
             "unseen_experts": self.unseen_experts,
         }
         tensors = {name: self.hessians[name].cpu().contiguous() for name in owner.values()}
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, str(temporary), {"facts": json.dumps(facts)})
-        temporary.replace(path)
+        keep_tensors(path, tensors, facts)
 
     @classmethod
     def load(cls, path: Path, device: str) -> Inputs:

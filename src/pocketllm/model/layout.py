@@ -190,8 +190,8 @@ class Layout:
                 found[f"{name}.row_scale"] = torch.bfloat16, (entry.rows,)
         for number, codebook in enumerate(self.codebooks):
             if codebook.seed is None:
-                shape = codebook.size, codebook.vector_len
-                found[f"{STORE}.codebooks.{number}.weight"] = torch.float16, shape
+                size = codebook.size, codebook.vector_len
+                found[f"{STORE}.codebooks.{number}.weight"] = torch.float16, size
         for number, decoder in enumerate(self.decoders):
             for part, net_shape in zip(("up", "down"), decoder.codec.network_shapes, strict=True):
                 found[f"{STORE}.decoders.{number}.{part}"] = torch.float16, net_shape

@@ -15,28 +15,24 @@ One pass forward and one backward, one block of the model in memory at a time.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pocketllm.codec.feedback import factorize
 from pocketllm.codec.rotation import rotate_hessian
-from pocketllm.errors import OutputError
 from pocketllm.model.blocks import BlockStream
 from pocketllm.model.compute import autocast
 from pocketllm.model.inputs import add_square
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix
 from pocketllm.model.source import DenseCheckpoint
-from pocketllm.model.workspace import system_errors
+from pocketllm.model.workspace import keep_tensors
 
 _LOGITS_AT_ONCE = 256
 
@@ -62,20 +58,8 @@ class Sensitivity:
             OutputError: it cannot be written.
         """
         rows = {f"rows|{name}": value for name, value in self.row_importance.items()}
-        facts = json.dumps({"importance": self.importance, "head_share": self.head_share})
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         tensors = {"head_hessian": self.head_hessian.contiguous(), **rows}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with system_errors(path):
-                save_file(tensors, str(temporary), {"facts": facts})
-            temporary.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise OutputError(
-                f"{path}: cannot be written ({error.strerror}); point POCKETLLM_CACHE at a folder with room"
-            ) from error
+        keep_tensors(path, tensors, {"importance": self.importance, "head_share": self.head_share})
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,27 @@ def system_errors(path: Path) -> Iterator[None]:
         if code is None or isinstance(error, OSError):
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+def keep_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write what was measured to a temporary name and rename when whole.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with system_errors(path):
+            save_file(tensors, str(temporary), {"facts": json.dumps(facts)})
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); make room there, or name another folder by "
+            "--calibration-cache or POCKETLLM_CACHE"
+        ) from error
 
 
 def output_error(output: Path, error: OSError) -> OutputError:
