@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,26 +29,10 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory, versions."""
-    import torch
-
-    from pocketllm.model.report import versions
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "versions": versions(),
-    }
-
-
 def save(name: str, command: str, values: dict[str, Any]) -> None:
     """Write results/NAME.json."""
+    from pocketllm.machine import machine
+
     RESULTS.mkdir(exist_ok=True)
     body = {"command": command, "machine": machine(), **values}
     (RESULTS / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")

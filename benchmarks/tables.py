@@ -215,16 +215,52 @@ def calibrated() -> str:
     """Calibrated compression at several targets."""
     found = _load("calibrated")
     rows = [["dense (bf16)", "16", "272.6", "1 / 2", f"{found['dense_perplexity']:.2f}", "", "", ""]]
-    rows += [
-        _calibrated_row(n, e) for n, e in found["settings"].items() if n.startswith(("blocks", "everything"))
-    ]
+    rows += [_calibrated_row(f"blocks at {e['named_bits']}", _beside_peers(e)) for e in _ours()]
+    rows += [_calibrated_row(n, e) for n, e in found["settings"].items() if n.startswith("everything")]
     note = (
         "SmolLM2-135M; 'blocks': embedding and head left in bf16, 'everything': coded too. "
         f"{found['text']}, context {found['context']}, first {found['windows']} windows, evaluated in "
         f"{found['dtype']}; calibrated on {found['calibration']}; {found['machine']['processor']}, "
-        f"{found['machine']['threads']} threads, other work beside it. `{found['command']}`"
+        f"{found['machine']['threads']} threads. `{found['command']}`; blocks: "
+        "`python benchmarks/peers/run.py`"
     )
     return f"{_table(_CALIBRATED_HEAD, rows)}\n\n{note}"
+
+
+def _ours() -> list[dict[str, Any]]:
+    """Our settings among the peers'."""
+    return [e for e in _load("peers")["settings"].values() if e["peer"] == "pocketllm" and "failure" not in e]
+
+
+def _beside_peers(entry: dict[str, Any]) -> dict[str, Any]:
+    """A setting that ran beside the peers, as `_calibrated_row` wants it."""
+    peak = entry["peak_mib"] * 2**20
+    return {**entry, **entry["as_run"], "bpw_blocks": entry["bpw"], "peak_memory_bytes": peak}
+
+
+def ablations() -> str:
+    """One choice changed at a time, at 2.05 bits per weight of the blocks."""
+    found = _load("calibrated")["settings"]
+    rows = [_calibrated_row("2.05, default", _beside_peers(e)) for e in _ours() if e["named_bits"] == 2.05]
+    rows += [_calibrated_row(n, e) for n, e in found.items() if n.startswith("2.05")]
+    shown = len(_CALIBRATED_HEAD) - 2  # not seconds and memory: these ran beside other work
+    note = "`python benchmarks/calibrated.py`; the default: `python benchmarks/peers/run.py`"
+    return f"{_table(_CALIBRATED_HEAD[:shown], [row[:shown] for row in rows])}\n\n{note}"
+
+
+def rotation() -> str:
+    """Proxy error without rotation, with the fast one, with a dense one."""
+    found = _load("rotation")
+    names = {"none": "none", "fast": "Hadamard and Hartley (used)", "dense": "dense random orthogonal"}
+    kinds = list(found["by_kind"]["fast"])
+    rows = [
+        [title, *(f"{found['by_kind'][name][kind]:.4f}" for kind in kinds), f"{found['mean'][name]:.4f}"]
+        for name, title in names.items()
+    ]
+    head = ["rotation", *(f"`{kind.split('.')[-1]}`" for kind in kinds), "mean"]
+    blocks = ", ".join(map(str, found["blocks"]))
+    note = f"Proxy error at 2 bits per weight, blocks {blocks} of SmolLM2-135M. `{found['command']}`"
+    return f"{_table(head, rows)}\n\n{note}"
 
 
 def peers() -> str:
@@ -246,6 +282,8 @@ def peer_bits() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "calibrated": calibrated,
+    "ablations": ablations,
+    "rotation": rotation,
     "codec_floor": codec_floor,
     "loading": loading,
     "tasks": tasks,
@@ -258,7 +296,7 @@ def filled(page: str) -> str:
     """The page with every `<!-- NAME:begin -->` ... `<!-- NAME:end -->` filled in."""
     for name, make in TABLES.items():
         pattern = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        source = {"peer_bits": "peers"}.get(name, name)
+        source = {"ablations": "calibrated", "peer_bits": "peers"}.get(name, name)
         if pattern.search(page) and (RESULTS / f"{source}.json").is_file():
             body = make()
             page = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", page)

@@ -21,7 +21,13 @@ def quantize(job: Job) -> dict[str, Any]:
     ]
     done = subprocess.run([POCKETLLM, *command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     (job.work / "report.json").write_text(done.stdout)
-    return {"config": json.loads(done.stdout)["config"]}
+    report = json.loads(done.stdout)
+    blocks = [m for m in report["matrices"] if "embed" not in m["name"] and "lm_head" not in m["name"]]
+    sizes = {key: report[key] for key in ("bytes_on_disk", "ratio_files_bf16", "ratio_files_fp32")}
+    proxy_error = sum(m["proxy_error"] for m in blocks) / len(blocks)
+    config = report["config"]
+    config["calibration"]["texts"] = [Path(text).name for text in config["calibration"]["texts"]]
+    return {"config": config, **sizes, "proxy_error_blocks": proxy_error}
 
 
 def dequantize(job: Job) -> dict[str, Matrix]:

@@ -17,7 +17,7 @@ from environments import CMAKE_OPTIONS
 from settings import CONTEXT, MODEL, PAIRED, SETTINGS, WINDOWS, Setting
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import save
+from common import RESULTS, save
 
 COMMAND = "python benchmarks/peers/run.py"
 
@@ -39,15 +39,23 @@ def entry(work: Path, setting: Setting) -> dict[str, Any]:
 
 
 def peers(root: Path) -> None:
-    """All settings, done or failed, in the order of SETTINGS."""
-    found, environments = {}, {}
+    """All settings, done or failed, in the order of SETTINGS.
+
+    Those that were not run here keep their committed results, if model and calibration are the same.
+    """
+    facts = _read(root / "calibration" / "facts.json")
+    before = _read(RESULTS / "peers.json") if (RESULTS / "peers.json").is_file() else {}
+    if before.get("model_sha256") != facts["model_sha256"]:
+        before = {}
+    found, environments = {}, before.get("environments", {})
     for setting in SETTINGS:
         work = root / "runs" / setting.name
         if (work / "evaluation.json").is_file() or (work / "failure.txt").is_file():
             found[setting.name] = entry(work, setting)
+        elif setting.name in before.get("settings", {}):
+            found[setting.name] = before["settings"][setting.name]
         if (work / "cost.json").is_file():
             environments[setting.peer] = _read(work / "cost.json")["versions"]
-    facts = _read(root / "calibration" / "facts.json")
     values = {
         "model": MODEL,
         "model_sha256": facts["model_sha256"],
@@ -56,7 +64,10 @@ def peers(root: Path) -> None:
         "windows": WINDOWS,
         "dtype": "bfloat16",
         "calibration": {key: facts[key] for key in facts if key.startswith(("calibration", "seed"))},
-        "llamacpp_build": {"sources": _sources(root), "cmake_options": CMAKE_OPTIONS},
+        "llamacpp_build": {
+            "sources": _sources(root) or before.get("llamacpp_build", {}).get("sources"),
+            "cmake_options": CMAKE_OPTIONS,
+        },
         "dense": _read(root / "calibration" / "dense.json"),
         "settings": found,
         "environments": environments,

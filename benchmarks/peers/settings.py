@@ -58,6 +58,6 @@ SETTINGS = (
     _llamacpp("Q4_K_M", 4),
     _llamacpp("Q3_K_M", 3),
     _llamacpp("IQ2_XXS", 2),
-    *(_pocketllm(bpw) for bpw in (4.0, 3.0, 2.5, 2.0, 1.5)),
+    *(_pocketllm(bpw) for bpw in (4.05, 3.05, 2.55, 2.05, 1.55)),
 )
-PAIRED = ("autoround-w3-g64", "pocketllm-3.0")  # the reference for time, and ours against it
+PAIRED = ("autoround-w3-g64", "pocketllm-3.05")  # the reference for time, and ours against it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,8 @@ class CodecConfig:
     """The codec on one group of matrices; how it is built and trained.
 
     vector_len: d, weights per index.
-    hidden, depth: width and number of MLP blocks in encoder and decoder (the authors: 16 and 3).
+    hidden, depth: width and number of MLP blocks in encoder and decoder (the authors: 16 and 3). hidden 0
+        makes each block an affine map; depth 0 leaves the networks out, so that codewords are weights.
     norm: inside the networks; `rln` as published, `ln` and `none` are ablations.
     decoder: `row` as published (norm inside, row context) or `lookup` (no norm inside, exact table).
     row_scale: store one scale per matrix row (counted). Without it the rows of a matrix must share one.
@@ -68,13 +70,18 @@ class CodecConfig:
         _one_of("codebook_source", self.codebook_source, ("fit", "seed"))
         if self.trellis_width is not None:
             self._check_trellis(self.trellis_width)
-        for name in ("vector_len", "hidden", "depth", "batch_size", "sample_per_codeword", "max_sample"):
+        for name in ("vector_len", "batch_size", "sample_per_codeword", "max_sample"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("epochs", "kmeans_iterations", "vq_weight", "commitment_weight"):
+        for name in ("hidden", "depth", "epochs", "kmeans_iterations", "vq_weight", "commitment_weight"):
             _at_least(name, getattr(self, name), 0)
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate: got {self.learning_rate}, wanted more than 0")
-        if self.init == "kmeans" and self.hidden < 2 * self.vector_len:
+        if self.depth == 0 and (self.decoder != "lookup" or self.vq_weight == 0):
+            raise ConfigError(
+                "depth=0 needs decoder='lookup' and vq_weight above 0: without networks a codeword decodes to "
+                "itself, and only the codebook's own loss can train it"
+            )
+        if self.init == "kmeans" and self.hidden and self.depth and self.hidden < 2 * self.vector_len:
             raise ConfigError(
                 f"hidden: got {self.hidden}, wanted at least {2 * self.vector_len} (twice vector_len="
                 f"{self.vector_len}) so that the networks can start as the identity; "
@@ -93,12 +100,36 @@ class CodecConfig:
         return "none" if self.decoder == "lookup" else self.norm
 
     @property
+    def network_shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Shapes of all blocks of a network as they are stored, `up` and `down`."""
+        d, hidden = self.vector_len, self.hidden
+        if hidden == 0:
+            return (self.depth, d, d), (self.depth, 1, d)
+        return (self.depth, d, hidden), (self.depth, hidden, d)
+
+    @property
     def decoder_bits(self) -> int:
         """Stored bits of one decoder, float16."""
-        return 16 * 2 * self.depth * self.vector_len * self.hidden
+        return 16 * sum(math.prod(shape) for shape in self.network_shapes)
 
 
 REFINE_EPOCHS = 2  # where refinement is asked for without a number
+
+
+@dataclass(frozen=True)
+class Safeguards:
+    """What keeps the training of a codec on its way; off only where a study asks what happens without.
+
+    max_grad_norm: gradients are scaled down to it; infinite is off.
+    revive: move codewords that an epoch never used.
+    """
+
+    max_grad_norm: float = 1.0
+    revive: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm: got {self.max_grad_norm}, wanted more than 0")
 
 
 @dataclass(frozen=True)
@@ -116,7 +147,7 @@ class CalibrationConfig:
         with Python.
     """
 
-    tokens: int = 65536
+    tokens: int = 32768
     context: int = 512
     sensitivity_tokens: int = 4096
     damping: float = 0.01
@@ -219,7 +250,7 @@ class CompressConfig:
 
     def codec_for(self, vector_len: int) -> CodecConfig:
         """The codec settings at another vector_len; `hidden` grows where the identity start needs it."""
-        hidden = max(self.codec.hidden, 2 * vector_len)
+        hidden = max(self.codec.hidden, 2 * vector_len) if self.codec.hidden else 0
         return dataclasses.replace(self.codec, vector_len=vector_len, hidden=hidden)
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pocketllm.codec.codebook import nearest, nearest_torch
 from pocketllm.evaluate.harness import PocketLM
 from pocketllm.evaluate.kl import divergence
 from pocketllm.evaluate.perplexity import perplexity
+from pocketllm.studies import probe
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -87,3 +88,11 @@ def test_evaluate() -> None:
     for (one, _), (two, _) in zip(*scores, strict=True):
         assert one == pytest.approx(two, abs=1e-3)
     assert divergences[0] == pytest.approx(divergences[1], rel=1e-3)
+
+
+def test_a_process_of_its_own_on_the_gpu(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "dense")
+    pocketllm.compress(source, tiny.settings(), tmp_path / "c")
+    for folder, mode in ((source, probe.DENSE), (tmp_path / "c", "packed")):
+        found = probe.run(probe.Probe(str(folder), mode, "cuda", 1, 8, 40, 3, 5.0))
+        assert found["peak_bytes"] >= found["loaded_bytes"] > 0

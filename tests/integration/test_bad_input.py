@@ -31,10 +31,11 @@ def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None
 
 
 def refused(model: Path | str, output: Path, error: type[PocketError], words: str, **changes: Any) -> None:
-    """Both the real and the dry run refuse, and leave nothing."""
+    """Refused before anything is written: not even the folder of a half-done run is left."""
+    before = sorted(output.parent.iterdir())
     with pytest.raises(error, match=words):
         pocketllm.compress(model, tiny.settings(**changes), output)
-    assert not output.exists()
+    assert sorted(output.parent.iterdir()) == before
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -73,10 +74,24 @@ def test_values_that_are_no_numbers(value: float, source: Path, tmp_path: Path) 
     refused(source, tmp_path / "out", WeightError, r"up_proj\.weight in model\.safetensors: 1 of 1872 values")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_bad_norm_is_found_as_early_as_a_bad_matrix(source: Path, tmp_path: Path) -> None:
+    change(source, lambda tensors: tensors["model.norm.weight"].__setitem__(3, float("nan")))
+    refused(source, tmp_path / "out", WeightError, r"model\.norm\.weight in .*: 1 of 36 values are NaN")
+
+
+def test_values_whose_squares_overflow(source: Path, tmp_path: Path) -> None:
+    change(source, lambda tensors: tensors[UP].__setitem__((3, 4), -1e20))
+    refused(
+        source, tmp_path / "out", WeightError, r"1 of 1872 values are beyond 1e\+15; the checkpoint is dam"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
 def test_unsupported_dtype(dtype: torch.dtype, source: Path, tmp_path: Path) -> None:
     change(source, lambda tensors: tensors.update({UP: tensors[UP].to(dtype)}))
-    refused(source, tmp_path / "out", WeightError, f"{UP}: stored as (I8|F8_E4M3)")
+    refused(source, tmp_path / "out", WeightError, f"{UP}: stored as (I8|F8_E4M3|BOOL)")
+    with pytest.raises(WeightError, match="stored as"):
+        pocketllm.dry_run(source, tiny.settings())
 
 
 def test_wrong_shape(source: Path, tmp_path: Path) -> None:
@@ -97,6 +112,18 @@ def test_missing_shard(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path / "out", SourceError, r"model-00002-of-00002\.safetensors is named")
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": ["a"]}'])
+def test_damaged_index(text: str, source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors.index.json").write_text(text)
+    refused(source, tmp_path / "out", SourceError, r"model\.safetensors\.index\.json: damaged")
+
+
+def test_a_second_copy_of_the_weights_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
+    save_file({UP: torch.zeros(52, 36)}, source / "consolidated.safetensors")
+    weight, _ = reloaded(source, tmp_path, UP)
+    assert weight.any()
+
+
 def test_already_quantized(source: Path, tmp_path: Path) -> None:
     pocketllm.compress(source, tiny.settings(), tmp_path / "small")
     refused(tmp_path / "small", tmp_path / "out", SourceError, "already quantized")
@@ -110,6 +137,18 @@ def test_unknown_architecture(source: Path, tmp_path: Path) -> None:
 def test_config_that_is_no_json(source: Path, tmp_path: Path) -> None:
     (source / "config.json").write_text("{")
     refused(source, tmp_path / "out", SourceError, "transformers cannot build this model")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_size": "wide"}, {"hidden_size": -36}, {"num_attention_heads": 0}, {"num_hidden_layers": 3}],
+)
+def test_config_that_makes_no_sense(changes: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    config = {**json.loads((source / "config.json").read_text()), **changes}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError) as caught:
+        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    assert str(source) in str(caught.value)
 
 
 def test_code_in_the_folder_is_not_run(source: Path, tmp_path: Path) -> None:
@@ -154,6 +193,20 @@ def test_zero_rows_stay_zero(form: str, source: Path, tmp_path: Path) -> None:
     weight, facts = reloaded(source, tmp_path, UP, codec={"decoder": form})
     assert not weight[[0, 7]].any() and weight[1].any()
     assert 0 < facts.nmse < 1
+
+
+def test_numbers_too_small_to_square_are_not_called_exact(source: Path, tmp_path: Path) -> None:
+    change(source, lambda tensors: tensors[UP].mul_(1e-30))
+    weight, facts = reloaded(source, tmp_path, UP)
+    assert not weight.any() and facts.nmse == 1.0
+
+
+def test_decoding_to_no_numbers_is_an_error(source: Path, tmp_path: Path) -> None:
+    """Without a row scale the codebook holds the weights themselves, and float16 ends at 65504."""
+    change(source, lambda tensors: [tensors[n].mul_(1e8) for n in tensors if "up_proj" in n])
+    with pytest.raises(WeightError, match=r"up_proj\.weight: decodes to values that are no numbers"):
+        pocketllm.compress(source, tiny.settings(codec={"row_scale": False}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_constant_matrix(source: Path, tmp_path: Path) -> None:

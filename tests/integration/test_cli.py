@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -306,8 +307,34 @@ def test_ctrl_c(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(compress, "fit", interrupted)
     code, out, err = run("compress", source, "-o", tmp_path / "out", *SETTINGS)
-    assert code == 130 and "goes on where it was" in err and not out
+    assert code == 130 and "interrupted; compress" in err and not out and "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_where_no_bar_is_shown(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pocketllm.cli import evaluate
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "load_any", interrupted)
+    code, out, err = run("generate", small, "--prompt", "hello")
+    assert code == 130 and "interrupted" in err and not out and "Traceback" not in err
+
+
+def test_a_real_ctrl_c(source: Path, tmp_path: Path) -> None:
+    """SIGINT to a process that trains."""
+    command = [sys.executable, "-m", "pocketllm", "compress", str(source), "-o", str(tmp_path / "out")]
+    command += ["--vector-len", "5", "--codebook-size", "32", "--batch-size", "2", "--epochs", "1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("fit:"):
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err and not out
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
 def test_no_gpu_is_said(run: Run, source: Path, tmp_path: Path) -> None:
@@ -339,6 +366,32 @@ def test_demo(run: Run, source: Path, tmp_path: Path) -> None:
     assert code == 0 and "perplexity" in out and "> hello" in out
 
 
+def test_demo_takes_the_windows_that_the_text_has(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says before the work begins that it has none."""
+    from pocketllm.evaluate import texts
+
+    monkeypatch.setattr(texts, "evaluation_text", lambda: ("a short text", "a short text. " * 10))
+    options = ["demo", "--model", source, "-o", tmp_path / "demo", "--bpw", "7", "--no-calibration"]
+    options += ["--prompt", "hello"]
+    code, _, err = run(*options, "--context", "64", "--windows", "1000")
+    assert code == 0, err
+    values = run.json(*options, "--context", "64", "--windows", "1000")
+    assert values["dense"]["windows"] == values["compressed"]["windows"] == 2
+    code, _, err = run(*options[:3], "-o", tmp_path / "none", "--context", "1024")
+    assert code == 2 and "lower context" in err and not list(tmp_path.glob("none*"))
+
+
+def test_the_demo_of_the_readme_has_text_to_measure_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own text, in characters: about 4 to a token, and less than 5 windows would say little."""
+    from pocketllm.evaluate.texts import evaluation_text
+
+    monkeypatch.delenv("POCKETLLM_DATA", raising=False)
+    name, text = evaluation_text()
+    assert "Python" in name and len(text) > 5 * 1024 * 4
+
+
 @pytest.mark.parametrize("command", ["compress", "info", "eval", "generate", "export", "demo"])
 def test_help_has_an_example(command: str, run: Run) -> None:
     code, out, _ = run(command, "--help")
@@ -351,6 +404,6 @@ def test_version(run: Run) -> None:
 
 
 def test_help_in_a_process_of_its_own() -> None:
-    code = "from pocketllm.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "pocketllm", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "compress" in done.stdout and "export" in done.stdout

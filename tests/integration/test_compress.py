@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,6 +83,50 @@ def test_killed_and_started_again(stage: str, number: int, source: Path, whole: 
     assert contents(tmp_path / "out") == contents(whole)
 
 
+def test_killed_while_it_cleans_up(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output is whole by then; what is left of the work is still known as ours, and replaced."""
+    original = workspace.shutil.rmtree
+
+    def killed(path: Path, **keywords: Any) -> None:
+        original(path, **keywords)
+        if Path(path).name == "old":
+            raise StoppedError
+
+    monkeypatch.setattr(workspace.shutil, "rmtree", killed)
+    pocketllm.compress(source, tiny.settings(seed=5), tmp_path / "out")
+    with pytest.raises(StoppedError):
+        pocketllm.compress(source, tiny.settings(), tmp_path / "out", overwrite=True)
+    verify(tmp_path / "out")
+    assert (tmp_path / "out.partial" / "state.json").is_file()
+    with pytest.raises(ResumeError, match="delete that folder"):
+        pocketllm.compress(source, tiny.settings(seed=6), tmp_path / "out", overwrite=True)
+    monkeypatch.undo()
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_before_the_state_was_written(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".state.json.tmp").write_text("{")
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_runs_for_one_output(source: Path, whole: Path, tmp_path: Path) -> None:
+    """The second is turned away, and the first goes on undisturbed."""
+    refusals: list[str] = []
+
+    def progress(event: Event) -> None:
+        if event.stage == "encode" and not refusals:
+            with pytest.raises(OutputError) as caught:
+                pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+            refusals.append(str(caught.value))
+
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out", progress=progress)
+    assert "in use by another process" in refusals[0]
+    assert contents(tmp_path / "out") == contents(whole)
+
+
 class StoppedError(Exception):
     pass
 
@@ -154,6 +199,52 @@ def test_full_disk(
     assert not (tmp_path / "out").exists()
     pocketllm.compress(source, tiny.settings(), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole)
+
+
+_LIMITED = """
+import resource, sys
+import pocketllm
+from pathlib import Path
+from pocketllm.model.export import export
+from tests import tiny
+import torch
+config = tiny.calibrated(tiny.settings())
+pocketllm.dry_run(sys.argv[1], config)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)
+if sys.argv[3] == "compress":
+    pocketllm.compress(sys.argv[1], tiny.settings(), sys.argv[2])
+elif sys.argv[3] == "export":
+    export(Path(sys.argv[1]).parent / "whole", Path(sys.argv[2]), torch.float32)
+else:
+    pocketllm.dry_run(sys.argv[1], tiny.calibrated(tiny.settings(seed=1)))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits on file sizes")
+@pytest.mark.parametrize(
+    ("what", "limit", "words"),
+    [
+        ("compress", 1_000, "File too large"),  # a unit of the work, written by safetensors
+        ("compress", 15_000, "File too large"),  # the checkpoint, written by us
+        ("export", 15_000, "File too large.*free some space"),
+        ("sensitivity", 1_000, "File too large.*POCKETLLM_CACHE"),
+    ],
+)
+def test_a_disk_that_takes_no_more(
+    what: str, limit: int, words: str, source: Path, whole: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", _LIMITED, str(source), str(tmp_path / "out"), what, str(limit)]
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")]),
+        "POCKETLLM_CACHE": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search(f"OutputError: .*{words}", done.stderr), done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache", "out.partial"}
+    assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
 def test_an_error_that_is_not_a_full_disk_is_not_hidden(
@@ -233,6 +324,19 @@ def test_scopes(scope: str, source: Path, tmp_path: Path) -> None:
     assert len(report.fits) == {"matrix": 15, "kind": 8, "model": 1}[scope]
     model, _ = pocketllm.load(tmp_path / "out", mode="packed")
     assert len(model.pocketllm.decoders) == 15
+
+
+@pytest.mark.parametrize("codec", [{"hidden": 0, "depth": 1}, {"hidden": 0, "decoder": "row"}, {"depth": 0}])
+def test_affine_decoders_and_none(codec: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    config = tiny.settings(codec=codec)
+    report = pocketllm.compress(source, config, tmp_path / "out")
+    assert report.bytes_on_disk == pocketllm.dry_run(source, config).bytes_on_disk
+    each = 2 * config.codec.depth * (5 * 5 + 5)  # float16: a matrix and a shift
+    assert report.bytes_by_part["decoders"] == each * len({m.kind for m in report.matrices})
+    dense, packed = (pocketllm.load(tmp_path / "out", mode=mode)[0] for mode in ("dense", "packed"))
+    ids = torch.arange(20)[None]
+    assert torch.equal(dense(ids).logits, packed(ids).logits)
+    assert all(0 < m.nmse < 0.6 for m in report.matrices)
 
 
 def test_a_bit_budget_is_met_from_below_and_the_dry_run_is_exact(source: Path, tmp_path: Path) -> None:

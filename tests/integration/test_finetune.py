@@ -127,7 +127,7 @@ def test_every_architecture_is_distilled(architecture: str, made: Path, tmp_path
     assert done.kl_stored < done.kl_before
 
 
-@pytest.mark.parametrize("codec", [{"decoder": "row"}, {"row_scale": False}])
+@pytest.mark.parametrize("codec", [{"decoder": "row"}, {"row_scale": False}, {"hidden": 0}, {"depth": 0}])
 def test_other_forms_are_distilled(codec: dict[str, Any], made: Path, tmp_path: Path) -> None:
     pocketllm.compress(made / "m", tiny.settings(codec=codec), tmp_path / "c")
     done = pocketllm.distill(tmp_path / "c", tmp_path / "o", config(made, steps=4))

@@ -68,19 +68,28 @@ def test_compiled_rotation_does_what_torch_does(
     assert torch.equal(weight, before)
 
 
-def test_divergence_and_gradient_are_those_of_the_formula() -> None:
+@pytest.mark.parametrize("in_cache", [1 << 20, 33, 1])  # numbers at a time: all, three positions, one
+def test_divergence_and_gradient_are_those_of_the_formula(
+    in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocketllm.recover.divergence._LOGITS_IN_CACHE", in_cache)
     student = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(7, 11, dtype=torch.float64)
     log_q = student.log_softmax(1)
     wanted = torch.nn.functional.kl_div(log_q, teacher.log_softmax(1), reduction="sum", log_target=True)
     wanted_grad = torch.autograd.grad(wanted * 0.25, student)[0]
-    total, grad = divergence(student.detach().float(), teacher.float(), 0.25)
+    logits, target = student.detach().float(), teacher.float()
+    total, grad = divergence(logits, target, 0.25)
+    assert torch.equal(logits, student.float()) and torch.equal(target, teacher.float())
     torch.testing.assert_close(total, wanted.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 4, 10])
-def test_divergence_of_the_most_likely_tokens_is_that_of_grouped_outcomes(k: int) -> None:
+def test_divergence_of_the_most_likely_tokens_is_that_of_grouped_outcomes(
+    k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocketllm.recover.divergence._LOGITS_IN_CACHE", 33)
     student = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
     log_p, ids = torch.randn(7, 11, dtype=torch.float64).log_softmax(1).topk(k, dim=1)
     q = student.softmax(1)

@@ -13,8 +13,9 @@ from pocketllm.codec.codebook import kmeans_codebook, nearest
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.normalization import TypicalRow, divide_rows, reshaped_layer_norm, row_rms
 from pocketllm.codec.subvectors import cut, join
-from pocketllm.codec.training import fit
-from pocketllm.config import CodecConfig
+from pocketllm.codec.training import TrainingStep, fit
+from pocketllm.config import CodecConfig, Safeguards
+from pocketllm.errors import ConfigError
 
 QUICK: dict[str, Any] = {"epochs": 2, "kmeans_iterations": 5, "batch_size": 1024}
 
@@ -138,3 +139,48 @@ def test_a_typical_row_normalizes_as_rln_where_rows_are_alike() -> None:
     typical = TypicalRow()
     assert torch.equal(typical.record(rows), reshaped_layer_norm(rows))
     assert torch.allclose(typical.replay(rows), reshaped_layer_norm(rows), atol=1e-6)
+
+
+def test_an_observer_sees_every_step_and_changes_nothing() -> None:
+    seen: list[TrainingStep] = []
+    config = CodecConfig(**QUICK)
+    watched = fit({"a": [sample()]}, config, 64, seed=0, observer=seen.append)
+    alone = fit({"a": [sample()]}, config, 64, seed=0)
+    assert watched.facts() == alone.facts()
+    subvectors, batches = 96 * 16, 2
+    assert [step.epoch for step in seen] == [0] * batches + [1] * batches
+    assert sum(int(step.counts.sum()) for step in seen) == 2 * subvectors
+    assert all(step.grad_norm > 0 and step.loss >= step.reconstruction * 0.9 > 0 for step in seen)
+
+
+def test_gradients_are_cut_unless_told_otherwise() -> None:
+    """The observed norm is that before it is cut, so that the first step's is the same."""
+    config = CodecConfig(decoder="row", init="normal", **QUICK)
+    seen: dict[float, list[TrainingStep]] = {1.0: [], math.inf: []}
+    ends = []
+    for most, steps in seen.items():
+        guards = Safeguards(max_grad_norm=most, revive=False)
+        ends.append(fit({"a": [sample()]}, config, 64, 0, safeguards=guards, observer=steps.append).curve[-1])
+    assert seen[1.0][0].grad_norm == seen[math.inf][0].grad_norm > 1
+    assert ends[0] != ends[1]
+
+
+def test_dead_codewords_are_left_where_they_are_if_told_so() -> None:
+    config = CodecConfig(decoder="row", init="normal", **QUICK)
+    moved = [
+        fit({"a": [sample()]}, config, 128, 0, safeguards=Safeguards(revive=r)).revived for r in (True, False)
+    ]
+    assert moved[0] > 0 == moved[1]
+
+
+def test_training_that_diverges_ends_with_the_best_state() -> None:
+    config = CodecConfig(decoder="row", norm="none", init="normal", learning_rate=1e12, **QUICK)
+    result = fit({"a": [sample()]}, config, 64, 0, safeguards=Safeguards(math.inf, revive=False))
+    assert len(result.curve) < config.epochs
+    assert math.isfinite(result.final_nmse["a"]) and result.final_nmse["a"] <= result.start_nmse["a"]
+    assert all(bool(torch.isfinite(p).all()) for p in result.codecs["a"].parameters())
+
+
+def test_safeguards_that_mean_nothing() -> None:
+    with pytest.raises(ConfigError, match="max_grad_norm: got 0"):
+        Safeguards(max_grad_norm=0)

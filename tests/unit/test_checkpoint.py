@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm.errors import FormatError
@@ -76,14 +76,24 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(value))
 
 
-LAYOUT_DAMAGE = {
+EMBEDDING = "model.embed_tokens.weight"
+LAYOUT_DAMAGE: dict[str, Callable[[Any], Any]] = {
     "format_version is 99": lambda q: q.update(format_version=99),
     "unknown key 'rotation'": lambda q: q.update(rotation=1),
     "malformed": lambda q: q.pop("codebooks"),
     "malformed.*twist": lambda q: q["decoders"][0].update(twist=1),
     "malformed.*norm": lambda q: q["decoders"][0].update(norm="batch"),
     "malformed.*unpack": lambda q: q["matrices"].update(x=[1]),
-    "does not exist": lambda q: q["matrices"]["model.embed_tokens.weight"].__setitem__(2, 77),
+    "does not exist": lambda q: q["matrices"][EMBEDDING].__setitem__(2, 77),
+    "malformed.*codebook, decoder and stride": lambda q: q["matrices"][EMBEDDING].__setitem__(2, "0"),
+    "malformed.*got -1": lambda q: q["matrices"][EMBEDDING].__setitem__(3, -1),
+    "malformed.*shape": lambda q: q["matrices"][EMBEDDING].__setitem__(0, [96, 36.0]),
+    "malformed.*rotation": lambda q: q["matrices"][EMBEDDING].__setitem__(5, [1 << 63, None]),
+    "malformed.*with transposed": lambda q: q["matrices"][EMBEDDING].__setitem__(0, [96]),
+    "malformed.*seed": lambda q: q["codebooks"][0].__setitem__(2, 0.5),
+    "malformed.*decoder.*True": lambda q: q["decoders"][0].update(hidden=True),
+    "its codebook has vector_len 5, its decoder 4": lambda q: [d.update(vector_len=4) for d in q["decoders"]],
+    "stride 6 does not fit a codebook of 32": lambda q: q["matrices"][EMBEDDING].__setitem__(4, 6),
     "not compressed by pocketllm": lambda q: q.update(quant_method="gptq"),
 }
 
@@ -114,9 +124,58 @@ def test_report_missing_damaged_or_newer(copy: Path) -> None:
     report.write_text("[]")
     with pytest.raises(FormatError, match="damaged"):
         ckpt.read_report(copy)
+    report.write_text("{")
+    with pytest.raises(FormatError, match="damaged"):
+        ckpt.read_report(copy)
     report.unlink()
     with pytest.raises(FormatError, match="not a model compressed by pocketllm"):
         ckpt.read_report(copy)
+
+
+REPORT_DAMAGE: dict[str, Callable[[Any], Any]] = {
+    "no list of files": lambda r: r.update(files=[]),
+    "files: malformed entry 'config.json'": lambda r: r["files"]["config.json"].pop("bytes"),
+    "files: malformed entry '../x'": lambda r: r["files"].update({"../x": r["files"]["config.json"]}),
+    "skipped: got None": lambda r: r.pop("skipped"),
+    "bytes_on_disk: got 'many'": lambda r: r.update(bytes_on_disk="many"),
+    r"matrices\[0\]\.nmse: got \[\]": lambda r: r["matrices"][0].update(nmse=[]),
+    r"matrices\[1\]\.name": lambda r: r["matrices"].__setitem__(1, 5),
+    r"skipped\[0\]: wanted name and reason": lambda r: r["skipped"][0].pop("reason"),
+    "bytes_by_part.indices": lambda r: r["bytes_by_part"].update(indices={}),
+}
+
+
+@pytest.mark.parametrize("words", REPORT_DAMAGE)
+def test_damaged_report(words: str, copy: Path) -> None:
+    edit(copy / ckpt.REPORT_NAME, REPORT_DAMAGE[words])
+    with pytest.raises(FormatError, match=f"{ckpt.REPORT_NAME}: damaged .*{words}"):
+        ckpt.read_report(copy)
+
+
+def test_tensors_that_are_not_what_the_layout_says(copy: Path) -> None:
+    """The weights are those of another model, and every checksum of the files has been made to fit."""
+    path = copy / "model.safetensors"
+    tensors = load_file(path)
+    damage: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+        r"layers\.0\.mlp\.up_proj\.weight\.indices: stored as U8 \(10,\), wanted": lambda t: t.update(
+            {"model.layers.0.mlp.up_proj.weight.indices": torch.zeros(10, dtype=torch.uint8)}
+        ),
+        r"codebooks\.0\.weight: stored as F32 \(32, 5\), wanted F16 \(32, 5\)": lambda t: t.update(
+            {"pocketllm.codebooks.0.weight": t["pocketllm.codebooks.0.weight"].float()}
+        ),
+        r"no \*\.safetensors file holds pocketllm\.decoders\.0\.down": lambda t: t.pop(
+            "pocketllm.decoders.0.down"
+        ),
+    }
+    for words, change in damage.items():
+        changed = dict(tensors)
+        change(changed)
+        save_file(changed, path, {"format": "pt"})
+        facts = ckpt.file_facts(copy, [path.name])
+        edit(copy / ckpt.REPORT_NAME, lambda report, facts=facts: report["files"].update(facts))
+        for read in (ckpt.verify, pocketllm.load):
+            with pytest.raises(FormatError, match=words):
+                read(copy)
 
 
 def flip(path: Path, offset: int) -> None:
@@ -139,8 +198,8 @@ def position(path: Path, name: str) -> int:
     [
         ("model.layers.1.mlp.up_proj.weight.indices", r"layers\.1\.mlp\.up_proj\.weight: altered"),
         ("model.layers.0.mlp.up_proj.weight.row_scale", r"layers\.0\.mlp\.up_proj\.weight: altered"),
-        ("pocketllm.codebooks.2.weight", r"model\.safetensors: altered"),
-        ("pocketllm.decoders.1.up", r"model\.safetensors: altered"),
+        ("pocketllm.codebooks.2.weight", r"model\.safetensors: pocketllm\.codebooks\.2: altered"),
+        ("pocketllm.decoders.1.up", r"model\.safetensors: pocketllm\.decoders\.1: altered"),
         ("model.norm.weight", r"model\.safetensors: altered"),
     ],
 )

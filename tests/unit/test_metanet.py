@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pocketllm.codec.metanet import MetaDecoder, MetaEncoder, MLPBlock
+from pocketllm.codec.metanet import AffineBlock, MetaDecoder, MetaEncoder, MLPBlock
 from pocketllm.codec.normalization import reshaped_layer_norm
+from pocketllm.config import CodecConfig
 
 NETS = [MetaEncoder, MetaDecoder]
 
@@ -26,7 +27,10 @@ def made(
 
 
 @pytest.mark.parametrize("kind", NETS)
-@pytest.mark.parametrize(("d", "hidden", "depth"), [(1, 2, 1), (4, 8, 2), (4, 16, 3), (8, 16, 3), (6, 17, 5)])
+@pytest.mark.parametrize(
+    ("d", "hidden", "depth"),
+    [(1, 2, 1), (4, 8, 2), (4, 16, 3), (8, 16, 3), (6, 17, 5), (5, 0, 1), (5, 0, 3), (5, 16, 0), (5, 0, 0)],
+)
 def test_identity_start_without_norm(
     kind: type[MetaEncoder] | type[MetaDecoder], d: int, hidden: int, depth: int
 ) -> None:
@@ -57,6 +61,30 @@ def test_identity_start_can_learn(kind: type[MetaEncoder] | type[MetaDecoder]) -
         assert isinstance(block, MLPBlock)
         assert block.down.grad is not None
         assert block.down.grad.abs().sum() > 0
+
+
+def test_affine_blocks_make_an_affine_decoder() -> None:
+    net = made(MetaDecoder, "none", "random", d=5, hidden=0)
+    with torch.no_grad():
+        for block in net.blocks:
+            assert isinstance(block, AffineBlock)
+            block.down.normal_()
+    x, y = torch.randn(2, 3, 7, 5)
+    between = net(0.3 * x + 0.7 * y)
+    torch.testing.assert_close(between, 0.3 * net(x) + 0.7 * net(y), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(net(torch.zeros(1, 1, 5)), torch.zeros(1, 1, 5))
+
+
+@pytest.mark.parametrize(("hidden", "depth"), [(16, 3), (0, 2), (16, 0), (0, 0)])
+def test_weights_have_the_stored_shapes_and_come_back(hidden: int, depth: int) -> None:
+    config = CodecConfig(vector_len=5, hidden=hidden, depth=depth)
+    net = made(MetaDecoder, "none", "random", 5, hidden, depth)
+    assert tuple(tuple(part.shape) for part in net.weights()) == config.network_shapes
+    assert config.decoder_bits == 16 * sum(p.numel() for p in net.parameters())
+    other = made(MetaDecoder, "none", "identity", 5, hidden, depth)
+    other.set_weights(*net.weights())
+    x = torch.randn(2, 4, 5)
+    assert torch.equal(other(x), net(x))
 
 
 def test_the_decoder_has_768_weights_as_published() -> None:

@@ -29,7 +29,7 @@ class CaughtError(Exception):
 def parsed(command: str, monkeypatch: pytest.MonkeyPatch) -> CompressConfig:
     """The configuration that the command line makes of a command."""
 
-    def caught(model: str, config: CompressConfig, *rest: Any) -> None:
+    def caught(model: str, config: CompressConfig, **how: Any) -> None:
         raise CaughtError(config)
 
     monkeypatch.setattr(pocketllm, "dry_run", caught, raising=False)

@@ -164,7 +164,13 @@ def test_fine_tuning_is_told(copy: Path) -> None:
 )
 def test_a_report_that_lacks_something(key: str, copy: Path) -> None:
     edit(copy, lambda values: values.pop(key))
-    with pytest.raises(FormatError, match="malformed report"):
+    with pytest.raises(FormatError, match=f"damaged .{key}: got None"):
+        read_model(copy)
+
+
+def test_a_report_that_says_nothing_of_a_matrix(copy: Path) -> None:
+    edit(copy, lambda values: values["matrices"].pop(3))
+    with pytest.raises(FormatError, match="says nothing of model"):
         read_model(copy)
 
 

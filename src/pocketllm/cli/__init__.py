@@ -5,6 +5,9 @@ from __future__ import annotations
 
 def main() -> None:
     """Entry point; imports nothing heavy before the arguments are parsed."""
-    from pocketllm.cli.app import run
+    try:
+        from pocketllm.cli.app import run
 
-    run()
+        run()
+    except KeyboardInterrupt:  # before typer has taken over
+        raise SystemExit(130) from None

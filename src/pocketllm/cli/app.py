@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from pocketllm.cli import compress, evaluate, finetune, report
+from pocketllm.cli import compress, evaluate, finetune, report, study
 from pocketllm.errors import ConfigError, PocketError
+
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     name="pocketllm",
@@ -19,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (compress, evaluate, finetune, report):
+for group in (compress, evaluate, finetune, report, study):
     app.registered_commands += group.app.registered_commands
 
 
@@ -30,6 +32,10 @@ def run() -> None:
         app(standalone_mode=True)
     except PocketError as error:
         _fail(error, as_json)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            print("interrupted; compress and finetune, started again, go on where they were", file=sys.stderr)
+        raise
 
 
 def _fail(error: PocketError, as_json: bool) -> None:

@@ -98,8 +98,8 @@ def compress(
     norm: Annotated[str | None, typer.Option(help="rln (published), ln or none.")] = None,
     init: Annotated[str | None, typer.Option(help="kmeans, or normal (published).")] = None,
     loss: Annotated[str | None, typer.Option(help="mse or rmse.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Width of the MLP blocks.")] = None,
-    depth: Annotated[int | None, typer.Option(help="Number of MLP blocks.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of the MLP blocks; 0: affine maps.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Number of MLP blocks; 0: no networks.")] = None,
     vq_weight: Annotated[float | None, typer.Option(help="Weight of the VQ loss (lambda).")] = None,
     commitment_weight: Annotated[float | None, typer.Option(help="Weight of the commitment loss.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Training passes over the sample.")] = None,
@@ -245,7 +245,9 @@ def demo(
     ] = False,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The three primary colors are",
     context: Annotated[int, typer.Option(min=2, help="Tokens per window to measure on.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 8,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Windows to measure on, or as many as the text has.")
+    ] = 8,
     threads: Threads = 0,
     json: Json = False,
     quiet: Quiet = False,

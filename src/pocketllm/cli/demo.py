@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pocketllm.cli.options import load_any
 from pocketllm.config import CompressConfig
-
-
-def demo_text() -> tuple[str, str]:
-    """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, else Python's own documentation."""
-    from pocketllm.evaluate.perplexity import read_text
-
-    data = os.environ.get("POCKETLLM_DATA")
-    file = Path(data) / "wikitext2" / "wiki.test.raw" if data else None
-    if file is not None and file.is_file():
-        return "WikiText-2 raw test", read_text(file)
-    from pocketllm.model.texts import default_text
-
-    return "Python's own documentation (held-out topics)", default_text(held_out=True)
+from pocketllm.errors import SourceError
 
 
 def run_demo(
@@ -32,12 +19,15 @@ def run_demo(
     size: tuple[int, int],
     progress: Callable[[str, float, str], None],
 ) -> dict[str, Any]:
-    """Everything the demo shows, as plain values. size: (context, windows) to measure on."""
+    """Everything the demo shows, as plain values. size: (context, most windows) to measure on."""
     import pocketllm
     from pocketllm.evaluate.generate import generate
     from pocketllm.evaluate.perplexity import perplexity
+    from pocketllm.evaluate.texts import evaluation_text
     from pocketllm.model.checkpoint import REPORT_NAME, read_report, verify
 
+    name, text = evaluation_text()
+    context, windows = _size(model, text, size, progress)
     if (output / REPORT_NAME).is_file() and read_report(output)["config"] == config.to_dict():
         verify(output)
         progress("compress", 1.0, f"{output} is there already")
@@ -45,8 +35,6 @@ def run_demo(
         pocketllm.compress(
             model, config, output, progress=lambda event: progress(event.stage, event.share, event.detail)
         )
-    name, text = demo_text()
-    context, windows = size
     values: dict[str, Any] = {"text_name": name, "context": context, "output": str(output)}
     for title, which in (("dense", model), ("compressed", str(output))):
         loaded, tokenizer, facts = load_any(which, "dense", "auto", "cpu", False)
@@ -61,3 +49,23 @@ def run_demo(
     values["tokens_per_second"] = written.tokens_per_second
     values["report"] = read_report(output)
     return values
+
+
+def _size(
+    model: str, text: str, size: tuple[int, int], progress: Callable[[str, float, str], None]
+) -> tuple[int, int]:
+    """Context, and as many windows as the text has, at most those wanted.
+
+    Raises:
+        ConfigError: the text has none. SourceError: no model, or no tokenizer. Both before anything is done.
+    """
+    from pocketllm.evaluate.perplexity import token_windows
+    from pocketllm.model.folder import read_tokenizer
+    from pocketllm.model.source import resolve
+
+    folder = resolve(model, lambda message: progress("fetch", 0.0, message))
+    tokenizer = read_tokenizer(folder, trust_remote_code=False)
+    if tokenizer is None:
+        raise SourceError(f"{folder}: holds no tokenizer, which the demo needs; add its files")
+    context, windows = size
+    return context, min(windows, len(token_windows(tokenizer, text, context)))

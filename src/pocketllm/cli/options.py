@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketllm.errors import ConfigError
+from pocketllm.errors import ConfigError, SourceError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
@@ -58,33 +58,42 @@ def dtype_of(name: str, device: str = "cpu") -> Any:
 def load_any(
     model: str, mode: str, dtype: str, device: str, trust_remote_code: bool
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """A compressed or a dense model, with what is known of its size."""
+    """A compressed or a dense model, with what is known of its size.
+
+    Raises:
+        SourceError: not found, or without a tokenizer; and whatever `pocketllm.load` raises.
+    """
+    from transformers import AutoModelForCausalLM
+
     import pocketllm
     from pocketllm.model import checkpoint
-    from pocketllm.model.source import resolve
+    from pocketllm.model.folder import read_tokenizer
+    from pocketllm.model.source import open_dense, resolve
 
     folder = resolve(model)
     where = {"": device}
-    if (folder / checkpoint.REPORT_NAME).is_file():
-        found = pocketllm.load(
+    is_compressed = (folder / checkpoint.REPORT_NAME).is_file()
+    if is_compressed:
+        loaded, tokenizer = pocketllm.load(
             folder,
             mode=mode,
             dtype=dtype_of(dtype, device),
             device_map=where,
             trust_remote_code=trust_remote_code,
         )
-        return *found, {"compressed": True, "bytes_on_disk": checkpoint.folder_bytes(folder)}
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from pocketllm.model.source import open_dense
-
-    open_dense(folder, trust_remote_code)  # its errors are clearer, and it refuses pickles
-    dense = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype_of(dtype, device),
-        device_map=where,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return dense.eval(), tokenizer, {"compressed": False, "bytes_on_disk": checkpoint.folder_bytes(folder)}
+    else:
+        open_dense(folder, trust_remote_code)  # its errors are clearer, and it refuses pickles
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype_of(dtype, device),
+            device_map=where,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = read_tokenizer(folder, trust_remote_code)
+    if tokenizer is None:
+        raise SourceError(
+            f"{folder}: holds no tokenizer; add its files (tokenizer.json, tokenizer_config.json)"
+        )
+    facts = {"compressed": is_compressed, "bytes_on_disk": checkpoint.folder_bytes(folder)}
+    return loaded.eval(), tokenizer, facts

@@ -67,12 +67,8 @@ class Output:
             console=self.stderr,
             disable=self.quiet or not self.stderr.is_terminal,
         )
-        try:
-            with shown:
-                yield Bars(self, shown)
-        except KeyboardInterrupt:
-            self.stderr.print("interrupted; started again, it goes on where it was")
-            raise SystemExit(130) from None
+        with shown:
+            yield Bars(self, shown)
 
 
 class _Notes(logging.Handler):
@@ -184,20 +180,23 @@ def kinds_table(report: Mapping[str, Any]) -> Table:
     for kind, matrices in kinds.items():
         weights = [_count(m["shape"]) for m in matrices]
 
-        def mean(key: str, matrices: list[Mapping[str, Any]] = matrices, w: list[int] = weights) -> float:
-            return sum(m[key] * n for m, n in zip(matrices, w, strict=True)) / sum(w)
+        def mean(key: str, form: str, of: list[Mapping[str, Any]] = matrices, w: list[int] = weights) -> str:
+            values = [m.get(key) for m in of]
+            known = [value for value in values if value is not None and value == value]
+            if len(known) < len(values):
+                return ""
+            return format(sum(value * n for value, n in zip(known, w, strict=True)) / sum(w), form)
 
-        use = mean("codebook_utilization")
         table.add_row(
             kind,
             str(len(matrices)),
             f"{sum(weights):,}",
             _values(matrices, "vector_len"),
             _values(matrices, "codebook_size"),
-            f"{mean('bpw'):.3f}",
-            f"{mean('nmse'):.4f}",
-            f"{mean('proxy_error'):.5f}" if all(m["proxy_error"] is not None for m in matrices) else "",
-            "" if use != use else f"{use:.2%}",
+            mean("bpw", ".3f"),
+            mean("nmse", ".4f"),
+            mean("proxy_error", ".5f"),
+            mean("codebook_utilization", ".2%"),
         )
     return table
 

@@ -29,7 +29,7 @@ def decoder_output(codec: CodecConfig, codewords: Tensor, up: Tensor, down: Tens
     """The decoder with given weights, differentiable in all of them.
 
     Args:
-        codewords: [rows, n, d] float32. up: [depth, d, hidden]. down: [depth, hidden, d].
+        codewords: [rows, n, d] float32. up, down: in the shapes of `CodecConfig.network_shapes`.
     """
     net = MetaDecoder(codec.vector_len, codec.hidden, codec.depth, codec.decoder_norm)
     weights = {f"blocks.{n}.up": up[n] for n in range(len(up))}

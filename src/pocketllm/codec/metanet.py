@@ -3,7 +3,8 @@
 Source: arXiv 2511.17637, section "Method". Blocks are d -> hidden -> d with GELU and no biases.
 Encoder: the first block plain, the others pre-norm residual, a final norm; its output is z.
 Decoder: the mirror image, residual blocks first, ending in a plain block. With norm `rln` both see whole
-rows, so both take and return [rows, n, d].
+rows, so both take and return [rows, n, d]. With hidden 0 every block is an affine map; with depth 0 a network
+is the identity, without a final norm. Both are there to show what the MLP is worth.
 """
 
 from __future__ import annotations
@@ -49,6 +50,36 @@ class MLPBlock(nn.Module):
             self.down.zero_()
 
 
+class AffineBlock(nn.Module):
+    """x -> x A + b with A [d, d] in `up` and b [1, d] in `down`."""
+
+    def __init__(self, vector_len: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(vector_len, vector_len))
+        self.down = nn.Parameter(torch.empty(1, vector_len))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.up + self.down
+
+    @torch.no_grad()
+    def init_random(self, generator: torch.Generator) -> None:
+        """Keeps the scale of its input."""
+        self.up.normal_(0.0, self.up.shape[0] ** -0.5, generator=generator)
+        self.down.zero_()
+
+    @torch.no_grad()
+    def init_identity(self, generator: torch.Generator) -> None:
+        """Exactly the identity."""
+        self.up.copy_(torch.eye(self.up.shape[0]))
+        self.down.zero_()
+
+    @torch.no_grad()
+    def init_zero(self, generator: torch.Generator) -> None:
+        """A residual branch that adds nothing yet but can learn."""
+        self.up.zero_()
+        self.down.zero_()
+
+
 class _MetaNet(nn.Module):
     """`depth` blocks, one of them plain; `start` says how they begin (`identity` or `random`)."""
 
@@ -56,13 +87,15 @@ class _MetaNet(nn.Module):
 
     def __init__(self, vector_len: int, hidden: int, depth: int, norm: str) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(MLPBlock(vector_len, hidden) for _ in range(depth))
+        made = (MLPBlock(vector_len, hidden) if hidden else AffineBlock(vector_len) for _ in range(depth))
+        self.blocks = nn.ModuleList(made)
+        self.empty = torch.empty(0, vector_len, hidden or vector_len), torch.empty(0, hidden or 1, vector_len)
         self.norm = norm
 
     def reset(self, start: str, generator: torch.Generator) -> None:
         """Initialize in place. `identity`: the whole network computes x -> x (up to a final norm)."""
         for number, block in enumerate(self.blocks):
-            assert isinstance(block, MLPBlock)
+            assert isinstance(block, MLPBlock | AffineBlock)
             if start == "random":
                 block.init_random(generator)
             elif number == self.plain % len(self.blocks):
@@ -71,7 +104,9 @@ class _MetaNet(nn.Module):
                 block.init_zero(generator)
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """All blocks in two tensors, as stored: [depth, d, hidden], [depth, hidden, d]."""
+        """All blocks in two tensors, in the shapes of `CodecConfig.network_shapes`."""
+        if not len(self.blocks):
+            return self.empty
         state = self.state_dict()
         count = range(len(self.blocks))
         return (
@@ -93,6 +128,8 @@ class MetaEncoder(_MetaNet):
     plain = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        if not len(self.blocks):
+            return x
         normalize = NORMS[self.norm]
         x = self.blocks[0](x)
         for block in list(self.blocks)[1:]:
@@ -107,6 +144,8 @@ class MetaDecoder(_MetaNet):
 
     def forward(self, q: Tensor, normalize: Norm | None = None) -> Tensor:
         """normalize: stands in for the norm, to record row statistics or to replay them."""
+        if not len(self.blocks):
+            return q
         normalize = normalize or NORMS[self.norm]
         for block in list(self.blocks)[:-1]:
             q = q + block(normalize(q))

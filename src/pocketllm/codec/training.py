@@ -21,10 +21,28 @@ from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.normalization import divide_rows, row_rms
 from pocketllm.codec.subvectors import cut
 from pocketllm.codec.trellis import Trellis, train_codebook
-from pocketllm.config import CodecConfig
+from pocketllm.config import CodecConfig, Safeguards
 
 Progress = Callable[[float], None]
 """Called with the finished share, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One step of training, for those who look on.
+
+    reconstruction: error of the batch over its energy, by the nearest latent. loss: all its terms.
+    grad_norm: of all parameters together, before it is cut. counts: [K] index use of the batch.
+    """
+
+    epoch: int
+    reconstruction: float
+    loss: float
+    grad_norm: float
+    counts: Tensor
+
+
+Observer = Callable[[TrainingStep], None]
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,8 @@ def fit(
     codebook_size: int,
     seed: int,
     progress: Progress = lambda share: None,
+    safeguards: Safeguards | None = None,
+    observer: Observer | None = None,
 ) -> FitResult:
     """Fit one codebook and one encoder/decoder pair per key of `samples`.
 
@@ -68,10 +88,14 @@ def fit(
         config: the codec's settings.
         codebook_size: K.
         seed: of every random choice.
+        safeguards: None takes the usual ones.
+        observer: told of every step.
 
     Returns:
-        The best state met (by sample nmse, the start included), so training never makes it worse.
+        The best state met (by sample nmse, the start included), so training never makes it worse. Where the
+        loss is no longer finite training ends, and `curve` is shorter than the epochs asked for.
     """
+    safeguards = safeguards or Safeguards()
     generator = torch.Generator().manual_seed(seed)
     rows = {key: [_unit_rows(block, config) for block in blocks] for key, blocks in samples.items()}
     codecs = _start(rows, config, codebook_size, seed, generator)
@@ -86,15 +110,21 @@ def fit(
     steps = max(1, config.epochs * len(batches))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     start = best = _nmse(codecs, rows)
-    kept, curve, revived = copy.deepcopy(codecs), [], 0
+    kept, revived = copy.deepcopy(codecs), 0
+    curve: list[float] = []
     for epoch in range(config.epochs):
         counts = torch.zeros(codebook_size, dtype=torch.int64, device=parameters[0].device)
         for number, position in enumerate(torch.randperm(len(batches), generator=generator).tolist()):
             key, batch = batches[position]
-            counts += _step(codecs[key], batch, optimizer)
+            step = _step(codecs[key], batch, optimizer, safeguards.max_grad_norm)
+            if step is None:
+                return FitResult(kept, start, best, _utilization(kept, rows), curve, revived)
+            counts += step.counts
+            if observer is not None:
+                observer(step.told(epoch, batch))
             schedule.step()
             progress((epoch + (number + 1) / len(batches)) / config.epochs)
-        revived += _revive(codecs, rows, counts, generator)
+        revived += _revive(codecs, rows, counts, generator) if safeguards.revive else 0
         now = _nmse(codecs, rows)
         curve.append(_pooled(now, rows))
         if all(now[key] <= best[key] for key in now):
@@ -133,21 +163,40 @@ def fit_on_trellis(
     return FitResult(codecs, start, end, utilization, curve, 0)
 
 
-def _step(codec: MatrixCodec, batch: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """One step of training on whole rows [rows, n, d]; returns the [K] counts of index use."""
+@dataclass(frozen=True)
+class _Step:
+    """What a step computed, still on its device."""
+
+    reconstruction: Tensor
+    loss: Tensor
+    grad_norm: Tensor
+    counts: Tensor
+
+    def told(self, epoch: int, batch: Tensor) -> TrainingStep:
+        energy = float(batch.square().mean())
+        share = float(self.reconstruction) / max(energy, 1e-30)
+        return TrainingStep(epoch, share, float(self.loss), float(self.grad_norm), self.counts)
+
+
+def _step(
+    codec: MatrixCodec, batch: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> _Step | None:
+    """One step of training on whole rows [rows, n, d]; None where the loss is not finite."""
     config = codec.config
     reconstruction, z, q, indices = codec(batch)
-    loss = (reconstruction - batch).square().mean()
-    if config.loss == "rmse":
-        loss = loss.sqrt()
+    error = (reconstruction - batch).square().mean()
+    loss = error.sqrt() if config.loss == "rmse" else error
     loss = loss + config.vq_weight * (q - z.detach()).square().mean()
     if config.commitment_weight:
         loss = loss + config.commitment_weight * (q.detach() - z).square().mean()
+    if not torch.isfinite(loss):
+        return None
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+    norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_grad_norm)
     optimizer.step()
-    return torch.bincount(indices, minlength=codec.codebook.shape[0])
+    counts = torch.bincount(indices, minlength=codec.codebook.shape[0])
+    return _Step(error.detach(), loss.detach(), norm.detach(), counts)
 
 
 def _unit_rows(block: Tensor, config: CodecConfig) -> Tensor:

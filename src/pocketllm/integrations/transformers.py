@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError
 from pocketllm.model import checkpoint as ckpt
+from pocketllm.model.folder import read_tokenizer
 from pocketllm.model.layers import (
     Codebook,
     PackedMatrix,
@@ -73,7 +74,8 @@ class PocketQuantizer(HfQuantizer):
         """Only models that are compressed already can be loaded."""
         if not self.pre_quantized:
             raise ConfigError("a dense model is not compressed while loading; use pocketllm.compress first")
-        if "disk" in (kwargs.get("device_map") or {} if isinstance(kwargs.get("device_map"), dict) else {}):
+        places = kwargs.get("device_map")
+        if "disk" in (places.values() if isinstance(places, dict) else ()):
             raise ConfigError("device_map: offloading to disk is not supported; leave `disk` out")
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -204,12 +206,17 @@ def load(
         trust_remote_code: let transformers run code that the folder contains.
 
     Returns:
-        (model, tokenizer); the model in eval mode, its weights not trainable.
+        (model, tokenizer); the model in eval mode, its weights not trainable. The tokenizer is None where the
+        folder holds none.
 
     Raises:
         FormatError: damaged, altered, or not a compressed model.
         LoadError: the layers did not load compressed.
+        SourceError: the tokenizer cannot be read, or nothing is found at `path`.
         ConfigError: unknown mode.
+
+    Example:
+        >>> model, tokenizer = pocketllm.load("smol-8x", mode="packed")
     """
     if mode not in MODES:
         raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
@@ -228,5 +235,4 @@ def load(
         raise LoadError(
             f"{folder}: transformers loaded it without pocketllm; its weights are not the model's"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return model.eval().requires_grad_(False), tokenizer
+    return model.eval().requires_grad_(False), read_tokenizer(folder, trust_remote_code)

@@ -194,8 +194,10 @@ class BlockStream:
     def inputs(self, block: nn.Module, matrices: list[Matrix]) -> Inputs:
         """What the loaded block's matrices get to see, for the activations in `hidden`."""
         collector = Collector(self.model, matrices)
-        with collector.watching():
-            self.run(block, self.hidden)
+        with torch.no_grad(), collector.watching():
+            for number, hidden in enumerate(self.hidden):
+                with collector.batch():
+                    self.call(block, hidden, number)
         return collector.inputs(self.device)
 
 

@@ -15,7 +15,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 from pocketllm.cache import cache_folder
@@ -151,7 +153,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with redirect_stderr(StringIO()):  # a bar that no setting of transformers turns off
+        quantized = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
     # transformers takes a model from a GGUF file for a quantized one and would not save it.
     dense = AutoModelForCausalLM.from_config(quantized.config)
     dense.load_state_dict(quantized.state_dict())

@@ -71,7 +71,6 @@ def calibrate(
     key = _key(source, chosen, device, settings.damping, config.seed, names)
     path = (folder or cache_folder()) / f"sensitivity-{key}.safetensors"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         found = measure(source, chosen, matrices, settings.damping, config.seed, device, progress)
         found.save(path)
     kept = None

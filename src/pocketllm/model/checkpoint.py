@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pocketllm.config import CodecConfig
-from pocketllm.errors import ConfigError, FormatError
+from pocketllm.errors import FormatError
+from pocketllm.model.layout import FORMAT_VERSION as FORMAT_VERSION
+from pocketllm.model.layout import PARTS
+from pocketllm.model.layout import STORE as STORE
+from pocketllm.model.layout import Layout as Layout
+from pocketllm.model.report import check_report
 
-FORMAT_VERSION = 1
 REPORT_NAME = "pocketllm.json"
 WEIGHTS_NAME = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
-STORE = "pocketllm"
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -34,145 +36,6 @@ _DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.uint8: "U8",
 }
-
-
-@dataclass(frozen=True)
-class MatrixEntry:
-    """How one parameter is stored.
-
-    shape: as the model holds it. transposed: stored rows are the parameter's columns (Conv1D).
-    codebook, decoder: numbers in the store. stride: bits that each index adds on a trellis, 0 for independent
-    indices. rotation: seeds of the rotations of its columns (each `rows`
-    long) and of its rows, None where that side is not rotated. crc32: of indices then row_scale, in hex.
-    """
-
-    shape: tuple[int, ...]
-    transposed: bool
-    codebook: int
-    decoder: int
-    stride: int
-    rotation: tuple[int | None, int | None]
-    crc32: str
-
-    @property
-    def rows(self) -> int:
-        """Rows of the stored matrix."""
-        if self.transposed:
-            return self.shape[1]
-        rows = 1
-        for size in self.shape[:-1]:
-            rows *= size
-        return rows
-
-    @property
-    def columns(self) -> int:
-        """Columns of the stored matrix."""
-        return self.shape[0] if self.transposed else self.shape[-1]
-
-
-@dataclass(frozen=True)
-class CodebookEntry:
-    """Size of a codebook [size, vector_len], the CRC-32 of its bytes, and the seed it is drawn from.
-
-    seed: None for a codebook that is stored; one that is drawn is not.
-    """
-
-    size: int
-    vector_len: int
-    seed: int | None
-    crc32: str
-
-
-@dataclass(frozen=True)
-class DecoderEntry:
-    """Settings of a decoder and the CRC-32 of `up` then `down`."""
-
-    codec: CodecConfig
-    crc32: str
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Everything about the stored form that is not a tensor: the body of `quantization_config`."""
-
-    matrices: dict[str, MatrixEntry]
-    codebooks: tuple[CodebookEntry, ...]
-    decoders: tuple[DecoderEntry, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "matrices": {
-                name: [
-                    *(list(e.shape), e.transposed, e.codebook, e.decoder),
-                    *(e.stride, list(e.rotation), e.crc32),
-                ]
-                for name, e in self.matrices.items()
-            },
-            "codebooks": [[e.size, e.vector_len, e.seed, e.crc32] for e in self.codebooks],
-            "decoders": [
-                {
-                    "vector_len": e.codec.vector_len,
-                    "hidden": e.codec.hidden,
-                    "depth": e.codec.depth,
-                    "form": e.codec.decoder,
-                    "norm": e.codec.norm,
-                    "row_scale": e.codec.row_scale,
-                    "crc32": e.crc32,
-                }
-                for e in self.decoders
-            ],
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> Layout:
-        """Inverse of `to_dict`.
-
-        Raises:
-            FormatError: unknown version or key, or a malformed entry.
-        """
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise FormatError(
-                f"{where}: format_version is {version!r}, this version reads {FORMAT_VERSION}; "
-                "update pocketllm-codec"
-            )
-        known = {"format_version", "matrices", "codebooks", "decoders"}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise FormatError(f"{where}: unknown key {unknown[0]!r} in quantization_config")
-        try:
-            matrices = {}
-            for name, stored in values["matrices"].items():
-                shape, transposed, codebook, decoder, stride, (columns, rows), crc32 = stored
-                matrices[name] = MatrixEntry(
-                    tuple(shape), bool(transposed), codebook, decoder, stride, (columns, rows), crc32
-                )
-            codebooks = tuple(CodebookEntry(*entry) for entry in values["codebooks"])
-            decoders = tuple(_decoder_entry(entry) for entry in values["decoders"])
-        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-            raise FormatError(f"{where}: malformed quantization_config ({error!r})") from error
-        for name, entry in matrices.items():
-            if not (0 <= entry.codebook < len(codebooks) and 0 <= entry.decoder < len(decoders)):
-                raise FormatError(f"{where}: {name} names a codebook or decoder that does not exist")
-        return cls(matrices, codebooks, decoders)
-
-
-def _decoder_entry(entry: Mapping[str, Any]) -> DecoderEntry:
-    unknown = sorted(set(entry) - {"vector_len", "hidden", "depth", "form", "norm", "row_scale", "crc32"})
-    if unknown:
-        raise ValueError(f"unknown decoder key {unknown[0]!r}")
-    codec = CodecConfig(
-        vector_len=entry["vector_len"],
-        hidden=entry["hidden"],
-        depth=entry["depth"],
-        decoder=entry["form"],
-        norm=entry["norm"],
-        row_scale=entry["row_scale"],
-        init="normal",  # has no part in decoding; `kmeans` would bound `hidden`
-    )
-    return DecoderEntry(codec, entry["crc32"])
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
@@ -311,16 +174,26 @@ def read_report(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{folder}: no {REPORT_NAME}; not a model compressed by pocketllm")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(report, dict) or "files" not in report:
-            raise ValueError("no list of files")
+        if not isinstance(report, dict):
+            raise ValueError("not an object")
+        if report.get("format_version") != FORMAT_VERSION:
+            raise FormatError(
+                f"{path}: format_version is {report.get('format_version')!r}, this version reads "
+                f"{FORMAT_VERSION}; update pocketllm-codec"
+            )
+        check_report(report)
+        _check_files(report.get("files"))
     except ValueError as error:
         raise FormatError(f"{path}: damaged ({error}); fetch the model again") from error
-    if report.get("format_version") != FORMAT_VERSION:
-        raise FormatError(
-            f"{path}: format_version is {report.get('format_version')!r}, this version reads "
-            f"{FORMAT_VERSION}; update pocketllm-codec"
-        )
     return report
+
+
+def _check_files(files: Any) -> None:
+    if not isinstance(files, dict) or not files:
+        raise ValueError("no list of files")
+    for name, facts in files.items():
+        if not (isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys() and Path(name).name == name):
+            raise ValueError(f"files: malformed entry {name!r}")
 
 
 def verify(folder: Path) -> Layout:
@@ -331,17 +204,14 @@ def verify(folder: Path) -> Layout:
     """
     report = read_report(folder)
     layout = read_layout(folder)
-    altered = [_altered(folder / name, facts) for name, facts in report["files"].items()]
-    problems = [problem for problem in altered if problem]
+    problems = [_altered(folder / name, facts) for name, facts in report["files"].items()]
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise FormatError(f"{folder}: no *.safetensors file; fetch the model again")
-    for file in weights:
-        culprit = _damaged_tensor(file, layout)
-        if culprit:
-            raise FormatError(culprit)
-    if problems:
-        raise FormatError(problems[0])
+    _check_tensors(folder, weights, layout)  # first, since it names the tensor
+    found = [problem for problem in problems if problem]
+    if found:
+        raise FormatError(found[0])
     return layout
 
 
@@ -356,22 +226,34 @@ def _altered(file: Path, facts: Mapping[str, Any]) -> str:
     return ""
 
 
-def _damaged_tensor(file: Path, layout: Layout) -> str:
-    """What is wrong with a packed tensor in this file, or ''."""
-    try:
-        with safe_open(str(file), framework="pt") as handle:
-            names = set(handle.keys())
-            for name, entry in layout.matrices.items():
-                wanted = [f"{name}.indices", f"{name}.row_scale"]
-                if not layout.decoders[entry.decoder].codec.row_scale:
-                    wanted.pop()
-                if not names.issuperset(wanted):
-                    continue
-                if checksum(*(handle.get_tensor(key) for key in wanted)) != entry.crc32:
-                    return f"{file}: {name}: altered (CRC-32 differs); fetch the file again"
-    except (SafetensorError, OSError) as error:
-        return f"{file}: not a readable safetensors file ({error}); truncated or altered, fetch it again"
-    return ""
+def _check_tensors(folder: Path, weights: list[Path], layout: Layout) -> None:
+    """Every tensor of the layout is stored in its dtype and shape, and unaltered."""
+    wanted, places = layout.tensors(), dict[str, tuple[Path, Any]]()
+    with ExitStack() as opened:
+        for file in weights:
+            try:
+                handle = opened.enter_context(safe_open(str(file), framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise FormatError(
+                    f"{file}: not a readable safetensors file ({error}); truncated or altered, fetch it again"
+                ) from error
+            places.update(dict.fromkeys(handle.keys(), (file, handle)))
+        for name, (dtype, shape) in wanted.items():
+            if name not in places:
+                raise FormatError(f"{folder}: no *.safetensors file holds {name}; fetch the model again")
+            file, handle = places[name]
+            stored = handle.get_slice(name)
+            if (stored.get_dtype(), tuple(stored.get_shape())) != (_DTYPE_NAMES[dtype], shape):
+                raise FormatError(
+                    f"{file}: {name}: stored as {stored.get_dtype()} {tuple(stored.get_shape())}, wanted "
+                    f"{_DTYPE_NAMES[dtype]} {shape}; fetch the file again"
+                )
+        for prefix, crc32 in layout.checksums().items():
+            keys = [f"{prefix}.{part}" for part in PARTS if f"{prefix}.{part}" in wanted]
+            if keys and checksum(*(places[key][1].get_tensor(key) for key in keys)) != crc32:
+                raise FormatError(
+                    f"{places[keys[0]][0]}: {prefix}: altered (CRC-32 differs); fetch the file again"
+                )
 
 
 def read_layout(folder: Path) -> Layout:

@@ -30,15 +30,16 @@ from pocketllm.model.plan import Matrix, Plan
 from pocketllm.model.report import Report, peak_memory_bytes
 from pocketllm.model.source import DenseCheckpoint, open_dense, resolve
 from pocketllm.model.target import planned
-from pocketllm.model.workspace import Workspace, check_output, output_error
-from pocketllm.model.write import codebook_unit, dry_report
+from pocketllm.model.units import codebook_unit
+from pocketllm.model.workspace import Workspace, check_output, locked, output_error
+from pocketllm.model.write import dry_report
 
 _SAMPLED = 4  # rotated matrices of a kind that its codec is fitted to
 
 
 @dataclass(frozen=True)
 class Event:
-    """Progress: stage (`fetch`, `measure`, `fit`, `encode`, `write`), its finished share, what is at work."""
+    """Progress: stage (`fetch`, `check`, `measure`, `fit`, `encode`, `write`), finished share, what is at work."""
 
     stage: str
     share: float
@@ -89,16 +90,20 @@ def compress(
     checkpoint = planned(source, config, str(model))
     if output.resolve() == folder.resolve():
         raise OutputError(f"{output}: is the model itself; choose another output folder")
+    # What can be wrong with the input is found before anything is written, or hours are spent.
+    windows = read_windows(source, config)
+    if not Workspace.is_begun(output):
+        source.check(partial(_tell_detail, progress, "check"))
     try:
-        windows = read_windows(source, config)
         work = Workspace.open(output, source, config, str(model), device, text_identity(windows))
-        found = _calibrated(source, windows, config, device, calibration_folder, progress)
-        if found is not None:
-            checkpoint = planned(source, config, str(model), found.sensitivity.importance)
-        _fit_and_encode(work, source, checkpoint.plan, found, device, progress)
-        progress(Event("write", 0.0, "writing the checkpoint"))
-        report = checkpoint.write(work)
-        work.publish(output)
+        with locked(work.folder):
+            found = _calibrated(source, windows, config, device, calibration_folder, progress)
+            if found is not None:
+                checkpoint = planned(source, config, str(model), found.sensitivity.importance)
+            _fit_and_encode(work, source, checkpoint.plan, found, device, progress)
+            progress(Event("write", 0.0, "writing the checkpoint"))
+            report = checkpoint.write(work)
+            work.publish(output)
     except OSError as error:
         raise output_error(output, error) from error
     progress(Event("write", 1.0, str(output)))
@@ -125,6 +130,7 @@ def dry_run(
     With calibration the model's sensitivity is measured, since the plan depends on it.
     """
     source = open_dense(resolve(str(model)), trust_remote_code)
+    source.check_dtypes()
     checkpoint = planned(source, config, str(model))
     windows = read_windows(source, config)
     found = _calibrated(source, windows, config, device, calibration_folder, progress)

@@ -45,7 +45,8 @@ class Matrices:
             except (SafetensorError, OSError) as error:
                 raise FormatError(f"{path}: not a readable safetensors file ({error})") from error
             files.update(dict.fromkeys(handle.keys(), handle))
-        matrices = cls(layout, Store(layout), files)
+        with torch.device("meta"):
+            matrices = cls(layout, Store(layout), files)
         matrices._fill(matrices.store, STORE)
         return matrices
 
@@ -70,19 +71,23 @@ class Matrices:
         return self.layout.matrices
 
     def _packed(self, name: str) -> PackedMatrix:
-        packed = PackedMatrix(self.layout.matrices[name], self.store, torch.float32)
+        with torch.device("meta"):
+            packed = PackedMatrix(self.layout.matrices[name], self.store, torch.float32)
         self._fill(packed, name)
         return packed
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
-        for key, buffer in module.named_buffers():
-            name = f"{prefix}.{key}"
-            if name not in self._files:
-                raise FormatError(f"{name}: no file holds it; fetch the model again")
-            stored = self._files[name].get_tensor(name)
-            if stored.shape != buffer.shape or stored.dtype != buffer.dtype:
-                raise FormatError(
-                    f"{name}: stored as {stored.dtype} {tuple(stored.shape)}, wanted {buffer.dtype} "
-                    f"{tuple(buffer.shape)}; fetch the model again"
-                )
-            buffer.copy_(stored)
+        """Give a module on the meta device its stored buffers."""
+        for path, owner in module.named_modules():
+            for key, buffer in list(owner._buffers.items()):
+                name = ".".join(part for part in (prefix, path, key) if part)
+                if name not in self._files:
+                    raise FormatError(f"{name}: no file holds it; fetch the model again")
+                stored = self._files[name].get_tensor(name)
+                assert buffer is not None
+                if stored.shape != buffer.shape or stored.dtype != buffer.dtype:
+                    raise FormatError(
+                        f"{name}: stored as {stored.dtype} {tuple(stored.shape)}, wanted {buffer.dtype} "
+                        f"{tuple(buffer.shape)}; fetch the model again"
+                    )
+                owner._buffers[key] = stored

@@ -6,6 +6,7 @@ block by block, in the model's order, for the least error of what each layer com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from pocketllm.codec.feedback import HessianFactor, assign, factorize
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate_hessian, rotate_matrix, unrotate_matrix
+from pocketllm.errors import WeightError
 from pocketllm.model.blocks import BlockStream, block_list
 from pocketllm.model.inputs import Inputs
 from pocketllm.model.layers import fold
@@ -24,8 +26,8 @@ from pocketllm.model.plan import Matrix, Plan
 from pocketllm.model.refine import Coded, refine_block
 from pocketllm.model.sensitivity import Sensitivity
 from pocketllm.model.source import DenseCheckpoint
+from pocketllm.model.units import matrix_unit, refined_unit
 from pocketllm.model.workspace import Workspace
-from pocketllm.model.write import matrix_unit, refined_unit
 
 CodecOf = Callable[[Matrix], MatrixCodec]
 Progress = Callable[[float, str], None]
@@ -172,7 +174,12 @@ class Encoder:
         size = self.plan.specs[matrix.name].codebook_size
         flat = encoded.indices.reshape(-1)
         error = weight - self.codec_of(matrix).decode(encoded)
-        facts: dict[str, float] = {"nmse": _share(error.square().sum(), weight.square().sum())}
+        facts: dict[str, float] = {"nmse": _share(_energy(error), _energy(weight))}
+        if not math.isfinite(facts["nmse"]):
+            raise WeightError(
+                f"{matrix.name}: decodes to values that are no numbers (beyond what float16 holds); "
+                "store a row scale, or leave the matrix dense"
+            )
         if factor is not None:
             hessian = factor.hessian[: matrix.columns, : matrix.columns]
             loss, energy = (((x @ hessian) * x).sum() for x in (error, weight))
@@ -190,8 +197,14 @@ class Encoder:
         self.work.save(matrix_unit(self.plan, matrix), tensors, facts)
 
 
+def _energy(x: Tensor) -> Tensor:
+    """Sum of squares; in float64 where those of tiny numbers vanish in float32."""
+    total = x.square().sum()
+    return total if total > torch.finfo(torch.float32).tiny else x.double().square().sum()
+
+
 def _share(part: Tensor, whole: Tensor) -> float:
-    return float(part.double() / whole.double()) if float(whole) > 0 else 0.0
+    return 0.0 if float(whole) == 0 else float(part.double() / whole.double())
 
 
 def encode_calibrated(
@@ -249,7 +262,6 @@ def _for_dense(
             return Inputs.load(files[path], encoder.device)
         found = measured()
         if path in files:
-            files[path].parent.mkdir(parents=True, exist_ok=True)
             found.save(files[path])
         return found
 

@@ -10,6 +10,7 @@ import torch
 
 from pocketllm.errors import OutputError
 from pocketllm.model.checkpoint import folder_bytes
+from pocketllm.model.workspace import system_errors
 
 
 def export(folder: Path, output: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
@@ -58,12 +59,17 @@ def save_dense(model: Any, tokenizer: Any, output: Path) -> int:
     temporary = output.with_name(output.name + ".partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        with system_errors(output):
+            model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         if output.is_dir():
             output.rmdir()
         temporary.rename(output)
     except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror or error}); free some space, or choose another folder"
+        ) from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
     return folder_bytes(output)

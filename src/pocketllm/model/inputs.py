@@ -13,21 +13,20 @@ of its siblings.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pocketllm.model.plan import Matrix
+from pocketllm.model.workspace import keep_tensors
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,11 @@ class Inputs:
     unseen_experts: dict[str, int]
 
     def save(self, path: Path) -> None:
-        """Write to a temporary name and rename when whole; shared Hessians are stored once."""
+        """Write to a temporary name and rename when whole; shared Hessians are stored once.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         owner = {id(hessian): name for name, hessian in reversed(self.hessians.items())}
         facts = {
             "same": {name: owner[id(hessian)] for name, hessian in self.hessians.items()},
@@ -52,9 +55,7 @@ class Inputs:
             "unseen_experts": self.unseen_experts,
         }
         tensors = {name: self.hessians[name].cpu().contiguous() for name in owner.values()}
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, str(temporary), {"facts": json.dumps(facts)})
-        temporary.replace(path)
+        keep_tensors(path, tensors, facts)
 
     @classmethod
     def load(cls, path: Path, device: str) -> Inputs:
@@ -103,10 +104,18 @@ class Collector:
     sums: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     by_expert: dict[str, list[int]] = field(default_factory=dict)
+    unseen: set[str] = field(default_factory=set)
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """One run of the block, which ends as soon as every matrix has seen its inputs."""
+        self.unseen = {m.name for m in self.matrices}
+        with suppress(_AllSeenError):
+            yield
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Collect from whatever runs inside."""
+        """Collect from whatever runs inside, each run of the block inside a `batch`."""
         fused = [m for m in self.matrices if len(m.shape) == 3]
         self.by_expert = {m.name: [0] * m.shape[0] for m in fused}
         latest: list[tuple[Tensor, str]] = []  # the latest input and the first matrix that read it
@@ -135,9 +144,12 @@ class Collector:
             if latest and latest[0][0] is x:
                 self.sums[matrix.name] = self.sums[latest[0][1]]
                 self.tokens[matrix.name] = self.tokens[latest[0][1]]
-                return
-            latest[:] = [(x, matrix.name)]
-            self._add(matrix.name, x)
+            else:
+                latest[:] = [(x, matrix.name)]
+                self._add(matrix.name, x)
+            self.unseen.discard(matrix.name)
+            if not self.unseen:  # the product of the last one is not needed
+                raise _AllSeenError
 
         return collect
 
@@ -194,6 +206,10 @@ class Collector:
                 total = torch.stack([self.sums[name] for name in seen]).sum(dim=0)
                 found[key] = filled_up(total, sum(self.tokens[name] for name in seen))
         return found
+
+
+class _AllSeenError(Exception):
+    """Every matrix of the block has seen its inputs."""
 
 
 class _Products(TorchFunctionMode):

@@ -19,7 +19,7 @@ from pocketllm.codec.indices import IndexForm
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.rotation import unrotate_matrix
 from pocketllm.codec.subvectors import subvectors_per_row
-from pocketllm.model.checkpoint import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
+from pocketllm.model.layout import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
 
 
 class _FixedDtype(nn.Module):
@@ -64,7 +64,7 @@ class Codebook(_FixedDtype):
 
 
 class Decoder(_FixedDtype):
-    """One decoder, float16 `up` [depth, d, hidden] and `down` [depth, hidden, d]."""
+    """One decoder, float16 `up` and `down` in the shapes of `CodecConfig.network_shapes`."""
 
     up: Tensor
     down: Tensor
@@ -72,10 +72,9 @@ class Decoder(_FixedDtype):
     def __init__(self, entry: DecoderEntry) -> None:
         super().__init__()
         self.entry = entry
-        codec = entry.codec
-        size = (codec.depth, codec.vector_len, codec.hidden)
-        self.register_buffer("up", torch.empty(size, dtype=torch.float16))
-        self.register_buffer("down", torch.empty(size[0], size[2], size[1], dtype=torch.float16))
+        up, down = entry.codec.network_shapes
+        self.register_buffer("up", torch.empty(up, dtype=torch.float16))
+        self.register_buffer("down", torch.empty(down, dtype=torch.float16))
 
 
 class Store(nn.Module):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 RUN_FACTS = ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")  # of a Report; not stored
@@ -86,6 +87,48 @@ class Report:
         fields["matrices"] = tuple(MatrixReport(**m) for m in values["matrices"])
         fields["skipped"] = tuple(values["skipped"])
         return cls(**fields)
+
+
+_MEASURED = ("nmse", "proxy_error", "codebook_utilization", "codebook_perplexity")  # null where unknown
+_JSON_TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "dict": dict,
+    "tuple": (list, tuple),
+}
+
+
+def check_report(values: Mapping[str, Any]) -> None:
+    """See that the JSON of a report has every key that a report must have, in its type.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    _check_fields(Report, values, "")
+    for number, matrix in enumerate(values["matrices"]):
+        _check_fields(MatrixReport, matrix, f"matrices[{number}].")
+    for number, entry in enumerate(values["skipped"]):
+        if not all(isinstance(_at(entry, key), str) for key in ("name", "reason")):
+            raise ValueError(f"skipped[{number}]: wanted name and reason")
+    for part, nbytes in values["bytes_by_part"].items():
+        if not isinstance(nbytes, int):
+            raise ValueError(f"bytes_by_part.{part}: got {nbytes!r}")
+
+
+def _check_fields(cls: type[Report] | type[MatrixReport], values: Any, where: str) -> None:
+    for field in fields(cls):
+        value = _at(values, field.name)
+        if value is None and (field.default is not MISSING or field.name in _MEASURED):
+            continue
+        wanted = _JSON_TYPES[re.split(r"\W", str(field.type))[0]]
+        if not isinstance(value, wanted):
+            raise ValueError(f"{where}{field.name}: got {value!r}, wanted {field.type}")
+
+
+def _at(values: Any, key: str) -> Any:
+    return values.get(key) if isinstance(values, Mapping) else None
 
 
 def warnings_of(report: Mapping[str, Any]) -> list[str]:

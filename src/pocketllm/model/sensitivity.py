@@ -15,7 +15,6 @@ One pass forward and one backward, one block of the model in memory at a time.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pocketllm.codec.feedback import factorize
@@ -34,6 +32,7 @@ from pocketllm.model.inputs import add_square
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix
 from pocketllm.model.source import DenseCheckpoint
+from pocketllm.model.workspace import keep_tensors
 
 _LOGITS_AT_ONCE = 256
 
@@ -53,12 +52,14 @@ class Sensitivity:
     row_importance: dict[str, Tensor]
 
     def save(self, path: Path) -> None:
-        """Write to a temporary name and rename when whole."""
+        """Write to a temporary name and rename when whole.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         rows = {f"rows|{name}": value for name, value in self.row_importance.items()}
-        facts = json.dumps({"importance": self.importance, "head_share": self.head_share})
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"head_hessian": self.head_hessian.contiguous(), **rows}, str(temporary), {"facts": facts})
-        temporary.replace(path)
+        tensors = {"head_hessian": self.head_hessian.contiguous(), **rows}
+        keep_tensors(path, tensors, {"importance": self.importance, "head_share": self.head_share})
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:

@@ -8,16 +8,17 @@ memory does not grow with the model.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pocketllm.errors import SourceError, WeightError
+from pocketllm.model.folder import meta_model, open_safetensors, weight_files
 
 FLOAT_DTYPES = {
     "F64": torch.float64,
@@ -25,8 +26,8 @@ FLOAT_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
+_LARGEST = 1e15  # squares and their sums stay finite in float32
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,14 @@ class DenseCheckpoint:
         """One parameter, stored dtype, as the model holds it.
 
         Raises:
-            WeightError: unsupported dtype, NaN or Inf, or a shape the model does not have.
+            WeightError: unsupported dtype, NaN, Inf or absurdly large values, or a shape the model does not
+                have.
         """
         self.dtype(name)
         parts = self.parts[name]
         tensors = [self._open(part.file).get_tensor(part.key) for part in parts]
         for part, tensor in zip(parts, tensors, strict=True):
-            if not torch.isfinite(tensor).all():
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise WeightError(
-                    f"{part.key} in {part.file.name}: {bad} of {tensor.numel()} values are NaN or Inf; "
-                    "the checkpoint is damaged, fetch it again"
-                )
+            _check_values(f"{part.key} in {part.file.name}", tensor)
         value = self._convert(name, tensors) if parts[0].pattern is not None else tensors[0]
         if tuple(value.shape) != self.shape(name):
             raise WeightError(
@@ -100,6 +97,27 @@ class DenseCheckpoint:
                 "config.json and weights do not belong together"
             )
         return value
+
+    def check_dtypes(self) -> None:
+        """Look at the dtype of every parameter, without reading values.
+
+        Raises:
+            WeightError: as `dtype`.
+        """
+        for name in self.parts:
+            self.dtype(name)
+
+    def check(self, progress: Callable[[float, str], None] = lambda share, name: None) -> None:
+        """Read every parameter once, so that a bad one is found before the long work begins.
+
+        Raises:
+            WeightError: as `read`.
+        """
+        self.check_dtypes()
+        for number, name in enumerate(self.parts):
+            progress(number / len(self.parts), name)
+            self.read(name)
+        progress(1.0, f"{len(self.parts)} tensors")
 
     def _convert(self, name: str, tensors: list[Tensor]) -> Tensor:
         parts = self.parts[name]
@@ -113,7 +131,7 @@ class DenseCheckpoint:
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
-            self._handles[file] = _open_safetensors(file)
+            self._handles[file] = open_safetensors(file)
         return self._handles[file]
 
     def skeleton(self) -> Any:
@@ -164,7 +182,7 @@ def resolve(name: str, progress: Any = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns="*/*"))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
@@ -205,8 +223,8 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    files = _weight_files(folder)
-    model = _meta_model(folder, trust_remote_code)
+    files = weight_files(folder)
+    model = meta_model(folder, trust_remote_code)
     meta = model.state_dict()
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -214,7 +232,7 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
     found: dict[str, list[_Part]] = {}
     unused, handles = [], {}
     for file in files:
-        handles[file] = _open_safetensors(file)
+        handles[file] = open_safetensors(file)
         for key in sorted(handles[file].keys(), key=_natural):
             name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
             if name not in meta and key in meta:
@@ -243,54 +261,18 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
     )
 
 
+def _check_values(where: str, tensor: Tensor) -> None:
+    low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(1), torch.zeros(1))
+    finite = bool(torch.isfinite(low) and torch.isfinite(high))
+    if finite and (tensor.ndim < 2 or max(-float(low), float(high)) <= _LARGEST):
+        return
+    bad = tensor.abs() > _LARGEST if finite else ~torch.isfinite(tensor)
+    what = f"beyond {_LARGEST:g}" if finite else "NaN or Inf"
+    raise WeightError(
+        f"{where}: {int(bad.sum())} of {tensor.numel()} values are {what}; "
+        "the checkpoint is damaged, fetch it again"
+    )
+
+
 def _natural(key: str) -> list[Any]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
-
-
-def _open_safetensors(file: Path) -> Any:
-    try:
-        return safe_open(str(file), framework="pt").__enter__()
-    except (SafetensorError, OSError) as error:
-        raise SourceError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise SourceError(f"{folder}: no such folder")
-    if not (folder / "config.json").is_file():
-        raise SourceError(f"{folder}: no config.json; wanted a Hugging Face model folder")
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            import json
-
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            absent = [name for name in named if not (folder / name).is_file()]
-            if absent:
-                raise SourceError(f"{folder}: {absent[0]} is named in {index.name} but missing; fetch it")
-            return [folder / name for name in named]
-        return files
-    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
-        raise SourceError(
-            f"{folder}: only pickle weights (*.bin, *.pt); pickles can run code and are never loaded. "
-            "Convert the model to safetensors first (save_pretrained does)"
-        )
-    raise SourceError(f"{folder}: no *.safetensors file; wanted a Hugging Face model folder with weights")
-
-
-def _meta_model(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None):
-            raise SourceError(
-                f"{folder}: the model is already quantized; compress the unquantized checkpoint instead"
-            )
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        hint = "; pass --trust-remote-code if you trust it" if "custom code" in reason else ""
-        raise SourceError(f"{folder}: transformers cannot build this model ({reason}){hint}") from error

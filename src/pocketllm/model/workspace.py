@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,16 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
+_STATE = "state.json"
 
-def check_output(output: Path, overwrite: bool) -> None:
+
+def check_output(
+    output: Path, overwrite: bool, marker: str = ckpt.REPORT_NAME, what: str = "a compressed model"
+) -> None:
     """Refuse an output that would destroy something.
+
+    Args:
+        marker: the file by which a folder is known as ours. what: it is then, in words.
 
     Raises:
         OutputError: it exists and is not ours, or is ours and `overwrite` is not set, or cannot be made.
@@ -38,12 +46,10 @@ def check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: exists and is a file; choose another output folder")
     if output.is_dir() and any(output.iterdir()):
-        if not (output / ckpt.REPORT_NAME).is_file():
-            raise OutputError(f"{output}: exists and is not a compressed model; choose another output folder")
+        if not (output / marker).is_file():
+            raise OutputError(f"{output}: exists and is not {what}; choose another output folder")
         if not overwrite:
-            raise OutputError(
-                f"{output}: a compressed model is there already; pass --overwrite to replace it"
-            )
+            raise OutputError(f"{output}: {what} is there already; pass --overwrite to replace it")
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -69,6 +75,39 @@ def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
                 f"{folder}: in use by another process; wait for it, or choose another output folder"
             ) from error
         yield
+
+
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Raise what the operating system refused as OSError: safetensors reports it as an error of its own."""
+    try:
+        yield
+    except Exception as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+def keep_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write what was measured to a temporary name and rename when whole.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with system_errors(path):
+            save_file(tensors, str(temporary), {"facts": json.dumps(facts)})
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); make room there, or name another folder by "
+            "--calibration-cache or POCKETLLM_CACHE"
+        ) from error
 
 
 def output_error(output: Path, error: OSError) -> OutputError:
@@ -124,9 +163,9 @@ class Workspace:
         Raises:
             ResumeError: it holds a run with other arguments. OutputError: it is not ours.
         """
-        folder = output.with_name(output.name + ".partial")
+        folder = _partial(output)
         wanted = json.loads(json.dumps(_flat(arguments)))  # as it is read back: lists for tuples
-        state = folder / "state.json"
+        state = folder / _STATE
         if state.is_file():
             found = json.loads(state.read_text(encoding="utf-8"))
             differing = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
@@ -136,12 +175,17 @@ class Workspace:
                     f"{folder}: holds a half-done run with other arguments ({facts}); "
                     "run with the same arguments to go on, or delete that folder to start anew"
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(path.name != f".{_STATE}.tmp" for path in folder.iterdir()):
             raise OutputError(f"{folder}: exists and is not ours; move it away")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             ckpt.write_json(state, wanted)
         return cls(folder)
+
+    @staticmethod
+    def is_begun(output: Path) -> bool:
+        """Whether a half-done run for this output is there."""
+        return (_partial(output) / _STATE).is_file()
 
     def has(self, name: str) -> bool:
         """Whether a unit is finished."""
@@ -151,13 +195,9 @@ class Workspace:
         """Keep one finished unit."""
         path = self.folder / name
         temporary = path.with_suffix(".tmp")
-        metadata = {"facts": json.dumps(facts)}
-        try:
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, str(temporary), metadata)
-        except Exception as error:  # safetensors reports a full disk as its own error, not as OSError
-            if "os error 28" in str(error) or "No space left" in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device", str(temporary)) from error
-            raise
+        with system_errors(temporary):
+            stored = {key: value.contiguous().cpu() for key, value in tensors.items()}
+            save_file(stored, str(temporary), {"facts": json.dumps(facts)})
         temporary.replace(path)
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -178,7 +218,17 @@ class Workspace:
         if output.is_dir():
             output.rename(self.folder / "old")
         (self.folder / "final").rename(output)
-        shutil.rmtree(self.folder)
+        # Killed on the way, the rest must still be known as ours: the state goes last.
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _STATE:
+                path.unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

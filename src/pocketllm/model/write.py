@@ -8,7 +8,6 @@ longest possible numbers), so a dry run says exactly what will lie on disk.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,69 +19,18 @@ import torch
 from torch import Tensor
 
 import pocketllm
-from pocketllm.codec import codebook as cb
 from pocketllm.config import CodecConfig
 from pocketllm.model import checkpoint as ckpt
+from pocketllm.model.facts import Measured, matrix_report, measured, not_run, predicted, rounded
+from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.model.plan import KEPT_END, Dense, Matrix, Plan
-from pocketllm.model.report import RUN_FACTS, MatrixReport, Report, versions
+from pocketllm.model.report import RUN_FACTS, Report, versions
 from pocketllm.model.source import DenseCheckpoint
+from pocketllm.model.units import codebook_unit, matrix_unit
 from pocketllm.model.workspace import Workspace
 
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "README*")
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", ckpt.REPORT_NAME}
-_WIDEST = 1.23457e-05  # no number of 6 digits is longer in JSON
-_WIDEST_COUNT = 10**9
-_DIGITS = 6
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What only a real run knows, by matrix; `fits` by codebook."""
-
-    nmse: Mapping[str, float]
-    proxy_error: Mapping[str, float | None]
-    utilization: Mapping[str, float]
-    perplexity: Mapping[str, float]
-    input_tokens: Mapping[str, int | None]
-    unseen_experts: Mapping[str, int | None]
-    fits: tuple[dict[str, Any], ...]
-
-
-def predicted(plan: Plan) -> Measured:
-    """Stands for what a dry run does not know, as wide as the real numbers can get."""
-    names = [m.name for m in plan.matrices]
-    fits = tuple(_widest_fit(plan, key, group) for key, group in plan.groups().items())
-    widest, counts = dict.fromkeys(names, _WIDEST), dict.fromkeys(names, _WIDEST_COUNT)
-    return Measured(widest, widest, widest, widest, counts, counts, fits)
-
-
-def _widest_fit(plan: Plan, key: str, group: list[Matrix]) -> dict[str, Any]:
-    by_decoder = {plan.decoder_key(m): _WIDEST for m in group}
-    on_trellis = plan.config.codec.trellis_width is not None
-    points = max(1, plan.config.codec.kmeans_iterations) if on_trellis else plan.config.codec.epochs
-    return {
-        "codebook": key,
-        "start_nmse": by_decoder,
-        "final_nmse": by_decoder,
-        "sample_utilization": _WIDEST,
-        "curve": [_WIDEST] * points,
-        "revived": _WIDEST_COUNT,
-    }
-
-
-def matrix_unit(plan: Plan, matrix: Matrix) -> str:
-    """File name of a coded matrix in the workspace."""
-    return f"matrix-{plan.matrices.index(matrix):05d}.safetensors"
-
-
-def refined_unit(number: int) -> str:
-    """File name of what refinement changed in a block, in the workspace."""
-    return f"refined-{number:05d}.safetensors"
-
-
-def codebook_unit(number: int) -> str:
-    """File name of a fitted codebook with its networks in the workspace."""
-    return f"codebook-{number:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -99,17 +47,7 @@ class Checkpoint:
         sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for dense in self.plan.dense:
             sizes[dense.name] = self.dense_dtype(dense), dense.shape
-        for matrix in self.plan.matrices:
-            sizes[f"{matrix.name}.indices"] = torch.uint8, (self.plan.index_bytes(matrix),)
-            if self.plan.config.codec.row_scale:
-                sizes[f"{matrix.name}.row_scale"] = torch.bfloat16, (matrix.rows,)
-        if self.codebooks_are_stored:
-            for number, group in enumerate(self.plan.groups().values()):
-                sizes[f"{ckpt.STORE}.codebooks.{number}.weight"] = torch.float16, self._codebook_shape(group)
-        for number, codec in enumerate(self._decoders.values()):
-            d, hidden, depth = codec.vector_len, codec.hidden, codec.depth
-            sizes[f"{ckpt.STORE}.decoders.{number}.up"] = torch.float16, (depth, d, hidden)
-            sizes[f"{ckpt.STORE}.decoders.{number}.down"] = torch.float16, (depth, hidden, d)
+        sizes.update(self.layout(self._no_crcs()).tensors())
         return sizes
 
     def dense_dtype(self, dense: Dense) -> torch.dtype:
@@ -146,14 +84,14 @@ class Checkpoint:
         found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
         return sorted(path for path in found if path.name not in _NOT_COPIED)
 
-    def layout(self, crcs: Mapping[str, str]) -> ckpt.Layout:
+    def layout(self, crcs: Mapping[str, str]) -> Layout:
         """The stored form, given the checksum of each matrix, `codebook N` and `decoder N`."""
         groups = self.plan.groups()
         codebook_of = {m.name: n for n, group in enumerate(groups.values()) for m in group}
         decoder_of = {key: n for n, key in enumerate(self._decoders)}
-        return ckpt.Layout(
+        return Layout(
             {
-                m.name: ckpt.MatrixEntry(
+                m.name: MatrixEntry(
                     m.shape,
                     m.transposed,
                     codebook_of[m.name],
@@ -165,7 +103,7 @@ class Checkpoint:
                 for m in self.plan.matrices
             },
             tuple(
-                ckpt.CodebookEntry(
+                CodebookEntry(
                     *self._codebook_shape(group),
                     None if self.codebooks_are_stored else self.plan.config.seed,
                     crcs[f"codebook {n}"],
@@ -173,8 +111,7 @@ class Checkpoint:
                 for n, group in enumerate(groups.values())
             ),
             tuple(
-                ckpt.DecoderEntry(codec, crcs[f"decoder {n}"])
-                for n, codec in enumerate(self._decoders.values())
+                DecoderEntry(codec, crcs[f"decoder {n}"]) for n, codec in enumerate(self._decoders.values())
             ),
         )
 
@@ -215,7 +152,7 @@ class Checkpoint:
             report = len(text.encode())
 
     def report(
-        self, measured: Measured, bytes_on_disk: int | None = None, report_bytes: int | None = None
+        self, found: Measured, bytes_on_disk: int | None = None, report_bytes: int | None = None
     ) -> Report:
         """Sizes, ratios and errors."""
         if bytes_on_disk is None or report_bytes is None:
@@ -231,13 +168,13 @@ class Checkpoint:
         return Report(
             model=self.model,
             bytes_on_disk=bytes_on_disk,
-            ratio_files_bf16=_rounded((2 * every + other) / max(1, bytes_on_disk)),
-            ratio_files_fp32=_rounded((4 * every + other) / max(1, bytes_on_disk)),
-            ratio_matrices_bf16=_rounded(16 * coded / sum(bits.values())),
-            ratio_matrices_fp32=_rounded(32 * coded / sum(bits.values())),
-            bpw_blocks=_rounded(sum(per_matrix[m.name] for m in blocks) / block_weights if blocks else 0.0),
-            bpw_matrices=_rounded(plan.bpw),
-            bpw_all=_rounded((sum(bits.values()) + 8 * dense_bytes) / every),
+            ratio_files_bf16=rounded((2 * every + other) / max(1, bytes_on_disk)),
+            ratio_files_fp32=rounded((4 * every + other) / max(1, bytes_on_disk)),
+            ratio_matrices_bf16=rounded(16 * coded / sum(bits.values())),
+            ratio_matrices_fp32=rounded(32 * coded / sum(bits.values())),
+            bpw_blocks=rounded(sum(per_matrix[m.name] for m in blocks) / block_weights if blocks else 0.0),
+            bpw_matrices=rounded(plan.bpw),
+            bpw_all=rounded((sum(bits.values()) + 8 * dense_bytes) / every),
             bytes_by_part={
                 **{part: value // 8 for part, value in bits.items()},
                 "dense": dense_bytes,
@@ -245,31 +182,12 @@ class Checkpoint:
                 "headers": bytes_on_disk - payload - other,
             },
             dense_model_bytes_bf16=2 * every,
-            matrices=tuple(self._matrix_report(m, per_matrix[m.name], measured) for m in plan.matrices),
+            matrices=tuple(matrix_report(plan, m, per_matrix[m.name], found) for m in plan.matrices),
             skipped=tuple(self._skipped()),
             codebook_scope=plan.codebook_scope,
             config=plan.config.to_dict(),
-            fits=measured.fits,
+            fits=found.fits,
             versions=versions(),
-        )
-
-    def _matrix_report(self, matrix: Matrix, bits: float, measured: Measured) -> MatrixReport:
-        spec = self.plan.specs[matrix.name]
-        return MatrixReport(
-            matrix.name,
-            matrix.kind,
-            matrix.shape,
-            _rounded(bits / matrix.weights),
-            measured.nmse[matrix.name],
-            measured.proxy_error[matrix.name],
-            measured.utilization[matrix.name],
-            measured.perplexity[matrix.name],
-            spec.vector_len,
-            spec.codebook_size,
-            spec.stride or None,
-            matrix.columns,
-            measured.input_tokens[matrix.name],
-            measured.unseen_experts[matrix.name],
         )
 
     def _skipped(self) -> Iterator[dict[str, Any]]:
@@ -295,7 +213,7 @@ class Checkpoint:
         (final / "config.json").write_text(self.config_text(crcs), encoding="utf-8")
         for path in self.copied_files():
             shutil.copyfile(path, final / path.name)
-        report = self.report(self._measured(work))
+        report = self.report(measured(self.plan, work))
         files = ckpt.file_facts(final, list(self.file_bytes))
         _, room = self.bytes_on_disk
         text = self._report_text(report, files).encode()
@@ -335,40 +253,7 @@ class Checkpoint:
                 yield up
                 yield down
 
-    def _measured(self, work: Workspace) -> Measured:
-        nmse, proxy, use, perplexity, tokens, unseen, fits = {}, {}, {}, {}, {}, {}, []
-        for number, group in enumerate(self.plan.groups().values()):
-            fits.append(_rounded_tree(work.load(codebook_unit(number))[1]))
-            units = [work.load(matrix_unit(self.plan, m)) for m in group]
-            counts = torch.stack([tensors["counts"].long() for tensors, _ in units]).sum(dim=0)
-            for matrix, (_, facts) in zip(group, units, strict=True):
-                nmse[matrix.name] = _rounded(facts["nmse"])
-                proxy[matrix.name] = _rounded(facts["proxy_error"]) if "proxy_error" in facts else None
-                tokens[matrix.name] = facts.get("input_tokens")
-                unseen[matrix.name] = facts.get("unseen_experts")
-                use[matrix.name] = _rounded(cb.utilization(counts))
-                perplexity[matrix.name] = _rounded(cb.perplexity(counts))
-        return Measured(nmse, proxy, use, perplexity, tokens, unseen, tuple(fits))
-
 
 def dry_report(checkpoint: Checkpoint) -> Report:
     """The report of a run that has not happened: errors are predictions, the rest is unknown."""
-    plan = checkpoint.plan
-    nan = dict.fromkeys((m.name for m in plan.matrices), math.nan)
-    nmse = {m.name: _rounded(plan.specs[m.name].nmse) for m in plan.matrices}
-    unknown = dict.fromkeys(nmse)
-    measured = Measured(nmse, unknown, nan, nan, unknown, unknown, ())
-    return replace(checkpoint.report(measured), is_plan=True)
-
-
-def _rounded(value: float) -> float:
-    """Six significant digits; what is below 1e-9 is 0."""
-    return float(f"{value:.{_DIGITS}g}") if abs(value) >= 1e-9 else 0.0
-
-
-def _rounded_tree(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded_tree(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded_tree(item) for item in value]
-    return _rounded(value) if isinstance(value, float) else value
+    return replace(checkpoint.report(not_run(checkpoint.plan)), is_plan=True)

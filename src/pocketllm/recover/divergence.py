@@ -2,7 +2,8 @@
 
 With [4096, 49152] float32 logits of two models 1.6 GB would be needed before softmax begins. Here the head
 runs on some positions at a time: logits of both models, divergence and gradient; only the gradients of hidden
-states and head weight are kept. Source of the idea: chunked linear cross-entropy, as in Liger Kernel.
+states and head weight are kept. What is done to single numbers is done to a few positions at a time, which
+stay in the processor's cache. Source of the idea: chunked linear cross-entropy, as in Liger Kernel.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-_LOGITS_AT_ONCE = 1 << 25
+_LOGITS_AT_ONCE = 1 << 24  # of each model, for the products with the head
+_LOGITS_IN_CACHE = 1 << 20  # in float32
 
 Target = Callable[[slice], "Tensor | tuple[Tensor, Tensor]"]
-"""Positions -> the teacher's logits [n, V] float32 there, or (token ids [n, k], log-probabilities [n, k])."""
+"""Positions -> the teacher's logits [n, V] there, or (token ids [n, k], log-probabilities [n, k])."""
 
 
-def position_slices(positions: int, vocabulary: int) -> list[slice]:
-    """Parts of the positions whose logits fit into memory."""
-    step = max(1, _LOGITS_AT_ONCE // vocabulary)
+def position_slices(positions: int, vocabulary: int, at_once: int = 0) -> list[slice]:
+    """Parts of the positions whose logits (`at_once` numbers, by default those of a product) fit."""
+    step = max(1, (at_once or _LOGITS_AT_ONCE) // vocabulary)
     return [slice(begin, min(begin + step, positions)) for begin in range(0, positions, step)]
 
 
@@ -33,24 +35,37 @@ def divergence(
     With the k largest of the teacher only, the other tokens count as one: a lower bound of the divergence.
 
     Args:
-        student: [n, V] float32 logits; overwritten by the gradient.
+        student: [n, V] logits. target: as a `Target` gives it.
 
     Returns:
-        sum (float64 scalar), gradient [n, V] float32 (the memory of `student`).
+        sum (float64 scalar), gradient [n, V] in the dtype of `student`.
     """
-    if isinstance(target, tuple):
-        return _partial_divergence(student, *target, scale)
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    gradient = torch.empty_like(student)
+    in_cache = student.numel() if student.device.type != "cpu" else _LOGITS_IN_CACHE
+    for part in position_slices(student.shape[0], student.shape[1], in_cache):
+        logits = student[part].to(torch.float32, copy=True)
+        if isinstance(target, tuple):
+            found, gradient[part] = _partial(logits, target[0][part], target[1][part], scale)
+        else:
+            found, gradient[part] = _whole(logits, target[part].to(torch.float32, copy=True), scale)
+        total += found
+    return total, gradient
+
+
+def _whole(student: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`divergence` of float32 logits; both are overwritten."""
     log_z = student.logsumexp(dim=1, keepdim=True)
-    target_log_z = target.logsumexp(dim=1, keepdim=True)
-    difference = (target - student).sub_(target_log_z - log_z)
-    teacher = target.sub_(target_log_z).exp_()
-    total = (teacher * difference).sum(dim=1).double().sum()
-    del difference
-    return total, student.sub_(log_z).exp_().sub_(teacher).mul_(scale)
+    log_p = target.sub_(target.logsumexp(dim=1, keepdim=True))
+    log_q = student.sub_(log_z)
+    difference = log_p - log_q
+    teacher = log_p.exp_()
+    total = difference.mul_(teacher).sum(dim=1).double().sum()
+    return total, log_q.exp_().sub_(teacher).mul_(scale)
 
 
-def _partial_divergence(student: Tensor, ids: Tensor, log_p: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`divergence` over k tokens and the rest of the vocabulary taken together."""
+def _partial(student: Tensor, ids: Tensor, log_p: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`divergence` over k tokens and the rest of the vocabulary taken together; `student` is overwritten."""
     q = student.sub_(student.logsumexp(dim=1, keepdim=True)).exp_()
     p, chosen = log_p.exp(), q.gather(1, ids)
     rest_p = (1 - p.sum(dim=1, keepdim=True)).clamp(min=1e-9)
@@ -72,16 +87,15 @@ class _HeadDivergence(torch.autograd.Function):
         bias_grad = torch.zeros_like(bias) if needs[2] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for part in position_slices(len(hidden), len(weight)):
-            logits = linear(low[part], low_weight, low_bias).float()
+            logits = linear(low[part], low_weight, low_bias)
             found, gradient = divergence(logits, target(part), scale)
             total += found
-            gradient_low = gradient.to(dtype)
             if hidden_grad is not None:
-                hidden_grad[part] = gradient_low @ low_weight
+                hidden_grad[part] = gradient @ low_weight
             if weight_grad is not None:
-                weight_grad += gradient_low.T @ low[part]
+                weight_grad += gradient.T @ low[part]
             if bias_grad is not None:
-                bias_grad += gradient.sum(dim=0)
+                bias_grad += gradient.float().sum(dim=0)
         ctx.grads = (
             hidden_grad if hidden_grad is None else hidden_grad.to(hidden.dtype),
             weight_grad,
@@ -115,9 +129,8 @@ class _LogitsDivergence(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         ctx.gradient = torch.empty_like(logits)
         for part in position_slices(*logits.shape):
-            found, gradient = divergence(logits[part].float().clone(), target(part), scale)
+            found, ctx.gradient[part] = divergence(logits[part], target(part), scale)
             total += found
-            ctx.gradient[part] = gradient.to(logits.dtype)
         return total * scale
 
     @staticmethod

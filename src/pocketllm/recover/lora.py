@@ -23,7 +23,7 @@ from pocketllm.config import LoraTuneConfig
 from pocketllm.errors import ConfigError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
-from pocketllm.model.workspace import Workspace, locked, output_error
+from pocketllm.model.workspace import Workspace, locked, output_error, system_errors
 from pocketllm.recover.adapter import RECORD_NAME, check_adapter_output, need_peft
 from pocketllm.recover.divergence import head_divergence, logits_divergence
 from pocketllm.recover.instructions import Item, read_items
@@ -310,6 +310,7 @@ def _save(adapted: Any, parameters: list[torch.nn.Parameter], final: Path, facts
     for parameter in parameters:
         parameter.data = parameter.data.bfloat16()
     shutil.rmtree(final, ignore_errors=True)
-    adapted.save_pretrained(final, save_embedding_layers=False)
+    with system_errors(final):
+        adapted.save_pretrained(final, save_embedding_layers=False)
     (final / "README.md").unlink(missing_ok=True)
     ckpt.write_json(final / RECORD_NAME, facts)

@@ -35,10 +35,10 @@ class LiveTeacher:
         """Logits; held for some positions at a time where the head is plain."""
         if not self.readout.is_plain:
             logits = self.readout.logits(ids)
-            return lambda part: logits[part].to(torch.float32, copy=True)
+            return lambda part: logits[part]
         hidden = self.readout.hidden(ids)
         weight, bias = self.readout.head()
-        return lambda part: linear(hidden[part].to(weight.dtype), weight, bias).float()
+        return lambda part: linear(hidden[part].to(weight.dtype), weight, bias)
 
 
 class CachedTeacher:
@@ -73,7 +73,7 @@ class CachedTeacher:
             for part in position_slices(len(window), teacher.model.config.get_text_config().vocab_size):
                 logits = target(part)
                 assert isinstance(logits, Tensor)
-                top = logits.sub_(logits.logsumexp(dim=1, keepdim=True)).topk(k, dim=1)
+                top = logits.float().log_softmax(dim=1).topk(k, dim=1)
                 ids[number, part] = top.indices.int().cpu().numpy()
                 log_p[number, part] = top.values.half().cpu().numpy()
             progress((number + 1) / len(windows))

@@ -12,17 +12,6 @@ from typing import Any
 from pocketllm.errors import FormatError
 from pocketllm.model.checkpoint import REPORT_NAME, Layout, read_layout, read_report, verify
 
-_NUMBERS = (
-    "bytes_on_disk",
-    "ratio_files_bf16",
-    "ratio_files_fp32",
-    "ratio_matrices_bf16",
-    "ratio_matrices_fp32",
-    "bpw_blocks",
-    "bpw_matrices",
-    "bpw_all",
-    "dense_model_bytes_bf16",
-)
 PER_KIND = 8  # matrices of a kind that are decoded, spread over the depth
 _BLOCK = re.compile(r"^.*?\.(\d+)\..+$")
 
@@ -115,20 +104,14 @@ def read_model(folder: Path, check: bool = True) -> ModelFacts:
     """
     report = read_report(folder)
     layout = verify(folder) if check else read_layout(folder)
-    try:
-        found = {entry["name"]: entry for entry in report["matrices"]}
-        matrices = tuple(_facts(found[name], layout) for name in layout.matrices)
-        skipped = [str(entry["name"]) for entry in report["skipped"]]
-        for key in _NUMBERS:
-            float(report[key])
-        for nbytes in report["bytes_by_part"].values():
-            float(nbytes)
-        str(report["model"])
-        dict(report["config"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    found = {entry["name"]: entry for entry in report["matrices"]}
+    absent = [name for name in layout.matrices if name not in found]
+    if absent:
         raise FormatError(
-            f"{folder / REPORT_NAME}: malformed report ({error!r}); fetch the model again"
-        ) from error
+            f"{folder / REPORT_NAME}: damaged (says nothing of {absent[0]}); fetch the model again"
+        )
+    matrices = tuple(_facts(found[name], layout) for name in layout.matrices)
+    skipped = [str(entry["name"]) for entry in report["skipped"]]
     numbers = [block_of(name) for name in [*layout.matrices, *skipped]]
     blocks = max((n for n in numbers if n is not None), default=-1) + 1
     return ModelFacts(folder, matrices, blocks, layout, report)

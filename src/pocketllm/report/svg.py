@@ -23,8 +23,11 @@ POINTS = 72
 WIDTH = 330  # points; a phone of 360 pixels shows them about one to one
 
 
-def require() -> None:
+def require(extra: str = "report") -> None:
     """Refuse early where there is nothing to draw with.
+
+    Args:
+        extra: the one to name that brings it.
 
     Raises:
         ExtraError: matplotlib is not installed.
@@ -33,7 +36,7 @@ def require() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ExtraError(
-            "pictures need matplotlib; install it with: pip install 'pocketllm-codec[report]'"
+            f"pictures need matplotlib; install it with: pip install 'pocketllm-codec[{extra}]'"
         ) from error
 
 

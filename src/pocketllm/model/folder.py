@@ -1,0 +1,105 @@
+"""What lies in a model's folder: weight files, model class, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pocketllm.errors import SourceError
+
+_TOKENIZERS = ("tokenizer*.json", "tokenizer*.model", "spiece.model", "vocab*", "*.tiktoken", "tekken.json")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def open_safetensors(file: Path) -> Any:
+    """A handle on a weight file.
+
+    Raises:
+        SourceError: damaged, truncated, or another kind of file.
+    """
+    try:
+        return safe_open(str(file), framework="pt").__enter__()
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder; pickles are never among them.
+
+    Raises:
+        SourceError: no model folder, no safetensors, or a shard that is missing.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder}: no config.json; wanted a Hugging Face model folder")
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return _shards(index)
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+        raise SourceError(
+            f"{folder}: only pickle weights (*.bin, *.pt); pickles can run code and are never loaded. "
+            "Convert the model to safetensors first (save_pretrained does)"
+        )
+    raise SourceError(f"{folder}: no *.safetensors file; wanted a Hugging Face model folder with weights")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        named = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SourceError(f"{index}: damaged ({error!r}); fetch it again") from error
+    absent = [name for name in named if not (index.parent / name).is_file()]
+    if absent:
+        raise SourceError(f"{index.parent}: {absent[0]} is named in {index.name} but missing; fetch it")
+    return [index.parent / name for name in named]
+
+
+def meta_model(folder: Path, trust_remote_code: bool) -> Any:
+    """The model class on the meta device: shapes, no weights.
+
+    Raises:
+        SourceError: transformers does not know the model, or it is quantized already.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None):
+            raise SourceError(
+                f"{folder}: the model is already quantized; compress the unquantized checkpoint instead"
+            )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except SourceError:
+        raise
+    except Exception as error:  # whatever transformers makes of a config.json that it did not expect
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "; pass --trust-remote-code if you trust it" if "custom code" in reason else ""
+        raise SourceError(f"{folder}: transformers cannot build this model ({reason}){hint}") from error
+
+
+def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The model's tokenizer, or None where the folder holds none.
+
+    Raises:
+        SourceError: its files cannot be read.
+    """
+    if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and tokenizers raise whatever they come upon
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceError(
+            f"{folder}: its tokenizer cannot be read ({reason}); fetch its files again"
+        ) from error

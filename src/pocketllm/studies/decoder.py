@@ -1,0 +1,239 @@
+"""What a decoder buys: the same stored bits spent on decoders or on codebooks, before and after recovery."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pocketllm.config import CodecConfig, CompressConfig, DistillConfig, LoopConfig, preset
+from pocketllm.studies import decoder_page as page
+from pocketllm.studies.study import Progress, Setup, Step, Study
+from pocketllm.studies.whole import calibration_texts, coded, dense_model
+
+FLOAT16_BYTES = 2
+_QUICK = ("none-kind", "mlp-kind", "affine-matrix", "mlp-matrix", "none-model")
+
+
+@dataclass(frozen=True)
+class Size:
+    """blocks: coded ones, in the middle of the model. codewords: K of the reference, at d = 4.
+
+    steps, batch, context: of the distillation. windows: of 512 tokens (or `context` where shorter), measured.
+    """
+
+    blocks: int
+    codewords: int
+    steps: int
+    batch: int
+    context: int
+    windows: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to spend the bits beside the indices. side_bytes: of codebooks and decoders, by plan."""
+
+    shown: str
+    config: CompressConfig
+    side_bytes: int
+    equal: bool
+
+
+def size_of(setup: Setup) -> Size:
+    return Size(2, 256, 6, 2, 128, 2) if setup.quick else Size(6, 1024, 40, 4, 128, 8)
+
+
+def variants(setup: Setup) -> dict[str, Variant]:
+    """Every variant by key; the reference is `none-kind`, whose bytes the others spend otherwise."""
+    from pocketllm.model.plan import classify
+
+    size, source = size_of(setup), setup.source()
+    base = _base(setup, size)
+    matrices, _ = classify(source, base)
+    kinds, count = len({m.kind for m in matrices}), len(matrices)
+    d = base.codec.vector_len
+    codebook = size.codewords * d * FLOAT16_BYTES
+    budget = kinds * codebook
+
+    def add(key: str, shown: str, codebooks: str, decoders: str, equal: bool = True, **codec: Any) -> None:
+        """With as many codewords as the budget leaves, at most K; not at all where it leaves none."""
+        chosen = replace(base.codec, **codec)
+        number = {"matrix": count, "kind": kinds, "model": 1}
+        spent = number[decoders] * chosen.decoder_bits // 8
+        each = (budget - spent) // (number[codebooks] * d * FLOAT16_BYTES)
+        used = min(size.codewords, each)
+        if used < 2:
+            return
+        config = replace(
+            base, codec=chosen, codebook_size=used, codebook_scope=codebooks, decoder_scope=decoders
+        )
+        stored = number[codebooks] * used * d * FLOAT16_BYTES + spent
+        found[key] = Variant(shown, config, stored, equal)
+
+    found: dict[str, Variant] = {}
+    affine: dict[str, Any] = {"depth": 1, "hidden": 0}
+    add("none-kind", "none; a codebook per kind", "kind", "kind", depth=0)
+    add("affine-kind", "affine per kind, a codebook per kind", "kind", "kind", **affine)
+    add("mlp-kind", "MLP per kind, a codebook per kind", "kind", "kind")
+    add("row-kind", "MLP with RLN per kind (published form)", "kind", "kind", decoder="row")
+    add("affine-matrix", "affine per matrix, a codebook per kind", "kind", "matrix", **affine)
+    width = (budget - codebook) // (count * 2 * base.codec.depth * d * FLOAT16_BYTES)
+    if width >= 2 * d:  # the least that can start as the identity
+        add("mlp-matrix", f"MLP (width {width}) per matrix, one codebook", "model", "matrix", hidden=width)
+    add("none-model", "none; one codebook", "model", "model", False, depth=0)
+    add("affine-model", "affine per matrix, one codebook", "model", "matrix", False, **affine)
+    return found
+
+
+def calibrated(setup: Setup) -> dict[str, Variant]:
+    """The same question on the calibrated path, where decoders start as the identity and are trained later."""
+    size = size_of(setup)
+    base, own = preset("calibrated-16x"), _base(setup, size)
+    assert base.calibration is not None
+    text = replace(base.calibration, tokens=8192, sensitivity_tokens=1024, texts=calibration_texts())
+    shared: dict[str, Any] = {"keep_embeddings": True, "seed": setup.seed, "calibration": text}
+    shared |= {"dense_first": own.dense_first, "dense_last": own.dense_last}
+    none = replace(base, codec=replace(base.codec, depth=0), decoder_scope="model", **shared)
+    mlp = replace(base, decoder_scope="matrix", **shared)
+    return {
+        "calibrated-none": Variant("none; one codebook", none, 0, True),
+        "calibrated-mlp": Variant("MLP per matrix, one codebook", mlp, 0, True),
+    }
+
+
+def _base(setup: Setup, size: Size) -> CompressConfig:
+    """Plain coding of some blocks in the middle at d = 4; embedding and head stay as they are."""
+    total = _count_blocks(setup)
+    blocks = min(size.blocks, total)
+    first = (total - blocks) // 2
+    codec = CodecConfig(vector_len=4, epochs=3, kmeans_iterations=15)
+    return CompressConfig(
+        codec=codec,
+        vector_len=4,
+        codebook_size=size.codewords,
+        keep_embeddings=True,
+        dense_first=first,
+        dense_last=total - blocks - first,
+        seed=setup.seed,
+    )
+
+
+def _count_blocks(setup: Setup) -> int:
+    from pocketllm.report.collect import block_of
+
+    numbers = [block_of(name) for name in setup.source().names()]
+    return max((n for n in numbers if n is not None), default=-1) + 1
+
+
+def _steps(setup: Setup) -> list[Step]:
+    chosen = variants(setup)
+    if setup.quick:
+        chosen = {key: chosen[key] for key in _QUICK if key in chosen}
+    else:
+        chosen |= calibrated(setup)
+    return [Step(key, partial(_variant, setup, key, variant)) for key, variant in chosen.items()]
+
+
+def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> dict[str, Any]:
+    """Code, measure, distil, measure."""
+    from pocketllm.model.checkpoint import read_report
+    from pocketllm.recover.distill import distill
+
+    size = size_of(setup)
+    folder = coded(setup, key, variant.config, lambda share: progress(0.4 * share))
+    report = read_report(folder)
+    tuned = folder.with_name(f"{key}-tuned")
+    loop = LoopConfig(
+        batch_size=size.batch,
+        eval_every=max(2, size.steps // 4),
+        checkpoint_every=size.steps,
+        seed=setup.seed,
+    )
+    config = DistillConfig(
+        steps=size.steps, context=size.context, texts=calibration_texts(), validation_windows=8, loop=loop
+    )
+    before = _measured(setup, folder)
+    done = distill(
+        folder,
+        tuned,
+        config,
+        device=setup.device,
+        overwrite=True,
+        progress=lambda event: progress(0.5 + 0.4 * event.share if event.stage == "train" else 0.5),
+    )
+    own = report["matrices"]
+    weights = [_numel(m["shape"]) for m in own]
+    parts = report["bytes_by_part"]
+    return {
+        "shown": variant.shown,
+        "equal": variant.equal,
+        "side_bytes": parts["codebooks"] + parts["decoders"],
+        "codebook_bytes": parts["codebooks"],
+        "decoder_bytes": parts["decoders"],
+        "codewords": own[0]["codebook_size"],
+        "bpw": report["bpw_matrices"],
+        "nmse": sum(n * m["nmse"] for n, m in zip(weights, own, strict=True)) / sum(weights),
+        "start_nmse": _pooled(report["fits"], "start_nmse"),
+        "trained_nmse": _pooled(report["fits"], "curve"),
+        "before": before,
+        "after": _measured(setup, tuned),
+        "distilled": {k: v for k, v in asdict(done).items() if k != "output"},
+        "config": json.loads(json.dumps(asdict(size))),
+    }
+
+
+def _pooled(fits: list[dict[str, Any]], key: str) -> float:
+    """Mean over the codebooks: of the sample's nmse at the start, or at the end of training, kept or not."""
+    found = []
+    for fit in fits:
+        values = fit[key] if key == "curve" else list(fit[key].values())
+        found.append(values[-1] if key == "curve" else sum(values) / len(values))
+    return sum(found) / len(found)
+
+
+def _numel(shape: list[int]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total
+
+
+def _measured(setup: Setup, folder: Path) -> dict[str, Any]:
+    """Perplexity of a compressed model and its divergence from the dense one."""
+    import pocketllm
+    from pocketllm.evaluate.kl import divergence
+    from pocketllm.model.compute import fast_dtype
+
+    size = size_of(setup)
+    model, tokenizer = pocketllm.load(folder, dtype=fast_dtype(setup.device))
+    reference, _ = dense_model(setup)
+    text = setup.evaluation_texts()[0]
+    seen = divergence(model.to(setup.device), reference, tokenizer, text.text, 4 * size.context, size.windows)
+    return asdict(seen)
+
+
+STUDY = Study(
+    name="decoder",
+    title="what the decoder buys at equal stored bits, before and after recovery",
+    claim=(
+        "A decoder of a few hundred weights, stored with every codebook, lowers the error of what codewords "
+        "decode to."
+    ),
+    method=(
+        "Some blocks in the middle of the model are coded with d = 4; the rest stays dense. The bytes beside "
+        "indices and row scales, those of a codebook for every kind of projection, are spent in other ways: "
+        "on decoders (affine, MLP, MLP with RLN inside as published) for every kind or for every matrix, with "
+        "fewer codewords or one codebook for all, so that no variant stores more. Then the model is distilled "
+        "for a few steps: codebooks, decoders, row scales and norms are tuned, indices stay. `calibrated`: the "
+        "preset calibrated-16x on the same blocks, without decoders and with an MLP for every matrix, which "
+        "starts as the identity."
+    ),
+    steps=_steps,
+    tables=page.tables,
+    draw=page.draw,
+    findings=page.findings,
+    on_text=True,
+)

@@ -1,0 +1,291 @@
+"""1, 3 or 5 blocks in encoder and decoder: is more worse, and if so, is it optimization or capacity?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from pocketllm.config import CodecConfig, Safeguards
+from pocketllm.studies.registry import STUDIES
+from pocketllm.studies.repeated import Training, exploded, repeated
+from pocketllm.studies.study import Results, Setup, Step, Study, Table
+from pocketllm.studies.style import DASHES, dots, look, mean, mean_spread, number, plain_ticks, spread
+from pocketllm.studies.trials import OURS, PUBLISHED, UNGUARDED, sample, up_projection
+
+DEPTHS = (1, 3, 5)
+_SIZE, _MOST, _BATCH, _LONGER = 256, 1 << 16, 512, 4
+_EPOCHS, _QUICK_EPOCHS = 25, 12
+_SHARE = 0.25  # of the gap between 5 and 3 blocks that may remain where tuning is said to close it
+
+
+def steps(setup: Setup) -> list[Step]:
+    """As published; with safeguards; other widths, learning rates and lengths; from our start."""
+    quick = setup.quick
+    rows = partial(sample, setup, up_projection(setup), _MOST)
+    seeds = range(setup.seed, setup.seed + (2 if quick else 5))
+    epochs = _QUICK_EPOCHS if quick else _EPOCHS
+
+    def step(key: str, guards: Safeguards, config: CodecConfig, few: bool = False) -> Step:
+        config = dataclasses.replace(config, batch_size=_BATCH)
+        return repeated(key, rows, Training(config, guards, _SIZE), seeds[:3] if few else seeds)
+
+    made = []
+    for depth in DEPTHS:
+        published = dataclasses.replace(PUBLISHED, depth=depth, epochs=epochs)
+        made.append(step(f"published.{depth}", UNGUARDED, published))
+        for hidden in (16, 64) if quick else (16, 32, 64):
+            wide = dataclasses.replace(published, hidden=hidden)
+            made.append(step(f"hidden.{depth}.{hidden}", Safeguards(), wide))
+        for times in (1,) if quick else (1, _LONGER):
+            for rate in (5e-3, 1.6e-2) if quick or times > 1 else (1.6e-3, 5e-3, 1.6e-2, 5e-2):
+                tuned = dataclasses.replace(published, learning_rate=rate, epochs=times * epochs)
+                made.append(step(f"tuned.{depth}.{times}.{rate:g}", Safeguards(), tuned, few=True))
+        made.append(step(f"ours.{depth}", Safeguards(), dataclasses.replace(OURS, depth=depth)))
+    return made
+
+
+def _group(results: Results, what: str) -> dict[tuple[str, ...], Mapping[str, Any]]:
+    """The rest of the key -> values."""
+    split = {tuple(key.split(".", 3)): value for key, value in results.items()}
+    return {key[1:]: value for key, value in split.items() if key[0] == what}
+
+
+def tables(results: Results) -> list[Table]:
+    """Where training starts, widths, learning rates and lengths."""
+    note = _note(results)
+    return [
+        Table("By start", ["training", "blocks", *_CELLS], _starts(results), note),
+        Table(
+            "By width, published start, guarded",
+            ["hidden", "blocks", *_CELLS],
+            [
+                [key[1], key[0], *_cells(entry)]
+                for key, entry in sorted(_group(results, "hidden").items(), key=_width)
+            ],
+        ),
+        Table(
+            "By length and learning rate, published start, guarded",
+            ["steps", "learning rate", "blocks", *_CELLS],
+            [
+                [str(entry["steps"]), key[2], key[0], *_cells(entry)]
+                for key, entry in sorted(_group(results, "tuned").items(), key=_length)
+            ],
+        ),
+    ]
+
+
+def _width(item: tuple[tuple[str, ...], Any]) -> tuple[int, int]:
+    return int(item[0][1]), int(item[0][0])
+
+
+def _length(item: tuple[tuple[str, ...], Any]) -> tuple[int, float, int]:
+    return int(item[0][1]), float(item[0][2]), int(item[0][0])
+
+
+_CELLS = ["nmse at the end", "by latent", "start", "exploded", "perplexity of use"]
+
+
+def _cells(entry: Mapping[str, Any]) -> list[str]:
+    return [
+        mean_spread(entry["end_nmse"]),
+        mean_spread(entry["latent_nmse"]),
+        number(mean(entry["start_nmse"])),
+        "{} of {}".format(*exploded([entry])),
+        mean_spread(entry["perplexity_of_use"]),
+    ]
+
+
+_STARTS = {
+    "published": "published start",
+    "guarded": "published start, guarded",
+    "ours": "our start",
+}
+
+
+def _start(results: Results, name: str, depth: int) -> Mapping[str, Any]:
+    return results[f"hidden.{depth}.16" if name == "guarded" else f"{name}.{depth}"]
+
+
+def _starts(results: Results) -> list[list[str]]:
+    return [
+        [words, str(depth), *_cells(_start(results, name, depth))]
+        for name, words in _STARTS.items()
+        for depth in DEPTHS
+    ]
+
+
+def _note(results: Results) -> str:
+    entry, ours = results["published.3"], results["ours.3"]
+    facts = entry["matrix"]
+    return (
+        f"{facts['rows']} rows of `{facts['name']}`, d = {entry['settings']['vector_len']}, K = "
+        f"{entry['codebook_size']}, hidden width {entry['settings']['hidden']}; mean ± standard deviation over "
+        f"{len(entry['seeds'])} seeds. Published start: random networks, normal codebook, learning rate "
+        f"{entry['settings']['learning_rate']:g}, {entry['steps']} steps. Guarded: gradients cut at 1, dead "
+        f"codewords moved. Our start: identity and k-means, learning rate {ours['settings']['learning_rate']:g}, "
+        f"{ours['steps']} steps, guarded. nmse of rows at unit mean square, indices as `compress` chooses them; by "
+        "latent: of the last epoch, nearest latents."
+    )
+
+
+def _best(results: Results, depth: int) -> tuple[float, Mapping[str, Any]] | None:
+    """The lowest mean over learning rates and lengths."""
+    found = [
+        (value, entry)
+        for key, entry in _group(results, "tuned").items()
+        if key[0] == str(depth) and (value := mean(entry["end_nmse"])) is not None
+    ]
+    return min(found, key=lambda pair: pair[0]) if found else None
+
+
+def findings(results: Results) -> list[str]:
+    """Whether five blocks do worse than three as published, and whether tuning closes the gap."""
+    five, three = (results[f"published.{depth}"]["end_nmse"] for depth in (5, 3))
+    gap = _gap(five, three)
+    if gap is None:
+        first = "As published, a training with three or five blocks broke off; nothing can be said of their order."
+    else:
+        noise = ((spread(five) or 0) ** 2 + (spread(three) or 0) ** 2) ** 0.5
+        held = "Held" if gap > noise else "Did not hold here"
+        certain = "more than" if abs(gap) > noise else "within"
+        first = (
+            f"{held}: as published, {_by_depth(results, 'published')}; five blocks end {_more(gap)} than three, "
+            f"{certain} the spread of the seeds ({number(noise, 2)}). Lowest: {_lowest(results, 'published')}."
+        )
+    others = [
+        f"{words[0].upper()}{words[1:]}: {_by_depth(results, name)}."
+        for name, words in _STARTS.items()
+        if name != "published"
+    ]
+    return [first, *others, _tuned_words(results), _capacity_words(results)]
+
+
+def _gap(five: list[float | None], three: list[float | None]) -> float | None:
+    a, b = mean(five), mean(three)
+    return None if a is None or b is None else a - b
+
+
+def _more(gap: float) -> str:
+    return f"{number(abs(gap), 2)} {'higher' if gap > 0 else 'lower'}"
+
+
+def _lowest(results: Results, name: str) -> str:
+    ends = {depth: mean(_start(results, name, depth)["end_nmse"]) for depth in DEPTHS}
+    known = {depth: value for depth, value in ends.items() if value is not None}
+    return f"{min(known, key=lambda depth: known[depth])} block(s)"
+
+
+def _by_depth(results: Results, name: str) -> str:
+    told = [f"{mean_spread(_start(results, name, d)['end_nmse'])} with {d}" for d in DEPTHS]
+    return f"nmse {', '.join(told)} block(s)"
+
+
+def _tuned_words(results: Results) -> str:
+    """The best that each depth reaches over learning rates and lengths, and what that says of the gap."""
+    best = {depth: _best(results, depth) for depth in DEPTHS}
+    told = ", ".join(
+        f"{depth}: {number(found[0])} (learning rate {found[1]['settings']['learning_rate']:g}, "
+        f"{found[1]['steps']} steps)"
+        for depth, found in best.items()
+        if found is not None
+    )
+    words = f"The best over learning rates and lengths, by number of blocks: {told}."
+    as_published = _gap(*(_start(results, "guarded", depth)["end_nmse"] for depth in (5, 3)))
+    if best[5] is None or best[3] is None or as_published is None:
+        return words
+    left = best[5][0] - best[3][0]
+    if as_published <= 0:
+        return f"{words} With safeguards there was no gap to close."
+    closed = left <= _SHARE * as_published
+    return (
+        f"{words} Of the gap of {number(as_published, 2)} between five and three blocks {_left(left)}: "
+        + ("it is one of optimization." if closed else "these learning rates and lengths do not close it.")
+    )
+
+
+def _left(left: float) -> str:
+    return f"{number(left, 2)} is left" if left > 0 else "nothing is left"
+
+
+def _capacity_words(results: Results) -> str:
+    """More blocks can do all that fewer can; where they begin as the identity, do they?"""
+    ends = {depth: mean(results[f"ours.{depth}"]["end_nmse"]) for depth in DEPTHS}
+    known = [value for value in ends.values() if value is not None]
+    if len(known) < len(DEPTHS):
+        return "From our start a training broke off."
+    apart = (max(known) - min(known)) / min(known)
+    return (
+        f"A network with more blocks holds every one with fewer, so it lacks no capacity; from our start, where all "
+        f"begin as the identity, the ends lie {apart:.2%} apart."
+    )
+
+
+def draw(results: Results, figure: Any) -> None:
+    """By start; by width; by learning rate and length."""
+    figure.set_size_inches(13, 4.4)
+    first, second, third = figure.subplots(1, 3)
+    for n, depth in enumerate(DEPTHS):
+        for place, name in enumerate(_STARTS):
+            words = {"label": f"{depth} block{'s' if depth > 1 else ''}"} if place == 0 else {}
+            dots(first, place + 0.15 * (n - 1), _start(results, name, depth)["end_nmse"], n, **words)
+        wide = {
+            float(key[1]): e["end_nmse"]
+            for key, e in _group(results, "hidden").items()
+            if key[0] == str(depth)
+        }
+        _line(second, wide, n)
+        lengths = sorted({int(key[1]) for key in _group(results, "tuned")})
+        for dash, times in enumerate(lengths):
+            rates = {
+                float(key[2]): e["end_nmse"]
+                for key, e in _group(results, "tuned").items()
+                if key[:2] == (str(depth), str(times))
+            }
+            _line(third, rates, n, linestyle=DASHES[dash])
+    first.set_xticks(range(len(_STARTS)), ["published\nstart", "the same,\nguarded", "our start"])
+    first.legend(fontsize=9, frameon=False)
+    first.set_title("nmse at the end, by start", fontsize=11)
+    second.set_title("by hidden width, guarded", fontsize=11)
+    third.set_title("by learning rate, guarded", fontsize=11)
+    if len(lengths) > 1:
+        third.set_xlabel(f"solid: as long as the others; dashed: {lengths[-1]} times longer")
+    third.set_xscale("log")
+    second.set_xscale("log", base=2)
+    second.set_xticks(sorted({int(key[1]) for key in _group(results, "hidden")}))
+    third.set_xticks(sorted({float(key[2]) for key in _group(results, "tuned")}))
+    for axes in (second, third):
+        plain_ticks(axes.xaxis)
+    for axes in (first, second, third):
+        axes.set_ylim(bottom=0)
+
+
+def _line(axes: Any, values: Mapping[float, list[float | None]], series: int, **more: Any) -> None:
+    known = {x: v for x, v in sorted(values.items()) if mean(v) is not None}
+    style = {**look(series), "linestyle": "-", **more}
+    axes.errorbar(
+        list(known),
+        [mean(v) for v in known.values()],
+        [spread(v) for v in known.values()],
+        capsize=3,
+        **style,
+    )
+
+
+STUDY = Study(
+    name="depth",
+    title=STUDIES["depth"],
+    claim=(
+        "Three MLP blocks in encoder and decoder are right; five do worse, because of too many nonlinear factors."
+    ),
+    method=(
+        "Codecs with 1, 3 and 5 blocks are trained on random rows of the up projection of the middle block, from "
+        "several seeds: as published; with safeguards (gradients cut, dead codewords moved); with wider networks; at "
+        "other learning rates and four times longer; and from our start, where networks begin as the identity."
+    ),
+    steps=steps,
+    tables=tables,
+    draw=draw,
+    findings=findings,
+)

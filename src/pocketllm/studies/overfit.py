@@ -1,0 +1,182 @@
+"""One projection alone: the error that is reached, beside the error that is possible at that rate."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pocketllm.codec.matrix_codec import MatrixCodec
+from pocketllm.config import CodecConfig, Safeguards
+from pocketllm.studies import overfit_page as page
+from pocketllm.studies.rates import bits_for_mse, gaussian_mse, lloyd_max
+from pocketllm.studies.registry import STUDIES
+from pocketllm.studies.study import Progress, Setup, Step, Study
+from pocketllm.studies.trials import (
+    OURS,
+    PUBLISHED,
+    UNGUARDED,
+    Sample,
+    as_stored,
+    digits,
+    mean_square_error,
+    sample,
+    settings,
+    stored_bits,
+    train,
+    up_projection,
+)
+
+_MOST, _BATCH = 1 << 20, 4096
+CURVES = ((8, 4096), (4, 256))  # (d, K)
+QUICK_CURVES, _QUICK_EPOCHS = ((8, 256),), 20
+SWEEP = (
+    *((8, 1 << n) for n in (8, 10, 12, 14, 15)),
+    *((4, 1 << n) for n in (8, 10, 12, 14)),
+    *((2, 1 << n) for n in (6, 8, 9, 10, 12)),
+    *((1, 1 << n) for n in range(3, 14)),
+)
+QUICK_SWEEP = ((8, 256), (4, 256), (2, 64), (2, 1024), *((1, 1 << n) for n in range(3, 14, 2)))
+TWINS = ((8, 4096), (4, 256), (4, 4096), (2, 1024))
+QUICK_TWINS = ((4, 256), (2, 1024))
+
+
+def steps(setup: Setup) -> list[Step]:
+    """The bound; trainings; k-means and codec over the rates; the same of a Gaussian matrix."""
+    quick = setup.quick
+    chosen = partial(sample, setup, up_projection(setup), 1 << 17 if quick else _MOST)
+    made = [Step("bound", lambda progress: _bound(chosen()))]
+    for d, size in QUICK_CURVES if quick else CURVES:
+        for name in page.TRAININGS:
+            how = _training(name, d, quick)
+            made.append(Step(f"curve.{name}.{d}x{size}", partial(_curve, chosen, how, size, setup.seed)))
+    for d, size in QUICK_SWEEP if quick else SWEEP:
+        made.append(Step(f"sweep.{d}x{size}", partial(_point, chosen, d, size, setup.seed)))
+    for d, size in QUICK_TWINS if quick else TWINS:
+        made.append(Step(f"twin.{d}x{size}", partial(_twin, chosen, d, size, setup.seed)))
+    return made
+
+
+def _training(name: str, vector_len: int, quick: bool) -> tuple[CodecConfig, Safeguards]:
+    config = dataclasses.replace(
+        OURS if name == "ours" else PUBLISHED, vector_len=vector_len, batch_size=_BATCH
+    )
+    if quick and name != "ours":
+        config = dataclasses.replace(config, epochs=_QUICK_EPOCHS, batch_size=1024)
+    return config, UNGUARDED if name == "published" else Safeguards()
+
+
+def _bound(matrix: Sample) -> dict[str, Any]:
+    squares = matrix.weight.double().square().mean(dim=1)
+    rates = [n / 4 for n in range(1, 57)]
+    return {
+        "matrix": matrix.facts(),
+        "levels_of_32": _levels(matrix.weight),
+        "distinct_values": len(matrix.weight.unique()),
+        "bfloat16_rounding_mse": digits(_rounding(matrix.weight)),
+        "bits": rates,
+        "mse": [digits(gaussian_mse(squares, rate)) for rate in rates],
+        "impossible_below_bits": {name: bits_for_mse(squares, mse) for name, mse in page.TARGETS.items()},
+    }
+
+
+def _levels(weight: Tensor, run: int = 32) -> int:
+    """The most different values in any aligned run of so many weights in a row."""
+    runs = weight[:, : weight.shape[1] // run * run].reshape(-1, run).sort(dim=1).values
+    return 1 + int((runs[:, 1:] != runs[:, :-1]).sum(dim=1).max()) if len(runs) else run
+
+
+def _rounding(weight: Tensor) -> float:
+    """Mean square error of rounding numbers as large as these to bfloat16, whose steps are 2^-7 of a power of 2."""
+    _, exponent = torch.frexp(weight.double())
+    step = torch.ldexp(torch.ones_like(weight, dtype=torch.float64), exponent - 8)
+    return float((step.square() / 12).mean())
+
+
+def _curve(
+    chosen: Any, how: tuple[CodecConfig, Safeguards], size: int, seed: int, progress: Progress
+) -> dict[str, Any]:
+    """A training, beside k-means and the bound at the rate of its indices."""
+    matrix, (config, guards) = chosen(), how
+    trial = train(matrix.weight, config, size, seed, guards, progress)
+    square = matrix.facts()["mean_square"]
+    return {
+        "settings": settings(config, guards),
+        "steps": len(trial.steps),
+        "mse_over_epochs": [digits(square * value) for value in trial.curve],
+        "unfinished": len(trial.curve) < config.epochs,
+        **_measured(matrix.weight, config, size, trial.mse),
+        "seconds": round(trial.seconds, 1),
+    }
+
+
+def _measured(weight: Tensor, config: CodecConfig, size: int, mse: float) -> dict[str, Any]:
+    """What a code of the matrix comes to, in bits and in errors."""
+    bits = stored_bits(weight, config, size)
+    rate = bits["indices"] / weight.numel()
+    return {
+        "vector_len": config.vector_len,
+        "codebook_size": size,
+        "bits": bits,
+        "index_bpw": rate,
+        "bpw": sum(bits.values()) / weight.numel(),
+        "nmse": digits(mse / float(weight.double().square().mean())),
+        "mse": digits(mse),
+        "bound_mse": digits(gaussian_mse(weight.double().square().mean(dim=1), rate)),
+    }
+
+
+def _lookup(d: int, epochs: int) -> CodecConfig:
+    """The look-up form without row scales: k-means in the weights' own units, then training."""
+    return CodecConfig(vector_len=d, row_scale=False, kmeans_iterations=10, epochs=epochs, batch_size=_BATCH)
+
+
+def _point(chosen: Any, d: int, size: int, seed: int, progress: Progress) -> dict[str, Any]:
+    matrix, config = chosen(), _lookup(d, 2)
+    if d == 1:
+        return _scalar(matrix.weight, size)
+    trial = train(matrix.weight, config, size, seed, progress=progress)
+    kmeans = trial.start * float(matrix.weight.double().square().mean())
+    return {"kmeans_mse": digits(kmeans), **_measured(matrix.weight, config, size, trial.mse)}
+
+
+def _scalar(weight: Tensor, size: int) -> dict[str, Any]:
+    """A scalar quantizer as a codec: networks have nothing to add to numbers that stand alone."""
+    config = _lookup(1, 0)
+    codec = MatrixCodec(config, nn.Parameter(lloyd_max(weight, size)))
+    for net in (codec.encoder, codec.decoder):
+        net.reset("identity", torch.Generator())
+        net.to(weight.device)
+    kmeans = mean_square_error(weight, codec)
+    measured = _measured(weight, config, size, mean_square_error(weight, as_stored(codec)))
+    return {"kmeans_mse": digits(kmeans), **measured}
+
+
+def _twin(chosen: Any, d: int, size: int, seed: int, progress: Progress) -> dict[str, Any]:
+    """k-means of a Gaussian matrix with the same shape and the same scale of each row."""
+    weight = chosen().weight
+    drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).to(weight.device)
+    drawn *= (weight.square().mean(dim=1) / drawn.square().mean(dim=1)).sqrt()[:, None]
+    trial = train(drawn, _lookup(d, 0), size, seed, progress=progress)
+    return _measured(drawn, _lookup(d, 0), size, trial.mse)
+
+
+STUDY = Study(
+    name="overfit",
+    title=STUDIES["overfit"],
+    claim=('Trained on one "up" projection alone, the codec brings the reconstruction error below 1e-4.'),
+    method=(
+        "The up projection of the middle block, nothing else. First it is trained on, from the published "
+        "start for the published number of epochs, with and without safeguards, and from ours. Then codebooks "
+        "of many sizes are fitted, from one bit to more than ten. Beside each error stands the least that is "
+        "possible for Gaussian rows of these scales at that rate. 1e-4 is read both as an MSE and as an RMSE: it "
+        "is a figure in the weights' own units, so that what it asks for depends on how large the weights are."
+    ),
+    steps=steps,
+    tables=page.tables,
+    draw=page.draw,
+    findings=page.findings,
+)

@@ -1,0 +1,258 @@
+"""What the study `overfit` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pocketllm.studies.study import Results, Table
+from pocketllm.studies.style import COLOURS, INK, look, number, plain_ticks
+
+TRAININGS = {
+    "published": "published start",
+    "guarded": "published start, guarded",
+    "ours": "our start",
+}
+TARGET = 1e-4
+PAPER_BITS = 2.0  # about: d = 8, K = 2^15
+TARGETS = {"MSE": TARGET, "RMSE": TARGET**2}  # as mean square errors
+
+
+def _named(results: Results, what: str) -> dict[str, Mapping[str, Any]]:
+    """Key without its first word -> values."""
+    return {key.split(".", 1)[1]: value for key, value in results.items() if key.startswith(f"{what}.")}
+
+
+def tables(results: Results) -> list[Table]:
+    """The targets, the trainings, the rates, the twins."""
+    return [_targets(results), _trainings(results), _rates(results), _twins(results)]
+
+
+def _first(results: Results, mse: float) -> Mapping[str, Any] | None:
+    """The point of least bits that reaches an error."""
+    reached = [p for p in _named(results, "sweep").values() if p["mse"] < mse]
+    return min(reached, key=lambda p: p["bpw"]) if reached else None
+
+
+def _targets(results: Results) -> Table:
+    rows = []
+    square = results["bound"]["matrix"]["mean_square"]
+    for name, mse in TARGETS.items():
+        found = _first(results, mse)
+        cells = (
+            ["not reached"] * 4
+            if found is None
+            else [
+                f"d = {found['vector_len']}, K = {found['codebook_size']}",
+                f"{found['index_bpw']:.2f}",
+                f"{found['bpw']:.2f}",
+                number(found["mse"] if name == "MSE" else found["mse"] ** 0.5),
+            ]
+        )
+        needed = results["bound"]["impossible_below_bits"][name]
+        rows.append([f"{name} < {TARGET:g}", number(mse / square), f"{needed:.2f}", *cells])
+    header = ["target", "as nmse", "impossible below, bits", "reached first by", "index bits", "all bits"]
+    return Table(
+        "Where the target belongs",
+        [*header, "error there"],
+        rows,
+        f"Mean square of the weights: {number(square)}. Impossible below: for independent Gaussian rows with "
+        "the scales of these rows, known for nothing. Reached first: the fewest bits of those tried below, "
+        "codebook and decoder counted for this matrix alone.",
+    )
+
+
+def _trainings(results: Results) -> Table:
+    rows = []
+    for key, c in _named(results, "curve").items():
+        ours = _named(results, "curve")[f"ours.{c['vector_len']}x{c['codebook_size']}"]
+        rows.append(
+            [
+                str(c["vector_len"]),
+                str(c["codebook_size"]),
+                TRAININGS[key.split(".")[0]],
+                str(c["steps"]),
+                f"{c['index_bpw']:.2f}",
+                number(c["nmse"]),
+                number(c["mse"]),
+                number(c["mse"] ** 0.5),
+                f"{c['mse'] / ours['mse']:.3f}",
+                f"{c['mse'] / c['bound_mse']:.2f}",
+            ]
+        )
+    header = ["d", "K", "training", "steps", "index bits", "nmse", "MSE", "RMSE", "MSE, ours = 1"]
+    note = (
+        "Row scales are stored. Best state met. The last column: MSE over the least possible for Gaussian rows at "
+        "the rate of the indices."
+    )
+    return Table("Training on it", [*header, "over the bound"], rows, note)
+
+
+def _rates(results: Results) -> Table:
+    rows = []
+    for p in sorted(_named(results, "sweep").values(), key=lambda p: p["index_bpw"]):
+        rows.append(
+            [
+                str(p["vector_len"]),
+                str(p["codebook_size"]),
+                f"{p['index_bpw']:.2f}",
+                f"{p['bpw']:.2f}",
+                number(p["kmeans_mse"]),
+                number(p["mse"]),
+                number(p["mse"] ** 0.5),
+                number(p["nmse"]),
+                f"{p['mse'] / p['bound_mse']:.2f}",
+            ]
+        )
+    header = ["d", "K", "index bits", "all bits", "k-means MSE", "codec MSE", "codec RMSE", "codec nmse"]
+    note = (
+        "No row scales. Codec: look-up form trained from k-means, codebook and decoder in 16 bits; k-means in "
+        "32. d = 1: the scalar quantizer of Lloyd and Max. Over the bound: at the bits of the indices; codebooks "
+        "that are large for one matrix hold a part of it themselves."
+    )
+    return Table("Over the rates", [*header, "over the bound"], rows, note)
+
+
+def _twins(results: Results) -> Table:
+    rows = []
+    sweep = _named(results, "sweep")
+    for key, twin in _named(results, "twin").items():
+        own = sweep.get(key)
+        cells = (
+            ["", ""] if own is None else [number(own["kmeans_mse"]), f"{own['kmeans_mse'] / twin['mse']:.3f}"]
+        )
+        rows.append([str(twin["vector_len"]), str(twin["codebook_size"]), number(twin["mse"]), *cells])
+    header = ["d", "K", "Gaussian, MSE", "weights, MSE", "weights over Gaussian"]
+    return Table("A Gaussian matrix with the same row scales, k-means", header, rows)
+
+
+def findings(results: Results) -> list[str]:
+    """Where the target is reached, where it is impossible, what training reaches at a rate."""
+    first = _first(results, TARGETS["MSE"])
+    if first is None:
+        verdict = "Did not hold here"
+    elif first["bpw"] <= PAPER_BITS:
+        verdict = "Held"
+    else:
+        verdict = f"Held with enough codewords, not at the paper's {PAPER_BITS:g} bits per weight"
+    found = [_target_words(results, name, mse) for name, mse in TARGETS.items()]
+    found[0] = f"{verdict}. {found[0]} {_paper_words(results)}"
+    found[-1] += _rounding_words(results)
+    sizes = dict.fromkeys(key.split(".")[1] for key in _named(results, "curve"))
+    found += [_curve_words(results, size) for size in sizes]
+    return [*found, *_twin_words(results), *_level_words(results)]
+
+
+def _paper_words(results: Results) -> str:
+    bound = results["bound"]
+    least = dict(zip(bound["bits"], bound["mse"], strict=True))[PAPER_BITS]
+    return f"At {PAPER_BITS:g} bits no code of such rows has an MSE below {number(least)}."
+
+
+def _rounding_words(results: Results) -> str:
+    """Whether the target is finer than the type that weights are kept in."""
+    rounding = results["bound"]["bfloat16_rounding_mse"] ** 0.5
+    if rounding <= TARGET:
+        return ""
+    return f" It asks for more than bfloat16 gives: rounding numbers of this size to it costs {number(rounding)}."
+
+
+def _twin_words(results: Results) -> list[str]:
+    pairs = [(_named(results, "sweep").get(key), twin) for key, twin in _named(results, "twin").items()]
+    ratios = [own["kmeans_mse"] / twin["mse"] for own, twin in pairs if own is not None]
+    if not ratios:
+        return []
+    return [
+        f"k-means leaves {min(ratios):.2f} to {max(ratios):.2f} times the error on these weights that it leaves "
+        "on a Gaussian matrix with the same row scales, at the sizes compared."
+    ]
+
+
+def _level_words(results: Results) -> list[str]:
+    """Where the weights are no continuous source, and a code may pass the bound."""
+    bound, words = results["bound"], []
+    below = [p["index_bpw"] for p in _named(results, "sweep").values() if p["mse"] < p["bound_mse"]]
+    if below:
+        words.append(
+            f"From {min(below):.1f} bits on codes pass the bound for Gaussian rows: the matrix holds no more than "
+            f"{bound['distinct_values']} different values."
+        )
+    if bound["levels_of_32"] <= 16:
+        words.append(
+            f"These weights have been quantized before: no run of 32 holds more than {bound['levels_of_32']} "
+            "different values. A code that knew the levels would be exact at about 5 bits per weight; none of the "
+            "codes here looks for them."
+        )
+    return words
+
+
+def _target_words(results: Results, name: str, mse: float) -> str:
+    needed = results["bound"]["impossible_below_bits"][name]
+    first = _first(results, mse)
+    if mse >= results["bound"]["matrix"]["mean_square"]:
+        return f"{name} below {TARGET:g}: zeros reach it, since the weights are no larger."
+    reached = (
+        "none of the codes tried reaches it"
+        if first is None
+        else f"reached from {first['index_bpw']:.2f} bits of indices on (d = {first['vector_len']}, K = "
+        f"{first['codebook_size']}; {first['bpw']:.2f} bits with codebook and decoder)"
+    )
+    return f"{name} below {TARGET:g}: {reached}; impossible below {needed:.2f} bits for Gaussian rows."
+
+
+def _curve_words(results: Results, size: str) -> str:
+    curves = {name: results[f"curve.{name}.{size}"] for name in TRAININGS}
+    ours = curves["ours"]
+    told = ", ".join(f"{title} {number(curves[name]['mse'] ** 0.5)}" for name, title in TRAININGS.items())
+    return (
+        f"At {ours['index_bpw']:.2f} bits (d = {ours['vector_len']}, K = {ours['codebook_size']}) the RMSE comes "
+        f"to: {told}; at least {number(ours['bound_mse'] ** 0.5)} for Gaussian rows."
+    )
+
+
+def draw(results: Results, figure: Any) -> None:
+    """RMSE over training; MSE over the rate, with the targets and the bound."""
+    figure.set_size_inches(12, 4.8)
+    left, right = figure.subplots(1, 2)
+    sizes = list(dict.fromkeys(key.split(".")[1] for key in _named(results, "curve")))
+    for size in sizes:
+        _draw_curves(left, results, size, legend=size == sizes[0])
+    left.set_yscale("log")
+    plain_ticks(left.yaxis, minor=True)
+    left.set_xlabel("share of training")
+    left.set_title("RMSE over training", fontsize=11)
+    left.legend(fontsize=9, frameon=False)
+    _draw_rates(right, results)
+
+
+def _draw_curves(axes: Any, results: Results, size: str, legend: bool) -> None:
+    for n, (name, title) in enumerate(TRAININGS.items()):
+        values = results[f"curve.{name}.{size}"]["mse_over_epochs"]
+        x = [(i + 1) / len(values) for i in range(len(values))]
+        axes.plot(x, [v**0.5 for v in values], label=title if legend else None, **{**look(n), "marker": ""})
+    c = results[f"curve.ours.{size}"]
+    limit = c["bound_mse"] ** 0.5
+    axes.axhline(limit, color=INK, lw=1, ls=":")
+    axes.text(1, limit, f"bound at {c['index_bpw']:.2f} bits", ha="right", va="bottom", fontsize=8.5)
+
+
+def _draw_rates(axes: Any, results: Results) -> None:
+    bound = results["bound"]
+    axes.plot(bound["bits"], bound["mse"], color=INK, lw=1, ls=":", label="Gaussian rows: the bound")
+    points = list(_named(results, "sweep").values())
+    for n, d in enumerate(sorted({p["vector_len"] for p in points})):
+        own = sorted((p for p in points if p["vector_len"] == d), key=lambda p: p["index_bpw"])
+        x, y = [p["index_bpw"] for p in own], [p["mse"] for p in own]
+        axes.plot(x, y, label=f"d = {d}, indices alone", **look(n))
+        axes.plot([p["bpw"] for p in own], y, color=COLOURS[n], marker="x", lw=0, markersize=4.5)
+    axes.plot([], [], color="grey", marker="x", lw=0, label="the same, all bits counted")
+    for name, mse in TARGETS.items():
+        axes.axhline(mse, color="grey", lw=1)
+        axes.text(0.1, mse, f"{name} = {TARGET:g}", va="bottom", fontsize=8.5)
+    axes.set_yscale("log")
+    axes.set_xlim(0, max(p["bpw"] for p in points) + 0.5)
+    axes.set_ylim(bottom=min([*TARGETS.values(), *(p["mse"] for p in points)]) / 4)
+    plain_ticks(axes.yaxis)
+    axes.set_xlabel("bits per weight")
+    axes.set_title("MSE over the rate", fontsize=11)
+    axes.legend(fontsize=8.5, frameon=False)

@@ -1,0 +1,263 @@
+"""Is reshaped layer normalization needed? RLN, LayerNorm and no norm, trained alike on matrices of each kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from pocketllm.config import Safeguards
+from pocketllm.studies.registry import STUDIES
+from pocketllm.studies.repeated import EXPLODED, Training, exploded, highest, over_entries, repeated
+from pocketllm.studies.study import Results, Setup, Step, Study, Table
+from pocketllm.studies.style import dots, look, mean, mean_spread, number, plain_ticks
+from pocketllm.studies.trials import OURS, PUBLISHED, UNGUARDED, middle_kinds, sample, up_projection
+
+NORMS = {"rln": "RLN", "ln": "LayerNorm", "none": "no norm"}
+TRAININGS = {
+    "published": "published start",
+    "guarded": "published start, guarded",
+    "ours": "our start",
+}
+_SIZE, _MOST, _BATCH = 256, 1 << 16, 512
+_EPOCHS, _QUICK_EPOCHS = 25, 12
+
+
+def _training(name: str, quick: bool) -> Training:
+    published = dataclasses.replace(PUBLISHED, epochs=_QUICK_EPOCHS if quick else _EPOCHS)
+    config = dataclasses.replace(OURS if name == "ours" else published, batch_size=_BATCH)
+    return Training(config, UNGUARDED if name == "published" else Safeguards(), _SIZE)
+
+
+def _with(training: Training, size: int = _SIZE, **changes: Any) -> Training:
+    return Training(dataclasses.replace(training.config, **changes), training.guards, size)
+
+
+def steps(setup: Setup) -> list[Step]:
+    """Each training, norm and kind of matrix; then learning rates and codebook sizes on one matrix."""
+    quick, matrices = setup.quick, middle_kinds(setup)
+    if quick:
+        matrices = matrices[:: max(1, len(matrices) // 3)][:3]
+    seeds = range(setup.seed, setup.seed + (2 if quick else 5))
+    made = []
+    for name in TRAININGS:
+        for norm in NORMS:
+            training = _with(_training(name, quick), norm=norm)
+            for matrix in matrices:
+                rows = partial(sample, setup, matrix, _MOST)
+                made.append(repeated(f"{name}.{norm}.{matrix.kind}", rows, training, seeds))
+    up, published = partial(sample, setup, up_projection(setup), _MOST), _training("published", quick)
+    for norm in NORMS:
+        for rate in (1.6e-2, 1.6e-1) if quick else (1.6e-3, 1.6e-2, 5e-2, 1.6e-1, 5e-1):
+            training = _with(published, norm=norm, learning_rate=rate)
+            made.append(repeated(f"rate.{norm}.{rate:g}", up, training, seeds[:3]))
+        for size in (_SIZE // 4, _SIZE) if quick else (_SIZE // 4, _SIZE, 4 * _SIZE):
+            training = _with(_training("guarded", quick), size, norm=norm)
+            made.append(repeated(f"size.{norm}.{size}", up, training, seeds[:3]))
+    return made
+
+
+def _of(results: Results, training: str, norm: str) -> list[Any]:
+    """The results of a training and a norm, one for each kind."""
+    return [value for key, value in results.items() if key.startswith(f"{training}.{norm}.")]
+
+
+def _tried(results: Results, what: str) -> list[str]:
+    """The learning rates or codebook sizes that were tried."""
+    return [key.split(".", 2)[2] for key in results if key.startswith(f"{what}.rln.")]
+
+
+def tables(results: Results) -> list[Table]:
+    """All kinds together, each kind by itself, learning rates and codebook sizes."""
+    return [_overview(results), _by_kind(results), *(_sweep(results, what) for what in ("rate", "size"))]
+
+
+def _cells(entries: Sequence[Any]) -> list[str]:
+    return [
+        mean_spread(over_entries(entries, "end_nmse")),
+        mean_spread(over_entries(entries, "latent_nmse")),
+        number(highest(entries, "peak_gradient")),
+        mean_spread(over_entries(entries, "last_gradient"), 2),
+        "{} of {}".format(*exploded(entries)),
+        mean_spread(over_entries(entries, "perplexity_of_use")),
+    ]
+
+
+_CELLS = ["nmse at the end", "by latent", "highest gradient norm", "last", "exploded", "perplexity of use"]
+
+
+def _overview(results: Results) -> Table:
+    rows = []
+    for training, words in TRAININGS.items():
+        for norm, title in NORMS.items():
+            entries = _of(results, training, norm)
+            best = [mean_spread(over_entries(entries, key)) for key in ("nmse", "rmse")]
+            rows.append([words, title, *_cells(entries), *best])
+    entry, ours = _of(results, "published", "rln")[0], _of(results, "ours", "rln")[0]
+    note = (
+        f"Mean ± standard deviation over {len(entry['seeds'])} seeds of the mean over "
+        f"{len(_of(results, 'published', 'rln'))} kinds of matrix; d = {entry['settings']['vector_len']}, "
+        f"K = {entry['codebook_size']}. At the end: of rows scaled to unit mean square, indices chosen as "
+        "`compress` does; by latent: of the last epoch, indices by the nearest latent; best state: the matrix "
+        "coded with the best state met, the start included, in the weights' own units. "
+        f"Published start: random networks, normal codebook, learning rate "
+        f"{entry['settings']['learning_rate']:g}, {entry['steps']} steps, gradients not cut, dead codewords "
+        "left. Guarded: gradients cut at 1, dead codewords moved. Our start: identity and k-means, learning "
+        f"rate {ours['settings']['learning_rate']:g}, {ours['steps']} steps, guarded. Exploded: the gradient "
+        f"norm passed {EXPLODED:g} times that of the first step, or was not finite. Perplexity of use: of the "
+        "indices of the last epoch, at most K."
+    )
+    header = ["training", "norm", *_CELLS, "nmse, best state", "RMSE, best state"]
+    return Table("All kinds", header, rows, note)
+
+
+def _by_kind(results: Results) -> Table:
+    rows = []
+    for training, words in TRAININGS.items():
+        for entries in zip(*(_of(results, training, norm) for norm in NORMS), strict=True):
+            cells = [mean_spread(entry["end_nmse"]) for entry in entries]
+            rows.append([words, f"`{entries[0]['matrix']['kind']}`", *cells])
+    facts = [e["matrix"] for e in _of(results, "published", "rln")]
+    used = ", ".join(f"{f['rows']} × {f['columns']} of `{f['name']}`" for f in facts)
+    header = ["training", "kind", *NORMS.values()]
+    return Table("Each kind", header, rows, f"nmse at the end. Rows used: {used}.")
+
+
+def _sweep(results: Results, what: str) -> Table:
+    """Learning rates (`rate`) or codebook sizes (`size`) on one matrix."""
+    rows = [
+        [value, title, *_cells([results[f"{what}.{norm}.{value}"]])]
+        for value in _tried(results, what)
+        for norm, title in NORMS.items()
+    ]
+    entry = results[f"{what}.rln.{_tried(results, what)[0]}"]
+    title, first, start = {
+        "rate": ("Learning rates", "learning rate", "Published start, not guarded"),
+        "size": ("Codebook sizes", "K", "Published start, guarded"),
+    }[what]
+    note = f"{start}; `{entry['matrix']['name']}`, {len(entry['seeds'])} seeds."
+    return Table(title, [first, "norm", *_CELLS], rows, note)
+
+
+def findings(results: Results) -> list[str]:
+    """Whether LayerNorm explodes where RLN does not, and what each ends at."""
+    grew = {norm: exploded(_of(results, "published", norm)) for norm in NORMS}
+    held = grew["ln"][0] > grew["rln"][0]
+    told = ", ".join(f"{grew[norm][0]} of {grew[norm][1]} with {title}" for norm, title in NORMS.items())
+    return [
+        f"The sign of failure was {'seen' if held else 'not seen'} here: from the published start, at the "
+        f"published learning rate, gradients exploded in {told}.",
+        *(_compared(results, training) for training in TRAININGS),
+        _rate_words(results),
+        _size_words(results),
+    ]
+
+
+def _compared(results: Results, training: str) -> str:
+    """What each norm ends at, and in how many trainings RLN is better than LayerNorm."""
+    entries = {norm: _of(results, training, norm) for norm in NORMS}
+    ends = {norm: [v for e in entries[norm] for v in e["end_nmse"]] for norm in NORMS}
+    pairs = list(zip(ends["rln"], ends["ln"], strict=True))
+    better = sum(a is not None and (b is None or a < b) for a, b in pairs)
+    told = "; ".join(
+        f"{title} {mean_spread(over_entries(entries[norm], 'end_nmse'))} "
+        f"(by latent {mean_spread(over_entries(entries[norm], 'latent_nmse'))})"
+        for norm, title in NORMS.items()
+    )
+    start = mean(over_entries(entries["rln"], "start_nmse"))
+    words = TRAININGS[training]
+    return (
+        f"{words[0].upper()}{words[1:]}: nmse {number(start)} before training with RLN; at the end {told}. "
+        f"RLN ends below LayerNorm in {better} of {len(pairs)} trainings."
+    )
+
+
+def _rate_words(results: Results) -> str:
+    """The lowest of the learning rates at which each norm explodes."""
+    tried, told = _tried(results, "rate"), []
+    for norm, title in NORMS.items():
+        found = [rate for rate in tried if exploded([results[f"rate.{norm}.{rate}"]])[0]]
+        told.append(f"{title} {f'from {found[0]} on' if found else f'at none up to {tried[-1]}'}")
+    return "Learning rates at which a training explodes, of those tried: " + "; ".join(told) + "."
+
+
+def _size_words(results: Results) -> str:
+    """Who ends lowest at each codebook size."""
+    told = []
+    for size in _tried(results, "size"):
+        ends = {title: mean(results[f"size.{norm}.{size}"]["end_nmse"]) for norm, title in NORMS.items()}
+        known = {title: value for title, value in ends.items() if value is not None}
+        best = min(known, key=lambda title: known[title])
+        told.append(f"{best} at K = {size} ({', '.join(f'{t} {number(v)}' for t, v in ends.items())})")
+    return "Lowest nmse at the end, published start, guarded: " + "; ".join(told) + "."
+
+
+def draw(results: Results, figure: Any) -> None:
+    """Gradients over training; where training ends; gradients by learning rate."""
+    figure.set_size_inches(13, 4.4)
+    first, second, third = figure.subplots(1, 3)
+    for n, (norm, title) in enumerate(NORMS.items()):
+        _draw_gradients(first, _of(results, "published", norm), n, title)
+        for place, training in enumerate(TRAININGS):
+            ends = over_entries(_of(results, training, norm), "end_nmse")
+            dots(second, place + 0.15 * (n - 1), ends, n)
+        peaks = [
+            (float(r), highest([results[f"rate.{norm}.{r}"]], "peak_gradient"))
+            for r in _tried(results, "rate")
+        ]
+        third.plot(*zip(*[pair for pair in peaks if pair[1] is not None], strict=True), **look(n))
+    first.set_yscale("log")
+    plain_ticks(first.yaxis)
+    first.set_title("gradient norm, published start", fontsize=11)
+    first.set_xlabel("share of training; band: lowest to highest")
+    first.legend(fontsize=9, frameon=False)
+    seeds = len(_of(results, "ours", "rln")[0]["seeds"])
+    second.set_xticks(range(len(TRAININGS)), ["published\nstart", "the same,\nguarded", "our start"])
+    second.set_title(f"nmse at the end, {seeds} seeds", fontsize=11)
+    second.set_ylim(bottom=0)
+    third.set_xscale("log")
+    third.set_xticks([float(rate) for rate in _tried(results, "rate")])
+    third.set_yscale("log")
+    plain_ticks(third.xaxis)
+    plain_ticks(third.yaxis)
+    third.set_title("highest gradient norm", fontsize=11)
+    third.set_xlabel("learning rate, published start")
+
+
+def _draw_gradients(axes: Any, entries: Sequence[Any], n: int, title: str) -> None:
+    known = [entry["gradient"] for entry in entries]
+    length = min(len(gradient["middle"]) for gradient in known)
+    x = [(place + 0.5) / length for place in range(length)]
+
+    def across(key: str, how: Callable[[list[float]], float]) -> list[float]:
+        """Over kinds; not a number where none of them is finite."""
+        columns = [[g[key][i] for g in known if g[key][i] is not None] for i in range(length)]
+        return [how(column) if column else float("nan") for column in columns]
+
+    style = {**look(n), "marker": ""}
+    axes.plot(x, across("middle", statistics.median), label=title, **style)
+    axes.fill_between(x, across("low", min), across("high", max), color=style["color"], alpha=0.15, lw=0)
+
+
+STUDY = Study(
+    name="rln",
+    title=STUDIES["rln"],
+    claim=(
+        "Inside encoder and decoder the statistics of the norm must be taken over the full row (reshaped "
+        "layer normalization, RLN). A plain LayerNorm over the d numbers of a subvector fails in training; "
+        "the sign of it is exploding gradients."
+    ),
+    method=(
+        "Codecs of their own are trained on random rows of one matrix of each kind in the middle block, with "
+        "RLN, LayerNorm or no norm in encoder and decoder, from several seeds: from the published start, "
+        "with and without safeguards, and from ours. All rows are scaled to unit mean square first. The "
+        "gradient norm is that of all parameters together, before it is cut. On one matrix learning rates "
+        "and codebook sizes are varied, too."
+    ),
+    steps=steps,
+    tables=tables,
+    draw=draw,
+    findings=findings,
+)

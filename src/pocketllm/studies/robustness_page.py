@@ -1,0 +1,224 @@
+"""What is made of the results of the study `robustness`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pocketllm.evaluate.kl import standard_error
+from pocketllm.studies.study import Results, Table
+from pocketllm.studies.style import COLOURS, GREY, MARKERS, mean, number, plain_ticks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_BRITTLE = 2.0  # times the dense perplexity
+_STYLES = {"plain": "--", "calibrated": "-"}
+
+
+def _keys(results: Results, path: str | None = None, files: bool | None = None) -> list[str]:
+    """Keys of the compressions of a path, by falling bits per weight."""
+    found = [key for key in results if key != "dense"]
+    if path is not None:
+        found = [key for key in found if key.split("-")[0] == path]
+    if files is not None:
+        found = [key for key in found if ("-files-" in key) is files]
+    return sorted(found, key=lambda key: -results[key]["bpw_matrices"]) if path is not None else found
+
+
+def _factor(results: Results, key: str) -> float | None:
+    """Geometric mean over the texts of perplexity over that of the dense model."""
+    dense, own = results["dense"]["perplexity"], results[key]["perplexity"]
+    logs = [None if own[text] is None else math.log(own[text] / dense[text]) for text in dense]
+    middle = mean(logs)
+    return None if middle is None else math.exp(middle)
+
+
+def _accuracy(values: Mapping[str, Any]) -> float | None:
+    return mean([task["acc"] for task in values["tasks"].values()]) if values["tasks"] else None
+
+
+def _chance(results: Results) -> float | None:
+    return mean([task["chance"] for task in results["dense"]["tasks"].values()])
+
+
+def _lost(results: Results, key: str) -> tuple[float, float] | None:
+    """(points of mean accuracy lost, its standard error, paired by document)."""
+    dense, own = results["dense"]["tasks"], results[key]["tasks"]
+    if not own:
+        return None
+    losses, errors = [], []
+    for name, task in own.items():
+        pairs = [int(a) - int(b) for a, b in zip(dense[name]["right"], task["right"], strict=True)]
+        losses.append(sum(pairs) / len(pairs))
+        errors.append(standard_error(pairs) or 0.0)
+    return 100 * sum(losses) / len(losses), 100 * math.hypot(*errors) / len(errors)
+
+
+def tables(results: Results) -> list[Table]:
+    found = [_perplexities(results)]
+    return [*found, _tasks(results)] if results["dense"]["tasks"] else found
+
+
+def _sizes(values: Mapping[str, Any]) -> list[str]:
+    return [
+        number(values["bpw_matrices"]),
+        f"{number(values['ratio_matrices_fp32'])} / {number(values['ratio_files_bf16'])}",
+        number(values["bytes_on_disk"] / 1e6),
+    ]
+
+
+def _perplexities(results: Results) -> Table:
+    dense = results["dense"]
+    rows = [["dense", "16", "2 / 1", "", "", *(number(v, 4) for v in dense["perplexity"].values()), "1"]]
+    for key in _keys(results):
+        values = results[key]
+        shown = [number(values["perplexity"][text], 4) for text in dense["perplexity"]]
+        rows.append([key, *_sizes(values), number(values["nmse"]), *shown, number(_factor(results, key))])
+    header = ["", "bpw", "x smaller: matrices, fp32 / files, bf16", "MB", "nmse"]
+    note = (
+        f"The first {dense['windows']} windows of {dense['context']} tokens of each text. Last column: perplexity "
+        "over that of the dense model, geometric mean over the texts. bpw: of the compressed matrices, everything "
+        "counted; MB are 10^6 bytes of all files."
+    )
+    return Table("Perplexity", [*header, *dense["perplexity"], "times dense"], rows, note)
+
+
+def _tasks(results: Results) -> Table:
+    dense = results["dense"]
+    chance = _chance(results)
+    names = list(dense["tasks"])
+    rows = [["dense", "16", *(_percents(dense, names)), number(100 * (_accuracy(dense) or 0)), "", ""]]
+    for key in _keys(results):
+        values, lost = results[key], _lost(results, key)
+        assert lost is not None
+        kept = (_accuracy(values) - chance) / (_accuracy(dense) - chance)  # type: ignore[operator]
+        middle = number(100 * (_accuracy(values) or 0))
+        rows.append(
+            [
+                *(key, number(values["bpw_matrices"]), *_percents(values, names), middle),
+                f"{number(lost[0], 2)} ± {number(lost[1], 2)}",
+                f"{number(100 * kept, 2)} %",
+            ]
+        )
+    note = (
+        f"Accuracy in %, the first {dense['limit']} documents of each task; guessing gets "
+        f"{number(100 * (chance or 0))} on average. Points lost: of the mean, with the standard error of the "
+        "difference, paired by document. Margin kept: share of the dense model's margin over guessing."
+    )
+    return Table("Zero-shot tasks", ["", "bpw", *names, "mean", "points lost", "margin kept"], rows, note)
+
+
+def _percents(values: Mapping[str, Any], names: list[str]) -> list[str]:
+    return [number(100 * values["tasks"][name]["acc"]) for name in names]
+
+
+def draw(results: Results, figure: Figure) -> None:
+    with_tasks = bool(results["dense"]["tasks"])
+    figure.set_size_inches(9, 4.2)
+    axes = figure.subplots(1, 2 if with_tasks else 1, squeeze=False)[0]
+    for path, style in _STYLES.items():
+        _draw_perplexity(results, axes[0], path, style)
+    axes[0].set_yscale("log")
+    axes[0].axhline(_BRITTLE, color=GREY, linewidth=1)
+    axes[0].set_title("perplexity over the dense model's", fontsize=9)
+    axes[0].legend(fontsize=7, frameon=False)
+    plain_ticks(axes[0].yaxis)
+    if with_tasks:
+        _draw_tasks(results, axes[1])
+    for each in axes:
+        each.invert_xaxis()
+        each.set_xlabel("bits per weight of the compressed matrices", fontsize=8)
+        each.tick_params(labelsize=8)
+        each.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_perplexity(results: Results, axes: Any, path: str, style: str) -> None:
+    """A line for each text at the paper's ratios; squares where the ratio is that of whole files."""
+    for n, (text, dense) in enumerate(results["dense"]["perplexity"].items()):
+        keys = [k for k in _keys(results, path, False) if results[k]["perplexity"][text] is not None]
+        values = [results[key]["perplexity"][text] / dense for key in keys]
+        bits = [results[key]["bpw_matrices"] for key in keys]
+        look = {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "markersize": 4}
+        axes.plot(bits, values, style, **look, label=f"{path}: {text}")
+    files = [key for key in _keys(results, path, True) if _factor(results, key) is not None]
+    if files:
+        fill = "white" if path == "plain" else "black"
+        look = {"marker": "s", "linestyle": "", "color": fill, "markeredgecolor": "black"}
+        bits, values = [results[k]["bpw_matrices"] for k in files], [_factor(results, k) for k in files]
+        axes.plot(bits, values, **look, label=f"{path}: whole files, mean of texts")
+
+
+def _draw_tasks(results: Results, axes: Any) -> None:
+    for path, style, colour in (("plain", "--o", COLOURS[1]), ("calibrated", "-s", COLOURS[0])):
+        keys = _keys(results, path)
+        if not keys:
+            continue
+        bits = [results[key]["bpw_matrices"] for key in keys]
+        errors = [(_lost(results, key) or (0.0, 0.0))[1] for key in keys]
+        values = [100 * (_accuracy(results[key]) or 0) for key in keys]
+        axes.errorbar(bits, values, errors, fmt=style, color=colour, markersize=4, capsize=2, label=path)
+    axes.axhline(100 * (_accuracy(results["dense"]) or 0), color="black", linewidth=1, label="dense")
+    axes.axhline(100 * (_chance(results) or 0), color=GREY, linewidth=1, label="guessing")
+    axes.set_title(f"mean accuracy of {len(results['dense']['tasks'])} tasks, %", fontsize=9)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def findings(results: Results) -> list[str]:
+    sentences = [_claim(results)] if results["dense"]["tasks"] else []
+    for path in _STYLES:
+        keys = _keys(results, path)
+        if keys:
+            sentences.append(_brittle(results, path, keys))
+    sentences += [_by_text(results)]
+    return sentences
+
+
+def _claim(results: Results) -> str:
+    """The paper's figures are for the presets of its ratios."""
+    words = []
+    for key in (k for k in _keys(results) if "-files-" not in k):
+        lost = _lost(results, key)
+        assert lost is not None
+        words.append(f"{key} {number(lost[0], 2)} ± {number(lost[1], 2)}")
+    held = [
+        key
+        for key in _keys(results, "plain", False)
+        if (found := _lost(results, key)) is not None and found[0] < 2 * found[1]
+    ]
+    verdict = f"holds for {', '.join(held)}" if held else "does not hold at any ratio"
+    return (
+        f"That the published method loses nothing on zero-shot tasks {verdict}, on this model, within two standard "
+        f"errors, and without the paper's fine-tuning. Points of mean accuracy lost: {'; '.join(words)}."
+    )
+
+
+def _brittle(results: Results, path: str, keys: list[str]) -> str:
+    """keys: by falling bits."""
+    factors = {key: _factor(results, key) for key in keys}
+    listed = "; ".join(f"{key} {number(value)}" for key, value in factors.items())
+    broken = next((k for k, value in factors.items() if value is None or value > _BRITTLE), None)
+    if broken is None:
+        where = (
+            f"none of the settings more than doubles it, down to {number(results[keys[-1]]['bpw_matrices'])}"
+        )
+    else:
+        where = f"it more than doubles from {number(results[broken]['bpw_matrices'])} bits per weight ({broken}) on"
+    return f"{path.capitalize()}: perplexity over the dense model's is {listed}; {where}."
+
+
+def _by_text(results: Results) -> str:
+    """Which text suffers most and least at the last setting whose perplexities are all finite and sane."""
+    texts = list(results["dense"]["perplexity"])
+    if len(texts) < 2:
+        return f"Measured on one text ({texts[0]}); no others were found, so nothing is said of other kinds."
+    words = []
+    for key in _keys(results):
+        own = results[key]["perplexity"]
+        if any(own[text] is None for text in texts):
+            continue
+        factors = {text: own[text] / results["dense"]["perplexity"][text] for text in texts}
+        worst, best = max(factors, key=factors.__getitem__), min(factors, key=factors.__getitem__)
+        words.append(f"{key} {number(factors[best])} ({best}) to {number(factors[worst])} ({worst})")
+    return f"By text, least to most times the dense perplexity: {'; '.join(words)}."

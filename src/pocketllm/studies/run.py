@@ -1,0 +1,192 @@
+"""Run a study step by step, resumable, and write what it found whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pocketllm
+from pocketllm.errors import ConfigError
+from pocketllm.studies import page
+from pocketllm.studies.registry import load
+from pocketllm.studies.study import Setup, Step, Study
+
+RESULT_NAME = "result.json"
+Progress = Callable[[str, float], None]
+"""Called with the step at work and the finished share of the whole study."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study left. result: the contents of result.json. files: of the folder."""
+
+    output: Path
+    result: dict[str, Any]
+    files: tuple[Path, ...]
+
+
+def run_study(
+    name: str,
+    model: str,
+    output: str | Path,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    texts: Sequence[str | Path] | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda step, share: None,
+) -> Outcome:
+    """Measure, and write OUTPUT/result.json, NAME.md, NAME.png and NAME.svg.
+
+    Args:
+        name: one of `STUDIES`. model: folder, hub id or `builtin:smollm2-135m`.
+        output: folder to make. A half-done one of the same arguments is continued.
+        quick: a small version, within three minutes on two cores for the built-in model.
+        texts: files to measure on; None takes the default one.
+        overwrite: replace the study at `output`.
+
+    Raises:
+        ConfigError: an unknown study, or texts for a study without text. SourceError: as `open_dense`.
+        OutputError, ResumeError: nothing half-written is left under `output`; finished steps stay in
+            `output.partial`. ExtraError: matplotlib is not installed.
+    """
+    from pocketllm.model import checkpoint as ckpt
+    from pocketllm.model.workspace import Workspace, check_output, locked, output_error
+    from pocketllm.report import svg
+
+    study, output = load(name), Path(output)
+    svg.require("studies")
+    check_output(output, overwrite, f"{name}.svg", f"a study of {name!r}")
+    setup = _setup(study, model, output, quick, seed, device, texts)
+    asked = _asked(study, setup)
+    try:
+        work = Workspace.at(output, asked)
+        with locked(work.folder):
+            setup.work.mkdir(exist_ok=True)
+            steps = study.steps(setup)
+            for number, step in enumerate(steps):
+                _run_step(step, work.folder, number, len(steps), progress)
+            done = {s.key: json.loads(_file(work.folder, s).read_text(encoding="utf-8")) for s in steps}
+            result = _body(study, setup, asked, output, done)
+            final = work.folder / "final"
+            final.mkdir(exist_ok=True)
+            ckpt.write_json(final / RESULT_NAME, result)
+            page.write(study, result, final)
+            work.publish(output)
+    except OSError as error:
+        raise output_error(output, error) from error
+    progress("", 1.0)
+    return Outcome(output, result, tuple(sorted(output.iterdir())))
+
+
+def dry_run(
+    name: str,
+    model: str,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    texts: Sequence[str | Path] | None = None,
+) -> list[str]:
+    """The steps that a study would run, by key; nothing is measured or written.
+
+    Raises:
+        ConfigError, SourceError: as `run_study`.
+    """
+    study = load(name)
+    setup = _setup(study, model, Path(name), quick, seed, device, texts)
+    _asked(study, setup)
+    return [step.key for step in study.steps(setup)]
+
+
+def _setup(
+    study: Study,
+    model: str,
+    output: Path,
+    quick: bool,
+    seed: int,
+    device: str,
+    texts: Sequence[str | Path] | None,
+) -> Setup:
+    if texts and not study.on_text:
+        raise ConfigError(f"{study.name}: measures no model on text; leave the texts out")
+    named = tuple(map(str, texts)) if texts else None
+    work = output.with_name(f"{output.name}.partial") / "work"
+    return Setup(model, quick, seed, device, named, work, study.several_texts)
+
+
+def _asked(study: Study, setup: Setup) -> dict[str, Any]:
+    """Everything that the results depend on."""
+    import torch
+
+    return {
+        "study": study.name,
+        "model": setup.model,
+        "weights": setup.source().fingerprint(),
+        "quick": setup.quick,
+        "seed": setup.seed,
+        "device": setup.device,
+        "threads": torch.get_num_threads(),
+        "texts": {t.name: t.digest for t in setup.evaluation_texts()} if study.on_text else {},
+        "version": pocketllm.__version__,
+    }
+
+
+def _file(folder: Path, step: Step) -> Path:
+    return folder / f"step-{step.key}.json"
+
+
+def _run_step(step: Step, folder: Path, number: int, count: int, progress: Progress) -> None:
+    """Run a step and keep its values, unless an earlier run has kept them."""
+    from pocketllm.model import checkpoint as ckpt
+
+    progress(step.key, number / count)
+    if _file(folder, step).is_file():
+        return
+    started = time.monotonic()
+    values = step.run(lambda share: progress(step.key, (number + share) / count))
+    seconds = round(time.monotonic() - started, 3)
+    ckpt.write_json(_file(folder, step), {"seconds": seconds, "values": _plain(values)})
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinities: None instead."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _body(
+    study: Study, setup: Setup, asked: Mapping[str, Any], output: Path, done: Mapping[str, Any]
+) -> dict[str, Any]:
+    from pocketllm.machine import machine
+
+    results = {key: entry["values"] for key, entry in done.items()}
+    return {
+        "study": study.name,
+        "config": {key: asked[key] for key in ("model", "weights", "quick", "texts", "device")},
+        "seed": setup.seed,
+        "command": _command(study, setup, output),
+        "machine": machine(setup.device),
+        "seconds": round(sum(entry["seconds"] for entry in done.values()), 1),
+        "step_seconds": {key: entry["seconds"] for key, entry in done.items()},
+        "findings": study.findings(results),
+        "results": results,
+    }
+
+
+def _command(study: Study, setup: Setup, output: Path) -> str:
+    """The command line that does the same again."""
+    words = ["pocketllm", "study", study.name, setup.model, "-o", str(output)]
+    words += ["--quick"] if setup.quick else []
+    words += ["--seed", str(setup.seed)] if setup.seed else []
+    words += ["--device", setup.device] if setup.device != "cpu" else []
+    return " ".join([*words, *(word for text in setup.texts or () for word in ("--text", text))])

@@ -1,0 +1,125 @@
+"""What a study is: independent steps that measure, and what is made of their results."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pocketllm.model.source import DenseCheckpoint
+
+Results = Mapping[str, Mapping[str, Any]]
+"""Step key -> the values it returned, as they come back from JSON; a number that was not finite is None."""
+
+Progress = Callable[[float], None]
+"""Called with the finished share, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that models are measured on. name: as results call it."""
+
+    name: str
+    text: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a study is run on.
+
+    model: folder, hub id or `builtin:smollm2-135m`. quick: a small version that ends in three minutes.
+    seed: of every random choice. device: `cpu` or `cuda`.
+    texts: files to measure perplexity on; None takes the default one (`evaluation_text`).
+    work: a scratch folder for intermediate models, kept until the study is whole.
+    several: whether the default is texts of several kinds (`evaluation_texts`).
+    """
+
+    model: str
+    quick: bool
+    seed: int
+    device: str
+    texts: tuple[str, ...] | None
+    work: Path
+    several: bool = False
+
+    def evaluation_texts(self) -> list[Text]:
+        """The texts to measure on, never none.
+
+        Raises:
+            SourceError: a file cannot be read.
+        """
+        from pocketllm.evaluate.perplexity import read_text
+        from pocketllm.evaluate.texts import evaluation_text, evaluation_texts
+
+        if not self.texts:
+            found = evaluation_texts() if self.several else [evaluation_text()]
+            return [Text(*each) for each in found]
+        return [Text(Path(path).name, read_text(path)) for path in self.texts]
+
+    def source(self) -> DenseCheckpoint:
+        """The model's dense checkpoint, opened.
+
+        Raises:
+            SourceError: it is missing or in a form that is not read.
+        """
+        from pocketllm.model.source import open_dense, resolve
+
+        return open_dense(resolve(self.model))
+
+
+@dataclass(frozen=True)
+class Step:
+    """An independent unit of measurement.
+
+    key: names it and its file; letters, digits and `._-`.
+    run: measures and returns plain JSON values; is told where to report its progress.
+    """
+
+    key: str
+    run: Callable[[Progress], dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        assert re.fullmatch(r"[\w.-]+", self.key), self.key
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures as text. note: what they are of; stands below the table."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A claim and how it is put to the test.
+
+    title: one line, as `STUDIES` has it. claim: what the paper says. method: what is measured, in words.
+    steps: in the order they run; each may be the one where an interrupted run goes on.
+    draw: into an empty matplotlib figure; sets its size itself.
+    findings: plain sentences with numbers, computed from the results; the first says whether the claim held.
+    on_text: whether it measures models on text; several_texts: on several kinds of it.
+    """
+
+    name: str
+    title: str
+    claim: str
+    method: str
+    steps: Callable[[Setup], list[Step]]
+    tables: Callable[[Results], list[Table]]
+    draw: Callable[[Results, Figure], None]
+    findings: Callable[[Results], list[str]]
+    on_text: bool = False
+    several_texts: bool = False

@@ -1,0 +1,108 @@
+"""Whole models in studies: coded once into the scratch folder, put together in memory, measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketllm.config import CompressConfig
+from pocketllm.model.decode import Matrices
+from pocketllm.studies.study import Progress, Setup
+
+_STAGES = {"measure": (0.0, 0.2), "fit": (0.2, 0.4), "encode": (0.4, 1.0)}
+"""Share of a compression that a stage begins and ends at, roughly: progress only."""
+
+
+def coded(setup: Setup, name: str, config: CompressConfig, progress: Progress = lambda share: None) -> Path:
+    """The model compressed into the scratch folder, now or by an earlier step.
+
+    Raises:
+        PocketError: as `pocketllm.compress`.
+    """
+    from pocketllm.model.checkpoint import REPORT_NAME
+    from pocketllm.model.compress import Event, compress
+
+    def told(event: Event) -> None:
+        begin, end = _STAGES.get(event.stage, (0.0, 0.0))
+        if end:
+            progress(begin + (end - begin) * event.share)
+
+    folder = setup.work / name
+    if not (folder / REPORT_NAME).is_file():
+        compress(setup.model, config, folder, device=setup.device, progress=told)
+    return folder
+
+
+def calibration_texts() -> tuple[str, ...]:
+    """WikiText-2's train text if `POCKETLLM_DATA` has it; nothing stands for Python's own documentation."""
+    folder = data_folder()
+    file = folder / "wikitext2" / "wiki.train.first_part.txt" if folder else None
+    return (str(file),) if file is not None and file.is_file() else ()
+
+
+def data_folder() -> Path | None:
+    """The folder that `POCKETLLM_DATA` names."""
+    named = os.environ.get("POCKETLLM_DATA")
+    return Path(named) if named else None
+
+
+def task_names() -> list[str]:
+    """The zero-shot tasks that can be read from local files here; none where lm-eval is missing."""
+    import importlib.util
+
+    from pocketllm.evaluate.local_tasks import local_tasks
+
+    if importlib.util.find_spec("lm_eval") is None:
+        return []
+    folder = data_folder()
+    return [task.name for task in local_tasks().values() if task.find(folder)]
+
+
+def dense_model(setup: Setup) -> tuple[Any, Any]:
+    """(model, tokenizer): as it is before compression, in the dtype the machine is fastest in."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pocketllm.model.compute import fast_dtype
+    from pocketllm.model.source import resolve
+
+    folder = resolve(setup.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=fast_dtype(setup.device))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model.to(setup.device).eval().requires_grad_(False), tokenizer
+
+
+@contextmanager
+@torch.no_grad()
+def installed(model: Any, matrices: Matrices, names: Iterable[str]) -> Iterator[None]:
+    """Some of a dense model's matrices are the compressed ones while this lasts."""
+    before = {name: model.get_parameter(name).clone() for name in names}
+    try:
+        for name in before:
+            model.get_parameter(name).copy_(matrices.read(name))
+        yield
+    finally:
+        for name, value in before.items():
+            model.get_parameter(name).copy_(value)
+
+
+def tasks_of(setup: Setup, load: Any, names: list[str], limit: int, progress: Progress) -> Any:
+    """Zero-shot results by task, of a model that `load` gives; nothing is kept in the cache.
+
+    Args:
+        load: () -> (model, tokenizer). names: as `task_names`. limit: first documents of each task.
+    """
+    from pocketllm.config import EvalConfig
+    from pocketllm.evaluate.tasks import Subject, evaluate_tasks
+
+    def told(task: str, share: float) -> None:
+        progress((names.index(task) + share) / len(names))
+
+    subject = Subject("a study's", "", load)
+    return evaluate_tasks(
+        names, subject, EvalConfig(limit=limit), data_folder(), hub=False, cache=False, progress=told
+    )

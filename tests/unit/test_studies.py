@@ -1,0 +1,212 @@
+"""The frame around the studies: steps, resuming, refusing, what is written; with a study of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocketllm import cli
+from pocketllm.errors import ConfigError, OutputError, ResumeError, SourceError
+from pocketllm.studies import STUDIES, registry, run_study
+from pocketllm.studies.study import Setup, Step, Study, Table
+from tests import tiny
+
+STOP = "stop"
+
+
+class Counting:
+    """A study of three steps that notes which of them ran, and stops at one where it is told to."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.stop_at: str | None = None
+
+    def steps(self, setup: Setup) -> list[Step]:
+        return [self._step(key, value) for key, value in (("a", 1.0), ("b", 2.0), ("c", float("inf")))]
+
+    def _step(self, key: str, value: float) -> Step:
+        def run(progress: Any) -> dict[str, Any]:
+            if key == self.stop_at:
+                raise KeyboardInterrupt
+            progress(0.5)
+            self.ran.append(key)
+            return {"value": value}
+
+        return Step(key, run)
+
+    def study(self) -> Study:
+        return Study(
+            "counting",
+            "steps are counted",
+            "It counts.",
+            "Steps.",
+            self.steps,
+            lambda results: [Table("Steps", ["step"], [[key] for key in results], "all | of them")],
+            lambda results, figure: figure.subplots().plot([r["value"] or 0 for r in results.values()]),
+            lambda results: [f"{len(results)} steps ran."],
+        )
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    made = Counting()
+    monkeypatch.setitem(STUDIES, "counting", "steps are counted")
+    monkeypatch.setattr("pocketllm.studies.run.load", lambda name: made.study())
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.save(tmp_path_factory.mktemp("studies") / "dense"))
+
+
+def test_writes_everything(counting: Counting, model: str, tmp_path: Path) -> None:
+    told: list[tuple[str, float]] = []
+    done = run_study("counting", model, tmp_path / "out", progress=lambda *step: told.append(step))
+    assert sorted(p.name for p in done.files) == [
+        "counting.md",
+        "counting.png",
+        "counting.svg",
+        "result.json",
+    ]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result == done.result
+    assert result["results"]["c"] == {"value": None}
+    assert result["findings"] == ["3 steps ran."]
+    assert result["command"] == f"pocketllm study counting {model} -o {tmp_path / 'out'}"
+    assert {"processor", "threads", "versions"} <= set(result["machine"])
+    assert result["config"]["texts"] == {}
+    page = (tmp_path / "out" / "counting.md").read_text()
+    assert "It counts." in page and "3 steps ran." in page and "| a |" in page
+    assert (tmp_path / "out" / "counting.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out.partial").exists()
+    assert told[0] == ("a", 0.0) and told[-1] == ("", 1.0)
+    assert [share for _, share in told] == sorted(share for _, share in told)
+
+
+def test_goes_on_where_it_was(counting: Counting, model: str, tmp_path: Path) -> None:
+    counting.stop_at = "c"
+    with pytest.raises(KeyboardInterrupt):
+        run_study("counting", model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    counting.stop_at = None
+    run_study("counting", model, tmp_path / "out")
+    assert counting.ran == ["a", "b", "c"]
+
+
+def test_refuses_other_arguments(counting: Counting, model: str, tmp_path: Path) -> None:
+    counting.stop_at = "b"
+    with pytest.raises(KeyboardInterrupt):
+        run_study("counting", model, tmp_path / "out")
+    with pytest.raises(ResumeError, match="seed: 0 then, 3 now"):
+        run_study("counting", model, tmp_path / "out", seed=3)
+
+
+def test_refuses_what_is_there(counting: Counting, model: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is not a study of 'counting'"):
+        run_study("counting", model, tmp_path / "out", overwrite=True)
+    run_study("counting", model, tmp_path / "own")
+    with pytest.raises(OutputError, match="--overwrite"):
+        run_study("counting", model, tmp_path / "own")
+    run_study("counting", model, tmp_path / "own", overwrite=True)
+    assert len(counting.ran) == 6
+
+
+def test_bad_input(counting: Counting, model: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="measures no model on text"):
+        run_study("counting", model, tmp_path / "out", texts=["a.txt"])
+    with pytest.raises(SourceError, match="no such folder"):
+        run_study("counting", str(tmp_path / "nowhere"), tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+    with pytest.raises(ConfigError, match="unknown study 'nonsense'; known: rln"):
+        registry.load("nonsense")
+
+
+def test_default_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("POCKETLLM_DATA", raising=False)
+    setup = Setup("m", True, 0, "cpu", None, tmp_path)
+    assert setup.evaluation_texts()[0].name == "Python's own documentation (held-out topics)"
+    (tmp_path / "own.txt").write_text("some words")
+    named = Setup("m", True, 0, "cpu", (str(tmp_path / "own.txt"),), tmp_path).evaluation_texts()
+    assert [(t.name, t.text) for t in named] == [("own.txt", "some words")]
+
+
+# the command
+
+
+def command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str
+) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `pocketllm study`."""
+    monkeypatch.setattr(sys, "argv", ["pocketllm", "study", *words])
+    capsys.readouterr()
+    code: Any = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code
+    return int(code or 0), *capsys.readouterr()
+
+
+def test_command_help_lists_the_studies(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = command(capsys, monkeypatch, "--help")
+    assert code == 0
+    words = " ".join(out.split())
+    assert all(f"{name}: {title}" in words for name, title in STUDIES.items())
+
+
+def test_command_unknown_study(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    code, _, err = command(capsys, monkeypatch, "nonsense", model)
+    assert code == 2 and "unknown study 'nonsense'; known: rln, overfit" in err
+    code, _, err = command(capsys, monkeypatch, "rln", "./nowhere", "--dry-run")
+    assert code == 1 and "nowhere" in err
+
+
+def test_command_dry_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command(capsys, monkeypatch, "depth", model, "--dry-run", "--json", "--quick")
+    assert code == 0
+    values = json.loads(out)
+    assert values["study"] == "depth" and "published.5" in values["steps"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_runs(
+    counting: Counting,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("pocketllm.studies.load", lambda name: counting.study())
+    output = tmp_path / "out"
+    code, out, _ = command(capsys, monkeypatch, "counting", model, "-o", str(output), "--json", "--quiet")
+    assert code == 0
+    values = json.loads(out)
+    assert values["findings"] == ["3 steps ran."] and values["output"] == str(output)
+    assert values["files"] == [str(p) for p in sorted(output.iterdir())]
+    code, out, _ = command(
+        capsys, monkeypatch, "counting", model, "-o", str(output), "--overwrite", "--quiet"
+    )
+    assert code == 0 and "- 3 steps ran." in out and "all | of them" in out
+    code, _, err = command(capsys, monkeypatch, "counting", model, "-o", str(output))
+    assert code == 1 and "pass --overwrite" in err
+
+
+def test_titles_are_those_of_the_registry() -> None:
+    for name, title in STUDIES.items():
+        study = registry.load(name)
+        assert (study.name, study.title) == (name, title)
+        assert study.claim and study.method
