@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pocketllm import cli
 from pocketllm.errors import ConfigError, OutputError, ResumeError, SourceError
 from pocketllm.studies import STUDIES, registry, run_study
 from pocketllm.studies.study import Setup, Step, Study, Table
@@ -133,3 +135,78 @@ def test_default_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     (tmp_path / "own.txt").write_text("some words")
     named = Setup("m", True, 0, "cpu", (str(tmp_path / "own.txt"),), tmp_path).evaluation_texts()
     assert [(t.name, t.text) for t in named] == [("own.txt", "some words")]
+
+
+# the command
+
+
+def command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str
+) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `pocketllm study`."""
+    monkeypatch.setattr(sys, "argv", ["pocketllm", "study", *words])
+    capsys.readouterr()
+    code: Any = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code
+    return int(code or 0), *capsys.readouterr()
+
+
+def test_command_help_lists_the_studies(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = command(capsys, monkeypatch, "--help")
+    assert code == 0
+    words = " ".join(out.split())
+    assert all(f"{name}: {title}" in words for name, title in STUDIES.items())
+
+
+def test_command_unknown_study(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    code, _, err = command(capsys, monkeypatch, "nonsense", model)
+    assert code == 2 and "unknown study 'nonsense'; known: rln, overfit" in err
+    code, _, err = command(capsys, monkeypatch, "rln", "./nowhere", "--dry-run")
+    assert code == 1 and "nowhere" in err
+
+
+def test_command_dry_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command(capsys, monkeypatch, "depth", model, "--dry-run", "--json", "--quick")
+    assert code == 0
+    values = json.loads(out)
+    assert values["study"] == "depth" and "published.5" in values["steps"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_runs(
+    counting: Counting,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("pocketllm.studies.load", lambda name: counting.study())
+    output = tmp_path / "out"
+    code, out, _ = command(capsys, monkeypatch, "counting", model, "-o", str(output), "--json", "--quiet")
+    assert code == 0
+    values = json.loads(out)
+    assert values["findings"] == ["3 steps ran."] and values["output"] == str(output)
+    assert values["files"] == [str(p) for p in sorted(output.iterdir())]
+    code, out, _ = command(
+        capsys, monkeypatch, "counting", model, "-o", str(output), "--overwrite", "--quiet"
+    )
+    assert code == 0 and "- 3 steps ran." in out and "all | of them" in out
+    code, _, err = command(capsys, monkeypatch, "counting", model, "-o", str(output))
+    assert code == 1 and "pass --overwrite" in err
+
+
+def test_titles_are_those_of_the_registry() -> None:
+    for name, title in STUDIES.items():
+        study = registry.load(name)
+        assert (study.name, study.title) == (name, title)
+        assert study.claim and study.method

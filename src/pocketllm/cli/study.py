@@ -63,7 +63,7 @@ def study(
         )
     files = [str(path) for path in done.files]
     found = studies.load(name)
-    tables = [_table(table) for table in found.tables(done.result["results"])]
+    tables = [part for table in found.tables(done.result["results"]) for part in (_table(table), table.note)]
     lines = [f"- {sentence}" for sentence in done.result["findings"]]
     show.result({**done.result, "output": str(done.output), "files": files}, *tables, *lines, *files)
 
@@ -72,7 +72,7 @@ def _table(table: Any) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    shown = Table(title=escape(table.title), caption=escape(table.note) or None)
+    shown = Table(title=escape(table.title))
     for header in table.header:
         shown.add_column(escape(header), overflow="fold")
     for row in table.rows:
