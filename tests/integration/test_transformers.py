@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pocketllm
-from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError
+from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, SourceError
 from pocketllm.integrations import transformers as plugin
 from tests import tiny
 
@@ -63,7 +63,7 @@ def test_device_maps(device_map: Any, mode: str, compressed: Path) -> None:
 
 def test_disk_offload_is_refused(compressed: Path) -> None:
     with pytest.raises(ConfigError, match="disk"):
-        pocketllm.load(compressed, device_map={"model": "cpu", "lm_head": "disk", "disk": "disk"})
+        pocketllm.load(compressed, device_map={"model": "cpu", "lm_head": "disk"})
 
 
 @pytest.mark.parametrize("mode", ["dense", "packed"])
@@ -143,6 +143,29 @@ def test_a_model_loaded_without_the_plugin_is_refused(
     monkeypatch.setattr(plugin.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny.model())
     with pytest.raises(LoadError, match="without pocketllm"):
         pocketllm.load(compressed)
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    """Loads; what needs a tokenizer says so."""
+    from pocketllm.cli.options import load_any
+    from pocketllm.model.export import export
+
+    tiny.model().save_pretrained(tmp_path / "dense")
+    pocketllm.compress(tmp_path / "dense", tiny.settings(), tmp_path / "out")
+    model, tokenizer = pocketllm.load(tmp_path / "out")
+    assert tokenizer is None and logits(model).isfinite().all()
+    for folder in ("dense", "out"):
+        with pytest.raises(SourceError, match=f"{folder}: holds no tokenizer"):
+            load_any(str(tmp_path / folder), "dense", "auto", "cpu", False)
+    assert export(tmp_path / "out", tmp_path / "again", torch.bfloat16) > 0
+
+
+def test_a_damaged_tokenizer(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "dense")
+    (tmp_path / "dense" / "tokenizer.json").write_text("{")
+    pocketllm.compress(tmp_path / "dense", tiny.settings(), tmp_path / "out")
+    with pytest.raises(SourceError, match="out: its tokenizer cannot be read"):
+        pocketllm.load(tmp_path / "out")
 
 
 @pytest.mark.parametrize("order", ["pocketllm, transformers", "transformers, pocketllm"])

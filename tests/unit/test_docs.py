@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pocketllm.config import DEFAULT_PRESET, PRESETS
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
@@ -25,3 +27,21 @@ def test_links(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_preset_is_documented() -> None:
+    """And the default is called that, in one place."""
+    text = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    assert [name for name in PRESETS if f"`{name}`" not in text] == []
+    assert re.findall(r"`([^`]+)` \(default\)", text) == [DEFAULT_PRESET]
+
+
+def test_continuous_integration_runs_what_contributing_says() -> None:
+    """The commands of CONTRIBUTING.md are those of `.ci/run`, which takes the last two from README.md."""
+    said = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Check")[1].split("```")[1]
+    commands = [line for line in said.splitlines() if line.startswith(".venv/")]
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert all(command in script for command in commands[:3])
+    blocks = re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for command, block in zip(commands[3:], blocks[:2], strict=True):
+        assert command in block

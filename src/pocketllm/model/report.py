@@ -109,6 +109,8 @@ def check_report(values: Mapping[str, Any]) -> None:
     _check_fields(Report, values, "")
     for number, matrix in enumerate(values["matrices"]):
         _check_fields(MatrixReport, matrix, f"matrices[{number}].")
+        if not all(isinstance(size, int) for size in matrix["shape"]):
+            raise ValueError(f"matrices[{number}].shape: got {matrix['shape']!r}")
     for number, entry in enumerate(values["skipped"]):
         if not all(isinstance(_at(entry, key), str) for key in ("name", "reason")):
             raise ValueError(f"skipped[{number}]: wanted name and reason")
