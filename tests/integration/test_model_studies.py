@@ -18,9 +18,10 @@ from pocketllm.model.checkpoint import read_report
 from pocketllm.model.decode import Matrices
 from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.report.collect import read_model
-from pocketllm.studies import decoder, overhead, probe, robustness, run_study, sensitivity
+from pocketllm.studies import decoder, overhead, overhead_page, probe, robustness, run_study, sensitivity
 from pocketllm.studies import robustness_page as robust
 from pocketllm.studies import sensitivity_page as sensitive
+from pocketllm.studies.scored import points_lost
 from pocketllm.studies.study import Setup
 from pocketllm.studies.whole import dense_model, installed
 from tests import tiny
@@ -32,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         tiny.save(
             tmp_path_factory.mktemp("model-studies") / "dense",
             max_position_embeddings=512,
-            num_hidden_layers=7,
+            num_hidden_layers=3,
         )
     )
 
@@ -77,7 +78,7 @@ def test_the_whole_put_together_is_the_compressed_model(model: str, tmp_path: Pa
     saved = 2 * groups[sensitive.ALL]["weights"] - stored
     assert sum(k["saved_bytes"] for k in kinds) + ends == pytest.approx(saved, rel=1e-4)
     each = done.result["results"]["plain-blocks"]["groups"]
-    assert list(each) == [str(n) for n in range(7)]
+    assert list(each) == [str(n) for n in range(3)]
     assert all(0 < block["kl"] < groups[sensitive.ALL]["kl"] for block in each.values())
 
 
@@ -86,7 +87,7 @@ def test_matrices_are_put_in_and_taken_out_again(model: str, tmp_path: Path) -> 
     pocketllm.compress(model, tiny.settings(), folder)
     dense, _ = dense_model(setup_of(model, tmp_path))
     before = {name: value.clone() for name, value in dense.named_parameters()}
-    matrices, chosen = Matrices.open(folder), "model.layers.3.mlp.up_proj.weight"
+    matrices, chosen = Matrices.open(folder), "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(KeyError), installed(dense, matrices, [chosen]):
         for name, value in dense.named_parameters():
             assert torch.equal(value, before[name]) is (name != chosen)
@@ -137,6 +138,23 @@ def sensitive_results(ratio: float, outer: float) -> dict[str, Any]:
 def test_sensitivity_says_what_the_figures_say(ratio: float, outer: float, words: tuple[str, ...]) -> None:
     sentences = " ".join(sensitive.findings(sensitive_results(ratio, outer)))
     assert all(word in sentences for word in words), sentences
+
+
+def test_points_lost_of_the_parts_are_told() -> None:
+    dense = {"quiz": {"acc": 0.75, "chance": 0.25, "right": "11111100"}}
+    hurt = {"quiz": {"acc": 0.5, "chance": 0.25, "right": "11110000"}}
+    groups = {
+        "FFN": {"saved_bytes": 5e6, "tasks": dense},
+        "attention": {"saved_bytes": 1e6, "tasks": hurt},
+    }
+    results = {
+        **sensitive_results(1.0, 1.0),
+        "dense-tasks": {"tasks": dense, "limit": 8},
+        "plain-tasks": {"groups": groups, "limit": 8},
+    }
+    rows = {row[0]: row for table in sensitive.tables(results) for row in table.rows}
+    assert rows["attention"][-2:] == ["25 ± 16", "25"]
+    assert any("FFN 0 ± 0 (0 per MB); attention 25 ± 16" in text for text in sensitive.findings(results))
 
 
 # decoder
@@ -217,6 +235,26 @@ def test_overhead_study(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert results["form-row"]["decode_flops"] > results["form-lookup"]["decode_flops"]
 
 
+def test_ratios_are_those_within_a_round() -> None:
+    """A machine that is half as fast in one round does not change what is compared."""
+    jobs = {probe.DENSE: 1.0, "lookup, decoded at load": 2.0, "lookup, packed": 4.0}
+    keys = ("load_seconds", "first_token_seconds", "long_seconds", "loaded_bytes", "peak_bytes")
+    results: dict[str, Any] = {
+        "form-lookup": {"flops": {"one token": 2.0}, "decode_flops": 6.0},
+    }
+    for number, slow in enumerate((1.0, 3.0, 2.0)):
+        runs = {
+            job: {"tokens_per_second": 1 / cost / slow, **dict.fromkeys(keys, cost * slow)}
+            for job, cost in jobs.items()
+        }
+        results[f"cpu-{number}"] = {"runs": runs, "short": 8, "long": 64, "gpu": None}
+    sentences = overhead_page.findings(results)
+    assert "generates at 0.50 times the dense speed" in sentences[0]
+    assert "0.25 times the speed" in sentences[0]
+    assert "loading and decoding takes 4.00 s (dense weights 2.00 s)" in sentences[1]
+    assert "lookup 3.00" in sentences[2]
+
+
 # robustness
 
 
@@ -260,8 +298,8 @@ def robust_results(plain: float | None) -> dict[str, Any]:
 
 
 def test_losses_are_paired_by_document() -> None:
-    lost = robust._lost(robust_results(11.0), "calibrated-8x")
-    assert lost is not None
+    results = robust_results(11.0)
+    lost = points_lost(results["dense"]["tasks"], results["calibrated-8x"]["tasks"])
     assert lost[0] == pytest.approx(0.0)
     differences = [0, 0, 0, 0, 0, 1, -1, 0]
     assert lost[1] == pytest.approx(100 * math.sqrt(sum(d * d for d in differences) / 7 / 8))

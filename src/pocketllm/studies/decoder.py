@@ -43,7 +43,7 @@ class Variant:
 
 
 def size_of(setup: Setup) -> Size:
-    return Size(2, 256, 6, 2, 128, 2) if setup.quick else Size(6, 1024, 40, 4, 128, 8)
+    return Size(2, 256, 4, 2, 128, 1) if setup.quick else Size(6, 1024, 16, 4, 128, 4)
 
 
 def variants(setup: Setup) -> dict[str, Variant]:
@@ -74,17 +74,14 @@ def variants(setup: Setup) -> dict[str, Variant]:
         found[key] = Variant(shown, config, stored, equal)
 
     found: dict[str, Variant] = {}
-    affine: dict[str, Any] = {"depth": 1, "hidden": 0}
     add("none-kind", "none; a codebook per kind", "kind", "kind", depth=0)
-    add("affine-kind", "affine per kind, a codebook per kind", "kind", "kind", **affine)
     add("mlp-kind", "MLP per kind, a codebook per kind", "kind", "kind")
     add("row-kind", "MLP with RLN per kind (published form)", "kind", "kind", decoder="row")
-    add("affine-matrix", "affine per matrix, a codebook per kind", "kind", "matrix", **affine)
+    add("affine-matrix", "affine per matrix, a codebook per kind", "kind", "matrix", depth=1, hidden=0)
     width = (budget - codebook) // (count * 2 * base.codec.depth * d * FLOAT16_BYTES)
     if width >= 2 * d:  # the least that can start as the identity
         add("mlp-matrix", f"MLP (width {width}) per matrix, one codebook", "model", "matrix", hidden=width)
     add("none-model", "none; one codebook", "model", "model", False, depth=0)
-    add("affine-model", "affine per matrix, one codebook", "model", "matrix", False, **affine)
     return found
 
 

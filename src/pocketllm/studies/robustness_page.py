@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pocketllm.evaluate.kl import standard_error
+from pocketllm.studies.scored import accuracy, points_lost
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import COLOURS, GREY, MARKERS, mean, number, plain_ticks
 
@@ -35,25 +35,8 @@ def _factor(results: Results, key: str) -> float | None:
     return None if middle is None else math.exp(middle)
 
 
-def _accuracy(values: Mapping[str, Any]) -> float | None:
-    return mean([task["acc"] for task in values["tasks"].values()]) if values["tasks"] else None
-
-
-def _chance(results: Results) -> float | None:
-    return mean([task["chance"] for task in results["dense"]["tasks"].values()])
-
-
-def _lost(results: Results, key: str) -> tuple[float, float] | None:
-    """(points of mean accuracy lost, its standard error, paired by document)."""
-    dense, own = results["dense"]["tasks"], results[key]["tasks"]
-    if not own:
-        return None
-    losses, errors = [], []
-    for name, task in own.items():
-        pairs = [int(a) - int(b) for a, b in zip(dense[name]["right"], task["right"], strict=True)]
-        losses.append(sum(pairs) / len(pairs))
-        errors.append(standard_error(pairs) or 0.0)
-    return 100 * sum(losses) / len(losses), 100 * math.hypot(*errors) / len(errors)
+def _lost(results: Results, key: str) -> tuple[float, float]:
+    return points_lost(results["dense"]["tasks"], results[key]["tasks"])
 
 
 def tables(results: Results) -> list[Table]:
@@ -87,24 +70,22 @@ def _perplexities(results: Results) -> Table:
 
 def _tasks(results: Results) -> Table:
     dense = results["dense"]
-    chance = _chance(results)
+    guessed, best = (accuracy(dense["tasks"], which) for which in ("chance", "acc"))
     names = list(dense["tasks"])
-    rows = [["dense", "16", *(_percents(dense, names)), number(100 * (_accuracy(dense) or 0)), "", ""]]
+    rows = [["dense", "16", *_percents(dense, names), number(100 * best), "", ""]]
     for key in _keys(results):
         values, lost = results[key], _lost(results, key)
-        assert lost is not None
-        kept = (_accuracy(values) - chance) / (_accuracy(dense) - chance)  # type: ignore[operator]
-        middle = number(100 * (_accuracy(values) or 0))
+        mean_of = accuracy(values["tasks"])
         rows.append(
             [
-                *(key, number(values["bpw_matrices"]), *_percents(values, names), middle),
+                *(key, number(values["bpw_matrices"]), *_percents(values, names), number(100 * mean_of)),
                 f"{number(lost[0], 2)} ± {number(lost[1], 2)}",
-                f"{number(100 * kept, 2)} %",
+                f"{number(100 * (mean_of - guessed) / (best - guessed), 2)} %",
             ]
         )
     note = (
         f"Accuracy in %, the first {dense['limit']} documents of each task; guessing gets "
-        f"{number(100 * (chance or 0))} on average. Points lost: of the mean, with the standard error of the "
+        f"{number(100 * guessed)} on average. Points lost: of the mean, with the standard error of the "
         "difference, paired by document. Margin kept: share of the dense model's margin over guessing."
     )
     return Table("Zero-shot tasks", ["", "bpw", *names, "mean", "points lost", "margin kept"], rows, note)
@@ -156,11 +137,12 @@ def _draw_tasks(results: Results, axes: Any) -> None:
         if not keys:
             continue
         bits = [results[key]["bpw_matrices"] for key in keys]
-        errors = [(_lost(results, key) or (0.0, 0.0))[1] for key in keys]
-        values = [100 * (_accuracy(results[key]) or 0) for key in keys]
+        errors = [_lost(results, key)[1] for key in keys]
+        values = [100 * accuracy(results[key]["tasks"]) for key in keys]
         axes.errorbar(bits, values, errors, fmt=style, color=colour, markersize=4, capsize=2, label=path)
-    axes.axhline(100 * (_accuracy(results["dense"]) or 0), color="black", linewidth=1, label="dense")
-    axes.axhline(100 * (_chance(results) or 0), color=GREY, linewidth=1, label="guessing")
+    dense = results["dense"]["tasks"]
+    axes.axhline(100 * accuracy(dense), color="black", linewidth=1, label="dense")
+    axes.axhline(100 * accuracy(dense, "chance"), color=GREY, linewidth=1, label="guessing")
     axes.set_title(f"mean accuracy of {len(results['dense']['tasks'])} tasks, %", fontsize=9)
     axes.legend(fontsize=8, frameon=False)
 
@@ -179,14 +161,9 @@ def _claim(results: Results) -> str:
     """The paper's figures are for the presets of its ratios."""
     words = []
     for key in (k for k in _keys(results) if "-files-" not in k):
-        lost = _lost(results, key)
-        assert lost is not None
-        words.append(f"{key} {number(lost[0], 2)} ± {number(lost[1], 2)}")
-    held = [
-        key
-        for key in _keys(results, "plain", False)
-        if (found := _lost(results, key)) is not None and found[0] < 2 * found[1]
-    ]
+        words.append("{} {} ± {}".format(key, *(number(value, 2) for value in _lost(results, key))))
+    losses = {key: _lost(results, key) for key in _keys(results, "plain", False)}
+    held = [key for key, (lost, error) in losses.items() if lost < 2 * error]
     verdict = f"holds for {', '.join(held)}" if held else "does not hold at any ratio"
     return (
         f"That the published method loses nothing on zero-shot tasks {verdict}, on this model, within two standard "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketllm.config import CodecConfig, CompressConfig, preset
 from pocketllm.studies import sensitivity_page as page
+from pocketllm.studies.scored import scores
 from pocketllm.studies.sensitivity_page import ALL, ATTENTION, ENDS, FFN
 from pocketllm.studies.study import Progress, Setup, Step, Study
 from pocketllm.studies.whole import (
@@ -35,7 +36,7 @@ class _Size:
 
 
 def _size(setup: Setup) -> _Size:
-    return _Size(256, 2, 1, 0) if setup.quick else _Size(512, 8, 4, 100)
+    return _Size(256, 2, 1, 0) if setup.quick else _Size(512, 4, 2, 50)
 
 
 def configs(setup: Setup) -> dict[str, CompressConfig]:
@@ -89,6 +90,7 @@ def _steps(setup: Setup) -> list[Step]:
         steps.append(Step(f"{path}-parts", partial(_measure, setup, path, parts, size.windows)))
     steps.append(Step("plain-blocks", partial(_measure, setup, "plain", blocks, size.block_windows)))
     if size.limit and task_names():
+        steps.append(Step("dense-tasks", partial(_dense_tasks, setup)))
         steps += [Step(f"{path}-tasks", partial(_tasks, setup, path)) for path in configs(setup)]
     return steps
 
@@ -128,29 +130,31 @@ def _measure(
     return {"groups": found, "dense": dense, "text": text.name, "context": context, "windows": windows}
 
 
+def _dense_tasks(setup: Setup, progress: Progress) -> dict[str, Any]:
+    loaded = dense_model(setup)
+    names, limit = task_names(), _size(setup).limit
+    return {"tasks": scores(tasks_of(setup, lambda: loaded, names, limit, progress)), "limit": limit}
+
+
 def _tasks(setup: Setup, path: str, progress: Progress) -> dict[str, Any]:
-    """Zero-shot tasks: dense, and with everything, the FFN or the attention compressed."""
-    from pocketllm.evaluate.compare import average, compare
+    """Zero-shot tasks with the FFN or the attention compressed."""
     from pocketllm.model.decode import Matrices
     from pocketllm.report.collect import read_model
 
     folder = coded(setup, path, configs(setup)[path])
     chosen = parts(read_model(folder, check=False).matrices)
-    loaded = dense_model(setup)
-    names, limit, matrices = task_names(), _size(setup).limit, Matrices.open(folder)
-    kept = [name for name in (FFN, ATTENTION, ALL) if name in chosen]
-
-    def told(position: int) -> Progress:
-        return lambda share: progress((position + share) / (1 + len(kept)))
-
-    reference = tasks_of(setup, lambda: loaded, names, limit, told(0))
+    loaded, matrices = dense_model(setup), Matrices.open(folder)
+    names, limit = task_names(), _size(setup).limit
     found: dict[str, Any] = {}
-    for position, name in enumerate(kept):
+    for position, name in enumerate((FFN, ATTENTION)):
+
+        def told(share: float, position: int = position) -> None:
+            progress((position + share) / 2)
+
         with installed(loaded[0], matrices, [m.name for m in chosen[name]]):
-            scores = tasks_of(setup, lambda: loaded, names, limit, told(1 + position))
-        lost = compare(scores, reference)["average"]["all"]
-        found[name] = {"saved_bytes": saved_bytes(chosen[name]), "average": average(scores)["all"], **lost}
-    return {"dense": average(reference)["all"], "groups": found, "tasks": names, "limit": limit}
+            scored = tasks_of(setup, lambda: loaded, names, limit, told)
+        found[name] = {"saved_bytes": saved_bytes(chosen[name]), "tasks": scores(scored)}
+    return {"groups": found, "limit": limit}
 
 
 STUDY = Study(

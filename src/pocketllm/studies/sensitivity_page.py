@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pocketllm.studies.scored import accuracy, points_lost
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import COLOURS, INK, mean, number
 
@@ -29,7 +30,7 @@ def _paths(results: Results) -> list[str]:
 
 def tables(results: Results) -> list[Table]:
     found = [_parts_table(results[f"{path}-parts"], path) for path in _paths(results)]
-    found += [_tasks_table(results[f"{p}-tasks"], p) for p in _paths(results) if f"{p}-tasks" in results]
+    found += [_tasks_table(results, p) for p in _paths(results) if f"{p}-tasks" in results]
     return [*found, _blocks_table(results["plain-blocks"])]
 
 
@@ -62,25 +63,19 @@ def _parts_table(values: Mapping[str, Any], path: str) -> Table:
     return Table(f"Parts, coded for the {_PATHS[path]} ({path})", header, rows, note)
 
 
-def _tasks_table(values: Mapping[str, Any], path: str) -> Table:
-    dense = values["dense"]
-    rows = [["nothing (dense)", "0", number(100 * dense["acc"]), "", ""]]
+def _tasks_table(results: Results, path: str) -> Table:
+    values, dense = results[f"{path}-tasks"], results["dense-tasks"]["tasks"]
+    rows = [["nothing (dense)", "0", number(100 * accuracy(dense)), "", ""]]
     for name, group in values["groups"].items():
-        saved = group["saved_bytes"] / 1e6
-        error = "" if group["stderr"] is None else f" ± {number(100 * group['stderr'], 2)}"
+        saved, (lost, error) = group["saved_bytes"] / 1e6, points_lost(dense, group["tasks"])
+        points = f"{number(lost, 2)} ± {number(error, 2)}"
         rows.append(
-            [
-                name,
-                number(saved),
-                number(100 * group["average"]["acc"]),
-                f"{number(-100 * group['difference'])}{error}",
-                number(-1000 * 100 * group["difference"] / saved),
-            ]
+            [name, number(saved), number(100 * accuracy(group["tasks"])), points, number(lost / saved, 2)]
         )
-    header = ["compressed", "MB saved", "accuracy, %", "points lost", "points lost per MB, 10^-3"]
+    header = ["compressed", "MB saved", "accuracy, %", "points lost", "points lost per MB"]
     note = (
-        f"Mean over {', '.join(values['tasks'])}, the first {values['limit']} documents of each; guessing gets "
-        f"{number(100 * dense['chance'])}. Standard errors of the difference, paired by document."
+        f"Mean over {', '.join(dense)}, the first {values['limit']} documents of each; guessing gets "
+        f"{number(100 * accuracy(dense, 'chance'))}. Standard errors of the difference, paired by document."
     )
     return Table(f"Zero-shot tasks ({path})", header, rows, note)
 
@@ -126,7 +121,7 @@ def findings(results: Results) -> list[str]:
     return [
         _about_ends(results["plain-blocks"]),
         *(_about_attention(results[f"{path}-parts"], path) for path in _paths(results)),
-        *(_about_tasks(results[f"{p}-tasks"], p) for p in _paths(results) if f"{p}-tasks" in results),
+        *(_about_tasks(results, p) for p in _paths(results) if f"{p}-tasks" in results),
         *(_about_sum(results[f"{path}-parts"], path) for path in _paths(results)),
     ]
 
@@ -172,13 +167,13 @@ def _about_attention(values: Mapping[str, Any], path: str) -> str:
     )
 
 
-def _about_tasks(values: Mapping[str, Any], path: str) -> str:
+def _about_tasks(results: Results, path: str) -> str:
+    values, dense = results[f"{path}-tasks"], results["dense-tasks"]["tasks"]
     words = []
-    for name in (ATTENTION, FFN):
-        group = values["groups"][name]
-        error = "" if group["stderr"] is None else f" ± {number(100 * group['stderr'], 2)}"
-        per = -100 * group["difference"] / (group["saved_bytes"] / 1e6)
-        words.append(f"{name} {number(-100 * group['difference'])}{error} ({number(per, 2)} per MB)")
+    for name, group in values["groups"].items():
+        lost, error = points_lost(dense, group["tasks"])
+        per = number(lost / (group["saved_bytes"] / 1e6), 2)
+        words.append(f"{name} {number(lost, 2)} ± {number(error, 2)} ({per} per MB)")
     return (
         f"{path.capitalize()}, zero-shot points lost: {'; '.join(words)}. With {values['limit']} documents of "
         f"each task, differences below about twice their standard error say nothing."
