@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pocketllm.cli import compress, evaluate, finetune, report
+from pocketllm.cli import compress, demo, evaluate, finetune, info, report
 from pocketllm.errors import ConfigError, PocketError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (compress, evaluate, finetune, report):
+for group in (compress, info, evaluate, finetune, report, demo):
     app.registered_commands += group.app.registered_commands
 
 

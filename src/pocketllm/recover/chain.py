@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ def compress_and_distill(
     recovery: DistillConfig,
     output: str | Path,
     *,
+    made: Callable[[str, Path], None] = lambda stage, folder: None,
     progress: ProgressCallback = lambda event: None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -30,6 +33,7 @@ def compress_and_distill(
 
     Args:
         output: the recovered model; the one before recovery lies in `OUTPUT.plain` meanwhile.
+        made: called with each model that is finished, `compressed` and `recovered`, and its folder.
 
     Returns:
         The report of the recovered model, and what the distillation did.
@@ -37,7 +41,7 @@ def compress_and_distill(
     Raises:
         As `compress` and `distill`.
     """
-    output = Path(output)
+    output, started = Path(output), time.monotonic()
     check_output(output, overwrite)
     plain = output.with_name(output.name + ".plain")
     if not _is_made(plain, str(model), config):
@@ -50,6 +54,7 @@ def compress_and_distill(
             overwrite=True,
             trust_remote_code=trust_remote_code,
         )
+    made("compressed", plain)
     done = distill(
         plain,
         output,
@@ -60,9 +65,10 @@ def compress_and_distill(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
+    made("recovered", output)
     shutil.rmtree(plain)
     report = Report.from_dict(ckpt.read_report(output))
-    return replace(report, seconds=done.seconds), done
+    return replace(report, seconds=time.monotonic() - started), done
 
 
 def _is_made(folder: Path, model: str, config: CompressConfig) -> bool:
