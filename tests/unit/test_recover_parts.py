@@ -20,7 +20,7 @@ from pocketllm.recover.items import read_items
 from pocketllm.recover.log import RunLog
 from pocketllm.recover.loop import Group, Loop
 from pocketllm.recover.setting import compute_dtype
-from pocketllm.recover.text import split, windows_of
+from pocketllm.recover.text import read_text, split, windows_of
 from tests import tiny
 
 
@@ -71,6 +71,13 @@ def test_texts_are_read_by_their_form(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"prompt": "abcd", "response": "ef"}] * 2))
     windows = windows_of(tokenizer, (str(tmp_path / "a.json"),), 3)
     assert "".join(tokenizer.batch_decode(windows)) == "abcdef<unk><unk>abcd"
+    plain = tmp_path / "plain.json"  # its strings, not its brackets
+    plain.write_text(json.dumps([{"text": "abc", "n": 1}, "de"]))
+    assert read_text(plain) == "abc\n\nde"
+    plain.write_text(json.dumps({"text": ["abc", "de"]}))
+    with pytest.raises(SourceError, match="wanted a list of objects"):
+        read_text(plain)
+    plain.unlink()
     (tmp_path / "b.md").write_text("xy")  # too short by itself, but not with its neighbour
     assert len(windows_of(tokenizer, (str(tmp_path),), 18)) == 1
     with pytest.raises(ConfigError, match=r"the text \(.*\) has 18 tokens, not one window of 19"):

@@ -38,7 +38,7 @@ def default_text(held_out: bool = False) -> str:
 
 
 def read_calibration(path: str | Path) -> str:
-    """Text of a UTF-8 file, a JSON-lines file (all strings of each line), or all of those in a folder.
+    """Text of a UTF-8 file, a JSON or JSON-lines file (all strings of each entry), or all of those in a folder.
 
     Raises:
         SourceError: missing, not UTF-8, malformed, or no text in it.
@@ -50,13 +50,15 @@ def read_calibration(path: str | Path) -> str:
             raise SourceError(f"{path}: no *.txt, *.md, *.raw or *.jsonl file in this folder")
         return "\n\n".join(read_calibration(file) for file in files)
     text = read_text(path)
-    if path.suffix != ".jsonl":
+    if path.suffix not in (".jsonl", ".json"):
         return text
+    is_lines = path.suffix == ".jsonl"
     try:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(r) for r in text.splitlines() if r.strip()] if is_lines else json.loads(text)
     except ValueError as error:
-        raise SourceError(f"{path}: not JSON lines ({error})") from error
-    return "\n\n".join("".join(_strings(row)) for row in rows)
+        raise SourceError(f"{path}: not JSON{' lines' if is_lines else ''} ({error})") from error
+    entries = rows if isinstance(rows, list) else [rows]
+    return "\n\n".join("".join(_strings(row)) for row in entries)
 
 
 def _strings(value: Any) -> Iterator[str]:
