@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import recovery_table
 from peers import table as peers_table
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,7 @@ PAGES = (
     "docs/loading.md",
     "docs/evaluation.md",
     "docs/peers.md",
+    "docs/finetuning.md",
 )
 
 
@@ -274,6 +276,19 @@ def peers() -> str:
     return f"{_table(*peers_table.rows(found))}\n\n{note}"
 
 
+def recovery() -> str:
+    """Distillation and LoRA at the same bases."""
+    found = _load("recovery")
+    note = (
+        f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
+        f"evaluated in {found['dtype']}; trained on other text; MB are 10^6 bytes of all files, adapter "
+        f"included; seconds are those of all steps and validations on {found['machine']['processor']}, "
+        f"{found['machine']['cores']} cores, other work beside it. `{found['command']}`"
+    )
+    said = recovery_table.verdict(found)
+    return "\n\n".join(filter(None, [_table(recovery_table.HEAD, recovery_table.rows(found)), said, note]))
+
+
 def peer_bits() -> str:
     """What the peers' names say, and what they store."""
     return _table(*peers_table.fallbacks(_load("peers")))
@@ -289,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": tasks,
     "peers": peers,
     "peer_bits": peer_bits,
+    "recovery": recovery,
 }
 
 

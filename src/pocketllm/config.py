@@ -24,6 +24,12 @@ def _at_least(name: str, value: float, least: float) -> None:
         raise ConfigError(f"{name}: got {value}, wanted at least {least}")
 
 
+def _plain(config: Any) -> dict[str, Any]:
+    """A configuration in plain JSON types: no tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
 @dataclass(frozen=True)
 class CodecConfig:
     """The codec on one group of matrices; how it is built and trained.
@@ -255,8 +261,7 @@ class CompressConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))  # no tuples
-        return plain
+        return _plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressConfig:
@@ -350,7 +355,15 @@ class DistillConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return dataclasses.asdict(self)
+        return _plain(self)
+
+
+DEMO_RECOVERY = DistillConfig(
+    steps=24,
+    context=256,
+    validation_windows=8,
+    loop=LoopConfig(batch_size=4, eval_every=12, checkpoint_every=12),
+)
 
 
 @dataclass(frozen=True)
@@ -421,7 +434,7 @@ class LoraTuneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return dataclasses.asdict(self)
+        return _plain(self)
 
 
 @dataclass(frozen=True)

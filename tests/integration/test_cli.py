@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import pocketllm
 from pocketllm import cli
-from pocketllm.model.checkpoint import read_layout
+from pocketllm.config import DistillConfig, LoopConfig, LoraTuneConfig
+from pocketllm.model.checkpoint import folder_bytes, read_layout
 from tests import tiny
 
 SETTINGS = ["--vector-len", "5", "--codebook-size", "32", "--codebook-scope", "kind"]
@@ -357,13 +359,19 @@ def test_demo(run: Run, source: Path, tmp_path: Path) -> None:
         "--windows",
         "2",
     ]
-    options += ["--context", "32", "--prompt", "hello"]
+    options += ["--context", "32", "--prompt", "hello", "--recover-steps", "2"]
     values = run.json(*options)
     assert values["dense"]["perplexity"] > 1 and values["compressed"]["perplexity"] > 1
     assert values["compressed"]["bytes_on_disk"] < values["dense"]["bytes_on_disk"]
+    assert values["recovered"]["perplexity"] != values["compressed"]["perplexity"]
+    assert values["report"]["recover"]["steps"] == 2
     assert values["text"].startswith("hello")
-    code, out, _ = run(*options)  # finds what is there
-    assert code == 0 and "perplexity" in out and "> hello" in out
+    code, out, err = run(*options)  # finds what is there
+    assert code == 0 and "perplexity" in out and "> hello" in out and "recovered by distill" in out
+    assert err.count("is there already") == 2
+    code, out, err = run(*options[:-1], "3")  # other steps: only that part is made again
+    assert code == 0 and err.count("is there already") == 1 and "step 3 of 3" in err
+    assert "recovered" not in run.json(*options[:-1], "0")
 
 
 def test_demo_takes_the_windows_that_the_text_has(
@@ -392,7 +400,69 @@ def test_the_demo_of_the_readme_has_text_to_measure_on(monkeypatch: pytest.Monke
     assert "Python" in name and len(text) > 5 * 1024 * 4
 
 
-@pytest.mark.parametrize("command", ["compress", "info", "eval", "generate", "export", "demo"])
+def test_the_stages_in_one_command(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
+    options = ["compress", source, "-o", tmp_path / "out", *SETTINGS, "--ppl", text, "--context", "32"]
+    options += ["--windows", "3"]
+    recover = ["--recover", "distill", "--recover-text", text, "--recover-steps", "2", "--overwrite"]
+    with pytest.MonkeyPatch.context() as patch:
+        quick = dataclasses.replace(DistillConfig(), context=32)
+        patch.setattr(
+            "pocketllm.cli.settings.DistillConfig", lambda **given: dataclasses.replace(quick, **given)
+        )
+        found = run.json(*options, *recover)
+    assert set(found["measured"]) == {"dense", "compressed", "recovered"}
+    assert found["recover"]["steps"] == 2
+    for title, folder in (("dense", source), ("recovered", tmp_path / "out")):
+        wanted = run.json("eval", folder, *options[-6:])["perplexity"]
+        assert found["measured"][title]["perplexity"] == pytest.approx(wanted)
+    code, out, _ = run(*options, "--overwrite")
+    assert code == 0 and "compressed" in out and "recovered" not in out
+    code, _, err = run(*options, "--recover-steps", "2", "--overwrite")
+    assert code == 2 and "need --recover distill" in err
+    code, _, err = run(*options, "--recover", "lora", "--overwrite")
+    assert code == 2 and "wanted distill" in err
+
+
+@pytest.fixture(scope="module")
+def adapter(source: Path, small: Path, text: Path) -> Path:
+    """An adapter of `small`, trained for a moment."""
+    loop = LoopConfig(batch_size=2)
+    config = LoraTuneConfig(texts=(str(text),), context=32, rank=2, steps=3, learning_rate=0.1, loop=loop)
+    pocketllm.lora(small, source.parent / "adapter", config)
+    return source.parent / "adapter"
+
+
+def test_an_adapter_runs_and_its_bytes_count(
+    run: Run, small: Path, source: Path, text: Path, adapter: Path, data: Path
+) -> None:
+    nbytes, base = folder_bytes(adapter), folder_bytes(small)
+    ppl = ["--ppl", text, "--context", "32", "--windows", "3"]
+    tasks = ["--tasks", "piqa", "--data", data]
+    plain = run.json("eval", small, *ppl, *tasks)
+    for mode in ("dense", "packed"):
+        found = run.json("eval", small, "--adapter", adapter, "--mode", mode, *ppl, *tasks)
+        assert found["matrices"] == plain["matrices"] and not found["tasks"]["piqa"]["cached"]
+        assert (found["adapter_bytes"], found["bytes_on_disk"]) == (nbytes, base + nbytes)
+        assert abs(found["perplexity"] / plain["perplexity"] - 1) > 1e-3
+    code, out, _ = run("eval", small, "--adapter", adapter, *ppl)
+    assert code == 0 and "with adapter" in out and f"{base + nbytes:,}" in out
+    assert run.json("info", small, "--adapter", adapter)["bytes_on_disk"] == base + nbytes
+    code, out, _ = run("info", small, "--adapter", adapter)
+    assert code == 0 and f"{base + nbytes:,}" in out and "adapter" in out
+    written = run.json("generate", small, "--prompt", "hello", "--adapter", adapter)
+    assert written["bytes_on_disk"] == base + nbytes
+    both = run.json("compare", small, "--adapter", adapter, *ppl, "--against", source)
+    assert [m["bytes_on_disk"] for m in both["models"]] == [base, base + nbytes]
+    assert both["models"][0]["perplexity"] == pytest.approx(plain["perplexity"])
+    assert both["models"][1]["perplexity"] == pytest.approx(found["perplexity"])
+    for arguments in (["eval", source, *ppl], ["info", source], ["generate", source, "--prompt", "x"]):
+        code, out, err = run(*arguments, "--adapter", adapter)
+        assert code == 1 and "not a model compressed by pocketllm" in err and not out
+
+
+@pytest.mark.parametrize(
+    "command", ["compress", "info", "eval", "generate", "export", "demo", "finetune", "merge", "compare"]
+)
 def test_help_has_an_example(command: str, run: Run) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0 and f"pocketllm {command}" in out and "Example" in out

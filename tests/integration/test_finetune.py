@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,9 @@ from pocketllm.model.checkpoint import folder_bytes, read_report
 from pocketllm.model.rewrite import stored_sizes
 from pocketllm.model.workspace import locked
 from pocketllm.recover.chain import compress_and_distill
+from pocketllm.recover.distillation import Distillation
+from pocketllm.recover.loop import Loop
+from pocketllm.recover.teacher import LiveTeacher, open_teacher
 from tests import tiny
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
@@ -99,6 +103,10 @@ def test_distillation_lowers_the_divergence_and_keeps_bytes_and_indices(made: Pa
     )
     assert json.loads((log / "summary.json").read_text())["kl_stored"] == done.kl_stored
     assert (log / "curve.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((log / "summary.json").read_text())
+    assert summary["arguments"]["steps"] == 8 and summary["versions"]["torch"]
+    seconds = sum(json.loads(line)["seconds"] for line in (log / "steps.jsonl").read_text().splitlines())
+    assert summary["seconds"] == done.seconds >= seconds - 0.1
     assert not (tmp_path / "o.partial").exists()
 
 
@@ -172,7 +180,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(step: int, made: Path,
 
 def test_other_arguments_do_not_continue_a_run(made: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        pocketllm.distill(made / "c", tmp_path / "o", config(made), progress=stop_at(3))
+        pocketllm.distill(made / "c", tmp_path / "o", config(made), progress=stop_at(4))
     with pytest.raises(ResumeError, match=r"lr_scale: 0.003 then, 0.001 now"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made, lr_scale=1e-3))
 
@@ -200,12 +208,31 @@ def test_it_stops_early_and_keeps_the_best(made: Path, tmp_path: Path) -> None:
     assert done.kl_best <= done.kl_before
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(made: Path, tmp_path: Path) -> None:
-    bad = config(made, lr_codebook=1e30, loop={"warmup": 0.0})
-    with pytest.raises(TrainingError, match=r"step 2: the loss is .*state after step 1 is kept"):
-        pocketllm.distill(made / "c", tmp_path / "o", bad)
-    assert (tmp_path / "o.partial" / "checkpoint.safetensors").is_file()
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(made, loop={"eval_every": 8})
+    with pytest.raises(KeyboardInterrupt):
+        pocketllm.distill(made / "c", tmp_path / "o", settings, progress=stop_at(5))
+    kept = tmp_path / "o.partial" / "checkpoint.safetensors"
+    before = kept.read_bytes()
+    monkeypatch.setattr(Loop, "_rate", lambda self, number: 1e30)  # from step 4 on
+    with pytest.raises(TrainingError, match=r"step 5: the loss is .*last good state, after step 3, is kept"):
+        pocketllm.distill(made / "c", tmp_path / "o", settings)
+    assert kept.read_bytes() == before
     assert not (tmp_path / "o").exists()
+
+
+def test_a_validation_that_is_not_finite_stops_it(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, float("nan")])
+    monkeypatch.setattr(Distillation, "validate", lambda self: next(losses, float("inf")))
+    with pytest.raises(TrainingError, match=r"step 4: the validation loss is nan; .*after step 3, is kept"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made))
+    shutil.rmtree(tmp_path / "o.partial")
+    with pytest.raises(TrainingError, match="the validation loss is inf before the first step"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made))
 
 
 def test_bad_input(made: Path, tmp_path: Path) -> None:
@@ -213,6 +240,13 @@ def test_bad_input(made: Path, tmp_path: Path) -> None:
         pocketllm.distill(made / "m", tmp_path / "o", config(made))
     with pytest.raises(ConfigError, match="not one window of 2000"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made, context=2000))
+    with pytest.raises(ConfigError, match=r"context: got 5000, .*/c has 2048 positions"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made, context=5000))
+    with pytest.raises(ConfigError, match=r"the text \(.*/short.txt\) has 5 tokens, not one window of 24"):
+        (tmp_path / "short.txt").write_text("short")
+        pocketllm.distill(
+            made / "c", tmp_path / "o", config(made, validation_text=str(tmp_path / "short.txt"))
+        )
     with pytest.raises(ConfigError, match="has 1 window of 1000 tokens, wanted at least two"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made, context=1000))
     with pytest.raises(SourceError, match="no such file"):
@@ -226,7 +260,10 @@ def test_bad_input(made: Path, tmp_path: Path) -> None:
         pocketllm.distill(made / "c", tmp_path / "o", still)
     with pytest.raises(SourceError, match="no such folder"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made), teacher="./nowhere")
+    with pytest.raises(ConfigError, match=r"teacher .*/c is compressed itself.*made from .*/m"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made), teacher=str(made / "c"))
     assert not (tmp_path / "o").exists()
+    pocketllm.distill(made / "c", tmp_path / "o", config(made, steps=1))  # what failed is not in the way
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(made: Path, tmp_path: Path) -> None:
@@ -238,6 +275,26 @@ def test_a_teacher_with_another_vocabulary_is_refused(made: Path, tmp_path: Path
     path.write_text(path.read_text(encoding="utf-8").replace('"a":', '"\u00e4":'), encoding="utf-8")
     with pytest.raises(ConfigError, match="as many tokens, but other ones"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made), teacher=str(other))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_a_teacher_on_the_disk_gives_the_same_bits(architecture: str, tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "m", architecture)
+    found = []
+    for scratch in (None, tmp_path / "scratch"):
+        model = open_teacher(source, torch.float32, torch.device("cpu"), scratch=scratch)
+        devices = {name: p.device.type for name, p in model.named_parameters()}
+        assert {d for n, d in devices.items() if ".0." in n} == {"meta" if scratch else "cpu"}
+        assert {d for n, d in devices.items() if ".0." not in n and ".1." not in n} == {"cpu"}
+        target = LiveTeacher(model).target(torch.tensor([0]), torch.arange(20)[None] + 30)
+        found.append(target(slice(2, 20)))
+    assert isinstance(found[0], torch.Tensor) and torch.equal(found[0], found[1])
+
+
+def test_distillation_from_a_teacher_on_the_disk(made: Path, tmp_path: Path) -> None:
+    for name, on_disk in (("a", False), ("b", True)):
+        pocketllm.distill(made / "c", tmp_path / name, config(made, steps=2), teacher_on_disk=on_disk)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
 def test_an_output_in_use_is_refused(made: Path, tmp_path: Path) -> None:
@@ -255,6 +312,16 @@ def test_compress_and_distill_in_one_go(made: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "o.plain").exists()
     apart = pocketllm.distill(made / "c", tmp_path / "apart", config(made), teacher=str(made / "m"))
     assert apart.kl_stored == done.kl_stored
+
+
+def test_the_models_of_a_chain_are_shown_when_they_are_made(made: Path, tmp_path: Path) -> None:
+    shown: list[tuple[str, bool]] = []
+
+    def look(stage: str, folder: Path) -> None:
+        shown.append((stage, "recover" in read_report(folder)))
+
+    compress_and_distill(made / "m", tiny.settings(), config(made, steps=1), tmp_path / "o", made=look)
+    assert shown == [("compressed", False), ("recovered", True)]
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -288,6 +355,27 @@ def test_killed_on_the_command_line_it_goes_on_to_the_same_bytes(made: Path, tmp
     values = json.loads(again.stdout)
     assert values["kl_stored"] < values["kl_before"]
     assert "step 12 of 12" in again.stderr
+
+
+@pytest.mark.parametrize("method", ["distill", "lora"])
+def test_two_processes_do_what_one_does(method: str, made: Path, tmp_path: Path) -> None:
+    """As `accelerate launch` starts them on GPUs; here on the CPU, each with one thread."""
+    text = ("--text", made / "t.txt", "--context", "24", "--steps", "4", "--batch-size", "4")
+    asked = ("finetune", made / "c", *text, "--dtype", "float32", "--method", method, "--json", "-o")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", "0", "--no_python"]
+    both = run([*launch, *command(*asked, tmp_path / "two")])
+    assert both.returncode == 0, both.stderr
+    one = run(command(*asked, tmp_path / "one"))
+    found, wanted = json.loads(both.stdout), json.loads(one.stdout)
+    state = json.loads((tmp_path / "two.log" / "summary.json").read_text())
+    assert state["arguments"]["processes"] == 2
+    key = "kl_stored" if method == "distill" else "loss_stored"
+    assert found[key] == pytest.approx(wanted[key], rel=1e-4)
+    assert found[key] < found[key.replace("stored", "before")]
+    lines = (tmp_path / "two.log" / "steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
 def test_command_line_says_what_is_wrong(made: Path, tmp_path: Path) -> None:

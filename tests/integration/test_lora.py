@@ -12,10 +12,13 @@ import torch
 
 import pocketllm
 from pocketllm import LoopConfig, LoraTuneConfig
-from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError
-from pocketllm.model.checkpoint import folder_bytes
-from pocketllm.recover.adapter import load_with_adapter, merged
+from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, TrainingError
+from pocketllm.model.checkpoint import folder_bytes, read_report
+from pocketllm.model.report import counting_adapter
+from pocketllm.model.workspace import locked
+from pocketllm.recover.adapter import attach, check_adapter, merged
 from pocketllm.recover.setting import open_base
+from pocketllm.report import Evaluation, compare
 from tests import tiny
 
 peft = pytest.importorskip("peft")
@@ -94,7 +97,7 @@ def test_merging_keeps_the_logits_where_pefts_own_drops_the_adapter(made: Path, 
     from transformers import AutoModelForCausalLM
 
     base = open_base(made / "c", None)
-    adapted = logits(load_with_adapter(base, made / "a", "packed"))
+    adapted = logits(attach(base.load("packed", "cpu"), made / "c", made / "a"))
     pocketllm.merge(made / "c", made / "a", tmp_path / "dense", dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     torch.testing.assert_close(logits(dense), adapted, rtol=1e-3, atol=1e-4)
@@ -118,10 +121,33 @@ def test_reencoding_says_what_it_costs(made: Path, tmp_path: Path) -> None:
         made / "c", made / "a", tmp_path / "o", reencode=True, text=tmp_path / "t.txt", context=24, windows=4
     )
     assert set(done.perplexities) == {"base", "with adapter", "re-encoded"}
+    assert len(set(done.perplexities.values())) == 3
     assert done.bytes_on_disk == folder_bytes(tmp_path / "o")
     assert done.bytes_before == folder_bytes(made / "c") + folder_bytes(made / "a")
     pocketllm.load(tmp_path / "o")
     assert (tmp_path / "o-dense" / "config.json").is_file()
+
+
+def test_a_merge_that_was_stopped_goes_on(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(event: Any) -> None:
+        if event.stage == "encode" and event.share > 0.4:
+            raise KeyboardInterrupt
+
+    def again(*arguments: Any) -> None:
+        raise AssertionError("merged again")
+
+    with pytest.raises(KeyboardInterrupt):
+        pocketllm.merge(made / "c", made / "a", tmp_path / "o", reencode=True, progress=stop)
+    assert not (tmp_path / "o").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("pocketllm.recover.merge.merged", again)
+        done = pocketllm.merge(made / "c", made / "a", tmp_path / "o", reencode=True, windows=2)
+    assert "Python" in done.text  # measured though no text was named
+    assert set(done.perplexities) == {"base", "with adapter", "re-encoded"}
+    with pytest.raises(OutputError, match="exists"):  # of another dtype: not the same merge
+        pocketllm.merge(made / "c", made / "a", tmp_path / "o", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("changes", [{"mode": "packed"}, {"dropout": 0.1}, {"targets": ("q_proj", "v_proj")}])
@@ -170,6 +196,8 @@ def test_what_is_refused(made: Path, tmp_path: Path) -> None:
         pocketllm.merge(made / "c", made / "a", made / "m")
     with pytest.raises(ConfigError, match="targets nothing"):
         pocketllm.lora(made / "c", tmp_path / "o", config(made, targets=("nothing",)))
+    with pytest.raises(ConfigError, match=r"context: got 5000, .*/c has 2048 positions"):
+        pocketllm.lora(made / "c", tmp_path / "o", config(made, context=5000))
     for changes in ({"rank": 0}, {"epochs": 0}, {"dropout": 1.0}, {"mode": "disk"}, {"steps": 0}):
         with pytest.raises(ConfigError):
             LoraTuneConfig(**changes)
@@ -181,6 +209,72 @@ def test_an_adapter_that_does_not_fit_is_named(made: Path, tmp_path: Path) -> No
     other = tiny.save(tmp_path / "m", intermediate_size=60)
     pocketllm.compress(other, tiny.settings(), tmp_path / "other")
     shutil.copytree(made / "a", tmp_path / "a")
+    (tmp_path / "a" / "pocketllm-adapter.json").write_text("{}")
+    with pytest.raises(FormatError, match="malformed adapter"):
+        check_adapter(tmp_path / "a", tmp_path / "other")
     (tmp_path / "a" / "pocketllm-adapter.json").unlink()  # as if trained elsewhere
     with pytest.raises(ConfigError, match=r"made for .*/c, does not fit .*/other"):
         pocketllm.merge(tmp_path / "other", tmp_path / "a", tmp_path / "o")
+
+
+def test_the_defaults_are_the_papers_recipe() -> None:
+    recipe = LoraTuneConfig()
+    assert (recipe.rank, recipe.alpha, recipe.epochs, recipe.learning_rate) == (32, 64, 3, 1e-4)
+    assert recipe.loop.batch_size == 16
+    assert recipe.steps is None
+
+
+def test_a_loss_that_is_not_finite_stops_it(made: Path, tmp_path: Path) -> None:
+    bad = config(made, learning_rate=1e30, loop={"warmup": 0.0})
+    with pytest.raises(TrainingError, match=r"step \d: the .*loss is .*stopped"):
+        pocketllm.lora(made / "c", tmp_path / "a", bad)
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_output_in_use_is_refused(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.partial").mkdir()
+    with locked(tmp_path / "a.partial"):
+        (tmp_path / "a.partial" / "state.json").write_text("{}")
+        with pytest.raises(OutputError, match="in use by another process"):
+            pocketllm.lora(made / "c", tmp_path / "a", config(made))
+
+
+def test_settings_are_written_in_the_same_order_each_time(made: Path) -> None:
+    names = json.loads((made / "a" / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) == 14
+    assert names == sorted(names)
+
+
+def test_bytes_of_the_adapter_count_in_every_size(made: Path) -> None:
+    report = read_report(made / "c")
+    nbytes = folder_bytes(made / "a")
+    found = counting_adapter(report, nbytes)
+    assert found["bytes_on_disk"] == folder_bytes(made / "c") + nbytes
+    assert sum(found["bytes_by_part"].values()) == found["bytes_on_disk"]
+    ratio = report["bytes_on_disk"] / found["bytes_on_disk"]
+    assert found["ratio_files_bf16"] == pytest.approx(ratio * report["ratio_files_bf16"], rel=1e-5)
+    coded = sum(m["shape"][0] * m["shape"][1] for m in report["matrices"])
+    blocks = coded - 96 * 36  # the embedding
+    every = coded + 5 * 36  # norms
+    for key, weights in (("bpw_matrices", coded), ("bpw_blocks", blocks), ("bpw_all", every)):
+        assert found[key] - report[key] == pytest.approx(8 * nbytes / weights, rel=1e-4)
+    assert found["ratio_matrices_fp32"] == pytest.approx(32 / found["bpw_matrices"], rel=1e-4)
+    side = compare([made / "c"], adapters=[made / "a"]).models
+    assert [m.bytes_on_disk for m in side] == [report["bytes_on_disk"], found["bytes_on_disk"]]
+    assert [m.bpw_all for m in side] == [report["bpw_all"], found["bpw_all"]]
+    assert [m.name for m in side] == ["c", "c + a"]
+
+
+def test_compare_finds_the_base_and_its_evaluations(made: Path, tmp_path: Path) -> None:
+    pocketllm.compress(made / "m", tiny.settings(seed=1), tmp_path / "other")
+    values = {"compressed": True, "text": "t", "context": 8, "model": str(made / "c")}
+    given = [
+        Evaluation.from_dict({**values, "perplexity": 9.0}),
+        Evaluation.from_dict({**values, "perplexity": 7.0, "adapter": str(made / "a")}),
+    ]
+    found = compare([tmp_path / "other", made / "c"], given, adapters=[made / "a"]).models
+    assert [(m.name, m.perplexity) for m in found] == [("other", None), ("c", 9.0), ("c + a", 7.0)]
+    with pytest.raises(ConfigError, match="an adapter of none of the models"):
+        compare([tmp_path / "other"], adapters=[made / "a"])
+    with pytest.raises(ConfigError, match=r"with .*/a: there is an evaluation of it, but"):
+        compare([made / "c"], given)

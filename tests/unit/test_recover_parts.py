@@ -15,11 +15,12 @@ from pocketllm.config import LoopConfig
 from pocketllm.errors import ConfigError, ShapeError, SourceError
 from pocketllm.model.rewrite import rewrite
 from pocketllm.model.workspace import Workspace
-from pocketllm.recover.instructions import prompt_of, read_instructions, read_items
+from pocketllm.recover.instructions import prompt_of, read_instructions
+from pocketllm.recover.items import read_items
 from pocketllm.recover.log import RunLog
 from pocketllm.recover.loop import Group, Loop
 from pocketllm.recover.setting import compute_dtype
-from pocketllm.recover.text import split
+from pocketllm.recover.text import read_text, split, windows_of
 from tests import tiny
 
 
@@ -63,6 +64,28 @@ def test_items_learn_the_answer_and_its_end(tmp_path: Path) -> None:
     (tmp_path / "b.txt").unlink()
     with pytest.raises(ConfigError, match="gives 1 item"):
         read_items(tokenizer, (str(tmp_path),), 20)
+
+
+def test_texts_are_read_by_their_form(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    (tmp_path / "a.json").write_text(json.dumps([{"prompt": "abcd", "response": "ef"}] * 2))
+    windows = windows_of(tokenizer, (str(tmp_path / "a.json"),), 3)
+    assert "".join(tokenizer.batch_decode(windows)) == "abcdef<unk><unk>abcd"
+    plain = tmp_path / "plain.json"  # its strings, not its brackets
+    plain.write_text(json.dumps([{"text": "abc", "n": 1}, "de"]))
+    assert read_text(plain) == "abc\n\nde"
+    plain.write_text(json.dumps({"text": ["abc", "de"]}))
+    with pytest.raises(SourceError, match="wanted a list of objects"):
+        read_text(plain)
+    plain.unlink()
+    (tmp_path / "b.md").write_text("xy")  # too short by itself, but not with its neighbour
+    assert len(windows_of(tokenizer, (str(tmp_path),), 18)) == 1
+    with pytest.raises(ConfigError, match=r"the text \(.*\) has 18 tokens, not one window of 19"):
+        windows_of(tokenizer, (str(tmp_path),), 19)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="no file in this folder ends in"):
+        windows_of(tokenizer, (str(tmp_path / "empty"),), 3)
+    assert len(windows_of(tokenizer, (), 512)) > 100
 
 
 def test_split_keeps_windows_apart() -> None:
@@ -140,7 +163,7 @@ def test_log_drops_what_is_run_again(tmp_path: Path) -> None:
     silent = RunLog(tmp_path / "p", enabled=False)
     silent.resume_at(0)
     silent.add({"step": 1})
-    silent.finish({})
+    silent.finish({}, [])
     assert not silent.folder.exists()
 
 
@@ -150,7 +173,7 @@ def test_the_picture_is_left_out_without_matplotlib(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     log = RunLog(tmp_path / "o")
     log.resume_at(0)
-    log.finish({"validation": [(0, 1.0)]})
+    log.finish({"title": "x"}, [(0, 1.0)])
     assert not (log.folder / "curve.png").exists()
     assert (log.folder / "summary.json").is_file()
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pocketllm.cli import compress, evaluate, finetune, report, study
+from pocketllm.cli import compress, demo, evaluate, finetune, info, report, study
 from pocketllm.errors import ConfigError, PocketError
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (compress, evaluate, finetune, report, study):
+for group in (compress, info, evaluate, finetune, report, study, demo):
     app.registered_commands += group.app.registered_commands
 
 

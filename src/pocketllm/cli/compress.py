@@ -1,21 +1,25 @@
-"""`pocketllm compress`, `info`, `export` and `demo`."""
+"""`pocketllm compress`."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketllm.cli.options import Device, Json, Quiet, Seed, Threads, Trust, dtype_of, settle
-from pocketllm.cli.render import Output, kinds_table, size, skipped_table, summary_table
+from pocketllm.cli.options import Context, Device, Json, Ppl, Quiet, Seed, Threads, Trust, Windows, settle
+from pocketllm.cli.render import Output, kinds_table, skipped_table, summary_table
 from pocketllm.cli.settings import compress_config, parse_overrides, recovery, with_calibration
-from pocketllm.config import PRESETS, CompressConfig, DistillConfig
+from pocketllm.config import PRESETS, CompressConfig, DistillConfig, EvalConfig
+from pocketllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pocketllm.model.report import Report
 
 app = typer.Typer()
 
-_PRESETS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in PRESETS.items())
+PRESETS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in PRESETS.items())
 
 
 @app.command(
@@ -23,12 +27,13 @@ _PRESETS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in PRESETS.
     "  pocketllm compress ./my-model -o small --bpw 3 --dry-run\n\n"
     "  pocketllm compress ./my-model -o small --size 60MB --calibration my-texts/\n\n"
     "  pocketllm compress ./my-model -o small --ratio 6 --override '*.v_proj.weight=5' --refine\n\n"
-    "  pocketllm compress owner/name -o small --preset paper-16x --json"
+    "  pocketllm compress owner/name -o small --preset paper-16x --json\n\n"
+    "  pocketllm compress ./my-model -o small --bpw 2.5 --recover distill --recover-text my-texts/ --ppl test.txt"
 )
 def compress(
     model: Annotated[str, typer.Argument(help="Folder, hub id, or builtin:smollm2-135m.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
-    preset: Annotated[str | None, typer.Option(help=_PRESETS_HELP)] = None,
+    preset: Annotated[str | None, typer.Option(help=PRESETS_HELP)] = None,
     bpw: Annotated[
         float | None, typer.Option(help="Stored bits per weight over the compressed matrices, all counted.")
     ] = None,
@@ -114,6 +119,9 @@ def compress(
         typer.Option(help="Text for that; repeatable. The default is the calibration text."),
     ] = None,
     recover_steps: Annotated[int | None, typer.Option(help="Steps of that.")] = None,
+    ppl: Ppl = None,
+    context: Context = EvalConfig.context,
+    windows: Windows = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model there.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -122,7 +130,10 @@ def compress(
     quiet: Quiet = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Compress a model: plan, fit, encode, pack, write. Killed and started again, it goes on where it was."""
+    """Compress a model: plan, fit, encode, pack, write. Killed and started again, it goes on where it was.
+
+    With --recover its accuracy is got back, and with --ppl all that is made is measured beside the dense model.
+    """
     show = Output(json, quiet)
     config = compress_config(
         preset,
@@ -163,10 +174,22 @@ def compress(
         sequential=sequential,
     )
     recovers = recovery(recover, recover_text, recover_steps, config)
+    if windows < 0:
+        raise ConfigError(f"--windows: got {windows}, wanted 0 (all) or more")
     settle(device, threads)
     import pocketllm
+    from pocketllm.cli.measured import Text, perplexity_table
+    from pocketllm.evaluate.perplexity import read_text
+    from pocketllm.model.checkpoint import read_report
 
+    text = None if ppl is None else Text(str(ppl), read_text(ppl), context, windows or None)
+    found: dict[str, Any] = {}
     with show.bars() as bars:
+
+        def measure(title: str, which: str | Path) -> None:
+            if text is not None:
+                found[title] = text.measure(title, which, bars.update, device, trust_remote_code)
+
         how: dict[str, Any] = {
             "progress": lambda event: bars.update(event.stage, event.share, event.detail),
             "device": device,
@@ -176,101 +199,31 @@ def compress(
         if dry_run:
             done = pocketllm.dry_run(model, config, **how)
         else:
-            run = pocketllm.compress if recovers is None else partial(_recovered, recovers)
-            done = run(model, config, output, overwrite=overwrite, **how)
+            measure("dense", model)
+            done = _chain(recovers, measure)(model, config, output, overwrite=overwrite, **how)
     report = done.to_dict()
     if dry_run:
         title = f"plan for {model} (nothing was fitted)"
         show.result(report, summary_table(report, title), kinds_table(report), skipped_table(report))
         return
-    show.result(report, kinds_table(report), summary_table(report, f"{model} -> {output}"))
+    if recovers is not None:
+        report["recover"] = read_report(output)["recover"]
+    if text is not None:
+        report["measured"] = found
+    tables = [kinds_table(report), summary_table(report, f"{model} -> {output}")]
+    show.result(report, *tables, *([] if text is None else [perplexity_table(text, found)]))
 
 
-def _recovered(recovery: DistillConfig, model: str, config: CompressConfig, output: Path, **how: Any) -> Any:
-    """Compress and distill; the report of the result."""
+def _chain(recovery: DistillConfig | None, made: Callable[[str, Path], None]) -> Callable[..., Report]:
+    """Compress, or compress and distill; calls `made` with each finished model, returns its report."""
+    from pocketllm.model.compress import compress
     from pocketllm.recover.chain import compress_and_distill
 
-    report, _ = compress_and_distill(model, config, recovery, output, **how)
-    return report
+    def run(model: str, config: CompressConfig, output: Path, **how: Any) -> Report:
+        if recovery is not None:
+            return compress_and_distill(model, config, recovery, output, made=made, **how)[0]
+        report = compress(model, config, output, **how)
+        made("compressed", output)
+        return report
 
-
-@app.command(epilog="Example:\n\n  pocketllm info smol-8x --json")
-def info(
-    folder: Annotated[Path, typer.Argument(help="A compressed model.")],
-    check: Annotated[bool, typer.Option(help="Verify every file's checksum.")] = True,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Sizes, ratios and errors of a compressed model, and whether its files are whole."""
-    from pocketllm.model.checkpoint import read_report, verify
-    from pocketllm.model.report import RUN_FACTS
-
-    report = {**dict.fromkeys(RUN_FACTS), **read_report(folder)}
-    if check:
-        verify(folder)
-    title = f"{folder}" + (" (all checksums good)" if check else "")
-    Output(json, quiet).result(
-        report, summary_table(report, title), kinds_table(report), skipped_table(report)
-    )
-
-
-@app.command(epilog="Example:\n\n  pocketllm export smol-8x --to smol-dense --dtype bfloat16")
-def export(
-    folder: Annotated[Path, typer.Argument(help="A compressed model.")],
-    to: Annotated[Path, typer.Option(help="Folder to make.")],
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    json: Json = False,
-    quiet: Quiet = False,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Decode into a dense safetensors model that any tool reads."""
-    from pocketllm.model.export import export as decode
-
-    show = Output(json, quiet)
-    settle()
-    nbytes = decode(folder, to, dtype_of(dtype), trust_remote_code)
-    show.result({"output": str(to), "bytes_on_disk": nbytes, "dtype": dtype}, f"{to}: {size(nbytes)}")
-
-
-@app.command(epilog="Example:\n\n  pocketllm demo")
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the compressed model goes.")] = Path(
-        "pocketllm-demo"
-    ),
-    model: Annotated[str, typer.Option(help="Model to compress.")] = "builtin:smollm2-135m",
-    preset: Annotated[str | None, typer.Option(help=_PRESETS_HELP)] = None,
-    bpw: Annotated[float | None, typer.Option(help="Stored bits per weight, instead of a preset.")] = None,
-    no_calibration: Annotated[
-        bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone.")
-    ] = False,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The three primary colors are",
-    context: Annotated[int, typer.Option(min=2, help="Tokens per window to measure on.")] = 1024,
-    windows: Annotated[
-        int, typer.Option(min=1, help="Windows to measure on, or as many as the text has.")
-    ] = 8,
-    threads: Threads = 0,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Compress the built-in model, measure it beside the dense one, and let it write a sentence."""
-    from pocketllm.cli.demo import run_demo
-
-    show = Output(json, quiet)
-    config = compress_config(preset, bpw, without_calibration=no_calibration)
-    settle(threads=threads)
-    with show.bars() as bars:
-        values = run_demo(model, config, output, prompt, (context, windows), bars.update)
-    show.result(values, *_demo_tables(values))
-
-
-def _demo_tables(values: dict[str, Any]) -> list[Any]:
-    from rich.table import Table
-
-    table = Table(title=f"perplexity on {values['text_name']}, context {values['context']}")
-    for header in ("model", "bytes on disk", "perplexity"):
-        table.add_column(header, justify="left" if header == "model" else "right")
-    for name in ("dense", "compressed"):
-        entry = values[name]
-        table.add_row(name, size(entry["bytes_on_disk"]), f"{entry['perplexity']:.2f}")
-    report = values["report"]
-    return [kinds_table(report), summary_table(report, values["output"]), table, f"> {values['text']}"]
+    return run

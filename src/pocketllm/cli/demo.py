@@ -1,64 +1,75 @@
-"""The demo: compress, load back, compare with the dense model, generate."""
+"""`pocketllm demo`: compress, recover, load back, compare with the dense model, generate."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pocketllm.cli.options import load_any
-from pocketllm.config import CompressConfig
+import typer
+
+from pocketllm.cli.compress import PRESETS_HELP
+from pocketllm.cli.measured import Text, perplexity_table
+from pocketllm.cli.options import Json, Quiet, Threads, load_any, settle
+from pocketllm.cli.render import Output, kinds_table, summary_table
+from pocketllm.cli.settings import compress_config
+from pocketllm.config import DEMO_RECOVERY, CompressConfig, DistillConfig
 from pocketllm.errors import SourceError
 
-
-def run_demo(
-    model: str,
-    config: CompressConfig,
-    output: Path,
-    prompt: str,
-    size: tuple[int, int],
-    progress: Callable[[str, float, str], None],
-) -> dict[str, Any]:
-    """Everything the demo shows, as plain values. size: (context, most windows) to measure on."""
-    import pocketllm
-    from pocketllm.evaluate.generate import generate
-    from pocketllm.evaluate.perplexity import perplexity
-    from pocketllm.evaluate.texts import evaluation_text
-    from pocketllm.model.checkpoint import REPORT_NAME, read_report, verify
-
-    name, text = evaluation_text()
-    context, windows = _size(model, text, size, progress)
-    if (output / REPORT_NAME).is_file() and read_report(output)["config"] == config.to_dict():
-        verify(output)
-        progress("compress", 1.0, f"{output} is there already")
-    else:
-        pocketllm.compress(
-            model, config, output, progress=lambda event: progress(event.stage, event.share, event.detail)
-        )
-    values: dict[str, Any] = {"text_name": name, "context": context, "output": str(output)}
-    for title, which in (("dense", model), ("compressed", str(output))):
-        loaded, tokenizer, facts = load_any(which, "dense", "auto", "cpu", False)
-
-        def told(share: float, title: str = title) -> None:
-            progress(f"eval {title}", share, "")
-
-        found = perplexity(loaded, tokenizer, text, context, windows, told)
-        values[title] = {**facts, "perplexity": found.perplexity, "windows": found.windows}
-    written = generate(loaded, tokenizer, prompt)
-    values["text"] = written.text
-    values["tokens_per_second"] = written.tokens_per_second
-    values["report"] = read_report(output)
-    return values
+app = typer.Typer()
+Progress = Callable[[str, float, str], None]
 
 
-def _size(
-    model: str, text: str, size: tuple[int, int], progress: Callable[[str, float, str], None]
-) -> tuple[int, int]:
-    """Context, and as many windows as the text has, at most those wanted.
+@app.command(epilog="Example:\n\n  pocketllm demo")
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the compressed model goes.")] = Path(
+        "pocketllm-demo"
+    ),
+    model: Annotated[str, typer.Option(help="Model to compress.")] = "builtin:smollm2-135m",
+    preset: Annotated[str | None, typer.Option(help=PRESETS_HELP)] = None,
+    bpw: Annotated[float | None, typer.Option(help="Stored bits per weight, instead of a preset.")] = None,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone.")
+    ] = False,
+    recover_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of distillation afterwards; 0 leaves it out.")
+    ] = DEMO_RECOVERY.steps,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The three primary colors are",
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window to measure on.")] = 1024,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Windows to measure on, or as many as the text has.")
+    ] = 8,
+    threads: Threads = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress the built-in model, recover it, measure it beside the dense one, and let it write a sentence."""
+    show = Output(json, quiet)
+    config = compress_config(preset, bpw, without_calibration=no_calibration)
+    settle(threads=threads)
+    with show.bars() as bars:
+        text = demo_text(model, context, windows, bars.update)
+        values = run_demo(model, config, output, prompt, text, recover_steps, bars.update)
+    report = values["report"]
+    titles = ("dense", "compressed", *(["recovered"] if recover_steps else []))
+    measured: dict[str, Any] = {title: values[title] for title in titles}
+    show.result(
+        values,
+        kinds_table(report),
+        summary_table(report, values["output"]),
+        perplexity_table(text, measured),
+        f"> {values['text']}",
+    )
+
+
+def demo_text(model: str, context: int, windows: int, progress: Progress) -> Text:
+    """What is measured on: as many windows as the text has, at most those wanted.
 
     Raises:
         ConfigError: the text has none. SourceError: no model, or no tokenizer. Both before anything is done.
     """
+    from pocketllm.evaluate import texts
     from pocketllm.evaluate.perplexity import token_windows
     from pocketllm.model.folder import read_tokenizer
     from pocketllm.model.source import resolve
@@ -67,5 +78,77 @@ def _size(
     tokenizer = read_tokenizer(folder, trust_remote_code=False)
     if tokenizer is None:
         raise SourceError(f"{folder}: holds no tokenizer, which the demo needs; add its files")
-    context, windows = size
-    return context, min(windows, len(token_windows(tokenizer, text, context)))
+    name, text = texts.evaluation_text()
+    return Text(name, text, context, min(windows, len(token_windows(tokenizer, text, context))))
+
+
+def run_demo(
+    model: str,
+    config: CompressConfig,
+    output: Path,
+    prompt: str,
+    text: Text,
+    recover_steps: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Everything the demo shows, as plain values. recover_steps: 0 leaves recovery out."""
+    from pocketllm.evaluate.generate import generate
+    from pocketllm.model.checkpoint import read_report
+
+    folders = {"dense": model, "compressed": str(_compressed(model, config, output, progress))}
+    if recover_steps:
+        recovery = dataclasses.replace(DEMO_RECOVERY, steps=recover_steps)
+        folders["recovered"] = str(_recovered(model, recovery, output, progress))
+    values: dict[str, Any] = {
+        "text_name": text.name,
+        "context": text.context,
+        "output": list(folders.values())[-1],
+    }
+    values |= {title: text.measure(title, folder, progress) for title, folder in folders.items()}
+    last = list(folders.values())[-1]
+    loaded, tokenizer, _ = load_any(last, "dense", "auto", "cpu", False)
+    written = generate(loaded, tokenizer, prompt)
+    values["text"] = written.text
+    values["tokens_per_second"] = written.tokens_per_second
+    values["report"] = read_report(Path(last))
+    return values
+
+
+def _compressed(model: str, config: CompressConfig, output: Path, progress: Progress) -> Path:
+    """The compressed model, made unless it is there already."""
+    import pocketllm
+    from pocketllm.model.checkpoint import REPORT_NAME, read_report, verify
+
+    if (output / REPORT_NAME).is_file() and read_report(output)["config"] == config.to_dict():
+        verify(output)
+        progress("compress", 1.0, f"{output} is there already")
+    else:
+        pocketllm.compress(
+            model, config, output, progress=lambda event: progress(event.stage, event.share, event.detail)
+        )
+    return output
+
+
+def _recovered(model: str, recovery: DistillConfig, base: Path, progress: Progress) -> Path:
+    """Its recovered form beside it, made unless it is there already."""
+    import pocketllm
+    from pocketllm.model.checkpoint import REPORT_NAME, read_report, verify
+    from pocketllm.recover.setting import identity
+
+    output = base.with_name(base.name + "-recovered")
+    if (output / REPORT_NAME).is_file():
+        facts = read_report(output).get("recover", {})
+        wanted = (identity(read_report(base)), recovery.to_dict())
+        if (facts.get("base"), facts.get("config")) == wanted:
+            verify(output)
+            progress("train", 1.0, f"{output} is there already")
+            return output
+    pocketllm.distill(
+        base,
+        output,
+        recovery,
+        teacher=model,
+        overwrite=True,
+        progress=lambda event: progress(event.stage, event.share, event.detail),
+    )
+    return output

@@ -26,6 +26,8 @@ def eval_tables(values: Mapping[str, Any]) -> list[Table | str]:
 
 def _described(entry: Mapping[str, Any]) -> str:
     kind = f"compressed, {entry['matrices']} matrices verified" if entry["compressed"] else "not compressed"
+    if entry["adapter"]:
+        kind += f", with adapter {entry['adapter']} of {size(entry['adapter_bytes'])}"
     return f"{entry['model']}: {kind}; {size(entry['bytes_on_disk'])} on disk"
 
 

@@ -6,11 +6,12 @@ import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pocketllm.cli.options import (
+    Adapter,
     Device,
     Dtype,
     Json,
@@ -38,6 +39,7 @@ app = typer.Typer()
 )
 def evaluate(
     model: Annotated[str, typer.Argument(help="A compressed model; a dense one works, too.")],
+    adapter: Adapter = None,
     ppl: Annotated[Path | None, typer.Option(help="UTF-8 text file to measure perplexity on.")] = None,
     against: Annotated[
         str | None, typer.Option(help="Dense model to compare with; with --ppl also KL divergence to it.")
@@ -95,17 +97,29 @@ def evaluate(
         options = TaskOptions(tuple(names), folder, hub=data is None, cache=cache)
     settle(device, threads)
 
-    def named(name: str, mode: str) -> Model:
+    def named(name: str, mode: str, adapter: Path | None = None) -> Model:
         setting = f"{dtype_of(dtype, device)}, {mode}, {device}"
         return Model(
-            name, resolve(name), setting, lambda: load_any(name, mode, dtype, device, trust_remote_code)[:2]
+            name,
+            resolve(name),
+            setting,
+            lambda: load_any(name, mode, dtype, device, trust_remote_code)[:2],
+            None if adapter is None else _adapter(adapter, resolve(name)),
         )
 
     other = None if against is None else named(against, "dense")
     with show.bars() as bars:
-        values = measure(named(model, mode), other, text, options, config, bars.update)
+        values = measure(named(model, mode, adapter), other, text, options, config, bars.update)
     values |= {"text": None if ppl is None else str(ppl), "dtype": str(dtype_of(dtype, device))}
     show.result(values, *eval_tables(values))
+
+
+def _adapter(adapter: Path, base: Path) -> Any:
+    from pocketllm.evaluate.measure import Adapter as Measured
+    from pocketllm.recover.adapter import attach, check_adapter
+
+    check_adapter(adapter, base)
+    return Measured(adapter, lambda model: attach(model, base, adapter))
 
 
 def _default_data() -> Path | None:
@@ -120,6 +134,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    adapter: Adapter = None,
     mode: Mode = "dense",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -134,7 +149,7 @@ def generate(
 
     show = Output(json, quiet)
     settle(device, threads)
-    loaded, tokenizer, facts = load_any(model, mode, dtype, device, trust_remote_code)
+    loaded, tokenizer, facts = load_any(model, mode, dtype, device, trust_remote_code, adapter)
     found = run_model(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, chat)
     show.result({**dataclasses.asdict(found), **facts, "model": model}, found.text)
     show.note(f"{found.tokens} tokens, {found.tokens_per_second:.1f} tokens per second")

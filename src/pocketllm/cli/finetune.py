@@ -15,14 +15,14 @@ from pocketllm.errors import ConfigError
 
 app = typer.Typer()
 
-_Folders = tuple[Path, Path]
-_Options = dict[str, Any]
+
+def _fields(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
 
 
-_DISTILL_ONLY = (
-    *("teacher", "teacher_top_k", "validation_text", "lr_codebook", "lr_decoder", "lr_scale", "lr_norm"),
-)
-_LORA_ONLY = ("rank", "alpha", "dropout", "targets", "epochs", "learning_rate", "mode")
+_DISTILL_ONLY = {"teacher", "teacher_on_disk", *_fields(DistillConfig) - _fields(LoraTuneConfig)}
+_DISTILL_ONLY -= {"validation_windows"}  # lora has the option, too, for its items
+_LORA_ONLY = _fields(LoraTuneConfig) - _fields(DistillConfig)
 
 
 @app.command(
@@ -66,6 +66,10 @@ def finetune(
     teacher: Annotated[
         str | None, typer.Option(help="distill: the dense model; the default is the one that was compressed.")
     ] = None,
+    teacher_on_disk: Annotated[
+        bool | None,
+        typer.Option("--teacher-on-disk", help="distill: read its blocks from disk whenever it is run."),
+    ] = None,
     teacher_top_k: Annotated[
         int | None,
         typer.Option(help="distill: compute the teacher's k most likely tokens once; 0 runs it each step."),
@@ -102,7 +106,7 @@ def finetune(
     loop = {key: given.pop(key) for key in list(given) if key in LoopConfig.__dataclass_fields__}
     if method not in ("distill", "lora"):
         raise ConfigError(f"--method: got {method!r}, wanted distill or lora")
-    wrong = [name for name in (_LORA_ONLY if method == "distill" else _DISTILL_ONLY) if name in given]
+    wrong = sorted(given.keys() & (_LORA_ONLY if method == "distill" else _DISTILL_ONLY))
     if wrong:
         raise ConfigError(
             f"--{wrong[0].replace('_', '-')} has no meaning with --method {method}; leave it out"
@@ -144,13 +148,13 @@ def _distill(
 ) -> dict[str, Any]:
     from pocketllm.recover.distill import distill, dry_run_distill
 
-    teacher = given.pop("teacher", None)
+    teacher, on_disk = given.pop("teacher", None), given.pop("teacher_on_disk", False)
     if "validation_text" in given:
         given["validation_text"] = str(given["validation_text"])
     config = DistillConfig(**given, loop=dataclasses.replace(DistillConfig().loop, **loop))
     if dry_run:
         return dry_run_distill(folders[0], config, teacher, common["trust_remote_code"])
-    return dataclasses.asdict(distill(*folders, config, teacher=teacher, **common))
+    return dataclasses.asdict(distill(*folders, config, teacher=teacher, teacher_on_disk=on_disk, **common))
 
 
 def _lora(
@@ -233,7 +237,9 @@ def _table(values: dict[str, Any], title: str) -> Any:
     table.add_column(style="bold")
     table.add_column(justify="right", overflow="fold")
     for key, value in values.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        if value in ("", {}):
+            continue
+        shown = _number(value) if isinstance(value, float) else str(value)
         if isinstance(value, dict):
             shown = "\n".join(f"{name}: {_number(part)}" for name, part in value.items())
         if key.endswith("bytes") or key.startswith("bytes"):
@@ -243,4 +249,6 @@ def _table(values: dict[str, Any], title: str) -> Any:
 
 
 def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from logging import getLogger
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +19,12 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder contains.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (float32 on a CPU).")]
+Adapter = Annotated[
+    Path | None, typer.Option(help="An adapter that was trained on the compressed model; its bytes count.")
+]
+Ppl = Annotated[Path | None, typer.Option(help="UTF-8 text file to measure perplexity on.")]
+Context = Annotated[int, typer.Option(help="Tokens per window, with --ppl.")]
+Windows = Annotated[int, typer.Option(help="First windows used, with --ppl; 0 takes all.")]
 Mode = Annotated[
     str, typer.Option(help="dense (decode at load, full speed) or packed (decode layer by layer).")
 ]
@@ -33,6 +41,7 @@ def settle(device: str = "cpu", threads: int = 0) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("accelerate.big_modeling").setLevel("ERROR")  # tells of every model on the disk
     if threads:
         torch.set_num_threads(threads)
         import faiss
@@ -56,13 +65,15 @@ def dtype_of(name: str, device: str = "cpu") -> Any:
 
 
 def load_any(
-    model: str, mode: str, dtype: str, device: str, trust_remote_code: bool
+    model: str, mode: str, dtype: str, device: str, trust_remote_code: bool, adapter: Path | None = None
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """A compressed or a dense model, with what is known of its size.
+    """A compressed or a dense model, with what is known of its size; adapter: to run a compressed one with.
 
     Raises:
         SourceError: not found, or without a tokenizer; and whatever `pocketllm.load` raises.
     """
+    if adapter is not None:
+        return _load_with(adapter, model, mode, dtype, device, trust_remote_code)
     from transformers import AutoModelForCausalLM
 
     import pocketllm
@@ -97,3 +108,16 @@ def load_any(
         )
     facts = {"compressed": is_compressed, "bytes_on_disk": checkpoint.folder_bytes(folder)}
     return loaded.eval(), tokenizer, facts
+
+
+def _load_with(
+    adapter: Path, model: str, mode: str, dtype: str, device: str, trust_remote_code: bool
+) -> tuple[Any, Any, dict[str, Any]]:
+    from pocketllm.model import checkpoint
+    from pocketllm.recover.adapter import attach, check_adapter
+
+    check_adapter(adapter, Path(model))
+    loaded, tokenizer, facts = load_any(model, mode, dtype, device, trust_remote_code)
+    attach(loaded, Path(model), adapter)
+    nbytes = facts["bytes_on_disk"] + checkpoint.folder_bytes(adapter)
+    return loaded, tokenizer, {**facts, "bytes_on_disk": nbytes, "adapter": str(adapter)}

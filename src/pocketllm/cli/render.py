@@ -158,6 +158,8 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
         share = nbytes / report["bytes_on_disk"]
         table.add_row(f"  {part.replace('_', ' ')}", f"{size(nbytes)}  {share:6.1%}")
     table.add_row("left dense or not stored", f"{len(report['skipped'])} tensors")
+    if report.get("recover"):
+        table.add_row(f"recovered by {report['recover']['method']}", _recovered(report["recover"]))
     if report.get("seconds"):
         table.add_row("seconds", f"{report['seconds']:.0f}")
     for kind in ("peak_memory_bytes", "peak_gpu_memory_bytes"):
@@ -166,6 +168,11 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
     for text in warnings_of(report):
         table.add_row("warning", text, style="yellow")
     return table
+
+
+def _recovered(facts: Mapping[str, Any]) -> str:
+    change = f"{facts['kl_before']:.4f} -> {facts['kl_after']:.4f}"
+    return f"{facts['steps']} steps, KL to the dense model {change} nats a token"
 
 
 def kinds_table(report: Mapping[str, Any]) -> Table:

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketllm.cli.options import Device, Dtype, Json, Quiet, Threads, Trust, load_any, settle
+from pocketllm.cli.options import (
+    Context,
+    Device,
+    Dtype,
+    Json,
+    Ppl,
+    Quiet,
+    Threads,
+    Trust,
+    Windows,
+    load_any,
+    settle,
+)
 from pocketllm.cli.render import Bars, Output, size
 from pocketllm.errors import ConfigError
 
@@ -25,9 +37,6 @@ Against = Annotated[
 Evaluations = Annotated[
     list[Path] | None, typer.Option(help="What 'pocketllm eval --json' printed, in a file; repeatable.")
 ]
-Ppl = Annotated[Path | None, typer.Option(help="UTF-8 text file to measure perplexity on.")]
-Context = Annotated[int, typer.Option(help="Tokens per window, with --ppl.")]
-Windows = Annotated[int, typer.Option(help="First windows used, with --ppl; 0 takes all.")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +88,7 @@ def report(
     with show.bars() as bars:
         if ppl is not None:
             how = _Measuring(ppl, context, windows, dtype, device, trust_remote_code)
-            evaluations += _measured([str(folder)], _dense(against, [name]), how, bars)
+            evaluations += _measured([(folder, None)], _dense(against, [name]), how, bars)
         page = html_report(
             folder,
             target,
@@ -100,12 +109,17 @@ def report(
 @app.command(
     epilog="Examples:\n\n  pocketllm compare smol-8x smol-16x\n\n"
     "  pocketllm compare smol-* -o smol.png --ppl wiki.test.raw --windows 16\n\n"
+    "  pocketllm compare smol-2bit smol-2bit-tuned --adapter smol-2bit-lora\n\n"
     "  pocketllm compare smol-8x smol-16x --json"
 )
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Compressed models.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Picture to write: NAME.png or .svg makes both.")
+    ] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="An adapter of one of them, repeatable: a row of base and adapter together."),
     ] = None,
     against: Against = None,
     ppl: Ppl = None,
@@ -123,20 +137,22 @@ def compare(
     """Several compressed models in one table, and in a picture: bytes, ratios, errors, perplexity."""
     show = Output(json, quiet)
     from pocketllm.model.checkpoint import read_report
-    from pocketllm.report import check_picture, read_evaluations, save_picture
+    from pocketllm.report import base_of, check_picture, read_evaluations, save_picture
     from pocketllm.report import compare as side_by_side
 
     if output is not None:
         check_picture(output)
     names = [str(read_report(folder)["model"]) for folder in folders]
+    adapters = adapter or []
+    measured = [*((folder, None) for folder in folders), *((base_of(a, folders), a) for a in adapters)]
     evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
     settle(device, threads)
     with show.bars() as bars:
         if ppl is not None:
             how = _Measuring(ppl, context, windows, dtype, device, trust_remote_code)
-            evaluations += _measured([str(f) for f in folders], _dense(against, names), how, bars)
+            evaluations += _measured(measured, _dense(against, names), how, bars)
         found = side_by_side(
-            folders, evaluations, check, lambda share, detail: bars.update("check", share, detail)
+            folders, evaluations, check, lambda share, detail: bars.update("check", share, detail), adapters
         )
     pictures = [] if output is None else [str(path) for path in save_picture(found, output)]
     show.result({**found.to_dict(), "pictures": pictures}, _table(found), *pictures)
@@ -151,8 +167,10 @@ def _dense(against: str | None, names: Sequence[str]) -> str | None:
     return names[0] if len(set(names)) == 1 and resolve_local(names[0]) is not None else None
 
 
-def _measured(models: Sequence[str], dense: str | None, how: _Measuring, bars: Bars) -> list[Evaluation]:
-    """Perplexity of the compressed models and of the dense one.
+def _measured(
+    models: Sequence[tuple[Path, Path | None]], dense: str | None, how: _Measuring, bars: Bars
+) -> list[Evaluation]:
+    """Perplexity of the compressed models, some with an adapter, and of the dense one.
 
     Raises:
         ConfigError, SourceError: as `perplexity` and `read_text`.
@@ -164,8 +182,9 @@ def _measured(models: Sequence[str], dense: str | None, how: _Measuring, bars: B
         raise ConfigError(f"--windows: got {how.windows}, wanted 0 (all) or more")
     text = read_text(how.text)
     found = []
-    for model in [*models, *([dense] if dense is not None else [])]:
-        loaded, tokenizer, facts = load_any(model, "dense", how.dtype, how.device, how.trust)
+    named = [(str(folder), adapter) for folder, adapter in models]
+    for model, adapter in [*named, *([(dense, None)] if dense is not None else [])]:
+        loaded, tokenizer, facts = load_any(model, "dense", how.dtype, how.device, how.trust, adapter)
         if facts["compressed"] and model == dense:
             raise ConfigError(f"--against {dense}: is compressed itself; name the dense model")
 

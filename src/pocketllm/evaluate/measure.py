@@ -20,6 +20,14 @@ from pocketllm.model.checkpoint import REPORT_NAME, folder_bytes
 Progress = Callable[[str, float], None]
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that a compressed model is measured with. attach: puts it into the loaded model."""
+
+    folder: Path
+    attach: Callable[[Any], None]
+
+
 class Model:
     """A model to measure: loaded when it is first needed, and verified then if it is a compressed one.
 
@@ -27,10 +35,18 @@ class Model:
         name: to show. folder: of its files.
         setting: dtype, mode and device, as part of the identity of its results.
         load: gives (model, tokenizer).
+        adapter: attached once the model is verified; its bytes are counted.
     """
 
-    def __init__(self, name: str, folder: Path, setting: str, load: Callable[[], tuple[Any, Any]]) -> None:
-        self.name, self.folder, self.setting = name, folder, setting
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        setting: str,
+        load: Callable[[], tuple[Any, Any]],
+        adapter: Adapter | None = None,
+    ) -> None:
+        self.name, self.folder, self.setting, self.adapter = name, folder, setting, adapter
         self._load = load
         self._loaded: tuple[Any, Any] | None = None
         self._matrices: int | None = None
@@ -44,6 +60,8 @@ class Model:
         if self._loaded is None:
             model, tokenizer = self._load()
             self._matrices = verify_compressed(model) if self.is_compressed() else None
+            if self.adapter is not None:
+                self.adapter.attach(model)
             self._loaded = model, tokenizer
         return self._loaded
 
@@ -52,15 +70,28 @@ class Model:
         return (self.folder / REPORT_NAME).is_file()
 
     def described(self) -> dict[str, Any]:
-        """model, compressed, matrices (verified in memory; None where dense), bytes_on_disk."""
+        """What is measured.
+
+        Returns:
+            model, adapter, compressed, matrices (verified in memory; None where dense), adapter_bytes,
+            bytes_on_disk (model and adapter).
+        """
         if self.is_compressed():
             self.load()  # so that it is said of layers that were looked at
+        added = 0 if self.adapter is None else folder_bytes(self.adapter.folder)
         return {
             "model": self.name,
+            "adapter": None if self.adapter is None else str(self.adapter.folder),
             "compressed": self.is_compressed(),
             "matrices": self._matrices,
-            "bytes_on_disk": folder_bytes(self.folder),
+            "adapter_bytes": added,
+            "bytes_on_disk": folder_bytes(self.folder) + added,
         }
+
+    def identity(self) -> str:
+        """Changes with any bit of model and adapter."""
+        own = fingerprint(self.folder)
+        return own if self.adapter is None else f"{own}+{fingerprint(self.adapter.folder)}"
 
 
 @dataclass(frozen=True)
@@ -91,9 +122,9 @@ def measure(
         text: for perplexity and, beside `other`, divergence.
 
     Returns:
-        model, compressed, matrices, bytes_on_disk; perplexity, context, windows, tokens; kl, kl_stderr,
-        top1_agreement, top1_agreement_stderr; tasks, average, limit; against: the same of `other`;
-        difference: as `compare`.
+        model, adapter, compressed, matrices, adapter_bytes, bytes_on_disk; perplexity, context, windows,
+        tokens; kl, kl_stderr, top1_agreement, top1_agreement_stderr; tasks, average, limit; against: the same
+        of `other`; difference: as `compare`.
 
     Raises:
         ConfigError: another vocabulary, windows that do not fit, an unknown task.
@@ -132,7 +163,7 @@ def _on_tasks(model: Model, tasks: TaskOptions | None, config: EvalConfig, progr
         return None
     return evaluate_tasks(
         tasks.names,
-        Subject(fingerprint(model.folder), model.setting, model.load),
+        Subject(model.identity(), model.setting, model.load),
         config,
         tasks.data,
         hub=tasks.hub,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -179,6 +180,34 @@ def peak_memory_bytes(device: str = "cpu") -> tuple[int | None, int | None]:
         return None, gpu
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, gpu
+
+
+def counting_adapter(report: Mapping[str, Any], nbytes: int) -> dict[str, Any]:
+    """The report with the bytes of an adapter counted in every size: they serve all matrices.
+
+    Args:
+        report: as stored in `pocketllm.json`.
+    """
+    matrices = [(m, math.prod(m["shape"])) for m in report["matrices"]]
+    coded = sum(weights for _, weights in matrices)
+    blocks = sum(weights for m, weights in matrices if re.search(r"\.\d+\.", m["name"]))
+    bits, disk = 8 * nbytes, report["bytes_on_disk"]
+
+    def rounded(value: float) -> float:
+        return float(f"{value:.6g}")
+
+    changed: dict[str, Any] = {
+        "bytes_on_disk": disk + nbytes,
+        "bytes_by_part": {**report["bytes_by_part"], "adapter": nbytes},
+        "bpw_all": rounded(report["bpw_all"] + bits / (report["dense_model_bytes_bf16"] / 2)),
+        "bpw_matrices": rounded(report["bpw_matrices"] + bits / coded),
+        "bpw_blocks": rounded(report["bpw_blocks"] + bits / blocks) if blocks else report["bpw_blocks"],
+    }
+    for dtype, dense_bits in (("bf16", 16), ("fp32", 32)):
+        stored = dense_bits * coded / report[f"ratio_matrices_{dtype}"]
+        changed[f"ratio_matrices_{dtype}"] = rounded(dense_bits * coded / (stored + bits))
+        changed[f"ratio_files_{dtype}"] = rounded(report[f"ratio_files_{dtype}"] * disk / (disk + nbytes))
+    return {**report, **changed}
 
 
 def versions() -> dict[str, str]:

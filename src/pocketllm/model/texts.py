@@ -14,7 +14,7 @@ from torch import Tensor
 from pocketllm.errors import ExtraError, SourceError
 from pocketllm.evaluate.perplexity import read_text
 
-_SUFFIXES = (".txt", ".jsonl", ".md", ".raw")
+_SUFFIXES = (".txt", ".jsonl", ".json", ".md", ".raw")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
 _HUB_CHARACTERS = 1 << 25  # data sets of the hub have no end
 
@@ -39,9 +39,9 @@ def default_text(held_out: bool = False) -> str:
 
 
 def read_calibration(place: str | Path, characters: int = _HUB_CHARACTERS) -> str:
-    """Text of a UTF-8 file, a JSON-lines file, all of those in a folder, or a data set of the hub.
+    """Text of a UTF-8 file, a JSON or JSON-lines file, all of those in a folder, or a data set of the hub.
 
-    Of each row of JSON lines and data sets the field `text` is taken, or all its strings if it has none.
+    Of each row of JSON and data sets the field `text` is taken, or all its strings if it has none.
 
     Args:
         place: file, folder, or `OWNER/NAME[:CONFIG[:SPLIT]]` on the hub; SPLIT is `train` unless given.
@@ -60,13 +60,14 @@ def read_calibration(place: str | Path, characters: int = _HUB_CHARACTERS) -> st
     if not path.exists() and _HUB_ID.fullmatch(str(place)) and path.suffix not in _SUFFIXES:
         return _read_hub(str(place), characters)
     text = read_text(path)
-    if path.suffix != ".jsonl":
+    if path.suffix not in (".jsonl", ".json"):
         return text
+    is_lines = path.suffix == ".jsonl"
     try:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(r) for r in text.splitlines() if r.strip()] if is_lines else json.loads(text)
     except ValueError as error:
-        raise SourceError(f"{path}: not JSON lines ({error})") from error
-    text = "\n\n".join(_text_of(row) for row in rows)
+        raise SourceError(f"{path}: not JSON{' lines' if is_lines else ''} ({error})") from error
+    text = "\n\n".join(_text_of(row) for row in (rows if isinstance(rows, list) else [rows]))
     if not text.strip():
         raise SourceError(f"{path}: holds no text; wanted rows with strings")
     return text

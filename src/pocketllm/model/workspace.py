@@ -29,7 +29,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-_STATE = "state.json"
+_STATE, _LOCK_NAME = "state.json", "lock"
 
 
 def check_output(
@@ -67,7 +67,7 @@ def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
     if not is_main or fcntl is None:
         yield
         return
-    with (folder / "lock").open("w") as stream:
+    with (folder / _LOCK_NAME).open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -161,7 +161,7 @@ class Workspace:
         """`open` for any kind of run. arguments: all that its result depends on, plain JSON types.
 
         Raises:
-            ResumeError: it holds a run with other arguments. OutputError: it is not ours.
+            ResumeError: it holds a run with other arguments. OutputError: it is not ours, or in use.
         """
         folder = _partial(output)
         wanted = json.loads(json.dumps(_flat(arguments)))  # as it is read back: lists for tuples
@@ -169,7 +169,10 @@ class Workspace:
         if state.is_file():
             found = json.loads(state.read_text(encoding="utf-8"))
             differing = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
-            if differing:
+            if differing and {path.name for path in folder.iterdir()} == {state.name, _LOCK_NAME}:
+                with locked(folder):  # a run that failed before anything was done: nothing to lose
+                    ckpt.write_json(state, wanted)
+            elif differing:
                 facts = "; ".join(f"{k}: {found.get(k)!r} then, {wanted.get(k)!r} now" for k in differing)
                 raise ResumeError(
                     f"{folder}: holds a half-done run with other arguments ({facts}); "

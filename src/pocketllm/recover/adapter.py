@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError
-from pocketllm.recover.setting import Base
+from pocketllm.model import checkpoint as ckpt
+from pocketllm.recover.setting import Base, identity
 
-RECORD_NAME = "pocketllm-adapter.json"
+RECORD_NAME, SETTINGS_NAME = "pocketllm-adapter.json", "adapter_config.json"
 _TOLERANCE = 1e-3  # of logits, relative to their spread
 
 
@@ -45,43 +46,47 @@ def check_adapter_output(output: Path, overwrite: bool) -> None:
         raise OutputError(f"{output}: an adapter is there already; pass --overwrite to replace it")
 
 
-def check_adapter(adapter: Path, base: Base) -> dict[str, Any]:
-    """PEFT's settings of an adapter that belongs to this base.
+def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
+    """PEFT's settings of an adapter that belongs to this compressed model.
 
     Raises:
-        FormatError: no adapter there. ConfigError: it was trained on another base.
+        FormatError: no adapter there, or no compressed model. ConfigError: it was trained on another base.
     """
-    path = adapter / "adapter_config.json"
+    path, report = adapter / SETTINGS_NAME, ckpt.read_report(base)
     if not path.is_file():
-        raise FormatError(f"{adapter}: no adapter_config.json; wanted an adapter in PEFT's form")
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    record = adapter / RECORD_NAME
-    if record.is_file():
-        facts = json.loads(record.read_text(encoding="utf-8"))
-        if facts["base_identity"] != base.identity:
-            raise ConfigError(
-                f"{adapter}: was trained on {facts['base']} (made from {facts['base_model']}), not on "
-                f"{base.folder} (made from {base.report['model']}); name the base it belongs to"
-            )
+        raise FormatError(f"{adapter}: no {SETTINGS_NAME}; wanted an adapter in PEFT's form")
+    try:
+        record = adapter / RECORD_NAME
+        facts = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        other = facts is not None and facts["base_identity"] != identity(report)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{adapter}: malformed adapter ({error!r}); fetch or train it again") from error
+    if facts is not None and other:
+        raise ConfigError(
+            f"{adapter}: was trained on {facts['base']} (made from {facts['base_model']}), not on "
+            f"{base} (made from {report['model']}); name the base it belongs to"
+        )
     return settings
 
 
-def load_with_adapter(base: Base, adapter: Path, mode: str, device: Any = "cpu") -> Any:
-    """The PeftModel of a base and its adapter, in evaluation mode.
+def attach(model: Any, base: Path, adapter: Path) -> Any:
+    """Put an adapter into a model loaded from the compressed folder `base`; the PeftModel around it.
+
+    The model itself computes with the adapter afterwards, too.
 
     Raises:
         FormatError, ConfigError: as `check_adapter`; or the adapter's layers do not fit the base.
     """
+    need_peft()
     from peft import PeftModel
 
-    need_peft()
     settings = check_adapter(adapter, base)
-    model = base.load(mode, device)
     try:
         return PeftModel.from_pretrained(model, str(adapter)).eval()
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"{adapter}: made for {settings.get('base_model_name_or_path')}, does not fit {base.folder} "
+            f"{adapter}: made for {settings.get('base_model_name_or_path')}, does not fit {base} "
             f"({str(error).splitlines()[0]})"
         ) from error
 
@@ -93,7 +98,7 @@ def merged(base: Base, adapter: Path, device: Any = "cpu") -> Any:
     Raises:
         LoadError: the logits after merging differ.
     """
-    adapted = load_with_adapter(base, adapter, "dense", device)
+    adapted = attach(base.load("dense", device), base.folder, adapter)
     ids = torch.arange(16, device=adapted.device)[None] % adapted.config.get_text_config().vocab_size
     before = adapted(input_ids=ids, use_cache=False).logits
     model = adapted.merge_and_unload()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def compress_and_distill(
     recovery: DistillConfig,
     output: str | Path,
     *,
+    made: Callable[[str, Path], None] = lambda stage, folder: None,
     progress: ProgressCallback = lambda event: None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -32,6 +34,7 @@ def compress_and_distill(
 
     Args:
         output: the recovered model; the one before recovery lies in `OUTPUT.plain` meanwhile.
+        made: called with each model that is finished, `compressed` and `recovered`, and its folder.
 
     Returns:
         The report of the recovered model, and what the distillation did.
@@ -39,8 +42,7 @@ def compress_and_distill(
     Raises:
         As `compress` and `distill`.
     """
-    started = time.monotonic()
-    output = Path(output)
+    output, started = Path(output), time.monotonic()
     check_output(output, overwrite)
     plain = output.with_name(output.name + ".plain")
     if not _is_made(plain, str(model), config):
@@ -54,6 +56,7 @@ def compress_and_distill(
             trust_remote_code=trust_remote_code,
             calibration_folder=calibration_folder,
         )
+    made("compressed", plain)
     done = distill(
         plain,
         output,
@@ -64,6 +67,7 @@ def compress_and_distill(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
+    made("recovered", output)
     shutil.rmtree(plain)
     report = Report.from_dict(ckpt.read_report(output))
     resident, on_gpu = peak_memory_bytes(device)

@@ -43,7 +43,7 @@ def divergence(
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     gradient = torch.empty_like(student)
     in_cache = student.numel() if student.device.type != "cpu" else _LOGITS_IN_CACHE
-    for part in position_slices(student.shape[0], student.shape[1], in_cache):
+    for part in position_slices(len(student), student.shape[1], in_cache):
         logits = student[part].to(torch.float32, copy=True)
         if isinstance(target, tuple):
             found, gradient[part] = _partial(logits, target[0][part], target[1][part], scale)

@@ -1,43 +1,23 @@
-"""Training items for LoRA: instructions with answers (the Alpaca form), or windows of plain text.
+"""Instructions with answers, read from a file: the Alpaca form, or `prompt` and `response`.
 
 A JSON file (a list of objects) or a JSON-lines file is instruction data if its objects have `instruction` and
-`output` (and perhaps `input`), or `prompt` and `response`. The loss is taken on answers only. Everything else
-is plain text, cut into windows, with the loss on every token. Template: tatsu-lab/stanford_alpaca.
+`output` (and perhaps `input`), or `prompt` and `response`. Template: tatsu-lab/stanford_alpaca.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from pocketllm.errors import ConfigError, SourceError
+from pocketllm.errors import SourceError
 from pocketllm.evaluate.perplexity import read_text
-from pocketllm.recover.text import tokenize, windows_of
 
 _HEAD = (
     "Below is an instruction that describes a task{}. "
     "Write a response that appropriately completes the request."
 )
 _PAIRED = ", paired with an input that provides further context"
-
-
-@dataclass(frozen=True)
-class Item:
-    """One sequence: token ids [T] int64, and from which position on tokens are learned."""
-
-    ids: Tensor
-    learned_from: int
-
-    @property
-    def weight(self) -> int:
-        """Scored tokens."""
-        return len(self.ids) - self.learned_from
 
 
 def prompt_of(row: dict[str, Any]) -> tuple[str, str] | None:
@@ -81,47 +61,3 @@ def read_instructions(path: Path) -> list[tuple[str, str]] | None:
             "`output` (and perhaps `input`), or `prompt` and `response`, in every row"
         )
     return [pair for pair in found if pair is not None]
-
-
-def _files(texts: tuple[str, ...]) -> Iterator[Path]:
-    """Files as they are named, and those in folders that are named."""
-    suffixes = (".json", ".jsonl", ".txt", ".md", ".raw")
-    for text in texts:
-        path = Path(text)
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix in suffixes)
-        else:
-            yield path
-
-
-def read_items(tokenizer: Any, texts: tuple[str, ...], context: int) -> list[Item]:
-    """Training items of all texts, at most `context` tokens each.
-
-    Raises:
-        SourceError: a text cannot be read. ConfigError: fewer than two items.
-    """
-    items: list[Item] = []
-    plain: list[str] = []
-    for path in _files(texts):
-        pairs = read_instructions(path)
-        if pairs is None:
-            plain.append(str(path))
-            continue
-        items += [item for pair in pairs if (item := _item(tokenizer, *pair, context)).weight > 0]
-    if plain or not texts:
-        windows = windows_of(tokenizer, tuple(plain), context)
-        items += [Item(window, 1) for window in windows]
-    if len(items) < 2:
-        raise ConfigError(
-            f"the text gives {len(items)} item to train on, wanted at least two (one of them to validate); "
-            "give more text or change the context"
-        )
-    return items
-
-
-def _item(tokenizer: Any, prompt: str, answer: str, context: int) -> Item:
-    """Prompt and answer, ended by the end-of-sequence token; what is too long is cut off."""
-    start = tokenize(tokenizer, prompt)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = torch.cat([start, tokenize(tokenizer, answer), torch.tensor(end, dtype=torch.int64)])[:context]
-    return Item(ids.long(), max(1, len(start)))

@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.model.checkpoint import write_json
+from pocketllm.model.report import versions
 
 STEPS_NAME, SUMMARY_NAME, CURVE_NAME = "steps.jsonl", "summary.json", "curve.png"
 
 
 class RunLog:
-    """Writes the record; with enabled=False (processes other than the first) nothing."""
+    """Writes the record; with enabled=False (processes other than the first) nothing.
 
-    def __init__(self, output: Path, enabled: bool = True) -> None:
+    arguments: of the run, for the summary.
+    """
+
+    def __init__(
+        self, output: Path, enabled: bool = True, arguments: Mapping[str, Any] | None = None
+    ) -> None:
         self.folder, self.enabled = output.with_name(output.name + ".log"), enabled
+        self.arguments = dict(arguments or {})
 
     def resume_at(self, step: int) -> None:
         """Drop lines after a step, which will be run again."""
@@ -44,11 +51,12 @@ class RunLog:
             with (self.folder / STEPS_NAME).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(values) + "\n")
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """The summary, and the picture where matplotlib is installed."""
+    def finish(self, summary: Mapping[str, Any], history: list[tuple[int, float]]) -> None:
+        """The summary, and the picture where matplotlib is installed. history: (step, validation loss)."""
         if self.enabled:
-            write_json(self.folder / SUMMARY_NAME, summary)
-            draw(self.steps(), summary, self.folder / CURVE_NAME)
+            body = {**summary, "validation": history, "arguments": self.arguments, "versions": versions()}
+            write_json(self.folder / SUMMARY_NAME, body)
+            draw(self.steps(), body, self.folder / CURVE_NAME)
 
 
 def draw(steps: list[dict[str, Any]], summary: Mapping[str, Any], path: Path) -> bool:

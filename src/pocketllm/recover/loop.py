@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from accelerate import PartialState
@@ -58,7 +58,10 @@ class Task(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run stands. history: (step, validation loss). waited: validations since the best one."""
+    """Where a run stands. history: (step, validation loss). waited: validations since the best one.
+
+    seconds: of all steps and validations, those before a resumption included.
+    """
 
     step: int = 0
     best_step: int = 0
@@ -66,6 +69,7 @@ class Progress:
     waited: int = 0
     stopped_early: bool = False
     history: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,13 @@ class Loop:
         """Train; afterwards the parameters are those of the best validation.
 
         Raises:
-            TrainingError: a loss or gradient that is not finite; the state before that step is kept.
+            TrainingError: a loss or gradient that is not finite; the last checkpoint stays as it is.
         """
         if self.work.has(CHECKPOINT):
             self._restore()
         self.log.resume_at(self.at.step)
         if not self.at.history:
-            self._validate()
+            self.at.seconds += _timed(self._validate)
         while self.at.step < self.steps and not self.at.stopped_early:
             started = time.monotonic()
             loss, norm = self._step()
@@ -128,12 +132,13 @@ class Loop:
             if validated:
                 self._validate()
             seconds = time.monotonic() - started
+            self.at.seconds += seconds
             latest = self.at.history[-1][1]
             facts = {"step": step, "loss": loss, "grad_norm": norm, "lr_factor": self._rate(step - 1)}
             self.log.add(
                 {**facts, **({"validation": latest} if validated else {}), "seconds": round(seconds, 3)}
             )
-            if step % self.config.checkpoint_every == 0 or step == self.steps or self.at.stopped_early:
+            if step == self.steps or self.at.stopped_early:
                 self._save()
             progress(Told(step, self.steps, loss, latest, seconds))
         with torch.no_grad():
@@ -142,7 +147,10 @@ class Loop:
         return self.at
 
     def _step(self) -> tuple[float, float]:
-        """One step of the optimizer; returns loss and gradient norm."""
+        """One step of the optimizer; returns loss and gradient norm.
+
+        The state before it is kept when its turn has come, once it has turned out to give a finite loss.
+        """
         config, number = self.config, self.at.step
         torch.manual_seed(hash((config.seed, number)) & 0x7FFFFFFF)
         batch = self._batch(number)
@@ -155,12 +163,9 @@ class Loop:
                 loss += self.task.backward(numbers, scale)
         loss, norm = self._agree(loss)
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._stop(f"the loss is {loss}, its gradient's norm {norm}", number + 1)
+        if number % config.checkpoint_every == 0 and number:
             self._save()
-            raise TrainingError(
-                f"step {number + 1}: the loss is {loss}, its gradient's norm {norm}; stopped. The state "
-                f"after step {number} is kept in {self.work.folder / CHECKPOINT}; delete that folder and "
-                "start anew with lower learning rates, or in float32"
-            )
         if config.max_grad_norm and norm > config.max_grad_norm:
             for parameter in self.parameters:
                 if parameter.grad is not None:
@@ -170,6 +175,21 @@ class Loop:
         self.optimizer.step()
         self.at.step += 1
         return loss, norm
+
+    def _stop(self, reason: str, step: int) -> NoReturn:
+        """Give up at a step; 0 is the model as it came."""
+        if step == 0:
+            raise TrainingError(
+                f"{reason} before the first step; the model, its teacher or the text is at fault"
+            )
+        if self.work.has(CHECKPOINT):
+            kept = f"the last good state, after step {self.work.load(CHECKPOINT)[1]['step']}, is kept in"
+        else:
+            kept = "no checkpoint was due before it in"
+        raise TrainingError(
+            f"step {step}: {reason}; stopped, {kept} {self.work.folder}. Delete that folder and start anew "
+            "with lower learning rates, or in float32"
+        )
 
     def _agree(self, loss: float) -> tuple[float, float]:
         """Add up losses and gradients of all processes; the gradient's norm."""
@@ -207,6 +227,8 @@ class Loop:
         if self.state.num_processes > 1:
             loss = float(reduce(torch.tensor(loss, device=self.state.device), "mean"))
         at = self.at
+        if not math.isfinite(loss):
+            self._stop(f"the validation loss is {loss}", at.step)
         at.history.append((at.step, loss))
         if loss < at.best_loss or not self.best:
             at.best_loss, at.best_step, at.waited = loss, at.step, 0
@@ -242,6 +264,13 @@ class Loop:
                 if state:
                     moved = {k: v if k == "step" else v.to(device) for k, v in state.items()}
                     self.optimizer.state[parameter] = moved
+
+
+def _timed(act: Callable[[], None]) -> float:
+    """Seconds that a call takes."""
+    started = time.monotonic()
+    act()
+    return time.monotonic() - started
 
 
 def told_event(told: Told) -> Event:

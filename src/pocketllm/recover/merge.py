@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,24 @@ import pocketllm
 from pocketllm.config import CompressConfig
 from pocketllm.errors import FormatError
 from pocketllm.evaluate.perplexity import perplexity, read_text
+from pocketllm.evaluate.results import fingerprint
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
 from pocketllm.model.export import check_empty, save_dense
+from pocketllm.model.texts import default_text
 from pocketllm.model.workspace import check_output
-from pocketllm.recover.adapter import merged, need_peft
-from pocketllm.recover.setting import open_base
+from pocketllm.recover.adapter import check_adapter, merged, need_peft
+from pocketllm.recover.setting import Base, open_base
+
+_RECORD_NAME = "pocketllm-merged.json"
 
 
 @dataclass(frozen=True)
 class Merged:
     """What a merge made. dense: the merged dense model. bytes_before: base and adapter together.
 
-    perplexities: on the text that was given: of the base alone, of base and adapter (and so of the merged
-    dense model), and of the model that was compressed again.
+    perplexities: on `text`, if there is one: of the base alone, of base and adapter merged, and of the model
+    that was compressed again.
     """
 
     output: str
@@ -33,6 +38,7 @@ class Merged:
     bytes_before: int
     bytes_dense: int
     bytes_on_disk: int
+    text: str
     perplexities: dict[str, float]
 
 
@@ -56,8 +62,10 @@ def merge(
         folder: the compressed base. adapter: in PEFT's form, trained on it.
         output: folder to make: the dense model, or with `reencode` the compressed one, the dense one beside
             it as `OUTPUT-dense` (the teacher of a later distillation).
-        reencode: compress the merged model again, with the settings of the base.
-        text: measure perplexities on it, before and after. context, windows: as in `pocketllm eval`.
+        reencode: compress the merged model again, with the settings of the base. Stopped and started again,
+            it goes on where it was.
+        text: measure perplexities on it, before and after; to re-encode, the default is documentation that
+            comes with Python. context, windows: as in `pocketllm eval`.
         dtype: of the dense weights.
 
     Raises:
@@ -65,38 +73,73 @@ def merge(
     """
     folder, adapter, output = Path(folder), Path(adapter), Path(output)
     need_peft()
+    check_adapter(adapter, folder)
     base = open_base(folder, output, trust_remote_code)
     dense = output.with_name(output.name + "-dense") if reencode else output
-    check_empty(dense)
+    facts = {"base": base.identity, "adapter": fingerprint(adapter), "dtype": str(dtype)}
+    config = _settings(base) if reencode else None
     if reencode:
         check_output(output, overwrite=False)
-    found: dict[str, float] = {}
-
-    def measure(name: str, model: Any) -> None:
-        if text is not None:
-            progress(Event("measure", 0.0, name))
-            score = perplexity(model, base.tokenizer, read_text(text), context, windows)
-            found[name] = score.perplexity
-
-    if text is not None:
-        measure("base", base.load("dense", device))
-    model = merged(base, adapter, device)
-    measure("with adapter", model)
-    bytes_dense = save_dense(model.to(dtype), base.tokenizer, dense)
-    del model
-    if reencode:
-        try:
-            config = CompressConfig.from_dict(base.report["config"])
-        except (KeyError, TypeError) as error:
-            raise FormatError(f"{folder}: its report does not say how it was compressed ({error})") from error
+    if not (reencode and _is_made(dense, facts)):
+        check_empty(dense)
+        save_dense(merged(base, adapter, device).to(dtype), base.tokenizer, dense)
+        if reencode:
+            ckpt.write_json(dense / _RECORD_NAME, facts)
+    if config is not None:
         pocketllm.compress(dense, config, output, progress=progress, device=device)
-        measure("re-encoded", open_base(output, None, trust_remote_code).load("dense", device))
+    words, name = _text(text, reencode)
+    found: dict[str, float] = {}
+    for title in ("base", "with adapter", *(["re-encoded"] if reencode else [])) if words else ():
+        progress(Event("perplexity", len(found) / (3 if reencode else 2), title))
+        model = _loaded({"base": folder, "with adapter": dense, "re-encoded": output}[title], base, device)
+        found[title] = perplexity(model, base.tokenizer, words, context, windows).perplexity
+        del model
     progress(Event("merge", 1.0, str(output)))
     return Merged(
         output=str(output),
         dense=str(dense),
         bytes_before=ckpt.folder_bytes(folder) + ckpt.folder_bytes(adapter),
-        bytes_dense=bytes_dense,
+        bytes_dense=ckpt.folder_bytes(dense),
         bytes_on_disk=ckpt.folder_bytes(output),
+        text=name,
         perplexities=found,
     )
+
+
+def _settings(base: Base) -> CompressConfig:
+    """What the base was compressed with."""
+    try:
+        return CompressConfig.from_dict(base.report["config"])
+    except (KeyError, TypeError) as error:
+        raise FormatError(
+            f"{base.folder}: its report does not say how it was compressed ({error})"
+        ) from error
+
+
+def _is_made(dense: Path, facts: dict[str, str]) -> bool:
+    """Whether an earlier run has merged the same adapter."""
+    record = dense / _RECORD_NAME
+    return record.is_file() and json.loads(record.read_text(encoding="utf-8")) == facts
+
+
+def _text(text: str | Path | None, reencode: bool) -> tuple[str, str]:
+    """(text, its name) to measure on; empty for none."""
+    if text is not None:
+        return read_text(text), str(text)
+    return (
+        (default_text(held_out=True), "Python's own documentation (held-out topics)")
+        if reencode
+        else ("", "")
+    )
+
+
+def _loaded(folder: Path, base: Base, device: str) -> Any:
+    """A model in float32, compressed or dense."""
+    if (folder / ckpt.REPORT_NAME).is_file():
+        return open_base(folder, None, base.trust_remote_code).load("dense", device)
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=base.trust_remote_code
+    )
+    return model.to(device).eval()

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 import pocketllm
 from pocketllm.errors import ConfigError, OutputError, SourceError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compute import fast_dtype
+from pocketllm.model.source import open_dense
+from pocketllm.model.workspace import Workspace, locked, output_error
+from pocketllm.recover.log import RunLog
 
 
 @dataclass(frozen=True)
 class Base:
     """A compressed model to start from.
 
-    identity: changes with any bit of it. tokenizer: its own.
+    identity: as the function of that name. tokenizer: its own.
     """
 
     folder: Path
@@ -48,12 +54,16 @@ def open_base(folder: Path, output: Path | None, trust_remote_code: bool = False
         raise OutputError(f"{output}: is the model itself; choose another output folder")
     report = ckpt.read_report(folder)
     ckpt.verify(folder)
-    identity = hashlib.sha256(repr(sorted(report["files"].items())).encode()).hexdigest()[:16]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise SourceError(f"{folder}: its tokenizer cannot be read ({error})") from error
-    return Base(folder, report, tokenizer, identity, trust_remote_code)
+    return Base(folder, report, tokenizer, identity(report), trust_remote_code)
+
+
+def identity(report: Mapping[str, Any]) -> str:
+    """Of a compressed model, by its report: changes with any bit of it."""
+    return hashlib.sha256(repr(sorted(report["files"].items())).encode()).hexdigest()[:16]
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -63,15 +73,36 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return fast_dtype(device)
 
 
-def check_vocabulary(teacher: Path, base: Base) -> None:
-    """The teacher speaks of the same tokens.
+def check_context(base: Base, context: int) -> None:
+    """The model has as many positions as a window has tokens.
 
     Raises:
-        ConfigError: naming both vocabularies.
+        ConfigError: it has fewer.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and context > positions:
+        raise ConfigError(f"context: got {context}, {base.folder} has {positions} positions; lower it")
+
+
+def check_teacher(teacher: Path, base: Base) -> None:
+    """The teacher is a dense model that speaks of the same tokens.
+
+    Raises:
+        ConfigError: it is compressed itself, or has another vocabulary; names both. SourceError: no model.
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    if (teacher / ckpt.REPORT_NAME).is_file():
+        made_from = ckpt.read_report(teacher)["model"]
+        raise ConfigError(
+            f"the teacher {teacher} is compressed itself; name a dense model with --teacher "
+            f"(it was made from {made_from})"
+        )
     trust = base.trust_remote_code
+    open_dense(teacher, trust)  # its errors are clearer, and it refuses pickles
     sizes = [
         AutoConfig.from_pretrained(path, trust_remote_code=trust).get_text_config().vocab_size
         for path in (teacher, base.folder)
@@ -90,6 +121,37 @@ def check_vocabulary(teacher: Path, base: Base) -> None:
             f"the teacher {teacher} and {base.folder} have as many tokens, but other ones; "
             "name the dense model that was compressed with --teacher"
         )
+
+
+@contextmanager
+def started(
+    output: Path, arguments: Mapping[str, Any], base: Base, dtype: torch.dtype, state: PartialState
+) -> Iterator[tuple[Workspace, RunLog]]:
+    """The folder of a run, which nobody else uses meanwhile, and the record of the run.
+
+    Args:
+        arguments: what its result depends on, beside the other ones given here.
+
+    Raises:
+        ResumeError: the folder holds a run with other arguments. OutputError: it is in use, or cannot be
+            written.
+    """
+    everything = {
+        "version": pocketllm.__version__,
+        "base": base.identity,
+        "device": state.device.type,
+        "dtype": str(dtype),
+        "processes": state.num_processes,
+        "threads": torch.get_num_threads(),
+        **arguments,
+    }
+    try:
+        with state.main_process_first():
+            work = Workspace.at(output, everything)
+        with locked(work.folder, state.is_main_process):
+            yield work, RunLog(output, state.is_main_process, everything)
+    except OSError as error:
+        raise output_error(output, error) from error
 
 
 def enable_checkpointing(model: Any) -> None:

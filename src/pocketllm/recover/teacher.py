@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pocketllm.errors import SourceError
+from pocketllm.model.source import open_dense
 from pocketllm.recover.divergence import Target, position_slices
 from pocketllm.recover.readout import Readout
 
@@ -90,20 +91,48 @@ class CachedTeacher:
         return lambda part: (tokens[part], log_p[part])
 
 
-def open_teacher(folder: Path, dtype: torch.dtype, device: Any, trust_remote_code: bool = False) -> Any:
+def open_teacher(
+    folder: Path,
+    dtype: torch.dtype,
+    device: Any,
+    trust_remote_code: bool = False,
+    scratch: Path | None = None,
+) -> Any:
     """The dense model of a folder.
 
+    Args:
+        scratch: leave its blocks on the disk and read each of them when it is run; weights that are stored in
+            another form than they are used in are put here. None holds the model in memory.
+
     Raises:
-        SourceError: not a dense model.
+        SourceError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    from pocketllm.model.source import open_dense
-
-    open_dense(folder, trust_remote_code)  # its errors are clearer, and it refuses pickles
+    place: dict[str, Any] = {}
+    if scratch is not None:
+        place = {"device_map": _blocks_on_disk(folder, device, trust_remote_code), "offload_folder": scratch}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-        ).to(device)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **place
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"{folder}: the teacher cannot be loaded ({error})") from error
+    return model if place else model.to(device)
+
+
+def _blocks_on_disk(folder: Path, device: Any, trust_remote_code: bool) -> dict[str, Any]:
+    """A device map that leaves the longest list of modules on the disk, and holds what is outside of it."""
+    module: Any = open_dense(folder, trust_remote_code).model
+    device = torch.device(device)
+    device = "cpu" if device.type == "cpu" else str(device)  # as safetensors calls it
+    lists = {name: len(m) for name, m in module.named_modules() if isinstance(m, torch.nn.ModuleList)}
+    if not lists:
+        return {"": device}
+    path = max(lists, key=lambda name: lists[name])
+    places, prefix = {path: "disk"}, ""
+    for part in path.split("."):
+        held = [name for name, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
+        places |= {prefix + name: device for name in held if name != part}
+        prefix, module = f"{prefix}{part}.", getattr(module, part)
+    return places

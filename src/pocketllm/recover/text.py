@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pocketllm.errors import ConfigError
+from pocketllm.errors import ConfigError, SourceError
 from pocketllm.model.texts import default_text, read_calibration
+from pocketllm.recover.instructions import read_instructions
+
+_SUFFIXES = (".txt", ".md", ".raw", ".jsonl", ".json")
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """[N] int64 token ids without special tokens."""
     return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+
+
+def files_of(text: str) -> list[Path]:
+    """The file that is named, or those in the folder that is named.
+
+    Raises:
+        SourceError: a folder without a text in it.
+    """
+    path = Path(text)
+    found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES) if path.is_dir() else [path]
+    if not found:
+        raise SourceError(f"{path}: no file in this folder ends in {', '.join(_SUFFIXES)}")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; of instructions, each with its answer in the form it is trained in."""
+    pairs = read_instructions(path)
+    return read_calibration(path) if pairs is None else "\n\n".join(map("".join, pairs))
 
 
 def windows_of(tokenizer: Any, texts: tuple[str, ...], context: int) -> Tensor:
@@ -22,13 +46,27 @@ def windows_of(tokenizer: Any, texts: tuple[str, ...], context: int) -> Tensor:
     Raises:
         SourceError: a text cannot be read. ConfigError: not one window.
     """
-    read = [read_calibration(path) for path in texts] or [default_text()]
-    tokens = [tokenize(tokenizer, text) for text in read]
+    named = {text: "\n\n".join(map(read_text, files_of(text))) for text in texts}
+    return cut(tokenizer, named or own_text(), context)
+
+
+def own_text() -> dict[str, str]:
+    """Name and text of what Python brings along."""
+    return {"Python's own documentation": default_text()}
+
+
+def cut(tokenizer: Any, texts: Mapping[str, str], context: int) -> Tensor:
+    """[windows, context] int64: all windows of texts, given by their names; what is left over is dropped.
+
+    Raises:
+        ConfigError: not one window.
+    """
+    tokens = [tokenize(tokenizer, text) for text in texts.values()]
     parts = [ids[: len(ids) // context * context].reshape(-1, context) for ids in tokens]
     found = torch.cat(parts)
     if not len(found):
         raise ConfigError(
-            f"the text has {sum(map(len, tokens))} tokens, not one window of {context}; "
+            f"the text ({', '.join(texts)}) has {sum(map(len, tokens))} tokens, not one window of {context}; "
             "give more text or lower the context"
         )
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pocketllm.report.compare import Compared, Comparison, compare
+from pocketllm.report.compare import Compared, Comparison, base_of, compare
 from pocketllm.report.evaluations import Evaluation, read_evaluations
 from pocketllm.report.html import Page, check_html, default_output, html_report
 from pocketllm.report.picture import check_picture, draw, save_picture
@@ -12,6 +12,7 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "Page",
+    "base_of",
     "check_html",
     "check_picture",
     "compare",

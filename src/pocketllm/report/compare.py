@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import ConfigError
+from pocketllm.model.checkpoint import folder_bytes
+from pocketllm.model.report import counting_adapter
+from pocketllm.recover.adapter import check_adapter
 from pocketllm.report.collect import ModelFacts, mean, read_model
 from pocketllm.report.evaluations import Evaluation
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One model. ratio_files_*: whole folders.
+    """One model, perhaps with an adapter, whose bytes are counted in all sizes. ratio_files_*: whole folders.
 
     nmse: mean by weights, nmse_blocks the same without embedding and head; proxy_error: mean by weights over
     the matrices that have one. None where there is none, or where perplexity was not measured.
@@ -32,6 +35,7 @@ class Compared:
     nmse_blocks: float | None
     proxy_error: float | None
     perplexity: float | None = None
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,16 +56,19 @@ def compare(
     evaluations: Sequence[Evaluation] = (),
     check: bool = True,
     progress: Callable[[float, str], None] = lambda share, detail: None,
+    adapters: Sequence[str | Path] = (),
 ) -> Comparison:
     """Read several compressed models.
 
     Args:
         folders: the compressed models. evaluations: of these folders and of their dense model, all in one
             setting. check: compare every file with its checksum. progress: finished share, folder at work.
+        adapters: trained on models among the folders; each gives a row of its own after its base.
 
     Raises:
-        FormatError: one is not a compressed model, or damaged.
-        ConfigError: no folder, one given twice, an evaluation of another model, or of different settings.
+        FormatError: one is not a compressed model, or damaged; or not an adapter.
+        ConfigError: no folder, one given twice, an evaluation of another model, or of different settings, an
+            adapter of none of the models.
 
     Example:
         >>> [m.name for m in compare(["smol-8x", "smol-16x"]).models]
@@ -74,12 +81,17 @@ def compare(
     for path, place in zip(paths, places, strict=True):
         if places.count(place) > 1:
             raise ConfigError(f"{path}: given twice; name every model once")
-    perplexities, dense = _by_place(places, evaluations)
+    added = [(path, Path(adapter)) for adapter in adapters for path in [base_of(Path(adapter), paths)]]
+    perplexities, dense = _by_place(
+        [_key(path, adapter) for path, adapter in [*((path, None) for path in paths), *added]], evaluations
+    )
     names = _names(paths)
     rows = []
     for number, (path, name) in enumerate(zip(paths, names, strict=True)):
         progress(number / len(paths), str(path))
-        rows.append(_row(read_model(path, check), name, perplexities.get(places[number])))
+        model = read_model(path, check)
+        for adapter in (None, *(adapter for base, adapter in added if base == path)):
+            rows.append(_row(model, name, adapter, perplexities.get(_key(path, adapter))))
     progress(1.0, "")
     setting = None
     if evaluations:
@@ -88,11 +100,36 @@ def compare(
     return Comparison(tuple(rows), dense, setting)
 
 
+_Key = tuple[Path, Path | None]
+
+
+def _key(folder: Path, adapter: Path | None) -> _Key:
+    """What an evaluation is of."""
+    return folder.resolve(), adapter and adapter.resolve()
+
+
+def base_of(adapter: Path, folders: Sequence[Path]) -> Path:
+    """The folder that an adapter was trained on.
+
+    Raises:
+        FormatError: not an adapter. ConfigError: none of the folders.
+    """
+    problems = []
+    for folder in folders:
+        try:
+            check_adapter(adapter, folder)
+        except ConfigError as error:
+            problems.append(error)
+        else:
+            return folder
+    raise ConfigError(f"{adapter}: an adapter of none of the models to compare; {problems[0]}")
+
+
 def _by_place(
-    places: Sequence[Path], evaluations: Sequence[Evaluation]
-) -> tuple[dict[Path, float], float | None]:
-    """(folder -> perplexity, the dense model's)."""
-    found: dict[Path, float] = {}
+    keys: Sequence[_Key], evaluations: Sequence[Evaluation]
+) -> tuple[dict[_Key, float], float | None]:
+    """(model -> perplexity, the dense model's)."""
+    found: dict[_Key, float] = {}
     dense = None
     for e in evaluations:
         if e.setting != evaluations[0].setting:
@@ -103,10 +140,11 @@ def _by_place(
         if not e.compressed:
             dense = e.perplexity
             continue
-        place = Path(e.model).resolve()
-        if place not in places:
-            raise ConfigError(f"{e.model}: there is an evaluation of it, but it is not among the models")
-        found[place] = e.perplexity
+        key = _key(Path(e.model), Path(e.adapter) if e.adapter else None)
+        if key not in keys:
+            what = f"{e.model} with {e.adapter}" if e.adapter else e.model
+            raise ConfigError(f"{what}: there is an evaluation of it, but it is not among the models")
+        found[key] = e.perplexity
     return found, dense
 
 
@@ -119,11 +157,12 @@ def _names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _row(model: ModelFacts, name: str, perplexity: float | None) -> Compared:
-    report = model.report
+def _row(model: ModelFacts, name: str, adapter: Path | None, perplexity: float | None) -> Compared:
+    report = model.report if adapter is None else counting_adapter(model.report, folder_bytes(adapter))
     blocks = [m for m in model.matrices if m.block is not None]
     return Compared(
-        name=name,
+        name=name if adapter is None else f"{name} + {adapter.resolve().name}",
+        adapter=str(adapter or ""),
         folder=str(model.folder),
         model=str(report["model"]),
         bytes_on_disk=report["bytes_on_disk"],

@@ -24,6 +24,7 @@ class Evaluation:
     tokens: int = 0
     dtype: str = ""
     bytes_on_disk: int = 0
+    adapter: str = ""
 
     @property
     def setting(self) -> tuple[str, int, int, int]:

@@ -89,7 +89,7 @@ def perplexity_section(evaluations: Sequence[Evaluation], command: str, nbytes: 
     for e in evaluations:
         against = dense.get(e.setting)
         more = f"{e.perplexity / against:.3f}×" if e.compressed and against else "–"
-        kind = "compressed" if e.compressed else "dense"
+        kind = ("compressed, with adapter" if e.adapter else "compressed") if e.compressed else "dense"
         labels.append(f"{kind}, {Path(e.text).name}")
         rows.append(
             (

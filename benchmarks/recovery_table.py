@@ -1,0 +1,95 @@
+"""The table of recovery, and what it says."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+HEAD = [
+    "base, bpw of blocks",
+    "method",
+    "MB on disk",
+    "added MB",
+    "perplexity",
+    "of the loss in nats made good",
+    "training",
+    "seconds",
+]
+
+
+def rows(found: dict[str, Any]) -> list[list[str]]:
+    """The dense model, then every base with its runs."""
+    dense = found["dense_perplexity"]
+    lines = [["dense (bf16)", "", "", "", f"{dense:.2f}", "", "", ""]]
+    for name, base in found["bases"].items():
+        title = f"{name}, {base['bpw_blocks']:.2f}"
+        lines.append([title, "none", _mb(base["bytes_on_disk"]), "", f"{base['perplexity']:.2f}", "", "", ""])
+        for method, run in base["runs"].items():
+            lines.append(
+                [
+                    title,
+                    _method(method, run["config"]),
+                    _mb(run["bytes_on_disk"]),
+                    f"{max(0, run['added_bytes']) / 1e6:.2f}",
+                    f"{run['perplexity']:.2f}",
+                    f"{regained(base['perplexity'], run['perplexity'], dense):.0%}",
+                    _training(run),
+                    f"{run['seconds']:.0f}",
+                ]
+            )
+    return lines
+
+
+def regained(before: float, after: float, dense: float) -> float:
+    """Share of what compression cost in log perplexity that recovery made good."""
+    return math.log(before / after) / math.log(before / dense)
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """Which is better per byte, over all bases that have both; empty if none has."""
+    lower, shares, higher = [], [], []
+    for name, base in found["bases"].items():
+        adapters = [run for method, run in base["runs"].items() if method.startswith("lora")]
+        if "distill" not in base["runs"] or not adapters:
+            continue
+        best = min(adapters, key=lambda run: float(run["perplexity"]))
+        tuned, share = base["runs"]["distill"]["perplexity"], best["added_bytes"] / base["bytes_on_disk"]
+        if tuned <= best["perplexity"]:
+            lower.append(name)
+            shares.append(share)
+        else:
+            nats = math.log(tuned / best["perplexity"]) / (best["added_bytes"] / 1e6)
+            higher.append(
+                f"{name} ({share:.0%} more bytes, {nats:.3f} nats of perplexity's logarithm per MB)"
+            )
+    parts = []
+    if lower:
+        parts.append(
+            f"Distillation is better per byte at {', '.join(lower)}: the perplexity is lower, and no byte is "
+            f"added where LoRA adds {' to '.join(dict.fromkeys(f'{s:.0%}' for s in (min(shares), max(shares))))} "
+            "to the files."
+        )
+    if higher:
+        parts.append(f"LoRA reaches a lower perplexity than distillation, for bytes, at {', '.join(higher)}.")
+    return " ".join(parts)
+
+
+def _method(method: str, config: dict[str, Any]) -> str:
+    if method == "distill":
+        return "distillation"
+    recipe = config["rank"], config["alpha"], config["loop"]["batch_size"], config["epochs"], config["steps"]
+    name = (
+        "LoRA by the paper's recipe" if recipe == (32, 64, 16, 3.0, None) else f"LoRA, rank {config['rank']}"
+    )
+    return f"{name}, {'instructions' if method == 'lora' else 'plain text'}"
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f}"
+
+
+def _training(run: dict[str, Any]) -> str:
+    config, batch = run["config"], run["config"]["loop"]["batch_size"]
+    if run["method"] == "distill":
+        return f"{run['steps']} steps of {batch} x {config['context']} tokens"
+    return f"{run['steps']} steps of {batch} items"

@@ -1,0 +1,108 @@
+"""What distillation trains: the compressed model beside its teacher, window by window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketllm.config import DistillConfig
+from pocketllm.model import checkpoint as ckpt
+from pocketllm.recover.divergence import Target, head_divergence, logits_divergence
+from pocketllm.recover.loop import Group
+from pocketllm.recover.readout import Readout
+from pocketllm.recover.teacher import Teacher
+from pocketllm.recover.text import split, windows_of
+from pocketllm.recover.trainable import TrainableMatrix
+
+
+def training_windows(tokenizer: Any, config: DistillConfig) -> tuple[Tensor, Tensor]:
+    """(training, validation) windows of the texts.
+
+    Raises:
+        SourceError, ConfigError: as `windows_of` and `split`.
+    """
+    windows = windows_of(tokenizer, config.texts, config.context)
+    if config.validation_text is None:
+        return split(windows, config.validation_windows, config.loop.seed)
+    return windows, windows_of(tokenizer, (config.validation_text,), config.context)[
+        : config.validation_windows
+    ]
+
+
+class Distillation:
+    """The task that the loop trains: a compressed model beside its teacher.
+
+    Args:
+        student: in its trainable form. windows: [training, context] and [validation, context] token ids.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Teacher,
+        windows: tuple[Tensor, Tensor],
+        config: DistillConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        self.student, self.teacher, self.config, self.dtype = student, teacher, config, dtype
+        self.train, self.validation = windows
+        self.items = len(self.train)
+        self.readout = Readout.of(student)
+        self._targets: dict[int, Target] = {}
+
+    def groups(self) -> list[Group]:
+        """Codebooks, decoders, row scales, and vectors (norms, biases)."""
+        store, config = getattr(self.student, ckpt.STORE), self.config
+        gains = [m.gain for m in self.student.modules() if isinstance(m, TrainableMatrix)]
+        coded = {id(p) for p in [*store.parameters(), *gains]}
+        vectors = [p for p in self.student.parameters() if p.requires_grad and id(p) not in coded]
+        codebooks = [c for c in store.codebooks if c.requires_grad]
+        return [
+            *(Group("codebooks", config.lr_codebook * _rms(c), [c]) for c in codebooks),
+            Group("decoders", config.lr_decoder, [*store.ups, *store.downs]),
+            Group("row scales", config.lr_scale, [gain for gain in gains if gain.requires_grad]),
+            Group("norms and biases", config.lr_norm, vectors),
+        ]
+
+    def weight(self, numbers: Tensor) -> float:
+        """Positions."""
+        return float(len(numbers) * self.train.shape[1])
+
+    def backward(self, numbers: Tensor, scale: float) -> float:
+        """Gradient of scale * summed divergence of these training windows."""
+        ids = self.train[numbers].to(self.student.device)
+        loss = self._divergence(ids, self.teacher.target(numbers, ids), scale)
+        loss.backward()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean divergence per position on the validation windows."""
+        total, size = 0.0, self.config.loop.micro_batch or self.config.loop.batch_size
+        for begin in range(0, len(self.validation), size):
+            ids = self.validation[begin : begin + size].to(self.student.device)
+            numbers = torch.arange(begin, begin + len(ids)) + len(self.train)
+            target = self._targets.get(begin) or self.teacher.target(numbers, ids)
+            if self.readout.is_plain:  # such targets hold hidden states at most
+                self._targets[begin] = target
+            total += float(self._divergence(ids, target, 1.0))
+        return total / self.validation.numel()
+
+    def _divergence(self, ids: Tensor, target: Target, scale: float) -> Tensor:
+        getattr(self.student, ckpt.STORE).refresh()
+        kind = ids.device.type
+        with torch.autocast(kind, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            if not self.readout.is_plain:
+                return logits_divergence(self.readout.logits(ids), target, scale)
+            hidden = self.readout.hidden(ids)
+            weight, bias = self.readout.head()
+        if not torch.is_grad_enabled():
+            hidden, weight = hidden.detach(), weight.detach()
+        return head_divergence(hidden, weight, bias, target, self.dtype, scale)
+
+
+def _rms(codebook: Tensor) -> float:
+    """Typical size of a codebook's numbers: about 1 where rows have scales."""
+    return float(codebook.detach().square().mean().sqrt())
