@@ -16,7 +16,7 @@ import torch
 
 import pocketllm
 from pocketllm.errors import ConfigError, ResumeError, SourceError
-from pocketllm.model import encode
+from pocketllm.model import blockwise
 from pocketllm.model.layers import packed_matrices
 from pocketllm.model.report import warnings_of
 from tests import tiny
@@ -163,7 +163,7 @@ def test_dense_inputs_are_kept_and_used_again(
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise AssertionError("the model is run again")
 
-    monkeypatch.setattr(encode, "BlockStream", refuse)
+    monkeypatch.setattr(blockwise, "BlockStream", refuse)
     compress(source, apart, tmp_path / "again", calibration_folder=measured)
     assert contents(tmp_path / "again") == contents(tmp_path / "first")
     compress(source, other, tmp_path / "other", calibration_folder=measured)

@@ -23,8 +23,9 @@ from pocketllm.codec.rotation import rotate_matrix
 from pocketllm.codec.training import fit, fit_on_trellis
 from pocketllm.config import CompressConfig
 from pocketllm.errors import OutputError
+from pocketllm.model.blockwise import encode_calibrated
 from pocketllm.model.calibration import Calibration, calibrate, read_windows, text_identity
-from pocketllm.model.encode import Encoder, encode_calibrated
+from pocketllm.model.encode import Encoder
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix, Plan
 from pocketllm.model.report import Report, peak_memory_bytes

@@ -1,36 +1,32 @@
-"""Choose the indices of every matrix, and keep each finished one in the workspace.
+"""Choose the indices of a matrix, and keep each finished one in the workspace.
 
-Without calibration matrices are coded one by one for the least error of their weights. With it they are coded
-block by block, in the model's order, for the least error of what each layer computes.
+Without calibration: for the least error of its weights. With it: for the least error of what its layer
+computes; `blockwise.py` says in which order and for which inputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from pocketllm.codec.feedback import HessianFactor, assign, factorize
+from pocketllm.codec.feedback import HessianFactor, assign
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.normalization import row_rms
-from pocketllm.codec.rotation import rotate_hessian, rotate_matrix, unrotate_matrix
+from pocketllm.codec.rotation import rotate_matrix, unrotate_matrix
 from pocketllm.errors import WeightError
-from pocketllm.model.blocks import BlockStream, block_list
+from pocketllm.model.blocks import BlockStream
 from pocketllm.model.inputs import Inputs
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix, Plan
 from pocketllm.model.refine import Coded, refine_block
-from pocketllm.model.sensitivity import Sensitivity
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.units import matrix_unit, refined_unit
 from pocketllm.model.workspace import Workspace
 
 CodecOf = Callable[[Matrix], MatrixCodec]
-Progress = Callable[[float, str], None]
 
 
 class Encoder:
@@ -205,122 +201,3 @@ def _energy(x: Tensor) -> Tensor:
 
 def _share(part: Tensor, whole: Tensor) -> float:
     return 0.0 if float(whole) == 0 else float(part.double() / whole.double())
-
-
-def encode_calibrated(
-    encoder: Encoder, windows: Tensor, sensitivity: Sensitivity, progress: Progress, kept: Path | None = None
-) -> None:
-    """Code embedding and head, then block after block for its inputs.
-
-    Args:
-        windows: [N, context] token ids of the calibration text.
-        kept: folder in which an earlier run left what blocks of the dense model see; see `_for_dense`.
-    """
-    settings = encoder.plan.config.calibration
-    assert settings is not None
-    for matrix in encoder.plan.matrices:
-        if not matrix.in_blocks:
-            progress(encoder.share, matrix.name)
-            _encode_end(encoder, matrix, sensitivity)
-    if settings.sequential:
-        _in_sequence(encoder, windows, progress, settings.refine_epochs > 0)
-    else:
-        _for_dense(encoder, windows, progress, settings.refine_epochs > 0, kept)
-
-
-def _in_sequence(encoder: Encoder, windows: Tensor, progress: Progress, refines: bool) -> None:
-    """Every block for the inputs that it gets from the coded ones before it."""
-    ends = {m.name: encoder.decoded(m) for m in encoder.plan.matrices if not m.in_blocks}
-    stream = BlockStream(encoder.source, windows, encoder.device, coded=ends)
-    targets = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
-    for number, (path, block) in enumerate(stream):
-        inside = _inside(encoder.plan, path)
-        _encode_block(encoder, path, partial(stream.inputs, block, inside), progress)
-        if refines:
-            targets = stream.run(block, targets)
-            progress(encoder.share, f"{path}: refinement")
-            encoder.refine(number, f"{path}.", block, inside, stream, targets)
-        encoder.install(number, inside, stream)
-        stream.hidden = stream.run(block, stream.hidden)
-
-
-def _for_dense(
-    encoder: Encoder, windows: Tensor, progress: Progress, refines: bool, kept: Path | None
-) -> None:
-    """Every block for the inputs that it has in the dense model.
-
-    What blocks see then depends on model and text alone. It is kept in the folder `kept`; a run at another
-    target finds it there and need not run the model at all, unless it refines.
-    """
-    list_path, blocks = block_list(encoder.source.model)
-    files = {}
-    if kept is not None:
-        files = {f"{list_path}.{n}": kept / f"{list_path}.{n}.safetensors" for n in range(len(blocks))}
-
-    def see(path: str, measured: Callable[[], Inputs]) -> Inputs:
-        if path in files and files[path].is_file():
-            return Inputs.load(files[path], encoder.device)
-        found = measured()
-        if path in files:
-            found.save(files[path])
-        return found
-
-    if files and not refines and all(file.is_file() for file in files.values()):
-        for path, file in files.items():
-            _encode_block(encoder, path, partial(Inputs.load, file, encoder.device), progress)
-        return
-    stream = BlockStream(encoder.source, windows, encoder.device)
-    for number, (path, block) in enumerate(stream):
-        inside = _inside(encoder.plan, path)
-        _encode_block(encoder, path, partial(see, path, partial(stream.inputs, block, inside)), progress)
-        outputs = stream.run(block, stream.hidden)
-        if refines:
-            progress(encoder.share, f"{path}: refinement")
-            encoder.refine(number, f"{path}.", block, inside, stream, outputs)
-        stream.hidden = outputs
-
-
-def _inside(plan: Plan, path: str) -> list[Matrix]:
-    return [m for m in plan.matrices if m.name.startswith(f"{path}.")]
-
-
-def _encode_block(encoder: Encoder, path: str, see: Callable[[], Inputs], progress: Progress) -> None:
-    """Code the matrices of a block; `see` tells their inputs, and is not asked if all are coded already."""
-    inside = _inside(encoder.plan, path)
-    if all(encoder.done(m) for m in inside):
-        encoder.passed += sum(m.weights for m in inside)
-        return
-    progress(encoder.share, f"{path}: inputs")
-    inputs = see()
-    for matrix, factor in _factors(inside, inputs, encoder.plan):
-        progress(encoder.share, matrix.name)
-        encoder.with_feedback(matrix, factor, inputs)
-
-
-def _encode_end(encoder: Encoder, matrix: Matrix, sensitivity: Sensitivity) -> None:
-    """Embedding or head: errors cost what the head makes of them, and alike where rows are looked up."""
-    settings = encoder.plan.config.calibration
-    assert settings is not None
-    head, share = sensitivity.head_hessian.to(encoder.device), sensitivity.head_share[matrix.name]
-    hessian = share * head / head.diagonal().mean()
-    hessian.diagonal().add_(1 - share)
-    seed = encoder.plan.rotation(matrix)[1]
-    rotated = hessian if seed is None else rotate_hessian(hessian, seed)
-    factor = factorize(rotated, encoder.plan.specs[matrix.name].vector_len, settings.damping)
-    rows = sensitivity.row_importance[matrix.name].to(encoder.device)
-    encoder.with_feedback(matrix, factor, row_importance=rows)
-
-
-def _factors(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> Iterator[tuple[Matrix, HessianFactor]]:
-    """Each matrix with the factor of its Hessian, computed once for matrices that share inputs and d."""
-    settings = plan.config.calibration
-    assert settings is not None
-    kept: dict[tuple[int, int], HessianFactor] = {}
-    for matrix in matrices:
-        hessian = inputs.hessians[matrix.name]
-        key = id(hessian), plan.specs[matrix.name].vector_len
-        if key not in kept:
-            seed = plan.rotation(matrix)[1]
-            rotated = hessian if seed is None else rotate_hessian(hessian, seed)
-            kept[key] = factorize(rotated, key[1], settings.damping)
-        yield matrix, kept[key]
