@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import pocketllm
-from pocketllm.errors import OutputError, ResumeError
-from pocketllm.model import workspace
+from pocketllm.errors import FormatError, OutputError, ResumeError
+from pocketllm.model import checkpoint, workspace
 from pocketllm.model.checkpoint import verify
 from pocketllm.model.compress import Event
 from pocketllm.model.source import DenseCheckpoint
@@ -313,6 +313,38 @@ def test_an_empty_output_folder_is_taken(source: Path, whole: Path, tmp_path: Pa
     (tmp_path / "out").mkdir()
     pocketllm.compress(source, tiny.settings(), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_output_in_shards(source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a model past 5 GB is written, counted before, verified and loaded."""
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 4000)
+    planned = pocketllm.dry_run(source, tiny.settings())
+    report = pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert report.bytes_on_disk == planned.bytes_on_disk
+    verify(tmp_path / "out")
+    one, other = (pocketllm.load(folder)[0].state_dict() for folder in (whole, tmp_path / "out"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    (tmp_path / "out" / files[1]).unlink()
+    with pytest.raises(FormatError, match=r"no .* file holds|missing"):
+        pocketllm.load(tmp_path / "out")
+
+
+def test_input_in_shards_and_other_dtypes(source: Path, whole: Path, tmp_path: Path) -> None:
+    model = tiny.model()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    tiny.tokenizer().save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    pocketllm.compress(tmp_path / "shards", tiny.settings(), tmp_path / "out")
+    name = "model.safetensors"
+    assert contents(tmp_path / "out")[name] == contents(whole)[name]
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        folder = tmp_path / str(dtype)
+        model.to(dtype).save_pretrained(folder)
+        report = pocketllm.compress(folder, tiny.settings(), tmp_path / f"out {dtype}")
+        loaded, _ = pocketllm.load(tmp_path / f"out {dtype}")
+        assert loaded.dtype == dtype and max(m.nmse for m in report.matrices) < 0.4
 
 
 @pytest.mark.parametrize("scope", ["matrix", "kind", "model"])

@@ -238,3 +238,10 @@ def test_json_is_renamed_when_whole(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         ckpt.write_json(tmp_path / "a.json", {"x": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_the_hub_delivers_every_file_that_is_checked() -> None:
+    """What is copied beside the weights is in the list of files; a download must bring it."""
+    from pocketllm.model import source, write
+
+    assert set(write._COPIED) <= set(source._HUB_PATTERNS)
