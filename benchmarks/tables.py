@@ -223,7 +223,7 @@ def calibrated() -> str:
         "SmolLM2-135M; 'blocks': embedding and head left in bf16, 'everything': coded too. "
         f"{found['text']}, context {found['context']}, first {found['windows']} windows, evaluated in "
         f"{found['dtype']}; calibrated on {found['calibration']}; {found['machine']['processor']}, "
-        f"{found['machine']['threads']} threads. `{found['command']}`; blocks: "
+        f"{found['machine']['cores']} cores. `{found['command']}`; blocks: "
         "`python benchmarks/peers/run.py`"
     )
     return f"{_table(_CALIBRATED_HEAD, rows)}\n\n{note}"
@@ -270,8 +270,8 @@ def peers() -> str:
     found = _load("peers")
     note = (
         f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
-        f"evaluated in {found['dtype']}; {found['machine']['processor']}, {found['machine']['threads']} "
-        f"threads. `{found['command']}`"
+        f"evaluated in {found['dtype']}; {found['machine']['processor']}, {found['machine']['cores']} "
+        f"cores. `{found['command']}`"
     )
     return f"{_table(*peers_table.rows(found))}\n\n{note}"
 
