@@ -1,6 +1,6 @@
 """Seconds to code one block of Llama-2-7B's shape at 2 and 3 bits per weight. Writes results/block_time.json.
 
-    python benchmarks/block_time.py [--device cuda] [--scale 8] [--bpw 2 --bpw 3] [--tokens 65536]
+    python benchmarks/block_time.py [--device cuda] [--scale 8] [--bpw 2 --bpw 3] [--tokens N]
 
 Random weights with outliers; Hessians of random correlated inputs (a power law of directions, mixed), as many
 tokens as the default preset takes. Timed are the steps that the calibrated path takes for every block: Hessians
@@ -139,15 +139,19 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     scale: Annotated[int, typer.Option(min=1, help="Divides all sizes.")] = 1,
     bpw: Annotated[list[int] | None, typer.Option(help="Bits per weight; repeatable.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each Hessian.")] = 65536,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each Hessian; by default the preset's.")
+    ] = None,
 ) -> None:
     """Measure, print, and write down what was measured at full size."""
     import json
 
     path = RESULTS / "block_time.json"
     kept = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    calibration = pocketllm.preset(DEFAULT_PRESET).calibration
+    assert calibration is not None
     for bits in bpw or [2, 3]:
-        setting = Setting(device, scale, bits, tokens)
+        setting = Setting(device, scale, bits, tokens or calibration.tokens)
         found = code_block(setting)
         name = torch.cuda.get_device_name() if device != "cpu" else machine()["processor"]
         print(
