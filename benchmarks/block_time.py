@@ -1,6 +1,6 @@
 """Seconds to code one block of Llama-2-7B's shape at 2 and 3 bits per weight. Writes results/block_time.json.
 
-    python benchmarks/block_time.py [--device cuda] [--scale 8] [--bpw 2 --bpw 3] [--tokens 65536]
+    python benchmarks/block_time.py [--device cuda] [--scale 8] [--bpw 2 --bpw 3] [--tokens N]
 
 Random weights with outliers; Hessians of random correlated inputs (a power law of directions, mixed), as many
 tokens as the default preset takes. Timed are the steps that the calibrated path takes for every block: Hessians
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, machine
+from common import RESULTS
 from torch import Tensor
 
 import pocketllm
@@ -30,6 +30,7 @@ from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate, rotate_hessian, rotate_matrix, unrotate_matrix
 from pocketllm.codec.trellis import Trellis
 from pocketllm.config import DEFAULT_PRESET
+from pocketllm.machine import machine
 from pocketllm.model.inputs import add_square
 from pocketllm.model.report import peak_memory_bytes
 
@@ -139,24 +140,29 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     scale: Annotated[int, typer.Option(min=1, help="Divides all sizes.")] = 1,
     bpw: Annotated[list[int] | None, typer.Option(help="Bits per weight; repeatable.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each Hessian.")] = 65536,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each Hessian; by default the preset's.")
+    ] = None,
 ) -> None:
     """Measure, print, and write down what was measured at full size."""
     import json
 
     path = RESULTS / "block_time.json"
     kept = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    calibration = pocketllm.preset(DEFAULT_PRESET).calibration
+    assert calibration is not None
     for bits in bpw or [2, 3]:
-        setting = Setting(device, scale, bits, tokens)
+        setting = Setting(device, scale, bits, tokens or calibration.tokens)
         found = code_block(setting)
-        name = torch.cuda.get_device_name() if device != "cpu" else machine()["processor"]
+        facts = machine(device)
+        name = facts.get("gpu", facts["processor"])
         print(
             f"{name}: {bits} bits per weight, sizes / {scale}: {found['seconds_per_block']:.1f} s a block, "
             f"{found['seconds_for_all_blocks'] / 60:.1f} min for {BLOCKS} blocks; by step "
             + ", ".join(f"{step} {seconds:.1f}" for step, seconds in found["seconds_by_step"].items())
         )
         if scale == 1:
-            kept[f"{name}, {bits} bits"] = {**found, "machine": machine(), "processor": name}
+            kept[f"{name}, {bits} bits"] = {**found, "machine": facts}
             body = {"command": "python benchmarks/block_time.py", "blocks": BLOCKS, "runs": kept}
             RESULTS.mkdir(exist_ok=True)
             path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
