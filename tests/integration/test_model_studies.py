@@ -215,7 +215,7 @@ def test_a_process_of_its_own(model: str, tmp_path: Path) -> None:
     asked = probe.Probe(model, probe.DENSE, "cpu", 1, 8, 40, 3, 5.0)
     held = torch.ones(1 << 26)  # 256 MiB, which must not be counted as the other process's
     found = probe.run(asked)
-    assert found["new_tokens"] >= 1
+    assert found["tokens"] >= 1
     assert min(found.values()) >= 0
     assert found["peak_bytes"] < held.numel() * 4 / 2
     with pytest.raises(LoadError, match="cannot be measured in mode 'packed'"):
@@ -231,26 +231,24 @@ def test_overhead_study(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         *("row, decoded at load", "row, packed"),
     }
     for run in results["cpu-0"]["runs"].values():
-        assert run["load_seconds"] > 0 and run["tokens_per_second"] > 0
+        assert run["load_seconds"] > 0 and run["token_cpu_seconds"] > 0
     assert results["form-row"]["decode_flops"] > results["form-lookup"]["decode_flops"]
 
 
 def test_ratios_are_those_within_a_round() -> None:
     """A machine that is half as fast in one round does not change what is compared."""
     jobs = {probe.DENSE: 1.0, "lookup, decoded at load": 2.0, "lookup, packed": 4.0}
-    keys = ("load_seconds", "first_token_seconds", "long_seconds", "loaded_bytes", "peak_bytes")
+    names = ("load", "first", "long", "token")
+    keys = (*(f"{n}_seconds" for n in names), *(f"{n}_cpu_seconds" for n in names), "peak_bytes")
     results: dict[str, Any] = {
         "form-lookup": {"flops": {"one token": 2.0}, "decode_flops": 6.0},
     }
     for number, slow in enumerate((1.0, 3.0, 2.0)):
-        runs = {
-            job: {"tokens_per_second": 1 / cost / slow, **dict.fromkeys(keys, cost * slow)}
-            for job, cost in jobs.items()
-        }
+        runs = {job: {"loaded_bytes": cost, **dict.fromkeys(keys, cost * slow)} for job, cost in jobs.items()}
         results[f"cpu-{number}"] = {"runs": runs, "short": 8, "long": 64, "gpu": None}
     sentences = overhead_page.findings(results)
-    assert "generates at 0.50 times the dense speed" in sentences[0]
-    assert "0.25 times the speed" in sentences[0]
+    assert "decoding once at load costs 2.0 times the load" in sentences[0]
+    assert "4.0 times the work for a token; for a prompt of 64 tokens 4.0 times" in sentences[0]
     assert "loading and decoding takes 4.00 s (dense weights 2.00 s)" in sentences[1]
     assert "lookup 3.00" in sentences[2]
 

@@ -16,7 +16,7 @@ from pocketllm.studies.whole import calibration_texts, coded
 if TYPE_CHECKING:
     from pocketllm.model.layout import Layout
 
-_ROUNDS = 3
+_ROUNDS = 2
 
 
 def decode_flops(layout: Layout) -> dict[str, float]:
@@ -124,7 +124,7 @@ def _round(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
     runs: dict[str, dict[str, float]] = {}
     for job, (folder, mode) in jobs.items():
         asked = probe.Probe(
-            str(folder), mode, device, torch.get_num_threads(), short, long, 16, 4.0 if setup.quick else 10.0
+            str(folder), mode, device, torch.get_num_threads(), short, long, 8, 2.0 if setup.quick else 5.0
         )
         runs[job] = probe.run(asked)
         progress(len(runs) / len(jobs))

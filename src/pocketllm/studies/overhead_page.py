@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MODES = {"dense": "decoded at load", "packed": "packed"}
-_MEASURED = ("load_seconds", "first_token_seconds", "long_seconds", "tokens_per_second")
+_MEASURED = ("load", "first", "long", "token")
 
 
 def _rounds(results: Results, device: str) -> list[Mapping[str, Any]]:
@@ -25,9 +25,15 @@ def _middle(rounds: Sequence[Mapping[str, Any]], job: str, key: str) -> float:
     return float(median(values["runs"][job][key] for values in rounds))
 
 
-def _ratio(rounds: Sequence[Mapping[str, Any]], job: str, key: str) -> float:
-    """Of a job to the dense checkpoint: median over the rounds of the ratio in each."""
-    return float(median(values["runs"][job][key] / values["runs"][DENSE][key] for values in rounds))
+def _ratio(results: Results, device: str, job: str, what: str) -> float:
+    """Of a job to the dense checkpoint: median over the rounds of the ratio in each.
+
+    what: of `_MEASURED`, then of processor time on the CPU, of time on the GPU; or a whole key.
+    """
+    clock = "seconds" if device == "cuda" else "cpu_seconds"
+    key = f"{what}_{clock}" if what in _MEASURED else what
+    runs = [values["runs"] for values in _rounds(results, device)]
+    return float(median(run[job][key] / run[DENSE][key] for run in runs))
 
 
 def _devices(results: Results) -> list[str]:
@@ -64,19 +70,21 @@ def _measured_table(results: Results, device: str) -> Table:
     rounds, rows = _rounds(results, device), []
     values = rounds[0]
     for job in values["runs"]:
-        measured = [number(_middle(rounds, job, key)) for key in _MEASURED]
+        seconds = [number(_middle(rounds, job, f"{what}_seconds")) for what in _MEASURED]
+        ratios = [f"{number(_ratio(results, device, job, what))}x" for what in _MEASURED]
+        shown = [f"{second} ({ratio})" for second, ratio in zip(seconds, ratios, strict=True)]
         memory = [number(_middle(rounds, job, key) / 2**20) for key in ("loaded_bytes", "peak_bytes")]
-        share = f"{number(_ratio(rounds, job, 'tokens_per_second'))}x"
-        rows.append([job, *measured, share, *memory])
+        rows.append([job, *shown, number(1 / _middle(rounds, job, "token_seconds")), *memory])
     header = [
-        *("", "load, s", "first token, s", f"{values['long']} tokens, s", "tokens/s", "of dense"),
+        *("", "load, s", "first token, s", f"after {values['long']} tokens, s", "each token, s", "tokens/s"),
         *("MiB loaded", "MiB at most"),
     ]
+    by = "" if device == "cuda" else "processor time, which other work on the machine changes little, "
     note = (
-        f"Medians of {len(rounds)}, each in a process of its own, in turn. First token: of a prompt of "
-        f"{values['short']} tokens, the first after loading; then the first token of a long prompt. "
-        "tokens/s: single tokens after that, batch 1. Memory: most that was held until the model was loaded "
-        "and until the end, beyond the process before it."
+        f"Medians of {len(rounds)}, each in a process of its own, in turn; in brackets {by}over that of the "
+        f"dense checkpoint in the same round. First token: after a prompt of {values['short']} tokens, the first "
+        "call after loading; then the first token after a long prompt; then each token that follows, batch 1. "
+        "Memory: most that was held until the model was loaded and until the end, beyond the process before it."
     )
     where = f"GPU ({values['gpu']})" if device == "cuda" else "CPU"
     return Table(f"Measured on the {where}", header, rows, note)
@@ -90,13 +98,13 @@ def draw(results: Results, figure: Figure) -> None:
         rounds = _rounds(results, device)
         jobs = list(rounds[0]["runs"])[::-1]
         shown = (
-            ("load, seconds", "load_seconds", 1.0),
-            (f"{rounds[0]['long']} tokens, seconds", "long_seconds", 1.0),
-            ("tokens a second", "tokens_per_second", 1.0),
-            ("peak memory, MiB", "peak_bytes", 2.0**20),
+            ("load, times dense", "load"),
+            (f"first of {rounds[0]['long']} tokens, times dense", "long"),
+            ("each token, times dense", "token"),
+            ("peak memory, times dense", "peak_bytes"),
         )
-        for axes, (title, key, unit) in zip(row, shown, strict=True):
-            _bars(axes, [_middle(rounds, job, key) / unit for job in jobs], jobs)
+        for axes, (title, what) in zip(row, shown, strict=True):
+            _bars(axes, [_ratio(results, device, job, what) for job in jobs], jobs)
             axes.set_title(f"{title}{' (GPU)' if device == 'cuda' else ''}", fontsize=9)
         for axes in row[1:]:
             axes.set_yticklabels([])
@@ -130,33 +138,31 @@ def findings(results: Results) -> list[str]:
 
 def _summary(results: Results) -> str:
     """What holds for all forms on the CPU."""
-    rounds = _rounds(results, "cpu")
 
-    def span(mode: str, key: str) -> str:
-        found = [_ratio(rounds, f"{name}, {mode}", key) for name in _forms_of(results)]
+    def span(mode: str, what: str) -> str:
+        found = [_ratio(results, "cpu", f"{name}, {mode}", what) for name in _forms_of(results)]
         return " to ".join(dict.fromkeys(number(value, 2) for value in (min(found), max(found))))
 
+    once, packed = MODES.values()
     return (
-        f"Decoded once at load the model generates at {span('decoded at load', 'tokens_per_second')} times the "
-        f"dense speed, and the price is a load that takes {span('decoded at load', 'load_seconds')} times as "
-        f"long. Kept packed, it needs {span('packed', 'peak_bytes')} times the memory, takes "
-        f"{span('packed', 'long_seconds')} times as long for a prompt of {rounds[0]['long']} tokens, and "
-        f"generates at {span('packed', 'tokens_per_second')} times the speed."
+        f"Beside dense weights, decoding once at load costs {span(once, 'load')} times the load, and then "
+        f"{span(once, 'token')} times the work for a token. Kept packed, the model needs "
+        f"{span(packed, 'peak_bytes')} times the memory and {span(packed, 'token')} times the work for a token; "
+        f"for a prompt of {_rounds(results, 'cpu')[0]['long']} tokens {span(packed, 'long')} times."
     )
 
 
 def _finding(results: Results, device: str, name: str) -> str:
-    rounds = _rounds(results, device)
+    rounds, (once, packed) = _rounds(results, device), MODES.values()
 
-    def ratio(mode: str, key: str) -> float:
-        return _ratio(rounds, f"{name}, {mode}", key)
+    def ratio(mode: str, what: str) -> str:
+        return number(_ratio(results, device, f"{name}, {mode}", what), 2)
 
-    speed = {mode: ratio(mode, "tokens_per_second") for mode in MODES.values()}
-    loads = [_middle(rounds, job, "load_seconds") for job in (f"{name}, decoded at load", DENSE)]
+    loads = [number(_middle(rounds, job, "load_seconds")) for job in (f"{name}, {once}", DENSE)]
     return (
-        f"{'GPU' if device == 'cuda' else 'CPU'}, {name}: loading and decoding takes {number(loads[0])} s (dense "
-        f"weights {number(loads[1])} s), then tokens come at {number(speed['decoded at load'], 2)} times the dense "
-        f"speed; packed, they come at {number(speed['packed'], 2)} times, a prompt of {rounds[0]['long']} tokens "
-        f"takes {number(ratio('packed', 'long_seconds'), 2)} times as long, and the peak of memory is "
-        f"{number(ratio('packed', 'peak_bytes'), 2)} times the dense one."
+        f"{'GPU' if device == 'cuda' else 'CPU'}, {name}: loading and decoding takes {loads[0]} s (dense weights "
+        f"{loads[1]} s), then a token costs {ratio(once, 'token')} times what it costs with dense weights; packed, "
+        f"a token costs {ratio(packed, 'token')} times, a prompt of {rounds[0]['long']} tokens "
+        f"{ratio(packed, 'long')} times, and the peak of memory is {ratio(packed, 'peak_bytes')} times the dense "
+        "one."
     )

@@ -57,10 +57,11 @@ def measure(probe: Probe) -> dict[str, float]:
     """In this process: load, first token, speed, memory.
 
     Returns:
-        load_seconds; first_token_seconds: of the first call after loading, on the short prompt;
-        short_seconds, long_seconds: the same again, and on the long prompt; tokens_per_second: of the tokens
-        after the first, new_tokens of them; loaded_bytes, peak_bytes: most memory held until the model is
-        loaded and until the end, beyond what the process held before (on a GPU: what torch held there).
+        load_seconds; first_seconds: the first call after loading, for one token after the short prompt;
+        long_seconds: for one token after the long prompt; token_seconds: for each token that follows the first
+        one, tokens of them; each beside `…_cpu_seconds`, what the processors worked for it, which other work
+        on the machine changes little. loaded_bytes, peak_bytes: most memory held until the model is loaded
+        and until the end, beyond what the process held before (on a GPU: what torch held there).
     """
     import torch
 
@@ -72,28 +73,45 @@ def measure(probe: Probe) -> dict[str, float]:
         torch.zeros(1, device="cuda")  # starts it up
     _import_all(probe.folder)
     base = _peak_bytes(probe.device, forget=True)
-    started = time.perf_counter()
+    clock = _Clock(probe.device)
     model, tokenizer = _load(probe)
-    if probe.device == "cuda":
-        torch.cuda.synchronize()
-    found = {"load_seconds": time.perf_counter() - started}
+    found = clock.named("load")
     found["loaded_bytes"] = _peak_bytes(probe.device) - base
     ids = tokenizer(default_text(held_out=True)[: 16 * probe.long], verbose=False)["input_ids"]
     short, long = tokenizer.decode(ids[: probe.short]), tokenizer.decode(ids[: probe.long])
 
-    def seconds(prompt: str, tokens: int) -> tuple[float, int]:
+    def timed(name: str, prompt: str, tokens: int) -> tuple[dict[str, float], int]:
+        clock = _Clock(probe.device)
         done = generate(model, tokenizer, prompt, tokens)
-        return done.tokens / done.tokens_per_second, done.tokens
+        return clock.named(name), done.tokens
 
-    found["first_token_seconds"] = seconds(short, 1)[0]
-    found["short_seconds"] = seconds(short, 1)[0]
-    found["long_seconds"] = seconds(long, 1)[0]
-    wanted = max(1, min(probe.new_tokens, int(probe.budget_seconds / found["short_seconds"])))
-    taken, made = seconds(short, 1 + wanted)
-    found["new_tokens"] = made - 1
-    found["tokens_per_second"] = (made - 1) / max(1e-9, taken - found["short_seconds"])
-    found["peak_bytes"] = _peak_bytes(probe.device) - base
-    return found
+    found |= timed("first", short, 1)[0]
+    again = timed("token", short, 1)[0]
+    wanted = max(1, min(probe.new_tokens, int(probe.budget_seconds / again["token_seconds"])))
+    more, made = timed("token", short, 1 + wanted)
+    found |= {key: max(1e-6, more[key] - again[key]) / max(1, made - 1) for key in again}
+    found |= timed("long", long, 1)[0]
+    return {**found, "tokens": made - 1, "peak_bytes": _peak_bytes(probe.device) - base}
+
+
+class _Clock:
+    """Seconds since it was made: on the wall, and of work by the processors."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
+
+    def named(self, name: str) -> dict[str, float]:
+        """NAME_seconds and NAME_cpu_seconds."""
+        wall, cpu = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return {f"{name}_seconds": wall, f"{name}_cpu_seconds": cpu}
 
 
 def _import_all(folder: str) -> None:
