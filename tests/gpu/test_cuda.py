@@ -96,3 +96,27 @@ def test_a_process_of_its_own_on_the_gpu(tmp_path: Path) -> None:
     for folder, mode in ((source, probe.DENSE), (tmp_path / "c", "packed")):
         found = probe.run(probe.Probe(str(folder), mode, "cuda", 1, 8, 40, 3, 5.0))
         assert found["peak_bytes"] >= found["loaded_bytes"] > 0
+
+
+def test_recovery(tmp_path: Path) -> None:
+    """Distillation, with the teacher in memory and on the disk, and LoRA reach what they reach on the CPU."""
+    source = tiny.save(tmp_path / "dense")
+    pocketllm.compress(source, tiny.calibrated(tiny.settings()), tmp_path / "c")
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    common = {"texts": (str(tmp_path / "t.txt"),), "context": 24, "steps": 6}
+    loop = pocketllm.LoopConfig(batch_size=4, dtype="float32", micro_batch=2, gradient_checkpointing=True)
+    config = pocketllm.DistillConfig(**common, validation_windows=4, lr_codebook=1e-2, loop=loop)
+    tuned = [
+        pocketllm.distill(
+            tmp_path / "c", tmp_path / f"o{n}", config, device=device, teacher_on_disk=on_disk
+        ).kl_stored
+        for n, (device, on_disk) in enumerate([("cpu", False), ("cuda", False), ("cuda", True)])
+    ]
+    assert tuned[1:] == pytest.approx([tuned[0]] * 2, rel=0.02)
+    pytest.importorskip("peft")
+    adapter = pocketllm.LoraTuneConfig(**common, rank=4, learning_rate=1e-2, loop=loop)
+    losses = [
+        pocketllm.lora(tmp_path / "c", tmp_path / f"a-{device}", adapter, device=device).loss_stored
+        for device in ("cpu", "cuda")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
