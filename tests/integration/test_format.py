@@ -18,10 +18,10 @@ from tests import tiny
 from tests.format_reader import Reader
 
 
-def on_trellis(**codec: Any) -> CompressConfig:
+def on_trellis(bpw: float, **codec: Any) -> CompressConfig:
     """Overlapping indices, K = 2^7, rotated both sides; widths and strides of several matrices differ."""
     config = dataclasses.replace(
-        tiny.target(10.0),
+        tiny.target(bpw),
         codebook_scope="kind",
         codec=pocketllm.CodecConfig(trellis_width=7, kmeans_iterations=2, **codec),
         overrides=(("*.0.*", 2.5),),
@@ -40,8 +40,8 @@ LLAMA = {
     "row, rln": tiny.settings(codec={"decoder": "row"}),
     "row, ln": tiny.settings(codec={"decoder": "row", "norm": "ln"}),
     "row, no norm": tiny.settings(codec={"decoder": "row", "norm": "none"}),
-    "trellis": on_trellis(),
-    "trellis, codebook from a seed": on_trellis(codebook_source="seed"),
+    "trellis": dataclasses.replace(on_trellis(6.5), overrides=()),
+    "trellis, codebook from a seed": on_trellis(6.5, codebook_source="seed"),
 }
 
 
@@ -75,11 +75,11 @@ def test_second_reader(kind: str, tmp_path: Path) -> None:
     assert all((entry[2] is not None) == kind.endswith("seed") for entry in reader.codebooks)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "qwen3_moe"])
-@pytest.mark.parametrize("config", [tiny.settings(), on_trellis()], ids=["plain", "trellis"])
-def test_second_reader_on_other_shapes(architecture: str, config: CompressConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("architecture", "bpw"), [("gpt2", 6.5), ("qwen3_moe", 8.0)])
+@pytest.mark.parametrize("trellis", [False, True], ids=["plain", "trellis"])
+def test_second_reader_on_other_shapes(architecture: str, bpw: float, trellis: bool, tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "dense", architecture)
-    pocketllm.compress(source, config, tmp_path / "out")
+    pocketllm.compress(source, on_trellis(bpw) if trellis else tiny.settings(), tmp_path / "out")
     reader, ours = Reader(tmp_path / "out"), Matrices.open(tmp_path / "out")
     special = [n for n, entry in reader.matrices.items() if entry[1] or len(entry[0]) == 3]
     assert special
@@ -91,5 +91,5 @@ def test_second_reader_on_other_shapes(architecture: str, config: CompressConfig
 def test_second_reader_on_several_strips(tmp_path: Path) -> None:
     """640 rows: 2.5 strips of 256 become 2."""
     source = tiny.save(tmp_path / "dense", intermediate_size=640, num_hidden_layers=1)
-    reader = agrees(source, dataclasses.replace(on_trellis(), overrides=()), tmp_path / "out")
+    reader = agrees(source, dataclasses.replace(on_trellis(6.5), overrides=()), tmp_path / "out")
     assert reader.matrices["model.layers.0.mlp.up_proj.weight"][0] == [640, 36]
