@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -90,15 +91,20 @@ class Bars:
     progress: Progress
     tasks: dict[str, TaskID] = field(default_factory=dict)
     told: dict[str, int] = field(default_factory=dict)
+    first: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def update(self, stage: str, share: float, detail: str = "") -> None:
         """A stage has come to `share` (0 to 1)."""
         key = f"{stage} {detail}" if stage == "fit" else stage
         if self.progress.disable:
             tenth = int(share * 10)
+            begun, from_share = self.first.setdefault(key, (time.monotonic(), share))
             if tenth > self.told.get(key, -1):
                 self.told[key] = tenth
-                self.output.note(f"{stage}: {share:4.0%} {detail}")
+                left = ""
+                if from_share < share < 1:
+                    left = _left((time.monotonic() - begun) * (1 - share) / (share - from_share))
+                self.output.note(f"{stage}: {share:4.0%} {detail}{left}")
             return
         if stage == "fit" and key not in self.tasks:
             for name in [name for name in self.tasks if name.startswith("fit ")]:
@@ -106,6 +112,14 @@ class Bars:
         if key not in self.tasks:
             self.tasks[key] = self.progress.add_task(stage, total=1.0, detail=detail)
         self.progress.update(self.tasks[key], completed=share, detail=detail)
+
+
+def _left(seconds: float) -> str:
+    """The time left, in words, where it is worth a word."""
+    if seconds < 60:
+        return ""
+    minutes = round(seconds / 60)
+    return f", {minutes} min left" if minutes < 90 else f", {minutes / 60:.1f} h left"
 
 
 def _finite(value: Any) -> Any:
