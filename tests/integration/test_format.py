@@ -19,15 +19,9 @@ from tests.format_reader import Reader
 
 
 def on_trellis(**codec: Any) -> CompressConfig:
-    """Overlapping indices, K = 2^7, rotated both sides; widths and strides of several matrices differ."""
-    config = dataclasses.replace(
-        tiny.target(10.0),
-        codebook_scope="kind",
-        codec=pocketllm.CodecConfig(trellis_width=7, kmeans_iterations=2, **codec),
-        overrides=(("*.0.*", 2.5),),
-        seed=3,
-    )
-    return tiny.calibrated(config)
+    """Overlapping indices, rotated both sides; the strides of the blocks differ."""
+    config = tiny.on_trellis(3.5, overrides=(("*.0.*", 2.5),), seed=3)
+    return dataclasses.replace(config, codec=dataclasses.replace(config.codec, **codec))
 
 
 LLAMA = {
@@ -36,9 +30,12 @@ LLAMA = {
     "lookup, 1 bit": tiny.settings(codebook_size=2),
     "lookup, K no power of two, per matrix": tiny.settings(codebook_size=33, codebook_scope="matrix"),
     "lookup, one block": tiny.settings(codec={"depth": 1}),
+    "lookup, affine": tiny.settings(codec={"hidden": 0}),
+    "lookup, no network": tiny.settings(codec={"depth": 0}),
     "lookup, rotated": tiny.calibrated(tiny.settings()),
     "row, rln": tiny.settings(codec={"decoder": "row"}),
     "row, ln": tiny.settings(codec={"decoder": "row", "norm": "ln"}),
+    "row, affine": tiny.settings(codec={"decoder": "row", "hidden": 0}),
     "row, no norm": tiny.settings(codec={"decoder": "row", "norm": "none"}),
     "trellis": on_trellis(),
     "trellis, codebook from a seed": on_trellis(codebook_source="seed"),
@@ -91,5 +88,5 @@ def test_second_reader_on_other_shapes(architecture: str, config: CompressConfig
 def test_second_reader_on_several_strips(tmp_path: Path) -> None:
     """640 rows: 2.5 strips of 256 become 2."""
     source = tiny.save(tmp_path / "dense", intermediate_size=640, num_hidden_layers=1)
-    reader = agrees(source, dataclasses.replace(on_trellis(), overrides=()), tmp_path / "out")
+    reader = agrees(source, tiny.on_trellis(3.0), tmp_path / "out")
     assert reader.matrices["model.layers.0.mlp.up_proj.weight"][0] == [640, 36]
