@@ -182,6 +182,14 @@ class Reader:
         def gelu(x: np.ndarray) -> np.ndarray:
             return x * (1 + _erf(x / math.sqrt(2))) / 2
 
+        def block(x: np.ndarray, k: int) -> np.ndarray:
+            if settings["hidden"] == 0:
+                return x @ up[k] + down[k]
+            return gelu(x @ up[k]) @ down[k]
+
+        if settings["depth"] == 0:
+            assert up.size == down.size == 0
+            return q
         for k in range(settings["depth"] - 1):
-            q = q + gelu(norm(q) @ up[k]) @ down[k]
-        return gelu(q @ up[-1]) @ down[-1]
+            q = q + block(norm(q), k)
+        return block(q, settings["depth"] - 1)

@@ -18,16 +18,10 @@ from tests import tiny
 from tests.format_reader import Reader
 
 
-def on_trellis(bpw: float, **codec: Any) -> CompressConfig:
-    """Overlapping indices, K = 2^7, rotated both sides; widths and strides of several matrices differ."""
-    config = dataclasses.replace(
-        tiny.target(bpw),
-        codebook_scope="kind",
-        codec=pocketllm.CodecConfig(trellis_width=7, kmeans_iterations=2, **codec),
-        overrides=(("*.0.*", 2.5),),
-        seed=3,
-    )
-    return tiny.calibrated(config)
+def on_trellis(**codec: Any) -> CompressConfig:
+    """Overlapping indices, rotated both sides; the strides of the blocks differ."""
+    config = tiny.on_trellis(3.5, overrides=(("*.0.*", 2.5),), seed=3)
+    return dataclasses.replace(config, codec=dataclasses.replace(config.codec, **codec))
 
 
 LLAMA = {
@@ -36,12 +30,15 @@ LLAMA = {
     "lookup, 1 bit": tiny.settings(codebook_size=2),
     "lookup, K no power of two, per matrix": tiny.settings(codebook_size=33, codebook_scope="matrix"),
     "lookup, one block": tiny.settings(codec={"depth": 1}),
+    "lookup, affine": tiny.settings(codec={"hidden": 0}),
+    "lookup, no network": tiny.settings(codec={"depth": 0}),
     "lookup, rotated": tiny.calibrated(tiny.settings()),
     "row, rln": tiny.settings(codec={"decoder": "row"}),
     "row, ln": tiny.settings(codec={"decoder": "row", "norm": "ln"}),
+    "row, affine": tiny.settings(codec={"decoder": "row", "hidden": 0}),
     "row, no norm": tiny.settings(codec={"decoder": "row", "norm": "none"}),
-    "trellis": dataclasses.replace(on_trellis(6.5), overrides=()),
-    "trellis, codebook from a seed": on_trellis(6.5, codebook_source="seed"),
+    "trellis": on_trellis(),
+    "trellis, codebook from a seed": on_trellis(codebook_source="seed"),
 }
 
 
@@ -75,11 +72,11 @@ def test_second_reader(kind: str, tmp_path: Path) -> None:
     assert all((entry[2] is not None) == kind.endswith("seed") for entry in reader.codebooks)
 
 
-@pytest.mark.parametrize(("architecture", "bpw"), [("gpt2", 6.5), ("qwen3_moe", 8.0)])
-@pytest.mark.parametrize("trellis", [False, True], ids=["plain", "trellis"])
-def test_second_reader_on_other_shapes(architecture: str, bpw: float, trellis: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("config", [tiny.settings(), on_trellis()], ids=["plain", "trellis"])
+def test_second_reader_on_other_shapes(architecture: str, config: CompressConfig, tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "dense", architecture)
-    pocketllm.compress(source, on_trellis(bpw) if trellis else tiny.settings(), tmp_path / "out")
+    pocketllm.compress(source, config, tmp_path / "out")
     reader, ours = Reader(tmp_path / "out"), Matrices.open(tmp_path / "out")
     special = [n for n, entry in reader.matrices.items() if entry[1] or len(entry[0]) == 3]
     assert special
@@ -91,5 +88,5 @@ def test_second_reader_on_other_shapes(architecture: str, bpw: float, trellis: b
 def test_second_reader_on_several_strips(tmp_path: Path) -> None:
     """640 rows: 2.5 strips of 256 become 2."""
     source = tiny.save(tmp_path / "dense", intermediate_size=640, num_hidden_layers=1)
-    reader = agrees(source, dataclasses.replace(on_trellis(6.5), overrides=()), tmp_path / "out")
+    reader = agrees(source, tiny.on_trellis(3.0), tmp_path / "out")
     assert reader.matrices["model.layers.0.mlp.up_proj.weight"][0] == [640, 36]
