@@ -14,7 +14,7 @@ from pocketllm.cli.measured import Text, perplexity_table
 from pocketllm.cli.options import Json, Quiet, Threads, load_any, settle
 from pocketllm.cli.render import Output, kinds_table, summary_table
 from pocketllm.cli.settings import compress_config
-from pocketllm.config import DEMO_RECOVERY, CompressConfig, DistillConfig
+from pocketllm.config import DEMO_RECOVERY, DEMO_TOKENS, CompressConfig, DistillConfig
 from pocketllm.errors import SourceError
 
 app = typer.Typer()
@@ -47,6 +47,9 @@ def demo(
     """Compress the built-in model, recover it, measure it beside the dense one, and let it write a sentence."""
     show = Output(json, quiet)
     config = compress_config(preset, bpw, without_calibration=no_calibration)
+    if config.calibration is not None:
+        shorter = dataclasses.replace(config.calibration, tokens=DEMO_TOKENS)
+        config = dataclasses.replace(config, calibration=shorter)
     settle(threads=threads)
     with show.bars() as bars:
         text = demo_text(model, context, windows, bars.update)
