@@ -360,10 +360,10 @@ class DistillConfig:
 
 DEMO_TOKENS = 16384  # of calibration text: half the default, for the sake of time
 DEMO_RECOVERY = DistillConfig(
-    steps=24,
+    steps=12,
     context=256,
     validation_windows=8,
-    loop=LoopConfig(batch_size=4, eval_every=12, checkpoint_every=12),
+    loop=LoopConfig(batch_size=4, eval_every=6, checkpoint_every=6),
 )
 
 
