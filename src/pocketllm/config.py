@@ -359,10 +359,14 @@ class DistillConfig:
 
 
 DEMO_TOKENS = 16384  # of calibration text: half the default, for the sake of time
-DEMO_RECOVERY = DistillConfig(
+DEMO_RECOVERY = DistillConfig(  # so few steps want small ones
     steps=12,
     context=256,
     validation_windows=8,
+    lr_codebook=5e-4,
+    lr_scale=5e-4,
+    lr_norm=2e-4,
+    lr_decoder=1e-4,
     loop=LoopConfig(batch_size=4, eval_every=6, checkpoint_every=6),
 )
 
