@@ -6,18 +6,16 @@ python benchmarks/tables.py --check    # fail if a table does not match the resu
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import recovery_table
+from codec_tables import codec_floor, codec_speed
+from pages import RESULTS, ROOT, load_results, markdown_table
 from peers import table as peers_table
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "docs/calibration.md",
     "README.md",
@@ -29,19 +27,9 @@ PAGES = (
 )
 
 
-def _load(name: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return loaded
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def presets() -> str:
     """Size and perplexity of every preset beside the dense model."""
-    found = _load("presets")
+    found = load_results("presets")
     rows = [["dense (bf16)", "16", "", f"{found['dense']['bytes_on_disk'] / 1e6:.1f}", "1 / 2", "", ""]]
     rows[0][5] = f"{found['dense']['perplexity']:.2f}"
     for name, entry in found["presets"].items():
@@ -70,41 +58,16 @@ def presets() -> str:
         f"evaluated in {found['dtype']}; MB are 10^6 bytes of all files; {found['machine']['processor']}, "
         f"{found['machine']['threads']} threads. `{found['command']}`"
     )
-    return f"{_table(head, rows)}\n\n{note}"
+    return f"{markdown_table(head, rows)}\n\n{note}"
 
 
 def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 
-def codec_floor() -> str:
-    """nmse of the codecs against k-means."""
-    found = _load("codec_floor")
-    parts = []
-    for entry in found["sizes"]:
-        head = ["kind", "k-means nmse", *entry["codecs"]]
-        rows = [
-            [
-                f"`{kind}`",
-                f"{nmse:.4f}",
-                *(
-                    f"{c['nmse'][kind]:.4f} ({c['ratio_to_kmeans'][kind]:.3f}x)"
-                    for c in entry["codecs"].values()
-                ),
-            ]
-            for kind, nmse in entry["kmeans"].items()
-        ]
-        use = ["least utilization", ""] + [f"{c['least_utilization']:.2%}" for c in entry["codecs"].values()]
-        parts.append(
-            f"d = {entry['vector_len']}, K = {entry['codebook_size']}, one codebook per kind:\n\n"
-            + _table(head, [*rows, use])
-        )
-    return "\n\n".join([*parts, f"`{found['command']}`"])
-
-
 def loading() -> str:
     """Time and memory of the loading modes."""
-    found = _load("loading")
+    found = load_results("loading")
     rows = []
     base = found["medians"]["nothing"]["base_mib"]
     reference = found["medians"]["bf16 checkpoint"]
@@ -127,7 +90,7 @@ def loading() -> str:
         f"({base:.0f} MiB); times against the dense bf16 checkpoint in the same run; medians. "
         f"`{found['command']}`"
     )
-    return f"{_table(head, rows)}\n\n{note}"
+    return f"{markdown_table(head, rows)}\n\n{note}"
 
 
 _TASK_TITLES = {
@@ -144,7 +107,7 @@ _TASK_TITLES = {
 
 def tasks() -> str:
     """Zero-shot accuracy of compressed models beside the dense one; the differences in brackets."""
-    found = _load("tasks")
+    found = load_results("tasks")
     dense = found["dense"]
     names = [name for name in _TASK_TITLES if name in dense["tasks"]]
     names += [name for name in dense["tasks"] if name not in _TASK_TITLES]
@@ -181,7 +144,7 @@ def tasks() -> str:
         f"{found['text']}, context {found['context']}, first {found['windows']} windows. Evaluated in "
         f"{found['dtype'].removeprefix('torch.')}. `{found['command']}`"
     )
-    return f"{_table(head, rows)}\n\n{note}"
+    return f"{markdown_table(head, rows)}\n\n{note}"
 
 
 def _beside(value: float, gap: dict[str, float]) -> str:
@@ -215,7 +178,7 @@ def _calibrated_row(name: str, entry: dict[str, Any]) -> list[str]:
 
 def calibrated() -> str:
     """Calibrated compression at several targets."""
-    found = _load("calibrated")
+    found = load_results("calibrated")
     rows = [["dense (bf16)", "16", "272.6", "1 / 2", f"{found['dense_perplexity']:.2f}", "", "", ""]]
     rows += [_calibrated_row(f"blocks at {e['named_bits']}", _beside_peers(e)) for e in _ours()]
     rows += [_calibrated_row(n, e) for n, e in found["settings"].items() if n.startswith("everything")]
@@ -226,12 +189,16 @@ def calibrated() -> str:
         f"{found['machine']['cores']} cores. `{found['command']}`; blocks: "
         "`python benchmarks/peers/run.py`"
     )
-    return f"{_table(_CALIBRATED_HEAD, rows)}\n\n{note}"
+    return f"{markdown_table(_CALIBRATED_HEAD, rows)}\n\n{note}"
 
 
 def _ours() -> list[dict[str, Any]]:
     """Our settings among the peers'."""
-    return [e for e in _load("peers")["settings"].values() if e["peer"] == "pocketllm" and "failure" not in e]
+    return [
+        e
+        for e in load_results("peers")["settings"].values()
+        if e["peer"] == "pocketllm" and "failure" not in e
+    ]
 
 
 def _beside_peers(entry: dict[str, Any]) -> dict[str, Any]:
@@ -242,17 +209,17 @@ def _beside_peers(entry: dict[str, Any]) -> dict[str, Any]:
 
 def ablations() -> str:
     """One choice changed at a time, at 2.05 bits per weight of the blocks."""
-    found = _load("calibrated")["settings"]
+    found = load_results("calibrated")["settings"]
     rows = [_calibrated_row("2.05, default", _beside_peers(e)) for e in _ours() if e["named_bits"] == 2.05]
     rows += [_calibrated_row(n, e) for n, e in found.items() if n.startswith("2.05")]
     shown = len(_CALIBRATED_HEAD) - 2  # not seconds and memory: these ran beside other work
     note = "`python benchmarks/calibrated.py`; the default: `python benchmarks/peers/run.py`"
-    return f"{_table(_CALIBRATED_HEAD[:shown], [row[:shown] for row in rows])}\n\n{note}"
+    return f"{markdown_table(_CALIBRATED_HEAD[:shown], [row[:shown] for row in rows])}\n\n{note}"
 
 
 def rotation() -> str:
     """Proxy error without rotation, with the fast one, with a dense one."""
-    found = _load("rotation")
+    found = load_results("rotation")
     names = {"none": "none", "fast": "Hadamard and Hartley (used)", "dense": "dense random orthogonal"}
     kinds = list(found["by_kind"]["fast"])
     rows = [
@@ -262,23 +229,23 @@ def rotation() -> str:
     head = ["rotation", *(f"`{kind.split('.')[-1]}`" for kind in kinds), "mean"]
     blocks = ", ".join(map(str, found["blocks"]))
     note = f"Proxy error at 2 bits per weight, blocks {blocks} of SmolLM2-135M. `{found['command']}`"
-    return f"{_table(head, rows)}\n\n{note}"
+    return f"{markdown_table(head, rows)}\n\n{note}"
 
 
 def peers() -> str:
     """Peer quantizers and ours on one model."""
-    found = _load("peers")
+    found = load_results("peers")
     note = (
         f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
         f"evaluated in {found['dtype']}; {found['machine']['processor']}, {found['machine']['cores']} "
         f"cores. `{found['command']}`"
     )
-    return f"{_table(*peers_table.rows(found))}\n\n{note}"
+    return f"{markdown_table(*peers_table.rows(found))}\n\n{note}"
 
 
 def recovery() -> str:
     """Distillation and LoRA at the same bases."""
-    found = _load("recovery")
+    found = load_results("recovery")
     note = (
         f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
         f"evaluated in {found['dtype']}; trained on other text; MB are 10^6 bytes of all files, adapter "
@@ -286,12 +253,14 @@ def recovery() -> str:
         f"{found['machine']['cores']} cores, other work beside it. `{found['command']}`"
     )
     said = recovery_table.verdict(found)
-    return "\n\n".join(filter(None, [_table(recovery_table.HEAD, recovery_table.rows(found)), said, note]))
+    return "\n\n".join(
+        filter(None, [markdown_table(recovery_table.HEAD, recovery_table.rows(found)), said, note])
+    )
 
 
 def peer_bits() -> str:
     """What the peers' names say, and what they store."""
-    return _table(*peers_table.fallbacks(_load("peers")))
+    return markdown_table(*peers_table.fallbacks(load_results("peers")))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -300,6 +269,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablations,
     "rotation": rotation,
     "codec_floor": codec_floor,
+    "codec_speed": codec_speed,
     "loading": loading,
     "tasks": tasks,
     "peers": peers,

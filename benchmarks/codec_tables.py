@@ -1,0 +1,53 @@
+"""Tables about the codec alone: its error against k-means, its speed."""
+
+from __future__ import annotations
+
+from pages import load_results, markdown_table
+
+
+def codec_floor() -> str:
+    """nmse of the codecs against k-means."""
+    found = load_results("codec_floor")
+    parts = []
+    for entry in found["sizes"]:
+        head = ["kind", "k-means nmse", *entry["codecs"]]
+        rows = [
+            [
+                f"`{kind}`",
+                f"{nmse:.4f}",
+                *(
+                    f"{c['nmse'][kind]:.4f} ({c['ratio_to_kmeans'][kind]:.3f}x)"
+                    for c in entry["codecs"].values()
+                ),
+            ]
+            for kind, nmse in entry["kmeans"].items()
+        ]
+        use = ["least utilization", ""] + [f"{c['least_utilization']:.2%}" for c in entry["codecs"].values()]
+        parts.append(
+            f"d = {entry['vector_len']}, K = {entry['codebook_size']}, one codebook per kind:\n\n"
+            + markdown_table(head, [*rows, use])
+        )
+    return "\n\n".join([*parts, f"`{found['command']}`"])
+
+
+def codec_speed() -> str:
+    """Packing and unpacking by width; the nearest codeword for all block weights."""
+    found = load_results("codec_speed")
+    nearest = found["nearest"]
+    packing = markdown_table(
+        ["bits of an index", "packing, million a second", "unpacking, million a second"],
+        [
+            [
+                str(entry["width"]),
+                f"{entry['pack_million_per_second']:.0f}",
+                f"{entry['unpack_million_per_second']:.0f}",
+            ]
+            for entry in found["packing"]
+        ],
+    )
+    return (
+        f"{packing}\n\nNearest of {nearest['codebook_size']:,} codewords, d = {nearest['vector_len']}, for all "
+        f"{nearest['weights']:,} block weights of SmolLM2-135M: {nearest['seconds']:.0f} seconds "
+        f"({nearest['gflop_per_second']:.0f} GFLOP/s). {found['machine']['processor']}, "
+        f"{found['machine']['threads']} threads. `{found['command']}`"
+    )
