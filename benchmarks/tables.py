@@ -14,7 +14,7 @@ from typing import Any
 import recovery_table
 from codec_tables import codec_floor, codec_speed
 from pages import RESULTS, ROOT, load_results, markdown_table
-from peers import table as peers_table
+from peer_tables import peer_bits, peers, peers_paired
 
 PAGES = (
     "docs/calibration.md",
@@ -232,17 +232,6 @@ def rotation() -> str:
     return f"{markdown_table(head, rows)}\n\n{note}"
 
 
-def peers() -> str:
-    """Peer quantizers and ours on one model."""
-    found = load_results("peers")
-    note = (
-        f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
-        f"evaluated in {found['dtype']}; {found['machine']['processor']}, {found['machine']['cores']} "
-        f"cores. `{found['command']}`"
-    )
-    return f"{markdown_table(*peers_table.rows(found))}\n\n{note}"
-
-
 def recovery() -> str:
     """Distillation and LoRA at the same bases."""
     found = load_results("recovery")
@@ -258,11 +247,6 @@ def recovery() -> str:
     )
 
 
-def peer_bits() -> str:
-    """What the peers' names say, and what they store."""
-    return markdown_table(*peers_table.fallbacks(load_results("peers")))
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "calibrated": calibrated,
@@ -274,6 +258,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": tasks,
     "peers": peers,
     "peer_bits": peer_bits,
+    "peers_paired": peers_paired,
     "recovery": recovery,
 }
 

@@ -44,6 +44,20 @@ def fallbacks(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["setting", "bits its name says", "bpw stored", "more", "stored as"], lines
 
 
+def paired(found: dict[str, Any], titles: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): the medians of the peer and of ours, then ours over the peer's.
+
+    Args:
+        titles: of all settings, by name.
+    """
+    lines = [
+        [titles[name], f"{m['seconds']:.0f}", f"{m['cpu_seconds']:.0f}", f"{m['peak_mib']:.0f}"]
+        for name, m in found["medians"].items()
+    ]
+    over = [f"{found['ratios'][key]:.2f}" for key in ("seconds", "cpu_seconds", "peak_mib")]
+    return ["setting", "seconds", "CPU seconds", "peak MiB"], [*lines, ["the second over the first", *over]]
+
+
 def ran(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The settings that did not fail, most bits first within a peer's order."""
     return [entry for entry in found["settings"].values() if "failure" not in entry]
