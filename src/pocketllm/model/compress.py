@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from pocketllm.model.calibration import Calibration, calibrate, read_windows, te
 from pocketllm.model.encode import Encoder
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix, Plan
-from pocketllm.model.report import Report, peak_memory_bytes
+from pocketllm.model.report import Report
 from pocketllm.model.source import DenseCheckpoint, open_dense, resolve
 from pocketllm.model.target import planned
 from pocketllm.model.units import codebook_unit
@@ -108,13 +108,7 @@ def compress(
     except OSError as error:
         raise output_error(output, error) from error
     progress(Event("write", 1.0, str(output)))
-    resident, on_gpu = peak_memory_bytes(device)
-    return replace(
-        report,
-        seconds=time.monotonic() - started,
-        peak_memory_bytes=resident,
-        peak_gpu_memory_bytes=on_gpu,
-    )
+    return report.of_run(started, device)
 
 
 def dry_run(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 RUN_FACTS = ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")  # of a Report; not stored
@@ -76,6 +77,20 @@ class Report:
     fits: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] | None = None
     is_plan: bool = False
+
+    def of_run(self, started: float, device: str) -> Report:
+        """The report with what the run took that ends now.
+
+        Args:
+            started: `time.monotonic()` when it began. device: where it ran, `cpu` or `cuda`.
+        """
+        resident, on_gpu = peak_memory_bytes(device)
+        return replace(
+            self,
+            seconds=time.monotonic() - started,
+            peak_memory_bytes=resident,
+            peak_gpu_memory_bytes=on_gpu,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

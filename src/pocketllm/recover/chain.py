@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from pocketllm.config import CompressConfig, DistillConfig
 from pocketllm.errors import FormatError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import ProgressCallback, compress
-from pocketllm.model.report import Report, peak_memory_bytes
+from pocketllm.model.report import Report
 from pocketllm.model.workspace import check_output
 from pocketllm.recover.distill import Distilled, distill
 
@@ -69,14 +68,7 @@ def compress_and_distill(
     )
     made("recovered", output)
     shutil.rmtree(plain)
-    report = Report.from_dict(ckpt.read_report(output))
-    resident, on_gpu = peak_memory_bytes(device)
-    return replace(
-        report,
-        seconds=time.monotonic() - started,
-        peak_memory_bytes=resident,
-        peak_gpu_memory_bytes=on_gpu,
-    ), done
+    return Report.from_dict(ckpt.read_report(output)).of_run(started, device), done
 
 
 def _is_made(folder: Path, model: str, config: CompressConfig) -> bool:
