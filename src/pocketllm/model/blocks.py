@@ -218,19 +218,25 @@ class _CaughtError(Exception):
     """The last block was reached."""
 
 
-def block_list(model: Any) -> tuple[str, nn.ModuleList]:
-    """The longest list of modules: the blocks of the model, with its path.
-
-    Raises:
-        ConfigError: a model without such a list.
-    """
+def find_blocks(model: Any) -> tuple[str, nn.ModuleList] | None:
+    """The blocks of a model, with their path: its longest list of modules, lists within lists left out."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     outer = [
         (name, m) for name, m in lists if not any(name.startswith(f"{o}.") for o, _ in lists if o != name)
     ]
-    if not outer:
+    return max(outer, key=lambda found: len(found[1]), default=None)
+
+
+def block_list(model: Any) -> tuple[str, nn.ModuleList]:
+    """The blocks of a model that is calibrated, with their path.
+
+    Raises:
+        ConfigError: a model without such a list.
+    """
+    found = find_blocks(model)
+    if found is None:
         raise ConfigError(
             f"calibration: {type(model).__name__} has no blocks in one list; "
             "use a preset without calibration (lookup-8x)"
         )
-    return max(outer, key=lambda found: len(found[1]))
+    return found

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pocketllm.errors import SourceError
+from pocketllm.model.blocks import find_blocks
 from pocketllm.model.source import open_dense
 from pocketllm.recover.divergence import Target, position_slices
 from pocketllm.recover.readout import Readout
@@ -122,14 +123,14 @@ def open_teacher(
 
 
 def _blocks_on_disk(folder: Path, device: Any, trust_remote_code: bool) -> dict[str, Any]:
-    """A device map that leaves the longest list of modules on the disk, and holds what is outside of it."""
+    """A device map that leaves the blocks on the disk, and holds what is outside of them."""
     module: Any = open_dense(folder, trust_remote_code).model
     device = torch.device(device)
     device = "cpu" if device.type == "cpu" else str(device)  # as safetensors calls it
-    lists = {name: len(m) for name, m in module.named_modules() if isinstance(m, torch.nn.ModuleList)}
-    if not lists:
+    found = find_blocks(module)
+    if found is None:
         return {"": device}
-    path = max(lists, key=lambda name: lists[name])
+    path, _ = found
     places, prefix = {path: "disk"}, ""
     for part in path.split("."):
         held = [name for name, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
