@@ -53,3 +53,8 @@ class ExtraError(PocketError):
 
 class TrainingError(PocketError):
     """Fine-tuning cannot go on: the loss is not finite, or there is nothing to train."""
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error of another package says; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm.errors import ConfigError, PocketError, SourceError, WeightError
+from pocketllm.model.folder import load_dense
 from tests import tiny
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -60,6 +61,18 @@ def test_pickles_are_never_loaded(source: Path, tmp_path: Path) -> None:
     (source / "model.safetensors").unlink()
     (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     refused(source, tmp_path / "out", SourceError, "pickles can run code and are never loaded")
+
+
+@pytest.mark.parametrize("beside", [None, "optimizer.safetensors"])
+def test_a_dense_model_is_never_loaded_from_a_pickle(source: Path, beside: str | None) -> None:
+    """Not even a whole one, nor where some other file is in the safe form."""
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(weights, source / "pytorch_model.bin")
+    if beside is not None:
+        save_file({"step": torch.ones(1)}, source / beside)
+    with pytest.raises(SourceError, match="never loaded" if beside is None else "cannot load this model"):
+        load_dense(source)
 
 
 def test_damaged_safetensors(source: Path, tmp_path: Path) -> None:

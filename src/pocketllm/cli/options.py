@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketllm.errors import ConfigError, SourceError
+from pocketllm.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
@@ -74,11 +74,9 @@ def load_any(
     """
     if adapter is not None:
         return _load_with(adapter, model, mode, dtype, device, trust_remote_code)
-    from transformers import AutoModelForCausalLM
-
     import pocketllm
     from pocketllm.model import checkpoint
-    from pocketllm.model.folder import read_tokenizer
+    from pocketllm.model.folder import load_dense, no_tokenizer, read_tokenizer
     from pocketllm.model.source import open_dense, resolve
 
     folder = resolve(model)
@@ -93,19 +91,11 @@ def load_any(
             trust_remote_code=trust_remote_code,
         )
     else:
-        open_dense(folder, trust_remote_code)  # its errors are clearer, and it refuses pickles
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype_of(dtype, device),
-            device_map=where,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
+        open_dense(folder, trust_remote_code)  # its errors are clearer
+        loaded = load_dense(folder, dtype_of(dtype, device), trust_remote_code, device_map=where)
         tokenizer = read_tokenizer(folder, trust_remote_code)
     if tokenizer is None:
-        raise SourceError(
-            f"{folder}: holds no tokenizer; add its files (tokenizer.json, tokenizer_config.json)"
-        )
+        raise no_tokenizer(folder)
     facts = {"compressed": is_compressed, "bytes_on_disk": checkpoint.folder_bytes(folder)}
     return loaded.eval(), tokenizer, facts
 

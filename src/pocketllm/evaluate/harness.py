@@ -20,7 +20,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from pocketllm.errors import ConfigError, SourceError
+from pocketllm.errors import ConfigError, SourceError, reason_of
 from pocketllm.evaluate.kl import standard_error
 
 _LOGITS_BYTES = 1 << 29  # most bytes of a batch's logits; bounds the batch where the vocabulary is large
@@ -177,8 +177,7 @@ def load_tasks(spec: str, registry: bool = False) -> list[Any]:
         try:
             return list(manager.load([spec])["tasks"].values())
         except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise SourceError(f"{spec}: its data cannot be had ({reason})") from error
+            raise SourceError(f"{spec}: its data cannot be had ({reason_of(error)})") from error
 
 
 def unknown_task(name: str, known: Sequence[str]) -> str:

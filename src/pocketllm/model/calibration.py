@@ -20,7 +20,8 @@ from torch import Tensor
 import pocketllm
 from pocketllm.cache import cache_folder
 from pocketllm.config import CompressConfig
-from pocketllm.errors import SourceError
+from pocketllm.errors import SourceError, reason_of
+from pocketllm.model.folder import read_tokenizer
 from pocketllm.model.inputs import filled_up
 from pocketllm.model.plan import classify
 from pocketllm.model.sensitivity import Sensitivity, measure
@@ -113,8 +114,6 @@ def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | No
 
 
 def _tokenizer(source: DenseCheckpoint) -> Any:
-    from transformers import AutoTokenizer
-
     def unusable(reason: str) -> SourceError:
         return SourceError(
             f"{source.folder}: calibration needs the model's tokenizer, which cannot be read ({reason}); "
@@ -122,10 +121,11 @@ def _tokenizer(source: DenseCheckpoint) -> Any:
         )
 
     try:
-        made = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-    except Exception as error:  # of a damaged file: anything, even a bare Exception
-        raise unusable((str(error).strip() or type(error).__name__).splitlines()[0]) from error
-    if not set(made.get_vocab()) - set(made.all_special_tokens):  # what some classes make of no files at all
+        made = read_tokenizer(source.folder, source.trust_remote_code)
+    except SourceError as error:
+        raise unusable(reason_of(error.__cause__ or error)) from error
+    # Some classes make one without tokens of files that lack them.
+    if made is None or not set(made.get_vocab()) - set(made.all_special_tokens):
         raise unusable("it has no tokens")
     return made
 

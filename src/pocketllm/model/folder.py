@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from pocketllm.errors import SourceError
+from pocketllm.errors import SourceError, reason_of
 
 _TOKENIZERS = ("tokenizer*.json", "tokenizer*.model", "spiece.model", "vocab*", "*.tiktoken", "tekken.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -81,9 +81,31 @@ def meta_model(folder: Path, trust_remote_code: bool) -> Any:
     except SourceError:
         raise
     except Exception as error:  # whatever transformers makes of a config.json that it did not expect
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         hint = "; pass --trust-remote-code if you trust it" if "custom code" in reason else ""
         raise SourceError(f"{folder}: transformers cannot build this model ({reason}){hint}") from error
+
+
+def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = False, **placed: Any) -> Any:
+    """A dense model with its weights, in evaluation mode.
+
+    Args:
+        dtype: that its weights are held in; `auto` is the stored one.
+        placed: `device_map` and what belongs to it, as `from_pretrained` takes it.
+
+    Raises:
+        SourceError: no safetensors (pickles are never loaded), or transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    weight_files(folder)  # its errors are clearer
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placed
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SourceError(f"{folder}: transformers cannot load this model ({reason_of(error)})") from error
+    return model.eval()
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
@@ -99,7 +121,23 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise whatever they come upon
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SourceError(
-            f"{folder}: its tokenizer cannot be read ({reason}); fetch its files again"
+            f"{folder}: its tokenizer cannot be read ({reason_of(error)}); fetch its files again"
         ) from error
+
+
+def need_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        SourceError: the folder holds none, or its files cannot be read.
+    """
+    tokenizer = read_tokenizer(folder, trust_remote_code)
+    if tokenizer is None:
+        raise no_tokenizer(folder)
+    return tokenizer
+
+
+def no_tokenizer(folder: Path) -> SourceError:
+    """What to say of a folder that holds none."""
+    return SourceError(f"{folder}: holds no tokenizer; add its files (tokenizer.json, tokenizer_config.json)")

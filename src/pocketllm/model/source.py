@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.errors import SourceError, WeightError
+from pocketllm.errors import SourceError, WeightError, reason_of
 from pocketllm.model.folder import meta_model, open_safetensors, weight_files
 
 FLOAT_DTYPES = {
@@ -184,9 +184,8 @@ def resolve(name: str, progress: Any = None) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns="*/*"))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
-            f"{name}: neither a local folder nor a model the hub delivers ({reason}); "
+            f"{name}: neither a local folder nor a model the hub delivers ({reason_of(error)}); "
             "check the name, your login and the connection"
         ) from error
     except Exception as error:

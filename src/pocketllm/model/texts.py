@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.errors import ExtraError, SourceError
+from pocketllm.errors import ExtraError, SourceError, reason_of
 from pocketllm.evaluate.perplexity import read_text
 
 _SUFFIXES = (".txt", ".jsonl", ".json", ".md", ".raw")
@@ -110,9 +110,8 @@ def _read_hub(name: str, characters: int) -> str:
             if characters <= 0:
                 break
     except Exception as error:  # every backend of the hub has errors of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SourceError(
-            f"{name}: neither a local file or folder nor a data set the hub delivers ({reason}); "
+            f"{name}: neither a local file or folder nor a data set the hub delivers ({reason_of(error)}); "
             "check the path, or the name (OWNER/NAME:CONFIG:SPLIT), your login and the connection"
         ) from error
     text = "\n\n".join(texts)

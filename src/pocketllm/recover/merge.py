@@ -17,6 +17,7 @@ from pocketllm.evaluate.results import fingerprint
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
 from pocketllm.model.export import check_empty, save_dense
+from pocketllm.model.folder import load_dense
 from pocketllm.model.texts import default_text
 from pocketllm.model.workspace import check_output
 from pocketllm.recover.adapter import check_adapter, merged, need_peft
@@ -137,9 +138,4 @@ def _loaded(folder: Path, base: Base, device: str) -> Any:
     """A model in float32, compressed or dense."""
     if (folder / ckpt.REPORT_NAME).is_file():
         return open_base(folder, None, base.trust_remote_code).load("dense", device)
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=base.trust_remote_code
-    )
-    return model.to(device).eval()
+    return load_dense(folder, torch.float32, base.trust_remote_code).to(device)

@@ -16,6 +16,7 @@ import pocketllm
 from pocketllm.errors import ConfigError, OutputError, SourceError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compute import fast_dtype
+from pocketllm.model.folder import need_tokenizer, read_tokenizer
 from pocketllm.model.source import open_dense
 from pocketllm.model.workspace import Workspace, locked, output_error
 from pocketllm.recover.log import RunLog
@@ -47,17 +48,13 @@ def open_base(folder: Path, output: Path | None, trust_remote_code: bool = False
 
     Raises:
         FormatError: not a compressed model, or damaged. OutputError: the output is the base itself.
+        SourceError: no tokenizer, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     if output is not None and output.resolve() == folder.resolve():
         raise OutputError(f"{output}: is the model itself; choose another output folder")
     report = ckpt.read_report(folder)
     ckpt.verify(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{folder}: its tokenizer cannot be read ({error})") from error
+    tokenizer = need_tokenizer(folder, trust_remote_code)
     return Base(folder, report, tokenizer, identity(report), trust_remote_code)
 
 
@@ -93,7 +90,7 @@ def check_teacher(teacher: Path, base: Base) -> None:
     Raises:
         ConfigError: it is compressed itself, or has another vocabulary; names both. SourceError: no model.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     if (teacher / ckpt.REPORT_NAME).is_file():
         made_from = ckpt.read_report(teacher)["model"]
@@ -113,10 +110,12 @@ def check_teacher(teacher: Path, base: Base) -> None:
             "name the dense model that was compressed with --teacher"
         )
     try:
-        tokens = AutoTokenizer.from_pretrained(teacher, trust_remote_code=trust).get_vocab()
-    except (OSError, ValueError):
-        return  # a teacher without tokenizer: its size is all that can be compared
-    if tokens != base.tokenizer.get_vocab():
+        tokenizer = read_tokenizer(teacher, trust)
+    except SourceError:
+        tokenizer = None
+    if tokenizer is None:  # its size is all that can be compared
+        return
+    if tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise ConfigError(
             f"the teacher {teacher} and {base.folder} have as many tokens, but other ones; "
             "name the dense model that was compressed with --teacher"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pocketllm.errors import SourceError
 from pocketllm.model.blocks import find_blocks
+from pocketllm.model.folder import load_dense
 from pocketllm.model.source import open_dense
 from pocketllm.recover.divergence import Target, position_slices
 from pocketllm.recover.readout import Readout
@@ -108,17 +108,10 @@ def open_teacher(
     Raises:
         SourceError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     place: dict[str, Any] = {}
     if scratch is not None:
         place = {"device_map": _blocks_on_disk(folder, device, trust_remote_code), "offload_folder": scratch}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **place
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SourceError(f"{folder}: the teacher cannot be loaded ({error})") from error
+    model = load_dense(folder, dtype, trust_remote_code, **place)
     return model if place else model.to(device)
 
 

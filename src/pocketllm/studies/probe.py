@@ -117,26 +117,26 @@ class _Clock:
 def _import_all(folder: str) -> None:
     """Import what loading imports, before the clock starts and memory is looked at."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     import pocketllm
+    from pocketllm.model.folder import need_tokenizer
 
     pocketllm.load  # noqa: B018
-    AutoTokenizer.from_pretrained(folder)
+    need_tokenizer(Path(folder))
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
 def _load(probe: Probe) -> tuple[Any, Any]:
     import pocketllm
+    from pocketllm.model.folder import load_dense, need_tokenizer
 
     placed = "cuda" if probe.device == "cuda" else None
     if probe.mode != DENSE:
         return pocketllm.load(probe.folder, mode=probe.mode, device_map=placed)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(probe.folder, device_map=placed).eval()
-    return model, AutoTokenizer.from_pretrained(probe.folder)
+    folder = Path(probe.folder)
+    return load_dense(folder, device_map=placed), need_tokenizer(folder)
 
 
 def _peak_bytes(device: str, forget: bool = False) -> int:

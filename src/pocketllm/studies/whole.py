@@ -65,15 +65,13 @@ def task_names() -> list[str]:
 
 def dense_model(setup: Setup) -> tuple[Any, Any]:
     """(model, tokenizer): as it is before compression, in the dtype the machine is fastest in."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from pocketllm.model.compute import fast_dtype
+    from pocketllm.model.folder import load_dense, need_tokenizer
     from pocketllm.model.source import resolve
 
     folder = resolve(setup.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=fast_dtype(setup.device))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return model.to(setup.device).eval().requires_grad_(False), tokenizer
+    model = load_dense(folder, fast_dtype(setup.device))
+    return model.to(setup.device).requires_grad_(False), need_tokenizer(folder)
 
 
 @contextmanager
