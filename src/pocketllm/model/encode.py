@@ -104,15 +104,15 @@ class Encoder:
     def install(self, number: int, matrices: list[Matrix], stream: BlockStream) -> None:
         """Put what will be stored into the block: decoded matrices, refined vectors."""
         if self.work.has(refined_unit(number)):
-            for key, value in self.work.load(refined_unit(number))[0].items():
+            tensors, _ = self.work.load(refined_unit(number))
+            for key, value in tensors.items():
                 kind, _, name = key.partition("|")
                 if kind == "vector":
                     stream.set_weight(name, value)
                 elif kind == "row_scale":
                     self.scales[name] = value
                 elif kind == "up":
-                    down = self.work.load(refined_unit(number))[0][f"down|{name}"]
-                    self.codec_of(self.by_name[name]).decoder.set_weights(value, down)
+                    self.codec_of(self.by_name[name]).decoder.set_weights(value, tensors[f"down|{name}"])
         for matrix in matrices:
             decoded = self.decoded(matrix)
             stream.set_weight(matrix.name, decoded.T if matrix.transposed else decoded.reshape(matrix.shape))
