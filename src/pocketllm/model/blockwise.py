@@ -47,7 +47,7 @@ def _in_sequence(encoder: Encoder, windows: Tensor, progress: Progress, refines:
     targets = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
     for number, (path, block) in enumerate(stream):
         inside = _inside(encoder.plan, path)
-        _encode_block(encoder, path, partial(stream.inputs, block, inside), progress)
+        _encode_block(encoder, path, inside, partial(stream.inputs, block, inside), progress)
         if refines:
             targets = stream.run(block, targets)
             progress(encoder.share, f"{path}: refinement")
@@ -79,12 +79,14 @@ def _for_dense(
 
     if files and not refines and all(file.is_file() for file in files.values()):
         for path, file in files.items():
-            _encode_block(encoder, path, partial(Inputs.load, file, encoder.device), progress)
+            inside = _inside(encoder.plan, path)
+            _encode_block(encoder, path, inside, partial(Inputs.load, file, encoder.device), progress)
         return
     stream = BlockStream(encoder.source, windows, encoder.device)
     for number, (path, block) in enumerate(stream):
         inside = _inside(encoder.plan, path)
-        _encode_block(encoder, path, partial(see, path, partial(stream.inputs, block, inside)), progress)
+        seen = partial(see, path, partial(stream.inputs, block, inside))
+        _encode_block(encoder, path, inside, seen, progress)
         outputs = stream.run(block, stream.hidden)
         if refines:
             progress(encoder.share, f"{path}: refinement")
@@ -96,9 +98,10 @@ def _inside(plan: Plan, path: str) -> list[Matrix]:
     return [m for m in plan.matrices if m.name.startswith(f"{path}.")]
 
 
-def _encode_block(encoder: Encoder, path: str, see: Callable[[], Inputs], progress: Progress) -> None:
+def _encode_block(
+    encoder: Encoder, path: str, inside: list[Matrix], see: Callable[[], Inputs], progress: Progress
+) -> None:
     """Code the matrices of a block; `see` tells their inputs, and is not asked if all are coded already."""
-    inside = _inside(encoder.plan, path)
     if all(encoder.done(m) for m in inside):
         encoder.passed += sum(m.weights for m in inside)
         return
@@ -111,28 +114,27 @@ def _encode_block(encoder: Encoder, path: str, see: Callable[[], Inputs], progre
 
 def _encode_end(encoder: Encoder, matrix: Matrix, sensitivity: Sensitivity) -> None:
     """Embedding or head: errors cost what the head makes of them, and alike where rows are looked up."""
-    settings = encoder.plan.config.calibration
-    assert settings is not None
     head, share = sensitivity.head_hessian.to(encoder.device), sensitivity.head_share[matrix.name]
     hessian = share * head / head.diagonal().mean()
     hessian.diagonal().add_(1 - share)
-    seed = encoder.plan.rotation(matrix)[1]
-    rotated = hessian if seed is None else rotate_hessian(hessian, seed)
-    factor = factorize(rotated, encoder.plan.specs[matrix.name].vector_len, settings.damping)
     rows = sensitivity.row_importance[matrix.name].to(encoder.device)
-    encoder.with_feedback(matrix, factor, row_importance=rows)
+    encoder.with_feedback(matrix, _factor(matrix, hessian, encoder.plan), row_importance=rows)
 
 
 def _factors(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> Iterator[tuple[Matrix, HessianFactor]]:
     """Each matrix with the factor of its Hessian, computed once for matrices that share inputs and d."""
-    settings = plan.config.calibration
-    assert settings is not None
     kept: dict[tuple[int, int], HessianFactor] = {}
     for matrix in matrices:
         hessian = inputs.hessians[matrix.name]
         key = id(hessian), plan.specs[matrix.name].vector_len
         if key not in kept:
-            seed = plan.rotation(matrix)[1]
-            rotated = hessian if seed is None else rotate_hessian(hessian, seed)
-            kept[key] = factorize(rotated, key[1], settings.damping)
+            kept[key] = _factor(matrix, hessian, plan)
         yield matrix, kept[key]
+
+
+def _factor(matrix: Matrix, hessian: Tensor, plan: Plan) -> HessianFactor:
+    """The factor of a matrix's Hessian [columns, columns], which is rotated as the matrix is."""
+    settings, seed = plan.config.calibration, plan.rotation(matrix)[1]
+    assert settings is not None
+    rotated = hessian if seed is None else rotate_hessian(hessian, seed)
+    return factorize(rotated, plan.specs[matrix.name].vector_len, settings.damping)
