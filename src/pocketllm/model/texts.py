@@ -14,7 +14,8 @@ from torch import Tensor
 from pocketllm.errors import ExtraError, SourceError, reason_of
 from pocketllm.evaluate.perplexity import read_text
 
-_SUFFIXES = (".txt", ".jsonl", ".json", ".md", ".raw")
+SUFFIXES = (".txt", ".jsonl", ".json", ".md", ".raw")
+ROW_SUFFIXES = (".jsonl", ".json")  # of those, the ones that hold rows
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
 _HUB_CHARACTERS = 1 << 25  # data sets of the hub have no end
 
@@ -53,24 +54,41 @@ def read_calibration(place: str | Path, characters: int = _HUB_CHARACTERS) -> st
     """
     path = Path(place)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES)
-        if not files:
-            raise SourceError(f"{path}: no {', '.join(f'*{s}' for s in _SUFFIXES)} file in this folder")
-        return "\n\n".join(read_calibration(file) for file in files)
-    if not path.exists() and _HUB_ID.fullmatch(str(place)) and path.suffix not in _SUFFIXES:
+        return "\n\n".join(read_calibration(file) for file in text_files(path))
+    if not path.exists() and _HUB_ID.fullmatch(str(place)) and path.suffix not in SUFFIXES:
         return _read_hub(str(place), characters)
-    text = read_text(path)
-    if path.suffix not in (".jsonl", ".json"):
-        return text
-    is_lines = path.suffix == ".jsonl"
-    try:
-        rows = [json.loads(r) for r in text.splitlines() if r.strip()] if is_lines else json.loads(text)
-    except ValueError as error:
-        raise SourceError(f"{path}: not JSON{' lines' if is_lines else ''} ({error})") from error
+    if path.suffix not in ROW_SUFFIXES:
+        return read_text(path)
+    rows = read_rows(path)
     text = "\n\n".join(_text_of(row) for row in (rows if isinstance(rows, list) else [rows]))
     if not text.strip():
         raise SourceError(f"{path}: holds no text; wanted rows with strings")
     return text
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The texts in a folder and in those within it.
+
+    Raises:
+        SourceError: none.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES)
+    if not files:
+        raise SourceError(f"{folder}: no {', '.join(f'*{s}' for s in SUFFIXES)} file in this folder")
+    return files
+
+
+def read_rows(path: Path) -> Any:
+    """What a JSON file holds, or a list of what the lines of a JSON-lines file hold.
+
+    Raises:
+        SourceError: missing, not UTF-8, or malformed.
+    """
+    text, is_lines = read_text(path), path.suffix == ".jsonl"
+    try:
+        return [json.loads(r) for r in text.splitlines() if r.strip()] if is_lines else json.loads(text)
+    except ValueError as error:
+        raise SourceError(f"{path}: not JSON{' lines' if is_lines else ''} ({error})") from error
 
 
 def _text_of(row: Any) -> str:

@@ -6,12 +6,11 @@ A JSON file (a list of objects) or a JSON-lines file is instruction data if its 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import SourceError
-from pocketllm.evaluate.perplexity import read_text
+from pocketllm.model.texts import ROW_SUFFIXES, read_rows
 
 _HEAD = (
     "Below is an instruction that describes a task{}. "
@@ -43,13 +42,9 @@ def read_instructions(path: Path) -> list[tuple[str, str]] | None:
     Raises:
         SourceError: malformed JSON, or a file in which only some objects are instructions.
     """
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix not in ROW_SUFFIXES:
         return None
-    text, is_lines = read_text(path), path.suffix == ".jsonl"
-    try:
-        rows = [json.loads(r) for r in text.splitlines() if r.strip()] if is_lines else json.loads(text)
-    except ValueError as error:
-        raise SourceError(f"{path}: not {'JSON lines' if is_lines else 'JSON'} ({error})") from error
+    rows = read_rows(path)
     if not isinstance(rows, list) or not rows:
         raise SourceError(f"{path}: wanted a list of objects")
     found = [prompt_of(row) if isinstance(row, dict) else None for row in rows]

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.errors import ConfigError, SourceError
-from pocketllm.model.texts import default_text, read_calibration
+from pocketllm.errors import ConfigError
+from pocketllm.model.texts import default_text, read_calibration, text_files
 from pocketllm.recover.instructions import read_instructions
-
-_SUFFIXES = (".txt", ".md", ".raw", ".jsonl", ".json")
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -28,10 +26,7 @@ def files_of(text: str) -> list[Path]:
         SourceError: a folder without a text in it.
     """
     path = Path(text)
-    found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES) if path.is_dir() else [path]
-    if not found:
-        raise SourceError(f"{path}: no file in this folder ends in {', '.join(_SUFFIXES)}")
-    return found
+    return text_files(path) if path.is_dir() else [path]
 
 
 def read_text(path: Path) -> str:
