@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -199,7 +200,7 @@ def kinds_table(report: Mapping[str, Any]) -> Table:
     for header in ("kind", "matrices", "weights", "d", "K", "bpw", nmse, "proxy error", "utilization"):
         table.add_column(header, justify="left" if header == "kind" else "right")
     for kind, matrices in kinds.items():
-        weights = [_count(m["shape"]) for m in matrices]
+        weights = [math.prod(m["shape"]) for m in matrices]
 
         def mean(key: str, form: str, of: list[Mapping[str, Any]] = matrices, w: list[int] = weights) -> str:
             values = [m.get(key) for m in of]
@@ -234,13 +235,6 @@ def skipped_table(report: Mapping[str, Any]) -> Table:
     for reason, names in reasons.items():
         table.add_row(reason, str(len(names)), names[0])
     return table
-
-
-def _count(shape: list[int]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
 
 
 def _values(matrices: list[Mapping[str, Any]], key: str) -> str:

@@ -106,7 +106,7 @@ def _model(setup: Setup, d: int, size: int, progress: Progress) -> dict[str, Any
 
     from pocketllm.model.checkpoint import read_report
     from pocketllm.model.decode import Matrices
-    from pocketllm.studies.whole import coded, dense_model, installed
+    from pocketllm.studies.whole import coded, dense_model, installed, mean_nmse
 
     codec = dataclasses.replace(_config(d), sample_per_codeword=64)
     config = CompressConfig(
@@ -123,15 +123,13 @@ def _model(setup: Setup, d: int, size: int, progress: Progress) -> dict[str, Any
     with installed(model, matrices, [m["name"] for m in report["matrices"]]):
         measured = _perplexity(setup, model, tokenizer, lambda share: progress(0.8 + 0.2 * share))
     shutil.rmtree(folder)
-    weights = [m["shape"][0] * m["shape"][1] for m in report["matrices"]]
-    nmse = sum(m["nmse"] * w for m, w in zip(report["matrices"], weights, strict=True)) / sum(weights)
     return {
         **measured,
         "vector_len": d,
         "codebook_size": size,
         "index_bpw": (size - 1).bit_length() / d,
         "bpw": report["bpw_matrices"],
-        "nmse": digits(nmse),
+        "nmse": digits(mean_nmse(report)),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from pocketllm.config import CodecConfig, CompressConfig, DistillConfig, LoopConfig, preset
 from pocketllm.studies import decoder_page as page
 from pocketllm.studies.study import Progress, Setup, Step, Study
-from pocketllm.studies.whole import calibration_texts, coded, dense_model
+from pocketllm.studies.whole import calibration_texts, coded, dense_model, mean_nmse
 
 FLOAT16_BYTES = 2
 _QUICK = ("none-kind", "mlp-kind", "affine-matrix", "mlp-matrix", "none-model")
@@ -162,7 +162,6 @@ def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> di
         progress=lambda event: progress(0.5 + 0.4 * event.share if event.stage == "train" else 0.5),
     )
     own = report["matrices"]
-    weights = [_numel(m["shape"]) for m in own]
     parts = report["bytes_by_part"]
     return {
         "shown": variant.shown,
@@ -172,7 +171,7 @@ def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> di
         "decoder_bytes": parts["decoders"],
         "codewords": own[0]["codebook_size"],
         "bpw": report["bpw_matrices"],
-        "nmse": sum(n * m["nmse"] for n, m in zip(weights, own, strict=True)) / sum(weights),
+        "nmse": mean_nmse(report),
         "start_nmse": _pooled(report["fits"], "start_nmse"),
         "trained_nmse": _pooled(report["fits"], "curve"),
         "before": before,
@@ -189,13 +188,6 @@ def _pooled(fits: list[dict[str, Any]], key: str) -> float:
         values = fit[key] if key == "curve" else list(fit[key].values())
         found.append(values[-1] if key == "curve" else sum(values) / len(values))
     return sum(found) / len(found)
-
-
-def _numel(shape: list[int]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
 
 
 def _measured(setup: Setup, folder: Path) -> dict[str, Any]:

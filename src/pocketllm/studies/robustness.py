@@ -11,7 +11,7 @@ from pocketllm.config import CodecConfig, CompressConfig, preset
 from pocketllm.studies import robustness_page as page
 from pocketllm.studies.scored import scores
 from pocketllm.studies.study import Progress, Setup, Step, Study
-from pocketllm.studies.whole import calibration_texts, coded, dense_model, task_names, tasks_of
+from pocketllm.studies.whole import calibration_texts, coded, dense_model, mean_nmse, task_names, tasks_of
 
 RATIOS = ("8x", "10x", "16x", "20x")
 """The paper's: against fp32, over the compressed matrices."""
@@ -70,11 +70,9 @@ def _compressed(setup: Setup, key: str, progress: Progress) -> dict[str, Any]:
     loaded = _loaded(setup, folder)
     found = _measured(setup, loaded, lambda share: progress(0.7 + 0.3 * share))
     shutil.rmtree(folder)
-    weights = [_numel(m["shape"]) for m in report["matrices"]]
-    nmse = [m["nmse"] for m in report["matrices"]]
     return {
         **found,
-        "nmse": sum(n * e for n, e in zip(weights, nmse, strict=True)) / sum(weights),
+        "nmse": mean_nmse(report),
         **{
             name: report[name]
             for name in (
@@ -83,13 +81,6 @@ def _compressed(setup: Setup, key: str, progress: Progress) -> dict[str, Any]:
             )
         },
     }
-
-
-def _numel(shape: list[int]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
 
 
 def _loaded(setup: Setup, folder: Path) -> tuple[Any, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,13 @@ def dense_model(setup: Setup) -> tuple[Any, Any]:
     folder = resolve(setup.model)
     model = load_dense(folder, fast_dtype(setup.device))
     return model.to(setup.device).requires_grad_(False), need_tokenizer(folder)
+
+
+def mean_nmse(report: Mapping[str, Any]) -> float:
+    """Of a compressed model's matrices, each counted by its weights. report: as stored."""
+    weights = [math.prod(m["shape"]) for m in report["matrices"]]
+    total = sum(n * m["nmse"] for n, m in zip(weights, report["matrices"], strict=True))
+    return float(total / sum(weights))
 
 
 @contextmanager
