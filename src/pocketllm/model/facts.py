@@ -11,13 +11,12 @@ import torch
 
 from pocketllm.codec import codebook as cb
 from pocketllm.model.plan import Matrix, Plan
-from pocketllm.model.report import MatrixReport
+from pocketllm.model.report import MatrixReport, rounded
 from pocketllm.model.units import codebook_unit, matrix_unit
 from pocketllm.model.workspace import Workspace
 
-_WIDEST = 1.23457e-05  # no number of 6 digits is longer in JSON
+_WIDEST = 1.23457e-05  # no number that is `rounded` is longer in JSON
 _WIDEST_COUNT = 10**9
-_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,6 @@ def matrix_report(plan: Plan, matrix: Matrix, bits: float, measured: Measured) -
         measured.input_tokens[matrix.name],
         measured.unseen_experts[matrix.name],
     )
-
-
-def rounded(value: float) -> float:
-    """Six significant digits; what is below 1e-9 is 0."""
-    return 0.0 if abs(value) < 1e-9 else float(f"{value:.{_DIGITS}g}")
 
 
 def _rounded_tree(value: Any) -> Any:

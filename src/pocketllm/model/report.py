@@ -177,6 +177,11 @@ def warnings_of(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def rounded(value: float) -> float:
+    """Six significant digits, as reports keep them; what is below 1e-9 is 0."""
+    return 0.0 if abs(value) < 1e-9 else float(f"{value:.6g}")
+
+
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} matrices ({names[0]} and others)"
 
@@ -207,10 +212,6 @@ def counting_adapter(report: Mapping[str, Any], nbytes: int) -> dict[str, Any]:
     coded = sum(weights for _, weights in matrices)
     blocks = sum(weights for m, weights in matrices if re.search(r"\.\d+\.", m["name"]))
     bits, disk = 8 * nbytes, report["bytes_on_disk"]
-
-    def rounded(value: float) -> float:
-        return float(f"{value:.6g}")
-
     changed: dict[str, Any] = {
         "bytes_on_disk": disk + nbytes,
         "bytes_by_part": {**report["bytes_by_part"], "adapter": nbytes},

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pocketllm.errors import ShapeError
 from pocketllm.model import checkpoint as ckpt
+from pocketllm.model.report import rounded
 
 _DTYPES = {name: dtype for dtype, name in ckpt._DTYPE_NAMES.items()}
 
@@ -148,4 +149,4 @@ def _texts(report: dict[str, Any], rest: int) -> Iterator[bytes]:
 
 def _scaled(ratio: float, before: int, now: int) -> float:
     """A ratio to the bytes on disk for other bytes, six digits."""
-    return float(f"{ratio * before / max(1, now):.6g}")
+    return rounded(ratio * before / max(1, now))

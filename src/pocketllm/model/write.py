@@ -21,10 +21,10 @@ from torch import Tensor
 import pocketllm
 from pocketllm.config import CodecConfig
 from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.facts import Measured, matrix_report, measured, not_run, predicted, rounded
+from pocketllm.model.facts import Measured, matrix_report, measured, not_run, predicted
 from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.model.plan import KEPT_END, Dense, Matrix, Plan
-from pocketllm.model.report import RUN_FACTS, Report, versions
+from pocketllm.model.report import RUN_FACTS, Report, rounded, versions
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.units import codebook_unit, matrix_unit
 from pocketllm.model.workspace import Workspace

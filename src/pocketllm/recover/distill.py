@@ -21,6 +21,7 @@ from torch import Tensor
 from pocketllm.config import DistillConfig
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
+from pocketllm.model.report import rounded
 from pocketllm.model.rewrite import rewrite, stored_sizes
 from pocketllm.model.source import resolve
 from pocketllm.model.workspace import Workspace, check_output
@@ -217,8 +218,8 @@ def _facts(config: DistillConfig, base: str, teacher: str, at: Progress, kl_stor
         "base": base,
         "steps": at.step,
         "best_step": at.best_step,
-        "kl_before": float(f"{at.history[0][1]:.6g}"),
-        "kl_after": float(f"{kl_stored:.6g}"),
+        "kl_before": rounded(at.history[0][1]),
+        "kl_after": rounded(kl_stored),
         "config": config.to_dict(),
         "note": "nmse and proxy_error of the matrices are those from before",
     }
