@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from accelerate import PartialState
 
 from pocketllm.config import LoopConfig
-from pocketllm.errors import ConfigError, ShapeError, SourceError
+from pocketllm.errors import ConfigError, ExtraError, ShapeError, SourceError
 from pocketllm.model.rewrite import rewrite
 from pocketllm.model.workspace import Workspace
+from pocketllm.recover.adapter import need_peft
 from pocketllm.recover.instructions import prompt_of, read_instructions
 from pocketllm.recover.items import read_items
 from pocketllm.recover.log import RunLog
@@ -22,6 +24,12 @@ from pocketllm.recover.loop import Group, Loop
 from pocketllm.recover.setting import compute_dtype
 from pocketllm.recover.text import read_text, split, windows_of
 from tests import tiny
+
+
+def test_peft_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ExtraError, match=r"pip install 'pocketllm-codec\[finetune\]'"):
+        need_peft()
 
 
 def test_alpaca_prompt() -> None:
@@ -83,7 +91,7 @@ def test_texts_are_read_by_their_form(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the text \(.*\) has 18 tokens, not one window of 19"):
         windows_of(tokenizer, (str(tmp_path),), 19)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match="no file in this folder ends in"):
+    with pytest.raises(SourceError, match=r"no \*\.txt, .* file in this folder"):
         windows_of(tokenizer, (str(tmp_path / "empty"),), 3)
     assert len(windows_of(tokenizer, (), 512)) > 100
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError
+from pocketllm.errors import ConfigError, ExtraError, FormatError, LoadError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.recover.setting import Base, identity
 
@@ -24,26 +24,14 @@ def need_peft() -> None:
     """PEFT is an extra.
 
     Raises:
-        ConfigError: it is not installed.
+        ExtraError: it is not installed.
     """
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise ConfigError("LoRA needs PEFT; pip install 'pocketllm-codec[finetune]'") from error
-
-
-def check_adapter_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that would destroy something other than an adapter of ours.
-
-    Raises:
-        OutputError: it exists and is not ours, or is ours and `overwrite` is not set.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not output.is_dir() or not (output / RECORD_NAME).is_file():
-        raise OutputError(f"{output}: exists and is not an adapter; choose another output folder")
-    if not overwrite:
-        raise OutputError(f"{output}: an adapter is there already; pass --overwrite to replace it")
+        raise ExtraError(
+            "LoRA needs PEFT, which is not installed: pip install 'pocketllm-codec[finetune]'"
+        ) from error
 
 
 def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:

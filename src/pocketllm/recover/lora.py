@@ -18,7 +18,8 @@ from accelerate import PartialState
 from pocketllm.config import LoraTuneConfig
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
-from pocketllm.model.workspace import system_errors
+from pocketllm.model.report import rounded
+from pocketllm.model.workspace import check_output, system_errors
 from pocketllm.recover.adaptation import (
     Adaptation,
     fingerprint,
@@ -26,7 +27,7 @@ from pocketllm.recover.adaptation import (
     training_items,
     with_adapter,
 )
-from pocketllm.recover.adapter import RECORD_NAME, SETTINGS_NAME, check_adapter_output, need_peft
+from pocketllm.recover.adapter import RECORD_NAME, SETTINGS_NAME, need_peft
 from pocketllm.recover.loop import Loop, told_event
 from pocketllm.recover.setting import check_context, compute_dtype, open_base, started
 
@@ -74,14 +75,14 @@ def lora(
         progress: called after every step.
 
     Raises:
-        FormatError, ConfigError, SourceError, OutputError, ResumeError, TrainingError.
+        FormatError, ConfigError, SourceError, OutputError, ResumeError, TrainingError; ExtraError: no PEFT.
 
     Example:
         >>> pocketllm.lora("smol-2bit", "smol-adapter", LoraTuneConfig(texts=("alpaca.json",)))
     """
     config, folder, output = config or LoraTuneConfig(), Path(folder), Path(output)
     need_peft()
-    check_adapter_output(output, overwrite)
+    check_output(output, overwrite, RECORD_NAME, "an adapter")
     base = open_base(folder, output, trust_remote_code)
     check_context(base, config.context)
     items = training_items(base.tokenizer, config)
@@ -104,8 +105,8 @@ def lora(
             "base_model": base.report["model"],
             "steps": at.step,
             "best_step": at.best_step,
-            "loss_before": float(f"{at.history[0][1]:.6g}"),
-            "loss_after": float(f"{loss_stored:.6g}"),
+            "loss_before": rounded(at.history[0][1]),
+            "loss_after": rounded(loss_stored),
             "config": config.to_dict(),
         }
         if state.is_main_process:
