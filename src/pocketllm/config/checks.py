@@ -1,0 +1,33 @@
+"""What all settings share: how a value is checked, and plain JSON types."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from pocketllm.errors import ConfigError
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ConfigError where a setting has none of the values that it may have."""
+    if value not in allowed:
+        raise ConfigError(f"{name}: got {value!r}, wanted one of {', '.join(allowed)}")
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Raises ConfigError where a setting is too small, or no number."""
+    if not value >= least:
+        raise ConfigError(f"{name}: got {value}, wanted at least {least}")
+
+
+def positive(name: str, value: float) -> None:
+    """Raises ConfigError where a setting is not above 0."""
+    if not value > 0:
+        raise ConfigError(f"{name}: got {value}, wanted more than 0")
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration in plain JSON types: no tuples."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values

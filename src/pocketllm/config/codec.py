@@ -1,0 +1,112 @@
+"""Settings of the codec on tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pocketllm.config.checks import at_least, one_of, positive
+from pocketllm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """The codec on one group of matrices; how it is built and trained.
+
+    vector_len: d, weights per index.
+    hidden, depth: width and number of MLP blocks in encoder and decoder (the authors: 16 and 3). hidden 0
+        makes each block an affine map; depth 0 leaves the networks out, so that codewords are weights.
+    norm: inside the networks; `rln` as published, `ln` and `none` are ablations.
+    decoder: `row` as published (norm inside, row context) or `lookup` (no norm inside, exact table).
+    row_scale: store one scale per matrix row (counted). Without it the rows of a matrix must share one.
+    init: `kmeans` (identity networks, k-means codebook) or `normal` as published.
+    loss: `mse` or `rmse`. vq_weight: the paper's lambda. commitment_weight: 0 is off.
+    epochs, learning_rate, batch_size (subvectors): Adam with a cosine schedule.
+    kmeans_iterations: Lloyd rounds of the initialization.
+    sample_per_codeword, max_sample: bounds on the subvectors that a codebook and its networks are fitted to.
+    trellis_width: bits of an index on a trellis, where indices overlap; None for independent indices.
+    codebook_source: `fit`, or `seed`: Gaussian numbers drawn from a seed, so that no codebook is stored.
+    """
+
+    vector_len: int = 4
+    hidden: int = 16
+    depth: int = 3
+    norm: str = "rln"
+    decoder: str = "lookup"
+    row_scale: bool = True
+    init: str = "kmeans"
+    loss: str = "mse"
+    vq_weight: float = 0.5
+    commitment_weight: float = 0.0
+    epochs: int = 3
+    learning_rate: float = 3e-3
+    batch_size: int = 16384
+    kmeans_iterations: int = 25
+    sample_per_codeword: int = 256
+    max_sample: int = 1 << 21
+    trellis_width: int | None = None
+    codebook_source: str = "fit"
+
+    def __post_init__(self) -> None:
+        one_of("norm", self.norm, ("rln", "ln", "none"))
+        one_of("decoder", self.decoder, ("row", "lookup"))
+        one_of("init", self.init, ("kmeans", "normal"))
+        one_of("loss", self.loss, ("mse", "rmse"))
+        one_of("codebook_source", self.codebook_source, ("fit", "seed"))
+        if self.trellis_width is not None:
+            self._check_trellis(self.trellis_width)
+        for name in ("vector_len", "batch_size", "sample_per_codeword", "max_sample"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("hidden", "depth", "epochs", "kmeans_iterations", "vq_weight", "commitment_weight"):
+            at_least(name, getattr(self, name), 0)
+        positive("learning_rate", self.learning_rate)
+        if self.depth == 0 and (self.decoder != "lookup" or self.vq_weight == 0):
+            raise ConfigError(
+                "depth=0 needs decoder='lookup' and vq_weight above 0: without networks a codeword decodes to "
+                "itself, and only the codebook's own loss can train it"
+            )
+        if self.init == "kmeans" and self.hidden and self.depth and self.hidden < 2 * self.vector_len:
+            raise ConfigError(
+                f"hidden: got {self.hidden}, wanted at least {2 * self.vector_len} (twice vector_len="
+                f"{self.vector_len}) so that the networks can start as the identity; "
+                "raise hidden or use init='normal'"
+            )
+
+    def _check_trellis(self, width: int) -> None:
+        if not 2 <= width <= 16:
+            raise ConfigError(f"trellis_width: got {width}, wanted 2 to 16")
+        if self.decoder != "lookup" or not self.row_scale:
+            raise ConfigError("trellis_width needs decoder='lookup' and row_scale=True")
+
+    @property
+    def decoder_norm(self) -> str:
+        """Norm inside the decoder: none in the look-up form, whose output depends on the codeword alone."""
+        return "none" if self.decoder == "lookup" else self.norm
+
+    @property
+    def network_shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Shapes of all blocks of a network as they are stored, `up` and `down`."""
+        d, hidden = self.vector_len, self.hidden
+        if hidden == 0:
+            return (self.depth, d, d), (self.depth, 1, d)
+        return (self.depth, d, hidden), (self.depth, hidden, d)
+
+    @property
+    def decoder_bits(self) -> int:
+        """Stored bits of one decoder, float16."""
+        return 16 * sum(math.prod(shape) for shape in self.network_shapes)
+
+
+@dataclass(frozen=True)
+class Safeguards:
+    """What keeps the training of a codec on its way; off only where a study asks what happens without.
+
+    max_grad_norm: gradients are scaled down to it; infinite is off.
+    revive: move codewords that an epoch never used.
+    """
+
+    max_grad_norm: float = 1.0
+    revive: bool = True
+
+    def __post_init__(self) -> None:
+        positive("max_grad_norm", self.max_grad_norm)

@@ -1,0 +1,164 @@
+"""Settings of a compression: what is done with a model, and how it is calibrated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pocketllm.config.checks import at_least, one_of, plain, positive
+from pocketllm.config.codec import CodecConfig
+from pocketllm.errors import ConfigError
+
+SCOPES = ("matrix", "kind", "model")
+REFINE_EPOCHS = 2  # where refinement is asked for without a number
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How indices are chosen for what layers do to their inputs.
+
+    tokens, context: of the calibration text, and per window. sensitivity_tokens: of these, for the
+    measurement of what an error in each matrix costs. damping: share of the mean diagonal added to each
+    Hessian. passes: of coordinate descent after error feedback. rotate: rotate both sides of matrices.
+    sequential: code each block for the inputs it gets from the coded blocks before it; else for those it has
+        in the dense model, which can be kept and used again.
+    refine_epochs, refine_rate: passes over the text, and learning rate, of tuning each coded block; 0 passes
+        leave it as it was coded.
+    texts: files, folders or data sets of the hub (OWNER/NAME[:CONFIG[:SPLIT]]); none takes the text that comes
+        with Python.
+    """
+
+    tokens: int = 32768
+    context: int = 512
+    sensitivity_tokens: int = 4096
+    damping: float = 0.01
+    passes: int = 0
+    rotate: bool = True
+    sequential: bool = True
+    refine_epochs: int = 0
+    refine_rate: float = 1e-3
+    texts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        at_least("calibration tokens", self.tokens, self.context)
+        at_least("calibration context", self.context, 2)
+        at_least("passes", self.passes, 0)
+        at_least("refine_epochs", self.refine_epochs, 0)
+        positive("refine_rate", self.refine_rate)
+        positive("damping", self.damping)
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """What `pocketllm.compress` does with a model.
+
+    codec: settings of every codec; `vector_len` is overridden where the planner chooses it.
+    target_bpw: stored bits per weight over all compressed matrices, everything counted.
+    target_bytes: of the whole output folder, instead. target_ratio: of the whole bf16 checkpoint to the whole
+        output folder, instead.
+    vector_len: fixes d for the blocks; None lets the planner choose.
+    codebook_size: fixes K (then `vector_len` must be set too and `target_bpw` is not used).
+    codebook_scope, decoder_scope: what shares one: `matrix`, `kind` (of projection) or `model`;
+        codebook_scope `auto` takes the one with the least predicted error at the target.
+    dense_first, dense_last: blocks left dense at either end (the authors: 3 and 2).
+    keep_embeddings: leave embedding and head dense, in 16 bit.
+    embedding_extra_bits: bits per weight by which embedding and head are coded finer than the blocks.
+    max_index_bits: bound on log2 K, for the sake of time.
+    calibration: how to calibrate; None codes for the error of the weights alone.
+    overrides: (pattern, bits per weight) pairs for matrices whose name fits the pattern (as in a shell);
+        16 leaves them dense.
+    seed: of every random choice.
+    """
+
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    target_bpw: float | None = 3.98
+    target_bytes: int | None = None
+    target_ratio: float | None = None
+    vector_len: int | None = None
+    codebook_size: int | None = None
+    codebook_scope: str = "auto"
+    decoder_scope: str = "kind"
+    dense_first: int = 0
+    dense_last: int = 0
+    keep_embeddings: bool = False
+    embedding_extra_bits: float = 0.5
+    max_index_bits: int = 13
+    calibration: CalibrationConfig | None = None
+    overrides: tuple[tuple[str, float], ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("codebook_scope", self.codebook_scope, ("auto", *SCOPES))
+        one_of("decoder_scope", self.decoder_scope, SCOPES)
+        for name in ("dense_first", "dense_last", "embedding_extra_bits", "seed"):
+            at_least(name, getattr(self, name), 0)
+        if not 1 <= self.max_index_bits <= 20:
+            raise ConfigError(f"max_index_bits: got {self.max_index_bits}, wanted 1 to 20")
+        if self.vector_len is not None and not 1 <= self.vector_len <= 64:
+            raise ConfigError(f"vector_len: got {self.vector_len}, wanted 1 to 64")
+        if self.codebook_size is not None:
+            if not 2 <= self.codebook_size <= 1 << 20:
+                raise ConfigError(f"codebook_size: got {self.codebook_size}, wanted 2 to {1 << 20}")
+            if self.vector_len is None:
+                raise ConfigError("codebook_size is set without vector_len; set both, or target_bpw alone")
+            if self.target_bytes is not None or self.target_ratio is not None:
+                raise ConfigError("codebook_size fixes the size; it excludes target_bytes and target_ratio")
+        else:
+            self._check_target()
+        if self.codebook_size is not None and self.codec.trellis_width is not None:
+            raise ConfigError("codebook_size and trellis_width exclude each other; K is 2^trellis_width")
+        for pattern, bits in self.overrides:
+            if not 0 < bits <= 16:
+                raise ConfigError(f"override {pattern!r}: got {bits} bits per weight, wanted 0 to 16")
+        if any(bits < 16 for _, bits in self.overrides) and self.codec.trellis_width is None:
+            raise ConfigError("overrides below 16 bits need a trellis (trellis_width)")
+        if self.calibration is not None and (self.codec.decoder != "lookup" or not self.codec.row_scale):
+            raise ConfigError("calibration needs decoder='lookup' and row_scale=True")
+
+    def _check_target(self) -> None:
+        targets = {name: getattr(self, name) for name in ("target_bpw", "target_bytes", "target_ratio")}
+        given = [name for name, value in targets.items() if value is not None]
+        if len(given) != 1:
+            raise ConfigError(f"got {' and '.join(given) or 'no target'}, wanted one of {', '.join(targets)}")
+        if self.target_bpw is not None and not 0 < self.target_bpw <= 16:
+            raise ConfigError(f"target_bpw: got {self.target_bpw}, wanted more than 0 and at most 16")
+        if self.target_bytes is not None:
+            at_least("target_bytes", self.target_bytes, 1)
+        if self.target_ratio is not None and not self.target_ratio > 1:
+            raise ConfigError(f"target_ratio: got {self.target_ratio}, wanted more than 1")
+
+    def codec_for(self, vector_len: int) -> CodecConfig:
+        """The codec settings at another vector_len; `hidden` grows where the identity start needs it."""
+        hidden = max(self.codec.hidden, 2 * vector_len) if self.codec.hidden else 0
+        return dataclasses.replace(self.codec, vector_len=vector_len, hidden=hidden)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return plain(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CompressConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown key.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        overrides = tuple((pattern, bits) for pattern, bits in values.get("overrides", ()))
+        calibration = values.get("calibration")
+        if calibration is not None:
+            texts = tuple(calibration["texts"])
+            calibration = CalibrationConfig(**{**calibration, "texts": texts})
+        return cls(
+            **{
+                **values,
+                "codec": CodecConfig(**values["codec"]),
+                "calibration": calibration,
+                "overrides": overrides,
+            }
+        )

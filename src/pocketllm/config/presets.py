@@ -1,0 +1,86 @@
+"""Named configurations: the presets of a compression, and what the demo does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pocketllm.config.codec import CodecConfig
+from pocketllm.config.compress import CalibrationConfig, CompressConfig
+from pocketllm.config.recover import DistillConfig, LoopConfig
+from pocketllm.errors import ConfigError
+
+DEMO_TOKENS = 16384  # of calibration text: half the default, for the sake of time
+DEMO_RECOVERY = DistillConfig(  # so few steps want small ones
+    steps=12,
+    context=256,
+    validation_windows=8,
+    lr_codebook=5e-4,
+    lr_scale=5e-4,
+    lr_norm=2e-4,
+    lr_decoder=1e-4,
+    loop=LoopConfig(batch_size=4, eval_every=6, checkpoint_every=6),
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named configuration. summary: one line for `--help`."""
+
+    config: CompressConfig
+    summary: str
+
+
+def _paper(bpw: float, vector_len: int) -> CompressConfig:
+    """The published method: RLN in encoder and decoder, first three and last two blocks dense."""
+    return CompressConfig(
+        codec=CodecConfig(decoder="row", epochs=2, kmeans_iterations=10),
+        target_bpw=bpw,
+        vector_len=vector_len,
+        dense_first=3,
+        dense_last=2,
+        max_index_bits=15,
+    )
+
+
+def _calibrated(bpw: float) -> CompressConfig:
+    """Indices on a trellis, chosen for what layers do to their inputs; bits where they matter."""
+    return CompressConfig(
+        codec=CodecConfig(trellis_width=12, kmeans_iterations=10, max_sample=1 << 18),
+        calibration=CalibrationConfig(),
+        decoder_scope="matrix",
+        target_bpw=bpw,
+    )
+
+
+def _lookup(bpw: float) -> CompressConfig:
+    """Their successor: look-up decoder, every block compressed."""
+    return CompressConfig(target_bpw=bpw)
+
+
+PRESETS: dict[str, Preset] = {
+    "calibrated-8x": Preset(_calibrated(3.98), "calibrated, 3.98 bits per weight (8x against fp32)"),
+    "calibrated-10x": Preset(_calibrated(2.98), "calibrated, 2.98 bits per weight (default)"),
+    "calibrated-16x": Preset(_calibrated(2.02), "calibrated, 2.02 bits per weight"),
+    "calibrated-20x": Preset(_calibrated(1.6), "calibrated, 1.6 bits per weight"),
+    "paper-8x": Preset(_paper(3.98, 3), "published method, 3.98 bits per weight (8x against fp32)"),
+    "paper-10x": Preset(_paper(2.98, 4), "published method, 2.98 bits per weight (10x against fp32)"),
+    "paper-16x": Preset(_paper(2.02, 8), "published method, 2.02 bits per weight (16x against fp32)"),
+    "paper-20x": Preset(_paper(1.6, 8), "published method, 1.6 bits per weight (20x against fp32)"),
+    "lookup-8x": Preset(_lookup(3.98), "look-up decoder, all blocks, 3.98 bits per weight"),
+    "lookup-10x": Preset(_lookup(2.98), "look-up decoder, all blocks, 2.98 bits per weight"),
+    "lookup-16x": Preset(_lookup(2.02), "look-up decoder, all blocks, 2.02 bits per weight"),
+    "lookup-20x": Preset(_lookup(1.6), "look-up decoder, all blocks, 1.6 bits per weight"),
+}
+DEFAULT_PRESET = "calibrated-10x"
+PLAIN_PRESET = "lookup-8x"  # where calibration is not wanted
+
+
+def preset(name: str) -> CompressConfig:
+    """The configuration of a preset.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name].config
