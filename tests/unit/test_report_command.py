@@ -12,7 +12,15 @@ import pytest
 
 import pocketllm
 from pocketllm import cli
-from pocketllm.config import DEFAULT_PRESET, PRESETS, CalibrationConfig, CodecConfig, CompressConfig, preset
+from pocketllm.config import (
+    DEFAULT_PRESET,
+    PRESETS,
+    REFINE_EPOCHS,
+    CalibrationConfig,
+    CodecConfig,
+    CompressConfig,
+    preset,
+)
 from pocketllm.report.command import command_for, options_for
 
 BASE = preset(DEFAULT_PRESET)
@@ -43,6 +51,11 @@ def with_codec(base: CompressConfig = PLAIN, **changes: Any) -> CompressConfig:
     return dataclasses.replace(base, codec=dataclasses.replace(base.codec, **changes))
 
 
+def with_calibration(**changes: Any) -> CompressConfig:
+    assert BASE.calibration is not None
+    return dataclasses.replace(BASE, calibration=dataclasses.replace(BASE.calibration, **changes))
+
+
 CONFIGS = {
     **{name: entry.config for name, entry in PRESETS.items()},
     "bpw": dataclasses.replace(BASE, target_bpw=2.5),
@@ -59,6 +72,23 @@ CONFIGS = {
     "calibrated on texts": dataclasses.replace(
         BASE, target_bpw=3.0, calibration=CalibrationConfig(tokens=4096, texts=("a b.txt", "c"))
     ),
+    "overrides": dataclasses.replace(
+        BASE, target_bpw=2.5, overrides=(("*.down_proj.*", 4.0), ("model.layers.0.*", 16), ("a=b", 2.55))
+    ),
+    "not rotated": with_calibration(rotate=False),
+    "not in sequence": with_calibration(sequential=False),
+    "passes": with_calibration(passes=3),
+    "refined": with_calibration(refine_epochs=REFINE_EPOCHS),
+    "calibrated plain codec, refined": dataclasses.replace(
+        PLAIN, calibration=CalibrationConfig(refine_epochs=REFINE_EPOCHS, passes=1, rotate=False)
+    ),
+    "default without calibration": dataclasses.replace(BASE, calibration=None),
+    "default with another decoder": with_codec(BASE, depth=0),
+    "plain at another target": dataclasses.replace(PLAIN, target_bpw=None, target_ratio=5.0),
+    "plain and calibrated at another target": dataclasses.replace(
+        PLAIN, target_bpw=3.5, calibration=CalibrationConfig(tokens=1024)
+    ),
+    "networks at another target": dataclasses.replace(with_codec(depth=1, hidden=0), target_bpw=2.5),
 }
 
 
@@ -79,13 +109,13 @@ def test_a_preset_is_named_and_nothing_else(name: str) -> None:
     ("config", "missing"),
     [
         (with_codec(kmeans_iterations=3, max_sample=100), ("kmeans_iterations", "max_sample")),
-        (dataclasses.replace(BASE, overrides=(("*.down_proj.*", 4.0),)), ("overrides",)),
         (dataclasses.replace(BASE, max_index_bits=9), ("max_index_bits",)),
         (dataclasses.replace(preset("paper-8x"), vector_len=None, dense_first=0), None),
         (
-            dataclasses.replace(PLAIN, calibration=CalibrationConfig(tokens=64, context=32, rotate=False)),
-            ("calibration.context", "calibration.rotate"),
+            dataclasses.replace(PLAIN, calibration=CalibrationConfig(tokens=64, context=32, damping=0.1)),
+            ("calibration.context", "calibration.damping"),
         ),
+        (with_calibration(refine_epochs=REFINE_EPOCHS + 1), ("calibration.refine_epochs",)),
     ],
 )
 def test_settings_without_an_option_are_named(
@@ -111,6 +141,11 @@ def test_every_option_of_a_setting_is_known() -> None:
     settings |= {f.name for f in dataclasses.fields(CodecConfig)}
     on_the_line = set(inspect.signature(compress.compress).parameters) & (settings - {"calibration"})
     assert on_the_line == {*_OPTIONS, *_SWITCHES}
+    calibration = {f.name for f in dataclasses.fields(CalibrationConfig)} - {
+        "context"
+    }  # that one is of --ppl
+    on_the_line = set(inspect.signature(compress.compress).parameters) & calibration
+    assert on_the_line == {"passes", "rotate", "sequential"}
 
 
 def test_settings_of_a_later_version_give_no_command() -> None:

@@ -10,6 +10,7 @@ from pocketllm.cli.render import parse_size
 from pocketllm.config import (
     DEFAULT_PRESET,
     PLAIN_PRESET,
+    PLAIN_SETTINGS,
     REFINE_EPOCHS,
     CalibrationConfig,
     CompressConfig,
@@ -17,18 +18,6 @@ from pocketllm.config import (
     preset,
 )
 from pocketllm.errors import ConfigError
-
-_PLAIN_OPTIONS = (
-    "codebook_size",
-    "decoder",
-    "norm",
-    "init",
-    "loss",
-    "hidden",
-    "depth",
-    "epochs",
-    "row_scale",
-)
 
 
 def compress_config(
@@ -44,7 +33,7 @@ def compress_config(
     Options of the networks and of independent indices have no meaning on a trellis: they, too, start from the
     preset without calibration.
     """
-    plain = without_calibration or any(changes.get(name) is not None for name in _PLAIN_OPTIONS)
+    plain = without_calibration or any(changes.get(name) is not None for name in PLAIN_SETTINGS)
     sizes = {
         "--bpw": bpw,
         "--ratio": ratio,

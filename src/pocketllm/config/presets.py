@@ -72,7 +72,18 @@ PRESETS: dict[str, Preset] = {
     "lookup-20x": Preset(_lookup(1.6), "look-up decoder, all blocks, 1.6 bits per weight"),
 }
 DEFAULT_PRESET = "calibrated-10x"
-PLAIN_PRESET = "lookup-8x"  # where calibration is not wanted
+PLAIN_PRESET = "lookup-8x"  # where calibration is not wanted, or one of these is set:
+PLAIN_SETTINGS = (  # of networks and of independent indices, without meaning on a trellis
+    "codebook_size",
+    "decoder",
+    "norm",
+    "init",
+    "loss",
+    "hidden",
+    "depth",
+    "epochs",
+    "row_scale",
+)
 
 
 def preset(name: str) -> CompressConfig:

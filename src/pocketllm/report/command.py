@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pocketllm.config import DEFAULT_PRESET, PRESETS, CalibrationConfig, CompressConfig
+from pocketllm.config import (
+    DEFAULT_PRESET,
+    PLAIN_PRESET,
+    PLAIN_SETTINGS,
+    PRESETS,
+    REFINE_EPOCHS,
+    CalibrationConfig,
+    CompressConfig,
+)
 
 _TARGETS = {"target_bpw": "--bpw", "target_ratio": "--ratio", "target_bytes": "--size"}
 _OPTIONS = [
@@ -32,6 +40,8 @@ _OPTIONS = [
     "seed",
 ]
 _SWITCHES = {"keep_embeddings": ("--keep-embeddings", ""), "row_scale": ("--row-scale", "--no-row-scale")}
+_PLAIN_OPTIONS = {f"--{name.replace('_', '-')}" for name in PLAIN_SETTINGS}  # start from the plain preset
+_PLAIN_OPTIONS |= {"--no-row-scale", "--no-calibration"}
 
 
 @dataclass(frozen=True)
@@ -45,14 +55,15 @@ class Options:
 def options_for(config: CompressConfig) -> Options:
     """The fewest `pocketllm compress` options that give this configuration.
 
-    Every preset is tried as the starting point; the one that leaves least unsaid, then the shortest, wins.
+    Every preset is tried as the starting point, and another target than a preset's; what leaves least unsaid,
+    then the shortest, wins.
 
     Example:
         >>> options_for(pocketllm.preset("paper-16x")).arguments
         ('--preset', 'paper-16x')
     """
-    candidates = [_from_preset(name, config) for name in PRESETS]
-    candidates.append(_from_default(config))
+    candidates = [_overlaid(["--preset", name], entry.config, config) for name, entry in PRESETS.items()]
+    candidates += [*_unnamed(DEFAULT_PRESET, config), *_unnamed(PLAIN_PRESET, config)]
     return min(candidates, key=lambda found: (len(found.missing), len(found.arguments)))
 
 
@@ -75,21 +86,23 @@ def command_for(model: str, output: str, values: Mapping[str, Any]) -> tuple[str
     return shlex.join(words), options.missing
 
 
-def _from_preset(name: str, config: CompressConfig) -> Options:
-    """Preset NAME and what is laid over it; its target cannot be changed on the command line."""
-    arguments = [] if name == DEFAULT_PRESET else ["--preset", name]
-    return _overlaid(arguments, PRESETS[name].config, config)
+def _unnamed(preset: str, config: CompressConfig) -> list[Options]:
+    """What gives the configuration from a preset that is not named, so that a target can be.
 
-
-def _from_default(config: CompressConfig) -> Options:
-    """The default preset with another target."""
-    base = PRESETS[DEFAULT_PRESET].config
+    None where the command line would not start from this preset: that depends on the options themselves.
+    """
+    base, arguments = PRESETS[preset].config, []
     targets = {key: getattr(config, key) for key in _TARGETS}
-    given = [(key, value) for key, value in targets.items() if value is not None]
-    if len(given) != 1:
-        return _overlaid([], base, config)
-    (key, value) = given[0]
-    return _overlaid([_TARGETS[key], str(value)], dataclasses.replace(base, **targets), config)
+    if config.codebook_size is None and any(targets[key] != getattr(base, key) for key in _TARGETS):
+        key = next(key for key, value in targets.items() if value is not None)
+        arguments = [_TARGETS[key], str(targets[key])]
+        base = dataclasses.replace(base, **targets)
+    found = _overlaid(arguments, base, config)
+    is_plain = not _PLAIN_OPTIONS.isdisjoint(found.arguments)
+    if preset == PLAIN_PRESET and not is_plain:  # one that changes nothing says where to start
+        said = ["--no-calibration"] if config.calibration is None else ["--decoder", config.codec.decoder]
+        return [Options((*found.arguments, *said), found.missing)]
+    return [found] if is_plain == (preset == PLAIN_PRESET) else []
 
 
 def _overlaid(arguments: list[str], base: CompressConfig, wanted: CompressConfig) -> Options:
@@ -100,7 +113,10 @@ def _overlaid(arguments: list[str], base: CompressConfig, wanted: CompressConfig
         if after[key] == before[key]:
             continue
         switch = _SWITCHES.get(key, ("", ""))[0 if after[key] else 1]
-        if switch:
+        if key == "overrides" and after[key]:
+            for pattern, bits in after[key]:
+                arguments += ["--override", f"{pattern}={str(bits).removesuffix('.0')}"]
+        elif switch:
             arguments.append(switch)
         elif key in _OPTIONS and after[key] is not None:
             arguments += [f"--{key.replace('_', '-')}", str(after[key])]
@@ -127,10 +143,20 @@ def _calibration(
     if wanted is None:
         return ["--no-calibration"], ()
     start = base or CalibrationConfig()
+    said = {"tokens", "passes", "rotate", "sequential"}
     arguments = [word for text in wanted.texts for word in ("--calibration", text)]
+    if wanted.texts:
+        said.add("texts")
     if wanted.tokens != start.tokens or (base is None and not wanted.texts):
         arguments += ["--calibration-tokens", str(wanted.tokens)]
-    said = {"tokens", "texts"} if wanted.texts else {"tokens"}
+    if wanted.passes != start.passes:
+        arguments += ["--passes", str(wanted.passes)]
+    for name in ("rotate", "sequential"):
+        if getattr(wanted, name) != getattr(start, name):
+            arguments.append(f"--{name}" if getattr(wanted, name) else f"--no-{name}")
+    if wanted.refine_epochs != start.refine_epochs and wanted.refine_epochs in (0, REFINE_EPOCHS):
+        arguments.append("--refine" if wanted.refine_epochs else "--no-refine")
+        said.add("refine_epochs")
     differing = [
         f"calibration.{f.name}"
         for f in dataclasses.fields(wanted)
