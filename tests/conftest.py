@@ -1,4 +1,4 @@
-"""Settings that every test runs under: two threads, the same random numbers each time."""
+"""Settings that every test runs under: two threads, the same random numbers each time; and common fixtures."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+import pocketllm
+from tests import tiny
+from tests.commands import Run
 
 torch.set_num_threads(2)
 
@@ -22,3 +28,36 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    return Run(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense model."""
+    return tiny.save(tmp_path_factory.mktemp("model") / "dense")
+
+
+@pytest.fixture(scope="module")
+def small(source: Path) -> Path:
+    """The same, compressed; beside it."""
+    pocketllm.compress(source, tiny.settings(), source.parent / "small")
+    return source.parent / "small"
+
+
+@pytest.fixture
+def copy(small: Path, tmp_path: Path) -> Path:
+    """One that a test may damage."""
+    shutil.copytree(small, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture(scope="module")
+def text(source: Path) -> Path:
+    """A text of some windows."""
+    path = source.parent / "text.txt"
+    path.write_text("a text that is long enough for some windows. " * 20, encoding="utf-8")
+    return path

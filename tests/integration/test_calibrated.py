@@ -20,8 +20,8 @@ from pocketllm.model import blockwise
 from pocketllm.model.layers import packed_matrices
 from pocketllm.model.report import warnings_of
 from tests import tiny
+from tests.commands import contents
 from tests.integration.test_architectures import load, logits
-from tests.integration.test_compress import contents
 from tests.numerics.test_inputs import shun_expert
 
 

@@ -9,14 +9,7 @@ import pytest
 
 from pocketllm.model.checkpoint import read_report
 from tests import tiny
-from tests.integration.test_cli import SETTINGS, SIZES, Run, run
-
-__all__ = ["run"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("cli-calibrated") / "dense")
+from tests.commands import SETTINGS, SIZES, Run
 
 
 @pytest.fixture(scope="module")

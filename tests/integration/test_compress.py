@@ -1,15 +1,8 @@
-"""The pipeline: same bytes every time, resuming after a kill, and an output that is whole or absent."""
+"""The pipeline: same bytes every time, any form of input and output, outputs that are refused, reports."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import os
-import re
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,262 +10,28 @@ import pytest
 import torch
 
 import pocketllm
-from pocketllm.errors import FormatError, OutputError, ResumeError
+from pocketllm.errors import FormatError, OutputError
 from pocketllm.model import checkpoint, workspace
 from pocketllm.model.checkpoint import verify
 from pocketllm.model.compress import Event
 from pocketllm.model.source import DenseCheckpoint
 from tests import tiny
+from tests.commands import contents
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("compress") / "dense")
-
-
-@pytest.fixture(scope="module")
-def whole(source: Path) -> Path:
-    """The output of an unbroken run."""
-    pocketllm.compress(source, tiny.settings(), source.parent / "whole")
-    return source.parent / "whole"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def test_same_arguments_same_bytes(source: Path, whole: Path, tmp_path: Path) -> None:
+def test_same_arguments_same_bytes(source: Path, small: Path, tmp_path: Path) -> None:
     pocketllm.compress(source, tiny.settings(), tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(whole)
+    assert contents(tmp_path / "out") == contents(small)
     verify(tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_another_seed_gives_another_model(source: Path, whole: Path, tmp_path: Path) -> None:
+def test_another_seed_gives_another_model(source: Path, small: Path, tmp_path: Path) -> None:
     pocketllm.compress(source, tiny.settings(seed=1), tmp_path / "out")
-    assert contents(tmp_path / "out")["model.safetensors"] != contents(whole)["model.safetensors"]
+    assert contents(tmp_path / "out")["model.safetensors"] != contents(small)["model.safetensors"]
 
 
-_KILLED = """
-import os, signal, sys
-import torch; torch.set_num_threads(2)
-import pocketllm
-from tests import tiny
-seen = 0
-def progress(event):
-    global seen
-    if event.stage == sys.argv[3]:
-        seen += 1
-        if seen == int(sys.argv[4]):
-            os.kill(os.getpid(), signal.SIGKILL)
-pocketllm.compress(sys.argv[1], tiny.settings(), sys.argv[2], progress=progress)
-"""
-
-
-@pytest.mark.parametrize(
-    ("stage", "number"), [("fit", 1), ("fit", 3), ("encode", 2), ("encode", 9), ("write", 1)]
-)
-def test_killed_and_started_again(stage: str, number: int, source: Path, whole: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _KILLED, str(source), str(tmp_path / "out"), stage, str(number)]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path / "out").exists()
-    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(whole)
-
-
-def test_killed_while_it_cleans_up(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The output is whole by then; what is left of the work is still known as ours, and replaced."""
-    original = workspace.shutil.rmtree
-
-    def killed(path: Path, **keywords: Any) -> None:
-        original(path, **keywords)
-        if Path(path).name == "old":
-            raise StoppedError
-
-    monkeypatch.setattr(workspace.shutil, "rmtree", killed)
-    pocketllm.compress(source, tiny.settings(seed=5), tmp_path / "out")
-    with pytest.raises(StoppedError):
-        pocketllm.compress(source, tiny.settings(), tmp_path / "out", overwrite=True)
-    verify(tmp_path / "out")
-    assert (tmp_path / "out.partial" / "state.json").is_file()
-    with pytest.raises(ResumeError, match="delete that folder"):
-        pocketllm.compress(source, tiny.settings(seed=6), tmp_path / "out", overwrite=True)
-    monkeypatch.undo()
-    pocketllm.compress(source, tiny.settings(), tmp_path / "out", overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_killed_before_the_state_was_written(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / ".state.json.tmp").write_text("{")
-    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_two_runs_for_one_output(source: Path, whole: Path, tmp_path: Path) -> None:
-    """The second is turned away, and the first goes on undisturbed."""
-    refusals: list[str] = []
-
-    def progress(event: Event) -> None:
-        if event.stage == "encode" and not refusals:
-            with pytest.raises(OutputError) as caught:
-                pocketllm.compress(source, tiny.settings(), tmp_path / "out")
-            refusals.append(str(caught.value))
-
-    pocketllm.compress(source, tiny.settings(), tmp_path / "out", progress=progress)
-    assert "in use by another process" in refusals[0]
-    assert contents(tmp_path / "out") == contents(whole)
-
-
-class StoppedError(Exception):
-    pass
-
-
-def stop_at(stage: str, error: BaseException) -> Callable[[Event], None]:
-    def progress(event: Event) -> None:
-        if event.stage == stage and event.share > 0:
-            raise error
-
-    return progress
-
-
-def test_other_arguments_on_a_half_done_output(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoppedError):
-        pocketllm.compress(
-            source, tiny.settings(), tmp_path / "out", progress=stop_at("encode", StoppedError())
-        )
-    before = contents(tmp_path / "out.partial")
-    other = tiny.settings(seed=3, codebook_size=64)
-    with pytest.raises(ResumeError, match=r"codebook_size: 32 then, 64 now; seed: 0 then, 3 now"):
-        pocketllm.compress(source, other, tmp_path / "out")
-    assert contents(tmp_path / "out.partial") == before
-
-
-def test_other_weights_under_the_same_name(source: Path, tmp_path: Path) -> None:
-    folder = tiny.save(tmp_path / "dense")
-    with pytest.raises(StoppedError):
-        pocketllm.compress(
-            folder, tiny.settings(), tmp_path / "out", progress=stop_at("encode", StoppedError())
-        )
-    model = tiny.model()
-    with torch.no_grad():
-        model.model.norm.weight.zero_()
-    model.save_pretrained(folder)
-    with pytest.raises(ResumeError, match="weights"):
-        pocketllm.compress(folder, tiny.settings(), tmp_path / "out")
-
-
-def test_interrupted_by_the_user(source: Path, whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        pocketllm.compress(
-            source, tiny.settings(), tmp_path / "out", progress=stop_at("encode", KeyboardInterrupt())
-        )
-    assert not (tmp_path / "out").exists()
-    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(whole)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("SafetensorError: I/O error: No space left on device (os error 28)"),
-    ],
-)
-def test_full_disk(
-    error: Exception, source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, calls = workspace.save_file, []
-
-    def full(*arguments: Any) -> None:
-        calls.append(arguments)
-        if len(calls) == 5:
-            raise error
-        original(*arguments)
-
-    monkeypatch.setattr(workspace, "save_file", full)
-    with pytest.raises(OutputError, match="disk is full"):
-        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(whole)
-
-
-_LIMITED = """
-import resource, sys
-import pocketllm
-from pathlib import Path
-from pocketllm.model.export import export
-from tests import tiny
-import torch
-config = tiny.calibrated(tiny.settings())
-pocketllm.dry_run(sys.argv[1], config)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)
-if sys.argv[3] == "compress":
-    pocketllm.compress(sys.argv[1], tiny.settings(), sys.argv[2])
-elif sys.argv[3] == "export":
-    export(Path(sys.argv[1]).parent / "whole", Path(sys.argv[2]), torch.float32)
-else:
-    pocketllm.dry_run(sys.argv[1], tiny.calibrated(tiny.settings(seed=1)))
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs limits on file sizes")
-@pytest.mark.parametrize(
-    ("what", "limit", "words"),
-    [
-        ("compress", 1_000, "File too large"),  # a unit of the work, written by safetensors
-        ("compress", 15_000, "File too large"),  # the checkpoint, written by us
-        ("export", 15_000, "File too large.*free some space"),
-        ("sensitivity", 1_000, "File too large.*POCKETLLM_CACHE"),
-    ],
-)
-def test_a_disk_that_takes_no_more(
-    what: str, limit: int, words: str, source: Path, whole: Path, tmp_path: Path
-) -> None:
-    command = [sys.executable, "-c", _LIMITED, str(source), str(tmp_path / "out"), what, str(limit)]
-    root = Path(__file__).parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")]),
-        "POCKETLLM_CACHE": str(tmp_path / "cache"),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert re.search(f"OutputError: .*{words}", done.stderr), done.stderr
-    assert {path.name for path in tmp_path.iterdir()} <= {"cache", "out.partial"}
-    assert not list((tmp_path / "cache").glob("*.tmp"))
-
-
-def test_an_error_that_is_not_a_full_disk_is_not_hidden(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*arguments: Any) -> None:
-        raise RuntimeError("something else")
-
-    monkeypatch.setattr(workspace, "save_file", broken)
-    with pytest.raises(RuntimeError, match="something else"):
-        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("code", "words"), [(errno.EACCES, "no permission"), (errno.EIO, "cannot be written")]
-)
-def test_other_refusals_of_the_system(
-    code: int, words: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*arguments: Any) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(workspace, "save_file", refused)
-    with pytest.raises(OutputError, match=words):
-        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
-
-
-def test_outputs_that_are_not_ours(source: Path, whole: Path, tmp_path: Path) -> None:
+def test_outputs_that_are_not_ours(source: Path, small: Path, tmp_path: Path) -> None:
     config = tiny.settings()
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="is a file"):
@@ -283,7 +42,7 @@ def test_outputs_that_are_not_ours(source: Path, whole: Path, tmp_path: Path) ->
         with pytest.raises(OutputError, match="not a compressed model"):
             pocketllm.compress(source, config, tmp_path / "folder", overwrite=overwrite)
     with pytest.raises(OutputError, match="pass --overwrite"):
-        pocketllm.compress(source, config, whole)
+        pocketllm.compress(source, config, small)
     with pytest.raises(OutputError, match="not a compressed model"):
         pocketllm.compress(source, config, source, overwrite=True)
     (tmp_path / "other.partial").mkdir()
@@ -309,13 +68,13 @@ def test_overwrite_replaces_an_earlier_model(source: Path, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_empty_output_folder_is_taken(source: Path, whole: Path, tmp_path: Path) -> None:
+def test_an_empty_output_folder_is_taken(source: Path, small: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     pocketllm.compress(source, tiny.settings(), tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(whole)
+    assert contents(tmp_path / "out") == contents(small)
 
 
-def test_output_in_shards(source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_in_shards(source: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a model past 5 GB is written, counted before, verified and loaded."""
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 4000)
     planned = pocketllm.dry_run(source, tiny.settings())
@@ -324,21 +83,21 @@ def test_output_in_shards(source: Path, whole: Path, tmp_path: Path, monkeypatch
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert report.bytes_on_disk == planned.bytes_on_disk
     verify(tmp_path / "out")
-    one, other = (pocketllm.load(folder)[0].state_dict() for folder in (whole, tmp_path / "out"))
+    one, other = (pocketllm.load(folder)[0].state_dict() for folder in (small, tmp_path / "out"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     (tmp_path / "out" / files[1]).unlink()
     with pytest.raises(FormatError, match=r"no .* file holds|missing"):
         pocketllm.load(tmp_path / "out")
 
 
-def test_input_in_shards_and_other_dtypes(source: Path, whole: Path, tmp_path: Path) -> None:
+def test_input_in_shards_and_other_dtypes(source: Path, small: Path, tmp_path: Path) -> None:
     model = tiny.model()
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     tiny.tokenizer().save_pretrained(tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     pocketllm.compress(tmp_path / "shards", tiny.settings(), tmp_path / "out")
     name = "model.safetensors"
-    assert contents(tmp_path / "out")[name] == contents(whole)[name]
+    assert contents(tmp_path / "out")[name] == contents(small)[name]
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         folder = tmp_path / str(dtype)
         model.to(dtype).save_pretrained(folder)
@@ -417,7 +176,7 @@ def test_utilization_is_complete(source: Path, tmp_path: Path) -> None:
     assert min(m.codebook_utilization for m in report.matrices) >= 0.99
 
 
-def test_the_report_is_what_info_reads(source: Path, whole: Path, tmp_path: Path) -> None:
+def test_the_report_is_what_info_reads(source: Path, small: Path, tmp_path: Path) -> None:
     import json
 
     from pocketllm.model.checkpoint import read_report

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,57 +18,22 @@ from pocketllm.errors import ConfigError, FormatError, OutputError, ResumeError,
 from pocketllm.model.checkpoint import folder_bytes, read_report
 from pocketllm.model.rewrite import stored_sizes
 from pocketllm.model.workspace import locked
-from pocketllm.recover.chain import compress_and_distill
 from pocketllm.recover.distillation import Distillation
 from pocketllm.recover.loop import Loop
 from pocketllm.recover.teacher import LiveTeacher, open_teacher
 from tests import tiny
-
-SENTENCE = "the quick brown fox jumps over the lazy dog. "
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a dense model `m`, its compressed form `c` and a text `t.txt`."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("recover")
-    source = tiny.save(folder / "m")
-    pocketllm.compress(source, tiny.calibrated(tiny.settings()), folder / "c")
-    (folder / "t.txt").write_text(SENTENCE * 40)
-    return folder
-
-
-def config(made: Path, **changes: Any) -> DistillConfig:
-    """A quick distillation; `loop` changes settings of the loop."""
-    loop = LoopConfig(
-        **{
-            "batch_size": 4,
-            "eval_every": 4,
-            "checkpoint_every": 3,
-            "dtype": "float32",
-            **changes.pop("loop", {}),
-        }
-    )
-    values = {
-        "steps": 8,
-        "context": 24,
-        "texts": (str(made / "t.txt"),),
-        "validation_windows": 4,
-        "loop": loop,
-    }
-    return DistillConfig(**{**values, "lr_codebook": 1e-2, **changes})
-
-
-def digest(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file."""
-    return {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()
-    }
+from tests.commands import digest
+from tests.recovery import config, make
 
 
 def logits(folder: Path, mode: str = "dense") -> torch.Tensor:
     model, _ = pocketllm.load(folder, mode=mode, dtype=torch.float32)
     return model(torch.arange(20)[None] + 30).logits.detach()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("recover"))
 
 
 def test_distillation_lowers_the_divergence_and_keeps_bytes_and_indices(made: Path, tmp_path: Path) -> None:
@@ -302,95 +261,6 @@ def test_an_output_in_use_is_refused(made: Path, tmp_path: Path) -> None:
         pocketllm.distill(made / "c", tmp_path / "o", config(made), progress=stop_at(3))
     with locked(tmp_path / "o.partial"), pytest.raises(OutputError, match="in use by another process"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made))
-
-
-def test_compress_and_distill_in_one_go(made: Path, tmp_path: Path) -> None:
-    settings = tiny.calibrated(tiny.settings())
-    report, done = compress_and_distill(made / "m", settings, config(made), tmp_path / "o")
-    assert report.bytes_on_disk == folder_bytes(tmp_path / "o")
-    assert done.kl_stored < done.kl_before
-    assert not (tmp_path / "o.plain").exists()
-    apart = pocketllm.distill(made / "c", tmp_path / "apart", config(made), teacher=str(made / "m"))
-    assert apart.kl_stored == done.kl_stored
-
-
-def test_the_models_of_a_chain_are_shown_when_they_are_made(made: Path, tmp_path: Path) -> None:
-    shown: list[tuple[str, bool]] = []
-
-    def look(stage: str, folder: Path) -> None:
-        shown.append((stage, "recover" in read_report(folder)))
-
-    compress_and_distill(made / "m", tiny.settings(), config(made, steps=1), tmp_path / "o", made=look)
-    assert shown == [("compressed", False), ("recovered", True)]
-
-
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-c", "from pocketllm.cli import main; main()", *map(str, arguments)]
-
-
-def finetune(made: Path, output: Path, *more: str) -> list[str]:
-    text = ("--text", str(made / "t.txt"), "--context", "24", "--steps", "12", "--batch-size", "2")
-    return command("finetune", made / "c", "-o", output, *text, "--checkpoint-every", "1", *more)
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
-
-
-def test_killed_on_the_command_line_it_goes_on_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
-    whole = run(finetune(made, tmp_path / "whole", "--json"))
-    assert whole.returncode == 0, whole.stderr
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        finetune(made, tmp_path / "o"), stderr=subprocess.DEVNULL, env=environment
-    ) as started:
-        while started.poll() is None and not (tmp_path / "o.partial" / "checkpoint.safetensors").exists():
-            time.sleep(0.002)
-        started.send_signal(signal.SIGKILL)
-    assert not (tmp_path / "o").exists()
-    again = run(finetune(made, tmp_path / "o", "--json"))
-    assert again.returncode == 0, again.stderr
-    assert digest(tmp_path / "o") == digest(tmp_path / "whole")
-    values = json.loads(again.stdout)
-    assert values["kl_stored"] < values["kl_before"]
-    assert "step 12 of 12" in again.stderr
-
-
-@pytest.mark.parametrize("method", ["distill", "lora"])
-def test_two_processes_do_what_one_does(method: str, made: Path, tmp_path: Path) -> None:
-    """As `accelerate launch` starts them on GPUs; here on the CPU, each with one thread."""
-    text = ("--text", made / "t.txt", "--context", "24", "--steps", "4", "--batch-size", "4")
-    asked = ("finetune", made / "c", *text, "--dtype", "float32", "--method", method, "--json", "-o")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "0", "--no_python"]
-    both = run([*launch, *command(*asked, tmp_path / "two")])
-    assert both.returncode == 0, both.stderr
-    one = run(command(*asked, tmp_path / "one"))
-    found, wanted = json.loads(both.stdout), json.loads(one.stdout)
-    state = json.loads((tmp_path / "two.log" / "summary.json").read_text())
-    assert state["arguments"]["processes"] == 2
-    key = "kl_stored" if method == "distill" else "loss_stored"
-    assert found[key] == pytest.approx(wanted[key], rel=1e-4)
-    assert found[key] < found[key.replace("stored", "before")]
-    lines = (tmp_path / "two.log" / "steps.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
-
-
-def test_command_line_says_what_is_wrong(made: Path, tmp_path: Path) -> None:
-    planned = run(finetune(made, tmp_path / "o", "--dry-run", "--json"))
-    assert planned.returncode == 0, planned.stderr
-    values = json.loads(planned.stdout)
-    assert (values["steps"], values["tokens"], values["bytes_added_to_weights"]) == (12, 12 * 2 * 24, 0)
-    report = read_report(made / "c")
-    assert values["trained_parameters"]["row scales"] * 2 == report["bytes_by_part"]["row_scales"]
-    wrong = run(finetune(made, tmp_path / "o", "--rank", "4"))
-    assert wrong.returncode == 2
-    assert "--rank has no meaning with --method distill" in wrong.stderr
-    missing = run(command("finetune", made / "m", "-o", tmp_path / "o"))
-    assert missing.returncode == 1
-    assert not (tmp_path / "o.partial").exists()
 
 
 def test_settings_are_checked() -> None:

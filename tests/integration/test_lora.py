@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,10 @@ from pocketllm.recover.adapter import attach, check_adapter, merged
 from pocketllm.recover.setting import open_base
 from pocketllm.report import Evaluation, compare
 from tests import tiny
+from tests.commands import digest
 
 peft = pytest.importorskip("peft")
+
 IDS = torch.arange(20)[None] + 30
 
 
@@ -55,12 +56,6 @@ def config(made: Path, **changes: Any) -> LoraTuneConfig:
     )
     values = {"steps": 6, "context": 200, "texts": (str(made / "alpaca.json"),), "rank": 4, "alpha": 8}
     return LoraTuneConfig(**{**values, "learning_rate": 1e-2, "loop": loop, **changes})
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()
-    }
 
 
 @torch.no_grad()

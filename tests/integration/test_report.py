@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from html.parser import HTMLParser
@@ -16,38 +15,14 @@ from typing import Any
 import pytest
 
 import pocketllm
-from pocketllm import cli
 from pocketllm.config import CalibrationConfig
 from tests import tiny
 from tests.browser import HOW, chromium, find_chromium
+from tests.commands import Run
 
 MEASURE = ["--context", "32", "--windows", "2"]
+
 HOSTILE = '<script>alert("x")</script>&$x^2$'
-
-
-class Run:
-    """Runs commands in this process: exit code, stdout, stderr."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capsys, self.monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", ["pocketllm", *map(str, arguments)])
-        self.capsys.readouterr()
-        try:
-            cli.main()
-            code: Any = 0
-        except SystemExit as stop:
-            code = stop.code
-        out, err = self.capsys.readouterr()
-        return int(code or 0), out, err
-
-    def json(self, *arguments: str | Path) -> dict[str, Any]:
-        code, out, err = self(*arguments, "--json")
-        assert code == 0, err
-        assert out.count("\n") == 1
-        values: dict[str, Any] = json.loads(out)
-        return values
 
 
 class Page(HTMLParser):
@@ -73,11 +48,6 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return Run(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,64 @@
+"""Commands run in this process, and what folders hold afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocketllm import cli
+
+SETTINGS = ["--vector-len", "5", "--codebook-size", "32", "--codebook-scope", "kind"]
+SETTINGS += ["--epochs", "1", "--threads", "2"]
+SIZES = {  # keys of a report that others rely on
+    "bytes_on_disk",
+    "ratio_files_bf16",
+    "ratio_files_fp32",
+    "ratio_matrices_bf16",
+    "ratio_matrices_fp32",
+    "bpw_blocks",
+    "bpw_all",
+    "matrices",
+    "skipped",
+}
+
+
+class Run:
+    """Runs commands in this process: exit code, stdout, stderr."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", ["pocketllm", *map(str, arguments)])
+        self.capsys.readouterr()
+        try:
+            cli.main()
+            code: Any = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = self.capsys.readouterr()
+        return int(code or 0), out, err
+
+    def json(self, *arguments: str | Path) -> dict[str, Any]:
+        code, out, err = self(*arguments, "--json")
+        assert code == 0, err
+        assert out.count("\n") == 1
+        values: dict[str, Any] = json.loads(out)
+        return values
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file; folders within are left out."""
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()
+    }

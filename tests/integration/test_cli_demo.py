@@ -1,0 +1,88 @@
+"""`pocketllm demo`, and all stages in one command."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pocketllm.config import DistillConfig
+from tests.commands import SETTINGS, Run
+
+
+def test_demo(run: Run, source: Path, tmp_path: Path) -> None:
+    options = [
+        "demo",
+        "--model",
+        source,
+        "-o",
+        tmp_path / "demo",
+        "--bpw",
+        "7",
+        "--no-calibration",
+        "--windows",
+        "2",
+    ]
+    options += ["--context", "32", "--prompt", "hello", "--recover-steps", "2"]
+    values = run.json(*options)
+    assert values["dense"]["perplexity"] > 1 and values["compressed"]["perplexity"] > 1
+    assert values["compressed"]["bytes_on_disk"] < values["dense"]["bytes_on_disk"]
+    assert values["recovered"]["perplexity"] != values["compressed"]["perplexity"]
+    assert values["report"]["recover"]["steps"] == 2
+    assert values["text"].startswith("hello")
+    code, out, err = run(*options)  # finds what is there
+    assert code == 0 and "perplexity" in out and "> hello" in out and "recovered by distill" in out
+    assert err.count("is there already") == 2
+    code, out, err = run(*options[:-1], "3")  # other steps: only that part is made again
+    assert code == 0 and err.count("is there already") == 1 and "step 3 of 3" in err
+    assert "recovered" not in run.json(*options[:-1], "0")
+
+
+def test_demo_takes_the_windows_that_the_text_has(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says before the work begins that it has none."""
+    from pocketllm.evaluate import texts
+
+    monkeypatch.setattr(texts, "evaluation_text", lambda: ("a short text", "a short text. " * 10))
+    options = ["demo", "--model", source, "-o", tmp_path / "demo", "--bpw", "7", "--no-calibration"]
+    options += ["--prompt", "hello"]
+    code, _, err = run(*options, "--context", "64", "--windows", "1000")
+    assert code == 0, err
+    values = run.json(*options, "--context", "64", "--windows", "1000")
+    assert values["dense"]["windows"] == values["compressed"]["windows"] == 2
+    code, _, err = run(*options[:3], "-o", tmp_path / "none", "--context", "1024")
+    assert code == 2 and "lower context" in err and not list(tmp_path.glob("none*"))
+
+
+def test_the_demo_of_the_readme_has_text_to_measure_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own text, in characters: about 4 to a token, and less than 5 windows would say little."""
+    from pocketllm.evaluate.texts import evaluation_text
+
+    monkeypatch.delenv("POCKETLLM_DATA", raising=False)
+    name, text = evaluation_text()
+    assert "Python" in name and len(text) > 5 * 1024 * 4
+
+
+def test_the_stages_in_one_command(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
+    options = ["compress", source, "-o", tmp_path / "out", *SETTINGS, "--ppl", text, "--context", "32"]
+    options += ["--windows", "3"]
+    recover = ["--recover", "distill", "--recover-text", text, "--recover-steps", "2", "--overwrite"]
+    with pytest.MonkeyPatch.context() as patch:
+        quick = dataclasses.replace(DistillConfig(), context=32)
+        patch.setattr(
+            "pocketllm.cli.settings.DistillConfig", lambda **given: dataclasses.replace(quick, **given)
+        )
+        found = run.json(*options, *recover)
+    assert set(found["measured"]) == {"dense", "compressed", "recovered"}
+    assert found["recover"]["steps"] == 2
+    for title, folder in (("dense", source), ("recovered", tmp_path / "out")):
+        wanted = run.json("eval", folder, *options[-6:])["perplexity"]
+        assert found["measured"][title]["perplexity"] == pytest.approx(wanted)
+    code, out, _ = run(*options, "--overwrite")
+    assert code == 0 and "compressed" in out and "recovered" not in out
+    code, _, err = run(*options, "--recover-steps", "2", "--overwrite")
+    assert code == 2 and "need --recover distill" in err
+    code, _, err = run(*options, "--recover", "lora", "--overwrite")
+    assert code == 2 and "wanted distill" in err

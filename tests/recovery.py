@@ -1,0 +1,44 @@
+"""A quick distillation of a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pocketllm
+from pocketllm import DistillConfig, LoopConfig
+from tests import tiny
+
+SENTENCE = "the quick brown fox jumps over the lazy dog. "
+
+
+def make(folder: Path) -> Path:
+    """A folder with a dense model `m`, its compressed form `c` and a text `t.txt`."""
+    torch.manual_seed(0)
+    source = tiny.save(folder / "m")
+    pocketllm.compress(source, tiny.calibrated(tiny.settings()), folder / "c")
+    (folder / "t.txt").write_text(SENTENCE * 40)
+    return folder
+
+
+def config(made: Path, **changes: Any) -> DistillConfig:
+    """A quick distillation; `loop` changes settings of the loop."""
+    loop = LoopConfig(
+        **{
+            "batch_size": 4,
+            "eval_every": 4,
+            "checkpoint_every": 3,
+            "dtype": "float32",
+            **changes.pop("loop", {}),
+        }
+    )
+    values = {
+        "steps": 8,
+        "context": 24,
+        "texts": (str(made / "t.txt"),),
+        "validation_windows": 4,
+        "loop": loop,
+    }
+    return DistillConfig(**{**values, "lr_codebook": 1e-2, **changes})
