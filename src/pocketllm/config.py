@@ -329,9 +329,10 @@ class DistillConfig:
 
     texts: files or folders; none takes the text that comes with Python. context: tokens per window.
     validation_windows: kept out of training. validation_text: take them from here instead.
-    lr_codebook, lr_scale: of codebooks and of row scales, relative to their size. lr_decoder: of decoders.
-    lr_norm: of norms, biases and other vectors. lr_dense: of matrices that are stored dense (embedding and head
-        where they are kept), relative to their size. A rate of 0 leaves its group as it is.
+    lr_codebook, lr_scale, lr_norm, lr_dense: of codebooks, of row scales, of norms, biases and other vectors, and
+        of matrices that are stored dense (embedding and head where they are kept), each relative to the size of
+        what is tuned (norms of one model differ a hundredfold). lr_decoder: of decoders. A rate of 0 leaves its
+        group as it is.
     teacher_top_k: keep the teacher's k most likely tokens, computed once; 0 runs it on every batch.
     """
 
@@ -343,7 +344,7 @@ class DistillConfig:
     lr_codebook: float = 3e-3
     lr_decoder: float = 3e-4
     lr_scale: float = 3e-3
-    lr_norm: float = 1e-3
+    lr_norm: float = 3e-3
     lr_dense: float = 1e-3
     teacher_top_k: int = 0
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -367,7 +368,7 @@ DEMO_RECOVERY = DistillConfig(  # so few steps want small ones
     validation_windows=8,
     lr_codebook=5e-4,
     lr_scale=5e-4,
-    lr_norm=2e-4,
+    lr_norm=5e-4,
     lr_dense=2e-4,
     lr_decoder=1e-4,
     loop=LoopConfig(batch_size=4, eval_every=6, checkpoint_every=6),

@@ -16,6 +16,8 @@ from pocketllm.recover.teacher import Teacher
 from pocketllm.recover.text import split, windows_of
 from pocketllm.recover.trainable import TrainableMatrix
 
+_SMALLEST = 1e-3
+
 
 def training_windows(tokenizer: Any, config: DistillConfig) -> tuple[Tensor, Tensor]:
     """(training, validation) windows of the texts.
@@ -63,7 +65,7 @@ class Distillation:
             *(Group("codebooks", config.lr_codebook * _rms(c), [c]) for c in codebooks),
             Group("decoders", config.lr_decoder, [*store.ups, *store.downs]),
             Group("row scales", config.lr_scale, [gain for gain in gains if gain.requires_grad]),
-            Group("norms and biases", config.lr_norm, [p for p in others if p.ndim < 2]),
+            *(Group("norms and biases", config.lr_norm * _rms(p), [p]) for p in others if p.ndim < 2),
             *(Group("dense matrices", config.lr_dense * _rms(p), [p]) for p in others if p.ndim > 1),
         ]
 
@@ -105,5 +107,5 @@ class Distillation:
 
 
 def _rms(values: Tensor) -> float:
-    """Typical size of numbers: of a codebook's about 1 where rows have scales."""
-    return float(values.detach().square().mean().sqrt())
+    """Typical size of numbers; of a vector of zeros a small one, so that it can be tuned."""
+    return max(_SMALLEST, float(values.detach().square().mean().sqrt()))
