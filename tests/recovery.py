@@ -35,10 +35,11 @@ def config(made: Path, **changes: Any) -> DistillConfig:
         }
     )
     values = {
+        "lr_codebook": 1e-2,
         "steps": 8,
         "context": 24,
         "texts": (str(made / "t.txt"),),
         "validation_windows": 4,
         "loop": loop,
     }
-    return DistillConfig(**{**values, "lr_codebook": 1e-2, **changes})
+    return DistillConfig(**{**values, **changes})

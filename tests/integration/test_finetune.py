@@ -140,8 +140,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(step: int, made: Path,
 def test_other_arguments_do_not_continue_a_run(made: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pocketllm.distill(made / "c", tmp_path / "o", config(made), progress=stop_at(4))
-    with pytest.raises(ResumeError, match=r"lr_scale: 0.003 then, 0.001 now"):
-        pocketllm.distill(made / "c", tmp_path / "o", config(made, lr_scale=1e-3))
+    with pytest.raises(ResumeError, match=r"lr_scale: 0.001 then, 0.002 now"):
+        pocketllm.distill(made / "c", tmp_path / "o", config(made, lr_scale=2e-3))
 
 
 def test_parts_of_a_batch_add_up(made: Path, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_bad_input(made: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="there already"):
         pocketllm.distill(made / "c", made / "c", config(made))
     with pytest.raises(TrainingError, match="nothing to train"):
-        still = config(made, lr_codebook=0, lr_decoder=0, lr_scale=0, lr_norm=0)
+        still = config(made, lr_codebook=0, lr_decoder=0, lr_scale=0, lr_norm=0, lr_dense=0)
         pocketllm.distill(made / "c", tmp_path / "o", still)
     with pytest.raises(SourceError, match="no such folder"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made), teacher="./nowhere")

@@ -80,7 +80,11 @@ def finetune(
     lr_codebook: Annotated[float | None, typer.Option(help="distill: learning rate of codebooks.")] = None,
     lr_decoder: Annotated[float | None, typer.Option(help="distill: of decoders.")] = None,
     lr_scale: Annotated[float | None, typer.Option(help="distill: of row scales, relative.")] = None,
-    lr_norm: Annotated[float | None, typer.Option(help="distill: of norms and biases.")] = None,
+    lr_norm: Annotated[float | None, typer.Option(help="distill: of norms and biases, relative.")] = None,
+    lr_dense: Annotated[
+        float | None,
+        typer.Option(help="distill: of matrices that are stored dense, relative; 0 leaves them as they are."),
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="lora: rank of the adapter.")] = None,
     alpha: Annotated[int | None, typer.Option(help="lora: its scale is alpha / rank.")] = None,
     dropout: Annotated[float | None, typer.Option(help="lora: dropout of its inputs.")] = None,

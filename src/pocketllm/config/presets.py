@@ -16,7 +16,8 @@ DEMO_RECOVERY = DistillConfig(  # so few steps want small ones
     validation_windows=8,
     lr_codebook=5e-4,
     lr_scale=5e-4,
-    lr_norm=2e-4,
+    lr_norm=5e-4,
+    lr_dense=2e-4,
     lr_decoder=1e-4,
     loop=LoopConfig(batch_size=4, eval_every=6, checkpoint_every=6),
 )

@@ -49,8 +49,10 @@ class DistillConfig:
 
     texts: files or folders; none takes the text that comes with Python. context: tokens per window.
     validation_windows: kept out of training. validation_text: take them from here instead.
-    lr_codebook, lr_scale: of codebooks and of row scales, relative to their size. lr_decoder: of decoders.
-    lr_norm: of norms, biases and other vectors. A rate of 0 leaves its group as it is.
+    lr_codebook, lr_scale, lr_norm, lr_dense: of codebooks, of row scales, of norms, biases and other vectors, and
+        of matrices that are stored dense (embedding and head where they are kept), each relative to the size of
+        what is tuned (norms of one model differ a hundredfold). lr_decoder: of decoders. A rate of 0 leaves its
+        group as it is.
     teacher_top_k: keep the teacher's k most likely tokens, computed once; 0 runs it on every batch.
     """
 
@@ -59,10 +61,11 @@ class DistillConfig:
     texts: tuple[str, ...] = ()
     validation_windows: int = 16
     validation_text: str | None = None
-    lr_codebook: float = 3e-3
-    lr_decoder: float = 3e-4
-    lr_scale: float = 3e-3
+    lr_codebook: float = 1e-3
+    lr_decoder: float = 1e-4
+    lr_scale: float = 1e-3
     lr_norm: float = 1e-3
+    lr_dense: float = 3e-4
     teacher_top_k: int = 0
     loop: LoopConfig = field(default_factory=LoopConfig)
 
@@ -70,7 +73,7 @@ class DistillConfig:
         at_least("steps", self.steps, 1)
         at_least("context", self.context, 2)
         at_least("validation_windows", self.validation_windows, 1)
-        for name in ("lr_codebook", "lr_decoder", "lr_scale", "lr_norm", "teacher_top_k"):
+        for name in ("lr_codebook", "lr_decoder", "lr_scale", "lr_norm", "lr_dense", "teacher_top_k"):
             at_least(name, getattr(self, name), 0)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Distillation into the compressed form: no index changes, no byte is added.
 
-Codebooks, decoders, row scales, norms and biases are tuned end to end so that the compressed model's
-next-token distribution matches the dense model's: minimize KL(teacher || student), averaged over positions,
-on any text. Afterwards everything is rounded as it is stored, and validated in that form.
+Codebooks, decoders, row scales, norms, biases and matrices that are stored dense are tuned end to end so that
+the compressed model's next-token distribution matches the dense model's: minimize KL(teacher || student),
+averaged over positions, on any text. Afterwards everything is rounded as it is stored, and validated in that
+form.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -107,7 +109,7 @@ def distill(
         live = partial(open_teacher, dense, dtype, state.device, trust_remote_code, on_disk)
         source = _teacher(live, work, windows, config.teacher_top_k, state, progress)
         student = base.load("packed", state.device)
-        make_trainable(student)
+        make_trainable(student, dense=config.lr_dense > 0)
         if config.loop.gradient_checkpointing:
             enable_checkpointing(student)
         task = Distillation(student, source, windows, config, dtype)
@@ -161,18 +163,11 @@ def dry_run_distill(
     check_teacher(resolve(name), base)
     train, validation = training_windows(base.tokenizer, config)
     sizes, _ = stored_sizes(folder)
-    parts = {
-        "codebooks": [f"{ckpt.STORE}.codebooks."],
-        "decoders": [f"{ckpt.STORE}.decoders."],
-        "row scales": [],
-        "norms and biases": [],
-    }
-    trained = dict.fromkeys(parts, 0)
+    trained: dict[str, int] = {}
     for key, (_, shape) in sizes.items():
-        kind = next((k for k, prefixes in parts.items() if any(key.startswith(p) for p in prefixes)), None)
-        kind = kind or ("row scales" if key.endswith(".row_scale") else "norms and biases")
-        if kind != "norms and biases" or (len(shape) < 2 and not key.endswith(".indices")):
-            trained[kind] += torch.Size(shape).numel()
+        kind = _kind(key, shape)
+        if kind is not None and (kind != "dense matrices" or config.lr_dense > 0):
+            trained[kind] = trained.get(kind, 0) + math.prod(shape)
     return {
         "teacher": name,
         "steps": config.steps,
@@ -185,6 +180,18 @@ def dry_run_distill(
         "bytes_on_disk": int(base.report["bytes_on_disk"]),
         "bytes_added_to_weights": 0,
     }
+
+
+def _kind(key: str, shape: tuple[int, ...]) -> str | None:
+    """The group that a stored tensor is trained in, as `Distillation.groups` calls it; None for indices."""
+    for part in ("codebooks", "decoders"):
+        if key.startswith(f"{ckpt.STORE}.{part}."):
+            return part
+    if key.endswith(".indices"):
+        return None
+    if key.endswith(".row_scale"):
+        return "row scales"
+    return "norms and biases" if len(shape) < 2 else "dense matrices"
 
 
 def _teacher(

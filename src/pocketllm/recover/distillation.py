@@ -16,6 +16,8 @@ from pocketllm.recover.teacher import Teacher
 from pocketllm.recover.text import split, windows_of
 from pocketllm.recover.trainable import TrainableMatrix
 
+_SMALLEST = 1e-3
+
 
 def training_windows(tokenizer: Any, config: DistillConfig) -> tuple[Tensor, Tensor]:
     """(training, validation) windows of the texts.
@@ -53,17 +55,18 @@ class Distillation:
         self._targets: dict[int, Target] = {}
 
     def groups(self) -> list[Group]:
-        """Codebooks, decoders, row scales, and vectors (norms, biases)."""
+        """Codebooks, decoders, row scales, vectors (norms, biases), and matrices that are not coded."""
         store, config = getattr(self.student, ckpt.STORE), self.config
         gains = [m.gain for m in self.student.modules() if isinstance(m, TrainableMatrix)]
         coded = {id(p) for p in [*store.parameters(), *gains]}
-        vectors = [p for p in self.student.parameters() if p.requires_grad and id(p) not in coded]
+        others = [p for p in self.student.parameters() if p.requires_grad and id(p) not in coded]
         codebooks = [c for c in store.codebooks if c.requires_grad]
         return [
             *(Group("codebooks", config.lr_codebook * _rms(c), [c]) for c in codebooks),
             Group("decoders", config.lr_decoder, [*store.ups, *store.downs]),
             Group("row scales", config.lr_scale, [gain for gain in gains if gain.requires_grad]),
-            Group("norms and biases", config.lr_norm, vectors),
+            *(Group("norms and biases", config.lr_norm * _rms(p), [p]) for p in others if p.ndim < 2),
+            *(Group("dense matrices", config.lr_dense * _rms(p), [p]) for p in others if p.ndim > 1),
         ]
 
     def weight(self, numbers: Tensor) -> float:
@@ -103,6 +106,6 @@ class Distillation:
         return head_divergence(hidden, weight, bias, target, self.dtype, scale)
 
 
-def _rms(codebook: Tensor) -> float:
-    """Typical size of a codebook's numbers: about 1 where rows have scales."""
-    return float(codebook.detach().square().mean().sqrt())
+def _rms(values: Tensor) -> float:
+    """Typical size of numbers; of a vector of zeros a small one, so that it can be tuned."""
+    return max(_SMALLEST, float(values.detach().square().mean().sqrt()))

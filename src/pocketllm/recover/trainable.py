@@ -175,12 +175,14 @@ class _Linear(torch.autograd.Function):
         return None, x_grad, *ctx.matrix.gradients(weight_grad.float(), gain, tuple(shared))
 
 
-def make_trainable(model: Any) -> dict[str, TrainableMatrix]:
+def make_trainable(model: Any, dense: bool = False) -> dict[str, TrainableMatrix]:
     """Turn a model loaded in mode `packed` into its trainable form, in place.
 
+    Args:
+        dense: let matrices that are not coded require gradients, too; norms, biases and other vectors always do.
+
     Returns:
-        The coded parameters by name. Norms, biases and other vectors require gradients, dense matrices
-        do not.
+        The coded parameters by name.
     """
     store = TrainableStore(getattr(model, STORE))
     delattr(model, STORE)
@@ -199,9 +201,11 @@ def make_trainable(model: Any) -> dict[str, TrainableMatrix]:
                 held[0] = made[id(held[0])]
                 held[0].uses += 1
         _fast_linear(module)
+    shared = {id(p) for p in store.parameters()}
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
-        parameter.requires_grad_(parameter.requires_grad or parameter.ndim < 2)
+        if parameter.ndim < 2 or (dense and id(parameter) not in shared):
+            parameter.requires_grad_(True)
     for matrix in named.values():
         matrix.gain.requires_grad_(matrix.codec.row_scale)
     return named
