@@ -15,6 +15,7 @@ import recovery_table
 from codec_tables import codec_floor, codec_speed
 from pages import RESULTS, ROOT, load_results, markdown_table
 from peer_tables import peer_bits, peers, peers_paired
+from peers.table import number
 
 PAGES = (
     "docs/calibration.md",
@@ -40,7 +41,7 @@ def presets() -> str:
                 f"{entry['nmse_blocks']:.4f}",
                 f"{entry['bytes_on_disk'] / 1e6:.1f}",
                 f"{entry['ratio_files_bf16']:.2f} / {entry['ratio_files_fp32']:.2f}",
-                _perplexity(entry["perplexity"]),
+                number(entry["perplexity"]),
                 f"{entry['seconds']:.0f}",
             ]
         )
@@ -59,10 +60,6 @@ def presets() -> str:
         f"{found['machine']['threads']} threads. `{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
-
-
-def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 
 def loading() -> str:
@@ -125,7 +122,7 @@ def tasks() -> str:
                 name,
                 f"{entry['bpw_blocks']:.2f}",
                 f"{entry['bytes_on_disk'] / 1e6:.1f}",
-                _perplexity(entry["perplexity"]),
+                number(entry["perplexity"]),
                 f"{entry['kl']:.3f}",
                 f"{entry['top1_agreement']:.1%}",
                 *(_beside(entry["tasks"][n]["acc"], gaps["tasks"][n]["acc"]) for n in names),
@@ -169,7 +166,7 @@ def _calibrated_row(name: str, entry: dict[str, Any]) -> list[str]:
         f"{entry['bpw_blocks']:.2f}",
         f"{entry['bytes_on_disk'] / 1e6:.1f}",
         f"{entry['ratio_files_bf16']:.2f} / {entry['ratio_files_fp32']:.2f}",
-        _perplexity(entry["perplexity"]),
+        number(entry["perplexity"]),
         f"{entry['proxy_error_blocks']:.4f}",
         f"{entry['seconds']:.0f}",
         f"{entry['peak_memory_bytes'] / 1e9:.1f}",

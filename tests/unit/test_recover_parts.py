@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from pocketllm.config import LoopConfig
 from pocketllm.errors import ConfigError, ExtraError, ShapeError, SourceError
+from pocketllm.model.blocks import find_blocks
 from pocketllm.model.rewrite import rewrite
 from pocketllm.model.workspace import Workspace
 from pocketllm.recover.adapter import need_peft
@@ -30,6 +31,16 @@ def test_peft_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ExtraError, match=r"pip install 'pocketllm-codec\[finetune\]'"):
         need_peft()
+
+
+def test_blocks_are_the_longest_list_that_lies_in_no_other() -> None:
+    def experts() -> torch.nn.Module:
+        return torch.nn.ModuleDict({"experts": torch.nn.ModuleList(torch.nn.Identity() for _ in range(5))})
+
+    layers = torch.nn.ModuleList(experts() for _ in range(3))
+    model = torch.nn.ModuleDict({"layers": layers, "few": torch.nn.ModuleList([torch.nn.Identity()])})
+    assert find_blocks(model) == ("layers", layers)
+    assert find_blocks(torch.nn.Identity()) is None
 
 
 def test_alpaca_prompt() -> None:

@@ -152,11 +152,6 @@ class Plan:
         """Bits of indices and row scales of one matrix."""
         return matrix.own_bits(self.specs[matrix.name], self.config.codec.row_scale)
 
-    def index_bytes(self, matrix: Matrix) -> int:
-        """Bytes of the packed indices of one matrix."""
-        spec = self.specs[matrix.name]
-        return spec.form.nbytes(matrix.rows, subvectors_per_row(matrix.columns, spec.vector_len))
-
     @property
     def weights(self) -> int:
         """Compressed weights, all matrices."""

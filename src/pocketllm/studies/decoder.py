@@ -11,7 +11,7 @@ from typing import Any
 from pocketllm.config import CodecConfig, CompressConfig, DistillConfig, LoopConfig, preset
 from pocketllm.studies import decoder_page as page
 from pocketllm.studies.study import Progress, Setup, Step, Study
-from pocketllm.studies.whole import calibration_texts, coded, dense_model, mean_nmse
+from pocketllm.studies.whole import calibration_texts, coded, compressed_model, dense_model, mean_nmse
 
 FLOAT16_BYTES = 2
 _QUICK = ("none-kind", "mlp-kind", "affine-matrix", "mlp-matrix", "none-model")
@@ -192,15 +192,13 @@ def _pooled(fits: list[dict[str, Any]], key: str) -> float:
 
 def _measured(setup: Setup, folder: Path) -> dict[str, Any]:
     """Perplexity of a compressed model and its divergence from the dense one."""
-    import pocketllm
     from pocketllm.evaluate.kl import divergence
-    from pocketllm.model.compute import fast_dtype
 
     size = size_of(setup)
-    model, tokenizer = pocketllm.load(folder, dtype=fast_dtype(setup.device))
+    model, tokenizer = compressed_model(setup, folder)
     reference, _ = dense_model(setup)
     text = setup.evaluation_texts()[0]
-    seen = divergence(model.to(setup.device), reference, tokenizer, text.text, 4 * size.context, size.windows)
+    seen = divergence(model, reference, tokenizer, text.text, 4 * size.context, size.windows)
     return asdict(seen)
 
 

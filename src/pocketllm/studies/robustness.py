@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pocketllm.config import CodecConfig, CompressConfig, preset
 from pocketllm.studies import robustness_page as page
 from pocketllm.studies.scored import scores
 from pocketllm.studies.study import Progress, Setup, Step, Study
-from pocketllm.studies.whole import calibration_texts, coded, dense_model, mean_nmse, task_names, tasks_of
+from pocketllm.studies.whole import (
+    calibration_texts,
+    coded,
+    compressed_model,
+    dense_model,
+    mean_nmse,
+    task_names,
+    tasks_of,
+)
 
 RATIOS = ("8x", "10x", "16x", "20x")
 """The paper's: against fp32, over the compressed matrices."""
@@ -67,7 +74,7 @@ def _compressed(setup: Setup, key: str, progress: Progress) -> dict[str, Any]:
 
     folder = coded(setup, key, settings(setup)[key], lambda share: progress(0.7 * share))
     report = read_report(folder)
-    loaded = _loaded(setup, folder)
+    loaded = compressed_model(setup, folder)
     found = _measured(setup, loaded, lambda share: progress(0.7 + 0.3 * share))
     shutil.rmtree(folder)
     return {
@@ -81,14 +88,6 @@ def _compressed(setup: Setup, key: str, progress: Progress) -> dict[str, Any]:
             )
         },
     }
-
-
-def _loaded(setup: Setup, folder: Path) -> tuple[Any, Any]:
-    import pocketllm
-    from pocketllm.model.compute import fast_dtype
-
-    model, tokenizer = pocketllm.load(folder, dtype=fast_dtype(setup.device))
-    return model.to(setup.device), tokenizer
 
 
 def _measured(setup: Setup, loaded: tuple[Any, Any], progress: Progress) -> dict[str, Any]:

@@ -75,6 +75,15 @@ def dense_model(setup: Setup) -> tuple[Any, Any]:
     return model.to(setup.device).requires_grad_(False), need_tokenizer(folder)
 
 
+def compressed_model(setup: Setup, folder: Path) -> tuple[Any, Any]:
+    """(model, tokenizer): of a compressed folder, in the dtype that `dense_model` has."""
+    import pocketllm
+    from pocketllm.model.compute import fast_dtype
+
+    model, tokenizer = pocketllm.load(folder, dtype=fast_dtype(setup.device))
+    return model.to(setup.device), tokenizer
+
+
 def mean_nmse(report: Mapping[str, Any]) -> float:
     """Of a compressed model's matrices, each counted by its weights. report: as stored."""
     weights = [math.prod(m["shape"]) for m in report["matrices"]]
