@@ -29,7 +29,7 @@ def _plain(value: float) -> str:
     power = round(math.log10(value)) if value > 0 else 0
     if value > 0 and not -4 < power < 5 and math.isclose(value, 10.0**power, rel_tol=1e-6):
         return "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{value:.4g}"
+    return f"{value:.5g}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
