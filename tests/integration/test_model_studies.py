@@ -17,6 +17,7 @@ from pocketllm.evaluate.kl import divergence
 from pocketllm.model.checkpoint import read_report
 from pocketllm.model.decode import Matrices
 from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
+from pocketllm.model.target import planned
 from pocketllm.report.collect import read_model
 from pocketllm.studies import decoder, overhead, overhead_page, probe, robustness, run_study, sensitivity
 from pocketllm.studies import robustness_page as robust
@@ -55,6 +56,12 @@ def test_steps_of_both_sizes_have_keys_of_their_own(study: Any, model: str, tmp_
 
 
 # sensitivity
+
+
+def test_calibrated_sensitivity_codes_everything_alike(model: str, tmp_path: Path) -> None:
+    setup = setup_of(model, tmp_path, quick=False)
+    plan = planned(setup.source(), sensitivity.configs(setup)["calibrated"], model).plan
+    assert {spec.index_bpw for spec in plan.specs.values()} == {3.0}
 
 
 def test_the_whole_put_together_is_the_compressed_model(model: str, tmp_path: Path) -> None:

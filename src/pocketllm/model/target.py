@@ -46,7 +46,7 @@ def planned(
     weights = sum(m.weights for m in matrices)
     whole = 2 * (weights + sum(torch.Size(d.shape).numel() for d in dense)) + other
     target = config.target_bytes or int(whole / (config.target_ratio or 1))
-    least, most = _possible(at)
+    least, most = possible_bpw(source, config)
     ends = at(least), at(most)
     smallest, largest = (end.bytes_on_disk[0] for end in ends)
     if not smallest <= target <= 1.01 * largest:
@@ -62,10 +62,10 @@ def planned(
     return _search(at, target, weights, (least, most), ends[0])
 
 
-def _possible(at: Callable[[float], Checkpoint]) -> tuple[float, float]:
-    """Least and most bits per weight that the settings allow."""
+def possible_bpw(source: DenseCheckpoint, config: CompressConfig) -> tuple[float, float]:
+    """Least and most stored bits per weight that the settings allow, overrides included."""
     try:
-        at(1e-6)
+        make_plan(source, replace(config, target_bpw=1e-6, target_bytes=None, target_ratio=None))
     except TargetError as error:
         return error.least * (1 + 1e-9), error.most * (1 + 1e-9)
     raise AssertionError("a millionth of a bit per weight cannot be planned")

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pocketllm.config import CodecConfig, CompressConfig, preset
+from pocketllm.model.target import possible_bpw
 from pocketllm.studies import sensitivity_page as page
 from pocketllm.studies.scored import scores
 from pocketllm.studies.sensitivity_page import ALL, ATTENTION, ENDS, FFN
@@ -51,8 +52,9 @@ def configs(setup: Setup) -> dict[str, CompressConfig]:
     base = preset("calibrated-10x")
     assert base.calibration is not None
     text = replace(base.calibration, tokens=16384, texts=calibration_texts())
-    calibrated = replace(base, calibration=text, target_bpw=4.0, overrides=(("*", 3.0),), seed=setup.seed)
-    return {"plain": plain, "calibrated": calibrated}
+    calibrated = replace(base, calibration=text, overrides=(("*", 3.0),), seed=setup.seed)
+    _, all_bits = possible_bpw(setup.source(), calibrated)  # 3 of indices, and what lies beside them
+    return {"plain": plain, "calibrated": replace(calibrated, target_bpw=all_bits)}
 
 
 def part_of(matrix: MatrixFacts) -> str:
