@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 INK, GREY = "#1b1c20", "#c6cad2"
-# Okabe and Ito's, which dichromats tell apart, darkest first; markers and dashes say the same again.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
+# Okabe and Ito's, which dichromats tell apart, and two more; markers and dashes say the same again.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK, "#8c510a")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)), (0, (3, 3)))
 
 
 def look(number: int) -> dict[str, Any]:
