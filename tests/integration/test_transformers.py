@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import pocketllm
 from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, SourceError
 from pocketllm.integrations import transformers as plugin
+from pocketllm.model.checkpoint import read_report
 from tests import tiny
 
 TOKENS = torch.arange(3, 40)[None]
@@ -100,6 +102,27 @@ def test_quantizing_while_loading_is_refused(compressed: Path, tmp_path: Path) -
     config = plugin.PocketQuantizationConfig(**layout)
     with pytest.raises(ConfigError, match=r"pocketllm\.compress"):
         AutoModelForCausalLM.from_pretrained(tiny.save(tmp_path / "dense"), quantization_config=config)
+
+
+@pytest.mark.parametrize("mode", ["dense", "packed"])
+def test_what_save_pretrained_writes_is_loaded_the_safe_way(
+    mode: str, compressed: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = pocketllm.load(compressed, mode=mode)
+    model.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    again, _ = pocketllm.load(tmp_path / "again", mode=mode)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    with pytest.raises(FormatError, match=r"no pocketllm\.json, as save_pretrained leaves it"):
+        read_report(tmp_path / "again")
+    path = tmp_path / "again" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight.indices"][3] ^= 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=r"layers\.0\.mlp\.up_proj\.weight"):
+        pocketllm.load(tmp_path / "again", mode=mode)
 
 
 def test_changed_weights_are_not_lost_silently(compressed: Path, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+import pocketllm
 from pocketllm.errors import ConfigError
 from pocketllm.model.allocate import make_plan
 from pocketllm.model.plan import Matrix, predicted_nmse
@@ -85,3 +88,17 @@ def test_impossible_settings(source: DenseCheckpoint, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Matrix, "own_bits", lambda self, spec, row_scale: 32 * self.weights)
     with pytest.raises(ConfigError, match="no tensor is left to compress"):
         make_plan(source, tiny.settings())
+
+
+def test_blocks_left_dense_count_in_their_bits(source: DenseCheckpoint) -> None:
+    one, all_of_them = (pocketllm.dry_run(source.folder, tiny.settings(dense_first=n)) for n in (1, 0))
+    assert one.bpw_blocks == pytest.approx(
+        (32 + 3 * _blocks_only(one)) / 4, rel=1e-4
+    )  # one of four, in float32
+    assert all_of_them.bpw_blocks == pytest.approx(_blocks_only(all_of_them), rel=1e-4)
+
+
+def _blocks_only(report: pocketllm.Report) -> float:
+    """Bits per weight of the compressed matrices of blocks."""
+    inside = [(math.prod(m.shape), m.bpw) for m in report.matrices if ".layers." in m.name]
+    return sum(count * bits for count, bits in inside) / sum(count for count, _ in inside)

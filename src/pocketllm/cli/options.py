@@ -81,7 +81,7 @@ def load_any(
 
     folder = resolve(model)
     where = {"": device}
-    is_compressed = (folder / checkpoint.REPORT_NAME).is_file()
+    is_compressed = checkpoint.is_compressed(folder)
     if is_compressed:
         loaded, tokenizer = pocketllm.load(
             folder,

@@ -163,6 +163,17 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder says of itself that pocketllm has compressed it."""
+    if (folder / REPORT_NAME).is_file():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == STORE)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def read_report(folder: Path) -> dict[str, Any]:
     """The report of a compressed model.
 
@@ -171,6 +182,11 @@ def read_report(folder: Path) -> dict[str, Any]:
     """
     path = folder / REPORT_NAME
     if not path.is_file():
+        if is_compressed(folder):
+            raise FormatError(
+                f"{folder}: no {REPORT_NAME}, as save_pretrained leaves it: pocketllm.load and generate read such a "
+                "folder; for anything else take the one that pocketllm has written"
+            )
         raise FormatError(f"{folder}: no {REPORT_NAME}; not a model compressed by pocketllm")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -199,12 +215,15 @@ def _check_files(files: Any) -> None:
 def verify(folder: Path) -> Layout:
     """Check that a compressed model is whole and unaltered.
 
+    Where there is no report, in what `save_pretrained` has written, only the coded tensors have checksums.
+
     Raises:
         FormatError: naming the file, and the tensor where one is to blame.
     """
-    report = read_report(folder)
+    has_report = (folder / REPORT_NAME).is_file() or not is_compressed(folder)
+    files = read_report(folder)["files"] if has_report else {}
     layout = read_layout(folder)
-    problems = [_altered(folder / name, facts) for name, facts in report["files"].items()]
+    problems = [_altered(folder / name, facts) for name, facts in files.items()]
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise FormatError(f"{folder}: no *.safetensors file; fetch the model again")

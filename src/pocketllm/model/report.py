@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ class Report:
 
     bytes_on_disk: every file of the output folder. ratio_files_*: whole folders, tokenizer and all.
     ratio_matrices_*: the compressed matrices with their codebooks, decoders and scales.
-    bpw_blocks: linear weights of the blocks that are compressed; bpw_all: every parameter of the model.
+    bpw_blocks: linear weights of the blocks, those left dense included; bpw_all: every parameter of the model.
     bytes_by_part: indices, row_scales, codebooks, decoders, dense, other_files (tokenizer and the like),
         headers (of the weight files, config.json and the report).
     fits: of each codebook, the sample's nmse by decoder before and after training, and how it went.
@@ -202,6 +202,11 @@ def peak_memory_bytes(device: str = "cpu") -> tuple[int | None, int | None]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, gpu
 
 
+def is_linear_weight_of_a_block(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is what `bpw_blocks` counts."""
+    return len(shape) >= 2 and re.search(r"\.\d+\.", name) is not None
+
+
 def counting_adapter(report: Mapping[str, Any], nbytes: int) -> dict[str, Any]:
     """The report with the bytes of an adapter counted in every size: they serve all matrices.
 
@@ -210,7 +215,11 @@ def counting_adapter(report: Mapping[str, Any], nbytes: int) -> dict[str, Any]:
     """
     matrices = [(m, math.prod(m["shape"])) for m in report["matrices"]]
     coded = sum(weights for _, weights in matrices)
-    blocks = sum(weights for m, weights in matrices if re.search(r"\.\d+\.", m["name"]))
+    blocks = sum(
+        math.prod(m["shape"])
+        for m in (*report["matrices"], *report["skipped"])
+        if is_linear_weight_of_a_block(m["name"], m["shape"])
+    )
     bits, disk = 8 * nbytes, report["bytes_on_disk"]
     changed: dict[str, Any] = {
         "bytes_on_disk": disk + nbytes,

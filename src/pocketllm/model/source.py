@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import SourceError, WeightError, reason_of
+from pocketllm.model.checkpoint import sha256_file
 from pocketllm.model.folder import meta_model, open_safetensors, weight_files
 
 FLOAT_DTYPES = {
@@ -146,16 +148,23 @@ class DenseCheckpoint:
         return model.eval()
 
     def fingerprint(self) -> str:
-        """Identity of the weights for resuming: names and sizes of the files, and their headers' bytes."""
+        """Identity of the model: SHA-256 over config.json and all of the weight files.
+
+        They are read in full: a fine-tuned model can differ from another in the middle of a file alone.
+        """
         digest = hashlib.sha256()
-        for file in sorted({part.file for parts in self.parts.values() for part in parts}):
-            with file.open("rb") as stream:
-                head = stream.read(8)
-                header = stream.read(int.from_bytes(head, "little"))
-                start = stream.read(1 << 20)
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}:".encode() + header + start)
+        weights = {part.file for parts in self.parts.values() for part in parts}
+        for file in (self.folder / "config.json", *sorted(weights)):
+            facts = file.stat()
+            content = _digest(file, facts.st_size, facts.st_mtime_ns)
+            digest.update(f"{file.name}:{content}\n".encode())
         return digest.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _digest(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file, read once in a process as long as size and time of change stay."""
+    return sha256_file(file)
 
 
 def resolve(name: str, progress: Any = None) -> Path:

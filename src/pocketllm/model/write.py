@@ -8,6 +8,7 @@ longest possible numbers), so a dry run says exactly what will lie on disk.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,7 @@ from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.facts import Measured, matrix_report, measured, not_run, predicted
 from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.model.plan import KEPT_END, Dense, Matrix, Plan
-from pocketllm.model.report import RUN_FACTS, Report, rounded, versions
+from pocketllm.model.report import RUN_FACTS, Report, is_linear_weight_of_a_block, rounded, versions
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.units import codebook_unit, matrix_unit
 from pocketllm.model.workspace import Workspace
@@ -163,8 +164,6 @@ class Checkpoint:
         other = sum(path.stat().st_size for path in self.copied_files())
         payload = sum(value // 8 for value in bits.values()) + dense_bytes
         per_matrix = plan.matrix_bits()
-        blocks = [m for m in plan.matrices if m.in_blocks]
-        block_weights = sum(m.weights for m in blocks)
         return Report(
             model=self.model,
             bytes_on_disk=bytes_on_disk,
@@ -172,7 +171,7 @@ class Checkpoint:
             ratio_files_fp32=rounded((4 * every + other) / max(1, bytes_on_disk)),
             ratio_matrices_bf16=rounded(16 * coded / sum(bits.values())),
             ratio_matrices_fp32=rounded(32 * coded / sum(bits.values())),
-            bpw_blocks=rounded(sum(per_matrix[m.name] for m in blocks) / block_weights if blocks else 0.0),
+            bpw_blocks=rounded(self._bpw_blocks(per_matrix)),
             bpw_matrices=rounded(plan.bpw),
             bpw_all=rounded((sum(bits.values()) + 8 * dense_bytes) / every),
             bytes_by_part={
@@ -189,6 +188,18 @@ class Checkpoint:
             fits=found.fits,
             versions=versions(),
         )
+
+    def _bpw_blocks(self, per_matrix: Mapping[str, float]) -> float:
+        """Stored bits per linear weight of the blocks; per_matrix: of the compressed ones."""
+        bits, weights = 0.0, 0
+        for matrix in self.plan.matrices:
+            if matrix.in_blocks:
+                bits, weights = bits + per_matrix[matrix.name], weights + matrix.weights
+        for dense in self.plan.dense:
+            if is_linear_weight_of_a_block(dense.name, dense.shape):
+                count = math.prod(dense.shape)
+                bits, weights = bits + 8 * self.dense_dtype(dense).itemsize * count, weights + count
+        return bits / weights if weights else 0.0
 
     def _skipped(self) -> Iterator[dict[str, Any]]:
         yield from (asdict(dense) for dense in self.plan.dense)
