@@ -84,6 +84,19 @@ def test_export_is_an_ordinary_model(run: Run, small: Path, tmp_path: Path) -> N
     assert code_ == 1 and "choose another output folder" in err
 
 
+@pytest.mark.parametrize("name", ["thesis.tex", "state.json"])
+def test_export_deletes_nothing_beside_its_output(name: str, run: Run, small: Path, tmp_path: Path) -> None:
+    """Neither what is foreign nor the half-done work of `compress -o dense`; nor does an export that fails."""
+    (tmp_path / "dense.partial").mkdir()
+    (tmp_path / "dense.partial" / name).write_text("hours of work")
+    assert run("export", small, "--to", tmp_path / "dense")[0] == 0
+    assert (tmp_path / "dense" / "model.safetensors").is_file()
+    assert run("export", small, "--to", tmp_path / "dense")[0] == 1
+    assert (tmp_path / "dense.partial" / name).read_text() == "hours of work"
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "dense.partial"}
+    assert (tmp_path / "dense").stat().st_mode == (tmp_path / "dense.partial").stat().st_mode
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
