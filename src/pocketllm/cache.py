@@ -1,4 +1,5 @@
-"""Where things that can be made again are kept: built-in models, the compiled kernel."""
+"""Where things that can be made again are kept: built-in models, compiled kernels, measured sensitivities,
+results of tasks."""
 
 from __future__ import annotations
 

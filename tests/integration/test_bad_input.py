@@ -184,6 +184,33 @@ def test_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     refused("owner/name", tmp_path / "out", SourceError, "owner/name: .*no route to host")
 
 
+def test_a_missing_folder_is_not_only_called_a_hub_id(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def unknown(*arguments: Any, **keywords: Any) -> None:
+        raise OSError("404")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unknown)
+    monkeypatch.chdir(tmp_path)
+    words = r"^dense/name: no such folder in dense, and as a hub id it was tried in vain \(404\)"
+    refused("dense/name", tmp_path / "out", SourceError, words)
+    refused("owner/name", tmp_path / "out", SourceError, "^owner/name: no local folder, and as a hub id")
+
+
+def test_files_of_weights_and_adapters_are_not_copied(source: Path, tmp_path: Path) -> None:
+    left_out = ["pytorch_model.bin.index.json", "adapter_config.json", "pocketllm-merged.json"]
+    for name in [*left_out, "vocab.json"]:
+        (source / name).write_text("{}")
+    index = {"weight_map": dict.fromkeys(load_file(source / "model.safetensors"), "model.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    report = pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "vocab.json" in files and not files & {*left_out, "model.safetensors.index.json"}
+    assert report.bytes_on_disk == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+
+
 def test_more_codewords_than_subvectors(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path / "out", ConfigError, "codebook_size: got 1024, but only", codebook_size=1024)
 

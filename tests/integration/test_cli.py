@@ -84,13 +84,32 @@ def test_export_is_an_ordinary_model(run: Run, small: Path, tmp_path: Path) -> N
     assert code_ == 1 and "choose another output folder" in err
 
 
+@pytest.mark.parametrize("name", ["thesis.tex", "state.json"])
+def test_export_deletes_nothing_beside_its_output(name: str, run: Run, small: Path, tmp_path: Path) -> None:
+    """Neither what is foreign nor the half-done work of `compress -o dense`; nor does an export that fails."""
+    (tmp_path / "dense.partial").mkdir()
+    (tmp_path / "dense.partial" / name).write_text("hours of work")
+    assert run("export", small, "--to", tmp_path / "dense")[0] == 0
+    assert (tmp_path / "dense" / "model.safetensors").is_file()
+    assert run("export", small, "--to", tmp_path / "dense")[0] == 1
+    assert (tmp_path / "dense.partial" / name).read_text() == "hours of work"
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "dense.partial"}
+    assert (tmp_path / "dense").stat().st_mode == (tmp_path / "dense.partial").stat().st_mode
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["compress", "SOURCE", "-o", "OUT", "--preset", "paper-9x"], 2, "unknown preset"),
         (["compress", "SOURCE", "-o", "OUT", "--preset", "paper-8x", "--bpw", "3"], 2, "exclude"),
-        (["compress", "SOURCE", "-o", "OUT", "--bpw", "0"], 2, "target_bpw"),
-        (["compress", "SOURCE", "-o", "OUT", "--bpw", "0.01"], 2, "possible are"),
+        (["compress", "SOURCE", "-o", "OUT", "--bpw", "0"], 2, "error: --bpw: got 0"),
+        (["compress", "SOURCE", "-o", "OUT", "--bpw", "0.01"], 2, "error: --bpw: 0.01 cannot be met"),
+        (
+            ["compress", "SOURCE", "-o", "OUT", "--size", "1000", "--no-calibration"],
+            2,
+            "error: --size: 1,000 cannot be met",
+        ),
+        (["compress", "SOURCE", "-o", "OUT", "--ratio", "90", "--no-calibration"], 2, "error: --ratio: 90 ("),
         (["compress", "SOURCE", "-o", "OUT", "--device", "tpu"], 2, "--device"),
         (["compress", "SOURCE", "-o", "OUT", "--codebook-size", "8"], 2, "without vector_len"),
         (["compress", "./nowhere", "-o", "OUT"], 1, "no such folder"),
@@ -135,6 +154,23 @@ def test_errors_as_json(run: Run, tmp_path: Path) -> None:
     assert "nowhere" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        (["compress"], "MissingParameter", "Missing argument"),
+        (["compress", "m", "-o", "OUT", "--fast"], "NoSuchOption", "--fast"),
+        (["compress", "m", "-o", "OUT", "--seed", "x"], "BadParameter", "--seed"),
+        (["compress", "m", "-o", "OUT", "--bpw", "0"], "ConfigError", "--bpw: got 0"),
+        (["frobnicate"], "UsageError", "frobnicate"),
+    ],
+)
+def test_wrong_use_as_json(arguments: list[str], kind: str, words: str, run: Run) -> None:
+    code, out, err = run(*arguments, "--json")
+    error = json.loads(out)["error"]
+    assert code == 2 and out.count("\n") == 1 and set(error) == {"type", "message"}
+    assert error["type"] == kind and words in error["message"] and words in err
+
+
 def test_ctrl_c(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pocketllm.model import compress
 
@@ -156,6 +192,19 @@ def test_ctrl_c_where_no_bar_is_shown(run: Run, small: Path, monkeypatch: pytest
     monkeypatch.setattr(evaluate, "load_any", interrupted)
     code, out, err = run("generate", small, "--prompt", "hello")
     assert code == 130 and "interrupted" in err and not out and "Traceback" not in err
+    code, out, _ = run("generate", small, "--prompt", "hello", "--json")
+    assert code == 130 and json.loads(out)["error"]["type"] == "KeyboardInterrupt"
+
+
+def test_ctrl_c_while_starting(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pocketllm.cli import app
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "run", interrupted)
+    code, out, err = run("info", "small", "--json")
+    assert code == 130 and "interrupted" in json.loads(out)["error"]["message"] and "interrupted" in err
 
 
 def test_a_real_ctrl_c(source: Path, tmp_path: Path) -> None:

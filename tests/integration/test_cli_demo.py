@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pocketllm.config import DistillConfig
+from tests import tiny
 from tests.commands import SETTINGS, Run
 
 
@@ -37,6 +38,20 @@ def test_demo(run: Run, source: Path, tmp_path: Path) -> None:
     code, out, err = run(*options[:-1], "3")  # other steps: only that part is made again
     assert code == 0 and err.count("is there already") == 1 and "step 3 of 3" in err
     assert "recovered" not in run.json(*options[:-1], "0")
+
+
+def test_demo_does_not_take_up_another_model(run: Run, source: Path, tmp_path: Path) -> None:
+    """The same settings, so only the model's name tells them apart."""
+    other = tiny.save(tmp_path / "other", num_hidden_layers=1)
+    options = ["-o", tmp_path / "demo", "--bpw", "7", "--no-calibration", "--windows", "2", "--context", "32"]
+    options += ["--prompt", "hello", "--recover-steps", "0"]
+    assert run.json("demo", "--model", source, *options)["report"]["model"] == str(source)
+    code, _, err = run("demo", "--model", other, *options)
+    assert code == 1 and "pass --overwrite" in err
+    values = run.json("demo", "--model", other, *options, "--overwrite")
+    assert values["report"]["model"] == str(other)
+    code, _, err = run("demo", "--model", other, *options, "--overwrite")
+    assert code == 0 and "is there already" in err  # the same one is not made again
 
 
 def test_demo_takes_the_windows_that_the_text_has(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 
 import pocketllm
 from pocketllm.errors import FormatError, OutputError
-from pocketllm.model import checkpoint, workspace
+from pocketllm.model import checkpoint
 from pocketllm.model.checkpoint import verify
 from pocketllm.model.compress import Event
 from pocketllm.model.source import DenseCheckpoint
@@ -54,9 +57,20 @@ def test_outputs_that_are_not_ours(source: Path, small: Path, tmp_path: Path) ->
 
 
 def test_no_write_permission(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace.os, "access", lambda path, mode: False)
-    with pytest.raises(OutputError, match="no permission"):
-        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(OutputError, match=f"{tmp_path}: cannot be written \\(Permission denied"):
+        pocketllm.compress(source, tiny.settings(), tmp_path / "new" / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder where not even root may write")
+def test_a_parent_that_refuses_in_spite_of_its_permissions(source: Path) -> None:
+    """Said before any work, naming the folder: the model that is given is not even looked for."""
+    with pytest.raises(OutputError, match=r"^/proc: cannot be written \(.*choose another output folder"):
+        pocketllm.compress("./nowhere", tiny.settings(), "/proc/foo")
 
 
 def test_overwrite_replaces_an_earlier_model(source: Path, tmp_path: Path) -> None:

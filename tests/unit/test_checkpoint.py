@@ -91,6 +91,16 @@ LAYOUT_DAMAGE: dict[str, Callable[[Any], Any]] = {
     "malformed.*rotation": lambda q: q["matrices"][EMBEDDING].__setitem__(5, [1 << 63, None]),
     "malformed.*with transposed": lambda q: q["matrices"][EMBEDDING].__setitem__(0, [96]),
     "malformed.*seed": lambda q: q["codebooks"][0].__setitem__(2, 0.5),
+    "malformed.*transposed: got 1, wanted true or false": lambda q: q["matrices"][EMBEDDING].__setitem__(
+        1, 1
+    ),
+    "malformed.*row_scale: got 'true', wanted true": lambda q: q["decoders"][0].update(row_scale="true"),
+    "malformed.*crc32: got 5, wanted": lambda q: q["matrices"][EMBEDDING].__setitem__(6, 5),
+    "malformed.*crc32: got 'ABCDEF01', wanted": lambda q: q["codebooks"][0].__setitem__(3, "ABCDEF01"),
+    "malformed.*crc32: got None, wanted": lambda q: q["decoders"][0].update(crc32=None),
+    "malformed.*K: got 1048577, wanted": lambda q: q["codebooks"][0].__setitem__(0, (1 << 20) + 1),
+    "malformed.*d: got 65, wanted": lambda q: q["codebooks"][0].__setitem__(1, 65),
+    "malformed.*vector_len: got 65, wanted": lambda q: q["decoders"][0].update(vector_len=65),
     "malformed.*decoder.*True": lambda q: q["decoders"][0].update(hidden=True),
     "its codebook has vector_len 5, its decoder 4": lambda q: [d.update(vector_len=4) for d in q["decoders"]],
     "stride 6 does not fit a codebook of 32": lambda q: q["matrices"][EMBEDDING].__setitem__(4, 6),
@@ -177,6 +187,21 @@ def test_tensors_that_are_not_what_the_layout_says(copy: Path) -> None:
         for read in (ckpt.verify, pocketllm.load):
             with pytest.raises(FormatError, match=words):
                 read(copy)
+
+
+def test_tensors_that_nothing_has_a_use_for_are_left_unread(copy: Path) -> None:
+    """As FORMAT.md says."""
+    path = copy / "model.safetensors"
+    more = {
+        "unheard.of": torch.ones(1),
+        "pocketllm.codebooks.99.weight": torch.ones(1),
+        EMBEDDING: torch.ones(1),
+    }
+    expected = pocketllm.load(copy)[0].get_parameter(EMBEDDING)
+    save_file({**load_file(path), **more}, path, {"format": "pt"})
+    facts = ckpt.file_facts(copy, [path.name])
+    edit(copy / ckpt.REPORT_NAME, lambda report: report["files"].update(facts))
+    assert torch.equal(pocketllm.load(copy)[0].get_parameter(EMBEDDING), expected)
 
 
 def flip(path: Path, offset: int) -> None:

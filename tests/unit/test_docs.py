@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pocketllm.config import DEFAULT_PRESET, PRESETS
+from pocketllm.model.report import MatrixReport, Report
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -34,6 +36,15 @@ def test_every_preset_is_documented() -> None:
     text = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
     assert [name for name in PRESETS if f"`{name}`" not in text] == []
     assert re.findall(r"`([^`]+)` \(default\)", text) == [DEFAULT_PRESET]
+
+
+def test_the_report_keys_of_the_format_are_those_that_are_checked() -> None:
+    section = (ROOT / "FORMAT.md").read_text(encoding="utf-8").split("## `pocketllm.json`")[1]
+    for start, cls in (("- of the whole model", Report), ("- in each entry of `matrices`", MatrixReport)):
+        line = section.split(start)[1].split(";")[0].split("(")[0]
+        always = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        # Lists of the model have lines of their own.
+        assert set(re.findall("`([a-z0-9_]+)`", line)) == always - {"matrices", "skipped"}
 
 
 def test_continuous_integration_runs_what_contributing_says() -> None:

@@ -92,6 +92,24 @@ def test_generation(model: Any, tokenizer: Any) -> None:
     assert sampled[0] == sampled[1] and len(set(sampled)) > 1
 
 
+@pytest.mark.parametrize(("pad", "wanted"), [(0, 0), (2, 2), (None, 1)])
+def test_generation_pads_with_the_pad_token(
+    pad: int | None, wanted: int, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its number is 0; the end of text stands in only where there is none."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
+    found: list[int] = []
+
+    def padded(ids: torch.Tensor, pad_token_id: int, **settings: Any) -> torch.Tensor:
+        found.append(pad_token_id)
+        return ids
+
+    monkeypatch.setattr(model, "generate", padded)
+    generation.generate(model, tokenizer, "hello")
+    assert found == [wanted]
+
+
 def test_generation_with_a_chat_template(model: Any) -> None:
     tokenizer = tiny.tokenizer()
     with pytest.raises(ConfigError, match="no chat template"):

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -165,8 +166,12 @@ def test_outputs_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         check_html(tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match=r"ends in \.png or \.svg"):
         check_picture(tmp_path / "x.pdf")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(OutputError, match="no permission"):
+
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(OutputError, match=r"cannot be written \(Permission denied"):
         check_html(tmp_path / "x.html")
 
 

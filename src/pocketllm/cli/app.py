@@ -7,10 +7,20 @@ from typing import Annotated
 
 import typer
 
-from pocketllm.cli import compress, demo, evaluate, finetune, info, report, study
+from pocketllm.cli import (
+    INTERRUPTED,
+    compress,
+    demo,
+    evaluate,
+    finetune,
+    info,
+    report,
+    study,
+    tell_interrupted,
+    tell_json,
+)
+from pocketllm.config import TARGET_OPTIONS
 from pocketllm.errors import ConfigError, PocketError
-
-_INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     name="pocketllm",
@@ -27,23 +37,27 @@ for group in (compress, info, evaluate, finetune, report, study, demo):
 
 def run() -> None:
     """Run the command line; exit code 0 good, 1 failed, 2 wrong use, 130 interrupted."""
-    as_json = "--json" in sys.argv
     try:
         app(standalone_mode=True)
     except PocketError as error:
-        _fail(error, as_json)
+        _fail(error)
     except SystemExit as stop:
-        if stop.code == _INTERRUPTED:
-            print("interrupted; compress and finetune, started again, go on where they were", file=sys.stderr)
+        if stop.code == INTERRUPTED:
+            tell_interrupted()
+        wrong_use = stop.__context__  # typer has shown it already
+        describe = getattr(wrong_use, "format_message", None)
+        if describe is not None:
+            tell_json(type(wrong_use).__name__, describe())
         raise
 
 
-def _fail(error: PocketError, as_json: bool) -> None:
-    import json
-
-    if as_json:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
-    print(f"error: {error}", file=sys.stderr)
+def _fail(error: PocketError) -> None:
+    message = str(error)
+    if isinstance(error, ConfigError):
+        for setting, option in TARGET_OPTIONS.items():
+            message = message.replace(setting, option)
+    tell_json(type(error).__name__, message)
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2 if isinstance(error, ConfigError) else 1)
 
 

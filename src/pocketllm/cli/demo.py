@@ -40,6 +40,7 @@ def demo(
     windows: Annotated[
         int, typer.Option(min=1, help="Windows to measure on, or as many as the text has.")
     ] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model there.")] = False,
     threads: Threads = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -53,7 +54,7 @@ def demo(
     settle(threads=threads)
     with show.bars() as bars:
         text = demo_text(model, context, windows, bars.update)
-        values = run_demo(model, config, output, prompt, text, recover_steps, bars.update)
+        values = run_demo(model, config, output, prompt, text, recover_steps, bars.update, overwrite)
     report = values["report"]
     titles = ("dense", "compressed", *(["recovered"] if recover_steps else []))
     measured: dict[str, Any] = {title: values[title] for title in titles}
@@ -93,12 +94,13 @@ def run_demo(
     text: Text,
     recover_steps: int,
     progress: Progress,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Everything the demo shows, as plain values. recover_steps: 0 leaves recovery out."""
     from pocketllm.evaluate.generate import generate
     from pocketllm.model.checkpoint import read_report
 
-    folders = {"dense": model, "compressed": str(_compressed(model, config, output, progress))}
+    folders = {"dense": model, "compressed": str(_compressed(model, config, output, progress, overwrite))}
     if recover_steps:
         recovery = dataclasses.replace(DEMO_RECOVERY, steps=recover_steps)
         folders["recovered"] = str(_recovered(model, recovery, output, progress))
@@ -117,17 +119,23 @@ def run_demo(
     return values
 
 
-def _compressed(model: str, config: CompressConfig, output: Path, progress: Progress) -> Path:
+def _compressed(
+    model: str, config: CompressConfig, output: Path, progress: Progress, overwrite: bool
+) -> Path:
     """The compressed model, made unless it is there already."""
-    import pocketllm
-    from pocketllm.model.checkpoint import REPORT_NAME, read_report, verify
+    from pocketllm.model.checkpoint import verify
+    from pocketllm.model.compress import compress, is_made
 
-    if (output / REPORT_NAME).is_file() and read_report(output)["config"] == config.to_dict():
+    if is_made(output, model, config):
         verify(output)
         progress("compress", 1.0, f"{output} is there already")
     else:
-        pocketllm.compress(
-            model, config, output, progress=lambda event: progress(event.stage, event.share, event.detail)
+        compress(
+            model,
+            config,
+            output,
+            progress=lambda event: progress(event.stage, event.share, event.detail),
+            overwrite=overwrite,
         )
     return output
 

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from pocketllm.config.codec import CodecConfig, Safeguards
-from pocketllm.config.compress import REFINE_EPOCHS, SCOPES, CalibrationConfig, CompressConfig
+from pocketllm.config.compress import (
+    REFINE_EPOCHS,
+    SCOPES,
+    TARGET_OPTIONS,
+    CalibrationConfig,
+    CompressConfig,
+)
 from pocketllm.config.evaluate import EvalConfig
 from pocketllm.config.presets import (
     DEFAULT_PRESET,
@@ -26,6 +32,7 @@ __all__ = [
     "PRESETS",
     "REFINE_EPOCHS",
     "SCOPES",
+    "TARGET_OPTIONS",
     "CalibrationConfig",
     "CodecConfig",
     "CompressConfig",

@@ -12,6 +12,7 @@ from pocketllm.config.codec import CodecConfig
 from pocketllm.errors import ConfigError
 
 SCOPES = ("matrix", "kind", "model")
+TARGET_OPTIONS = {"target_bpw": "--bpw", "target_ratio": "--ratio", "target_bytes": "--size"}
 REFINE_EPOCHS = 2  # where refinement is asked for without a number
 
 
@@ -118,7 +119,7 @@ class CompressConfig:
             raise ConfigError("calibration needs decoder='lookup' and row_scale=True")
 
     def _check_target(self) -> None:
-        targets = {name: getattr(self, name) for name in ("target_bpw", "target_bytes", "target_ratio")}
+        targets = {name: getattr(self, name) for name in TARGET_OPTIONS}
         given = [name for name, value in targets.items() if value is not None]
         if len(given) != 1:
             raise ConfigError(f"got {' and '.join(given) or 'no target'}, wanted one of {', '.join(targets)}")

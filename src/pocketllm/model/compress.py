@@ -22,7 +22,8 @@ from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
 from pocketllm.codec.training import fit, fit_on_trellis
 from pocketllm.config import CompressConfig
-from pocketllm.errors import OutputError
+from pocketllm.errors import FormatError, OutputError
+from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.blockwise import encode_calibrated
 from pocketllm.model.calibration import Calibration, calibrate, read_windows, text_identity
 from pocketllm.model.encode import Encoder
@@ -94,7 +95,7 @@ def compress(
     # What can be wrong with the input is found before anything is written, or hours are spent.
     windows = read_windows(source, config)
     if not Workspace.is_begun(output):
-        source.check(partial(_tell_detail, progress, "check"))
+        source.check(partial(_tell, progress, "check"))
     try:
         work = Workspace.open(output, source, config, str(model), device, text_identity(windows))
         with locked(work.folder):
@@ -109,6 +110,15 @@ def compress(
         raise output_error(output, error) from error
     progress(Event("write", 1.0, str(output)))
     return report.of_run(started, device)
+
+
+def is_made(output: Path, model: str, config: CompressConfig) -> bool:
+    """Whether an earlier run has compressed this model, by the name it was given, with these settings."""
+    try:
+        report = ckpt.read_report(output)
+    except FormatError:
+        return False
+    return bool(report["model"] == model and report["config"] == config.to_dict())
 
 
 def dry_run(
@@ -144,7 +154,7 @@ def _calibrated(
 ) -> Calibration | None:
     if windows is None:
         return None
-    told = partial(_tell, progress, "measure", "sensitivity of every matrix")
+    told = partial(_tell, progress, "measure", detail="sensitivity of every matrix")
     return calibrate(source, windows, config, device, None if folder is None else Path(folder), told)
 
 
@@ -161,9 +171,8 @@ def _fit_and_encode(
     encoder = Encoder(work, source, plan, lambda matrix: codecs[plan.decoder_key(matrix)], device)
     done = 0
     for number, (key, group) in enumerate(plan.groups().items()):
-        told = partial(
-            _tell, progress, "fit", f"codebook {number + 1} of {len(plan.groups())} ({key.split('|')[0]})"
-        )
+        which = f"codebook {number + 1} of {len(plan.groups())} ({key.split('|')[0]})"
+        told = partial(_tell, progress, "fit", detail=which)
         fitted = _fitted(work, source, plan, number, device, told)
         if calibration is not None:
             codecs.update(fitted)
@@ -174,16 +183,12 @@ def _fit_and_encode(
             encoder.nearest(matrix)
             done += matrix.weights
     if calibration is not None:
-        told = partial(_tell_detail, progress, "encode")
+        told = partial(_tell, progress, "encode")
         encode_calibrated(encoder, calibration.windows, calibration.sensitivity, told, calibration.kept)
     progress(Event("encode", 1.0, f"{plan.weights:,} weights"))
 
 
-def _tell(progress: ProgressCallback, stage: str, detail: str, share: float) -> None:
-    progress(Event(stage, share, detail))
-
-
-def _tell_detail(progress: ProgressCallback, stage: str, share: float, detail: str) -> None:
+def _tell(progress: ProgressCallback, stage: str, share: float, detail: str) -> None:
     progress(Event(stage, share, detail))
 
 

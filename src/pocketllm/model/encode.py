@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from pocketllm.codec.rotation import rotate_matrix, unrotate_matrix
 from pocketllm.errors import WeightError
 from pocketllm.model.blocks import BlockStream
 from pocketllm.model.inputs import Inputs
-from pocketllm.model.layers import fold
+from pocketllm.model.layers import fold, unfold
 from pocketllm.model.plan import Matrix, Plan
 from pocketllm.model.refine import Coded, refine_block
 from pocketllm.model.source import DenseCheckpoint
@@ -114,16 +115,11 @@ class Encoder:
                 elif kind == "up":
                     self.codec_of(self.by_name[name]).decoder.set_weights(value, tensors[f"down|{name}"])
         for matrix in matrices:
-            decoded = self.decoded(matrix)
-            stream.set_weight(matrix.name, decoded.T if matrix.transposed else decoded.reshape(matrix.shape))
+            stream.set_weight(matrix.name, unfold(self.decoded(matrix), matrix))
 
     def _coded(self, matrix: Matrix) -> Coded:
         encoded = self._encoded(matrix)
         shared = [m for m in self.plan.matrices if self.plan.decoder_key(m) == self.plan.decoder_key(matrix)]
-
-        def unfold(value: Tensor) -> Tensor:
-            return value.T if matrix.transposed else value.reshape(matrix.shape)
-
         return Coded(
             encoded.indices.to(torch.int32),
             encoded.row_scale.float(),
@@ -131,7 +127,7 @@ class Encoder:
             len(shared) == 1,
             matrix.columns,
             self.plan.rotation(matrix),
-            unfold,
+            partial(unfold, entry=matrix),
         )
 
     def decoded(self, matrix: Matrix) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from pocketllm.errors import OutputError
 from pocketllm.model.checkpoint import folder_bytes
-from pocketllm.model.workspace import system_errors
+from pocketllm.model.workspace import check_output, system_errors
 
 
 def export(folder: Path, output: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
@@ -29,19 +29,9 @@ def export(folder: Path, output: Path, dtype: torch.dtype, trust_remote_code: bo
     """
     from pocketllm.integrations.transformers import load
 
-    check_empty(output)
+    check_output(output, marker=None)
     model, tokenizer = load(folder, mode="dense", dtype=dtype, trust_remote_code=trust_remote_code)
     return save_dense(model, tokenizer, output)
-
-
-def check_empty(output: Path) -> None:
-    """Refuse an output that is there already.
-
-    Raises:
-        OutputError: it exists and is not an empty folder.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output}: exists; choose another output folder")
 
 
 def save_dense(model: Any, tokenizer: Any, output: Path) -> int:
@@ -56,20 +46,20 @@ def save_dense(model: Any, tokenizer: Any, output: Path) -> int:
     del model.hf_quantizer
     del model.config.quantization_config
     model._weight_conversions = None  # so that saving restores the names of the original checkpoint
-    temporary = output.with_name(output.name + ".partial")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with system_errors(output):
-            model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        if output.is_dir():
-            output.rmdir()
-        temporary.rename(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: whatever lies beside the output is not ours to delete.
+        with tempfile.TemporaryDirectory(prefix=".pocketllm-", dir=output.parent) as place:
+            whole = Path(place) / "model"  # within, since the place itself is closed to others
+            with system_errors(output):
+                model.save_pretrained(whole)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(whole)
+            if output.is_dir():
+                output.rmdir()
+            whole.rename(output)
     except OSError as error:
         raise OutputError(
             f"{output}: cannot be written ({error.strerror or error}); free some space, or choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder_bytes(output)

@@ -9,7 +9,7 @@ in a `Store` on the model; layers hold references to it that are not registered.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.rotation import unrotate_matrix
 from pocketllm.codec.subvectors import subvectors_per_row
 from pocketllm.model.layout import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
+
+if TYPE_CHECKING:
+    from pocketllm.model.plan import Matrix
 
 
 class _FixedDtype(nn.Module):
@@ -144,8 +147,8 @@ class PackedMatrix(_FixedDtype):
         return unfold(decoded.to(self.float_dtype), self.entry)
 
 
-def unfold(matrix: Tensor, entry: MatrixEntry) -> Tensor:
-    """Stored matrix [rows, columns] -> the parameter's shape."""
+def unfold(matrix: Tensor, entry: MatrixEntry | Matrix) -> Tensor:
+    """Stored matrix [rows, columns] -> the shape of the parameter that it is coded from."""
     return matrix.T.contiguous() if entry.transposed else matrix.reshape(entry.shape)
 
 

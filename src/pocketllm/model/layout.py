@@ -5,6 +5,7 @@ It is the body of `quantization_config` in config.json. FORMAT.md specifies it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from pocketllm.config import CodecConfig
 from pocketllm.errors import ConfigError, FormatError
 
 FORMAT_VERSION = 1
+_MAX_SIZE, _MAX_VECTOR_LEN = 1 << 20, 64  # K and d of a codebook
 STORE = "pocketllm"
 PARTS = ("indices", "row_scale", "weight", "up", "down")  # of a matrix, a codebook, a decoder
 
@@ -43,6 +45,8 @@ class MatrixEntry:
     def __post_init__(self) -> None:
         """Raises ValueError."""
         _integers("shape", self.shape, 1)
+        _boolean("transposed", self.transposed)
+        _checksum(self.crc32)
         if len(self.shape) not in (2, 3) or (self.transposed and len(self.shape) != 2):
             raise ValueError(f"shape {list(self.shape)} with transposed {self.transposed}")
         _integers("codebook, decoder and stride", (self.codebook, self.decoder, self.stride), 0)
@@ -78,8 +82,10 @@ class CodebookEntry:
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
-        _integers("codebook", (self.size, self.vector_len), 1)
+        _integers("codebook's K", [self.size], 2, _MAX_SIZE)
+        _integers("codebook's d", [self.vector_len], 1, _MAX_VECTOR_LEN)
         _integers("seed", [] if self.seed is None else [self.seed], 0)
+        _checksum(self.crc32)
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,10 @@ class DecoderEntry:
 
     codec: CodecConfig
     crc32: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        _checksum(self.crc32)
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,7 @@ class Layout:
             for name, stored in values["matrices"].items():
                 shape, transposed, codebook, decoder, stride, (columns, rows), crc32 = stored
                 matrices[name] = MatrixEntry(
-                    tuple(shape), transposed is True, codebook, decoder, stride, (columns, rows), crc32
+                    tuple(shape), transposed, codebook, decoder, stride, (columns, rows), crc32
                 )
             codebooks = tuple(CodebookEntry(*entry) for entry in values["codebooks"])
             decoders = tuple(_decoder_entry(entry) for entry in values["decoders"])
@@ -202,20 +212,32 @@ def _decoder_entry(entry: Mapping[str, Any]) -> DecoderEntry:
     unknown = sorted(set(entry) - {"vector_len", "hidden", "depth", "form", "norm", "row_scale", "crc32"})
     if unknown:
         raise ValueError(f"unknown decoder key {unknown[0]!r}")
-    _integers("decoder", (entry["vector_len"], entry["hidden"], entry["depth"]), 0)
+    _integers("decoder's vector_len", [entry["vector_len"]], 1, _MAX_VECTOR_LEN)
+    _integers("decoder's hidden and depth", (entry["hidden"], entry["depth"]), 0)
+    _boolean("decoder's row_scale", entry["row_scale"])
     codec = CodecConfig(
         vector_len=entry["vector_len"],
         hidden=entry["hidden"],
         depth=entry["depth"],
         decoder=entry["form"],
         norm=entry["norm"],
-        row_scale=entry["row_scale"] is True,
+        row_scale=entry["row_scale"],
         init="normal",  # has no part in decoding; `kmeans` would bound `hidden`
     )
     return DecoderEntry(codec, entry["crc32"])
 
 
-def _integers(what: str, values: Iterable[Any], least: int) -> None:
+def _integers(what: str, values: Iterable[Any], least: int, most: int = (1 << 63) - 1) -> None:
     for value in values:
-        if type(value) is not int or not least <= value < 1 << 63:
-            raise ValueError(f"{what}: got {value!r}, wanted an integer of at least {least}")
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{what}: got {value!r}, wanted an integer from {least} to {most}")
+
+
+def _boolean(what: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{what}: got {value!r}, wanted true or false")
+
+
+def _checksum(value: Any) -> None:
+    if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value)):
+        raise ValueError(f"crc32: got {value!r}, wanted 8 lower-case hexadecimal digits")

@@ -190,16 +190,21 @@ def resolve(name: str, progress: Any = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    local = f"no such folder in {path.parent}" if path.parent.is_dir() else "no local folder"
+
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns="*/*"))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise SourceError(
-            f"{name}: neither a local folder nor a model the hub delivers ({reason_of(error)}); "
+            f"{name}: {local}, and as a hub id it was tried in vain ({reason_of(error)}); "
             "check the name, your login and the connection"
         ) from error
     except Exception as error:
         if "httpx" in type(error).__module__ or "requests" in type(error).__module__:
-            raise SourceError(f"{name}: the hub cannot be reached ({error}); give a local folder") from error
+            raise SourceError(
+                f"{name}: {local}, and to try it as a hub id the hub cannot be reached ({error}); "
+                "give a local folder"
+            ) from error
         raise
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,12 +34,16 @@ _STATE, _LOCK_NAME = "state.json", "lock"
 
 
 def check_output(
-    output: Path, overwrite: bool, marker: str = ckpt.REPORT_NAME, what: str = "a compressed model"
+    output: Path,
+    overwrite: bool = False,
+    marker: str | None = ckpt.REPORT_NAME,
+    what: str = "a compressed model",
 ) -> None:
-    """Refuse an output that would destroy something.
+    """Refuse an output that would destroy something, or that cannot be made.
 
     Args:
-        marker: the file by which a folder is known as ours. what: it is then, in words.
+        marker: the file by which a folder is known as ours; None: nothing that is there may be replaced.
+        what: it is then, in words.
 
     Raises:
         OutputError: it exists and is not ours, or is ours and `overwrite` is not set, or cannot be made.
@@ -46,15 +51,35 @@ def check_output(
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: exists and is a file; choose another output folder")
     if output.is_dir() and any(output.iterdir()):
+        if marker is None:
+            raise OutputError(f"{output}: exists and is not empty; choose another output folder")
         if not (output / marker).is_file():
             raise OutputError(f"{output}: exists and is not {what}; choose another output folder")
         if not overwrite:
             raise OutputError(f"{output}: {what} is there already; pass --overwrite to replace it")
+    check_parent(output, "folder")
+
+
+def check_parent(output: Path, kind: str) -> None:
+    """See that something can be made beside where `output` shall be, by making it: permissions do not say all.
+
+    Args:
+        kind: of output, in words.
+
+    Raises:
+        OutputError: naming the nearest folder that exists.
+    """
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent}: no permission to write here; choose another output folder")
+    if not parent.is_dir():
+        raise OutputError(f"{parent}: is a file, wanted a folder; choose another output {kind}")
+    try:
+        tempfile.TemporaryDirectory(prefix=".pocketllm-", dir=parent).cleanup()
+    except OSError as error:
+        raise OutputError(
+            f"{parent}: cannot be written ({error.strerror or error}); choose another output {kind}"
+        ) from error
 
 
 @contextmanager

@@ -31,7 +31,8 @@ from pocketllm.model.units import codebook_unit, matrix_unit
 from pocketllm.model.workspace import Workspace
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
-_NOT_COPIED = {"config.json", "model.safetensors.index.json", ckpt.REPORT_NAME}
+# config.json is written anew; the rest belongs to weights, to an adapter, or is a record of ours.
+_NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json", "pocketllm*.json")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Checkpoint:
         """Tokenizer, generation settings, licence: small files that belong to the model."""
         folder = self.source.folder
         found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if path.name not in _NOT_COPIED)
+        return sorted(path for path in found if not any(path.match(other) for other in _NOT_COPIED))
 
     def layout(self, crcs: Mapping[str, str]) -> Layout:
         """The stored form, given the checksum of each matrix, `codebook N` and `decoder N`."""

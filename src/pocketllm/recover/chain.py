@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pocketllm.config import CompressConfig, DistillConfig
-from pocketllm.errors import FormatError
 from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.compress import ProgressCallback, compress
+from pocketllm.model.compress import ProgressCallback, compress, is_made
 from pocketllm.model.report import Report
 from pocketllm.model.workspace import check_output
 from pocketllm.recover.distill import Distilled, distill
@@ -44,7 +43,7 @@ def compress_and_distill(
     output, started = Path(output), time.monotonic()
     check_output(output, overwrite)
     plain = output.with_name(output.name + ".plain")
-    if not _is_made(plain, str(model), config):
+    if not is_made(plain, str(model), config):
         compress(
             model,
             config,
@@ -69,13 +68,3 @@ def compress_and_distill(
     made("recovered", output)
     shutil.rmtree(plain)
     return Report.from_dict(ckpt.read_report(output)).of_run(started, device), done
-
-
-def _is_made(folder: Path, model: str, config: CompressConfig) -> bool:
-    """Whether an earlier run has compressed this model with these settings."""
-    try:
-        report = ckpt.read_report(folder)
-    except FormatError:
-        return False
-    same = CompressConfig.from_dict(report["config"]) == config
-    return bool(report["model"] == model and same)

@@ -16,7 +16,7 @@ from pocketllm.evaluate.perplexity import perplexity, read_text
 from pocketllm.evaluate.results import fingerprint
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
-from pocketllm.model.export import check_empty, save_dense
+from pocketllm.model.export import save_dense
 from pocketllm.model.folder import load_dense
 from pocketllm.model.texts import default_text
 from pocketllm.model.workspace import check_output
@@ -80,9 +80,9 @@ def merge(
     facts = {"base": base.identity, "adapter": fingerprint(adapter), "dtype": str(dtype)}
     config = _settings(base) if reencode else None
     if reencode:
-        check_output(output, overwrite=False)
+        check_output(output, marker=None)
     if not (reencode and _is_made(dense, facts)):
-        check_empty(dense)
+        check_output(dense, marker=None)
         save_dense(merged(base, adapter, device).to(dtype), base.tokenizer, dense)
         if reencode:
             ckpt.write_json(dense / _RECORD_NAME, facts)

@@ -14,11 +14,11 @@ from pocketllm.config import (
     PLAIN_SETTINGS,
     PRESETS,
     REFINE_EPOCHS,
+    TARGET_OPTIONS,
     CalibrationConfig,
     CompressConfig,
 )
 
-_TARGETS = {"target_bpw": "--bpw", "target_ratio": "--ratio", "target_bytes": "--size"}
 _OPTIONS = [
     "vector_len",
     "codebook_size",
@@ -92,10 +92,10 @@ def _unnamed(preset: str, config: CompressConfig) -> list[Options]:
     None where the command line would not start from this preset: that depends on the options themselves.
     """
     base, arguments = PRESETS[preset].config, []
-    targets = {key: getattr(config, key) for key in _TARGETS}
-    if config.codebook_size is None and any(targets[key] != getattr(base, key) for key in _TARGETS):
+    targets = {key: getattr(config, key) for key in TARGET_OPTIONS}
+    if config.codebook_size is None and any(targets[key] != getattr(base, key) for key in TARGET_OPTIONS):
         key = next(key for key, value in targets.items() if value is not None)
-        arguments = [_TARGETS[key], str(targets[key])]
+        arguments = [TARGET_OPTIONS[key], str(targets[key])]
         base = dataclasses.replace(base, **targets)
     found = _overlaid(arguments, base, config)
     is_plain = not _PLAIN_OPTIONS.isdisjoint(found.arguments)

@@ -7,23 +7,18 @@ import os
 from pathlib import Path
 
 from pocketllm.errors import OutputError
+from pocketllm.model.workspace import check_parent
 
 
 def check_target(path: Path) -> None:
     """Refuse a file that could not be written, before the work that makes it.
 
     Raises:
-        OutputError: a folder of that name, a parent that is a file, or no permission.
+        OutputError: a folder of that name, a parent that is a file, or one that cannot be written.
     """
     if path.is_dir():
         raise OutputError(f"{path}: exists and is a folder; name a file")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent}: is a file, wanted a folder; choose another output file")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent}: no permission to write here; choose another output file")
+    check_parent(path, "file")
 
 
 def write_whole(path: Path, data: bytes) -> None:
