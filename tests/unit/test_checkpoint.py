@@ -138,7 +138,7 @@ def test_report_missing_damaged_or_newer(copy: Path) -> None:
     with pytest.raises(FormatError, match="damaged"):
         ckpt.read_report(copy)
     report.unlink()
-    with pytest.raises(FormatError, match="no pocketllm.json, as save_pretrained leaves it"):
+    with pytest.raises(FormatError, match=r"no pocketllm\.json, as save_pretrained leaves it"):
         ckpt.read_report(copy)
 
 
