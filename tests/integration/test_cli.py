@@ -211,7 +211,13 @@ def test_a_real_ctrl_c(source: Path, tmp_path: Path) -> None:
     """SIGINT to a process that trains."""
     command = [sys.executable, "-m", "pocketllm", "compress", str(source), "-o", str(tmp_path / "out")]
     command += ["--vector-len", "5", "--codebook-size", "32", "--batch-size", "2", "--epochs", "1000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("fit:"):
