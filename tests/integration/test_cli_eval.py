@@ -24,7 +24,8 @@ def test_eval(run: Run, small: Path, source: Path, text: Path) -> None:
     dense = run.json("eval", source, *options)
     assert not dense["compressed"] and dense["perplexity"] != found["perplexity"]
     code, out, _ = run("eval", small, *options)
-    assert code == 0 and "context 32" in out and "3 windows" in out
+    words = " ".join(out.split())  # a long path breaks the title of the table
+    assert code == 0 and "context 32" in words and "3 windows" in words
 
 
 @pytest.fixture
