@@ -23,17 +23,15 @@ def make(folder: Path) -> Path:
     return folder
 
 
+def quick_loop(**changes: Any) -> LoopConfig:
+    """Small batches, validated and saved often, in float32."""
+    values = {"batch_size": 4, "eval_every": 4, "checkpoint_every": 3, "dtype": "float32"}
+    return LoopConfig(**{**values, **changes})
+
+
 def config(made: Path, **changes: Any) -> DistillConfig:
     """A quick distillation; `loop` changes settings of the loop."""
-    loop = LoopConfig(
-        **{
-            "batch_size": 4,
-            "eval_every": 4,
-            "checkpoint_every": 3,
-            "dtype": "float32",
-            **changes.pop("loop", {}),
-        }
-    )
+    loop = quick_loop(**changes.pop("loop", {}))
     values = {
         "lr_codebook": 1e-2,
         "steps": 8,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pocketllm
-from pocketllm import LoopConfig, LoraTuneConfig
+from pocketllm import LoraTuneConfig
 from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, TrainingError
 from pocketllm.model.checkpoint import folder_bytes, read_report
 from pocketllm.model.report import counting_adapter
@@ -20,6 +20,7 @@ from pocketllm.recover.setting import open_base
 from pocketllm.report import Evaluation, compare
 from tests import tiny
 from tests.commands import digest
+from tests.recovery import quick_loop
 
 peft = pytest.importorskip("peft")
 
@@ -45,15 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(made: Path, **changes: Any) -> LoraTuneConfig:
     """A quick run."""
-    loop = LoopConfig(
-        **{
-            "batch_size": 4,
-            "eval_every": 3,
-            "checkpoint_every": 2,
-            "dtype": "float32",
-            **changes.pop("loop", {}),
-        }
-    )
+    loop = quick_loop(**{"eval_every": 3, "checkpoint_every": 2, **changes.pop("loop", {})})
     values = {"steps": 6, "context": 200, "texts": (str(made / "alpaca.json"),), "rank": 4, "alpha": 8}
     return LoraTuneConfig(**{**values, "learning_rate": 1e-2, "loop": loop, **changes})
 

@@ -92,7 +92,7 @@ def check_teacher(teacher: Path, base: Base) -> None:
     """
     from transformers import AutoConfig
 
-    if (teacher / ckpt.REPORT_NAME).is_file():
+    if ckpt.is_compressed(teacher):
         made_from = ckpt.read_report(teacher)["model"]
         raise ConfigError(
             f"the teacher {teacher} is compressed itself; name a dense model with --teacher "
