@@ -79,7 +79,7 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         report = json.loads((folder / "pocketllm.json").read_text(encoding="utf-8"))
-        assert report["format_version"] == 1
+        assert report["format_version"] == 2
         for name, facts in report["files"].items():
             data = (folder / name).read_bytes()
             assert (len(data), hashlib.sha256(data).hexdigest()) == (facts["bytes"], facts["sha256"]), name
@@ -88,7 +88,7 @@ class Reader:
         assert set(layout) == {
             *("quant_method", "producer", "mode", "format_version", "matrices", "codebooks", "decoders"),
         }
-        assert (layout["quant_method"], layout["format_version"]) == ("pocketllm", 1)
+        assert (layout["quant_method"], layout["format_version"]) == ("pocketllm", 2)
         self.matrices: dict[str, Any] = layout["matrices"]
         self.codebooks: list[Any] = layout["codebooks"]
         self.decoders: list[dict[str, Any]] = layout["decoders"]
@@ -98,7 +98,7 @@ class Reader:
 
     def decode(self, name: str) -> np.ndarray:
         """One parameter, in its shape."""
-        shape, transposed, number, decoder, stride, (s1, s2), crc32 = self.matrices[name]
+        shape, transposed, number, decoder, stride, strip, (s1, s2), crc32 = self.matrices[name]
         if transposed:
             rows, columns = shape[1], shape[0]
         else:
@@ -116,7 +116,7 @@ class Reader:
             assert f"{name}.row_scale" not in self.stored
             scale, scale_bytes = np.ones(rows, np.float32), b""
         assert f"{zlib.crc32(data + scale_bytes):08x}" == crc32
-        indices = self._indices(data, rows, per_row, size, stride)
+        indices = self._indices(data, rows, per_row, size, stride, strip)
         unit = self._decoded(self.codebook(number)[indices], self.decoders[decoder], decoder)
         matrix = scale[:, None] * unit.reshape(rows, -1)[:, :columns]
         if s1 is not None:
@@ -126,7 +126,7 @@ class Reader:
         return matrix.T if transposed else matrix.reshape(shape)
 
     @staticmethod
-    def _indices(data: bytes, rows: int, per_row: int, size: int, stride: int) -> np.ndarray:
+    def _indices(data: bytes, rows: int, per_row: int, size: int, stride: int, strip: int) -> np.ndarray:
         """[rows, n]."""
         width = max(1, math.ceil(math.log2(size)))
         if stride == 0:
@@ -134,7 +134,7 @@ class Reader:
             return np.array(unpack(data, width, rows * per_row)).reshape(rows, per_row)
         assert size == 1 << width
         found = np.zeros((rows, per_row), dtype=np.int64)
-        strips = max(1, round(rows / 256))
+        strips = max(1, round(rows / strip))
         first = offset = 0
         for strip in range(strips):
             length = rows // strips + (1 if strip < rows % strips else 0)

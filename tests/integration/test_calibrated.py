@@ -195,7 +195,7 @@ def test_refinement_without_sequence(source: Path, tmp_path: Path) -> None:
     assert errors[1] < errors[0]
 
 
-@pytest.mark.parametrize("setting", [{"rotate": False}, {"passes": 1}])
+@pytest.mark.parametrize("setting", [{"rotate": False}, {"passes": 1}, {"two_sided": True}])
 def test_settings_for_study(setting: dict[str, Any], source: Path, tmp_path: Path) -> None:
     report = compress(source, tiny.on_trellis(calibration=setting), tmp_path / "out")
     models = [load(tmp_path / "out", mode) for mode in ("dense", "packed")]

@@ -203,7 +203,7 @@ def test_operations_are_counted() -> None:
     forms = (lookup, replace(lookup, decoder="row"), replace(lookup, depth=1, hidden=0))
 
     def layout(codec: CodecConfig, rotation: tuple[int | None, int | None]) -> Layout:
-        entry = MatrixEntry((6, 8), False, 0, 0, 0, rotation, crc)
+        entry = MatrixEntry((6, 8), False, 0, 0, 0, 256, rotation, crc)
         return Layout(
             {"a": entry, "b": entry}, (CodebookEntry(10, 4, None, crc),), (DecoderEntry(codec, crc),)
         )

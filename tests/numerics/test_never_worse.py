@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pocketllm.codec.codebook import nearest_torch, seeded_codebook
 from pocketllm.codec.feedback import HessianFactor, assign, factorize
-from pocketllm.codec.trellis import Trellis, strip_rows
+from pocketllm.codec.trellis import Trellis, strip_lengths
 from tests.numerics.test_calibrated import proxy
 
 
@@ -87,7 +87,7 @@ def test_indices_on_a_trellis(
     scale = weight.square().mean(dim=1).sqrt().clamp(min=1e-12)
     plain = nearest(weight, table, scale, trellis)
     found = assign(weight, factor, table, scale, passes, trellis)
-    strips = strip_rows(len(weight))
+    strips = strip_lengths(len(weight), trellis.strip_rows)
     one, other = (losses(weight, each, table, factor, strips) for each in (found, plain))
     assert below(one, other, weight, factor)
 
@@ -100,6 +100,6 @@ def test_a_tall_matrix_of_many_strips(trellis: Trellis | None) -> None:
     scale = weight.square().mean(dim=1).sqrt()
     plain = nearest(weight, table, scale, trellis)
     found = assign(weight, factor, table, scale, 0, trellis)
-    strips = strip_rows(700) if trellis else [1] * 700
+    strips = strip_lengths(700, 256) if trellis else [1] * 700
     one, other = (losses(weight, each, table, factor, strips) for each in (found, plain))
     assert below(one, other, weight, factor) and float(one.sum()) < 0.8 * float(other.sum())

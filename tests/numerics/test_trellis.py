@@ -17,7 +17,7 @@ from pocketllm.codec.trellis import (
     Trellis,
     pack_paths,
     reversed_bits,
-    strip_rows,
+    strip_lengths,
     train_codebook,
     trellis_bytes,
     unpack_paths,
@@ -49,12 +49,14 @@ def test_windows_are_those_of_the_stream(width: int, stride: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 100, 383, 384, 576, 1000])
 @pytest.mark.parametrize(("width", "stride"), [(8, 3), (6, 4)])
-def test_paths_survive_packing(rows: int, width: int, stride: int) -> None:
-    trellis = Trellis(width, stride)
-    assert sum(strip_rows(rows)) == rows and max(strip_rows(rows)) - min(strip_rows(rows)) <= 1
+@pytest.mark.parametrize("strip", [16, 256])
+def test_paths_survive_packing(rows: int, width: int, stride: int, strip: int) -> None:
+    trellis = Trellis(width, stride, strip)
+    lengths = strip_lengths(rows, strip)
+    assert sum(lengths) == rows and max(lengths) - min(lengths) <= 1
     columns = [
         trellis.windows(torch.randint(0, 1 << stride, (5 * length,))).reshape(5, length).T
-        for length in strip_rows(rows)
+        for length in lengths
     ]
     indices = torch.cat(columns)
     stream = pack_paths(indices, trellis)
@@ -90,7 +92,9 @@ def test_no_path_is_cheaper(width: int, stride: int, d: int) -> None:
     points, weights = torch.randn(5, d), torch.rand(5) + 0.5
     table = torch.randn(1 << width, d)
     for start in (0, 3):
-        found = PathSearch(trellis, 5, CPU).search(points, weights, table, torch.tensor([start]))
+        search = PathSearch(trellis, CPU)
+        first, ordered = torch.tensor([start]), search.ordered(table[None])
+        found = search.search(points, weights, ordered, torch.tensor([0]), [5], first)
         cost = (weights * (points - table[found]).square().sum(dim=1)).sum()
         assert float(cost) == pytest.approx(cheapest(points, weights, table, trellis, start), rel=1e-4)
         shared = found[1:] & ((1 << trellis.kept) - 1)
@@ -105,17 +109,44 @@ def test_compiled_search_finds_exactly_what_torch_finds(
 ) -> None:
     if not compiled.trellis_available(d, stride, width - stride):
         pytest.skip("no C++ compiler here")
-    rows = 520  # two strips
-    search = PathSearch(Trellis(width, stride), rows, CPU)
-    points, weights, table = torch.randn(rows, d), torch.rand(rows) + 0.5, torch.randn(1 << width, d)
-    start = torch.randint(0, 1 << width, (2,))
-    free = search.search(points, weights, table, start)
-    end = free[torch.tensor(search.lengths).cumsum(0) - 1]
-    fixed = search.search(points * 1.1, weights, table, start, end)
-    assert torch.equal(fixed[torch.tensor(search.lengths).cumsum(0) - 1], end)
+    search, lengths, aheads = PathSearch(Trellis(width, stride), CPU), [200, 199, 60], [4, 0, 4]
+    rows, last = sum(lengths), torch.tensor(lengths).cumsum(0) - 1
+    points, weights = torch.randn(rows + 8, d), torch.rand(rows + 8) + 0.5
+    tables = search.ordered(torch.randn(3, 1 << width, d))
+    start = torch.randint(0, 1 << width, (3,))
+
+    def run(scale: float, end: Tensor | None, aheads: list[int] | None) -> Tensor:
+        count = rows + sum(aheads or [])
+        which = torch.tensor([1, 2, 0])
+        given = points[:count] * scale, weights[:count]
+        return search.search(*given, tables, which, lengths, start, end, aheads)
+
+    free = run(1.0, None, None)
+    cases = [(1.0, None, None), (1.1, free[last], None), (1.0, None, aheads)]
+    found = [run(*case) for case in cases]
+    assert torch.equal(found[1][last], free[last]) and all(len(one) == rows for one in found)
     monkeypatch.setattr(compiled, "trellis_available", lambda *sizes: False)
-    assert torch.equal(search.search(points, weights, table, start), free)
-    assert torch.equal(search.search(points * 1.1, weights, table, start, end), fixed)
+    for case, expected in zip(cases, found, strict=True):
+        assert torch.equal(run(*case), expected)
+
+
+def test_a_path_that_looks_ahead_ends_where_the_next_column_begins_well() -> None:
+    trellis, generator = Trellis(10, 4), torch.Generator().manual_seed(0)
+    table, _, _ = train_codebook(torch.randn(1 << 13, 2, generator=generator), trellis, 4, 0)
+    search = PathSearch(trellis, CPU)
+    tables, none = search.ordered(table[None]), torch.zeros(20, dtype=torch.int64)
+    columns = torch.randn(12, 20, 16, 2, generator=generator)
+    error = {}
+    for ahead in (0, 4):
+        before, total = none, 0.0
+        for now, after in itertools.pairwise(columns):
+            points = torch.cat([now, after[:, :ahead]], dim=1).reshape(-1, 2)
+            weights = torch.ones(len(points))
+            found = search.search(points, weights, tables, none, [16] * 20, before, None, [ahead] * 20)
+            found = found.reshape(20, 16)
+            before, total = found[:, -1], total + float((now - table[found]).square().sum())
+        error[ahead] = total
+    assert error[4] < 0.93 * error[0]
 
 
 def test_reversed_bits() -> None:

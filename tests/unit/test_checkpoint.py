@@ -128,8 +128,8 @@ def test_config_missing_or_no_json(copy: Path) -> None:
 
 def test_report_missing_damaged_or_newer(copy: Path) -> None:
     report = copy / ckpt.REPORT_NAME
-    edit(report, lambda value: value.update(format_version=2))
-    with pytest.raises(FormatError, match="format_version is 2"):
+    edit(report, lambda value: value.update(format_version=3))
+    with pytest.raises(FormatError, match="format_version is 3"):
         ckpt.read_report(copy)
     report.write_text("[]")
     with pytest.raises(FormatError, match="damaged"):

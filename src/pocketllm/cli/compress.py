@@ -74,6 +74,14 @@ def compress(
     passes: Annotated[
         int | None, typer.Option(help="Passes of coordinate descent over the indices of each matrix.")
     ] = None,
+    two_sided: Annotated[
+        bool | None,
+        typer.Option(
+            "--two-sided/--one-sided",
+            help="Weigh errors by the loss's gradients at a layer's outputs, too, or by its inputs alone "
+            "(default).",
+        ),
+    ] = None,
     rotate: Annotated[
         bool | None, typer.Option("--rotate/--no-rotate", help="Rotate both sides of each matrix (default).")
     ] = None,
@@ -170,6 +178,7 @@ def compress(
         calibration_tokens,
         refine,
         passes=passes,
+        two_sided=two_sided,
         rotate=rotate,
         sequential=sequential,
     )

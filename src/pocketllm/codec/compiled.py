@@ -102,21 +102,24 @@ def trellis_available(vector_len: int, stride: int, kept: int) -> bool:
 def trellis_search(
     points: Tensor,
     weights: Tensor,
-    table: Tensor,
-    half: Tensor,
+    tables: Tensor,
+    halves: Tensor,
+    which: Tensor,
+    after: Tensor,
     start: Tensor,
     stop: Tensor,
     lengths: list[int],
+    aheads: list[int],
     width: int,
     stride: int,
 ) -> Tensor:
     """States of the cheapest paths; see `trellis.PathSearch`. All tensors contiguous, on the CPU."""
     library = _library("trellis")
     assert library is not None
-    out = torch.empty(points.shape[0], dtype=torch.int64)
-    sizes = torch.tensor(lengths)
-    tensors = (points, weights, table, half, start, stop, sizes)
-    numbers = (len(lengths), width, stride, table.shape[0])
+    out = torch.empty(sum(lengths), dtype=torch.int64)
+    sizes = torch.tensor(lengths), torch.tensor(aheads)
+    tensors = (points, weights, tables, halves, which, after, start, stop, *sizes)
+    numbers = (len(lengths), width, stride, points.shape[1])
     failed = library.trellis_search(
         *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
         *(ctypes.c_int64(number) for number in numbers),

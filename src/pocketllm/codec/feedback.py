@@ -1,17 +1,35 @@
-"""Choose indices for what the layer does to its inputs, not for the weights alone.
+"""Choose indices for what the layer does to its inputs and the model to its outputs, not for the weights alone.
 
-A layer y = W x with inputs of Hessian H = E[x x^T] loses tr(E H E^T) when W is off by E. Subvectors are coded
-in order of their columns; the error of each is carried into the columns not yet coded, which make up for it
-(GPTQ, arXiv 2210.17323, over vectors as in LDLQ of QuIP#, arXiv 2402.04396). With H^-1 = U^T U, U upper
-triangular, and J the columns of a subvector:
+A layer y = W x that is off by E costs the model
+
+    tr(E^T G E H)        H = E[x x^T] of its inputs, G = E[g g^T] of the loss's gradients at its outputs
+
+to second order, where x and g are taken for independent (Kronecker-factored curvature, arXiv 1503.05671; both
+sides in quantization: arXiv 2505.22988). G = I leaves tr(E H E^T), what the layer does to its inputs.
+
+Subvectors are coded in order of their columns; the error of each is carried into the columns not yet coded,
+which make up for it (GPTQ, arXiv 2210.17323, over vectors as in LDLQ of QuIP#, arXiv 2402.04396). With
+H^-1 = U^T U, U upper triangular, and J the columns of a subvector:
 
     index = argmin_c |(w_J - s c) U_JJ^-1|^2         nearest decoded codeword in the conditional metric
     e     = (w_J - s c_index) U_JJ^-1
-    w_>J  = w_>J - e U_J,>J                          feedback
+    w_>J  = w_>J - e U_J,>J                          feedback to the right
+
+Rows make up for those above them in the same way, strip by strip (a strip is a run of rows). With
+G^-1 = V^T V, V upper triangular, S the rows of a strip, and T what it aims at (W at first):
+
+    Z_S  = V_SS^-T (T_S - decoded_S)
+    T_>S = T_>S - V_S,>S^T Z_S                       feedback downwards
+
+Since the loss of a strip is tr(Z_S H Z_S^T), it is coded as above; inside a strip rows only weigh differently.
+A column of a strip waits for the same column of the strips above it alone, so strip k runs 2 k columns behind
+the first and all are coded at once.
 
 Indices are independent, or lie on a trellis: then those of a column of subvectors form one path down the
-rows, and the columns of a strip are one path, too. Afterwards passes of coordinate descent choose each column
-again with all others fixed, which can only lower the loss, and the row scale is refitted in closed form.
+rows of a strip, and the columns of a strip are one path, too: where a column's path ends, the next one has to
+go on, so it is searched with an eye on the first rows of the next column. Without G, passes of coordinate descent may
+follow: they choose each column again with all others fixed, which can only lower the loss. At last the row
+scale is fitted in closed form.
 """
 
 from __future__ import annotations
@@ -22,11 +40,12 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.codebook import Searcher
+from pocketllm.codec.strips import Downwards, Rightwards, Strips
 from pocketllm.codec.subvectors import cut, subvectors_per_row
-from pocketllm.codec.trellis import PathSearch, Trellis, first_state
+from pocketllm.codec.trellis import PathSearch, Trellis, first_state, strip_lengths
 
 _MANY = 4096  # weights of a strip of which the mean is sure
-_GROUP = 128  # columns whose feedback is applied to the rest of the row at once
+_AHEAD = 4  # rows of the next column that a path is to be good for
 
 
 @dataclass(frozen=True)
@@ -67,20 +86,55 @@ def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> Hessia
         damping *= 2
 
 
+def conditional_diagonal(factor: HessianFactor, block: int) -> Tensor:
+    """What is left of a Hessian's diagonal once errors in earlier blocks have been made up for: [C] float32.
+
+    Args:
+        block: size of the blocks; inside one nothing is made up for.
+    """
+    parts = []
+    for begin in range(0, len(factor.upper), block):
+        inverse = torch.linalg.inv(factor.upper[begin : begin + block, begin : begin + block])
+        parts.append(inverse.square().sum(dim=1))
+    return torch.cat(parts)[: factor.columns]
+
+
 class _Independent:
-    """Chooses every index of a column by itself."""
+    """Chooses every index by itself."""
 
-    def __init__(self, rows: int) -> None:
-        self.strips = [1] * rows  # rows that are better or worse together
+    def __init__(self, rows: int, strip_rows: int) -> None:
+        self.lengths, self.ahead = strip_lengths(rows, strip_rows), 0
+        self.together = [1] * rows  # rows that are better or worse together
 
-    def first(self, points: Tensor, table: Tensor, weights: Tensor, before: Tensor | None) -> Tensor:
-        """Indices of a column [rows, d], given those of the column before it (None for the first)."""
-        return Searcher(table).nearest(points)
+    def prepared(self, tables: Tensor) -> list[Searcher]:
+        """What `first` and `again` want of tables [C, K, d]."""
+        return [Searcher(table) for table in tables]
 
-    def again(
-        self, points: Tensor, table: Tensor, weights: Tensor, before: Tensor | None, now: Tensor
+    def first(
+        self,
+        points: Tensor,
+        weights: Tensor,
+        tables: list[Searcher],
+        which: Tensor,
+        lengths: list[int],
+        before: Tensor,
+        aheads: list[int],
     ) -> Tensor:
-        """Better indices than `now`, such that the columns after it can stay as they are."""
+        """Indices of one column of some strips.
+
+        Args:
+            points: [rows, d], those of each strip followed by some of its next column. weights: [rows].
+            which: [strips], the table of each. lengths, aheads: how many points are of either column.
+            before: [strips] the index that comes before.
+        """
+        sizes = [size for pair in zip(lengths, aheads, strict=True) for size in pair]
+        parts, numbers = points.split(sizes)[::2], which.tolist()
+        if len(set(numbers)) == 1:
+            return tables[numbers[0]].nearest(torch.cat(parts))
+        return torch.cat([tables[n].nearest(part) for n, part in zip(numbers, parts, strict=True)])
+
+    def again(self, points: Tensor, weights: Tensor, table: Tensor, before: Tensor, now: Tensor) -> Tensor:
+        """Better indices of a column than `now` [rows], such that the columns after it can stay as they are."""
         return Searcher(table).nearest(points)
 
 
@@ -88,20 +142,29 @@ class _OnTrellis:
     """Chooses the indices of a column as one path for each strip of rows."""
 
     def __init__(self, rows: int, trellis: Trellis, device: torch.device) -> None:
-        self.search = PathSearch(trellis, rows, device)
-        self.strips = self.search.lengths
-        self.last = torch.tensor(self.strips, device=device).cumsum(0) - 1
+        self.search = PathSearch(trellis, device)
+        self.lengths = self.together = strip_lengths(rows, trellis.strip_rows)
+        self.ahead = _AHEAD
+        self.last = torch.tensor(self.lengths, device=device).cumsum(0) - 1
 
-    def _start(self, before: Tensor | None) -> Tensor:
-        return first_state(len(self.strips), self.last.device) if before is None else before[self.last]
+    def prepared(self, tables: Tensor) -> tuple[Tensor, Tensor]:
+        return self.search.ordered(tables)
 
-    def first(self, points: Tensor, table: Tensor, weights: Tensor, before: Tensor | None) -> Tensor:
-        return self.search.search(points, weights, table, self._start(before))
-
-    def again(
-        self, points: Tensor, table: Tensor, weights: Tensor, before: Tensor | None, now: Tensor
+    def first(
+        self,
+        points: Tensor,
+        weights: Tensor,
+        tables: tuple[Tensor, Tensor],
+        which: Tensor,
+        lengths: list[int],
+        before: Tensor,
+        aheads: list[int],
     ) -> Tensor:
-        return self.search.search(points, weights, table, self._start(before), now[self.last])
+        return self.search.search(points, weights, tables, which, lengths, before, None, aheads)
+
+    def again(self, points: Tensor, weights: Tensor, table: Tensor, before: Tensor, now: Tensor) -> Tensor:
+        tables, which = self.search.ordered(table[None]), torch.zeros_like(before)
+        return self.search.search(points, weights, tables, which, self.lengths, before, now[self.last])
 
 
 def assign(
@@ -112,35 +175,45 @@ def assign(
     passes: int = 1,
     trellis: Trellis | None = None,
     row_weight: Tensor | None = None,
+    outputs: HessianFactor | None = None,
+    strip_rows: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """Indices with error feedback, and the row scale that suits them.
 
     Args:
         weight: [rows, columns] float32. table: [K, d] float32, the decoded codebook.
-        row_scale: [rows] float32, to start with. passes: of coordinate descent.
+        row_scale: [rows] float32, to start with. passes: of coordinate descent; none with `outputs`.
         trellis: of the indices; None for independent ones.
         row_weight: [rows] float32, what an error in a row costs; None for all alike. Paths run over rows, so
-            on a trellis it shifts precision between them.
+            on a trellis it shifts precision between them. Not together with `outputs`.
+        outputs: factor of G [rows, rows]; None for G = I.
+        strip_rows: rows of a strip of independent indices, where there are `outputs`.
 
     Returns:
-        indices [rows, n] int64, row_scale [rows] float32. For no row (on a trellis: no strip of rows) is the
-        loss above that of the nearest codewords with the row scale that suits those.
+        indices [rows, n] int64, row_scale [rows] float32. For no row (on a trellis: no strip of rows; with
+        `outputs`: not for the matrix) is the loss above that of the nearest codewords with the row scale that
+        suits those.
     """
     d, rows = table.shape[1], weight.shape[0]
     padded = cut(weight, d).reshape(rows, -1).float()
     scale = row_scale.clamp(min=1e-12)
     importance = torch.ones_like(scale) if row_weight is None else row_weight
-    chooser = _Independent(rows) if trellis is None else _OnTrellis(rows, trellis, weight.device)
-    problem = _Problem(padded, factor, table, chooser, importance)
+    chooser: _Chooser
+    if trellis is not None:
+        chooser = _OnTrellis(rows, trellis, weight.device)
+    else:
+        chooser = _Independent(rows, strip_rows if outputs is not None else rows)
+    problem = _Problem(padded, factor, table, chooser, importance, outputs)
     best = problem.scored(problem.feedback(scale))
     if not (trellis is not None and problem.is_far_below_nearest(best[2], trellis.stride / d)):
         best = problem.better(best, problem.scored(problem.nearest(scale)))
-    for _ in range(passes):
+    for _ in range(passes if outputs is None else 0):
         best = problem.better(best, problem.scored(problem.descend(best[0], best[1])))
     return best[0], best[1]
 
 
 _Scored = tuple[Tensor, Tensor, Tensor]  # indices [rows, n], row_scale [rows], loss [rows]
+_Chooser = _Independent | _OnTrellis
 
 
 @dataclass(frozen=True)
@@ -150,24 +223,39 @@ class _Problem:
     weight: Tensor
     factor: HessianFactor
     table: Tensor
-    chooser: _Independent | _OnTrellis
+    chooser: _Chooser
     importance: Tensor
+    outputs: HessianFactor | None
+
+    @property
+    def together(self) -> list[int]:
+        """Runs of rows whose loss is one sum."""
+        return self.chooser.together if self.outputs is None else [len(self.weight)]
 
     def scored(self, indices: Tensor) -> _Scored:
-        """Closed-form row scale s = w H q / q H q and the loss (w - s q) H (w - s q)."""
+        """The row scale that minimizes the loss, and the loss, each row's share of it."""
         hessian = self.factor.hessian
         unit = self.table[indices].reshape(self.weight.shape)
         unit[:, self.factor.columns :] = 0  # what decodes into the padding is dropped
         projected = unit @ hessian
-        energy = (projected * unit).sum(dim=1)
-        cross = (projected * self.weight).sum(dim=1)
-        scale = torch.where(energy > 0, cross / energy.clamp(min=1e-30), torch.zeros_like(energy))
+        if self.outputs is None:  # s = w H q / q H q
+            energy = (projected * unit).sum(dim=1)
+            cross = (projected * self.weight).sum(dim=1)
+            scale = torch.where(energy > 0, cross / energy.clamp(min=1e-30), torch.zeros_like(energy))
+        else:  # (G * Q H Q^T) s = diag(G W H Q^T)
+            system = (self.outputs.hessian * (projected @ unit.T)).double()
+            system.diagonal().add_(1e-6 * system.diagonal().mean() + 1e-30)
+            cross = ((self.outputs.hessian @ self.weight) * projected).sum(dim=1)
+            scale = torch.linalg.solve(system, cross.double()).float()
         error = self.weight - scale[:, None] * unit
-        return indices, scale, ((error @ hessian) * error).sum(dim=1)
+        cost = error @ hessian
+        if self.outputs is not None:
+            cost = self.outputs.hessian @ cost
+        return indices, scale, (cost * error).sum(dim=1)
 
     def better(self, one: _Scored, other: _Scored) -> _Scored:
         """Strip by strip, the one with the lower loss."""
-        gain = ((one[2] - other[2]) * self.importance).split(self.chooser.strips)
+        gain = ((one[2] - other[2]) * self.importance).split(self.together)
         take = torch.cat([part.sum().gt(0).expand(len(part)) for part in gain])
         return (
             torch.where(take[:, None], other[0], one[0]),
@@ -178,17 +266,21 @@ class _Problem:
     def is_far_below_nearest(self, loss: Tensor, bits: float) -> bool:
         """Whether no strip can come out better with the nearest path, so that it need not be searched.
 
-        The nearest path leaves an error that is blind to H: about mean(H_jj) |e|^2 over a strip's thousands of
-        weights, with |e|^2 at least 2^(-2 bits) |w|^2 by Shannon's bound (weights are no harder than Gaussian
-        ones by much). Half of that is left as a margin. Where weights are few or inputs very unlike (they are
-        not once rotated), the mean says little.
+        The nearest path leaves an error that is blind to H and G: about mean(H_jj) mean(G_ii) |e|^2 over a
+        strip's thousands of weights, with |e|^2 at least 2^(-2 bits) |w|^2 by Shannon's bound (weights are no
+        harder than Gaussian ones by much). Half of that is left as a margin. Where weights are few or inputs
+        very unlike (they are not once rotated), the mean says little.
         """
-        diagonal = self.factor.hessian.diagonal()[: self.factor.columns]
-        mean = diagonal.mean()
-        if min(self.chooser.strips) * self.factor.columns < _MANY or float(diagonal.max()) > 8 * float(mean):
+        least = 4.0**-bits * self.weight.square().sum(dim=1)
+        sides = [self.factor] if self.outputs is None else [self.factor, self.outputs]
+        for side in sides:
+            diagonal = side.hessian.diagonal()[: side.columns]
+            if float(diagonal.max()) > 8 * float(diagonal.mean()):
+                return False
+            least = least * diagonal.mean()
+        if min(self.together) * self.factor.columns < _MANY:
             return False
-        least = mean * 4.0**-bits * self.weight.square().sum(dim=1)
-        pairs = zip(loss.split(self.chooser.strips), least.split(self.chooser.strips), strict=True)
+        pairs = zip(loss.split(self.together), least.split(self.together), strict=True)
         return all(bool(found.sum() < 0.5 * bound.sum()) for found, bound in pairs)
 
     def _weights(self, scale: Tensor) -> Tensor:
@@ -198,43 +290,53 @@ class _Problem:
 
     def nearest(self, scale: Tensor) -> Tensor:
         """[rows, n] indices of the least error of the weights alone."""
-        d = self.table.shape[1]
-        unit = self.weight / scale[:, None]
-        if isinstance(self.chooser, _Independent):
-            return self.chooser.first(unit.reshape(-1, d), self.table, scale, None).reshape(len(unit), -1)
-        weights, found = self._weights(scale), list[Tensor]()
-        for points in unit.split(d, dim=1):
-            found.append(self.chooser.first(points, self.table, weights, found[-1] if found else None))
-        return torch.stack(found, dim=1)
+        return self._coded(scale, None, None)
 
     def feedback(self, scale: Tensor) -> Tensor:
-        """[rows, n] indices by error feedback from left to right."""
-        (rows, columns), d, upper = self.weight.shape, self.table.shape[1], self.factor.upper
-        remaining = self.weight / scale[:, None]
-        weights = self._weights(scale)
-        found = list[Tensor]()
-        group = max(d, _GROUP // d * d)
-        inner = torch.linalg.inv(torch.stack([upper[j : j + d, j : j + d] for j in range(0, columns, d)]))
-        for begin in range(0, columns, group):
-            end = min(begin + group, columns)
-            errors = torch.zeros(rows, end - begin, device=remaining.device)
-            for j in range(begin, end, d):
-                block, metric = slice(j, j + d), inner[j // d]
-                points = remaining[:, block] @ metric
-                before = found[-1] if found else None
-                table = self.table @ metric
-                found.append(self.chooser.first(points, table, weights, before))
-                error = points - table[found[-1]]
-                errors[:, j - begin : j - begin + d] = error
-                remaining[:, j + d : end] -= error @ upper[block, j + d : end]
-            remaining[:, end:] -= errors @ upper[begin:end, end:]
-        return torch.stack(found, dim=1)
+        """[rows, n] indices by error feedback to the right, and downwards where there is G."""
+        return self._coded(scale, self.factor.upper, self.outputs)
+
+    def _coded(self, scale: Tensor, upper: Tensor | None, outputs: HessianFactor | None) -> Tensor:
+        """Column after column, each with feedback from those before it as far as `upper` and `outputs` say."""
+        (columns, d), device = (self.weight.shape[1], self.table.shape[1]), self.weight.device
+        strips = Strips(self.chooser.lengths, columns // d, outputs is not None, device)
+        ahead = min(self.chooser.ahead, *strips.lengths)
+        right, down = Rightwards(strips, self.weight, upper, d), None
+        weights, size = strips.pad(self._weights(scale)), strips.pad(scale)[..., None]
+        if outputs is not None:
+            down = Downwards(strips, outputs.upper, d)
+            weights = weights * down.diagonal
+        tables = self.chooser.prepared(self.table @ right.metric)
+        found = torch.zeros(*strips.inside.shape, strips.columns, dtype=torch.int64, device=device)
+        before = first_state(len(strips.lengths), device)
+        for at in strips:
+            part, column = at.strips, at.columns
+            shift = 0.0 if down is None else down.shift(at)
+            points = (right.wanted(at) - shift) / size[part]
+            peek = right.wanted(at.next)[:, :ahead]
+            peek = (peek - (0.0 if down is None else down.shift(at.next, ahead))) / size[part, :ahead]
+            both = torch.cat([points @ right.metric[column], peek @ right.metric[at.next.columns]], dim=1)
+            mask = torch.cat([strips.inside[part], at.has_next[:, None].expand(-1, ahead)], dim=1)
+            costs = torch.cat([weights[part], weights[part, :ahead]], dim=1)
+            chosen = torch.zeros_like(found[part, :, 0])
+            chosen[strips.inside[part]] = self.chooser.first(
+                *(both[mask], costs[mask], tables, column, strips.lengths[part], before[part]),
+                [ahead if more else 0 for more in at.has_next.tolist()],
+            )
+            found[at.numbers, :, column] = chosen
+            before[part] = chosen.gather(1, strips.last[part, None])[:, 0]
+            codewords = self.table[chosen] * strips.inside[part][..., None]
+            right.feed(at, size[part] * ((points - codewords) @ right.metric[column]))
+            if down is not None:
+                down.feed(at, right.target(at) - shift - size[part] * codewords)
+        return found[strips.inside]
 
     def descend(self, indices: Tensor, scale: Tensor) -> Tensor:
         """One pass of coordinate descent over the columns; the loss of no strip rises."""
         d, hessian = self.table.shape[1], self.factor.hessian
         scale = torch.where(scale.abs() > 1e-12, scale, torch.full_like(scale, 1e-12))
-        weights = self._weights(scale)
+        weights, start = self._weights(scale), first_state(len(self.chooser.lengths), scale.device)
+        last = torch.tensor(self.chooser.lengths, device=scale.device).cumsum(0) - 1
         error = self.weight / scale[:, None] - self.table[indices].reshape(self.weight.shape)
         pull = error @ hessian  # gradient of the loss per column, kept up to date
         indices = indices.clone()
@@ -244,9 +346,9 @@ class _Problem:
             root = torch.linalg.cholesky(inner)
             # The loss over this subvector is |(x - c) root|^2 with x its error-free target.
             wanted = self.table[indices[:, column]] + torch.linalg.solve(inner, pull[:, block].T).T
-            before = indices[:, column - 1] if column else None
+            before = indices[last, column - 1] if column else start
             now = indices[:, column]
-            found = self.chooser.again(wanted @ root, self.table @ root, weights, before, now)
+            found = self.chooser.again(wanted @ root, weights, self.table @ root, before, now)
             pull += (self.table[now] - self.table[found]) @ hessian[block]
             indices[:, column] = found
         return indices

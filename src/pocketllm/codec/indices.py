@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pocketllm.codec.packing import index_width, pack, packed_bytes, unpack
-from pocketllm.codec.trellis import Trellis, pack_paths, trellis_bytes, unpack_paths
+from pocketllm.codec.trellis import STRIP_ROWS, Trellis, pack_paths, trellis_bytes, unpack_paths
 
 
 @dataclass(frozen=True)
 class IndexForm:
-    """codebook_size: K. stride: bits that each index adds on a trellis; None for independent indices."""
+    """codebook_size: K. stride: bits that each index adds on a trellis; None for independent indices.
+
+    strip_rows: about how many rows a path runs down before it goes on in the next column.
+    """
 
     codebook_size: int
     stride: int | None = None
+    strip_rows: int = STRIP_ROWS
 
     @property
     def width(self) -> int:
@@ -30,7 +34,7 @@ class IndexForm:
     @property
     def trellis(self) -> Trellis | None:
         """The trellis of overlapping indices."""
-        return None if self.stride is None else Trellis(self.width, self.stride)
+        return None if self.stride is None else Trellis(self.width, self.stride, self.strip_rows)
 
     def nbytes(self, rows: int, per_row: int) -> int:
         """Bytes of [rows, per_row] packed indices."""

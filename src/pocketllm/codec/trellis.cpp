@@ -1,8 +1,10 @@
 // Cheapest paths through a bitshift trellis (Viterbi). Built by compiled.py with the system's compiler;
 // trellis.py holds the path in torch, which does the same operations in the same order (no fused ones).
 //
-// points [n, d]; weights [n]; table [d, 2^width], half [2^width] = |c|^2 / 2, both over bit-reversed states;
-// start, stop [strips]; lengths [strips]; out [n]. The bits a state keeps are its low `kept` ones after a
+// points [n, d]; weights [n]; tables [C, d, 2^width], halves [C, 2^width] = |c|^2 / 2, both over bit-reversed
+// states; which [strips], the table of each; start, stop [strips]; lengths [strips]; out [rows].
+// A strip's points are followed by `ahead` more, of the column after it and with the table `next`: the path
+// goes on through them, so that it ends where the next one can begin well, but they are not put out. The bits a state keeps are its low `kept` ones after a
 // step, so that the 2^stride states that can precede one lie 2^kept apart.
 
 #include <cstdint>
@@ -35,12 +37,14 @@ static inline Lanes spread(const float* least, int64_t state) {
 
 template <int STRIDE, int D>
 static void path(const float* points, const float* weights, const float* table, const float* half,
-                 int64_t start, int64_t stop, int64_t length, int64_t width, int64_t* out, float* cost,
-                 float* least, uint8_t* back) {
+                 const float* next_table, const float* next_half, int64_t start, int64_t stop,
+                 int64_t length, int64_t ahead, int64_t width, int64_t* out, float* cost, float* least,
+                 uint8_t* back) {
     const int64_t states = int64_t(1) << width, kept = width - STRIDE, groups = int64_t(1) << kept;
     for (int64_t state = 0; state < states; ++state) cost[state] = __builtin_inff();
     cost[start] = 0;
-    for (int64_t t = 0; t < length; ++t) {
+    for (int64_t t = 0; t < length + ahead; ++t) {
+        if (t == length) table = next_table, half = next_half;
         for (int64_t group = 0; group < groups; group += LANES) {
             Lanes best = load(cost + group);
             Ints where = Ints{};
@@ -80,20 +84,21 @@ static void path(const float* points, const float* weights, const float* table, 
         for (int64_t other = 1; other < states; ++other)
             if (cost[other] < cost[state]) state = other;
     }
-    for (int64_t t = length - 1; t >= 0; --t) {
-        out[t] = state;
+    for (int64_t t = length + ahead - 1; t >= 0; --t) {
+        if (t < length) out[t] = state;
         int64_t group = state >> STRIDE;
         state = (int64_t(back[t * groups + group]) << kept) | group;
     }
 }
 
-extern "C" int trellis_search(const float* points, const float* weights, const float* table, const float* half,
-                              const int64_t* start, const int64_t* stop, const int64_t* lengths,
+extern "C" int trellis_search(const float* points, const float* weights, const float* tables, const float* halves,
+                              const int64_t* which, const int64_t* next, const int64_t* start,
+                              const int64_t* stop, const int64_t* lengths, const int64_t* aheads,
                               int64_t strips, int64_t width, int64_t stride, int64_t d, int64_t* out) {
     const int64_t states = int64_t(1) << width, groups = states >> stride;
     int64_t longest = 0;
     for (int64_t strip = 0; strip < strips; ++strip)
-        longest = lengths[strip] > longest ? lengths[strip] : longest;
+        longest = lengths[strip] + aheads[strip] > longest ? lengths[strip] + aheads[strip] : longest;
     int failed = 0;
 #pragma omp parallel
     {
@@ -105,13 +110,17 @@ extern "C" int trellis_search(const float* points, const float* weights, const f
 #pragma omp for schedule(dynamic)
         for (int64_t strip = 0; strip < strips; ++strip) {
             if (failed == 2) continue;
-            int64_t first = 0;
-            for (int64_t before = 0; before < strip; ++before) first += lengths[before];
+            int64_t first = 0, skipped = 0;
+            for (int64_t before = 0; before < strip; ++before)
+                first += lengths[before], skipped += aheads[before];
             bool done = false;
 #define CASE(S, D) \
     if (stride == S && d == D) { \
-        path<S, D>(points + first * D, weights + first, table, half, start[strip], stop[strip], \
-                   lengths[strip], width, out + first, cost, cost + states, back); \
+        path<S, D>(points + (first + skipped) * D, weights + first + skipped, \
+                   tables + which[strip] * D * states, halves + which[strip] * states, \
+                   tables + next[strip] * D * states, halves + next[strip] * states, start[strip], \
+                   stop[strip], lengths[strip], aheads[strip], width, out + first, cost, cost + states, \
+                   back); \
         done = true; \
     }
 #define STRIDES(D) CASE(1, D) CASE(2, D) CASE(3, D) CASE(4, D) CASE(5, D) CASE(6, D) CASE(7, D) CASE(8, D)

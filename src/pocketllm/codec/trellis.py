@@ -7,7 +7,8 @@ that of independent indices. With stride = width the windows do not overlap: pla
 
 A path runs down the rows of one column of subvectors, and on into the next column, so that error feedback
 can take its turn between two columns. The rows are cut into strips whose paths are independent (they are
-searched in parallel); the bits before a strip's first window are zero.
+searched in parallel, and error feedback takes its turn between them, too); the bits before a strip's first
+window are zero. Short strips lose about 2 / rows of the error each.
 
 Source: the bitshift trellis of QTIP (arXiv 2406.11235), here with a learned codebook.
 """
@@ -22,15 +23,19 @@ from torch import Tensor
 from pocketllm.codec import compiled
 from pocketllm.codec.packing import pack, packed_bytes, unpack
 
-_STRIP_ROWS = 256  # about; shorter strips parallelize better and lose about 2 / rows of the error each
+STRIP_ROWS = 256  # about, where nothing but parallel search asks for strips
 
 
 @dataclass(frozen=True)
 class Trellis:
-    """Window of `width` bits (K = 2^width), `stride` bits from one to the next, 1 <= stride <= width."""
+    """Window of `width` bits (K = 2^width), `stride` bits from one to the next, 1 <= stride <= width.
+
+    strip_rows: about how many rows a strip has.
+    """
 
     width: int
     stride: int
+    strip_rows: int = STRIP_ROWS
 
     @property
     def kept(self) -> int:
@@ -53,21 +58,23 @@ class Trellis:
         return indices >> self.kept
 
 
-def strip_rows(rows: int) -> list[int]:
-    """Lengths of the strips that `rows` are cut into: equal but for one row."""
-    count = max(1, round(rows / _STRIP_ROWS))
+def strip_lengths(rows: int, strip_rows: int) -> list[int]:
+    """Lengths of the strips that `rows` are cut into: equal but for one row, the longer ones first."""
+    count = max(1, round(rows / strip_rows))
     return [rows // count + (1 if strip < rows % count else 0) for strip in range(count)]
 
 
 def trellis_bytes(rows: int, per_row: int, trellis: Trellis) -> int:
     """Bytes of the packed indices of a matrix; every strip begins on a byte."""
-    return sum(packed_bytes(length * per_row, trellis.stride) for length in strip_rows(rows))
+    return sum(
+        packed_bytes(length * per_row, trellis.stride) for length in strip_lengths(rows, trellis.strip_rows)
+    )
 
 
 def pack_paths(indices: Tensor, trellis: Trellis) -> Tensor:
     """[rows, n] indices that form paths -> uint8 [trellis_bytes]."""
     steps = trellis.steps(indices)
-    parts = steps.split(strip_rows(indices.shape[0]))
+    parts = steps.split(strip_lengths(indices.shape[0], trellis.strip_rows))
     return torch.cat([pack(part.T.reshape(-1), trellis.stride) for part in parts])
 
 
@@ -79,7 +86,7 @@ def unpack_paths(stream: Tensor, trellis: Trellis, rows: int, per_row: int) -> T
     """
     out = torch.empty(rows, per_row, dtype=torch.int32, device=stream.device)
     first, offset = 0, 0
-    for length in strip_rows(rows):
+    for length in strip_lengths(rows, trellis.strip_rows):
         nbytes = packed_bytes(length * per_row, trellis.stride)
         last = first + length == rows
         part = stream[offset:] if last else stream[offset : offset + nbytes]
@@ -104,73 +111,116 @@ def reversed_bits(width: int) -> Tensor:
 
 
 class PathSearch:
-    """Cheapest paths through the trellis, column after column, all strips at once.
+    """Cheapest paths through the trellis for one column of each strip, all strips at once.
 
     Args:
-        trellis: the trellis. rows: of the matrix. device: of the points.
+        trellis: the trellis. device: of the points.
     """
 
-    def __init__(self, trellis: Trellis, rows: int, device: torch.device) -> None:
-        self.trellis, self.lengths = trellis, strip_rows(rows)
+    def __init__(self, trellis: Trellis, device: torch.device) -> None:
+        self.trellis = trellis
         self.order = reversed_bits(trellis.width).to(device)
 
+    def ordered(self, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables [..., 2^width, d] as the search wants them: [..., d, 2^width], and |c|^2 / 2."""
+        # Inside, states are bit-reversed: the bits that survive a step are the low ones and lie together.
+        tables = tables[..., self.order, :]
+        return tables.transpose(-1, -2).contiguous(), tables.square().sum(dim=-1) / 2
+
     def search(
-        self, points: Tensor, weights: Tensor, table: Tensor, start: Tensor, end: Tensor | None = None
+        self,
+        points: Tensor,
+        weights: Tensor,
+        tables: tuple[Tensor, Tensor],
+        which: Tensor,
+        lengths: list[int],
+        start: Tensor,
+        end: Tensor | None = None,
+        aheads: list[int] | None = None,
     ) -> Tensor:
         """Indices of the paths of least sum over rows of weight * |point - table[index]|^2.
 
         Args:
-            points: [rows, d] float32. weights: [rows] float32, positive. table: [2^width, d] float32.
-            start: [strips] int64, the index before the first row of each strip.
+            points: [rows, d] float32. weights: [rows] float32, positive.
+            tables: what `ordered` makes of tables [C, 2^width, d]. which: [strips] int64, the table of each.
+            lengths: rows of each strip. start: [strips] int64, the index before its first row.
             end: [strips] int64, the index each strip must end with; None leaves it free.
+            aheads: how many of the points of each strip, its last ones, belong to the column after it and take
+                the table after its own: the path is to be good for them, too, but is put out without them.
 
         Returns:
             [rows] int64.
         """
-        # Inside, states are bit-reversed: the bits that survive a step are the low ones and lie together.
-        ordered = table[self.order].T.contiguous()
-        half = table[self.order].square().sum(dim=1) / 2
+        aheads = aheads or [0] * len(lengths)
+        after = (which + 1).clamp(max=len(tables[0]) - 1)
         start = self.order[start]
         stop = torch.full_like(start, -1) if end is None else self.order[end]
-        arguments = (points.contiguous(), weights.contiguous(), ordered, half, start, stop)
-        d, stride = table.shape[1], self.trellis.stride
+        arguments = (points.contiguous(), weights.contiguous(), *tables, which, after, start, stop)
+        d, stride = points.shape[1], self.trellis.stride
         if points.device.type == "cpu" and compiled.trellis_available(d, stride, self.trellis.kept):
-            states = compiled.trellis_search(*arguments, self.lengths, self.trellis.width, stride)
+            states = compiled.trellis_search(*arguments, lengths, aheads, self.trellis.width, stride)
         else:
-            states = self._torch(*arguments)
+            states = self._torch(*arguments, lengths, aheads)
         return self.order[states]
 
     def _torch(
-        self, points: Tensor, weights: Tensor, ordered: Tensor, half: Tensor, start: Tensor, stop: Tensor
+        self,
+        points: Tensor,
+        weights: Tensor,
+        tables: Tensor,
+        halves: Tensor,
+        which: Tensor,
+        after: Tensor,
+        start: Tensor,
+        stop: Tensor,
+        lengths: list[int],
+        aheads: list[int],
     ) -> Tensor:
         """The search in torch, strips of equal length at once; the same operations in the same order."""
-        out = torch.empty(points.shape[0], dtype=torch.int64, device=points.device)
-        firsts = torch.tensor([0, *self.lengths]).cumsum(0)[:-1]
-        for length in dict.fromkeys(self.lengths):
-            chosen = torch.tensor([n for n, size in enumerate(self.lengths) if size == length])
-            rows = (firsts[chosen][:, None] + torch.arange(length)).to(points.device)
+        out = torch.empty(sum(lengths), dtype=torch.int64, device=points.device)
+        sizes = list(zip(lengths, aheads, strict=True))
+        firsts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+        skipped = torch.tensor([0, *aheads]).cumsum(0)[:-1]
+        for length, ahead in dict.fromkeys(sizes):
+            chosen = torch.tensor([n for n, size in enumerate(sizes) if size == (length, ahead)])
+            into = (firsts[chosen][:, None] + torch.arange(length)).to(points.device)
+            rows = ((firsts + skipped)[chosen][:, None] + torch.arange(length + ahead)).to(points.device)
             chosen = chosen.to(points.device)
-            out[rows] = self._paths(points[rows], weights[rows], ordered, half, start[chosen], stop[chosen])
+            pairs = [(tables[n], halves[n]) for n in (which[chosen], after[chosen])]
+            found = self._paths(points[rows], weights[rows], pairs, length, start[chosen], stop[chosen])
+            out[into] = found[:, :length]
         return out
 
     def _paths(
-        self, points: Tensor, weights: Tensor, ordered: Tensor, half: Tensor, start: Tensor, stop: Tensor
+        self,
+        points: Tensor,
+        weights: Tensor,
+        tables: list[tuple[Tensor, Tensor]],
+        own: int,
+        start: Tensor,
+        stop: Tensor,
     ) -> Tensor:
-        """points [B, T, d], weights [B, T] -> states [B, T]."""
+        """points [B, T, d], weights [B, T] -> states [B, T].
+
+        tables: ([B, d, K], |c|^2 / 2 [B, K]) of the first `own` points, and of those after them.
+        """
+        table, half = tables[0]
         batch, length, d = points.shape
         kept, choices = self.trellis.kept, 1 << self.trellis.stride
         scaled = points * weights[..., None]
-        cost = torch.full((batch, half.shape[0]), torch.inf, device=points.device)
+        cost = torch.full((batch, half.shape[1]), torch.inf, device=points.device)
         cost.scatter_(1, start[:, None], 0.0)
         back = torch.empty(length, batch, 1 << kept, dtype=torch.uint8, device=points.device)
         for t in range(length):
+            if t == own:
+                table, half = tables[1]
             previous = cost.reshape(batch, choices, 1 << kept)
             least = previous.amin(dim=1)
             # The first of equals wins on every device.
             back[t] = (previous == least[:, None]).to(torch.uint8).argmax(dim=1)
             branch = half * weights[:, t, None]
             for i in range(d):
-                branch = branch - scaled[:, t, i, None] * ordered[i]
+                branch = branch - scaled[:, t, i, None] * table[:, i]
             cost = least.repeat_interleave(choices, dim=1) + branch
             if t % 16 == 15:  # keep magnitudes small
                 cost = cost - cost.amin(dim=1, keepdim=True)
@@ -201,12 +251,14 @@ def train_codebook(
     size = 1 << trellis.width
     drawn = torch.randint(len(points), (size,), generator=generator).to(points.device)
     table = points[drawn].float()
-    search = PathSearch(trellis, len(points), points.device)
-    start = first_state(len(search.lengths), points.device)
+    lengths = strip_lengths(len(points), trellis.strip_rows)
+    search = PathSearch(trellis, points.device)
+    start = first_state(len(lengths), points.device)
+    which = torch.zeros_like(start)
     weights = torch.ones(len(points), device=points.device)
     energy, errors, counts = float(points.square().sum()), list[float](), torch.ones(size)
     for _ in range(max(1, iterations)):
-        indices = search.search(points, weights, table, start)
+        indices = search.search(points, weights, search.ordered(table[None]), which, lengths, start)
         errors.append(float((points - table[indices]).square().sum()) / max(energy, 1e-30))
         sums = torch.zeros_like(table, dtype=torch.float64).index_add_(0, indices, points.double())
         counts = torch.bincount(indices, minlength=size)

@@ -22,7 +22,9 @@ class CalibrationConfig:
 
     tokens, context: of the calibration text, and per window. sensitivity_tokens: of these, for the
     measurement of what an error in each matrix costs. damping: share of the mean diagonal added to each
-    Hessian. passes: of coordinate descent after error feedback. rotate: rotate both sides of matrices.
+    Hessian. two_sided: weigh errors by the loss's gradients at a layer's outputs, too, so that rows make up
+    for each other; else by its inputs alone. passes: of coordinate descent after error feedback. rotate:
+    rotate both sides of matrices.
     sequential: code each block for the inputs it gets from the coded blocks before it; else for those it has
         in the dense model, which can be kept and used again.
     refine_epochs, refine_rate: passes over the text, and learning rate, of tuning each coded block; 0 passes
@@ -35,6 +37,7 @@ class CalibrationConfig:
     context: int = 512
     sensitivity_tokens: int = 4096
     damping: float = 0.01
+    two_sided: bool = False
     passes: int = 0
     rotate: bool = True
     sequential: bool = True
@@ -46,6 +49,8 @@ class CalibrationConfig:
         at_least("calibration tokens", self.tokens, self.context)
         at_least("calibration context", self.context, 2)
         at_least("passes", self.passes, 0)
+        if self.passes and self.two_sided:
+            raise ConfigError("passes: coordinate descent excludes two_sided (--two-sided)")
         at_least("refine_epochs", self.refine_epochs, 0)
         positive("refine_rate", self.refine_rate)
         positive("damping", self.damping)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from pocketllm.config import SCOPES, CompressConfig
 from pocketllm.errors import ConfigError, TargetError
@@ -20,19 +21,25 @@ _STEPS = (
 
 
 def make_plan(
-    source: DenseCheckpoint, config: CompressConfig, importance: Mapping[str, float] | None = None
+    source: DenseCheckpoint,
+    config: CompressConfig,
+    importance: Mapping[str, float] | None = None,
+    strip_rows: Mapping[str, int] | None = None,
 ) -> Plan:
     """Decide for every tensor of the model.
 
     Args:
         importance: loss that a matrix causes per unit of its nmse, by name, as measured by calibration. Bits
             on a trellis go where they lower the summed loss most; without it all weights count alike.
+        strip_rows: of the paths of a matrix, by name, where they are not the usual ones.
 
     Raises:
         ConfigError: nothing to compress, the target cannot be met (the message names the smallest and
             largest possible), or a codebook larger than the number of subvectors that share it.
     """
     matrices, dense = classify(source, config)
+    if strip_rows:
+        matrices = [replace(m, strip_rows=strip_rows.get(m.name, m.strip_rows)) for m in matrices]
     while True:
         if not matrices:
             raise ConfigError(

@@ -14,7 +14,7 @@ from pocketllm.model.blocks import BlockStream, block_list
 from pocketllm.model.encode import Encoder
 from pocketllm.model.inputs import Inputs
 from pocketllm.model.plan import Matrix, Plan
-from pocketllm.model.sensitivity import Sensitivity
+from pocketllm.model.sensitivity import Sensitivity, output_hessians
 
 Progress = Callable[[float, str], None]
 
@@ -107,9 +107,11 @@ def _encode_block(
         return
     progress(encoder.share, f"{path}: inputs")
     inputs = see()
+    after = output_hessians(encoder.outputs, path, encoder.device)
     for matrix, factor in _factors(inside, inputs, encoder.plan):
         progress(encoder.share, matrix.name)
-        encoder.with_feedback(matrix, factor, inputs)
+        outputs = _output_factor(matrix, after.get(matrix.name), encoder.plan)
+        encoder.with_feedback(matrix, factor, inputs, outputs=outputs)
 
 
 def _encode_end(encoder: Encoder, matrix: Matrix, sensitivity: Sensitivity) -> None:
@@ -138,3 +140,12 @@ def _factor(matrix: Matrix, hessian: Tensor, plan: Plan) -> HessianFactor:
     assert settings is not None
     rotated = hessian if seed is None else rotate_hessian(hessian, seed)
     return factorize(rotated, plan.specs[matrix.name].vector_len, settings.damping)
+
+
+def _output_factor(matrix: Matrix, hessian: Tensor | None, plan: Plan) -> HessianFactor | None:
+    """The factor of the Hessian [rows, rows] of a matrix's outputs, which is rotated as the matrix is."""
+    settings, seed = plan.config.calibration, plan.rotation(matrix)[0]
+    assert settings is not None
+    if hessian is None:
+        return None
+    return factorize(hessian if seed is None else rotate_hessian(hessian, seed), 1, settings.damping)

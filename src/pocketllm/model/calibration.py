@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Calibration:
-    """windows: [N, context] token ids. kept: folder of the inputs of the dense model's blocks, None without."""
+    """windows: [N, context] token ids.
+
+    kept: folder of the inputs of the dense model's blocks, None without. outputs: folder of the Hessians of
+    layers' outputs, None without.
+    """
 
     windows: Tensor
     sensitivity: Sensitivity
     kept: Path | None
+    outputs: Path | None
 
 
 def calibrate(
@@ -48,13 +55,15 @@ def calibrate(
     config: CompressConfig,
     device: str,
     folder: Path | None = None,
+    scratch: Path | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Calibration:
     """What an error in each matrix costs; measured now, or by an earlier run on the same model and text.
 
     Args:
         windows: [N, context] token ids; see `read_windows`.
-        folder: where measurements are kept; None is the cache folder.
+        folder: where measurements are kept; None keeps small ones in the cache folder.
+        scratch: where large ones are kept without it; None where they are not wanted.
     """
     settings = config.calibration
     assert settings is not None
@@ -69,11 +78,18 @@ def calibrate(
     count = max(1, settings.sensitivity_tokens // windows.shape[1])
     chosen = windows[:: max(1, len(windows) // count)][:count]
     names = [m.name for m in matrices]
-    key = _key(source, chosen, device, settings.damping, config.seed, names)
+    two_sided = settings.two_sided
+    key = _key(source, chosen, device, settings.damping, config.seed, two_sided, names)
     path = (folder or cache_folder()) / f"sensitivity-{key}.safetensors"
-    if not path.is_file():
-        found = measure(source, chosen, matrices, settings.damping, config.seed, device, progress)
-        found.save(path)
+    place = folder or scratch
+    outputs = place / f"outputs-{key}" if place is not None and two_sided else None
+    if not path.is_file() or (outputs is not None and not outputs.is_dir()):
+        with _whole(outputs) as made:
+            measure(
+                *(source, chosen, matrices, settings.damping, config.seed, device, progress),
+                two_sided=two_sided,
+                outputs=made,
+            ).save(path)
     kept = None
     if folder is not None and not settings.sequential:
         inside = [m.name for m in matrices if m.in_blocks]
@@ -81,7 +97,20 @@ def calibrate(
     found, tokens = Sensitivity.load(path), chosen.numel()
     if tokens < len(found.head_hessian):
         found = replace(found, head_hessian=filled_up(found.head_hessian * tokens, tokens))
-    return Calibration(windows, found, kept)
+    return Calibration(windows, found, kept, outputs)
+
+
+@contextmanager
+def _whole(folder: Path | None) -> Iterator[Path | None]:
+    """A folder to fill, which gets its name when that is done."""
+    if folder is None:
+        yield None
+        return
+    filled = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(filled, ignore_errors=True)
+    filled.mkdir(parents=True)
+    yield filled
+    filled.replace(folder)
 
 
 def _key(source: DenseCheckpoint, windows: Tensor, device: str, *facts: object) -> str:

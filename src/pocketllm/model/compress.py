@@ -99,9 +99,10 @@ def compress(
     try:
         work = Workspace.open(output, source, config, str(model), device, text_identity(windows))
         with locked(work.folder):
-            found = _calibrated(source, windows, config, device, calibration_folder, progress)
+            folder = calibration_folder
+            found = _calibrated(source, windows, config, device, folder, work.folder, progress)
             if found is not None:
-                checkpoint = planned(source, config, str(model), found.sensitivity.importance)
+                checkpoint = planned(source, config, str(model), *found.sensitivity.for_plan)
             _fit_and_encode(work, source, checkpoint.plan, found, device, progress)
             progress(Event("write", 0.0, "writing the checkpoint"))
             report = checkpoint.write(work)
@@ -138,9 +139,9 @@ def dry_run(
     source.check_dtypes()
     checkpoint = planned(source, config, str(model))
     windows = read_windows(source, config)
-    found = _calibrated(source, windows, config, device, calibration_folder, progress)
+    found = _calibrated(source, windows, config, device, calibration_folder, None, progress)
     if found is not None:
-        checkpoint = planned(source, config, str(model), found.sensitivity.importance)
+        checkpoint = planned(source, config, str(model), *found.sensitivity.for_plan)
     return dry_report(checkpoint)
 
 
@@ -150,12 +151,13 @@ def _calibrated(
     config: CompressConfig,
     device: str,
     folder: str | Path | None,
+    scratch: Path | None,
     progress: ProgressCallback,
 ) -> Calibration | None:
     if windows is None:
         return None
     told = partial(_tell, progress, "measure", detail="sensitivity of every matrix")
-    return calibrate(source, windows, config, device, None if folder is None else Path(folder), told)
+    return calibrate(source, windows, config, device, Path(folder) if folder else None, scratch, told)
 
 
 def _fit_and_encode(
@@ -168,7 +170,8 @@ def _fit_and_encode(
 ) -> None:
     """Fit every codebook group and code its matrices; with calibration, code when all are fitted."""
     codecs: dict[str, MatrixCodec] = {}
-    encoder = Encoder(work, source, plan, lambda matrix: codecs[plan.decoder_key(matrix)], device)
+    outputs = None if calibration is None else calibration.outputs
+    encoder = Encoder(work, source, plan, lambda matrix: codecs[plan.decoder_key(matrix)], device, outputs)
     done = 0
     for number, (key, group) in enumerate(plan.groups().items()):
         which = f"codebook {number + 1} of {len(plan.groups())} ({key.split('|')[0]})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,17 @@ class Encoder:
     """Codes matrices of one model into a workspace; what is there already is not coded again."""
 
     def __init__(
-        self, work: Workspace, source: DenseCheckpoint, plan: Plan, codec_of: CodecOf, device: str
+        self,
+        work: Workspace,
+        source: DenseCheckpoint,
+        plan: Plan,
+        codec_of: CodecOf,
+        device: str,
+        outputs: Path | None = None,
     ) -> None:
         self.work, self.source, self.plan = work, source, plan
         self.codec_of, self.device = codec_of, device
+        self.outputs = outputs  # folder of the Hessians of layers' outputs
         self.by_name = {m.name: m for m in plan.matrices}
         self.scales: dict[str, Tensor] = {}  # refined row scales
         self.passed = 0  # weights of the matrices that are dealt with
@@ -59,11 +67,12 @@ class Encoder:
         factor: HessianFactor,
         inputs: Inputs | None = None,
         row_importance: Tensor | None = None,
+        outputs: HessianFactor | None = None,
     ) -> None:
         """Indices for inputs of a given (rotated) Hessian.
 
         Args:
-            inputs: that it was taken from, for the report. row_importance: [rows], see `assign`.
+            inputs: that it was taken from, for the report. row_importance, outputs: see `assign`.
         """
         self.passed += matrix.weights
         if self.done(matrix):
@@ -72,9 +81,10 @@ class Encoder:
         assert settings is not None
         weight = self._weight(matrix)
         table = self.codec_of(matrix).decoded_codebook()
-        trellis = self.plan.specs[matrix.name].form.trellis
+        trellis = matrix.form(self.plan.specs[matrix.name]).trellis
         indices, scale = assign(
-            weight, factor, table, row_rms(weight), settings.passes, trellis, row_importance
+            *(weight, factor, table, row_rms(weight), settings.passes, trellis),
+            *(row_importance, outputs, matrix.strip_rows),
         )
         encoded = EncodedMatrix(indices, scale.bfloat16(), matrix.columns)
         self._keep(matrix, weight, encoded, factor, inputs)
@@ -141,7 +151,7 @@ class Encoder:
         spec = self.plan.specs[matrix.name]
         per_row = matrix.subvectors(spec.vector_len) // matrix.rows
         return EncodedMatrix(
-            spec.form.unpack(tensors["indices"], matrix.rows, per_row).long().to(self.device),
+            matrix.form(spec).unpack(tensors["indices"], matrix.rows, per_row).long().to(self.device),
             self.scales.get(matrix.name, tensors["row_scale"]).to(self.device),
             matrix.columns,
         )
@@ -180,7 +190,7 @@ class Encoder:
             facts["input_tokens"] = inputs.tokens[matrix.name]
             facts["unseen_experts"] = inputs.unseen_experts.get(matrix.name, 0)
         tensors = {
-            "indices": self.plan.specs[matrix.name].form.pack(encoded.indices),
+            "indices": matrix.form(self.plan.specs[matrix.name]).pack(encoded.indices),
             "row_scale": encoded.row_scale,
             "counts": torch.bincount(flat, minlength=size).to(torch.int32),
         }

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec.codebook import seeded_codebook
-from pocketllm.codec.indices import IndexForm
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.rotation import unrotate_matrix
 from pocketllm.codec.subvectors import subvectors_per_row
@@ -118,7 +117,7 @@ class PackedMatrix(_FixedDtype):
         self.float_dtype = float_dtype
         codebook = store.codebooks[entry.codebook].entry
         assert isinstance(codebook, CodebookEntry)
-        self.form = IndexForm(codebook.size, entry.stride or None)
+        self.form = entry.form(codebook.size)
         self.per_row = subvectors_per_row(entry.columns, codebook.vector_len)
         nbytes = self.form.nbytes(entry.rows, self.per_row)
         self.register_buffer("indices", torch.empty(nbytes, dtype=torch.uint8))

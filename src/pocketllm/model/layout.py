@@ -18,7 +18,7 @@ from pocketllm.codec.subvectors import subvectors_per_row
 from pocketllm.config import CodecConfig
 from pocketllm.errors import ConfigError, FormatError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MAX_SIZE, _MAX_VECTOR_LEN = 1 << 20, 64  # K and d of a codebook
 STORE = "pocketllm"
 PARTS = ("indices", "row_scale", "weight", "up", "down")  # of a matrix, a codebook, a decoder
@@ -30,8 +30,9 @@ class MatrixEntry:
 
     shape: as the model holds it. transposed: stored rows are the parameter's columns (Conv1D).
     codebook, decoder: numbers in the store. stride: bits that each index adds on a trellis, 0 for independent
-    indices. rotation: seeds of the rotations of its columns (each `rows`
-    long) and of its rows, None where that side is not rotated. crc32: of indices then row_scale, in hex.
+    indices. strip_rows: about how many rows a strip of a path has. rotation: seeds of the rotations of its
+    columns (each `rows` long) and of its rows, None where that side is not rotated. crc32: of indices then
+    row_scale, in hex.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +40,7 @@ class MatrixEntry:
     codebook: int
     decoder: int
     stride: int
+    strip_rows: int
     rotation: tuple[int | None, int | None]
     crc32: str
 
@@ -50,7 +52,12 @@ class MatrixEntry:
         if len(self.shape) not in (2, 3) or (self.transposed and len(self.shape) != 2):
             raise ValueError(f"shape {list(self.shape)} with transposed {self.transposed}")
         _integers("codebook, decoder and stride", (self.codebook, self.decoder, self.stride), 0)
+        _integers("strip_rows", [self.strip_rows], 1)
         _integers("rotation", [seed for seed in self.rotation if seed is not None], 0)
+
+    def form(self, codebook_size: int) -> IndexForm:
+        """How its indices are stored."""
+        return IndexForm(codebook_size, self.stride or None, self.strip_rows)
 
     @property
     def rows(self) -> int:
@@ -115,7 +122,7 @@ class Layout:
             "matrices": {
                 name: [
                     *(list(e.shape), e.transposed, e.codebook, e.decoder),
-                    *(e.stride, list(e.rotation), e.crc32),
+                    *(e.stride, e.strip_rows, list(e.rotation), e.crc32),
                 ]
                 for name, e in self.matrices.items()
             },
@@ -145,7 +152,7 @@ class Layout:
         if version != FORMAT_VERSION:
             raise FormatError(
                 f"{where}: format_version is {version!r}, this version reads {FORMAT_VERSION}; "
-                "update pocketllm-codec"
+                + ("compress the model again" if version == 1 else "update pocketllm-codec")
             )
         known = {"format_version", "matrices", "codebooks", "decoders"}
         unknown = sorted(set(values) - known)
@@ -154,9 +161,11 @@ class Layout:
         try:
             matrices = {}
             for name, stored in values["matrices"].items():
-                shape, transposed, codebook, decoder, stride, (columns, rows), crc32 = stored
+                shape, transposed, codebook, decoder, stride, strip_rows, rotation, crc32 = stored
+                columns, rows = rotation
                 matrices[name] = MatrixEntry(
-                    tuple(shape), transposed, codebook, decoder, stride, (columns, rows), crc32
+                    *(tuple(shape), transposed, codebook, decoder, stride, strip_rows),
+                    *((columns, rows), crc32),
                 )
             codebooks = tuple(CodebookEntry(*entry) for entry in values["codebooks"])
             decoders = tuple(_decoder_entry(entry) for entry in values["decoders"])
@@ -194,7 +203,7 @@ class Layout:
         for name, entry in self.matrices.items():
             codebook = self.codebooks[entry.codebook]
             per_row = subvectors_per_row(entry.columns, codebook.vector_len)
-            nbytes = IndexForm(codebook.size, entry.stride or None).nbytes(entry.rows, per_row)
+            nbytes = entry.form(codebook.size).nbytes(entry.rows, per_row)
             found[f"{name}.indices"] = torch.uint8, (nbytes,)
             if self.decoders[entry.decoder].codec.row_scale:
                 found[f"{name}.row_scale"] = torch.bfloat16, (entry.rows,)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pocketllm.codec.indices import IndexForm
 from pocketllm.codec.rotation import Seeds
 from pocketllm.codec.subvectors import subvectors_per_row
+from pocketllm.codec.trellis import STRIP_ROWS
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
 from pocketllm.model.source import DenseCheckpoint
@@ -51,6 +52,7 @@ class Matrix:
 
     shape: as the model holds it. rows, columns: after transposing (Conv1D) or flattening (experts).
     kind: its name without the block number. in_blocks: False for embedding and head.
+    strip_rows: about how many rows a strip of its paths has, on a trellis.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Matrix:
     kind: str
     in_blocks: bool
     transposed: bool = False
+    strip_rows: int = STRIP_ROWS
 
     @property
     def weights(self) -> int:
@@ -68,9 +71,13 @@ class Matrix:
     def subvectors(self, vector_len: int) -> int:
         return self.rows * subvectors_per_row(self.columns, vector_len)
 
+    def form(self, spec: Spec) -> IndexForm:
+        """How its indices are stored."""
+        return IndexForm(spec.codebook_size, spec.stride or None, self.strip_rows)
+
     def own_bits(self, spec: Spec, row_scale: bool) -> int:
         """Bits of packed indices (whole bytes, padding included) and row scales."""
-        indices = 8 * spec.form.nbytes(self.rows, subvectors_per_row(self.columns, spec.vector_len))
+        indices = 8 * self.form(spec).nbytes(self.rows, subvectors_per_row(self.columns, spec.vector_len))
         return indices + (ROW_SCALE_BITS * self.rows if row_scale else 0)
 
 
@@ -84,7 +91,7 @@ class Spec:
 
     @property
     def form(self) -> IndexForm:
-        """How its indices are stored."""
+        """How indices are stored, but for the strips of a matrix; see `Matrix.form`."""
         return IndexForm(self.codebook_size, self.stride or None)
 
     @property

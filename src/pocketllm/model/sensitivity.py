@@ -9,6 +9,11 @@ shapes the noise of a coded matrix by the Hessian H of its inputs and lowers tha
 
 so a matrix coded with a given nmse costs  nmse * |W|^2 / (rows * columns) * F / 2 * gain.
 
+The same gradients give the Hessian of each layer's outputs, G = E[g g^T], with g the gradient at an output of
+the loss of tokens drawn from the model's own distribution. Feedback from strip to strip of rows lowers the
+cost by another such factor; shorter strips gain more by it, but paths on a trellis lose more (the first rows
+of a strip have few codewords to choose from). The length of the least product is taken.
+
 One pass forward and one backward, one block of the model in memory at a time.
 """
 
@@ -23,18 +28,21 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from pocketllm.codec.feedback import factorize
+from pocketllm.codec.feedback import conditional_diagonal, factorize
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.model.blocks import BlockStream
 from pocketllm.model.compute import autocast
-from pocketllm.model.inputs import add_square
+from pocketllm.model.inputs import add_square, filled_up
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.workspace import keep_tensors
 
 _LOGITS_AT_ONCE = 256
+_STRIP_ROWS = (16, 32, 64, 128, 256)
+_START_LOSS = 1.5  # a strip of r rows has about 1 + 1.5 / r times the error of an endless one (measured)
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,19 @@ class Sensitivity:
     importance: loss (nats a token) per unit of nmse, by matrix. head_hessian: [C, C] of the inputs of the
     output head. head_share: of the loss that errors in embedding or head cause as the head, by matrix.
     row_importance: [rows] for embedding and head, by matrix: what an error in a row costs, mean 1.
+    strip_rows: of the paths of matrices whose rows make up for each other, by matrix.
     """
 
     importance: dict[str, float]
     head_hessian: Tensor
     head_share: dict[str, float]
     row_importance: dict[str, Tensor]
+    strip_rows: dict[str, int]
+
+    @property
+    def for_plan(self) -> tuple[dict[str, float], dict[str, int]]:
+        """What `make_plan` wants of it."""
+        return self.importance, self.strip_rows
 
     def save(self, path: Path) -> None:
         """Write to a temporary name and rename when whole.
@@ -59,7 +74,8 @@ class Sensitivity:
         """
         rows = {f"rows|{name}": value for name, value in self.row_importance.items()}
         tensors = {"head_hessian": self.head_hessian.contiguous(), **rows}
-        keep_tensors(path, tensors, {"importance": self.importance, "head_share": self.head_share})
+        kept = ("importance", "head_share", "strip_rows")
+        keep_tensors(path, tensors, {name: getattr(self, name) for name in kept})
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:
@@ -69,7 +85,7 @@ class Sensitivity:
             facts = json.loads(handle.metadata()["facts"])
         hessian = tensors.pop("head_hessian")
         rows = {name.removeprefix("rows|"): value for name, value in tensors.items()}
-        return cls(facts["importance"], hessian, facts["head_share"], rows)
+        return cls(facts["importance"], hessian, facts["head_share"], rows, facts["strip_rows"])
 
 
 def measure(
@@ -80,8 +96,19 @@ def measure(
     seed: int,
     device: str = "cpu",
     progress: Callable[[float], None] = lambda share: None,
+    *,
+    two_sided: bool = True,
+    outputs: Path | None = None,
 ) -> Sensitivity:
-    """Measure a dense model on [N, context] token ids."""
+    """Measure a dense model on [N, context] token ids.
+
+    Args:
+        two_sided: whether rows will make up for each other. outputs: folder in which the Hessians of outputs
+            are left, a file for each block; see `output_hessians`.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
     stream = BlockStream(source, windows, device, batch=1)
     tokens = windows.numel()
     inputs: list[list[Tensor]] = []
@@ -93,6 +120,7 @@ def measure(
     gradients = [head.backward(n) for n in range(len(windows))]
     energy: dict[str, float] = {}
     gains: dict[str, float] = {}
+    strip_rows: dict[str, int] = {}
     for number in reversed(range(len(stream.blocks))):
         with stream.loaded(number) as (path, block):
             inside = [m for m in matrices if m.name.startswith(f"{path}.")]
@@ -104,7 +132,15 @@ def measure(
                 if hessian is not None and id(hessian) not in factors:
                     factors[id(hessian)] = _gain(hessian, damping)
                 gains[matrix.name] = 1.0 if hessian is None else factors[id(hessian)]
-            gradients = _block_backward(stream, block, inside, gradients, energy)
+            gradients, squares = _block_backward(stream, block, inside, gradients, energy, two_sided)
+        for name, square in squares.items():
+            scaled = filled_up(square, tokens)
+            scaled /= scaled.diagonal().mean()
+            strip_rows[name], gain = _strips(scaled, damping)
+            gains[name] *= gain
+            squares[name] = scaled.half().cpu()
+        if outputs is not None:
+            keep_tensors(outputs / f"{path}.safetensors", squares, {})
         progress(0.4 + 0.6 * (len(stream.blocks) - number) / len(stream.blocks))
     importance = {}
     for matrix in matrices:
@@ -123,7 +159,15 @@ def measure(
             importance[matrix.name] = _mean_square(source, matrix) / 2 / tokens * cost
     floor = 1e-9 * max(importance.values(), default=1.0)
     importance = {name: max(value, floor) for name, value in importance.items()}
-    return Sensitivity(importance, (head.hessian / tokens).cpu(), share, rows)
+    return Sensitivity(importance, (head.hessian / tokens).cpu(), share, rows, strip_rows)
+
+
+def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, Tensor]:
+    """Hessians [rows, rows] float32 of a block's outputs as `measure` left them, scaled, by matrix."""
+    if outputs is None:
+        return {}
+    with safe_open(str(outputs / f"{path}.safetensors"), framework="pt", device=device) as handle:
+        return {name: handle.get_tensor(name).float() for name in handle.keys()}  # noqa: SIM118
 
 
 def windows_vocabulary(model: Any) -> int:
@@ -136,6 +180,15 @@ def _gain(hessian: Tensor, damping: float) -> float:
     factor = factorize(rotate_hessian(hessian, 1), 1, damping)
     conditional = factor.upper.diagonal().double().square().reciprocal().mean()
     return float(conditional / factor.hessian.diagonal().double().mean())
+
+
+def _strips(hessian: Tensor, damping: float) -> tuple[int, float]:
+    """Rows of a strip, and the factor by which feedback between such strips lowers the loss."""
+    factor = factorize(rotate_hessian(hessian, 1), 1, damping)
+    mean = float(factor.hessian.diagonal().mean())
+    gains = {rows: float(conditional_diagonal(factor, rows).mean()) / mean for rows in _STRIP_ROWS}
+    best = min(gains, key=lambda rows: gains[rows] * (1 + _START_LOSS / rows))
+    return best, gains[best]
 
 
 def _mean_square(source: DenseCheckpoint, matrix: Matrix) -> float:
@@ -186,21 +239,41 @@ def _block_backward(
     matrices: list[Matrix],
     gradients: list[Tensor],
     energy: dict[str, float],
-) -> list[Tensor]:
-    """Gradients before the block from those after it; adds each weight's squared gradient to `energy`."""
+    two_sided: bool,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Gradients before the block from those after it, and the summed g g^T of each layer's outputs.
+
+    Adds each weight's squared gradient to `energy`.
+    """
     weights = {m.name: stream.model.get_parameter(m.name).requires_grad_() for m in matrices}
-    before = []
+    layers = {m.name: stream.model.get_submodule(m.name.rpartition(".")[0]) for m in matrices}
+    watched = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear | Conv1D)}
+    before, squares = list[Tensor](), dict[str, Tensor]()
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _layer, _inputs, out, name=name: seen.update({name: out}))
+        for name, layer in watched.items()
+        if two_sided
+    ]
     for number, gradient in enumerate(gradients):
         hidden = stream.hidden[number].detach().clone().requires_grad_()
+        seen.clear()
         with torch.enable_grad():
             out = stream.call(block, hidden, number)
-        found = torch.autograd.grad(out, [hidden, *weights.values()], gradient, allow_unused=True)
+        asked = [hidden, *weights.values(), *seen.values()]
+        found = torch.autograd.grad(out, asked, gradient, allow_unused=True)
         assert found[0] is not None
         before.append(found[0])
-        for name, value in zip(weights, found[1:], strict=True):
+        for name, value in zip(weights, found[1:], strict=False):
             if value is not None:
                 energy[name] = energy.get(name, 0.0) + float(value.square().sum())
-    return before
+        for name, value in zip(seen, found[1 + len(weights) :], strict=True):
+            if value is not None:
+                total = squares.setdefault(name, value.new_zeros(value.shape[-1], value.shape[-1]).float())
+                add_square(total, value.reshape(-1, value.shape[-1]).float())
+    for hook in hooks:
+        hook.remove()
+    return before, squares
 
 
 @dataclass(frozen=True)

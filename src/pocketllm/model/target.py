@@ -23,11 +23,12 @@ def planned(
     config: CompressConfig,
     model: str,
     importance: Mapping[str, float] | None = None,
+    strip_rows: Mapping[str, int] | None = None,
 ) -> Checkpoint:
     """Plan a model; a target for the whole folder is turned into bits per weight here.
 
     Args:
-        importance: as in `make_plan`.
+        importance, strip_rows: as in `make_plan`.
 
     Raises:
         ConfigError: as `make_plan`; or a target for the folder that cannot be met (the message names the
@@ -36,17 +37,18 @@ def planned(
 
     def at(bpw: float) -> Checkpoint:
         changed = replace(config, target_bpw=min(bpw, 16.0), target_bytes=None, target_ratio=None)
-        return Checkpoint(source, replace(make_plan(source, changed, importance), config=config), model)
+        plan = make_plan(source, changed, importance, strip_rows)
+        return Checkpoint(source, replace(plan, config=config), model)
 
     if config.target_bytes is None and config.target_ratio is None:
-        return Checkpoint(source, make_plan(source, config, importance), model)
+        return Checkpoint(source, make_plan(source, config, importance, strip_rows), model)
     matrices, dense = classify(source, config)
     empty = Checkpoint(source, Plan((), {}, tuple(dense), "model", config), model)
     other = sum(path.stat().st_size for path in empty.copied_files())
     weights = sum(m.weights for m in matrices)
     whole = 2 * (weights + sum(torch.Size(d.shape).numel() for d in dense)) + other
     target = config.target_bytes or int(whole / (config.target_ratio or 1))
-    least, most = possible_bpw(source, config)
+    least, most = possible_bpw(source, config, strip_rows)
     ends = at(least), at(most)
     smallest, largest = (end.bytes_on_disk[0] for end in ends)
     if not smallest <= target <= 1.01 * largest:
@@ -62,10 +64,13 @@ def planned(
     return _search(at, target, weights, (least, most), ends[0])
 
 
-def possible_bpw(source: DenseCheckpoint, config: CompressConfig) -> tuple[float, float]:
+def possible_bpw(
+    source: DenseCheckpoint, config: CompressConfig, strip_rows: Mapping[str, int] | None = None
+) -> tuple[float, float]:
     """Least and most stored bits per weight that the settings allow, overrides included."""
+    least = replace(config, target_bpw=1e-6, target_bytes=None, target_ratio=None)
     try:
-        make_plan(source, replace(config, target_bpw=1e-6, target_bytes=None, target_ratio=None))
+        make_plan(source, least, strip_rows=strip_rows)
     except TargetError as error:
         return error.least * (1 + 1e-9), error.most * (1 + 1e-9)
     raise AssertionError("a millionth of a bit per weight cannot be planned")

@@ -99,6 +99,7 @@ class Checkpoint:
                     codebook_of[m.name],
                     decoder_of[self.plan.decoder_key(m)],
                     self.plan.specs[m.name].stride,
+                    m.strip_rows,
                     self.plan.rotation(m),
                     crcs[m.name],
                 )

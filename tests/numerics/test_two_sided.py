@@ -1,0 +1,127 @@
+"""Error feedback to the right and downwards: the loss tr(E^T G E H), against what it is without G."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from pocketllm.codec import strips as strips_module
+from pocketllm.codec.codebook import seeded_codebook
+from pocketllm.codec.feedback import assign, conditional_diagonal, factorize
+from pocketllm.codec.strips import Downwards, Rightwards, Strips
+from pocketllm.codec.trellis import Trellis, pack_paths, unpack_paths
+from tests.numerics.test_calibrated import correlated
+
+CPU = torch.device("cpu")
+
+
+def decoded(found: tuple[Tensor, Tensor], table: Tensor, columns: int) -> Tensor:
+    indices, scale = found
+    return table[indices].reshape(len(indices), -1)[:, :columns] * scale[:, None]
+
+
+def loss(weight: Tensor, guess: Tensor, outer: Tensor, inner: Tensor) -> float:
+    """tr(E^T G E H), written out."""
+    error = (weight - guess).double()
+    return float(torch.trace(error.T @ outer.double() @ error @ inner.double()))
+
+
+@pytest.mark.parametrize("trellis", [Trellis(8, 4, 8), Trellis(8, 3, 7), Trellis(7, 7, 8), None])
+@pytest.mark.parametrize(("rows", "columns", "d"), [(96, 64, 2), (50, 31, 2), (40, 9, 1)])
+def test_rows_make_up_for_each_other(trellis: Trellis | None, rows: int, columns: int, d: int) -> None:
+    weight, size = torch.randn(rows, columns), 256 if trellis is None else 1 << trellis.width
+    table, scale = seeded_codebook(size, d, 5).float(), weight.square().mean(dim=1).sqrt()
+    factor, outputs = factorize(correlated(columns), d), factorize(correlated(rows), 1)
+    inner, outer = factor.hessian[:columns, :columns], outputs.hessian
+    alone = decoded(assign(weight, factor, table, scale, 0, trellis), table, columns)
+    found = assign(weight, factor, table, scale, 0, trellis, None, outputs, 8)
+    both = decoded(found, table, columns)
+    assert loss(weight, both, outer, inner) < 0.93 * loss(weight, alone, outer, inner)
+    if trellis is not None:
+        packed = pack_paths(found[0], trellis)
+        assert torch.equal(unpack_paths(packed, trellis, *found[0].shape).long(), found[0])
+
+
+@pytest.mark.parametrize("trellis", [None, Trellis(6, 3, 16)])
+@pytest.mark.parametrize("seed", range(4))
+def test_never_worse_than_nearest(trellis: Trellis | None, seed: int) -> None:
+    """Even where the Hessians are of a single token, or the weights all alike."""
+    torch.manual_seed(seed)
+    weight = torch.full((40, 12), 0.3) if seed == 3 else torch.randn(40, 12) ** 3
+    x, g = torch.randn(1 if seed < 2 else 100, 12), torch.randn(1 if seed % 2 else 100, 40)
+    factor, outputs = factorize(x.T @ x, 2), factorize(g.T @ g, 1)
+    table, scale = seeded_codebook(64, 2, 3).float(), weight.square().mean(dim=1).sqrt()
+    plain = assign(weight, factorize(torch.eye(12), 2), table, scale, 0, trellis)
+    found = assign(weight, factor, table, scale, 0, trellis, None, outputs, 16)
+    one, other = (
+        loss(weight, decoded(each, table, 12), outputs.hessian, factor.hessian) for each in (found, plain)
+    )
+    assert one <= other * (1 + 1e-4)
+
+
+def test_row_scales_minimize_the_loss() -> None:
+    weight = torch.randn(30, 16)
+    factor, outputs = factorize(correlated(16), 2), factorize(correlated(30), 1)
+    table = seeded_codebook(16, 2, 3).float()
+    indices, scale = assign(weight, factor, table, torch.ones(30), 0, Trellis(4, 2, 16), None, outputs)
+    scale = scale.double().requires_grad_()
+    error = weight.double() - table.double()[indices].reshape(30, -1) * scale[:, None]
+    total = ((outputs.hessian.double() @ error @ factor.hessian.double()) * error).sum()
+    (gradient,) = torch.autograd.grad(total, scale)
+    assert float(gradient.abs().max()) < 1e-3 * float(total.detach())
+
+
+@pytest.mark.parametrize("group", [4, 128])
+def test_what_is_carried_is_the_formula(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against feedback written out strip by strip and column by column, with any errors."""
+    monkeypatch.setattr(strips_module, "_GROUP", group)
+    lengths, d, n = [5, 4, 4], 2, 9
+    rows, columns = sum(lengths), d * n
+    weight = torch.randn(rows, columns, dtype=torch.float64)
+    upper = factorize(correlated(columns), d).upper.double()
+    down_upper = factorize(correlated(rows), 1).upper.double()
+    code = (weight / 0.7).round() * 0.7  # what the rows decode to, whatever they aim at
+
+    def inverse(block: Tensor) -> Tensor:
+        return torch.linalg.inv(block)
+
+    aims, wants = weight.clone(), torch.zeros_like(weight)
+    firsts = [0, 5, 9, 13]
+    for top, bottom in itertools.pairwise(firsts):
+        left = aims[top:bottom].clone()
+        for j in range(0, columns, d):
+            wants[top:bottom, j : j + d] = left[:, j : j + d]
+            error = (left[:, j : j + d] - code[top:bottom, j : j + d]) @ inverse(upper[j : j + d, j : j + d])
+            left[:, j + d :] -= error @ upper[j : j + d, j + d :]
+        z = inverse(down_upper[top:bottom, top:bottom]).T @ (aims[top:bottom] - code[top:bottom])
+        aims[bottom:] -= down_upper[top:bottom, bottom:].T @ z
+
+    strips = Strips(lengths, n, True, CPU)
+    right = Rightwards(strips, weight.float(), upper.float(), d)
+    down = Downwards(strips, down_upper.float(), d)
+    codes = strips.pad(code.float()).reshape(3, 5, n, d)
+    found = torch.zeros(3, 5, n, d)
+    for at in strips:
+        shift = down.shift(at)
+        want = right.wanted(at) - shift
+        found[at.numbers, :, at.columns] = want
+        now = codes[at.numbers, :, at.columns]
+        right.feed(at, (want - now) @ right.metric[at.columns])
+        down.feed(at, (right.target(at) - shift - now) * strips.inside[at.strips][..., None])
+    assert torch.allclose(found[strips.inside].reshape(rows, columns).double(), wants, atol=1e-4)
+
+
+def test_what_is_left_of_a_diagonal() -> None:
+    hessian = correlated(24)
+    factor = factorize(hessian, 1)
+    damped = factor.hessian.double()
+    assert torch.allclose(conditional_diagonal(factor, 24).double(), damped.diagonal(), rtol=1e-3)
+    expected = []
+    for begin in range(0, 24, 8):  # Schur complement with respect to what comes after
+        a, rest = slice(begin, begin + 8), slice(begin + 8, 24)
+        cross = damped[a, rest] @ torch.linalg.pinv(damped[rest, rest]) @ damped[rest, a]
+        expected.append((damped[a, a] - cross).diagonal())
+    assert torch.allclose(conditional_diagonal(factor, 8).double(), torch.cat(expected), rtol=1e-2)
