@@ -35,6 +35,7 @@ scale is fitted in closed form.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -306,7 +307,7 @@ class _Problem:
         if outputs is not None:
             down = Downwards(strips, outputs.upper, d)
             weights = weights * down.diagonal
-        tables = self.chooser.prepared(self.table @ right.metric)
+        tables: Any = self.chooser.prepared(self.table @ right.metric)
         found = torch.zeros(*strips.inside.shape, strips.columns, dtype=torch.int64, device=device)
         before = first_state(len(strips.lengths), device)
         for at in strips:

@@ -99,8 +99,8 @@ def compress(
     try:
         work = Workspace.open(output, source, config, str(model), device, text_identity(windows))
         with locked(work.folder):
-            folder = calibration_folder
-            found = _calibrated(source, windows, config, device, folder, work.folder, progress)
+            kept = calibration_folder, work.folder
+            found = _calibrated(source, windows, config, device, *kept, progress)
             if found is not None:
                 checkpoint = planned(source, config, str(model), *found.sensitivity.for_plan)
             _fit_and_encode(work, source, checkpoint.plan, found, device, progress)
