@@ -205,10 +205,13 @@ def _beside_peers(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def ablations() -> str:
-    """One choice changed at a time, at 2.05 bits per weight of the blocks."""
+    """One choice changed at a time, at 2.05 and 3.05 bits per weight of the blocks."""
     found = load_results("calibrated")["settings"]
-    rows = [_calibrated_row("2.05, default", _beside_peers(e)) for e in _ours() if e["named_bits"] == 2.05]
-    rows += [_calibrated_row(n, e) for n, e in found.items() if n.startswith("2.05")]
+    rows = []
+    for bits in (2.05, 3.05):
+        default = [_beside_peers(e) for e in _ours() if e["named_bits"] == bits]
+        rows += [_calibrated_row(f"{bits}, default", entry) for entry in default]
+        rows += [_calibrated_row(n, e) for n, e in found.items() if n.startswith(f"{bits}, ")]
     shown = len(_CALIBRATED_HEAD) - 2  # not seconds and memory: these ran beside other work
     note = "`python benchmarks/calibrated.py`; the default: `python benchmarks/peers/run.py`"
     return f"{markdown_table(_CALIBRATED_HEAD[:shown], [row[:shown] for row in rows])}\n\n{note}"

@@ -88,14 +88,15 @@ LAYOUT_DAMAGE: dict[str, Callable[[Any], Any]] = {
     "malformed.*codebook, decoder and stride": lambda q: q["matrices"][EMBEDDING].__setitem__(2, "0"),
     "malformed.*got -1": lambda q: q["matrices"][EMBEDDING].__setitem__(3, -1),
     "malformed.*shape": lambda q: q["matrices"][EMBEDDING].__setitem__(0, [96, 36.0]),
-    "malformed.*rotation": lambda q: q["matrices"][EMBEDDING].__setitem__(5, [1 << 63, None]),
+    "malformed.*rotation": lambda q: q["matrices"][EMBEDDING].__setitem__(6, [1 << 63, None]),
+    "malformed.*strip_rows: got 0, wanted": lambda q: q["matrices"][EMBEDDING].__setitem__(5, 0),
     "malformed.*with transposed": lambda q: q["matrices"][EMBEDDING].__setitem__(0, [96]),
     "malformed.*seed": lambda q: q["codebooks"][0].__setitem__(2, 0.5),
     "malformed.*transposed: got 1, wanted true or false": lambda q: q["matrices"][EMBEDDING].__setitem__(
         1, 1
     ),
     "malformed.*row_scale: got 'true', wanted true": lambda q: q["decoders"][0].update(row_scale="true"),
-    "malformed.*crc32: got 5, wanted": lambda q: q["matrices"][EMBEDDING].__setitem__(6, 5),
+    "malformed.*crc32: got 5, wanted": lambda q: q["matrices"][EMBEDDING].__setitem__(7, 5),
     "malformed.*crc32: got 'ABCDEF01', wanted": lambda q: q["codebooks"][0].__setitem__(3, "ABCDEF01"),
     "malformed.*crc32: got None, wanted": lambda q: q["decoders"][0].update(crc32=None),
     "malformed.*K: got 1048577, wanted": lambda q: q["codebooks"][0].__setitem__(0, (1 << 20) + 1),
