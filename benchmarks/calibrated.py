@@ -42,7 +42,7 @@ def settings() -> dict[str, CompressConfig]:
     """Every setting by name."""
     whole = {f"everything at {bpw}": _base(bpw) for bpw in (4.0, 3.0, 2.5, 2.0)}
     plain = {"trellis_width": None}
-    two_sided = {"two_sided": True, "sensitivity_tokens": 8192}
+    two_sided = {"two_sided": True}
 
     def at_two(**changes: Any) -> CompressConfig:
         return _base(2.05, keep_embeddings=True, **changes)

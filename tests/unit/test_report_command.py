@@ -78,6 +78,7 @@ CONFIGS = {
     "not rotated": with_calibration(rotate=False),
     "not in sequence": with_calibration(sequential=False),
     "passes": with_calibration(passes=3),
+    "two-sided": with_calibration(two_sided=True),
     "refined": with_calibration(refine_epochs=REFINE_EPOCHS),
     "calibrated plain codec, refined": dataclasses.replace(
         PLAIN, calibration=CalibrationConfig(refine_epochs=REFINE_EPOCHS, passes=1, rotate=False)
@@ -145,7 +146,7 @@ def test_every_option_of_a_setting_is_known() -> None:
         "context"
     }  # that one is of --ppl
     on_the_line = set(inspect.signature(compress.compress).parameters) & calibration
-    assert on_the_line == {"passes", "rotate", "sequential"}
+    assert on_the_line == {"passes", "two_sided", "rotate", "sequential"}
 
 
 def test_settings_of_a_later_version_give_no_command() -> None:

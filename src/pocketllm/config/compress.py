@@ -21,10 +21,10 @@ class CalibrationConfig:
     """How indices are chosen for what layers do to their inputs.
 
     tokens, context: of the calibration text, and per window. sensitivity_tokens: of these, for the
-    measurement of what an error in each matrix costs. damping: share of the mean diagonal added to each
-    Hessian. two_sided: weigh errors by the loss's gradients at a layer's outputs, too, so that rows make up
-    for each other; else by its inputs alone. passes: of coordinate descent after error feedback. rotate:
-    rotate both sides of matrices.
+    measurement of what an error in each matrix costs (twice as many if two_sided). damping: share of the mean
+    diagonal added to each Hessian. two_sided: weigh errors by the loss's gradients at a layer's outputs, too,
+    so that rows make up for each other; else by its inputs alone. passes: of coordinate descent after error
+    feedback. rotate: rotate both sides of matrices.
     sequential: code each block for the inputs it gets from the coded blocks before it; else for those it has
         in the dense model, which can be kept and used again.
     refine_epochs, refine_rate: passes over the text, and learning rate, of tuning each coded block; 0 passes

@@ -75,10 +75,11 @@ def calibrate(
             "with inputs that are all alike. Give more text",
             *(windows.numel(), widest),
         )
-    count = max(1, settings.sensitivity_tokens // windows.shape[1])
+    two_sided = settings.two_sided
+    wanted = settings.sensitivity_tokens * (2 if two_sided else 1)
+    count = max(1, wanted // windows.shape[1])
     chosen = windows[:: max(1, len(windows) // count)][:count]
     names = [m.name for m in matrices]
-    two_sided = settings.two_sided
     key = _key(source, chosen, device, settings.damping, config.seed, two_sided, names)
     path = (folder or cache_folder()) / f"sensitivity-{key}.safetensors"
     place = folder or scratch

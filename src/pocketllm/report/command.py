@@ -143,7 +143,7 @@ def _calibration(
     if wanted is None:
         return ["--no-calibration"], ()
     start = base or CalibrationConfig()
-    said = {"tokens", "passes", "rotate", "sequential"}
+    said = {"tokens", "passes", "two_sided", "rotate", "sequential"}
     arguments = [word for text in wanted.texts for word in ("--calibration", text)]
     if wanted.texts:
         said.add("texts")
@@ -151,6 +151,8 @@ def _calibration(
         arguments += ["--calibration-tokens", str(wanted.tokens)]
     if wanted.passes != start.passes:
         arguments += ["--passes", str(wanted.passes)]
+    if wanted.two_sided != start.two_sided:
+        arguments.append("--two-sided" if wanted.two_sided else "--one-sided")
     for name in ("rotate", "sequential"):
         if getattr(wanted, name) != getattr(start, name):
             arguments.append(f"--{name}" if getattr(wanted, name) else f"--no-{name}")
