@@ -210,7 +210,7 @@ def test_experts_that_see_few_tokens_or_none_take_the_mean_of_their_siblings() -
     matrices = [Matrix(name, (4, 6), 4, 6, "experts.*", True) for name in names]
     matrices.append(Matrix("other.weight", (4, 6), 4, 6, "other", True))
     collector = Collector(model, matrices)
-    with collector.watching(), collector.batch():
+    with collector.watching(), collector.batch({}):
         model(x)
     found = collector.inputs("cpu")
     siblings = x.T @ x / 22

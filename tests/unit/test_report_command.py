@@ -79,6 +79,7 @@ CONFIGS = {
     "not in sequence": with_calibration(sequential=False),
     "passes": with_calibration(passes=3),
     "two-sided": with_calibration(two_sided=True),
+    "all tokens alike": with_calibration(weigh_tokens=False),
     "refined": with_calibration(refine_epochs=REFINE_EPOCHS),
     "calibrated plain codec, refined": dataclasses.replace(
         PLAIN, calibration=CalibrationConfig(refine_epochs=REFINE_EPOCHS, passes=1, rotate=False)
@@ -146,7 +147,7 @@ def test_every_option_of_a_setting_is_known() -> None:
         "context"
     }  # that one is of --ppl
     on_the_line = set(inspect.signature(compress.compress).parameters) & calibration
-    assert on_the_line == {"passes", "two_sided", "rotate", "sequential"}
+    assert on_the_line == {"passes", "weigh_tokens", "two_sided", "rotate", "sequential"}
 
 
 def test_settings_of_a_later_version_give_no_command() -> None:

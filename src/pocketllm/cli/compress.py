@@ -74,6 +74,13 @@ def compress(
     passes: Annotated[
         int | None, typer.Option(help="Passes of coordinate descent over the indices of each matrix.")
     ] = None,
+    weigh_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            "--weigh-tokens/--no-weigh-tokens",
+            help="Weigh the inputs of a layer by the loss's gradients where few tokens have most (default).",
+        ),
+    ] = None,
     two_sided: Annotated[
         bool | None,
         typer.Option(
@@ -178,6 +185,7 @@ def compress(
         calibration_tokens,
         refine,
         passes=passes,
+        weigh_tokens=weigh_tokens,
         two_sided=two_sided,
         rotate=rotate,
         sequential=sequential,

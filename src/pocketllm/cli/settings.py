@@ -66,7 +66,11 @@ def with_calibration(
     refine: bool | None,
     **changes: Any,
 ) -> CompressConfig:
-    """The options of calibration. changes: `passes`, `two_sided`, `rotate`, `sequential`; None where not given."""
+    """The options of calibration.
+
+    Args:
+        changes: settings of `CalibrationConfig`; None where not given.
+    """
     found = config.calibration
     if refine is not None:
         epochs = (found.refine_epochs if found else 0) or REFINE_EPOCHS

@@ -22,9 +22,10 @@ class CalibrationConfig:
 
     tokens, context: of the calibration text, and per window. sensitivity_tokens: of these, for the
     measurement of what an error in each matrix costs (twice as many if two_sided). damping: share of the mean
-    diagonal added to each Hessian. two_sided: weigh errors by the loss's gradients at a layer's outputs, too,
-    so that rows make up for each other; else by its inputs alone. passes: of coordinate descent after error
-    feedback. rotate: rotate both sides of matrices.
+    diagonal added to each Hessian. weigh_tokens: weigh the inputs of a matrix by the loss's gradients at its
+    outputs where those of a few tokens are far above the others. two_sided: weigh errors by the loss's
+    gradients at a layer's outputs, too, so that rows make up for each other; else by its inputs alone.
+    passes: of coordinate descent after error feedback. rotate: rotate both sides of matrices.
     sequential: code each block for the inputs it gets from the coded blocks before it; else for those it has
         in the dense model, which can be kept and used again.
     refine_epochs, refine_rate: passes over the text, and learning rate, of tuning each coded block; 0 passes
@@ -37,6 +38,7 @@ class CalibrationConfig:
     context: int = 512
     sensitivity_tokens: int = 4096
     damping: float = 0.01
+    weigh_tokens: bool = True
     two_sided: bool = False
     passes: int = 0
     rotate: bool = True

@@ -57,7 +57,8 @@ class BlockStream:
         for name in outside:
             if head is None or self.model.get_submodule(name.rpartition(".")[0]) is not head:
                 self._load(name, (coded or {}).get(name, source.read(name)))
-        batches = windows.split(batch or max(1, _BATCH_TOKENS // windows.shape[1]))
+        self.batch = batch or max(1, _BATCH_TOKENS // windows.shape[1])
+        batches = windows.split(self.batch)
         self.calls: list[list[_Call]] = []  # by block, then by batch
         self.hidden: list[Tensor] = []
         self.as_tuple = False
@@ -191,12 +192,20 @@ class BlockStream:
         assert isinstance(out, Tensor)
         return out.float()
 
-    def inputs(self, block: nn.Module, matrices: list[Matrix]) -> Inputs:
-        """What the loaded block's matrices get to see, for the activations in `hidden`."""
-        collector = Collector(self.model, matrices)
+    def inputs(
+        self, block: nn.Module, matrices: list[Matrix], token_weights: Mapping[str, Tensor] | None = None
+    ) -> Inputs:
+        """What the loaded block's matrices get to see, for the activations in `hidden`.
+
+        Args:
+            token_weights: [N, context] that inputs of a matrix are multiplied by, by name.
+        """
+        collector, given = Collector(self.model, matrices), token_weights or {}
+        own = {m.name: given[m.name].to(self.device) for m in matrices if m.name in given}
         with torch.no_grad(), collector.watching():
             for number, hidden in enumerate(self.hidden):
-                with collector.batch():
+                some = slice(number * self.batch, (number + 1) * self.batch)
+                with collector.batch({name: weights[some].flatten() for name, weights in own.items()}):
                     self.call(block, hidden, number)
         return collector.inputs(self.device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,18 +14,24 @@ from pocketllm.model.blocks import BlockStream, block_list
 from pocketllm.model.encode import Encoder
 from pocketllm.model.inputs import Inputs
 from pocketllm.model.plan import Matrix, Plan
-from pocketllm.model.sensitivity import Sensitivity, output_hessians
+from pocketllm.model.sensitivity import OUTPUT_DAMPING, Sensitivity, output_hessians
 
 Progress = Callable[[float, str], None]
 
 
 def encode_calibrated(
-    encoder: Encoder, windows: Tensor, sensitivity: Sensitivity, progress: Progress, kept: Path | None = None
+    encoder: Encoder,
+    windows: Tensor,
+    sensitivity: Sensitivity,
+    progress: Progress,
+    kept: Path | None = None,
+    token_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Code embedding and head, then block after block for its inputs.
 
     Args:
         windows: [N, context] token ids of the calibration text.
+        token_weights: [N, context] by matrix, see `BlockStream.inputs`.
         kept: folder in which an earlier run left what blocks of the dense model see; see `_for_dense`.
     """
     settings = encoder.plan.config.calibration
@@ -35,19 +41,26 @@ def encode_calibrated(
             progress(encoder.share, matrix.name)
             _encode_end(encoder, matrix, sensitivity)
     if settings.sequential:
-        _in_sequence(encoder, windows, progress, settings.refine_epochs > 0)
+        _in_sequence(encoder, windows, progress, settings.refine_epochs > 0, token_weights)
     else:
-        _for_dense(encoder, windows, progress, settings.refine_epochs > 0, kept)
+        _for_dense(encoder, windows, progress, settings.refine_epochs > 0, kept, token_weights)
 
 
-def _in_sequence(encoder: Encoder, windows: Tensor, progress: Progress, refines: bool) -> None:
+def _in_sequence(
+    encoder: Encoder,
+    windows: Tensor,
+    progress: Progress,
+    refines: bool,
+    token_weights: Mapping[str, Tensor] | None,
+) -> None:
     """Every block for the inputs that it gets from the coded ones before it."""
     ends = {m.name: encoder.decoded(m) for m in encoder.plan.matrices if not m.in_blocks}
     stream = BlockStream(encoder.source, windows, encoder.device, coded=ends)
     targets = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
     for number, (path, block) in enumerate(stream):
         inside = _inside(encoder.plan, path)
-        _encode_block(encoder, path, inside, partial(stream.inputs, block, inside), progress)
+        see = partial(stream.inputs, block, inside, token_weights)
+        _encode_block(encoder, path, inside, see, progress)
         if refines:
             targets = stream.run(block, targets)
             progress(encoder.share, f"{path}: refinement")
@@ -57,7 +70,12 @@ def _in_sequence(encoder: Encoder, windows: Tensor, progress: Progress, refines:
 
 
 def _for_dense(
-    encoder: Encoder, windows: Tensor, progress: Progress, refines: bool, kept: Path | None
+    encoder: Encoder,
+    windows: Tensor,
+    progress: Progress,
+    refines: bool,
+    kept: Path | None,
+    token_weights: Mapping[str, Tensor] | None,
 ) -> None:
     """Every block for the inputs that it has in the dense model.
 
@@ -85,7 +103,7 @@ def _for_dense(
     stream = BlockStream(encoder.source, windows, encoder.device)
     for number, (path, block) in enumerate(stream):
         inside = _inside(encoder.plan, path)
-        seen = partial(see, path, partial(stream.inputs, block, inside))
+        seen = partial(see, path, partial(stream.inputs, block, inside, token_weights))
         _encode_block(encoder, path, inside, seen, progress)
         outputs = stream.run(block, stream.hidden)
         if refines:
@@ -144,8 +162,7 @@ def _factor(matrix: Matrix, hessian: Tensor, plan: Plan) -> HessianFactor:
 
 def _output_factor(matrix: Matrix, hessian: Tensor | None, plan: Plan) -> HessianFactor | None:
     """The factor of the Hessian [rows, rows] of a matrix's outputs, which is rotated as the matrix is."""
-    settings, seed = plan.config.calibration, plan.rotation(matrix)[0]
-    assert settings is not None
+    seed = plan.rotation(matrix)[0]
     if hessian is None:
         return None
-    return factorize(hessian if seed is None else rotate_hessian(hessian, seed), 1, settings.damping)
+    return factorize(hessian if seed is None else rotate_hessian(hessian, seed), 1, OUTPUT_DAMPING)

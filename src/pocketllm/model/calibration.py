@@ -40,13 +40,14 @@ class Calibration:
     """windows: [N, context] token ids.
 
     kept: folder of the inputs of the dense model's blocks, None without. outputs: folder of the Hessians of
-    layers' outputs, None without.
+    layers' outputs, None without. token_weights: [N, context] by matrix, 0 where they were not measured.
     """
 
     windows: Tensor
     sensitivity: Sensitivity
     kept: Path | None
     outputs: Path | None
+    token_weights: dict[str, Tensor]
 
 
 def calibrate(
@@ -78,9 +79,10 @@ def calibrate(
     two_sided = settings.two_sided
     wanted = settings.sensitivity_tokens * (2 if two_sided else 1)
     count = max(1, wanted // windows.shape[1])
-    chosen = windows[:: max(1, len(windows) // count)][:count]
+    measured = torch.arange(0, len(windows), max(1, len(windows) // count))[:count]
+    chosen = windows[measured]
     names = [m.name for m in matrices]
-    key = _key(source, chosen, device, settings.damping, config.seed, two_sided, names)
+    key = _key(source, chosen, device, settings.damping, config.seed, two_sided, settings.weigh_tokens, names)
     path = (folder or cache_folder()) / f"sensitivity-{key}.safetensors"
     place = folder or scratch
     outputs = place / f"outputs-{key}" if place is not None and two_sided else None
@@ -89,16 +91,21 @@ def calibrate(
             measure(
                 *(source, chosen, matrices, settings.damping, config.seed, device, progress),
                 two_sided=two_sided,
+                weigh_tokens=settings.weigh_tokens,
                 outputs=made,
             ).save(path)
     kept = None
     if folder is not None and not settings.sequential:
         inside = [m.name for m in matrices if m.in_blocks]
-        kept = folder / f"inputs-{_key(source, windows, device, inside)}"
+        kept = folder / f"inputs-{_key(source, windows, device, inside, key)}"
     found, tokens = Sensitivity.load(path), chosen.numel()
     if tokens < len(found.head_hessian):
         found = replace(found, head_hessian=filled_up(found.head_hessian * tokens, tokens))
-    return Calibration(windows, found, kept, outputs)
+    weights = {}
+    for name, known in found.token_weights.items():
+        weights[name] = torch.zeros(windows.shape)
+        weights[name][measured] = known.float()
+    return Calibration(windows, found, kept, outputs, weights)
 
 
 @contextmanager

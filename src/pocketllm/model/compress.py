@@ -187,7 +187,10 @@ def _fit_and_encode(
             done += matrix.weights
     if calibration is not None:
         told = partial(_tell, progress, "encode")
-        encode_calibrated(encoder, calibration.windows, calibration.sensitivity, told, calibration.kept)
+        encode_calibrated(
+            *(encoder, calibration.windows, calibration.sensitivity, told),
+            *(calibration.kept, calibration.token_weights),
+        )
     progress(Event("encode", 1.0, f"{plan.weights:,} weights"))
 
 

@@ -105,11 +105,16 @@ class Collector:
     tokens: dict[str, int] = field(default_factory=dict)
     by_expert: dict[str, list[int]] = field(default_factory=dict)
     unseen: set[str] = field(default_factory=set)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
-        """One run of the block, which ends as soon as every matrix has seen its inputs."""
-        self.unseen = {m.name for m in self.matrices}
+    def batch(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """One run of the block, which ends as soon as every matrix has seen its inputs.
+
+        Args:
+            weights: [tokens of the batch] that inputs are multiplied by, for matrices that have them.
+        """
+        self.unseen, self.weights = {m.name for m in self.matrices}, weights
         with suppress(_AllSeenError):
             yield
 
@@ -141,7 +146,9 @@ class Collector:
     ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def collect(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0]
-            if latest and latest[0][0] is x:
+            if matrix.name in self.weights:
+                self._add(matrix.name, x, self.weights[matrix.name])
+            elif latest and latest[0][0] is x:
                 self.sums[matrix.name] = self.sums[latest[0][1]]
                 self.tokens[matrix.name] = self.tokens[latest[0][1]]
             else:
@@ -167,8 +174,11 @@ class Collector:
         self._add(matrix.name, x)
 
     @torch.no_grad()
-    def _add(self, name: str, x: Tensor) -> None:
+    def _add(self, name: str, x: Tensor, weights: Tensor | None = None) -> None:
         flat = x.detach().reshape(-1, x.shape[-1]).float()
+        if weights is not None and len(weights) == len(flat):
+            there = weights > 0
+            flat = flat[there] * weights[there, None]
         if name not in self.sums:
             self.sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
         add_square(self.sums[name], flat)

@@ -9,6 +9,10 @@ shapes the noise of a coded matrix by the Hessian H of its inputs and lowers tha
 
 so a matrix coded with a given nmse costs  nmse * |W|^2 / (rows * columns) * F / 2 * gain.
 
+Where a few tokens have gradients far above those of the others, what errors cost is what they do to these
+tokens: key and value projections at the first tokens of a text, which all others attend to. The inputs of
+such a matrix are weighted by the size of the gradient at its output (`token_weights`).
+
 The same gradients give the Hessian of each layer's outputs, G = E[g g^T], with g the gradient at an output of
 the loss of tokens drawn from the model's own distribution. Feedback from strip to strip of rows lowers the
 cost by another such factor; shorter strips gain more by it, but paths on a trellis lose more (the first rows
@@ -21,7 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,10 @@ from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.workspace import keep_tensors
 
 _LOGITS_AT_ONCE = 256
+_HEAVY = 5.0  # mean over median of squared gradients, from where on tokens are weighted
+_MOST = 30.0  # the largest weight, in medians of the gradient
+_LOUDEST = 3.0  # in medians: a louder gradient counts as that in the Hessian of outputs
+OUTPUT_DAMPING = 0.3  # of the Hessian of outputs, which few tokens tell badly
 _STRIP_ROWS = (16, 32, 64, 128, 256)
 _START_LOSS = 1.5  # a strip of r rows has about 1 + 1.5 / r times the error of an endless one (measured)
 
@@ -53,6 +61,7 @@ class Sensitivity:
     output head. head_share: of the loss that errors in embedding or head cause as the head, by matrix.
     row_importance: [rows] for embedding and head, by matrix: what an error in a row costs, mean 1.
     strip_rows: of the paths of matrices whose rows make up for each other, by matrix.
+    token_weights: [N, context] float16 of matrices whose inputs are to be weighted.
     """
 
     importance: dict[str, float]
@@ -60,6 +69,7 @@ class Sensitivity:
     head_share: dict[str, float]
     row_importance: dict[str, Tensor]
     strip_rows: dict[str, int]
+    token_weights: dict[str, Tensor]
 
     @property
     def for_plan(self) -> tuple[dict[str, float], dict[str, int]]:
@@ -73,7 +83,8 @@ class Sensitivity:
             OutputError: it cannot be written.
         """
         rows = {f"rows|{name}": value for name, value in self.row_importance.items()}
-        tensors = {"head_hessian": self.head_hessian.contiguous(), **rows}
+        tokens = {f"tokens|{name}": value for name, value in self.token_weights.items()}
+        tensors = {"head_hessian": self.head_hessian.contiguous(), **rows, **tokens}
         kept = ("importance", "head_share", "strip_rows")
         keep_tensors(path, tensors, {name: getattr(self, name) for name in kept})
 
@@ -84,8 +95,12 @@ class Sensitivity:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
             facts = json.loads(handle.metadata()["facts"])
         hessian = tensors.pop("head_hessian")
-        rows = {name.removeprefix("rows|"): value for name, value in tensors.items()}
-        return cls(facts["importance"], hessian, facts["head_share"], rows, facts["strip_rows"])
+
+        def named(what: str) -> dict[str, Tensor]:
+            return {k.removeprefix(what): value for k, value in tensors.items() if k.startswith(what)}
+
+        shares = facts["importance"], hessian, facts["head_share"]
+        return cls(*shares, named("rows|"), facts["strip_rows"], named("tokens|"))
 
 
 def measure(
@@ -97,14 +112,15 @@ def measure(
     device: str = "cpu",
     progress: Callable[[float], None] = lambda share: None,
     *,
-    two_sided: bool = True,
+    two_sided: bool = False,
+    weigh_tokens: bool = True,
     outputs: Path | None = None,
 ) -> Sensitivity:
     """Measure a dense model on [N, context] token ids.
 
     Args:
-        two_sided: whether rows will make up for each other. outputs: folder in which the Hessians of outputs
-            are left, a file for each block; see `output_hessians`.
+        two_sided: whether rows will make up for each other. weigh_tokens: whether inputs will be weighted.
+        outputs: folder in which the Hessians of outputs are left, a file for each block; see `output_hessians`.
 
     Raises:
         OutputError: they cannot be written.
@@ -121,6 +137,7 @@ def measure(
     energy: dict[str, float] = {}
     gains: dict[str, float] = {}
     strip_rows: dict[str, int] = {}
+    weights: dict[str, Tensor] = {}
     for number in reversed(range(len(stream.blocks))):
         with stream.loaded(number) as (path, block):
             inside = [m for m in matrices if m.name.startswith(f"{path}.")]
@@ -132,11 +149,14 @@ def measure(
                 if hessian is not None and id(hessian) not in factors:
                     factors[id(hessian)] = _gain(hessian, damping)
                 gains[matrix.name] = 1.0 if hessian is None else factors[id(hessian)]
-            gradients, squares = _block_backward(stream, block, inside, gradients, energy, two_sided)
+            gradients, after = _block_backward(stream, block, inside, gradients, energy)
+        squares = after.squares if two_sided else {}
+        if weigh_tokens:
+            weights |= after.token_weights()
         for name, square in squares.items():
             scaled = filled_up(square, tokens)
             scaled /= scaled.diagonal().mean()
-            strip_rows[name], gain = _strips(scaled, damping)
+            strip_rows[name], gain = _strips(scaled)
             gains[name] *= gain
             squares[name] = scaled.half().cpu()
         if outputs is not None:
@@ -159,7 +179,7 @@ def measure(
             importance[matrix.name] = _mean_square(source, matrix) / 2 / tokens * cost
     floor = 1e-9 * max(importance.values(), default=1.0)
     importance = {name: max(value, floor) for name, value in importance.items()}
-    return Sensitivity(importance, (head.hessian / tokens).cpu(), share, rows, strip_rows)
+    return Sensitivity(importance, (head.hessian / tokens).cpu(), share, rows, strip_rows, weights)
 
 
 def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, Tensor]:
@@ -182,9 +202,9 @@ def _gain(hessian: Tensor, damping: float) -> float:
     return float(conditional / factor.hessian.diagonal().double().mean())
 
 
-def _strips(hessian: Tensor, damping: float) -> tuple[int, float]:
+def _strips(hessian: Tensor) -> tuple[int, float]:
     """Rows of a strip, and the factor by which feedback between such strips lowers the loss."""
-    factor = factorize(rotate_hessian(hessian, 1), 1, damping)
+    factor = factorize(rotate_hessian(hessian, 1), 1, OUTPUT_DAMPING)
     mean = float(factor.hessian.diagonal().mean())
     gains = {rows: float(conditional_diagonal(factor, rows).mean()) / mean for rows in _STRIP_ROWS}
     best = min(gains, key=lambda rows: gains[rows] * (1 + _START_LOSS / rows))
@@ -233,27 +253,52 @@ class _Head:
         return hidden.grad
 
 
+@dataclass
+class _Outputs:
+    """Gradients at the outputs of a block's layers: sums of g g^T, and the size of each token's, by matrix."""
+
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Of one window, [1, context, rows]."""
+        flat = gradient.reshape(-1, gradient.shape[-1]).float()
+        size = flat.norm(dim=1)
+        self.norms.setdefault(name, []).append(size.cpu())
+        most = _LOUDEST * size.median()
+        flat = flat * (most / size.clamp(min=1e-30)).clamp(max=1)[:, None]
+        add_square(self.squares.setdefault(name, flat.new_zeros(flat.shape[1], flat.shape[1])), flat)
+
+    def token_weights(self) -> dict[str, Tensor]:
+        """Of the matrices where few tokens have most of the gradient: [N, context] float16."""
+        found = {}
+        for name, norms in self.norms.items():
+            sizes = torch.stack(norms)
+            median = sizes.median()
+            if median > 0 and sizes.square().mean() > _HEAVY * median.square():
+                found[name] = (sizes / median).clamp(min=1e-3, max=_MOST).half()
+        return found
+
+
 def _block_backward(
     stream: BlockStream,
     block: nn.Module,
     matrices: list[Matrix],
     gradients: list[Tensor],
     energy: dict[str, float],
-    two_sided: bool,
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Gradients before the block from those after it, and the summed g g^T of each layer's outputs.
+) -> tuple[list[Tensor], _Outputs]:
+    """Gradients before the block from those after it, and those at the outputs of its layers.
 
     Adds each weight's squared gradient to `energy`.
     """
     weights = {m.name: stream.model.get_parameter(m.name).requires_grad_() for m in matrices}
     layers = {m.name: stream.model.get_submodule(m.name.rpartition(".")[0]) for m in matrices}
-    watched = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear | Conv1D)}
-    before, squares = list[Tensor](), dict[str, Tensor]()
+    before, after = list[Tensor](), _Outputs()
     seen: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_hook(lambda _layer, _inputs, out, name=name: seen.update({name: out}))
-        for name, layer in watched.items()
-        if two_sided
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Linear | Conv1D)
     ]
     for number, gradient in enumerate(gradients):
         hidden = stream.hidden[number].detach().clone().requires_grad_()
@@ -268,12 +313,11 @@ def _block_backward(
             if value is not None:
                 energy[name] = energy.get(name, 0.0) + float(value.square().sum())
         for name, value in zip(seen, found[1 + len(weights) :], strict=True):
-            if value is not None:
-                total = squares.setdefault(name, value.new_zeros(value.shape[-1], value.shape[-1]).float())
-                add_square(total, value.reshape(-1, value.shape[-1]).float())
+            if value is not None and value.numel() == value.shape[-1] * hidden.shape[1]:  # not some experts'
+                after.add(name, value)
     for hook in hooks:
         hook.remove()
-    return before, squares
+    return before, after
 
 
 @dataclass(frozen=True)

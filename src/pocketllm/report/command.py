@@ -143,7 +143,7 @@ def _calibration(
     if wanted is None:
         return ["--no-calibration"], ()
     start = base or CalibrationConfig()
-    said = {"tokens", "passes", "two_sided", "rotate", "sequential"}
+    said = {"tokens", "passes", "weigh_tokens", "two_sided", "rotate", "sequential"}
     arguments = [word for text in wanted.texts for word in ("--calibration", text)]
     if wanted.texts:
         said.add("texts")
@@ -153,9 +153,10 @@ def _calibration(
         arguments += ["--passes", str(wanted.passes)]
     if wanted.two_sided != start.two_sided:
         arguments.append("--two-sided" if wanted.two_sided else "--one-sided")
-    for name in ("rotate", "sequential"):
+    for name in ("rotate", "sequential", "weigh_tokens"):
         if getattr(wanted, name) != getattr(start, name):
-            arguments.append(f"--{name}" if getattr(wanted, name) else f"--no-{name}")
+            option = name.replace("_", "-")
+            arguments.append(f"--{option}" if getattr(wanted, name) else f"--no-{option}")
     if wanted.refine_epochs != start.refine_epochs and wanted.refine_epochs in (0, REFINE_EPOCHS):
         arguments.append("--refine" if wanted.refine_epochs else "--no-refine")
         said.add("refine_epochs")
