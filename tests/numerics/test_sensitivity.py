@@ -1,0 +1,80 @@
+"""Gradients at the outputs of layers: what rows cost together, and which tokens count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pocketllm.model import sensitivity
+from pocketllm.model.calibration import read_windows
+from pocketllm.model.folder import load_dense
+from pocketllm.model.inputs import Collector
+from pocketllm.model.plan import Matrix, classify
+from pocketllm.model.source import open_dense
+from tests import tiny
+
+
+def test_the_hessian_of_outputs_is_that_of_the_gradients(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Against one backward pass of the whole model, for targets that are always the likeliest token."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: p.argmax(dim=-1, keepdim=True))
+    monkeypatch.setattr(sensitivity, "_LOUDEST", 1e9)
+    source = open_dense(tiny.save(tmp_path / "dense"))
+    config = tiny.on_trellis(calibration={"two_sided": True})
+    windows = read_windows(source, config)
+    assert windows is not None
+    matrices, _ = classify(source, config)
+    found = sensitivity.measure(
+        source, windows, matrices, 0.01, 0, two_sided=True, outputs=tmp_path / "after"
+    )
+    model = load_dense(tmp_path / "dense")
+    seen: dict[str, Tensor] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and ".layers." in name:
+            layer.register_full_backward_hook(
+                lambda _layer, _before, after, name=name: seen.update({f"{name}.weight": after[0]})
+            )
+    logits = model(windows).logits.flatten(0, 1)
+    nn.functional.cross_entropy(logits, logits.argmax(dim=-1), reduction="sum").backward()
+    for number in (0, 1):
+        kept = sensitivity.output_hessians(tmp_path / "after", f"model.layers.{number}", "cpu")
+        assert len(kept) == 7 and set(kept) <= set(found.strip_rows)
+        for name, hessian in kept.items():
+            flat = seen[name].flatten(0, -2)
+            expected = flat.T @ flat
+            expected /= expected.diagonal().mean()
+            # The stream computes in bfloat16.
+            assert float((hessian - expected).norm() / expected.norm()) < 0.05, name
+
+
+def test_tokens_are_weighted_where_few_have_most_of_the_gradient() -> None:
+    loud, even = torch.randn(1, 200, 8), torch.randn(1, 200, 8)
+    loud[0, 3] *= 500
+    outputs = sensitivity._Outputs()
+    for name, gradient in (("loud", loud), ("even", even), ("loud", loud), ("even", even)):
+        outputs.add(name, gradient)
+    weights = outputs.token_weights()
+    assert set(weights) == {"loud"} and weights["loud"].shape == (2, 200)
+    assert float(weights["loud"][0, 3]) == 30 and 0.5 < float(weights["loud"].float().median()) < 2
+    sizes = loud[0].norm(dim=1)
+    assert float(outputs.squares["loud"].trace()) < 3 * float((sizes.median() * 3) ** 2 * 200)
+
+
+def test_inputs_are_multiplied_by_their_weights() -> None:
+    model, x = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4)]), torch.randn(1, 20, 6)
+    matrices = [Matrix(f"{n}.weight", (4, 6), 4, 6, str(n), True) for n in (0, 1)]
+    weights = torch.rand(20) + 0.5
+    weights[:8] = 0  # not measured
+    collector = Collector(model, matrices)
+    with collector.watching(), collector.batch({"1.weight": weights}):
+        for layer in model:
+            layer(x)
+    found = collector.inputs("cpu")
+    weighted = x[0, 8:] * weights[8:, None]
+    assert torch.allclose(found.hessians["0.weight"], x[0].T @ x[0] / 20, atol=1e-5)
+    assert torch.allclose(found.hessians["1.weight"], weighted.T @ weighted / 12, atol=1e-5)
+    assert found.tokens == {"0.weight": 20, "1.weight": 12}
