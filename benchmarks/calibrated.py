@@ -42,7 +42,6 @@ def settings() -> dict[str, CompressConfig]:
     """Every setting by name."""
     whole = {f"everything at {bpw}": _base(bpw) for bpw in (4.0, 3.0, 2.5, 2.0)}
     plain = {"trellis_width": None}
-    two_sided = {"two_sided": True}
 
     def at_two(**changes: Any) -> CompressConfig:
         return _base(2.05, keep_embeddings=True, **changes)
@@ -53,8 +52,8 @@ def settings() -> dict[str, CompressConfig]:
         "2.05, codebook from a seed": at_two(codec={"codebook_source": "seed"}),
         "2.05, independent indices": at_two(codec=plain),
         "2.05, refined": at_two(calibration={"refine_epochs": 2}),
-        "2.05, two-sided": at_two(calibration=two_sided),
-        "3.05, two-sided": _base(3.05, keep_embeddings=True, calibration=two_sided),
+        "2.05, inputs alone": at_two(calibration={"two_sided": False}),
+        "2.05, all tokens alike": at_two(calibration={"weigh_tokens": False}),
         "2.05, inputs of the dense model": at_two(calibration={"sequential": False}),
     }
     return {**whole, **ablations}

@@ -39,14 +39,24 @@ def test_keys(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_options_reach_the_settings(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
-    options = [*SETTINGS, "--calibration", text, "--calibration", text, "--refine", "--two-sided"]
+    options = [
+        *SETTINGS,
+        "--calibration",
+        text,
+        "--calibration",
+        text,
+        "--refine",
+        "--passes",
+        "1",
+        "--one-sided",
+    ]
     options += ["--no-rotate", "--no-sequential", "--calibration-tokens", "512"]
     options += ["--calibration-cache", tmp_path / "measured"]
     report = run.json("compress", source, "-o", tmp_path / "out", *options)
     found = report["config"]["calibration"]
     assert found["texts"] == [str(text)] * 2 and found["tokens"] == 512
-    assert found["refine_epochs"] > 0 and found["two_sided"]
-    assert not found["rotate"] and not found["sequential"]
+    assert found["refine_epochs"] > 0 and found["passes"] == 1
+    assert not found["rotate"] and not found["sequential"] and not found["two_sided"]
     assert len(list((tmp_path / "measured").glob("inputs-*/*.safetensors"))) == 2
     again = run.json("compress", source, "-o", tmp_path / "two", *options, "--no-refine")
     assert again["config"]["calibration"]["refine_epochs"] == 0

@@ -30,7 +30,7 @@ def test_pretended_tensors_refuse_others(monkeypatch: pytest.MonkeyPatch) -> Non
     ("architecture", "calibration"),
     [
         ("mixtral", {"refine_epochs": 1}),
-        ("gemma3", {"sequential": False, "passes": 1}),
+        ("gemma3", {"sequential": False, "two_sided": False, "passes": 1}),
         ("gpt2", {"rotate": False}),
     ],
 )

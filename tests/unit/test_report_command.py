@@ -77,12 +77,13 @@ CONFIGS = {
     ),
     "not rotated": with_calibration(rotate=False),
     "not in sequence": with_calibration(sequential=False),
-    "passes": with_calibration(passes=3),
-    "two-sided": with_calibration(two_sided=True),
+    "passes": with_calibration(passes=3, two_sided=False),
+    "one-sided": with_calibration(two_sided=False),
     "all tokens alike": with_calibration(weigh_tokens=False),
     "refined": with_calibration(refine_epochs=REFINE_EPOCHS),
     "calibrated plain codec, refined": dataclasses.replace(
-        PLAIN, calibration=CalibrationConfig(refine_epochs=REFINE_EPOCHS, passes=1, rotate=False)
+        PLAIN,
+        calibration=CalibrationConfig(refine_epochs=REFINE_EPOCHS, passes=1, two_sided=False, rotate=False),
     ),
     "default without calibration": dataclasses.replace(BASE, calibration=None),
     "default with another decoder": with_codec(BASE, depth=0),

@@ -72,7 +72,7 @@ def compress(
         typer.Option("--refine/--no-refine", help="Tune each coded block to what the dense one computes."),
     ] = None,
     passes: Annotated[
-        int | None, typer.Option(help="Passes of coordinate descent over the indices of each matrix.")
+        int | None, typer.Option(help="Passes of coordinate descent over the indices; with --one-sided.")
     ] = None,
     weigh_tokens: Annotated[
         bool | None,
@@ -85,8 +85,8 @@ def compress(
         bool | None,
         typer.Option(
             "--two-sided/--one-sided",
-            help="Weigh errors by the loss's gradients at a layer's outputs, too, or by its inputs alone "
-            "(default).",
+            help="Weigh errors by the loss's gradients at a layer's outputs, too (default), or by its "
+            "inputs alone.",
         ),
     ] = None,
     rotate: Annotated[

@@ -21,7 +21,7 @@ class CalibrationConfig:
     """How indices are chosen for what layers do to their inputs.
 
     tokens, context: of the calibration text, and per window. sensitivity_tokens: of these, for the
-    measurement of what an error in each matrix costs (twice as many if two_sided). damping: share of the mean
+    measurement of what an error in each matrix costs. damping: share of the mean
     diagonal added to each Hessian. weigh_tokens: weigh the inputs of a matrix by the loss's gradients at its
     outputs where those of a few tokens are far above the others. two_sided: weigh errors by the loss's
     gradients at a layer's outputs, too, so that rows make up for each other; else by its inputs alone.
@@ -36,10 +36,10 @@ class CalibrationConfig:
 
     tokens: int = 32768
     context: int = 512
-    sensitivity_tokens: int = 4096
+    sensitivity_tokens: int = 8192
     damping: float = 0.01
     weigh_tokens: bool = True
-    two_sided: bool = False
+    two_sided: bool = True
     passes: int = 0
     rotate: bool = True
     sequential: bool = True
@@ -52,7 +52,7 @@ class CalibrationConfig:
         at_least("calibration context", self.context, 2)
         at_least("passes", self.passes, 0)
         if self.passes and self.two_sided:
-            raise ConfigError("passes: coordinate descent excludes two_sided (--two-sided)")
+            raise ConfigError("passes: coordinate descent needs two_sided=False (--one-sided)")
         at_least("refine_epochs", self.refine_epochs, 0)
         positive("refine_rate", self.refine_rate)
         positive("damping", self.damping)

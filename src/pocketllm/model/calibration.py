@@ -77,8 +77,7 @@ def calibrate(
             *(windows.numel(), widest),
         )
     two_sided = settings.two_sided
-    wanted = settings.sensitivity_tokens * (2 if two_sided else 1)
-    count = max(1, wanted // windows.shape[1])
+    count = max(1, settings.sensitivity_tokens // windows.shape[1])
     measured = torch.arange(0, len(windows), max(1, len(windows) // count))[:count]
     chosen = windows[measured]
     names = [m.name for m in matrices]
