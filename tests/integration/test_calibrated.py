@@ -53,7 +53,8 @@ def test_every_architecture(architecture: str, tmp_path: Path) -> None:
         in_blocks = matrix.input_tokens is not None
         assert in_blocks == (".0." in matrix.name or ".1." in matrix.name)
         if in_blocks:
-            assert matrix.input_tokens == (1024 if len(matrix.shape) == 3 else 512)
+            # Two experts a token; 128 tokens where inputs are weighted by what was measured on these.
+            assert matrix.input_tokens in ((1024,) if len(matrix.shape) == 3 else (512, 128))
     assert not warnings_of(report.to_dict())
     models = [load(tmp_path / "out", mode) for mode in ("dense", "packed")]
     assert torch.equal(logits(models[0]), logits(models[1]))

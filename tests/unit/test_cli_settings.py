@@ -77,7 +77,13 @@ def test_refinement() -> None:
 
 def test_other_calibration_options() -> None:
     found = settings_of(
-        texts=["a.txt", "owner/name"], tokens=2048, passes=2, rotate=False, sequential=False, refine=None
+        texts=["a.txt", "owner/name"],
+        tokens=2048,
+        passes=2,
+        two_sided=False,
+        rotate=False,
+        sequential=False,
+        refine=None,
     )
     assert found.texts == ("a.txt", "owner/name") and found.tokens == 2048 and found.passes == 2
     assert not found.rotate and not found.sequential

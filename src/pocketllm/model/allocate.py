@@ -127,20 +127,24 @@ def _spend(
 ) -> dict[str, Spec]:
     """Raise single matrices to their next codec, the most useful first, while the budget lasts.
 
-    Only codecs that are in use already, which cost no further codebook.
+    First to codecs that are in use already, which cost no further codebook, then to any.
     """
-    in_use = set(specs.values())
-    steps = []
-    for m in matrices:
-        now = specs[m.name]
-        higher = [s for s in choices[m.name] if s.index_bpw > now.index_bpw and s in in_use]
-        if higher:
-            gain = value[m.name] * (now.nmse - higher[0].nmse)
-            steps.append((gain / (higher[0].index_bpw - now.index_bpw) / m.weights, m.name, higher[0]))
-    for _, name, spec in sorted(steps, key=lambda step: (-step[0], step[1])):
-        raised = {**specs, name: spec}
-        if fits(raised):
-            specs = raised
+    for allowed in (set(specs.values()), None):
+        steps = []
+        for m in matrices:
+            now = specs[m.name]
+            higher = [
+                s
+                for s in choices[m.name]
+                if s.index_bpw > now.index_bpw and (allowed is None or s in allowed)
+            ]
+            if higher:
+                gain = value[m.name] * (now.nmse - higher[0].nmse)
+                steps.append((gain / (higher[0].index_bpw - now.index_bpw) / m.weights, m.name, higher[0]))
+        for _, name, spec in sorted(steps, key=lambda step: (-step[0], step[1])):
+            raised = {**specs, name: spec}
+            if fits(raised):
+                specs = raised
     return specs
 
 

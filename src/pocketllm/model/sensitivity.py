@@ -186,8 +186,8 @@ def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, T
     """Hessians [rows, rows] float32 of a block's outputs as `measure` left them, scaled, by matrix."""
     if outputs is None:
         return {}
-    with safe_open(str(outputs / f"{path}.safetensors"), framework="pt", device=device) as handle:
-        return {name: handle.get_tensor(name).float() for name in handle.keys()}  # noqa: SIM118
+    with safe_open(str(outputs / f"{path}.safetensors"), framework="pt") as handle:
+        return {name: handle.get_tensor(name).float().to(device) for name in handle.keys()}  # noqa: SIM118
 
 
 def windows_vocabulary(model: Any) -> int:
