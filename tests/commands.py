@@ -13,7 +13,7 @@ import pytest
 from pocketllm import cli
 
 SETTINGS = ["--vector-len", "5", "--codebook-size", "32", "--codebook-scope", "kind"]
-SETTINGS += ["--epochs", "1", "--threads", "2"]
+SETTINGS += ["--epochs", "1", "--threads", "1"]
 SIZES = {  # keys of a report that others rely on
     "bytes_on_disk",
     "ratio_files_bf16",

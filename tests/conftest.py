@@ -1,4 +1,7 @@
-"""Settings that every test runs under: two threads, the same random numbers each time; and common fixtures."""
+"""Settings that every test runs under: one thread, the same random numbers each time; and common fixtures.
+
+Two processes share the tests, file by file (pytest-xdist).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too
 
 import random
 import shutil
@@ -19,7 +23,7 @@ import pocketllm
 from tests import tiny
 from tests.commands import Run
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

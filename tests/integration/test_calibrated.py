@@ -96,7 +96,7 @@ def test_same_arguments_same_bytes(source: Path, whole: Path, tmp_path: Path) ->
 
 _KILLED = """
 import os, pathlib, signal, sys
-import torch; torch.set_num_threads(2)
+import torch; torch.set_num_threads(1)
 import pocketllm
 from tests import tiny
 seen = 0

@@ -25,7 +25,7 @@ from tests.commands import contents
 
 _KILLED = """
 import os, signal, sys
-import torch; torch.set_num_threads(2)
+import torch; torch.set_num_threads(1)
 import pocketllm
 from tests import tiny
 seen = 0

@@ -20,8 +20,8 @@ _GROUP = 128  # columns whose feedback is applied to the rest of the row at once
 class Place:
     """Where coding stands: the strips under way, and the column of subvectors that each is at.
 
-    strips: of all. numbers, columns: [active] int64. step: count of the places before it.
-    has_next: [active] whether there is a column after it.
+    strips: which of all. numbers, columns: of each, [active] int64. step: number of the place.
+    last: number of the last column.
     """
 
     strips: slice
@@ -32,6 +32,7 @@ class Place:
 
     @property
     def has_next(self) -> Tensor:
+        """[active] whether there is a column after it."""
         return self.columns < self.last
 
     @property
