@@ -18,12 +18,14 @@ the loss of tokens drawn from the model's own distribution. Feedback from strip 
 cost by another such factor; shorter strips gain more by it, but paths on a trellis lose more (the first rows
 of a strip have few codewords to choose from). The length of the least product is taken.
 
-One pass forward and one backward, one block of the model in memory at a time.
+One pass forward and one backward, one block of the model in memory at a time; what each block is fed waits on
+disk for the pass backward.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,47 +123,45 @@ def measure(
     Args:
         two_sided: whether rows will make up for each other. weigh_tokens: whether inputs will be weighted.
         outputs: folder in which the Hessians of outputs are left, a file for each block; see `output_hessians`.
+            What blocks are fed waits there too, and without it in the system's folder for temporary files.
 
     Raises:
         OutputError: they cannot be written.
     """
     stream = BlockStream(source, windows, device, batch=1)
     tokens = windows.numel()
-    inputs: list[list[Tensor]] = []
-    for number, (_, block) in enumerate(stream):
-        inputs.append(stream.hidden)
-        stream.hidden = stream.run(block, stream.hidden)
-        progress(0.3 * (number + 1) / len(stream.blocks))
-    head = _Head(stream, seed)
-    gradients = [head.backward(n) for n in range(len(windows))]
     energy: dict[str, float] = {}
     gains: dict[str, float] = {}
     strip_rows: dict[str, int] = {}
     weights: dict[str, Tensor] = {}
-    for number in reversed(range(len(stream.blocks))):
-        with stream.loaded(number) as (path, block):
-            inside = [m for m in matrices if m.name.startswith(f"{path}.")]
-            stream.hidden = inputs.pop()
-            hessians = stream.inputs(block, inside).hessians
-            factors: dict[int, float] = {}
-            for matrix in inside:
-                hessian = hessians.get(matrix.name)
-                if hessian is not None and id(hessian) not in factors:
-                    factors[id(hessian)] = _gain(hessian, damping)
-                gains[matrix.name] = 1.0 if hessian is None else factors[id(hessian)]
-            gradients, after = _block_backward(stream, block, inside, gradients, energy)
-        squares = after.squares if two_sided else {}
-        if weigh_tokens:
-            weights |= after.token_weights()
-        for name, square in squares.items():
-            scaled = filled_up(square, tokens)
-            scaled /= scaled.diagonal().mean()
-            strip_rows[name], gain = _strips(scaled)
-            gains[name] *= gain
-            squares[name] = scaled.half().cpu()
-        if outputs is not None:
-            keep_tensors(outputs / f"{path}.safetensors", squares, {})
-        progress(0.4 + 0.6 * (len(stream.blocks) - number) / len(stream.blocks))
+    if outputs is not None:
+        outputs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="inputs-", dir=outputs) as scratch:
+        waiting = _Waiting(Path(scratch), device)
+        for number, (_, block) in enumerate(stream):
+            waiting.put(number, stream.hidden)
+            stream.hidden = stream.run(block, stream.hidden)
+            progress(0.3 * (number + 1) / len(stream.blocks))
+        head = _Head(stream, seed)
+        gradients = [head.backward(n) for n in range(len(windows))]
+        for number in reversed(range(len(stream.blocks))):
+            with stream.loaded(number) as (path, block):
+                inside = [m for m in matrices if m.name.startswith(f"{path}.")]
+                stream.hidden = waiting.take(number)
+                gains |= _input_gains(inside, stream.inputs(block, inside).hessians, damping)
+                gradients, after = _block_backward(stream, block, inside, gradients, energy)
+            squares = after.squares if two_sided else {}
+            if weigh_tokens:
+                weights |= after.token_weights()
+            for name, square in squares.items():
+                scaled = filled_up(square, tokens)
+                scaled /= scaled.diagonal().mean()
+                strip_rows[name], gain = _strips(scaled)
+                gains[name] *= gain
+                squares[name] = scaled.half().cpu()
+            if outputs is not None:
+                keep_tensors(outputs / f"{path}.safetensors", squares, {})
+            progress(0.4 + 0.6 * (len(stream.blocks) - number) / len(stream.blocks))
     importance = {}
     for matrix in matrices:
         if matrix.in_blocks:
@@ -193,6 +193,35 @@ def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, T
 def windows_vocabulary(model: Any) -> int:
     """Rows of the input embedding."""
     return int(model.get_input_embeddings().weight.shape[0])
+
+
+class _Waiting:
+    """What blocks are fed, on disk."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device = folder, device
+
+    def put(self, number: int, hidden: list[Tensor]) -> None:
+        """Keep the batches of a block."""
+        tensors = {str(batch): value.contiguous() for batch, value in enumerate(hidden)}
+        keep_tensors(self.folder / f"{number}.safetensors", tensors, {})
+
+    def take(self, number: int) -> list[Tensor]:
+        """The batches of a block, which are no longer kept."""
+        path = self.folder / f"{number}.safetensors"
+        with safe_open(str(path), framework="pt", device=self.device) as handle:
+            hidden = [handle.get_tensor(str(batch)) for batch in range(len(handle.keys()))]
+        path.unlink()
+        return hidden
+
+
+def _input_gains(matrices: list[Matrix], hessians: dict[str, Tensor], damping: float) -> dict[str, float]:
+    """Gain of feedback along the inputs, by matrix; 1 where no inputs were seen."""
+    found: dict[int, float] = {}
+    for hessian in hessians.values():
+        if id(hessian) not in found:
+            found[id(hessian)] = _gain(hessian, damping)
+    return {m.name: found[id(hessians[m.name])] if m.name in hessians else 1.0 for m in matrices}
 
 
 def _gain(hessian: Tensor, damping: float) -> float:
