@@ -52,7 +52,7 @@ def dequantize(job: Job) -> dict[str, Matrix]:
         name = key.removesuffix(".qweight")
         qweight, qzeros, scales = (stored[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
         found[f"{name}.weight"] = Matrix(
-            unpack_gptq(qweight, qzeros, scales, config["bits"], config["group_size"]),
+            unpack_gptq(qweight, qzeros, scales, config["bits"], _groups(qweight, config)),
             8 * (qweight.nbytes + qzeros.nbytes + scales.nbytes),
             f"W{config['bits']} g{config['group_size']}",
         )
@@ -60,17 +60,22 @@ def dequantize(job: Job) -> dict[str, Matrix]:
 
 
 def unpack_gptq(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, bits: int, group: torch.Tensor
 ) -> torch.Tensor:
     """[out, in] float32 weight of GPTQ's packing, whose zero points are stored one too low.
 
     Args:
         qweight: [in * bits / 32, out] int32. qzeros: [groups, out * bits / 32] int32. scales: [groups, out].
+        group: [in] int64, that each input belongs to.
     """
     codes = _integers(qweight.T.contiguous(), bits).T.float()
     zeros = _integers(qzeros, bits).float() + 1
-    group = torch.arange(codes.shape[0]) // group_size
     return ((codes - zeros[group]) * scales.float()[group]).T
+
+
+def _groups(qweight: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
+    """[in] int64: groups of neighbours."""
+    return torch.arange(qweight.shape[0] * 32 // config["bits"]) // config["group_size"]
 
 
 def _integers(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -28,16 +28,21 @@ CMAKE_OPTIONS = (
 
 
 def environment(name: str, root: Path) -> Path:
-    """The Python of environment `name`, made or brought up to requirements/NAME.txt first."""
+    """The Python of environment `name`, made or brought up to requirements/NAME.txt first.
+
+    Other packages have the project's versions, or those of requirements/NAME.constraints.txt.
+    """
     requirements = HERE / "requirements" / f"{name}.txt"
+    own = requirements.with_suffix(".constraints.txt")
+    constraints = own if own.is_file() else CONSTRAINTS
     folder = root / f"env-{name}"
     python, stamp = folder / "bin" / "python", folder / "made-from"
-    wanted = hashlib.sha256(requirements.read_bytes() + CONSTRAINTS.read_bytes()).hexdigest()
+    wanted = hashlib.sha256(requirements.read_bytes() + constraints.read_bytes()).hexdigest()
     if not stamp.is_file() or stamp.read_text() != wanted:
         print(f"{name}: installing {requirements.name}", flush=True)
         log = root / f"install-{name}.log"
         measured([sys.executable, "-m", "venv", folder], log)
-        pip: list[str | Path] = [python, "-m", "pip", "install", "-c", CONSTRAINTS, "-r", requirements]
+        pip: list[str | Path] = [python, "-m", "pip", "install", "-c", constraints, "-r", requirements]
         measured(pip, log)
         stamp.write_text(wanted)
     return python

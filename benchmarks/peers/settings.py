@@ -34,6 +34,12 @@ def _autoround(bits: int, group_size: int) -> Setting:
     return Setting(name, "autoround", f"AutoRound W{bits} g{group_size}", bits, options)
 
 
+def _gptqmodel(bits: int, group_size: int) -> Setting:
+    options = {"bits": bits, "group_size": group_size}
+    name = f"gptqmodel-w{bits}-g{group_size}"
+    return Setting(name, "gptqmodel", f"GPTQModel W{bits} g{group_size}", bits, options)
+
+
 def _hqq(bits: int, axis: int) -> Setting:
     options = {"bits": bits, "group_size": 64, "axis": axis}
     name = f"hqq-{bits}bit-g64-axis{axis}"
@@ -52,6 +58,9 @@ SETTINGS = (
     _autoround(4, 64),
     _autoround(3, 64),
     _autoround(2, 32),
+    _gptqmodel(4, 64),
+    _gptqmodel(3, 64),
+    _gptqmodel(2, 32),
     _hqq(4, axis=1),
     _hqq(3, axis=1),
     _hqq(2, axis=1),

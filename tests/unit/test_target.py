@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,6 +114,15 @@ def test_folders_that_cannot_be_met(target: dict[str, Any], source: DenseCheckpo
         possible = int(text.replace(",", "")) + 20  # the target stands in the report, whose bytes count, too
         total, _ = planned(source, at(target_bytes=possible), "m").bytes_on_disk
         assert total == pytest.approx(possible, rel=0.003) and total <= possible
+
+
+@pytest.mark.parametrize("target", [{"target_bytes": 1000}, {"target_ratio": 50.0}, {"target_ratio": 1.01}])
+def test_a_model_smaller_than_its_codebook(target: dict[str, Any], tmp_path: Path) -> None:
+    """22 thousand weights: the codec of the fewest bits an index has not the fewest bits in all."""
+    tiny_source = open_dense(tiny.save(tmp_path / "dense"))
+    config = replace(at(**target), codec=CodecConfig(trellis_width=12))
+    with pytest.raises(ConfigError, match=r"target_(bytes|ratio): .* possible are [\d,]+ to [\d,]+ bytes"):
+        planned(tiny_source, config, "m")
 
 
 def test_a_codebook_size_fixes_the_size() -> None:

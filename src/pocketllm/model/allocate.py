@@ -88,8 +88,7 @@ def _by_importance(
     def bits(specs: dict[str, Spec]) -> int:
         return sum(plan(specs).bits_by_part().values())
 
-    least = {name: min(specs, key=lambda spec: spec.index_bpw) for name, specs in choices.items()}
-    most = {name: max(specs, key=lambda spec: spec.index_bpw) for name, specs in choices.items()}
+    least, most = (pick(_alike(choices), key=bits) for pick in (min, max))
     if bits(least) > budget or config.target_bpw > 1.01 * bits(most) / weights:
         raise _unreachable(config.target_bpw, [bits(least) / weights, bits(most) / weights])
     cheap, dear, best = -80.0, 80.0, least  # base-2 logarithms of the price
@@ -116,6 +115,12 @@ def _choices(matrix: Matrix, config: CompressConfig) -> list[Spec]:
         below = [spec for spec in specs if spec.index_bpw <= wanted]
         specs = [max(below, key=lambda spec: spec.index_bpw)] if below else specs[:1]
     return sorted(specs, key=lambda spec: spec.index_bpw)
+
+
+def _alike(choices: Mapping[str, list[Spec]]) -> list[dict[str, Spec]]:
+    """Each codec for all matrices that may take it: where weights are few, codebooks cost more than indices."""
+    every = dict.fromkeys(spec for specs in choices.values() for spec in specs)
+    return [{name: spec if spec in own else own[0] for name, own in choices.items()} for spec in every]
 
 
 def _spend(

@@ -68,9 +68,9 @@ def possible_bpw(
     source: DenseCheckpoint, config: CompressConfig, strip_rows: Mapping[str, int] | None = None
 ) -> tuple[float, float]:
     """Least and most stored bits per weight that the settings allow, overrides included."""
-    least = replace(config, target_bpw=1e-6, target_bytes=None, target_ratio=None)
+    asked = replace(config, target_bpw=1e-6, target_bytes=None, target_ratio=None)
     try:
-        make_plan(source, least, strip_rows=strip_rows)
+        make_plan(source, asked, strip_rows=strip_rows)
     except TargetError as error:
         return error.least * (1 + 1e-9), error.most * (1 + 1e-9)
     raise AssertionError("a millionth of a bit per weight cannot be planned")
