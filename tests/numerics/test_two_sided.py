@@ -125,3 +125,32 @@ def test_what_is_left_of_a_diagonal() -> None:
         cross = damped[a, rest] @ torch.linalg.pinv(damped[rest, rest]) @ damped[rest, a]
         expected.append((damped[a, a] - cross).diagonal())
     assert torch.allclose(conditional_diagonal(factor, 8).double(), torch.cat(expected), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "columns"), [([4] * 96, 97), ([7] * 30 + [9] * 5, 43), ([5] * 3, 17), ([4], 9)]
+)
+def test_strips_make_up_for_all_above_them(lengths: list[int], columns: int) -> None:
+    """What is handed on nearby and from afar, against one product over all rows above."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    rows, d, longest = sum(lengths), 2, max(lengths)
+    upper = 2 * torch.eye(rows) + 0.1 * torch.randn(rows, rows, generator=generator).triu()
+    strips = Strips(lengths, columns, True, torch.device("cpu"))
+    down, starts = Downwards(strips, upper, d), [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    noted = torch.zeros(rows, columns, d)
+    for at in strips:
+        found, ahead = down.shift(at), down.shift(at.next, 3)
+        errors = torch.randn(len(at.numbers), longest, d, generator=generator)
+        errors *= strips.inside[at.strips][..., None]
+        places = list(zip(at.numbers.tolist(), at.columns.tolist(), at.next.columns.tolist(), strict=True))
+        for shifts, which in ((found, 1), (ahead, 2)):
+            for shift, place in zip(shifts, places, strict=True):
+                begin, end = starts[place[0]], starts[place[0] + 1]
+                expected = upper[:begin, begin:end].T @ noted[:begin, place[which]]
+                there = min(len(shift), end - begin)
+                torch.testing.assert_close(shift[:there], expected[:there], atol=1e-4, rtol=1e-4)
+        down.feed(at, errors)
+        for error, (number, column, _) in zip(errors, places, strict=True):
+            begin, end = starts[number], starts[number + 1]
+            inner = upper[begin:end, begin:end]
+            noted[begin:end, column] = torch.linalg.solve(inner.T, error[: end - begin])

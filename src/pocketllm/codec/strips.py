@@ -143,6 +143,9 @@ class Rightwards:
 class Downwards:
     """What strips have to make up for the errors of those above them.
 
+    Strips nearby hand on their errors column by column. Those further up have by then finished the group of
+    columns that comes next, and hand all of it on in one product.
+
     diagonal: [strips, longest] what is left of G's diagonal then.
 
     Args:
@@ -150,26 +153,51 @@ class Downwards:
     """
 
     def __init__(self, strips: Strips, upper: Tensor, d: int) -> None:
-        count, longest = strips.inside.shape
+        (count, longest), device = strips.inside.shape, upper.device
         place = strips.inside.reshape(-1).nonzero()[:, 0]
-        full = torch.eye(count * longest, device=upper.device)
+        full = torch.eye(count * longest, device=device)
         full[place[:, None], place] = upper
         blocks = full.reshape(count, longest, count, longest)
-        number = torch.arange(count, device=upper.device)
+        number = torch.arange(count, device=device)
         inverse = torch.linalg.inv(blocks[number, :, number])
         self.diagonal = inverse.square().sum(dim=2)
         self.whiten = inverse.transpose(1, 2).contiguous()  # V_SS^-T
-        above = blocks.permute(2, 3, 0, 1).clone()  # V_TS^T of the strips T above S
-        above *= (number[:, None] > number)[:, None, :, None]
-        self.above = above.reshape(count, longest, count * longest)
-        self.kept = torch.zeros(strips.columns, count * longest, d, device=upper.device)
+        self.lag, self.count, self.longest = strips.lag, count, longest
+        # A column reads `near` strips for each strip, and a group of lag * near columns all strips once.
+        self.near = max(1, round(count**0.5 / 2))
+        self.upper = torch.nn.functional.pad(full, (0, 0, self.near * longest, 0))  # none above the first
+        self.nearby = torch.stack([self._above(s, s, s + self.near) for s in range(count)])
+        self.kept = torch.zeros(strips.columns, len(self.upper), d, device=device)
+        self.from_afar = torch.zeros(strips.columns, count, longest, d, device=device)
 
     def shift(self, at: Place, rows: int | None = None) -> Tensor:
         """What the first rows of the strips are to add in their columns, but for the sign: [active, rows, d]."""
-        return self.above[at.strips, :rows] @ self.kept[at.columns]
+        handed = self.kept[at.columns[:, None], self._rows(at.numbers, self.near)]
+        return self.from_afar[at.columns, at.numbers, :rows] + self.nearby[at.strips, :rows] @ handed
 
     def feed(self, at: Place, error: Tensor) -> None:
         """Note Z of the columns of a place, given T - decoded [active, longest, d]."""
-        longest = error.shape[1]
-        rows = at.numbers[:, None] * longest + torch.arange(longest, device=error.device)
-        self.kept[at.columns[:, None], rows] = self.whiten[at.strips] @ error
+        self.kept[at.columns[:, None], self._rows(at.numbers + self.near, 1)] = self.whiten[at.strips] @ error
+        if at.step % self.lag == 0:
+            # Strips that stand `lag` columns before a group, which those above strip - near have finished.
+            for group, strip in enumerate(range(at.step // self.lag + 1, self.near, -self.near)):
+                if strip < self.count:
+                    self._gather(strip, group)
+
+    def _gather(self, strip: int, group: int) -> None:
+        """What comes from afar into a group of a strip's columns."""
+        size = self.lag * self.near
+        columns, rows = slice(group * size, (group + 1) * size), slice(self.near * self.longest, None)
+        errors = self.kept[columns, rows][:, : (strip - self.near) * self.longest]
+        count, _, d = errors.shape
+        carried = self._above(strip, self.near, strip) @ errors.transpose(0, 1).flatten(1)
+        self.from_afar[columns, strip] = carried.reshape(self.longest, count, d).transpose(0, 1)
+
+    def _above(self, strip: int, first: int, end: int) -> Tensor:
+        """V_TS^T of a strip S and strips T, counted from `near` above the first: [longest, rows of T]."""
+        here = slice(strip * self.longest, (strip + 1) * self.longest)
+        return self.upper[first * self.longest : end * self.longest, here].T
+
+    def _rows(self, first: Tensor, strips: int) -> Tensor:
+        """Rows of `kept` of runs of strips, counted from `near` above the first: [active, rows]."""
+        return first[:, None] * self.longest + torch.arange(strips * self.longest, device=first.device)
