@@ -83,7 +83,7 @@ def test_little_text_is_told(run: Run, source: Path, tmp_path: Path) -> None:
         (["--size", "1TB"], 2, "possible are"),
         (["--ratio", "200"], 2, "possible are"),
         (["--override", "x"], 2, "wanted PATTERN=BITS"),
-        (["--override", "nothing.*=4"], 2, "'nothing.*': fits no tensor"),
+        (["--override", "nothing.*=4"], 2, "'nothing.*': fits no matrix"),
         (["--preset", "lookup-8x", "--refine"], 2, "the preset does not calibrate"),
         (["--no-calibration", "--no-rotate"], 2, "--no-calibration excludes --rotate"),
         ([*SETTINGS, "--calibration", "TEXT", "--calibration-tokens", "1"], 2, "calibration tokens"),

@@ -57,7 +57,7 @@ def test_tokens_are_weighted_where_few_have_most_of_the_gradient() -> None:
     outputs = sensitivity._Outputs()
     for name, gradient in (("loud", loud), ("even", even), ("loud", loud), ("even", even)):
         outputs.add(name, gradient)
-    weights = outputs.token_weights()
+    weights = outputs.token_weights(2)
     assert set(weights) == {"loud"} and weights["loud"].shape == (2, 200)
     assert float(weights["loud"][0, 3]) == 30 and 0.5 < float(weights["loud"].float().median()) < 2
     sizes = loud[0].norm(dim=1)

@@ -43,7 +43,7 @@ def test_json_lines(tmp_path: Path) -> None:
     [
         ("a.txt", b"\xff\xfe\x00", r"a\.txt: not UTF-8 \(byte 0\)"),
         ("a.txt", b" \n", r"a\.txt: holds no text"),
-        ("a.jsonl", b'{"text": ', r"a\.jsonl: not JSON lines"),
+        ("a.jsonl", b'{"text": ', r"a\.jsonl: line 1 is not JSON"),
         ("a.jsonl", b"[1, 2]\n{}\n", r"a\.jsonl: holds no text"),
     ],
 )

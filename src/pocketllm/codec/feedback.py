@@ -44,8 +44,10 @@ from pocketllm.codec.codebook import Searcher
 from pocketllm.codec.strips import Downwards, Rightwards, Strips
 from pocketllm.codec.subvectors import cut, subvectors_per_row
 from pocketllm.codec.trellis import PathSearch, Trellis, first_state, strip_lengths
+from pocketllm.errors import WeightError
 
 _MANY = 4096  # weights of a strip of which the mean is sure
+_PEAKED = 4.0  # kurtosis of rows; Gaussian ones have 3
 _AHEAD = 4  # rows of the next column that a path is to be good for
 
 
@@ -68,7 +70,14 @@ def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> Hessia
     Args:
         hessian: [columns, columns] symmetric, positive semidefinite.
         damping: share of the mean diagonal that is added to the diagonal; doubled until H can be factorized.
+
+    Raises:
+        WeightError: H holds NaN or Inf.
     """
+    if not bool(hessian.isfinite().all()):
+        raise WeightError(
+            "Hessian: holds NaN or Inf; activations or gradients of the model overflow on this text"
+        )
     columns = hessian.shape[0]
     padding = subvectors_per_row(columns, vector_len) * vector_len - columns
     hessian = hessian.double()
@@ -268,10 +277,14 @@ class _Problem:
         """Whether no strip can come out better with the nearest path, so that it need not be searched.
 
         The nearest path leaves an error that is blind to H and G: about mean(H_jj) mean(G_ii) |e|^2 over a
-        strip's thousands of weights, with |e|^2 at least 2^(-2 bits) |w|^2 by Shannon's bound (weights are no
-        harder than Gaussian ones by much). Half of that is left as a margin. Where weights are few or inputs
-        very unlike (they are not once rotated), the mean says little.
+        strip's thousands of weights, with |e|^2 at least 2^(-2 bits) |w|^2 by Shannon's bound for Gaussian
+        weights. Half of that is left as a margin. Where weights are few, or inputs very unlike, or weights far
+        from Gaussian (they are not once rotated), that says little.
         """
+        square = self.weight.square()
+        peaked = square.square().mean(dim=1) / square.mean(dim=1).square().clamp(min=1e-30)
+        if float(peaked.mean()) > _PEAKED:
+            return False
         least = 4.0**-bits * self.weight.square().sum(dim=1)
         sides = [self.factor] if self.outputs is None else [self.factor, self.outputs]
         for side in sides:

@@ -48,7 +48,7 @@ class CalibrationConfig:
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        at_least("calibration tokens", self.tokens, self.context)
+        at_least("calibration tokens (--calibration-tokens)", self.tokens, self.context)
         at_least("calibration context", self.context, 2)
         at_least("passes", self.passes, 0)
         if self.passes and self.two_sided:
@@ -119,7 +119,9 @@ class CompressConfig:
             raise ConfigError("codebook_size and trellis_width exclude each other; K is 2^trellis_width")
         for pattern, bits in self.overrides:
             if not 0 < bits <= 16:
-                raise ConfigError(f"override {pattern!r}: got {bits} bits per weight, wanted 0 to 16")
+                raise ConfigError(
+                    f"override {pattern!r}: got {bits} bits per weight, wanted more than 0, at most 16"
+                )
         if any(bits < 16 for _, bits in self.overrides) and self.codec.trellis_width is None:
             raise ConfigError("overrides below 16 bits need a trellis (trellis_width)")
         if self.calibration is not None and (self.codec.decoder != "lookup" or not self.codec.row_scale):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from pocketllm.config import SCOPES, CompressConfig
 from pocketllm.errors import ConfigError, TargetError
@@ -18,6 +18,8 @@ _STEPS = (
     *((2, stride) for stride in (3, 4, 5, 6, 7, 8)),
     *((1, stride) for stride in (5, 6, 7, 8)),
 )
+_DEAR = 0.02  # share of the bits from which on codebooks are looked at
+_CLOSE = 0.005  # share of the budget that may be left over
 
 
 def make_plan(
@@ -44,7 +46,7 @@ def make_plan(
         if not matrices:
             raise ConfigError(
                 "no tensor is left to compress; the model is too small for these settings, "
-                "or too many blocks are left dense"
+                "or too many blocks or matrices are left dense"
             )
         if config.codec.trellis_width is not None:
             plan = _by_importance(matrices, dense, config, importance)
@@ -63,43 +65,133 @@ def _by_importance(
 ) -> Plan:
     """Trellis codecs, each matrix with its own number of bits.
 
-    For a price per bit every matrix takes the codec of the least importance * nmse + price * bits; the price
-    is bisected until the budget is met, and what is left of it is spent matrix by matrix.
+    Every codec in use has a codebook. Where those take a good part of the bits, as in small models, fewer may be
+    better.
     """
-    assert config.codec.trellis_width is not None and config.target_bpw is not None
-    weights = sum(m.weights for m in matrices)
-    budget = config.target_bpw * weights
+    assert config.target_bpw is not None
     value = {m.name: importance[m.name] if importance else float(m.weights) for m in matrices}
+    budget = _Budget(matrices, dense, config, value)
     choices = {m.name: _choices(m, config) for m in matrices}
-    scope = "model" if config.codebook_scope == "auto" else config.codebook_scope
+    ends = [pick(_alike(choices), key=budget.bits) for pick in (min, max)]
+    least, most = (budget.bits(specs) / budget.weights for specs in ends)
+    if budget.bits(ends[0]) > budget.most or config.target_bpw > 1.01 * most:
+        raise _unreachable(config.target_bpw, [least, most])
+    best = budget.best(choices) or ends[0]
+    if budget.codebook_share(best) > _DEAR:
+        every = {spec for own in choices.values() for spec in own}
+        alike = [{spec for spec in every if spec.vector_len == d} for d in sorted({d for d, _ in _STEPS})]
+        starts = [best, *filter(None, (budget.best(_of(choices, some)) for some in alike))]
+        best = min((_fewer(budget, choices, start) for start in starts), key=budget.loss)
+    return budget.plan(best)
 
-    def plan(specs: dict[str, Spec]) -> Plan:
-        return Plan(tuple(matrices), specs, tuple(dense), scope, config)
 
-    def at(price: float) -> dict[str, Spec]:
-        return {
-            m.name: min(
-                choices[m.name],
-                key=lambda spec: value[m.name] * spec.nmse + price * spec.index_bpw * m.weights,
-            )
-            for m in matrices
-        }
+@dataclass(frozen=True)
+class _Budget:
+    """Codecs for matrices within a number of bits. value: loss per unit of nmse, by matrix."""
 
-    def bits(specs: dict[str, Spec]) -> int:
-        return sum(plan(specs).bits_by_part().values())
+    matrices: list[Matrix]
+    dense: list[Dense]
+    config: CompressConfig
+    value: Mapping[str, float]
 
-    least, most = (pick(_alike(choices), key=bits) for pick in (min, max))
-    if bits(least) > budget or config.target_bpw > 1.01 * bits(most) / weights:
-        raise _unreachable(config.target_bpw, [bits(least) / weights, bits(most) / weights])
-    cheap, dear, best = -80.0, 80.0, least  # base-2 logarithms of the price
-    for _ in range(40):
-        middle = (cheap + dear) / 2
-        specs = at(2.0**middle)
-        if bits(specs) <= budget:
-            dear, best = middle, specs
-        else:
-            cheap = middle
-    return plan(_spend(best, matrices, choices, value, lambda specs: bits(specs) <= budget))
+    @property
+    def weights(self) -> int:
+        return sum(m.weights for m in self.matrices)
+
+    @property
+    def most(self) -> float:
+        """Bits that may be stored."""
+        assert self.config.target_bpw is not None
+        return self.config.target_bpw * self.weights
+
+    def plan(self, specs: dict[str, Spec]) -> Plan:
+        scope = "model" if self.config.codebook_scope == "auto" else self.config.codebook_scope
+        return Plan(tuple(self.matrices), specs, tuple(self.dense), scope, self.config)
+
+    def bits(self, specs: dict[str, Spec]) -> int:
+        return sum(self.plan(specs).bits_by_part().values())
+
+    def codebook_share(self, specs: dict[str, Spec]) -> float:
+        parts = self.plan(specs).bits_by_part()
+        return parts["codebooks"] / sum(parts.values())
+
+    def loss(self, specs: dict[str, Spec]) -> float:
+        """Predicted."""
+        return sum(self.value[m.name] * specs[m.name].nmse for m in self.matrices)
+
+    def best(self, choices: Mapping[str, list[Spec]]) -> dict[str, Spec] | None:
+        """The specs of the least loss that fit; None if none do.
+
+        For a price per bit every matrix takes the codec of the least importance * nmse + price * bits; the
+        price is bisected until the budget is met, and what is left of it is spent matrix by matrix.
+        """
+
+        def at(price: float) -> dict[str, Spec]:
+            return {
+                m.name: min(
+                    choices[m.name],
+                    key=lambda spec: self.value[m.name] * spec.nmse + price * spec.index_bpw * m.weights,
+                )
+                for m in self.matrices
+            }
+
+        cheap, dear = -80.0, 80.0  # base-2 logarithms of the price
+        best = min(_alike(choices), key=self.bits)
+        if self.bits(best) > self.most:
+            return None
+        for _ in range(40):
+            middle = (cheap + dear) / 2
+            specs = at(2.0**middle)
+            if self.bits(specs) <= self.most:
+                dear, best = middle, specs
+            else:
+                cheap = middle
+        while True:
+            spent = self._spend(best, choices)
+            if spent == best or self.bits(spent) > (1 - _CLOSE) * self.most:
+                return spent
+            best = spent
+
+    def _spend(self, specs: dict[str, Spec], choices: Mapping[str, list[Spec]]) -> dict[str, Spec]:
+        """Raise single matrices to their next codec, the most useful first, while the budget lasts.
+
+        First to codecs that are in use already, which cost no further codebook, then to any.
+        """
+        for allowed in (set(specs.values()), None):
+            steps = []
+            for m in self.matrices:
+                now = specs[m.name]
+                higher = [
+                    s
+                    for s in choices[m.name]
+                    if s.index_bpw > now.index_bpw and (allowed is None or s in allowed)
+                ]
+                if higher:
+                    gain = self.value[m.name] * (now.nmse - higher[0].nmse)
+                    steps.append(
+                        (gain / (higher[0].index_bpw - now.index_bpw) / m.weights, m.name, higher[0])
+                    )
+            for _, name, spec in sorted(steps, key=lambda step: (-step[0], step[1])):
+                raised = {**specs, name: spec}
+                if self.bits(raised) <= self.most:
+                    specs = raised
+        return specs
+
+
+def _fewer(budget: _Budget, choices: Mapping[str, list[Spec]], best: dict[str, Spec]) -> dict[str, Spec]:
+    """Give up codecs in use one by one, as long as the loss falls by what the others can do with the bits."""
+    while True:
+        used = set(best.values())
+        tried = [budget.best(_of(choices, used - {spec})) for spec in sorted(used)]
+        better = min(filter(None, tried), key=budget.loss, default=best)
+        if budget.loss(better) >= budget.loss(best):
+            return best
+        best = better
+
+
+def _of(choices: Mapping[str, list[Spec]], some: set[Spec]) -> dict[str, list[Spec]]:
+    """Choices among some codecs, where a matrix may take one of them."""
+    return {name: [spec for spec in own if spec in some] or own for name, own in choices.items()}
 
 
 def _choices(matrix: Matrix, config: CompressConfig) -> list[Spec]:
@@ -121,36 +213,6 @@ def _alike(choices: Mapping[str, list[Spec]]) -> list[dict[str, Spec]]:
     """Each codec for all matrices that may take it: where weights are few, codebooks cost more than indices."""
     every = dict.fromkeys(spec for specs in choices.values() for spec in specs)
     return [{name: spec if spec in own else own[0] for name, own in choices.items()} for spec in every]
-
-
-def _spend(
-    specs: dict[str, Spec],
-    matrices: list[Matrix],
-    choices: Mapping[str, list[Spec]],
-    value: Mapping[str, float],
-    fits: Callable[[dict[str, Spec]], bool],
-) -> dict[str, Spec]:
-    """Raise single matrices to their next codec, the most useful first, while the budget lasts.
-
-    First to codecs that are in use already, which cost no further codebook, then to any.
-    """
-    for allowed in (set(specs.values()), None):
-        steps = []
-        for m in matrices:
-            now = specs[m.name]
-            higher = [
-                s
-                for s in choices[m.name]
-                if s.index_bpw > now.index_bpw and (allowed is None or s in allowed)
-            ]
-            if higher:
-                gain = value[m.name] * (now.nmse - higher[0].nmse)
-                steps.append((gain / (higher[0].index_bpw - now.index_bpw) / m.weights, m.name, higher[0]))
-        for _, name, spec in sorted(steps, key=lambda step: (-step[0], step[1])):
-            raised = {**specs, name: spec}
-            if fits(raised):
-                specs = raised
-    return specs
 
 
 def _uniform(matrices: list[Matrix], dense: list[Dense], config: CompressConfig) -> Plan:

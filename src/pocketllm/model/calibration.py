@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,15 +110,33 @@ def calibrate(
 
 @contextmanager
 def _whole(folder: Path | None) -> Iterator[Path | None]:
-    """A folder to fill, which gets its name when that is done."""
+    """A folder to fill, which gets its name when that is done, unless another process was faster."""
     if folder is None:
         yield None
         return
-    filled = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(filled, ignore_errors=True)
-    filled.mkdir(parents=True)
-    yield filled
-    filled.replace(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    filled = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    for left in folder.parent.glob(f"{folder.name}.*.partial"):
+        if not _is_running(int(left.name.split(".")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
+    filled.mkdir()
+    try:
+        yield filled
+        if not folder.is_dir():
+            with suppress(OSError):  # it may be there by now
+                filled.replace(folder)
+    finally:
+        shutil.rmtree(filled, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is, and somebody else's
+        return True
+    return True
 
 
 def _key(source: DenseCheckpoint, windows: Tensor, device: str, *facts: object) -> str:

@@ -90,8 +90,9 @@ def compress(
     folder = resolve(str(model), lambda message: progress(Event("fetch", 0.0, message)))
     source = open_dense(folder, trust_remote_code)
     checkpoint = planned(source, config, str(model))
-    if output.resolve() == folder.resolve():
-        raise OutputError(f"{output}: is the model itself; choose another output folder")
+    if folder.resolve() in (output.resolve(), *output.resolve().parents):
+        where = "the model itself" if output.resolve() == folder.resolve() else "inside the model's folder"
+        raise OutputError(f"{output}: is {where}; choose another output folder")
     # What can be wrong with the input is found before anything is written, or hours are spent.
     windows = read_windows(source, config)
     if not Workspace.is_begun(output):

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pocketllm.errors import SourceError
 from pocketllm.model.plan import Matrix
 from pocketllm.model.workspace import keep_tensors
 
@@ -185,10 +186,20 @@ class Collector:
         self.tokens[name] = self.tokens.get(name, 0) + len(flat)
 
     def inputs(self, device: torch.device | str) -> Inputs:
-        """What was seen; every matrix has a Hessian."""
+        """What was seen; every matrix has a Hessian.
+
+        Raises:
+            SourceError: inputs are not finite.
+        """
         fillers = self._fillers()
         made: dict[int, Tensor] = {}
         hessians: dict[str, Tensor] = {}
+        for name, seen in self.sums.items():
+            if not bool(seen.isfinite().all()):
+                raise SourceError(
+                    f"{name}: the inputs of this layer overflow on the calibration text (NaN or Inf); "
+                    "the model does not work on it as it is stored"
+                )
         for matrix in self.matrices:
             filler = fillers.get((matrix.kind, matrix.columns))
             total = self.sums.get(matrix.name)

@@ -214,13 +214,8 @@ def classify(source: DenseCheckpoint, config: CompressConfig) -> tuple[list[Matr
     """Split the model's tensors into matrices to compress and dense ones with their reason.
 
     Raises:
-        ConfigError: settings that leave every block dense, or an override that fits no tensor.
+        ConfigError: settings that leave every block dense, or an override that fits no matrix.
     """
-    for pattern, _ in config.overrides:
-        if not fnmatch.filter(source.names(), pattern):
-            raise ConfigError(
-                f"override {pattern!r}: fits no tensor of the model; names are like {source.names()[-1]!r}"
-            )
     numbers = [int(m["number"]) for n in source.names() if (m := _BLOCK.match(n))]
     blocks = max(numbers, default=-1) + 1
     if config.dense_first + config.dense_last >= blocks > 0:
@@ -231,9 +226,15 @@ def classify(source: DenseCheckpoint, config: CompressConfig) -> tuple[list[Matr
     ends = _embedding_modules(source)
     matrices: list[Matrix] = []
     dense: list[Dense] = []
-    for name in source.names():
+    seen = {name: _matrix(source, name, source.shape(name), ends) for name in source.names()}
+    names = [name for name, found in seen.items() if isinstance(found, Matrix)]
+    for pattern, _ in config.overrides:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"override {pattern!r}: fits no matrix that can be compressed; names are like {names[-1:]}"
+            )
+    for name, found in seen.items():
         shape = source.shape(name)
-        found = _matrix(source, name, shape, ends)
         if isinstance(found, str):
             dense.append(Dense(name, shape, found))
             continue

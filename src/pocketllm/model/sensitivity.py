@@ -152,7 +152,7 @@ def measure(
                 gradients, after = _block_backward(stream, block, inside, gradients, energy)
             squares = after.squares if two_sided else {}
             if weigh_tokens:
-                weights |= after.token_weights()
+                weights |= after.token_weights(len(windows))
             for name, square in squares.items():
                 scaled = filled_up(square, tokens)
                 scaled /= scaled.diagonal().mean()
@@ -298,10 +298,15 @@ class _Outputs:
         flat = flat * (most / size.clamp(min=1e-30)).clamp(max=1)[:, None]
         add_square(self.squares.setdefault(name, flat.new_zeros(flat.shape[1], flat.shape[1])), flat)
 
-    def token_weights(self) -> dict[str, Tensor]:
-        """Of the matrices where few tokens have most of the gradient: [N, context] float16."""
+    def token_weights(self, windows: int) -> dict[str, Tensor]:
+        """Of the matrices where few tokens have most of the gradient: [N, context] float16.
+
+        Left out are those that did not see all tokens of all windows, as experts do not.
+        """
         found = {}
         for name, norms in self.norms.items():
+            if len(norms) < windows:
+                continue
             sizes = torch.stack(norms)
             median = sizes.median()
             if median > 0 and sizes.square().mean() > _HEAVY * median.square():

@@ -52,6 +52,8 @@ def read_calibration(place: str | Path, characters: int = _HUB_CHARACTERS) -> st
         SourceError: missing, not UTF-8, malformed, or no text in it. ExtraError: a data set of the hub, and
             the package that reads it is not installed.
     """
+    if not str(place).strip():
+        raise SourceError("calibration text: got an empty name, wanted a file, a folder or OWNER/NAME")
     path = Path(place)
     if path.is_dir():
         return "\n\n".join(read_calibration(file) for file in text_files(path))
@@ -84,11 +86,19 @@ def read_rows(path: Path) -> Any:
     Raises:
         SourceError: missing, not UTF-8, or malformed.
     """
-    text, is_lines = read_text(path), path.suffix == ".jsonl"
-    try:
-        return [json.loads(r) for r in text.splitlines() if r.strip()] if is_lines else json.loads(text)
-    except ValueError as error:
-        raise SourceError(f"{path}: not JSON{' lines' if is_lines else ''} ({error})") from error
+    text = read_text(path)
+    if path.suffix != ".jsonl":
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise SourceError(f"{path}: not JSON ({error})") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: strings may hold other separators
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise SourceError(f"{path}: line {number} is not JSON ({error})") from error
+    return rows
 
 
 def _text_of(row: Any) -> str:

@@ -130,8 +130,8 @@ def keep_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); make room there, or name another folder by "
-            "--calibration-cache or POCKETLLM_CACHE"
+            f"{path}: cannot be written ({error.strerror}); make room there, or choose another output folder, "
+            "or one for what is measured by --calibration-cache or POCKETLLM_CACHE"
         ) from error
 
 
