@@ -14,7 +14,9 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 from pocketllm.codec.indices import IndexForm
 from pocketllm.codec.rotation import Seeds
@@ -94,12 +96,12 @@ class Spec:
         """How indices are stored, but for the strips of a matrix; see `Matrix.form`."""
         return IndexForm(self.codebook_size, self.stride or None)
 
-    @property
+    @cached_property
     def index_bpw(self) -> float:
         """Bits per weight of the indices alone."""
         return self.form.bits / self.vector_len
 
-    @property
+    @cached_property
     def nmse(self) -> float:
         """Predicted; see the module's docstring."""
         if self.stride:
@@ -181,7 +183,8 @@ class Plan:
             "row_scales": row_scales,
             "codebooks": sum(self.codebook_bits(spec) for spec in codebooks.values()),
             "decoders": sum(
-                self.config.codec_for(spec.vector_len).decoder_bits for spec in decoders.values()
+                count * self.config.codec_for(vector_len).decoder_bits
+                for vector_len, count in Counter(spec.vector_len for spec in decoders.values()).items()
             ),
         }
 
