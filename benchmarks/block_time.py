@@ -2,10 +2,11 @@
 
     python benchmarks/block_time.py [--device cuda] [--scale 8] [--bpw 2 --bpw 3] [--tokens N]
 
-Random weights with outliers; Hessians of random correlated inputs (a power law of directions, mixed), as many
-tokens as the default preset takes. Timed are the steps that the calibrated path takes for every block: Hessians
-from inputs, their rotation and factors, and for each matrix its rotation, its indices and what they decode to.
-Running the block itself twice is not among them, nor is refinement. `--scale` divides all sizes, to try it out;
+Random weights with outliers; Hessians of random correlated inputs and of random correlated gradients at outputs
+(a power law of directions, mixed), as many tokens as the default preset takes. Timed are the steps that the
+calibrated path takes for every block: Hessians from inputs and gradients, their rotation and factors, and for each
+matrix its rotation, its indices and what they decode to. Running the block itself (twice forward, once backward) is
+not among them, nor is refinement. `--scale` divides all sizes, to try it out;
 only the full size is written down.
 """
 
@@ -33,6 +34,7 @@ from pocketllm.config import DEFAULT_PRESET
 from pocketllm.machine import machine
 from pocketllm.model.inputs import add_square
 from pocketllm.model.report import peak_memory_bytes
+from pocketllm.model.sensitivity import OUTPUT_DAMPING, strips_for
 
 HIDDEN, INTERMEDIATE, BLOCKS = 4096, 11008, 32
 VECTOR_LEN = 2
@@ -41,12 +43,15 @@ _CHUNK = 4096  # tokens
 
 @dataclass(frozen=True)
 class Setting:
-    """device: cpu or cuda. scale: divides the sizes. bpw: of the indices. tokens: of each Hessian."""
+    """device: cpu or cuda. scale: divides the sizes. bpw: of the indices. tokens: of each Hessian of inputs.
+    gradients: of each of outputs.
+    """
 
     device: str
     scale: int
     bpw: int
     tokens: int
+    gradients: int
 
     def groups(self) -> dict[int, list[tuple[str, int]]]:
         """Columns (inputs) -> (name, rows) of the matrices that share them; keys are the inputs' numbers."""
@@ -82,13 +87,23 @@ class Clock:
         self.seconds[name] += self.now() - started
 
 
-def inputs(setting: Setting, columns: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Chunks of correlated inputs [tokens, columns] float32."""
-    loud = torch.arange(1, columns + 1, device=setting.device).float() ** -0.5
-    for begin in range(0, setting.tokens, _CHUNK):
-        count = min(_CHUNK, setting.tokens - begin)
-        noise = torch.randn(count, columns, generator=generator, device=setting.device)
+def correlated(tokens: int, columns: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Chunks of correlated vectors [tokens, columns] float32."""
+    loud = torch.arange(1, columns + 1, device=generator.device).float() ** -0.5
+    for begin in range(0, tokens, _CHUNK):
+        count = min(_CHUNK, tokens - begin)
+        noise = torch.randn(count, columns, generator=generator, device=generator.device)
         yield rotate(noise * loud, seed=99)
+
+
+def measured(clock: Clock, tokens: int, size: int, generator: torch.Generator) -> Tensor:
+    """The Hessian [size, size] of random vectors, rotated."""
+    hessian = torch.zeros(size, size, device=generator.device)
+    for x in correlated(tokens, size, generator):
+        with clock.step("hessians"):
+            add_square(hessian, x)
+    with clock.step("factors"):
+        return rotate_hessian(hessian / tokens, 1)
 
 
 def code_block(setting: Setting) -> dict[str, Any]:
@@ -96,26 +111,27 @@ def code_block(setting: Setting) -> dict[str, Any]:
     preset = pocketllm.preset(DEFAULT_PRESET)
     calibration, width = preset.calibration, preset.codec.trellis_width
     assert calibration is not None and width is not None
-    trellis = Trellis(width, setting.bpw * VECTOR_LEN)
     table = seeded_codebook(1 << width, VECTOR_LEN, 0).float().to(setting.device)
     generator = torch.Generator(setting.device).manual_seed(0)
     clock, errors = Clock(setting.device), {}
     for group, matrices in setting.groups().items():
         columns = setting.columns(group)
-        hessian = torch.zeros(columns, columns, device=setting.device)
-        for x in inputs(setting, columns, generator):
-            with clock.step("hessians"):
-                add_square(hessian, x)
+        hessian = measured(clock, setting.tokens, columns, generator)
         with clock.step("factors"):
-            rotated = rotate_hessian(hessian / setting.tokens, 1)
-            factor = factorize(rotated, VECTOR_LEN, calibration.damping)
+            factor = factorize(hessian, VECTOR_LEN, calibration.damping)
         for name, rows in matrices:
             weight = torch.randn(rows, columns, generator=generator, device=setting.device)
             weight[:: max(1, rows // 8), 0] *= 30
             with clock.step("rotation"):
                 weight = rotate_matrix(weight, (0, 1))
+            hessian = measured(clock, setting.gradients, rows, generator)
+            with clock.step("factors"):
+                outputs = factorize(hessian, 1, OUTPUT_DAMPING)
+                strip_rows, _ = strips_for(outputs)
+            trellis = Trellis(width, setting.bpw * VECTOR_LEN, strip_rows)
             with clock.step("indices"):
-                indices, scale = assign(weight, factor, table, row_rms(weight), calibration.passes, trellis)
+                start = row_rms(weight)
+                indices, scale = assign(weight, factor, table, start, 0, trellis, outputs=outputs)
             with clock.step("decoding"):
                 unit = table[indices].reshape(rows, -1)[:, :columns] * scale[:, None]
                 unrotate_matrix(unit, (0, 1))
@@ -126,7 +142,6 @@ def code_block(setting: Setting) -> dict[str, Any]:
     resident, on_gpu = peak_memory_bytes(setting.device)
     return {
         **asdict(setting),
-        "passes": calibration.passes,
         "seconds_by_step": dict(clock.seconds),
         "seconds_per_block": total,
         "seconds_for_all_blocks": BLOCKS * total,
@@ -152,7 +167,9 @@ def main(
     calibration = pocketllm.preset(DEFAULT_PRESET).calibration
     assert calibration is not None
     for bits in bpw or [2, 3]:
-        setting = Setting(device, scale, bits, tokens or calibration.tokens)
+        setting = Setting(
+            *(device, scale, bits, tokens or calibration.tokens, tokens or calibration.sensitivity_tokens)
+        )
         found = code_block(setting)
         facts = machine(device)
         name = facts.get("gpu", facts["processor"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketllm.model import sensitivity
+from pocketllm.model import gradients, sensitivity
 from pocketllm.model.calibration import read_windows
 from pocketllm.model.folder import load_dense
 from pocketllm.model.inputs import Collector
@@ -22,7 +22,7 @@ def test_the_hessian_of_outputs_is_that_of_the_gradients(
 ) -> None:
     """Against one backward pass of the whole model, for targets that are always the likeliest token."""
     monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: p.argmax(dim=-1, keepdim=True))
-    monkeypatch.setattr(sensitivity, "_LOUDEST", 1e9)
+    monkeypatch.setattr(gradients, "LOUDEST", 1e9)
     source = open_dense(tiny.save(tmp_path / "dense"))
     config = tiny.on_trellis(calibration={"two_sided": True})
     windows = read_windows(source, config)
@@ -54,7 +54,7 @@ def test_the_hessian_of_outputs_is_that_of_the_gradients(
 def test_tokens_are_weighted_where_few_have_most_of_the_gradient() -> None:
     loud, even = torch.randn(1, 200, 8), torch.randn(1, 200, 8)
     loud[0, 3] *= 500
-    outputs = sensitivity._Outputs()
+    outputs = gradients.OutputGradients()
     for name, gradient in (("loud", loud), ("even", even), ("loud", loud), ("even", even)):
         outputs.add(name, gradient)
     weights = outputs.token_weights(2)

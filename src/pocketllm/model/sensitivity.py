@@ -11,7 +11,7 @@ so a matrix coded with a given nmse costs  nmse * |W|^2 / (rows * columns) * F /
 
 Where a few tokens have gradients far above those of the others, what errors cost is what they do to these
 tokens: key and value projections at the first tokens of a text, which all others attend to. The inputs of
-such a matrix are weighted by the size of the gradient at its output (`token_weights`).
+such a matrix are weighted by the size of the gradient at its output (`gradients.py`).
 
 The same gradients give the Hessian of each layer's outputs, G = E[g g^T], with g the gradient at an output of
 the loss of tokens drawn from the model's own distribution. Feedback from strip to strip of rows lowers the
@@ -27,29 +27,24 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from pocketllm.codec.feedback import conditional_diagonal, factorize
+from pocketllm.codec.feedback import HessianFactor, conditional_diagonal, factorize
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.model.blocks import BlockStream
-from pocketllm.model.compute import autocast
-from pocketllm.model.inputs import add_square, filled_up
+from pocketllm.model.gradients import Head, Waiting, block_backward
+from pocketllm.model.inputs import filled_up
 from pocketllm.model.layers import fold
 from pocketllm.model.plan import Matrix
 from pocketllm.model.source import DenseCheckpoint
 from pocketllm.model.workspace import keep_tensors
 
-_LOGITS_AT_ONCE = 256
-_HEAVY = 5.0  # mean over median of squared gradients, from where on tokens are weighted
-_MOST = 30.0  # the largest weight, in medians of the gradient
-_LOUDEST = 3.0  # in medians: a louder gradient counts as that in the Hessian of outputs
 OUTPUT_DAMPING = 0.3  # of the Hessian of outputs, which few tokens tell badly
 _STRIP_ROWS = (16, 32, 64, 128, 256)
 _START_LOSS = 1.5  # a strip of r rows has about 1 + 1.5 / r times the error of an endless one (measured)
@@ -137,26 +132,27 @@ def measure(
     if outputs is not None:
         outputs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="inputs-", dir=outputs) as scratch:
-        waiting = _Waiting(Path(scratch), device)
+        waiting = Waiting(Path(scratch), device)
         for number, (_, block) in enumerate(stream):
             waiting.put(number, stream.hidden)
             stream.hidden = stream.run(block, stream.hidden)
             progress(0.3 * (number + 1) / len(stream.blocks))
-        head = _Head(stream, seed)
+        head = Head(stream, seed)
         gradients = [head.backward(n) for n in range(len(windows))]
         for number in reversed(range(len(stream.blocks))):
             with stream.loaded(number) as (path, block):
                 inside = [m for m in matrices if m.name.startswith(f"{path}.")]
                 stream.hidden = waiting.take(number)
                 gains |= _input_gains(inside, stream.inputs(block, inside).hessians, damping)
-                gradients, after = _block_backward(stream, block, inside, gradients, energy)
+                gradients, after = block_backward(stream, block, inside, gradients, energy)
             squares = after.squares if two_sided else {}
             if weigh_tokens:
                 weights |= after.token_weights(len(windows))
             for name, square in squares.items():
                 scaled = filled_up(square, tokens)
                 scaled /= scaled.diagonal().mean()
-                strip_rows[name], gain = _strips(scaled)
+                rotated = rotate_hessian(scaled, 1)
+                strip_rows[name], gain = strips_for(factorize(rotated, 1, OUTPUT_DAMPING))
                 gains[name] *= gain
                 squares[name] = scaled.half().cpu()
             if outputs is not None:
@@ -167,7 +163,7 @@ def measure(
         if matrix.in_blocks:
             scale = _mean_square(source, matrix) / 2 / tokens
             importance[matrix.name] = scale * energy.get(matrix.name, 0.0) * gains[matrix.name]
-    embedded = torch.zeros(windows_vocabulary(stream.model))
+    embedded = torch.zeros(_vocabulary(stream.model))
     for ids, gradient in zip(windows, gradients, strict=True):
         embedded.index_add_(0, ids, gradient[0].square().sum(dim=1).cpu())
     ends = _Ends(head.rows.cpu(), embedded, _gain(head.hessian / tokens, damping))
@@ -190,29 +186,9 @@ def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, T
         return {name: handle.get_tensor(name).float().to(device) for name in handle.keys()}  # noqa: SIM118
 
 
-def windows_vocabulary(model: Any) -> int:
+def _vocabulary(model: Any) -> int:
     """Rows of the input embedding."""
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-class _Waiting:
-    """What blocks are fed, on disk."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder, self.device = folder, device
-
-    def put(self, number: int, hidden: list[Tensor]) -> None:
-        """Keep the batches of a block."""
-        tensors = {str(batch): value.contiguous() for batch, value in enumerate(hidden)}
-        keep_tensors(self.folder / f"{number}.safetensors", tensors, {})
-
-    def take(self, number: int) -> list[Tensor]:
-        """The batches of a block, which are no longer kept."""
-        path = self.folder / f"{number}.safetensors"
-        with safe_open(str(path), framework="pt", device=self.device) as handle:
-            hidden = [handle.get_tensor(str(batch)) for batch in range(len(handle.keys()))]
-        path.unlink()
-        return hidden
 
 
 def _input_gains(matrices: list[Matrix], hessians: dict[str, Tensor], damping: float) -> dict[str, float]:
@@ -231,9 +207,12 @@ def _gain(hessian: Tensor, damping: float) -> float:
     return float(conditional / factor.hessian.diagonal().double().mean())
 
 
-def _strips(hessian: Tensor) -> tuple[int, float]:
-    """Rows of a strip, and the factor by which feedback between such strips lowers the loss."""
-    factor = factorize(rotate_hessian(hessian, 1), 1, OUTPUT_DAMPING)
+def strips_for(factor: HessianFactor) -> tuple[int, float]:
+    """Rows of a strip, and the factor by which feedback between such strips lowers the loss.
+
+    Args:
+        factor: of a Hessian of outputs, rotated.
+    """
     mean = float(factor.hessian.diagonal().mean())
     gains = {rows: float(conditional_diagonal(factor, rows).mean()) / mean for rows in _STRIP_ROWS}
     best = min(gains, key=lambda rows: gains[rows] * (1 + _START_LOSS / rows))
@@ -242,116 +221,6 @@ def _strips(hessian: Tensor) -> tuple[int, float]:
 
 def _mean_square(source: DenseCheckpoint, matrix: Matrix) -> float:
     return float(fold(source.read(matrix.name), matrix.transposed).float().square().mean())
-
-
-class _Head:
-    """What comes after the blocks: final norm, head, and the loss of tokens the model draws itself."""
-
-    def __init__(self, stream: BlockStream, seed: int) -> None:
-        self.stream, self.seed = stream, seed
-        stream.load_head()
-        self.head = stream.model.get_output_embeddings()
-        self.rows = torch.zeros(self.head.weight.shape[0], device=stream.device)
-        columns = self.head.weight.shape[1]
-        self.hessian = torch.zeros(columns, columns, device=stream.device)
-
-    def backward(self, number: int) -> Tensor:
-        """Gradient of a window's loss with respect to what the blocks put out, [1, context, C]."""
-        hidden = self.stream.hidden[number].detach().clone().requires_grad_()
-        with torch.enable_grad():
-            final = self.stream.after_blocks(hidden)
-        final_gradient = torch.zeros_like(final)
-        generator = torch.Generator().manual_seed(self.seed + number)
-        with torch.no_grad():
-            flat, out = final.detach().reshape(-1, final.shape[-1]), []
-            add_square(self.hessian, flat)
-            weight_gradient = torch.zeros_like(self.head.weight)
-            for part in flat.split(_LOGITS_AT_ONCE):
-                with autocast(flat.device):
-                    logits = self.head(part).float()
-                p = logits.softmax(dim=-1)
-                drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
-                p.scatter_add_(1, drawn, torch.full_like(p[:, :1], -1.0))  # d loss / d logits
-                with autocast(flat.device):
-                    weight_gradient += p.T @ part
-                    out.append((p @ self.head.weight).float())
-            self.rows += weight_gradient.square().sum(dim=1)
-            final_gradient = torch.cat(out).reshape(final.shape)
-        final.backward(final_gradient)
-        assert hidden.grad is not None
-        return hidden.grad
-
-
-@dataclass
-class _Outputs:
-    """Gradients at the outputs of a block's layers: sums of g g^T, and the size of each token's, by matrix."""
-
-    squares: dict[str, Tensor] = field(default_factory=dict)
-    norms: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Of one window, [1, context, rows]."""
-        flat = gradient.reshape(-1, gradient.shape[-1]).float()
-        size = flat.norm(dim=1)
-        self.norms.setdefault(name, []).append(size.cpu())
-        most = _LOUDEST * size.median()
-        flat = flat * (most / size.clamp(min=1e-30)).clamp(max=1)[:, None]
-        add_square(self.squares.setdefault(name, flat.new_zeros(flat.shape[1], flat.shape[1])), flat)
-
-    def token_weights(self, windows: int) -> dict[str, Tensor]:
-        """Of the matrices where few tokens have most of the gradient: [N, context] float16.
-
-        Left out are those that did not see all tokens of all windows, as experts do not.
-        """
-        found = {}
-        for name, norms in self.norms.items():
-            if len(norms) < windows:
-                continue
-            sizes = torch.stack(norms)
-            median = sizes.median()
-            if median > 0 and sizes.square().mean() > _HEAVY * median.square():
-                found[name] = (sizes / median).clamp(min=1e-3, max=_MOST).half()
-        return found
-
-
-def _block_backward(
-    stream: BlockStream,
-    block: nn.Module,
-    matrices: list[Matrix],
-    gradients: list[Tensor],
-    energy: dict[str, float],
-) -> tuple[list[Tensor], _Outputs]:
-    """Gradients before the block from those after it, and those at the outputs of its layers.
-
-    Adds each weight's squared gradient to `energy`.
-    """
-    weights = {m.name: stream.model.get_parameter(m.name).requires_grad_() for m in matrices}
-    layers = {m.name: stream.model.get_submodule(m.name.rpartition(".")[0]) for m in matrices}
-    before, after = list[Tensor](), _Outputs()
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        layer.register_forward_hook(lambda _layer, _inputs, out, name=name: seen.update({name: out}))
-        for name, layer in layers.items()
-        if isinstance(layer, nn.Linear | Conv1D)
-    ]
-    for number, gradient in enumerate(gradients):
-        hidden = stream.hidden[number].detach().clone().requires_grad_()
-        seen.clear()
-        with torch.enable_grad():
-            out = stream.call(block, hidden, number)
-        asked = [hidden, *weights.values(), *seen.values()]
-        found = torch.autograd.grad(out, asked, gradient, allow_unused=True)
-        assert found[0] is not None
-        before.append(found[0])
-        for name, value in zip(weights, found[1:], strict=False):
-            if value is not None:
-                energy[name] = energy.get(name, 0.0) + float(value.square().sum())
-        for name, value in zip(seen, found[1 + len(weights) :], strict=True):
-            if value is not None and value.numel() == value.shape[-1] * hidden.shape[1]:  # not some experts'
-                after.add(name, value)
-    for hook in hooks:
-        hook.remove()
-    return before, after
 
 
 @dataclass(frozen=True)
