@@ -40,15 +40,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.codec.codebook import Searcher
+from pocketllm.codec.chooser import Chooser, Independent, OnTrellis
 from pocketllm.codec.strips import Downwards, Rightwards, Strips
 from pocketllm.codec.subvectors import cut, subvectors_per_row
-from pocketllm.codec.trellis import PathSearch, Trellis, first_state, strip_lengths
+from pocketllm.codec.trellis import Trellis, first_state
 from pocketllm.errors import WeightError
 
 _MANY = 4096  # weights of a strip of which the mean is sure
 _PEAKED = 4.0  # kurtosis of rows; Gaussian ones have 3
-_AHEAD = 4  # rows of the next column that a path is to be good for
 
 
 @dataclass(frozen=True)
@@ -109,74 +108,6 @@ def conditional_diagonal(factor: HessianFactor, block: int) -> Tensor:
     return torch.cat(parts)[: factor.columns]
 
 
-class _Independent:
-    """Chooses every index by itself."""
-
-    def __init__(self, rows: int, strip_rows: int) -> None:
-        self.lengths, self.ahead = strip_lengths(rows, strip_rows), 0
-        self.together = [1] * rows  # rows that are better or worse together
-
-    def prepared(self, tables: Tensor) -> list[Searcher]:
-        """What `first` and `again` want of tables [C, K, d]."""
-        return [Searcher(table) for table in tables]
-
-    def first(
-        self,
-        points: Tensor,
-        weights: Tensor,
-        tables: list[Searcher],
-        which: Tensor,
-        lengths: list[int],
-        before: Tensor,
-        aheads: list[int],
-    ) -> Tensor:
-        """Indices of one column of some strips.
-
-        Args:
-            points: [rows, d], those of each strip followed by some of its next column. weights: [rows].
-            which: [strips], the table of each. lengths, aheads: how many points are of either column.
-            before: [strips] the index that comes before.
-        """
-        sizes = [size for pair in zip(lengths, aheads, strict=True) for size in pair]
-        parts, numbers = points.split(sizes)[::2], which.tolist()
-        if len(set(numbers)) == 1:
-            return tables[numbers[0]].nearest(torch.cat(parts))
-        return torch.cat([tables[n].nearest(part) for n, part in zip(numbers, parts, strict=True)])
-
-    def again(self, points: Tensor, weights: Tensor, table: Tensor, before: Tensor, now: Tensor) -> Tensor:
-        """Better indices of a column than `now` [rows], such that the columns after it can stay as they are."""
-        return Searcher(table).nearest(points)
-
-
-class _OnTrellis:
-    """Chooses the indices of a column as one path for each strip of rows."""
-
-    def __init__(self, rows: int, trellis: Trellis, device: torch.device) -> None:
-        self.search = PathSearch(trellis, device)
-        self.lengths = self.together = strip_lengths(rows, trellis.strip_rows)
-        self.ahead = _AHEAD
-        self.last = torch.tensor(self.lengths, device=device).cumsum(0) - 1
-
-    def prepared(self, tables: Tensor) -> tuple[Tensor, Tensor]:
-        return self.search.ordered(tables)
-
-    def first(
-        self,
-        points: Tensor,
-        weights: Tensor,
-        tables: tuple[Tensor, Tensor],
-        which: Tensor,
-        lengths: list[int],
-        before: Tensor,
-        aheads: list[int],
-    ) -> Tensor:
-        return self.search.search(points, weights, tables, which, lengths, before, None, aheads)
-
-    def again(self, points: Tensor, weights: Tensor, table: Tensor, before: Tensor, now: Tensor) -> Tensor:
-        tables, which = self.search.ordered(table[None]), torch.zeros_like(before)
-        return self.search.search(points, weights, tables, which, self.lengths, before, now[self.last])
-
-
 def assign(
     weight: Tensor,
     factor: HessianFactor,
@@ -208,11 +139,11 @@ def assign(
     padded = cut(weight, d).reshape(rows, -1).float()
     scale = row_scale.clamp(min=1e-12)
     importance = torch.ones_like(scale) if row_weight is None else row_weight
-    chooser: _Chooser
+    chooser: Chooser
     if trellis is not None:
-        chooser = _OnTrellis(rows, trellis, weight.device)
+        chooser = OnTrellis(rows, trellis, weight.device)
     else:
-        chooser = _Independent(rows, strip_rows if outputs is not None else rows)
+        chooser = Independent(rows, strip_rows if outputs is not None else rows)
     problem = _Problem(padded, factor, table, chooser, importance, outputs)
     best = problem.scored(problem.feedback(scale))
     if not (trellis is not None and problem.is_far_below_nearest(best[2], trellis.stride / d)):
@@ -223,7 +154,6 @@ def assign(
 
 
 _Scored = tuple[Tensor, Tensor, Tensor]  # indices [rows, n], row_scale [rows], loss [rows]
-_Chooser = _Independent | _OnTrellis
 
 
 @dataclass(frozen=True)
@@ -233,7 +163,7 @@ class _Problem:
     weight: Tensor
     factor: HessianFactor
     table: Tensor
-    chooser: _Chooser
+    chooser: Chooser
     importance: Tensor
     outputs: HessianFactor | None
 
