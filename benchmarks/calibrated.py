@@ -84,10 +84,16 @@ def child(name: str, folder: str) -> None:
         "bpw_matrices": report.bpw_matrices,
         "nmse_blocks": sum(m.nmse for m in blocks) / len(blocks),
         "proxy_error_blocks": sum(m.proxy_error or 0.0 for m in blocks) / len(blocks),
-        "config": config.to_dict(),
+        "config": shown(config),
     }
-    facts["config"]["calibration"]["texts"] = ["wikitext2/wiki.train.first_part.txt"]
     print(json.dumps(facts))
+
+
+def shown(config: CompressConfig) -> dict[str, Any]:
+    """A setting as it stands in the results."""
+    values = config.to_dict()
+    values["calibration"]["texts"] = ["wikitext2/wiki.train.first_part.txt"]
+    return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 
 
 def dense(text: str) -> float:
@@ -103,11 +109,12 @@ def dense(text: str) -> float:
 
 
 def main() -> None:
-    """Measure the settings named on the command line, by default those without a result."""
+    """Measure the settings named on the command line, by default those without a result as they are now."""
     quiet()
     path = RESULTS / "calibrated.json"
     results: dict[str, Any] = json.loads(path.read_text())["settings"] if path.is_file() else {}
-    names = sys.argv[1:] or [name for name in settings() if name not in results]
+    known = {name: entry["config"] for name, entry in results.items()}
+    names = sys.argv[1:] or [name for name, config in settings().items() if known.get(name) != shown(config)]
     reference = dense(read_text(data_file("wikitext2", "wiki.test.raw")))
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:

@@ -45,7 +45,8 @@ def peers(root: Path) -> None:
     """
     facts = _read(root / "calibration" / "facts.json")
     before = _read(RESULTS / "peers.json") if (RESULTS / "peers.json").is_file() else {}
-    if before.get("model_sha256") != facts["model_sha256"]:
+    calibration = {key: facts[key] for key in facts if key.startswith(("calibration", "seed"))}
+    if before.get("model_sha256") != facts["model_sha256"] or before.get("calibration") != calibration:
         before = {}
     found, environments = {}, before.get("environments", {})
     for setting in SETTINGS:
@@ -63,7 +64,7 @@ def peers(root: Path) -> None:
         "context": CONTEXT,
         "windows": WINDOWS,
         "dtype": "bfloat16",
-        "calibration": {key: facts[key] for key in facts if key.startswith(("calibration", "seed"))},
+        "calibration": calibration,
         "llamacpp_build": {
             "sources": _sources(root) or before.get("llamacpp_build", {}).get("sources"),
             "cmake_options": CMAKE_OPTIONS,

@@ -59,7 +59,7 @@ def paired(found: dict[str, Any], titles: dict[str, str]) -> tuple[list[str], li
 
 
 def ran(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The settings that did not fail, most bits first within a peer's order."""
+    """The settings that did not fail, in the order of settings.py."""
     return [entry for entry in found["settings"].values() if "failure" not in entry]
 
 

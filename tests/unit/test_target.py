@@ -14,6 +14,7 @@ from pocketllm import CodecConfig, CompressConfig
 from pocketllm.config import CalibrationConfig
 from pocketllm.errors import ConfigError, TargetError
 from pocketllm.model.checkpoint import folder_bytes
+from pocketllm.model.plan import Plan
 from pocketllm.model.source import DenseCheckpoint, open_dense
 from pocketllm.model.target import planned
 from pocketllm.model.write import predicted
@@ -123,6 +124,24 @@ def test_a_model_smaller_than_its_codebook(target: dict[str, Any], tmp_path: Pat
     config = replace(at(**target), codec=CodecConfig(trellis_width=12))
     with pytest.raises(ConfigError, match=r"target_(bytes|ratio): .* possible are [\d,]+ to [\d,]+ bytes"):
         planned(tiny_source, config, "m")
+
+
+@pytest.mark.parametrize("bpw", [2.5, 4.0, 6.0])
+def test_where_codebooks_are_dear(bpw: float, source: DenseCheckpoint, importance: dict[str, float]) -> None:
+    """A codebook of 4096 is 6 to 24 % of a bit per weight here; few are used, and well."""
+    config = replace(at(target_bpw=bpw), codec=CodecConfig(trellis_width=12))
+    found = planned(source, config, "m", importance).plan
+    assert 0.98 * bpw <= found.bpw <= bpw
+
+    def loss(plan: Plan) -> float:
+        return sum(importance[m.name] * plan.specs[m.name].nmse for m in plan.matrices)
+
+    for d in (1, 2, 4):
+        try:
+            alike = planned(source, replace(config, vector_len=d), "m", importance).plan
+        except TargetError:
+            continue
+        assert loss(found) <= loss(alike)
 
 
 def test_a_codebook_size_fixes_the_size() -> None:

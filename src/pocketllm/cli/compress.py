@@ -113,6 +113,9 @@ def compress(
         int | None, typer.Option(help="Codewords (K); with --vector-len, instead of --bpw.")
     ] = None,
     codebook_scope: Annotated[str | None, typer.Option(help="auto, matrix, kind or model.")] = None,
+    codebook_source: Annotated[
+        str | None, typer.Option(help="fit, or seed: drawn from a seed, so that none is stored.")
+    ] = None,
     decoder_scope: Annotated[str | None, typer.Option(help="matrix, kind or model.")] = None,
     decoder: Annotated[str | None, typer.Option(help="row (published) or lookup.")] = None,
     norm: Annotated[str | None, typer.Option(help="rln (published), ln or none.")] = None,
@@ -162,6 +165,7 @@ def compress(
         vector_len=vector_len,
         codebook_size=codebook_size,
         codebook_scope=codebook_scope,
+        codebook_source=codebook_source,
         decoder_scope=decoder_scope,
         decoder=decoder,
         norm=norm,

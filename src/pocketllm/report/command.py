@@ -23,6 +23,7 @@ _OPTIONS = [
     "vector_len",
     "codebook_size",
     "codebook_scope",
+    "codebook_source",
     "decoder_scope",
     "dense_first",
     "dense_last",
