@@ -70,6 +70,9 @@ def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> Hessia
         hessian: [columns, columns] symmetric, positive semidefinite.
         damping: share of the mean diagonal that is added to the diagonal; doubled until H can be factorized.
 
+    Returns:
+        H as it was factorized, damped, and its factor.
+
     Raises:
         WeightError: H holds NaN or Inf.
     """

@@ -35,6 +35,9 @@ def make_plan(
             on a trellis go where they lower the summed loss most; without it all weights count alike.
         strip_rows: of the paths of a matrix, by name, where they are not the usual ones.
 
+    Returns:
+        A spec for every matrix, a reason for every other tensor.
+
     Raises:
         ConfigError: nothing to compress, the target cannot be met (the message names the smallest and
             largest possible), or a codebook larger than the number of subvectors that share it.

@@ -63,7 +63,7 @@ def calibrate(
     """What an error in each matrix costs; measured now, or by an earlier run on the same model and text.
 
     Args:
-        windows: [N, context] token ids; see `read_windows`.
+        windows: [N, context] token ids; see `read_windows`. progress: called with the share that is measured.
         folder: where measurements are kept; None keeps small ones in the cache folder.
         scratch: where large ones are kept without it; None where they are not wanted.
     """

@@ -113,9 +113,11 @@ def measure(
     weigh_tokens: bool = True,
     outputs: Path | None = None,
 ) -> Sensitivity:
-    """Measure a dense model on [N, context] token ids.
+    """Measure a dense model.
 
     Args:
+        windows: [N, context] token ids. matrices: that are to be coded. damping: of the Hessians of inputs.
+        seed: of the tokens that the model draws. progress: called with the share that is done.
         two_sided: whether rows will make up for each other. weigh_tokens: whether inputs will be weighted.
         outputs: folder in which the Hessians of outputs are left, a file for each block; see `output_hessians`.
             What blocks are fed waits there too, and without it in the system's folder for temporary files.

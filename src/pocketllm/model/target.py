@@ -30,6 +30,9 @@ def planned(
     Args:
         importance, strip_rows: as in `make_plan`.
 
+    Returns:
+        What will be written, with its plan and exact bytes.
+
     Raises:
         ConfigError: as `make_plan`; or a target for the folder that cannot be met (the message names the
             smallest and largest possible).
