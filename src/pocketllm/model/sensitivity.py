@@ -96,8 +96,14 @@ class Sensitivity:
         def named(what: str) -> dict[str, Tensor]:
             return {k.removeprefix(what): value for k, value in tensors.items() if k.startswith(what)}
 
-        shares = facts["importance"], hessian, facts["head_share"]
-        return cls(*shares, named("rows|"), facts["strip_rows"], named("tokens|"))
+        return cls(
+            importance=facts["importance"],
+            head_hessian=hessian,
+            head_share=facts["head_share"],
+            row_importance=named("rows|"),
+            strip_rows=facts["strip_rows"],
+            token_weights=named("tokens|"),
+        )
 
 
 def measure(
