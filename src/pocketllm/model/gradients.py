@@ -40,8 +40,8 @@ class Waiting:
     def take(self, number: int) -> list[Tensor]:
         """The batches of a block, which are no longer kept."""
         path = self.folder / f"{number}.safetensors"
-        with safe_open(str(path), framework="pt", device=self.device) as handle:
-            hidden = [handle.get_tensor(str(batch)) for batch in range(len(handle.keys()))]
+        with safe_open(str(path), framework="pt") as handle:
+            hidden = [handle.get_tensor(str(n)).to(self.device) for n in range(len(handle.keys()))]
         path.unlink()
         return hidden
 
