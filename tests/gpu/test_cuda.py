@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import pocketllm
+from pocketllm.codec import trellis
 from pocketllm.codec.codebook import nearest, nearest_torch
+from pocketllm.codec.trellis import PathSearch, Trellis
 from pocketllm.evaluate.harness import PocketLM
 from pocketllm.evaluate.kl import divergence
 from pocketllm.evaluate.perplexity import perplexity
@@ -22,6 +24,20 @@ def test_nearest_codeword() -> None:
     points, codebook = torch.randn(5000, 8), torch.randn(4096, 8)
     found = nearest(points.cuda(), codebook.cuda()).cpu()
     assert (found == nearest_torch(points, codebook)).float().mean() > 0.999
+
+
+def test_paths_in_triton() -> None:
+    """Triton comes with torch's CUDA builds: it is used, and finds what torch finds."""
+    search = trellis._gpu_search(torch.device("cuda"))
+    assert search is not None
+    paths = PathSearch(Trellis(12, 4), torch.device("cuda"))
+    lengths, aheads = [64] * 9 + [63], [4] * 10
+    points = torch.randn(sum(lengths) + sum(aheads), 2).cuda()
+    tables = paths.ordered(torch.randn(10, 4096, 2).cuda())
+    which = torch.arange(10).cuda()
+    ends = torch.zeros_like(which), torch.full_like(which, -1)
+    arguments = points, points.square().sum(dim=1), *tables, which, which.flip(0), *ends, lengths, aheads
+    assert torch.equal(search(*arguments, 12, 4), paths._torch(*arguments))
 
 
 def test_compress_and_load(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ Source: the bitshift trellis of QTIP (arXiv 2406.11235), here with a learned cod
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +25,9 @@ from torch import Tensor
 
 from pocketllm.codec import compiled
 from pocketllm.codec.packing import pack, packed_bytes, unpack
+from pocketllm.errors import reason_of
+
+logger = logging.getLogger(__name__)
 
 STRIP_ROWS = 256  # about, where nothing but parallel search asks for strips
 
@@ -159,6 +165,8 @@ class PathSearch:
         d, stride = points.shape[1], self.trellis.stride
         if points.device.type == "cpu" and compiled.trellis_available(d, stride, self.trellis.kept):
             states = compiled.trellis_search(*arguments, lengths, aheads, self.trellis.width, stride)
+        elif (on_gpu := _gpu_search(points.device)) is not None:
+            states = on_gpu(*arguments, lengths, aheads, self.trellis.width, stride)
         else:
             states = self._torch(*arguments, lengths, aheads)
         return self.order[states]
@@ -231,6 +239,37 @@ class PathSearch:
             group = state >> self.trellis.stride
             state = (back[t].gather(1, group[:, None])[:, 0].long() << kept) | group
         return out
+
+
+@functools.cache
+def _gpu_search(device: torch.device) -> Callable[..., Tensor] | None:
+    """The search in Triton, where it is there and finds on this device what torch finds."""
+    if device.type != "cuda":
+        return None
+    try:
+        from pocketllm.codec import trellis_gpu
+    except ImportError:  # it comes with torch's CUDA builds
+        return None
+    wrong = differs(trellis_gpu.search, device)
+    if wrong:
+        logger.warning("paths cannot be searched with Triton on this GPU (%s); torch does it, slower", wrong)
+    return None if wrong else trellis_gpu.search
+
+
+def differs(search: Callable[..., Tensor], device: torch.device) -> str:
+    """What is wrong with another search, tried on a few points; empty if it finds what torch finds."""
+    paths, generator = PathSearch(Trellis(8, 3), device), torch.Generator().manual_seed(0)
+    lengths, aheads = [40, 17], [4, 0]
+    points = torch.randn(sum(lengths) + sum(aheads), 2, generator=generator).to(device)
+    tables = paths.ordered(torch.randn(2, 256, 2, generator=generator).to(device))
+    which, weights = torch.tensor([0, 1], device=device), points.square().sum(dim=1)
+    ends = first_state(2, device), torch.full_like(which, -1)
+    arguments = points, weights, *tables, which, 1 - which, *ends, lengths, aheads
+    try:
+        found = search(*arguments, 8, 3)
+    except Exception as error:  # whatever a compiler or a driver may say
+        return reason_of(error)
+    return "" if torch.equal(found, paths._torch(*arguments)) else "it finds other paths"
 
 
 def train_codebook(
