@@ -94,6 +94,16 @@ def test_same_arguments_same_bytes(source: Path, whole: Path, tmp_path: Path) ->
     assert contents(tmp_path / "out") == contents(whole)
 
 
+def test_same_bytes_with_matrices_side_by_side(source: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        for name in ("one", "other"):
+            compress(source, tiny.on_trellis(), tmp_path / name)
+    finally:
+        torch.set_num_threads(1)
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
 _KILLED = """
 import os, pathlib, signal, sys
 import torch; torch.set_num_threads(1)

@@ -119,7 +119,7 @@ def trellis_search(
     out = torch.empty(sum(lengths), dtype=torch.int64)
     sizes = torch.tensor(lengths), torch.tensor(aheads)
     tensors = (points, weights, tables, halves, which, after, start, stop, *sizes)
-    numbers = (len(lengths), width, stride, points.shape[1])
+    numbers = (len(lengths), width, stride, points.shape[1], torch.get_num_threads())
     failed = library.trellis_search(
         *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
         *(ctypes.c_int64(number) for number in numbers),

@@ -94,13 +94,14 @@ static void path(const float* points, const float* weights, const float* table, 
 extern "C" int trellis_search(const float* points, const float* weights, const float* tables, const float* halves,
                               const int64_t* which, const int64_t* next, const int64_t* start,
                               const int64_t* stop, const int64_t* lengths, const int64_t* aheads,
-                              int64_t strips, int64_t width, int64_t stride, int64_t d, int64_t* out) {
+                              int64_t strips, int64_t width, int64_t stride, int64_t d, int64_t threads,
+                              int64_t* out) {
     const int64_t states = int64_t(1) << width, groups = states >> stride;
     int64_t longest = 0;
     for (int64_t strip = 0; strip < strips; ++strip)
         longest = lengths[strip] + aheads[strip] > longest ? lengths[strip] + aheads[strip] : longest;
     int failed = 0;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         // One vector more than needed: `spread` reads whole vectors.
         float* cost = (float*)aligned_alloc(64, (states + groups + 2 * LANES) / LANES * LANES * sizeof(float));

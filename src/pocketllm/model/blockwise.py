@@ -11,6 +11,7 @@ from torch import Tensor
 from pocketllm.codec.feedback import HessianFactor, factorize
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.model.blocks import BlockStream, block_list
+from pocketllm.model.compute import abreast
 from pocketllm.model.encode import Encoder
 from pocketllm.model.inputs import Inputs
 from pocketllm.model.plan import Matrix, Plan
@@ -126,10 +127,15 @@ def _encode_block(
     progress(encoder.share, f"{path}: inputs")
     inputs = see()
     after = output_hessians(encoder.outputs, path, encoder.device)
-    for matrix, factor in _factors(inside, inputs, encoder.plan):
-        progress(encoder.share, matrix.name)
+
+    def code(matrix: Matrix, factor: HessianFactor) -> None:
         outputs = _output_factor(matrix, after.get(matrix.name), encoder.plan)
         encoder.with_feedback(matrix, factor, inputs, outputs=outputs)
+
+    jobs = [partial(code, *pair) for pair in _factors(inside, inputs, encoder.plan)]
+    for number, _ in enumerate(abreast(jobs, encoder.device)):
+        progress(encoder.share, inside[number].name)
+        encoder.passed += inside[number].weights
 
 
 def _encode_end(encoder: Encoder, matrix: Matrix, sensitivity: Sensitivity) -> None:
@@ -139,6 +145,7 @@ def _encode_end(encoder: Encoder, matrix: Matrix, sensitivity: Sensitivity) -> N
     hessian.diagonal().add_(1 - share)
     rows = sensitivity.row_importance[matrix.name].to(encoder.device)
     encoder.with_feedback(matrix, _factor(matrix, hessian, encoder.plan), row_importance=rows)
+    encoder.passed += matrix.weights
 
 
 def _factors(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> Iterator[tuple[Matrix, HessianFactor]]:

@@ -74,7 +74,6 @@ class Encoder:
         Args:
             inputs: that it was taken from, for the report. row_importance, outputs: see `assign`.
         """
-        self.passed += matrix.weights
         if self.done(matrix):
             return
         settings = self.plan.config.calibration
