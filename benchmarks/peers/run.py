@@ -81,13 +81,16 @@ class Bench:
         work = self.work(setting)
         if not (work / "cost.json").is_file():
             print(f"{setting.title}: quantizing", flush=True)
-            cost = self.quantize(setting, work)
-            facts = {**cost.to_dict(), "versions": versions(self.python(setting))}
-            (work / "cost.json").write_text(json.dumps(facts, indent=1))
+            self.keep(setting, self.quantize(setting, work))
         if not (work / "bits.json").is_file():
             job = work / "job.json"
             measured([self.python(setting), _adapter(setting), "dequantize", job], work / "dequantize.log")
         self.evaluate(work / "dense", work / "evaluation.json", setting.title)
+
+    def keep(self, setting: Setting, cost: Cost) -> None:
+        """Note what quantizing has cost, and with which packages."""
+        facts = {**cost.to_dict(), "versions": versions(self.python(setting))}
+        (self.work(setting) / "cost.json").write_text(json.dumps(facts, indent=1))
 
     def evaluate(self, dense: Path, result: Path, title: str) -> None:
         """Evaluate a dense folder, unless it is done."""
@@ -98,18 +101,23 @@ class Bench:
             measured([sys.executable, *command], result.with_suffix(".log"))
 
     def paired(self, repeats: int) -> None:
-        """Quantize with each of PAIRED in turn, the first of a pair changing; write peers_paired.json."""
+        """Quantize with each of PAIRED in turn, the first of a pair changing; write peers_paired.json.
+
+        The last run of each is its row among the others, too.
+        """
         pair = [setting for setting in SETTINGS if setting.name in PAIRED]
         runs: list[dict[str, Any]] = []
         for number in range(repeats):
             for setting in pair if number % 2 == 0 else reversed(pair):
-                work = self.root / "paired" / setting.name
-                cost = self.quantize(setting, work)
+                cost = self.quantize(setting, self.work(setting))
+                self.keep(setting, cost)
                 runs.append({"setting": setting.name, "repeat": number, **cost.to_dict()})
                 print(json.dumps(runs[-1]), flush=True)
         path = self.root / "paired.json"
         path.write_text(json.dumps(runs, indent=1))
         subprocess.run([sys.executable, HERE / "report.py", "paired", self.root], check=True)
+        for setting in pair:
+            self.make(setting)
 
 
 def _adapter(setting: Setting) -> Path:
@@ -131,14 +139,13 @@ def main() -> int:
     """Do what is not done, then report; 1 if a setting failed."""
     arguments = _arguments()
     bench = Bench(arguments.cache.resolve(), Path(os.environ.get("POCKETLLM_DATA", "")))
-    if arguments.paired:
-        bench.paired(arguments.paired)
-        return 0
     dense = json.loads((bench.calibration / "facts.json").read_text())["model"]
     bench.evaluate(Path(dense), bench.calibration / "dense.json", "dense model")
     failed = 0
+    if arguments.paired:
+        bench.paired(arguments.paired)
     for setting in SETTINGS:
-        if arguments.only and not {setting.name, setting.peer} & set(arguments.only):
+        if arguments.paired or (arguments.only and not {setting.name, setting.peer} & set(arguments.only)):
             continue
         if arguments.redo:
             shutil.rmtree(bench.work(setting), ignore_errors=True)
