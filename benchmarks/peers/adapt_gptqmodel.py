@@ -30,11 +30,9 @@ def quantize(job: Job) -> dict[str, Any]:
     peer = GPTQModel.load(str(job.model), QuantizeConfig(**settings), device="cpu")
     peer.quantize(samples, batch_size=8)
     peer.save(str(job.packed))
-    return {
-        **settings,
-        "batch_size": 8,
-        "saved": json.loads((job.packed / "quantize_config.json").read_text()),
-    }
+    saved = json.loads((job.packed / "quantize_config.json").read_text())
+    saved["meta"].pop("offload_to_disk_path", None)  # of this run
+    return {**settings, "batch_size": 8, "saved": saved}
 
 
 def dequantize(job: Job) -> dict[str, Matrix]:
