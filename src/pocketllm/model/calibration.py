@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,11 @@ def _whole(folder: Path | None) -> Iterator[Path | None]:
     filled.mkdir()
     try:
         yield filled
-        if not folder.is_dir():
-            with suppress(OSError):  # it may be there by now
-                filled.replace(folder)
+        try:
+            filled.replace(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(filled, ignore_errors=True)
 
