@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import pocketllm
-from pocketllm.codec import trellis
+from pocketllm.codec import paths
 from pocketllm.codec.codebook import nearest, nearest_torch
-from pocketllm.codec.trellis import PathSearch, Trellis
 from pocketllm.evaluate.harness import PocketLM
 from pocketllm.evaluate.kl import divergence
 from pocketllm.evaluate.perplexity import perplexity
@@ -28,16 +27,17 @@ def test_nearest_codeword() -> None:
 
 def test_paths_in_triton() -> None:
     """Triton comes with torch's CUDA builds: it is used, and finds what torch finds."""
-    search = trellis._gpu_search(torch.device("cuda"))
+    device = torch.device("cuda")
+    search = paths._on_gpu(device)
     assert search is not None
-    paths = PathSearch(Trellis(12, 4), torch.device("cuda"))
     lengths, aheads = [64] * 9 + [63], [4] * 10
-    points = torch.randn(sum(lengths) + sum(aheads), 2).cuda()
-    tables = paths.ordered(torch.randn(10, 4096, 2).cuda())
+    points, tables = torch.randn(sum(lengths) + sum(aheads), 2).cuda(), torch.randn(10, 2, 4096).cuda()
     which = torch.arange(10).cuda()
-    ends = torch.zeros_like(which), torch.full_like(which, -1)
-    arguments = points, points.square().sum(dim=1), *tables, which, which.flip(0), *ends, lengths, aheads
-    assert torch.equal(search(*arguments, 12, 4), paths._torch(*arguments))
+    problem = paths.PathProblem(
+        *(points, points.square().sum(dim=1), tables, tables.square().sum(dim=1) / 2, which, which.flip(0)),
+        *(torch.zeros_like(which), torch.full_like(which, -1), lengths, aheads, 12, 4),
+    )
+    assert torch.equal(search(problem), paths.in_torch(problem))
 
 
 def test_compress_and_load(tmp_path: Path) -> None:

@@ -6,30 +6,30 @@ import importlib.util
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
 
-from pocketllm.codec.trellis import PathSearch, Trellis, differs
+from pocketllm.codec.paths import PathProblem, differs, in_torch
 
 CPU = torch.device("cpu")
 
 _COMPARED = """
 import torch
 from pocketllm.codec import trellis_gpu
-from pocketllm.codec.trellis import PathSearch, Trellis
+from pocketllm.codec.paths import PathProblem, in_torch
 for width, stride, d in ((6, 2, 2), (7, 3, 1), (6, 6, 2), (8, 1, 4), (5, 4, 3)):
     generator = torch.Generator().manual_seed(width)
     lengths, aheads = [9, 20, 7, 20], [4, 0, 4, 2]
     points = torch.randn(sum(lengths) + sum(aheads), d, generator=generator)
-    search = PathSearch(Trellis(width, stride), torch.device("cpu"))
-    tables = search.ordered(torch.randn(3, 1 << width, d, generator=generator))
+    tables = torch.randn(3, d, 1 << width, generator=generator)
     which = torch.tensor([0, 1, 2, 0])
     ends = torch.tensor([0, 3, 5, 1]), torch.tensor([-1, -1, 4, -1])
-    weights = points.square().sum(dim=1)
-    arguments = points, weights, *tables, which, (which + 1).clamp(max=2), *ends, lengths, aheads
-    assert torch.equal(trellis_gpu.search(*arguments, width, stride), search._torch(*arguments)), width
+    problem = PathProblem(
+        *(points, points.square().sum(dim=1), tables, tables.square().sum(dim=1) / 2),
+        *(which, (which + 1).clamp(max=2), *ends, lengths, aheads, width, stride),
+    )
+    assert torch.equal(trellis_gpu.search(problem), in_torch(problem)), width
 """
 
 
@@ -42,12 +42,9 @@ def test_it_finds_what_torch_finds() -> None:
 
 
 def test_another_search_is_tried_first() -> None:
-    def broken(*_: object) -> torch.Tensor:
+    def broken(problem: PathProblem) -> torch.Tensor:
         raise RuntimeError("no such instruction")
 
-    def as_torch(*arguments: Any) -> torch.Tensor:
-        return PathSearch(Trellis(*arguments[-2:]), CPU)._torch(*arguments[:-2])
-
     assert differs(broken, CPU) == "no such instruction"
-    assert differs(lambda *arguments: as_torch(*arguments) + 1, CPU) == "it finds other paths"
-    assert differs(as_torch, CPU) == ""
+    assert differs(lambda problem: in_torch(problem) + 1, CPU) == "it finds other paths"
+    assert differs(in_torch, CPU) == ""

@@ -16,11 +16,15 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pocketllm.cache import cache_folder
+
+if TYPE_CHECKING:
+    from pocketllm.codec.paths import PathProblem
 
 MAX_VECTOR_LEN = 16
 _FLAGS = {
@@ -99,27 +103,17 @@ def trellis_available(vector_len: int, stride: int, kept: int) -> bool:
     return vector_len <= 4 and stride <= 8 and kept >= 4 and _library("trellis") is not None
 
 
-def trellis_search(
-    points: Tensor,
-    weights: Tensor,
-    tables: Tensor,
-    halves: Tensor,
-    which: Tensor,
-    after: Tensor,
-    start: Tensor,
-    stop: Tensor,
-    lengths: list[int],
-    aheads: list[int],
-    width: int,
-    stride: int,
-) -> Tensor:
-    """States of the cheapest paths; see `trellis.PathSearch`. All tensors contiguous, on the CPU."""
+def trellis_search(problem: PathProblem) -> Tensor:
+    """States [rows] int64 of the cheapest paths, on the CPU."""
     library = _library("trellis")
     assert library is not None
-    out = torch.empty(sum(lengths), dtype=torch.int64)
-    sizes = torch.tensor(lengths), torch.tensor(aheads)
-    tensors = (points, weights, tables, halves, which, after, start, stop, *sizes)
-    numbers = (len(lengths), width, stride, points.shape[1], torch.get_num_threads())
+    out = torch.empty(sum(problem.lengths), dtype=torch.int64)
+    tensors = (
+        *(problem.points, problem.weights, problem.tables, problem.halves, problem.which, problem.after),
+        *(problem.start, problem.stop, torch.tensor(problem.lengths), torch.tensor(problem.aheads)),
+    )
+    sizes = len(problem.lengths), problem.width, problem.stride, problem.points.shape[1]
+    numbers = (*sizes, torch.get_num_threads())
     failed = library.trellis_search(
         *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
         *(ctypes.c_int64(number) for number in numbers),

@@ -1,11 +1,12 @@
 // Cheapest paths through a bitshift trellis (Viterbi). Built by compiled.py with the system's compiler;
-// trellis.py holds the path in torch, which does the same operations in the same order (no fused ones).
+// paths.py holds the search in torch, which does the same operations in the same order (no fused ones).
 //
 // points [n, d]; weights [n]; tables [C, d, 2^width], halves [C, 2^width] = |c|^2 / 2, both over bit-reversed
 // states; which [strips], the table of each; start, stop [strips]; lengths [strips]; out [rows].
 // A strip's points are followed by `ahead` more, of the column after it and with the table `next`: the path
-// goes on through them, so that it ends where the next one can begin well, but they are not put out. The bits a state keeps are its low `kept` ones after a
-// step, so that the 2^stride states that can precede one lie 2^kept apart.
+// goes on through them, so that it ends where the next one can begin well, but they are not put out.
+// The bits a state keeps are its low `kept` ones after a step, so that the 2^stride states that can precede one
+// lie 2^kept apart.
 
 #include <cstdint>
 #include <cstdlib>

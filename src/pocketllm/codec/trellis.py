@@ -15,19 +15,13 @@ Source: the bitshift trellis of QTIP (arXiv 2406.11235), here with a learned cod
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pocketllm.codec import compiled
 from pocketllm.codec.packing import pack, packed_bytes, unpack
-from pocketllm.errors import reason_of
-
-logger = logging.getLogger(__name__)
+from pocketllm.codec.paths import PathProblem, cheapest
 
 STRIP_ROWS = 256  # about, where nothing but parallel search asks for strips
 
@@ -161,115 +155,11 @@ class PathSearch:
         after = (which + 1).clamp(max=len(tables[0]) - 1)
         start = self.order[start]
         stop = torch.full_like(start, -1) if end is None else self.order[end]
-        arguments = (points.contiguous(), weights.contiguous(), *tables, which, after, start, stop)
-        d, stride = points.shape[1], self.trellis.stride
-        if points.device.type == "cpu" and compiled.trellis_available(d, stride, self.trellis.kept):
-            states = compiled.trellis_search(*arguments, lengths, aheads, self.trellis.width, stride)
-        elif (on_gpu := _gpu_search(points.device)) is not None:
-            states = on_gpu(*arguments, lengths, aheads, self.trellis.width, stride)
-        else:
-            states = self._torch(*arguments, lengths, aheads)
-        return self.order[states]
-
-    def _torch(
-        self,
-        points: Tensor,
-        weights: Tensor,
-        tables: Tensor,
-        halves: Tensor,
-        which: Tensor,
-        after: Tensor,
-        start: Tensor,
-        stop: Tensor,
-        lengths: list[int],
-        aheads: list[int],
-    ) -> Tensor:
-        """The search in torch, strips of equal length at once; the same operations in the same order."""
-        out = torch.empty(sum(lengths), dtype=torch.int64, device=points.device)
-        sizes = list(zip(lengths, aheads, strict=True))
-        firsts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
-        skipped = torch.tensor([0, *aheads]).cumsum(0)[:-1]
-        for length, ahead in dict.fromkeys(sizes):
-            chosen = torch.tensor([n for n, size in enumerate(sizes) if size == (length, ahead)])
-            into = (firsts[chosen][:, None] + torch.arange(length)).to(points.device)
-            rows = ((firsts + skipped)[chosen][:, None] + torch.arange(length + ahead)).to(points.device)
-            chosen = chosen.to(points.device)
-            pairs = [(tables[n], halves[n]) for n in (which[chosen], after[chosen])]
-            found = self._paths(points[rows], weights[rows], pairs, length, start[chosen], stop[chosen])
-            out[into] = found[:, :length]
-        return out
-
-    def _paths(
-        self,
-        points: Tensor,
-        weights: Tensor,
-        tables: list[tuple[Tensor, Tensor]],
-        own: int,
-        start: Tensor,
-        stop: Tensor,
-    ) -> Tensor:
-        """points [B, T, d], weights [B, T] -> states [B, T].
-
-        tables: ([B, d, K], |c|^2 / 2 [B, K]) of the first `own` points, and of those after them.
-        """
-        table, half = tables[0]
-        batch, length, d = points.shape
-        kept, choices = self.trellis.kept, 1 << self.trellis.stride
-        scaled = points * weights[..., None]
-        cost = torch.full((batch, half.shape[1]), torch.inf, device=points.device)
-        cost.scatter_(1, start[:, None], 0.0)
-        back = torch.empty(length, batch, 1 << kept, dtype=torch.uint8, device=points.device)
-        for t in range(length):
-            if t == own:
-                table, half = tables[1]
-            previous = cost.reshape(batch, choices, 1 << kept)
-            least = previous.amin(dim=1)
-            # The first of equals wins on every device.
-            back[t] = (previous == least[:, None]).to(torch.uint8).argmax(dim=1)
-            branch = half * weights[:, t, None]
-            for i in range(d):
-                branch = branch - scaled[:, t, i, None] * table[:, i]
-            cost = least.repeat_interleave(choices, dim=1) + branch
-            if t % 16 == 15:  # keep magnitudes small
-                cost = cost - cost.amin(dim=1, keepdim=True)
-        state = torch.where(stop < 0, cost.argmin(dim=1), stop)
-        out = torch.empty(batch, length, dtype=torch.int64, device=points.device)
-        for t in range(length - 1, -1, -1):
-            out[:, t] = state
-            group = state >> self.trellis.stride
-            state = (back[t].gather(1, group[:, None])[:, 0].long() << kept) | group
-        return out
-
-
-@functools.cache
-def _gpu_search(device: torch.device) -> Callable[..., Tensor] | None:
-    """The search in Triton, where it is there and finds on this device what torch finds."""
-    if device.type != "cuda":
-        return None
-    try:
-        from pocketllm.codec import trellis_gpu
-    except ImportError:  # it comes with torch's CUDA builds
-        return None
-    wrong = differs(trellis_gpu.search, device)
-    if wrong:
-        logger.warning("paths cannot be searched with Triton on this GPU (%s); torch does it, slower", wrong)
-    return None if wrong else trellis_gpu.search
-
-
-def differs(search: Callable[..., Tensor], device: torch.device) -> str:
-    """What is wrong with another search, tried on a few points; empty if it finds what torch finds."""
-    paths, generator = PathSearch(Trellis(8, 3), device), torch.Generator().manual_seed(0)
-    lengths, aheads = [40, 17], [4, 0]
-    points = torch.randn(sum(lengths) + sum(aheads), 2, generator=generator).to(device)
-    tables = paths.ordered(torch.randn(2, 256, 2, generator=generator).to(device))
-    which, weights = torch.tensor([0, 1], device=device), points.square().sum(dim=1)
-    ends = first_state(2, device), torch.full_like(which, -1)
-    arguments = points, weights, *tables, which, 1 - which, *ends, lengths, aheads
-    try:
-        found = search(*arguments, 8, 3)
-    except Exception as error:  # whatever a compiler or a driver may say
-        return reason_of(error)
-    return "" if torch.equal(found, paths._torch(*arguments)) else "it finds other paths"
+        problem = PathProblem(
+            *(points.contiguous(), weights.contiguous(), *tables, which, after, start, stop),
+            *(lengths, aheads, self.trellis.width, self.trellis.stride),
+        )
+        return self.order[cheapest(problem)]
 
 
 def train_codebook(

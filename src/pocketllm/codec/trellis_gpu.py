@@ -1,4 +1,4 @@
-"""Cheapest paths through a bitshift trellis on a GPU, a Triton program for each strip (see trellis.py and .cpp).
+"""Cheapest paths through a bitshift trellis on a GPU, a Triton program for each strip (see paths.py).
 
 The same operations in the same order as in torch, without fused ones.
 """
@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pocketllm.codec.paths import PathProblem
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -69,35 +71,22 @@ def _paths(  # type: ignore[no-untyped-def]
         at = (chosen.to(tl.int64) << kept) | (at >> stride)
 
 
-def search(
-    points: Tensor,
-    weights: Tensor,
-    tables: Tensor,
-    halves: Tensor,
-    which: Tensor,
-    after: Tensor,
-    start: Tensor,
-    stop: Tensor,
-    lengths: list[int],
-    aheads: list[int],
-    width: int,
-    stride: int,
-) -> Tensor:
-    """States [rows] int64 of the cheapest paths; arguments as `PathSearch.search` prepares them."""
-    device = points.device
-    own, more = torch.tensor(lengths, device=device), torch.tensor(aheads, device=device)
-    longest = max(length + ahead for length, ahead in zip(lengths, aheads, strict=True))
-    back = torch.empty(len(lengths) * longest << (width - stride), dtype=torch.uint8, device=device)
-    out = torch.empty(sum(lengths), dtype=torch.int64, device=device)
+def search(problem: PathProblem) -> Tensor:
+    """States [rows] int64 of the cheapest paths."""
+    device, strips = problem.points.device, len(problem.lengths)
+    own, more = (torch.tensor(sizes, device=device) for sizes in (problem.lengths, problem.aheads))
+    longest = int((own + more).max())
+    back = torch.empty(strips * longest << problem.kept, dtype=torch.uint8, device=device)
+    out = torch.empty(sum(problem.lengths), dtype=torch.int64, device=device)
     firsts = (own + more).cumsum(0) - own - more
-    outs = own.cumsum(0) - own
-    launch: Any = _paths[(len(lengths),)]
+    launch: Any = _paths[(strips,)]
     launch(
-        *(points, weights, tables, halves, which, after, start, stop, own, more, firsts, outs, back, out),
+        *(problem.points, problem.weights, problem.tables, problem.halves, problem.which, problem.after),
+        *(problem.start, problem.stop, own, more, firsts, own.cumsum(0) - own, back, out),
         longest,
-        kept=width - stride,
-        stride=stride,
-        d=points.shape[1],
+        kept=problem.kept,
+        stride=problem.stride,
+        d=problem.points.shape[1],
         num_warps=8,
         enable_fp_fusion=False,
     )

@@ -75,11 +75,10 @@ def _by_importance(
     value = {m.name: importance[m.name] if importance else float(m.weights) for m in matrices}
     budget = _Budget(matrices, dense, config, value)
     choices = {m.name: _choices(m, config) for m in matrices}
-    ends = [pick(_alike(choices), key=budget.bits) for pick in (min, max)]
-    least, most = (budget.bits(specs) / budget.weights for specs in ends)
-    if budget.bits(ends[0]) > budget.most or config.target_bpw > 1.01 * most:
-        raise _unreachable(config.target_bpw, [least, most])
-    best = budget.best(choices) or ends[0]
+    sizes = [budget.bits(specs) / budget.weights for specs in _alike(choices)]
+    best = budget.best(choices)
+    if best is None or config.target_bpw > 1.01 * max(sizes):
+        raise _unreachable(config.target_bpw, sizes)
     if budget.codebook_share(best) > _DEAR:
         every = {spec for own in choices.values() for spec in own}
         alike = [{spec for spec in every if spec.vector_len == d} for d in sorted({d for d, _ in _STEPS})]
