@@ -2,7 +2,8 @@
 
 A vector of n = 2^a * m numbers (m odd) is multiplied by random signs, then by the orthogonal matrix
 Hadamard(2^a) (x) Hartley(m): any size works, nothing but the seed is stored, and a row costs
-n (a + m) additions. Hartley(m)[j, k] = (cos + sin)(2 pi j k / m) / sqrt(m) is symmetric and orthogonal.
+n (a + m) additions in the compiled form, two small matrix products here.
+Hartley(m)[j, k] = (cos + sin)(2 pi j k / m) / sqrt(m) is symmetric and orthogonal.
 
 Source: incoherence processing of QuIP# (arXiv 2402.04396); Hartley (1942) for the odd factor.
 """
@@ -45,30 +46,59 @@ def _split(size: int) -> tuple[int, int]:
     return power, size // power
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Multiply the last dimension by Hadamard(2^a) (x) Hartley(m), which is symmetric: its own inverse."""
-    size = x.shape[-1]
+@functools.lru_cache(maxsize=64)
+def _factors(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Orthogonal and symmetric L [a, a], R [b, b] with L (x) R = Hadamard (x) Hartley, a and b alike in size."""
     power, odd = _split(size)
-    x = x.reshape(-1, power, odd)
-    if odd > 1:
-        x = x @ hartley(odd).to(x.device)
-    half = 1
-    while half < power:
-        pairs = x.reshape(x.shape[0], power // (2 * half), 2, half, odd)
-        low, high = pairs[:, :, 0], pairs[:, :, 1]
-        x = torch.stack([low + high, low - high], dim=2)
-        half *= 2
-    return x.reshape(-1, size) / math.sqrt(power)
+    left = 1
+    while left < power and 2 * left * left <= size:
+        left *= 2
+    right = torch.kron(_hadamard(power // left), hartley(odd))
+    return _hadamard(left).to(device), right.contiguous().to(device)
+
+
+def _hadamard(size: int) -> Tensor:
+    """[size, size] float32 orthogonal, of a power of two."""
+    found = torch.ones(1, 1)
+    while len(found) < size:
+        found = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), found)
+    return found / math.sqrt(size)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """x [N, n] float32 times Hadamard(2^a) (x) Hartley(m), which is symmetric: its own inverse."""
+    left, right = _factors(x.shape[1], x.device)
+    a, b, count = len(left), len(right), len(x)
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 would not do
+        x = (x.reshape(-1, b) @ right).view(count, a, b)
+        return torch.bmm(left.expand(count, a, a), x).view(count, -1)
+
+
+def _mix_columns(x: Tensor) -> Tensor:
+    """`_mix` of the columns of x [n, N], without turning it round."""
+    left, right = _factors(x.shape[0], x.device)
+    a, b, count = len(left), len(right), x.shape[1]
+    with torch.autocast(x.device.type, enabled=False):
+        x = (left @ x.reshape(a, -1)).view(a, b, count)
+        return torch.bmm(right.expand(a, b, b), x).view(-1, count)
+
+
+@functools.lru_cache(maxsize=64)
+def _signs_on(size: int, seed: int, device: torch.device) -> Tensor:
+    """`signs` on a device."""
+    return signs(size, seed).to(device)
 
 
 def rotate(x: Tensor, seed: int) -> Tensor:
     """x [..., n] -> x R^T in float32, with R = mix * diag(signs)."""
-    return _mix(x.float() * signs(x.shape[-1], seed).to(x.device)).reshape(x.shape)
+    rows = x.float().reshape(-1, x.shape[-1])
+    return _mix(rows * _signs_on(x.shape[-1], seed, x.device)).view(x.shape)
 
 
 def unrotate(x: Tensor, seed: int) -> Tensor:
     """Inverse of `rotate`: x [..., n] -> x R."""
-    return _mix(x.float()).reshape(x.shape) * signs(x.shape[-1], seed).to(x.device)
+    rows = x.float().reshape(-1, x.shape[-1])
+    return (_mix(rows) * _signs_on(x.shape[-1], seed, x.device)).view(x.shape)
 
 
 def rotate_hessian(hessian: Tensor, seed: int) -> Tensor:
@@ -86,7 +116,7 @@ def rotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
     if seeds != (None, None) and compiled.decodes(weight):
         return _compiled(weight, seeds, inverse=False)
     if seeds[0] is not None:
-        weight = rotate(weight.T, seeds[0]).T
+        weight = _mix_columns(weight * _signs_on(len(weight), seeds[0], weight.device)[:, None])
     return weight if seeds[1] is None else rotate(weight, seeds[1])
 
 
@@ -97,7 +127,9 @@ def unrotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
         return _compiled(weight, seeds, inverse=True)
     if seeds[1] is not None:
         weight = unrotate(weight, seeds[1])
-    return weight if seeds[0] is None else unrotate(weight.T, seeds[0]).T
+    if seeds[0] is None:
+        return weight
+    return _mix_columns(weight) * _signs_on(len(weight), seeds[0], weight.device)[:, None]
 
 
 def _compiled(weight: Tensor, seeds: Seeds, inverse: bool) -> Tensor:

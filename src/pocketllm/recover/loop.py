@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from pocketllm.config import LoopConfig
 from pocketllm.errors import TrainingError
@@ -199,8 +200,7 @@ class Loop:
                     parameter.grad = torch.zeros_like(parameter)
                 parameter.grad = reduce(parameter.grad, "sum")
             loss = float(reduce(torch.tensor(loss, device=self.state.device), "sum"))
-        norms = [p.grad.double().norm() for p in self.parameters if p.grad is not None]
-        return loss, float(torch.stack(norms).norm()) if norms else 0.0
+        return loss, float(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
 
     def _rate(self, number: int) -> float:
         """Factor of the learning rates in a step: linear warm-up, then a cosine to 0."""

@@ -8,13 +8,14 @@ weight (embeddings, fused experts) gets a differentiable weight.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pocketllm.codec.differentiable import decoded_table, lookup, lookup_gradients, row_form
+from pocketllm.codec.differentiable import decoded_tables, lookup, lookup_gradients, row_form
 from pocketllm.config import CodecConfig
 from pocketllm.model.checkpoint import STORE
 from pocketllm.model.layers import Codebook, Decoder, PackedMatrix, Store, unfold
@@ -56,20 +57,29 @@ class TrainableStore(nn.Module):
         """
         self._cache.clear()
         self._weights.clear()
-        for pair in sorted(self.pairs):
-            self.shared(*pair)
+        self._prepare()
 
     def shared(self, codebook: int, decoder: int) -> tuple[Tensor, ...]:
         """What decodes the indices: (table [K, d],) in the look-up form, else (codebook, up, down)."""
         key = codebook, decoder, torch.is_grad_enabled()
         if key not in self._cache:
-            codec = self.codecs[decoder]
-            parts = self.codebooks[codebook], self.ups[decoder], self.downs[decoder]
-            self._cache[key] = parts
-            if codec.decoder == "lookup":
-                with torch.autocast(parts[0].device.type, enabled=False):
-                    self._cache[key] = (decoded_table(codec, *parts),)
+            self._prepare()
         return self._cache[key]
+
+    def _prepare(self) -> None:
+        """Tables alike in shape are computed together: starting an operation takes longer than running it."""
+        alike: dict[tuple[CodecConfig, torch.Size], list[tuple[int, int]]] = defaultdict(list)
+        for pair in sorted(self.pairs):
+            parts = self.codebooks[pair[0]], self.ups[pair[1]], self.downs[pair[1]]
+            self._cache[*pair, torch.is_grad_enabled()] = parts
+            if self.codecs[pair[1]].decoder == "lookup":
+                alike[self.codecs[pair[1]], parts[0].shape].append(pair)
+        for (codec, _), pairs in alike.items():
+            keys = [(*pair, torch.is_grad_enabled()) for pair in pairs]
+            stacked = [torch.stack(part) for part in zip(*(self._cache[key] for key in keys), strict=True)]
+            with torch.autocast(stacked[0].device.type, enabled=False):
+                tables = decoded_tables(codec, *stacked)
+            self._cache.update((key, (table,)) for key, table in zip(keys, tables.unbind(), strict=True))
 
 
 class TrainableMatrix(PackedMatrix):
