@@ -2,7 +2,7 @@
 results/recovery.json.
 
     POCKETLLM_DATA=... python benchmarks/recovery.py NAME=FOLDER ... [--methods distill lora lora-text]
-    POCKETLLM_DATA=... python benchmarks/recovery.py 2.05=b205 --methods distill --options="--steps 300"
+    POCKETLLM_DATA=... python benchmarks/recovery.py 2.05=b205 --methods distill --options="--device cuda --steps 300"
     POCKETLLM_DATA=... python benchmarks/recovery.py 2.05=b205 --methods distill --run 2.05:distill=b205-tuned
 
 NAME is what the table calls the compressed model in FOLDER. Each run is `pocketllm finetune` in a process of
@@ -105,10 +105,9 @@ def _logged(run: Path) -> dict[str, Any]:
     log = run.with_name(run.name + ".log")
     lines = (log / "steps.jsonl").read_text(encoding="utf-8").splitlines()
     summary = json.loads((log / "summary.json").read_text(encoding="utf-8"))
-    kept = ("trained_parameters", "training_windows", "training_items", "versions")
+    kept = ("trained_parameters", "training_windows", "training_items", "machine")
     return {
         "seconds": round(sum(json.loads(line)["seconds"] for line in lines), 1),
-        "threads": summary.get("arguments", {}).get("threads"),
         **{key: summary[key] for key in kept if key in summary},
     }
 

@@ -13,7 +13,7 @@ HEAD = [
     "perplexity",
     "of the loss in nats made good",
     "training",
-    "seconds",
+    "seconds of all steps and validations",
 ]
 
 
@@ -34,7 +34,7 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
                     f"{run['perplexity']:.2f}",
                     f"{regained(base['perplexity'], run['perplexity'], dense):.0%}",
                     _training(run),
-                    f"{run['seconds']:.0f}",
+                    f"{run['seconds']:.0f} on {_machine(run['machine'])}",
                 ]
             )
     return lines
@@ -82,6 +82,10 @@ def _method(method: str, config: dict[str, Any]) -> str:
         "LoRA by the paper's recipe" if recipe == (32, 64, 16, 3.0, None) else f"LoRA, rank {config['rank']}"
     )
     return f"{name}, {'instructions' if method == 'lora' else 'plain text'}"
+
+
+def _machine(facts: dict[str, Any]) -> str:
+    return facts.get("gpu") or f"{facts['threads']} threads of {facts['processor']}"
 
 
 def _mb(nbytes: int) -> str:

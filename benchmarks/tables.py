@@ -238,8 +238,7 @@ def recovery() -> str:
     note = (
         f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
         f"evaluated in {found['dtype']}; trained on other text; MB are 10^6 bytes of all files, adapter "
-        f"included; seconds are those of all steps and validations on {found['machine']['processor']}, "
-        f"{found['machine']['cores']} cores, other work beside it. `{found['command']}`"
+        f"included; runs go on beside each other. `{found['command']}`"
     )
     said = recovery_table.verdict(found)
     return "\n\n".join(

@@ -63,7 +63,7 @@ def test_distillation_lowers_the_divergence_and_keeps_bytes_and_indices(made: Pa
     assert json.loads((log / "summary.json").read_text())["kl_stored"] == done.kl_stored
     assert (log / "curve.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((log / "summary.json").read_text())
-    assert summary["arguments"]["steps"] == 8 and summary["versions"]["torch"]
+    assert summary["arguments"]["steps"] == 8 and summary["machine"]["versions"]["torch"]
     seconds = sum(json.loads(line)["seconds"] for line in (log / "steps.jsonl").read_text().splitlines())
     assert summary["seconds"] == done.seconds >= seconds - 0.1
     assert not (tmp_path / "o.partial").exists()

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pocketllm.machine import machine
 from pocketllm.model.checkpoint import write_json
-from pocketllm.model.report import versions
 
 STEPS_NAME, SUMMARY_NAME, CURVE_NAME = "steps.jsonl", "summary.json", "curve.png"
 
@@ -16,14 +16,18 @@ STEPS_NAME, SUMMARY_NAME, CURVE_NAME = "steps.jsonl", "summary.json", "curve.png
 class RunLog:
     """Writes the record; with enabled=False (processes other than the first) nothing.
 
-    arguments: of the run, for the summary.
+    arguments: of the run, for the summary. device: that it runs on, cpu or cuda.
     """
 
     def __init__(
-        self, output: Path, enabled: bool = True, arguments: Mapping[str, Any] | None = None
+        self,
+        output: Path,
+        enabled: bool = True,
+        arguments: Mapping[str, Any] | None = None,
+        device: str = "cpu",
     ) -> None:
         self.folder, self.enabled = output.with_name(output.name + ".log"), enabled
-        self.arguments = dict(arguments or {})
+        self.arguments, self.device = dict(arguments or {}), device
 
     def resume_at(self, step: int) -> None:
         """Drop lines after a step, which will be run again."""
@@ -54,7 +58,8 @@ class RunLog:
     def finish(self, summary: Mapping[str, Any], history: list[tuple[int, float]]) -> None:
         """The summary, and the picture where matplotlib is installed. history: (step, validation loss)."""
         if self.enabled:
-            body = {**summary, "validation": history, "arguments": self.arguments, "versions": versions()}
+            facts = {"validation": history, "arguments": self.arguments, "machine": machine(self.device)}
+            body = {**summary, **facts}
             write_json(self.folder / SUMMARY_NAME, body)
             draw(self.steps(), body, self.folder / CURVE_NAME)
 

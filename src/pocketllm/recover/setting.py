@@ -148,7 +148,7 @@ def started(
         with state.main_process_first():
             work = Workspace.at(output, everything)
         with locked(work.folder, state.is_main_process):
-            yield work, RunLog(output, state.is_main_process, everything)
+            yield work, RunLog(output, state.is_main_process, everything, state.device.type)
     except OSError as error:
         raise output_error(output, error) from error
 
