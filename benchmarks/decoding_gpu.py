@@ -9,6 +9,7 @@ results/decoding_gpu.json.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -40,7 +41,7 @@ def main() -> None:
     }
     values = {
         "model": MODEL,
-        "bpw_blocks": read_report(chosen.folder)["bpw_blocks"],
+        "bpw_blocks": read_report(Path(chosen.folder))["bpw_blocks"],
         "rounds": chosen.rounds,
         "medians": medians,
     }
