@@ -28,7 +28,7 @@ class WeightError(PocketError):
 
 
 class SourceError(PocketError):
-    """The model to compress is missing, empty, or in a form that is not read (pickle, no safetensors)."""
+    """A model or a text to be read is missing, empty, or in a form that is not read (pickle, no safetensors)."""
 
 
 class FormatError(PocketError):

@@ -145,7 +145,7 @@ class Square:
 def loop_of(task: Any, tmp_path: Path, **settings: Any) -> Loop:
     work = Workspace.at(tmp_path / "o", {"a": 1})
     config = LoopConfig(**{"batch_size": 2, "eval_every": 5, **settings})
-    return Loop(task, config, 20, work, RunLog(tmp_path / "o"), PartialState(cpu=True))
+    return Loop(task, config, 20, work, RunLog(tmp_path / "o.log"), PartialState(cpu=True))
 
 
 def test_every_epoch_sees_every_item_once(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_gradients_are_scaled_down_to_a_norm(tmp_path: Path) -> None:
 
 
 def test_log_drops_what_is_run_again(tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "o")
+    log = RunLog(tmp_path / "o.log")
     log.resume_at(0)
     for step in range(1, 6):
         log.add({"step": step, "loss": 1.0})
@@ -179,7 +179,7 @@ def test_log_drops_what_is_run_again(tmp_path: Path) -> None:
         stream.write('{"step": 6, "lo')  # a kill in the middle of a line
     log.resume_at(3)
     assert [line["step"] for line in log.steps()] == [1, 2, 3]
-    silent = RunLog(tmp_path / "p", enabled=False)
+    silent = RunLog(tmp_path / "p.log", enabled=False)
     silent.resume_at(0)
     silent.add({"step": 1})
     silent.finish({}, [])
@@ -190,7 +190,7 @@ def test_the_picture_is_left_out_without_matplotlib(tmp_path: Path, monkeypatch:
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    log = RunLog(tmp_path / "o")
+    log = RunLog(tmp_path / "o.log")
     log.resume_at(0)
     log.finish({"title": "x"}, [(0, 1.0)])
     assert not (log.folder / "curve.png").exists()

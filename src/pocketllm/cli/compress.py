@@ -202,6 +202,7 @@ def compress(
     from pocketllm.cli.measured import Text, perplexity_table
     from pocketllm.evaluate.perplexity import read_text
     from pocketllm.model.checkpoint import read_report
+    from pocketllm.recover.chain import check_recovery
 
     text = None if ppl is None else Text(str(ppl), read_text(ppl), context, windows or None)
     found: dict[str, Any] = {}
@@ -218,6 +219,8 @@ def compress(
             "calibration_folder": calibration_cache,
         }
         if dry_run:
+            if recovers is not None:
+                check_recovery(model, recovers, trust_remote_code)
             done = pocketllm.dry_run(model, config, **how)
         else:
             measure("dense", model)

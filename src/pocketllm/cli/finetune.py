@@ -157,7 +157,8 @@ def _distill(
         given["validation_text"] = str(given["validation_text"])
     config = DistillConfig(**given, loop=dataclasses.replace(DistillConfig().loop, **loop))
     if dry_run:
-        return dry_run_distill(folders[0], config, teacher, common["trust_remote_code"])
+        output = {"output": folders[1], "overwrite": common["overwrite"]}
+        return dry_run_distill(folders[0], config, teacher, common["trust_remote_code"], **output)
     return dataclasses.asdict(distill(*folders, config, teacher=teacher, teacher_on_disk=on_disk, **common))
 
 
@@ -176,7 +177,8 @@ def _lora(
         given["targets"] = tuple(given["targets"])
     config = LoraTuneConfig(**given, loop=dataclasses.replace(LoraTuneConfig().loop, **loop))
     if dry_run:
-        return dry_run_lora(folders[0], config, common["trust_remote_code"])
+        output = {"output": folders[1], "overwrite": common["overwrite"]}
+        return dry_run_lora(folders[0], config, common["trust_remote_code"], **output)
     return dataclasses.asdict(lora(*folders, config, **common))
 
 

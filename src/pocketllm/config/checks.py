@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from pocketllm.errors import ConfigError
@@ -16,14 +17,14 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """Raises ConfigError where a setting is too small, or no number."""
-    if not value >= least:
+    """Raises ConfigError where a setting is too small, or no finite number."""
+    if not least <= value < math.inf:
         raise ConfigError(f"{name}: got {value}, wanted at least {least}")
 
 
 def positive(name: str, value: float) -> None:
-    """Raises ConfigError where a setting is not above 0."""
-    if not value > 0:
+    """Raises ConfigError where a setting is not above 0, or not finite."""
+    if not 0 < value < math.inf:
         raise ConfigError(f"{name}: got {value}, wanted more than 0")
 
 

@@ -22,7 +22,7 @@ from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
 from pocketllm.codec.training import fit, fit_on_trellis
 from pocketllm.config import CompressConfig
-from pocketllm.errors import FormatError, OutputError
+from pocketllm.errors import FormatError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.blockwise import encode_calibrated
 from pocketllm.model.calibration import Calibration, calibrate, read_windows, text_identity
@@ -33,7 +33,7 @@ from pocketllm.model.report import Report
 from pocketllm.model.source import DenseCheckpoint, open_dense, resolve
 from pocketllm.model.target import planned
 from pocketllm.model.units import codebook_unit
-from pocketllm.model.workspace import Workspace, check_output, locked, output_error
+from pocketllm.model.workspace import Workspace, check_apart, check_output, locked, output_error
 from pocketllm.model.write import dry_report
 
 _SAMPLED = 4  # rotated matrices of a kind that its codec is fitted to
@@ -41,7 +41,11 @@ _SAMPLED = 4  # rotated matrices of a kind that its codec is fitted to
 
 @dataclass(frozen=True)
 class Event:
-    """Progress: stage (`fetch`, `check`, `measure`, `fit`, `encode`, `write`), finished share, what is at work."""
+    """Progress: stage, finished share of it, what is at work.
+
+    Stages of a compression: `fetch`, `check`, `measure`, `fit`, `encode`, `write`; of recovery: `teacher`,
+    `train`; of a merge: `perplexity`, `merge`.
+    """
 
     stage: str
     share: float
@@ -90,9 +94,7 @@ def compress(
     folder = resolve(str(model), lambda message: progress(Event("fetch", 0.0, message)))
     source = open_dense(folder, trust_remote_code)
     checkpoint = planned(source, config, str(model))
-    if folder.resolve() in (output.resolve(), *output.resolve().parents):
-        where = "the model itself" if output.resolve() == folder.resolve() else "inside the model's folder"
-        raise OutputError(f"{output}: is {where}; choose another output folder")
+    check_apart(output, folder)
     # What can be wrong with the input is found before anything is written, or hours are spent.
     windows = read_windows(source, config)
     if not Workspace.is_begun(output):

@@ -1,4 +1,4 @@
-"""The folder `OUTPUT.partial`: finished units of a compression that is under way, and what it was asked."""
+"""The folder `OUTPUT.partial`: finished units of a run that is under way, and what it was asked."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import pocketllm
 from pocketllm.config import CompressConfig
-from pocketllm.errors import OutputError, ResumeError
+from pocketllm.errors import OutputError, ResumeError, reason_of
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.source import DenseCheckpoint
 
@@ -58,6 +58,17 @@ def check_output(
         if not overwrite:
             raise OutputError(f"{output}: {what} is there already; pass --overwrite to replace it")
     check_parent(output, "folder")
+
+
+def check_apart(output: Path, folder: Path) -> None:
+    """Refuse an output in a folder that is only read.
+
+    Raises:
+        OutputError: it is that folder, or lies in it.
+    """
+    if folder.resolve() in (output.resolve(), *output.resolve().parents):
+        where = "the model itself" if output.resolve() == folder.resolve() else f"inside {folder}"
+        raise OutputError(f"{output}: is {where}, which is only read; choose another output folder")
 
 
 def check_parent(output: Path, kind: str) -> None:
@@ -192,7 +203,7 @@ class Workspace:
         wanted = json.loads(json.dumps(_flat(arguments)))  # as it is read back: lists for tuples
         state = folder / _STATE
         if state.is_file():
-            found = json.loads(state.read_text(encoding="utf-8"))
+            found = _read_state(state)
             differing = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
             if differing and {path.name for path in folder.iterdir()} == {state.name, _LOCK_NAME}:
                 with locked(folder):  # a run that failed before anything was done: nothing to lose
@@ -229,10 +240,18 @@ class Workspace:
         temporary.replace(path)
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A finished unit."""
-        with safe_open(str(self.folder / name), framework="pt") as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-            return tensors, json.loads(handle.metadata()["facts"])
+        """A finished unit.
+
+        Raises:
+            ResumeError: it is damaged.
+        """
+        path = self.folder / name
+        try:
+            with safe_open(str(path), framework="pt") as handle:
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+                return tensors, json.loads(handle.metadata()["facts"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise damaged(path, self.folder, error) from error
 
     def refined(self) -> dict[str, Tensor]:
         """What refinement of the blocks changed, by `KIND|NAME`."""
@@ -253,6 +272,18 @@ class Workspace:
             elif path.name != _STATE:
                 path.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def damaged(path: Path, folder: Path, error: Exception) -> ResumeError:
+    """What is said of a file of a half-done run that cannot be read."""
+    return ResumeError(f"{path}: damaged ({reason_of(error)}); delete {folder} to start anew")
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise damaged(path, path.parent, error) from error
 
 
 def _partial(output: Path) -> Path:

@@ -8,11 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pocketllm.config import CompressConfig, DistillConfig
+from pocketllm.errors import OutputError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import ProgressCallback, compress, is_made
+from pocketllm.model.folder import need_tokenizer
 from pocketllm.model.report import Report
+from pocketllm.model.source import resolve
 from pocketllm.model.workspace import check_output
 from pocketllm.recover.distill import Distilled, distill
+from pocketllm.recover.distillation import training_windows
+from pocketllm.recover.log import check_log
 
 
 def compress_and_distill(
@@ -38,19 +43,25 @@ def compress_and_distill(
         The report of the recovered model, and what the distillation did.
 
     Raises:
-        As `compress` and `distill`.
+        As `compress` and `distill`; what concerns the recovery before anything is compressed.
     """
     output, started = Path(output), time.monotonic()
     check_output(output, overwrite)
+    check_log(output, overwrite)
     plain = output.with_name(output.name + ".plain")
-    if not is_made(plain, str(model), config):
+    if plain.exists() and not is_made(plain, str(model), config):
+        raise OutputError(
+            f"{plain}: exists and is not what this command makes on its way; move it away, or choose another "
+            "output folder"
+        )
+    check_recovery(model, recovery, trust_remote_code)
+    if not plain.exists():
         compress(
             model,
             config,
             plain,
             progress=progress,
             device=device,
-            overwrite=True,
             trust_remote_code=trust_remote_code,
             calibration_folder=calibration_folder,
         )
@@ -68,3 +79,13 @@ def compress_and_distill(
     made("recovered", output)
     shutil.rmtree(plain)
     return Report.from_dict(ckpt.read_report(output)).of_run(started, device), done
+
+
+def check_recovery(model: str | Path, recovery: DistillConfig, trust_remote_code: bool = False) -> None:
+    """Whether a recovery of what this dense model is compressed to can begin.
+
+    Raises:
+        SourceError, ConfigError: a text cannot be read, or is too short.
+    """
+    dense = resolve(str(model))
+    training_windows(need_tokenizer(dense, trust_remote_code), recovery)

@@ -21,20 +21,24 @@ from accelerate import PartialState
 from torch import Tensor
 
 from pocketllm.config import DistillConfig
+from pocketllm.errors import ConfigError, SourceError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
 from pocketllm.model.report import rounded
 from pocketllm.model.rewrite import rewrite, stored_sizes
-from pocketllm.model.source import resolve
-from pocketllm.model.workspace import Workspace, check_output
+from pocketllm.model.source import open_dense, resolve
+from pocketllm.model.workspace import Workspace, check_apart, check_output
 from pocketllm.recover.distillation import Distillation, training_windows
-from pocketllm.recover.loop import Loop, Progress, told_event
+from pocketllm.recover.log import check_log
+from pocketllm.recover.loop import Loop, Progress, step_event
 from pocketllm.recover.setting import (
+    Base,
     check_context,
     check_teacher,
     compute_dtype,
     enable_checkpointing,
     open_base,
+    publish,
     started,
 )
 from pocketllm.recover.teacher import CachedTeacher, LiveTeacher, Teacher, open_teacher
@@ -46,7 +50,8 @@ class Distilled:
     """What a distillation did.
 
     kl_*: mean KL(dense || compressed) in nats per token on the validation windows: before, at the best step,
-    and in the form that is stored. steps: taken. best_step: whose parameters are kept. seconds: of all steps
+    and in the form that is stored. kl_tokens: it is that over so many of the teacher's likeliest tokens and the
+    rest taken together; 0: over all tokens. steps: taken. best_step: whose parameters are kept. seconds: of all steps
     and validations, those before a resumption included.
     """
 
@@ -58,6 +63,7 @@ class Distilled:
     kl_before: float
     kl_best: float
     kl_stored: float
+    kl_tokens: int
     trained_parameters: dict[str, int]
     training_windows: int
     validation_windows: int
@@ -81,7 +87,7 @@ def distill(
     Args:
         folder: the compressed model; only read.
         output: folder to make: the same layout, the same number of payload bytes. A half-done one of the same
-            arguments is continued. `OUTPUT.log` takes the record of the run.
+            arguments is continued. `OUTPUT.log` takes the record of the run (until then `OUTPUT.partial/log`).
         teacher: the dense model (folder, hub id, builtin:…); None takes the one named in the report.
         teacher_on_disk: read its blocks one after another whenever it is run, instead of holding it in memory.
         progress: called after every step.
@@ -94,55 +100,93 @@ def distill(
     """
     config, folder, output = config or DistillConfig(), Path(folder), Path(output)
     check_output(output, overwrite)
+    check_log(output, overwrite)
     base = open_base(folder, output, trust_remote_code)
-    check_context(base, config.context)
     name = teacher or str(base.report["model"])
-    dense = resolve(name, lambda message: progress(Event("fetch", 0.0, message)))
-    check_teacher(dense, base)
-    windows = training_windows(base.tokenizer, config)
+    dense, windows = _inputs(base, config, name, progress)
+    check_apart(output, dense)
     state = PartialState(cpu=device == "cpu")
     dtype = compute_dtype(config.loop.dtype, state.device)
-    text = hashlib.sha256(torch.cat(windows).numpy().tobytes()).hexdigest()[:16]
-    arguments = {"method": "distill", "teacher": name, "text": text, **config.to_dict()}
+    arguments = {
+        "method": "distill",
+        "teacher": name,
+        "teacher_weights": open_dense(dense, trust_remote_code).fingerprint(),
+        "text": hashlib.sha256(torch.cat(windows).numpy().tobytes()).hexdigest()[:16],
+        **config.to_dict(),
+    }
     with started(output, arguments, base, dtype, state) as (work, log):
         on_disk = work.folder / "teacher" if teacher_on_disk else None
         live = partial(open_teacher, dense, dtype, state.device, trust_remote_code, on_disk)
         source = _teacher(live, work, windows, config.teacher_top_k, state, progress)
-        student = base.load("packed", state.device)
-        make_trainable(student, dense=config.lr_dense > 0)
-        if config.loop.gradient_checkpointing:
-            enable_checkpointing(student)
+        student = _student(base, config, state.device)
         task = Distillation(student, source, windows, config, dtype)
         loop = Loop(task, config.loop, config.steps, work, log, state)
-        at = loop.run(lambda told: progress(told_event(told)))
+        at = loop.run(lambda done: progress(step_event(done)))
         stored = stored_tensors(student, {key: size[0] for key, size in stored_sizes(folder)[0].items()})
         set_stored(student, stored)
         kl_stored = task.validate()
         facts = _facts(config, base.identity, name, at, kl_stored)
         if state.is_main_process:
             rewrite(folder, stored, work.folder / "final", facts)
-            work.publish(output)
         state.wait_for_everyone()
-    done = Distilled(
-        output=str(output),
-        bytes_on_disk=ckpt.folder_bytes(output),
-        steps=at.step,
-        best_step=at.best_step,
-        stopped_early=at.stopped_early,
-        kl_before=at.history[0][1],
-        kl_best=at.best_loss,
-        kl_stored=kl_stored,
-        trained_parameters=loop.trained(),
-        training_windows=len(windows[0]),
-        validation_windows=len(windows[1]),
-        seconds=round(at.seconds, 3),
-    )
-    title = f"{folder.name}: KL to {Path(name).name} {done.kl_before:.4f} -> {kl_stored:.4f} nats per token"
-    log.finish(
-        {**vars(done), "title": title, "loss_name": "KL (nats per token)", "recover": facts}, at.history
-    )
+        done = Distilled(
+            output=str(output),
+            bytes_on_disk=ckpt.folder_bytes(work.folder / "final"),
+            steps=at.step,
+            best_step=at.best_step,
+            stopped_early=at.stopped_early,
+            kl_before=at.history[0][1],
+            kl_best=at.best_loss,
+            kl_stored=kl_stored,
+            kl_tokens=config.teacher_top_k,
+            trained_parameters=loop.trained(),
+            training_windows=len(windows[0]),
+            validation_windows=len(windows[1]),
+            seconds=round(at.seconds, 3),
+        )
+        log.finish({**vars(done), **_legend(done, folder, name), "recover": facts}, at.history)
+        publish(work, log, output, state)
     progress(Event("train", 1.0, str(output)))
     return done
+
+
+def _inputs(
+    base: Base, config: DistillConfig, teacher: str, progress: ProgressCallback = lambda event: None
+) -> tuple[Path, tuple[Tensor, Tensor]]:
+    """The teacher's folder, and (training, validation) windows; everything is looked at that can be wrong.
+
+    Raises:
+        SourceError, ConfigError: see `check_teacher` and `training_windows`; the teacher is not there.
+    """
+    check_context(base, config.context)
+    try:
+        dense = resolve(teacher, lambda message: progress(Event("fetch", 0.0, message)))
+    except SourceError as error:
+        raise SourceError(f"the teacher of {base.folder}: {error}; name it with --teacher") from error
+    check_teacher(dense, base)
+    vocabulary = len(base.tokenizer)
+    if config.teacher_top_k > vocabulary:
+        raise ConfigError(
+            f"teacher_top_k: got {config.teacher_top_k}, the vocabulary has {vocabulary} tokens"
+        )
+    return dense, training_windows(base.tokenizer, config)
+
+
+def _student(base: Base, config: DistillConfig, device: Any) -> Any:
+    """The model in its trainable form."""
+    student = base.load("packed", device)
+    make_trainable(student, dense=config.lr_dense > 0)
+    if config.loop.gradient_checkpointing:
+        enable_checkpointing(student)
+    return student
+
+
+def _legend(done: Distilled, folder: Path, teacher: str) -> dict[str, str]:
+    """Title and axis of the curve."""
+    which = f" over its {done.kl_tokens} likeliest tokens and the rest" if done.kl_tokens else ""
+    figures = f"{done.kl_before:.4g} -> {done.kl_stored:.4g}"
+    title = f"{folder.name}: KL to {Path(teacher).name}{which} {figures} nats per token"
+    return {"title": title, "loss_name": f"KL{which} (nats per token)"}
 
 
 def dry_run_distill(
@@ -150,24 +194,25 @@ def dry_run_distill(
     config: DistillConfig,
     teacher: str | None = None,
     trust_remote_code: bool = False,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """What `distill` would do: steps, tokens, trained parameters, bytes; nothing is trained.
 
     Raises:
-        As `distill` before its first step.
+        As `distill` before its first step; what concerns the output only if it is named.
     """
     folder = Path(folder)
-    base = open_base(folder, None, trust_remote_code)
+    if output is not None:
+        check_output(Path(output), overwrite)
+        check_log(Path(output), overwrite)
+    base = open_base(folder, None if output is None else Path(output), trust_remote_code)
     name = teacher or str(base.report["model"])
-    check_context(base, config.context)
-    check_teacher(resolve(name), base)
-    train, validation = training_windows(base.tokenizer, config)
-    sizes, _ = stored_sizes(folder)
-    trained: dict[str, int] = {}
-    for key, (_, shape) in sizes.items():
-        kind = _kind(key, shape)
-        if kind is not None and (kind != "dense matrices" or config.lr_dense > 0):
-            trained[kind] = trained.get(kind, 0) + math.prod(shape)
+    _, (train, validation) = _inputs(base, config, name)
+    trained = _trained(folder, config)
+    if not trained:
+        raise ConfigError("nothing to train: every learning rate is 0; raise one")
     return {
         "teacher": name,
         "steps": config.steps,
@@ -180,6 +225,23 @@ def dry_run_distill(
         "bytes_on_disk": int(base.report["bytes_on_disk"]),
         "bytes_added_to_weights": 0,
     }
+
+
+def _trained(folder: Path, config: DistillConfig) -> dict[str, int]:
+    """Trained parameters by group."""
+    rates = {
+        "codebooks": config.lr_codebook,
+        "decoders": config.lr_decoder,
+        "row scales": config.lr_scale,
+        "norms and biases": config.lr_norm,
+        "dense matrices": config.lr_dense,
+    }
+    counts: dict[str, int] = {}
+    for key, (_, shape) in stored_sizes(folder)[0].items():
+        kind = _kind(key, shape)
+        if kind is not None and rates[kind] > 0:
+            counts[kind] = counts.get(kind, 0) + math.prod(shape)
+    return counts
 
 
 def _kind(key: str, shape: tuple[int, ...]) -> str | None:

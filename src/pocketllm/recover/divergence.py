@@ -32,7 +32,8 @@ def divergence(
 ) -> tuple[Tensor, Tensor]:
     """Sum over positions of KL(teacher || student), and `scale` times its gradient.
 
-    With the k largest of the teacher only, the other tokens count as one: a lower bound of the divergence.
+    With the k largest of the teacher only, the other tokens count as one: a lower bound of the divergence, but
+    for the rounding of 1 minus their sum.
 
     Args:
         student: [n, V] logits. target: as a `Target` gives it.

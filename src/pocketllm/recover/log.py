@@ -1,32 +1,57 @@
-"""The record of a run beside its output: `OUTPUT.log/` with steps.jsonl, summary.json and curve.png."""
+"""The record of a run: steps.jsonl, summary.json and curve.png, in `OUTPUT.log/` when the run is finished."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pocketllm.errors import OutputError
 from pocketllm.machine import machine
 from pocketllm.model.checkpoint import write_json
+from pocketllm.model.workspace import Workspace
 
 STEPS_NAME, SUMMARY_NAME, CURVE_NAME = "steps.jsonl", "summary.json", "curve.png"
 
 
+def log_folder(output: Path) -> Path:
+    """Where the record of a finished run lies."""
+    return output.with_name(output.name + ".log")
+
+
+def check_log(output: Path, overwrite: bool) -> None:
+    """Refuse to replace what is no record of a run, or one that nobody asked to replace.
+
+    Raises:
+        OutputError: there is something.
+    """
+    folder = log_folder(output)
+    if not folder.exists() or Workspace.is_begun(output):
+        return
+    if not (folder / STEPS_NAME).is_file():
+        raise OutputError(
+            f"{folder}: exists and is not the record of a run; move it away, or choose another output folder"
+        )
+    if not overwrite:
+        raise OutputError(f"{folder}: the record of an earlier run; move it away, or pass --overwrite")
+
+
 class RunLog:
-    """Writes the record; with enabled=False (processes other than the first) nothing.
+    """Writes the record into a folder; with enabled=False (processes other than the first) nothing.
 
     arguments: of the run, for the summary. device: that it runs on, cpu or cuda.
     """
 
     def __init__(
         self,
-        output: Path,
+        folder: Path,
         enabled: bool = True,
         arguments: Mapping[str, Any] | None = None,
         device: str = "cpu",
     ) -> None:
-        self.folder, self.enabled = output.with_name(output.name + ".log"), enabled
+        self.folder, self.enabled = folder, enabled
         self.arguments, self.device = dict(arguments or {}), device
 
     def resume_at(self, step: int) -> None:
@@ -44,9 +69,11 @@ class RunLog:
         found = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             try:
-                found.append(json.loads(line))
+                facts = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(facts, dict) and "step" in facts:
+                found.append(facts)
         return found
 
     def add(self, values: Mapping[str, Any]) -> None:
@@ -62,6 +89,16 @@ class RunLog:
             body = {**summary, **facts}
             write_json(self.folder / SUMMARY_NAME, body)
             draw(self.steps(), body, self.folder / CURVE_NAME)
+
+    def publish(self, output: Path) -> None:
+        """Copy the record to its place; what lies there of an earlier run goes."""
+        if not self.enabled:
+            return
+        place, temporary = log_folder(output), self.folder.with_name("log.copy")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(self.folder, temporary)
+        shutil.rmtree(place, ignore_errors=True)
+        temporary.rename(place)
 
 
 def draw(steps: list[dict[str, Any]], summary: Mapping[str, Any], path: Path) -> bool:

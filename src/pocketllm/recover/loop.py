@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from pocketllm.config import LoopConfig
-from pocketllm.errors import TrainingError
+from pocketllm.errors import ConfigError, TrainingError
 from pocketllm.model.compress import Event
 from pocketllm.model.workspace import Workspace
 from pocketllm.recover.log import RunLog
@@ -74,7 +74,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Told:
+class StepDone:
     """What the caller hears: step of steps, training and latest validation loss, seconds of the step."""
 
     step: int
@@ -100,12 +100,13 @@ class Loop:
         self.groups = [g for g in task.groups() if g.learning_rate > 0 and g.parameters]
         self.parameters = [p for g in self.groups for p in g.parameters]
         if not self.parameters:
-            raise TrainingError("nothing to train: every learning rate is 0; raise one")
+            raise ConfigError("nothing to train: every learning rate is 0; raise one")
         self.optimizer = torch.optim.Adam(
             [{"params": g.parameters, "lr": g.learning_rate} for g in self.groups]
         )
         self.best: list[Tensor] = []
         self.at = Progress()
+        self._kept: int | None = None  # step of the checkpoint
 
     def trained(self) -> dict[str, int]:
         """Number of trained parameters by name of the group."""
@@ -114,7 +115,7 @@ class Loop:
             counts[group.name] = counts.get(group.name, 0) + sum(p.numel() for p in group.parameters)
         return counts
 
-    def run(self, progress: Callable[[Told], None]) -> Progress:
+    def run(self, progress: Callable[[StepDone], None]) -> Progress:
         """Train; afterwards the parameters are those of the best validation.
 
         Raises:
@@ -141,7 +142,7 @@ class Loop:
             )
             if step == self.steps or self.at.stopped_early:
                 self._save()
-            progress(Told(step, self.steps, loss, latest, seconds))
+            progress(StepDone(step, self.steps, loss, latest, seconds))
         with torch.no_grad():
             for parameter, value in zip(self.parameters, self.best, strict=True):
                 parameter.copy_(value)
@@ -183,10 +184,9 @@ class Loop:
             raise TrainingError(
                 f"{reason} before the first step; the model, its teacher or the text is at fault"
             )
-        if self.work.has(CHECKPOINT):
-            kept = f"the last good state, after step {self.work.load(CHECKPOINT)[1]['step']}, is kept in"
-        else:
-            kept = "no checkpoint was due before it in"
+        kept = "no checkpoint was due before it in"
+        if self._kept is not None:
+            kept = f"the last good state, after step {self._kept}, is kept in"
         raise TrainingError(
             f"step {step}: {reason}; stopped, {kept} {self.work.folder}. Delete that folder and start anew "
             "with lower learning rates, or in float32"
@@ -246,10 +246,12 @@ class Loop:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{n}"] = value
         self.work.save(CHECKPOINT, tensors, dict(vars(self.at)))
+        self._kept = self.at.step
 
     def _restore(self) -> None:
         tensors, facts = self.work.load(CHECKPOINT)
         self.at = Progress(**facts)
+        self._kept = self.at.step
         self.at.history = [(step, loss) for step, loss in facts["history"]]
         device = self.parameters[0].device
         self.best = [tensors[f"best.{n}"].to(device) for n in range(len(self.parameters))]
@@ -273,7 +275,7 @@ def _timed(act: Callable[[], None]) -> float:
     return time.monotonic() - started
 
 
-def told_event(told: Told) -> Event:
+def step_event(done: StepDone) -> Event:
     """A step, as the caller's progress shows it."""
-    detail = f"step {told.step} of {told.steps}, loss {told.loss:.4f}, validation {told.validation:.4f}"
-    return Event("train", told.step / told.steps, f"{detail}, {told.seconds:.1f} s a step")
+    detail = f"step {done.step} of {done.steps}, loss {done.loss:.4g}, validation {done.validation:.4g}"
+    return Event("train", done.step / done.steps, f"{detail}, {done.seconds:.1f} s a step")

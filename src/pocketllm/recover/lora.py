@@ -28,8 +28,9 @@ from pocketllm.recover.adaptation import (
     with_adapter,
 )
 from pocketllm.recover.adapter import RECORD_NAME, SETTINGS_NAME, need_peft
-from pocketllm.recover.loop import Loop, told_event
-from pocketllm.recover.setting import check_context, compute_dtype, open_base, started
+from pocketllm.recover.log import check_log
+from pocketllm.recover.loop import Loop, step_event
+from pocketllm.recover.setting import check_context, compute_dtype, open_base, publish, started
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def lora(
     config, folder, output = config or LoraTuneConfig(), Path(folder), Path(output)
     need_peft()
     check_output(output, overwrite, RECORD_NAME, "an adapter")
+    check_log(output, overwrite)
     base = open_base(folder, output, trust_remote_code)
     check_context(base, config.context)
     items = training_items(base.tokenizer, config)
@@ -94,7 +96,7 @@ def lora(
         model, adapted = with_adapter(base, config, state.device)
         task = Adaptation(model, items, config, dtype)
         loop = Loop(task, config.loop, steps, work, log, state)
-        at = loop.run(lambda told: progress(told_event(told)))
+        at = loop.run(lambda done: progress(step_event(done)))
         with torch.no_grad():
             for parameter in loop.parameters:
                 parameter.copy_(parameter.bfloat16())
@@ -111,43 +113,53 @@ def lora(
         }
         if state.is_main_process:
             _save(adapted, loop.parameters, work.folder / "final", facts)
-            work.publish(output)
         state.wait_for_everyone()
-    sizes = int(base.report["bytes_on_disk"]), ckpt.folder_bytes(output)
-    done = Adapted(
-        output=str(output),
-        base_bytes=sizes[0],
-        adapter_bytes=sizes[1],
-        bytes_on_disk=sum(sizes),
-        steps=at.step,
-        best_step=at.best_step,
-        stopped_early=at.stopped_early,
-        loss_before=at.history[0][1],
-        loss_best=at.best_loss,
-        loss_stored=loss_stored,
-        trained_parameters=sum(p.numel() for p in loop.parameters),
-        training_items=len(items[0]),
-        validation_items=len(items[1]),
-        seconds=round(at.seconds, 3),
-    )
-    title = f"LoRA on {folder.name}: loss {done.loss_before:.4f} -> {loss_stored:.4f} nats per token"
-    log.finish(
-        {**vars(done), "title": title, "loss_name": "loss (nats per token)", "recover": facts}, at.history
-    )
+        sizes = int(base.report["bytes_on_disk"]), ckpt.folder_bytes(work.folder / "final")
+        done = Adapted(
+            output=str(output),
+            base_bytes=sizes[0],
+            adapter_bytes=sizes[1],
+            bytes_on_disk=sum(sizes),
+            steps=at.step,
+            best_step=at.best_step,
+            stopped_early=at.stopped_early,
+            loss_before=at.history[0][1],
+            loss_best=at.best_loss,
+            loss_stored=loss_stored,
+            trained_parameters=sum(p.numel() for p in loop.parameters),
+            training_items=len(items[0]),
+            validation_items=len(items[1]),
+            seconds=round(at.seconds, 3),
+        )
+        figures = f"{done.loss_before:.4g} -> {loss_stored:.4g}"
+        legend = {
+            "title": f"LoRA on {folder.name}: loss {figures} nats per token",
+            "loss_name": "loss (nats per token)",
+        }
+        log.finish({**vars(done), **legend, "recover": facts}, at.history)
+        publish(work, log, output, state)
     progress(Event("train", 1.0, str(output)))
     return done
 
 
 def dry_run_lora(
-    folder: str | Path, config: LoraTuneConfig, trust_remote_code: bool = False
+    folder: str | Path,
+    config: LoraTuneConfig,
+    trust_remote_code: bool = False,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """What `lora` would do: steps, tokens, trained parameters, bytes; nothing is trained.
 
     Raises:
-        As `lora` before its first step.
+        As `lora` before its first step; what concerns the output only if it is named.
     """
     need_peft()
-    base = open_base(Path(folder), None, trust_remote_code)
+    if output is not None:
+        check_output(Path(output), overwrite, RECORD_NAME, "an adapter")
+        check_log(Path(output), overwrite)
+    base = open_base(Path(folder), None if output is None else Path(output), trust_remote_code)
     check_context(base, config.context)
     train, validation = training_items(base.tokenizer, config)
     steps = number_of_steps(config, len(train))

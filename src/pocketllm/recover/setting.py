@@ -13,12 +13,12 @@ import torch
 from accelerate import PartialState
 
 import pocketllm
-from pocketllm.errors import ConfigError, OutputError, SourceError
+from pocketllm.errors import ConfigError, SourceError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compute import fast_dtype
 from pocketllm.model.folder import need_tokenizer, read_tokenizer
 from pocketllm.model.source import open_dense
-from pocketllm.model.workspace import Workspace, locked, output_error
+from pocketllm.model.workspace import Workspace, check_apart, locked, output_error
 from pocketllm.recover.log import RunLog
 
 
@@ -47,11 +47,11 @@ def open_base(folder: Path, output: Path | None, trust_remote_code: bool = False
     """Look at the base without loading its weights.
 
     Raises:
-        FormatError: not a compressed model, or damaged. OutputError: the output is the base itself.
+        FormatError: not a compressed model, or damaged. OutputError: the output is the base itself, or in it.
         SourceError: no tokenizer, or it cannot be read.
     """
-    if output is not None and output.resolve() == folder.resolve():
-        raise OutputError(f"{output}: is the model itself; choose another output folder")
+    if output is not None:
+        check_apart(output, folder)
     report = ckpt.read_report(folder)
     ckpt.verify(folder)
     tokenizer = need_tokenizer(folder, trust_remote_code)
@@ -148,9 +148,17 @@ def started(
         with state.main_process_first():
             work = Workspace.at(output, everything)
         with locked(work.folder, state.is_main_process):
-            yield work, RunLog(output, state.is_main_process, everything, state.device.type)
+            yield work, RunLog(work.folder / "log", state.is_main_process, everything, state.device.type)
     except OSError as error:
         raise output_error(output, error) from error
+
+
+def publish(work: Workspace, log: RunLog, output: Path, state: PartialState) -> None:
+    """The finished run's record and then its result go to their places; every process waits for that."""
+    if state.is_main_process:
+        log.publish(output)
+        work.publish(output)
+    state.wait_for_everyone()
 
 
 def enable_checkpointing(model: Any) -> None:

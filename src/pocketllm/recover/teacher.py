@@ -14,8 +14,11 @@ from torch.nn.functional import linear
 from pocketllm.model.blocks import find_blocks
 from pocketllm.model.folder import load_dense
 from pocketllm.model.source import open_dense
+from pocketllm.model.workspace import damaged
 from pocketllm.recover.divergence import Target, position_slices
 from pocketllm.recover.readout import Readout
+
+_IDS, _LOG_P = "teacher-ids.npy", "teacher-log-p.npy"
 
 
 class Teacher(Protocol):
@@ -47,17 +50,19 @@ class CachedTeacher:
     """The k most likely tokens at every position of every window, computed once and kept in two files.
 
     Args:
-        folder: holds `teacher-ids.npy` [windows, T, k] int32 and `teacher-log-p.npy` float16.
+        folder: holds `teacher-ids.npy` [windows, T, k] int32 and `teacher-log-p.npy` float32.
+
+    Raises:
+        ResumeError: a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.ids = np.load(folder / "teacher-ids.npy", mmap_mode="r")
-        self.log_p = np.load(folder / "teacher-log-p.npy", mmap_mode="r")
+        self.ids, self.log_p = (_mapped(folder / name) for name in (_IDS, _LOG_P))
 
     @staticmethod
     def is_made(folder: Path) -> bool:
         """Whether the files are whole."""
-        return (folder / "teacher-log-p.npy").is_file()
+        return (folder / _LOG_P).is_file()
 
     @classmethod
     @torch.no_grad()
@@ -67,9 +72,9 @@ class CachedTeacher:
         """Run the teacher over all windows."""
         shape = (*windows.shape, k)
         device = teacher.model.device
-        names = folder / "teacher-ids.npy", folder / "teacher-log-p.tmp.npy"
+        names = folder / _IDS, folder / "teacher-log-p.tmp.npy"
         ids = np.lib.format.open_memmap(names[0], mode="w+", dtype=np.int32, shape=shape)
-        log_p = np.lib.format.open_memmap(names[1], mode="w+", dtype=np.float16, shape=shape)
+        log_p = np.lib.format.open_memmap(names[1], mode="w+", dtype=np.float32, shape=shape)
         for number, window in enumerate(windows):
             target = teacher.target(torch.tensor([number]), window[None].to(device))
             for part in position_slices(len(window), teacher.model.config.get_text_config().vocab_size):
@@ -77,19 +82,26 @@ class CachedTeacher:
                 assert isinstance(logits, Tensor)
                 top = logits.float().log_softmax(dim=1).topk(k, dim=1)
                 ids[number, part] = top.indices.int().cpu().numpy()
-                log_p[number, part] = top.values.half().cpu().numpy()
+                log_p[number, part] = top.values.cpu().numpy()
             progress((number + 1) / len(windows))
         ids.flush()
         log_p.flush()
-        names[1].rename(folder / "teacher-log-p.npy")
+        names[1].rename(folder / _LOG_P)
 
     def target(self, numbers: Tensor, ids: Tensor) -> Target:
         """(token ids, log-probabilities)."""
         rows = numbers.numpy()
         k = self.ids.shape[2]
         tokens = torch.from_numpy(self.ids[rows]).reshape(-1, k).long().to(ids.device)
-        log_p = torch.from_numpy(self.log_p[rows]).reshape(-1, k).float().to(ids.device)
+        log_p = torch.from_numpy(self.log_p[rows]).reshape(-1, k).to(ids.device)
         return lambda part: (tokens[part], log_p[part])
+
+
+def _mapped(path: Path) -> Any:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise damaged(path, path.parent, error) from error
 
 
 def open_teacher(
