@@ -40,7 +40,7 @@ def test_distillation_lowers_the_divergence_and_keeps_bytes_and_indices(made: Pa
     before = digest(made / "c")
     done = pocketllm.distill(made / "c", tmp_path / "o", config(made))
     assert done.kl_stored < 0.95 * done.kl_before
-    assert done.kl_stored == pytest.approx(done.kl_best, rel=0.02)
+    assert done.kl_stored == pytest.approx(done.loss_best, rel=0.02)
     assert digest(made / "c") == before
     assert stored_sizes(tmp_path / "o")[0] == stored_sizes(made / "c")[0]
     report = read_report(tmp_path / "o")
@@ -133,7 +133,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(step: int, made: Path,
         made / "c", tmp_path / "o", config(made), progress=lambda e: told.append(e.detail)
     )
     assert digest(tmp_path / "o") == digest(tmp_path / "whole")
-    assert (done.kl_before, done.kl_best) == (whole.kl_before, whole.kl_best)
+    assert (done.kl_before, done.loss_best) == (whole.kl_before, whole.loss_best)
     assert not any(f"step {step - step % 3} " in line for line in told)  # before the last checkpoint
 
 
@@ -146,7 +146,7 @@ def test_other_arguments_do_not_continue_a_run(made: Path, tmp_path: Path) -> No
 
 def test_parts_of_a_batch_add_up(made: Path, tmp_path: Path) -> None:
     found = [
-        pocketllm.distill(made / "c", tmp_path / f"o{n}", config(made, steps=4, loop=loop)).kl_best
+        pocketllm.distill(made / "c", tmp_path / f"o{n}", config(made, steps=4, loop=loop)).loss_best
         for n, loop in enumerate([{}, {"micro_batch": 1}, {"gradient_checkpointing": True}])
     ]
     assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-3)
@@ -164,7 +164,7 @@ def test_it_stops_early_and_keeps_the_best(made: Path, tmp_path: Path) -> None:
     assert done.stopped_early
     assert done.steps < 40
     assert done.best_step < done.steps
-    assert done.kl_best <= done.kl_before
+    assert done.loss_best <= done.kl_before
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(

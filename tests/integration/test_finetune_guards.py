@@ -186,3 +186,21 @@ def test_the_teachers_files_hold_float32(made: Path, tmp_path: Path) -> None:
     folder = half_done(made, tmp_path / "o", teacher_top_k=4)
     assert np.load(folder / "teacher-log-p.npy").dtype == np.float32
     assert torch.from_numpy(np.load(folder / "teacher-log-p.npy")).exp().sum(dim=-1).max() <= 1.0001
+
+
+def test_labels_teach_the_text_at_the_cost_of_the_divergence(made: Path, tmp_path: Path) -> None:
+    """With labels the likelihood of the text rises more; divergences are reported as such, not as the loss."""
+    from pocketllm.evaluate.perplexity import perplexity
+
+    text, found = (made / "t.txt").read_text(), []
+    for weight in (0.0, 0.9):
+        options = config(made, steps=30, label_weight=weight, lr_dense=1e-2)
+        done = pocketllm.distill(made / "c", tmp_path / f"o{weight}", options)
+        model, tokenizer = pocketllm.load(tmp_path / f"o{weight}", dtype=torch.float32)
+        found.append((done, perplexity(model, tokenizer, text, 24).perplexity))
+    (plain, before), (taught, after) = found
+    assert after < 0.9 * before
+    assert taught.kl_before == pytest.approx(plain.kl_before) and taught.kl_stored > plain.kl_stored
+    assert taught.loss_best > taught.kl_stored
+    with pytest.raises(ConfigError, match="label_weight: got 1.5, wanted 0 to 1"):
+        config(made, label_weight=1.5)

@@ -103,6 +103,30 @@ def test_divergence_of_the_most_likely_tokens_is_that_of_grouped_outcomes(
     torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [0, 4])
+def test_labels_are_mixed_in(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """w (-log q_label) + (1 - w) KL, w another one at every position."""
+    monkeypatch.setattr("pocketllm.recover.divergence._LOGITS_IN_CACHE", 33)
+    student = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(7, 11, dtype=torch.float64).log_softmax(1)
+    ids, weights = torch.randint(0, 11, (7,)), torch.tensor([0.0, 0.3, 1.0, 0.5, 0.1, 0.9, 0.0]).double()
+    log_q, log_p = student.log_softmax(1), teacher
+    if k:
+        log_p, top = teacher.topk(k, dim=1)
+        rest = (1 - log_q.gather(1, top).exp().sum(1, keepdim=True)).log()
+        grouped = torch.cat([log_q.gather(1, top), rest], dim=1)
+        log_p_all = torch.cat([log_p, (1 - log_p.exp().sum(1, keepdim=True)).log()], dim=1)
+    else:
+        grouped, log_p_all = log_q, log_p
+    kl = (log_p_all.exp() * (log_p_all - grouped)).sum(1)
+    wanted = ((1 - weights) * kl - weights * log_q.gather(1, ids[:, None])[:, 0]).sum()
+    wanted_grad = torch.autograd.grad(wanted * 0.5, student)[0]
+    target = (top, log_p.float()) if k else teacher.float()
+    total, grad = divergence(student.detach().float(), target, 0.5, (ids, weights.float()))
+    torch.testing.assert_close(total, wanted.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-3, atol=1e-5)
+
+
 def test_chunked_head_gives_what_whole_logits_give(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, bias = torch.randn(10, 6), torch.randn(11, 6), torch.randn(11)
     teacher = torch.randn(10, 11)

@@ -74,6 +74,10 @@ def finetune(
         int | None,
         typer.Option(help="distill: compute the teacher's k most likely tokens once; 0 runs it each step."),
     ] = None,
+    label_weight: Annotated[
+        float | None,
+        typer.Option(help="distill: weight of the text's own next token in the loss, 0 to 1."),
+    ] = None,
     validation_text: Annotated[
         Path | None, typer.Option(help="distill: validate on this instead of a part of the training text.")
     ] = None,

@@ -54,6 +54,8 @@ class DistillConfig:
         what is tuned (norms of one model differ a hundredfold). lr_decoder: of decoders. A rate of 0 leaves its
         group as it is.
     teacher_top_k: keep the teacher's k most likely tokens, computed once; 0 runs it on every batch.
+    label_weight: w in the loss w (-log q) + (1 - w) KL, q of the text's own next token; 0 is the divergence alone.
+        With it the model learns the text, too, and comes less close to the dense one.
     """
 
     steps: int = 200
@@ -67,6 +69,7 @@ class DistillConfig:
     lr_norm: float = 1e-3
     lr_dense: float = 3e-4
     teacher_top_k: int = 0
+    label_weight: float = 0.0
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
@@ -75,6 +78,8 @@ class DistillConfig:
         at_least("validation_windows", self.validation_windows, 1)
         for name in ("lr_codebook", "lr_decoder", "lr_scale", "lr_norm", "lr_dense", "teacher_top_k"):
             at_least(name, getattr(self, name), 0)
+        if not 0 <= self.label_weight <= 1:
+            raise ConfigError(f"label_weight: got {self.label_weight}, wanted 0 to 1")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

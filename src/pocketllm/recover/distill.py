@@ -49,8 +49,9 @@ from pocketllm.recover.trainable import make_trainable, set_stored, stored_tenso
 class Distilled:
     """What a distillation did.
 
-    kl_*: mean KL(dense || compressed) in nats per token on the validation windows: before, at the best step,
-    and in the form that is stored. kl_tokens: it is that over so many of the teacher's likeliest tokens and the
+    kl_*: mean KL(dense || compressed) in nats per token on the validation windows: before, and in the form that
+    is stored. loss_best: lowest validation loss, the same divergence unless labels are part of it. kl_tokens:
+    divergences are those over so many of the teacher's likeliest tokens and the
     rest taken together; 0: over all tokens. steps: taken. best_step: whose parameters are kept. seconds: of all steps
     and validations, those before a resumption included.
     """
@@ -61,7 +62,7 @@ class Distilled:
     best_step: int
     stopped_early: bool
     kl_before: float
-    kl_best: float
+    loss_best: float
     kl_stored: float
     kl_tokens: int
     trained_parameters: dict[str, int]
@@ -121,11 +122,14 @@ def distill(
         student = _student(base, config, state.device)
         task = Distillation(student, source, windows, config, dtype)
         loop = Loop(task, config.loop, config.steps, work, log, state)
+        before = (
+            task.divergence() if config.label_weight else None
+        )  # of the base; a run that goes on is not there
         at = loop.run(lambda done: progress(step_event(done)))
         stored = stored_tensors(student, {key: size[0] for key, size in stored_sizes(folder)[0].items()})
         set_stored(student, stored)
-        kl_stored = task.validate()
-        facts = _facts(config, base.identity, name, at, kl_stored)
+        kl = at.history[0][1] if before is None else before, task.divergence()
+        facts = _facts(config, base.identity, name, at, kl)
         if state.is_main_process:
             rewrite(folder, stored, work.folder / "final", facts)
         state.wait_for_everyone()
@@ -135,16 +139,18 @@ def distill(
             steps=at.step,
             best_step=at.best_step,
             stopped_early=at.stopped_early,
-            kl_before=at.history[0][1],
-            kl_best=at.best_loss,
-            kl_stored=kl_stored,
+            kl_before=kl[0],
+            loss_best=at.best_loss,
+            kl_stored=kl[1],
             kl_tokens=config.teacher_top_k,
             trained_parameters=loop.trained(),
             training_windows=len(windows[0]),
             validation_windows=len(windows[1]),
             seconds=round(at.seconds, 3),
         )
-        log.finish({**vars(done), **_legend(done, folder, name), "recover": facts}, at.history)
+        log.finish(
+            {**vars(done), **_legend(done, folder, name, config.label_weight), "recover": facts}, at.history
+        )
         publish(work, log, output, state)
     progress(Event("train", 1.0, str(output)))
     return done
@@ -181,12 +187,13 @@ def _student(base: Base, config: DistillConfig, device: Any) -> Any:
     return student
 
 
-def _legend(done: Distilled, folder: Path, teacher: str) -> dict[str, str]:
+def _legend(done: Distilled, folder: Path, teacher: str, label_weight: float) -> dict[str, str]:
     """Title and axis of the curve."""
+    axis = "loss with labels" if label_weight else "KL"
     which = f" over its {done.kl_tokens} likeliest tokens and the rest" if done.kl_tokens else ""
     figures = f"{done.kl_before:.4g} -> {done.kl_stored:.4g}"
     title = f"{folder.name}: KL to {Path(teacher).name}{which} {figures} nats per token"
-    return {"title": title, "loss_name": f"KL{which} (nats per token)"}
+    return {"title": title, "loss_name": f"{axis}{which} (nats per token)"}
 
 
 def dry_run_distill(
@@ -279,7 +286,9 @@ def _teacher(
     return CachedTeacher(work.folder)
 
 
-def _facts(config: DistillConfig, base: str, teacher: str, at: Progress, kl_stored: float) -> dict[str, Any]:
+def _facts(
+    config: DistillConfig, base: str, teacher: str, at: Progress, kl: tuple[float, float]
+) -> dict[str, Any]:
     """What the report says of it: nothing that depends on how long it took, or on a resumption."""
     return {
         "method": "distill",
@@ -287,8 +296,8 @@ def _facts(config: DistillConfig, base: str, teacher: str, at: Progress, kl_stor
         "base": base,
         "steps": at.step,
         "best_step": at.best_step,
-        "kl_before": rounded(at.history[0][1]),
-        "kl_after": rounded(kl_stored),
+        "kl_before": rounded(kl[0]),
+        "kl_after": rounded(kl[1]),
         "config": config.to_dict(),
         "note": "nmse and proxy_error of the matrices are those from before",
     }

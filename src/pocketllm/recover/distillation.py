@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pocketllm.config import DistillConfig
 from pocketllm.model import checkpoint as ckpt
-from pocketllm.recover.divergence import Target, head_divergence, logits_divergence
+from pocketllm.recover.divergence import Labels, Target, head_divergence, logits_divergence
 from pocketllm.recover.loop import Group
 from pocketllm.recover.readout import Readout
 from pocketllm.recover.teacher import Teacher
@@ -76,13 +76,20 @@ class Distillation:
     def backward(self, numbers: Tensor, scale: float) -> float:
         """Gradient of scale * summed divergence of these training windows."""
         ids = self.train[numbers].to(self.student.device)
-        loss = self._divergence(ids, self.teacher.target(numbers, ids), scale)
+        loss = self._loss(ids, self.teacher.target(numbers, ids), scale, self.config.label_weight)
         loss.backward()
         return float(loss.detach())
 
-    @torch.no_grad()
     def validate(self) -> float:
-        """Mean divergence per position on the validation windows."""
+        """Mean loss per position on the validation windows."""
+        return self._mean(self.config.label_weight)
+
+    def divergence(self) -> float:
+        """Mean KL(teacher || student) per position on the validation windows."""
+        return self._mean(0.0)
+
+    @torch.no_grad()
+    def _mean(self, label_weight: float) -> float:
         total, size = 0.0, self.config.loop.micro_batch or self.config.loop.batch_size
         for begin in range(0, len(self.validation), size):
             ids = self.validation[begin : begin + size].to(self.student.device)
@@ -90,20 +97,28 @@ class Distillation:
             target = self._targets.get(begin) or self.teacher.target(numbers, ids)
             if self.readout.is_plain:  # such targets hold hidden states at most
                 self._targets[begin] = target
-            total += float(self._divergence(ids, target, 1.0))
+            total += float(self._loss(ids, target, 1.0, label_weight))
         return total / self.validation.numel()
 
-    def _divergence(self, ids: Tensor, target: Target, scale: float) -> Tensor:
+    def _loss(self, ids: Tensor, target: Target, scale: float, label_weight: float) -> Tensor:
+        labels = _labels(ids, label_weight) if label_weight else None
         getattr(self.student, ckpt.STORE).refresh()
         kind = ids.device.type
         with torch.autocast(kind, dtype=self.dtype, enabled=self.dtype != torch.float32):
             if not self.readout.is_plain:
-                return logits_divergence(self.readout.logits(ids), target, scale)
+                return logits_divergence(self.readout.logits(ids), target, scale, labels)
             hidden = self.readout.hidden(ids)
             weight, bias = self.readout.head()
         if not torch.is_grad_enabled():
             hidden, weight = hidden.detach(), weight.detach()
-        return head_divergence(hidden, weight, bias, target, self.dtype, scale)
+        return head_divergence(hidden, weight, bias, target, self.dtype, scale, labels)
+
+
+def _labels(ids: Tensor, weight: float) -> Labels:
+    """Next tokens of windows [B, T], all positions in a row; a window's last one has none, and no weight."""
+    weights = torch.full(ids.shape, weight, device=ids.device)
+    weights[:, -1] = 0
+    return ids.roll(-1, dims=1).reshape(-1), weights.reshape(-1)
 
 
 def _rms(values: Tensor) -> float:

@@ -1,5 +1,8 @@
 """KL(teacher || student) over the next token, and its gradient, without holding all logits.
 
+A part of the loss may be the negative log likelihood of the text's own next token ("hard labels", Hinton et al.,
+arXiv 1503.02531): w (-log q_label) + (1 - w) KL.
+
 With [4096, 49152] float32 logits of two models 1.6 GB would be needed before softmax begins. Here the head
 runs on some positions at a time: logits of both models, divergence and gradient; only the gradients of hidden
 states and head weight are kept. What is done to single numbers is done to a few positions at a time, which
@@ -17,6 +20,8 @@ from torch.nn.functional import linear
 _LOGITS_AT_ONCE = 1 << 24  # of each model, for the products with the head
 _LOGITS_IN_CACHE = 1 << 20  # in float32
 
+Labels = tuple[Tensor, Tensor]
+"""Next tokens [N] int64, and the weight w [N] float32 of their likelihood in the loss."""
 Target = Callable[[slice], "Tensor | tuple[Tensor, Tensor]"]
 """Positions -> the teacher's logits [n, V] there, or (token ids [n, k], log-probabilities [n, k])."""
 
@@ -28,15 +33,15 @@ def position_slices(positions: int, vocabulary: int, at_once: int = 0) -> list[s
 
 
 def divergence(
-    student: Tensor, target: Tensor | tuple[Tensor, Tensor], scale: float
+    student: Tensor, target: Tensor | tuple[Tensor, Tensor], scale: float, labels: Labels | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum over positions of KL(teacher || student), and `scale` times its gradient.
+    """Sum over positions of KL(teacher || student), or of the loss with labels, and `scale` times its gradient.
 
     With the k largest of the teacher only, the other tokens count as one: a lower bound of the divergence, but
     for the rounding of 1 minus their sum.
 
     Args:
-        student: [n, V] logits. target: as a `Target` gives it.
+        student: [n, V] logits. target: as a `Target` gives it. labels: of these positions.
 
     Returns:
         sum (float64 scalar), gradient [n, V] in the dtype of `student`.
@@ -46,40 +51,65 @@ def divergence(
     in_cache = student.numel() if student.device.type != "cpu" else _LOGITS_IN_CACHE
     for part in position_slices(len(student), student.shape[1], in_cache):
         logits = student[part].to(torch.float32, copy=True)
+        known = None if labels is None else _labels_at(labels, part)
         if isinstance(target, tuple):
-            found, gradient[part] = _partial(logits, target[0][part], target[1][part], scale)
+            found, gradient[part] = _partial(logits, target[0][part], target[1][part], scale, known)
         else:
-            found, gradient[part] = _whole(logits, target[part].to(torch.float32, copy=True), scale)
+            found, gradient[part] = _whole(logits, target[part].to(torch.float32, copy=True), scale, known)
         total += found
     return total, gradient
 
 
-def _whole(student: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _labels_at(labels: Labels, part: slice) -> Labels:
+    """Those of some positions."""
+    return labels[0][part], labels[1][part]
+
+
+def _whole(
+    student: Tensor, target: Tensor, scale: float, labels: Labels | None = None
+) -> tuple[Tensor, Tensor]:
     """`divergence` of float32 logits; both are overwritten."""
     log_z = student.logsumexp(dim=1, keepdim=True)
     log_p = target.sub_(target.logsumexp(dim=1, keepdim=True))
     log_q = student.sub_(log_z)
     difference = log_p - log_q
     teacher = log_p.exp_()
-    total = difference.mul_(teacher).sum(dim=1).double().sum()
-    return total, log_q.exp_().sub_(teacher).mul_(scale)
+    losses = difference.mul_(teacher).sum(dim=1)
+    if labels is not None:  # the gradient is that towards a mixture of the teacher and the label
+        losses = _mixed(losses, log_q, labels)
+        teacher.mul_(1 - labels[1][:, None]).scatter_add_(1, labels[0][:, None], labels[1][:, None])
+    return losses.double().sum(), log_q.exp_().sub_(teacher).mul_(scale)
 
 
-def _partial(student: Tensor, ids: Tensor, log_p: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _mixed(losses: Tensor, log_q: Tensor, labels: Labels) -> Tensor:
+    """(1 - w) losses + w (-log q_label), all [n]."""
+    ids, weight = labels
+    return losses.lerp(-log_q.gather(1, ids[:, None])[:, 0], weight)
+
+
+def _partial(
+    student: Tensor, ids: Tensor, log_p: Tensor, scale: float, labels: Labels | None = None
+) -> tuple[Tensor, Tensor]:
     """`divergence` over k tokens and the rest of the vocabulary taken together; `student` is overwritten."""
-    q = student.sub_(student.logsumexp(dim=1, keepdim=True)).exp_()
-    p, chosen = log_p.exp(), q.gather(1, ids)
+    log_q = student.sub_(student.logsumexp(dim=1, keepdim=True))
+    chosen, p = log_q.gather(1, ids).exp(), log_p.exp()
     rest_p = (1 - p.sum(dim=1, keepdim=True)).clamp(min=1e-9)
     rest_q = (1 - chosen.sum(dim=1, keepdim=True)).clamp(min=1e-9)
     inside = (p * (log_p - chosen.clamp(min=1e-30).log())).sum(dim=1)
-    total = (inside + (rest_p * (rest_p / rest_q).log())[:, 0]).double().sum()
-    gradient = q.mul_(1 - rest_p / rest_q).scatter_(1, ids, chosen - p)
-    return total, gradient.mul_(scale)
+    losses = inside + (rest_p * (rest_p / rest_q).log())[:, 0]
+    if labels is None:
+        q = log_q.exp_()
+        gradient = q.mul_(1 - rest_p / rest_q).scatter_(1, ids, chosen - p)
+        return losses.double().sum(), gradient.mul_(scale)
+    losses, weight = _mixed(losses, log_q, labels), labels[1][:, None]
+    q = log_q.exp_()
+    gradient = q.mul_(1 - (1 - weight) * rest_p / rest_q).scatter_(1, ids, chosen - (1 - weight) * p)
+    return losses.double().sum(), gradient.scatter_add_(1, labels[0][:, None], -weight).mul_(scale)
 
 
 class _HeadDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, dtype, scale):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, bias, target, dtype, scale, labels):  # type: ignore[no-untyped-def]
         low, low_weight = hidden.detach().to(dtype), weight.detach().to(dtype)
         low_bias = None if bias is None else bias.detach().to(dtype)
         needs = ctx.needs_input_grad
@@ -89,7 +119,8 @@ class _HeadDivergence(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for part in position_slices(len(hidden), len(weight)):
             logits = linear(low[part], low_weight, low_bias)
-            found, gradient = divergence(logits, target(part), scale)
+            known = None if labels is None else _labels_at(labels, part)
+            found, gradient = divergence(logits, target(part), scale, known)
             total += found
             if hidden_grad is not None:
                 hidden_grad[part] = gradient @ low_weight
@@ -107,39 +138,47 @@ class _HeadDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grads, ctx.grads = ctx.grads, None
-        return *(None if g is None else g * grad.to(g.dtype) for g in grads), None, None, None
+        return *(None if g is None else g * grad.to(g.dtype) for g in grads), None, None, None, None
 
 
 def head_divergence(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Target, dtype: torch.dtype, scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Target,
+    dtype: torch.dtype,
+    scale: float,
+    labels: Labels | None = None,
 ) -> Tensor:
     """`scale` times the summed divergence of the student whose logits are hidden W^T + b.
 
     Args:
-        hidden: [N, h]. weight: [V, h]. target: the teacher. dtype: of the matrix products.
+        hidden: [N, h]. weight: [V, h]. target: the teacher. dtype: of the matrix products. labels: of the N
+            positions, if they are part of the loss.
 
     Returns:
         float64 scalar with gradients to hidden, weight and bias.
     """
-    return _HeadDivergence.apply(hidden, weight, bias, target, dtype, scale)
+    return _HeadDivergence.apply(hidden, weight, bias, target, dtype, scale, labels)
 
 
 class _LogitsDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, scale):  # type: ignore[no-untyped-def]
+    def forward(ctx, logits, target, scale, labels):  # type: ignore[no-untyped-def]
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         ctx.gradient = torch.empty_like(logits)
         for part in position_slices(*logits.shape):
-            found, ctx.gradient[part] = divergence(logits[part], target(part), scale)
+            known = None if labels is None else _labels_at(labels, part)
+            found, ctx.gradient[part] = divergence(logits[part], target(part), scale, known)
             total += found
         return total * scale
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient * grad.to(gradient.dtype), None, None
+        return gradient * grad.to(gradient.dtype), None, None, None
 
 
-def logits_divergence(logits: Tensor, target: Target, scale: float) -> Tensor:
+def logits_divergence(logits: Tensor, target: Target, scale: float, labels: Labels | None = None) -> Tensor:
     """The same for a model whose logits are not simply hidden W^T + b: logits [N, V] are held."""
-    return _LogitsDivergence.apply(logits, target, scale)
+    return _LogitsDivergence.apply(logits, target, scale, labels)
