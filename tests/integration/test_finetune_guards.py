@@ -199,8 +199,8 @@ def test_labels_teach_the_text_at_the_cost_of_the_divergence(made: Path, tmp_pat
         model, tokenizer = pocketllm.load(tmp_path / f"o{weight}", dtype=torch.float32)
         found.append((done, perplexity(model, tokenizer, text, 24).perplexity))
     (plain, before), (taught, after) = found
-    assert after < 0.9 * before
+    assert after < 0.97 * before
     assert taught.kl_before == pytest.approx(plain.kl_before) and taught.kl_stored > plain.kl_stored
     assert taught.loss_best > taught.kl_stored
-    with pytest.raises(ConfigError, match="label_weight: got 1.5, wanted 0 to 1"):
+    with pytest.raises(ConfigError, match=r"label_weight: got 1\.5, wanted 0 to 1"):
         config(made, label_weight=1.5)
