@@ -8,8 +8,9 @@ results/recovery.json.
 NAME is what the table calls the compressed model in FOLDER. Each run is `pocketllm finetune` in a process of
 its own, into WORK/NAME-METHOD; stopped and started again, it goes on. `--run NAME:METHOD=FOLDER` names another
 folder; a finished run in it is not repeated: its settings and its time are read from its report and its log.
-Trained on text that is not test text and validated on WikiText-2's validation text; measured on WikiText-2 raw
-test, context 1024, first 16 windows, in bfloat16. What was measured before and did not change is kept.
+`distill-labels` is distillation with `--label-weight 0.3`. Trained on text that is not test text and validated
+on WikiText-2's validation text; measured on WikiText-2 raw test, context 1024, first 16 windows, in bfloat16.
+What was measured before and did not change is kept.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ TEXTS = (
     ("wikipedia_cal", "exllamav3_cal_wiki.txt"),
 )
 VALIDATION = ("wikitext2", "wiki.valid.near_raw.txt")
+METHODS = ("distill", "distill-labels", "lora", "lora-text")
 INSTRUCTIONS = (("instruct", "dolly_hhrlhf_train_small.jsonl"),)
 
 
@@ -46,8 +48,9 @@ def options(method: str) -> list[str]:
     """The options of `pocketllm finetune` for a method, beside its defaults."""
     texts = INSTRUCTIONS if method == "lora" else TEXTS
     found = [part for text in texts for part in ("--text", str(data_file(*text)))]
-    if method == "distill":
-        return [*found, "--method", "distill", "--validation-text", str(data_file(*VALIDATION))]
+    if method.startswith("distill"):
+        labels = ["--label-weight", "0.3"] if method == "distill-labels" else []
+        return [*found, "--method", "distill", "--validation-text", str(data_file(*VALIDATION)), *labels]
     # The paper's recipe is three epochs; of the plain text as many tokens as the distillation sees.
     return [*found, "--method", "lora", *(["--steps", "100"] if method == "lora-text" else [])]
 
@@ -60,10 +63,11 @@ def command(*arguments: str) -> dict[str, Any]:
     return found
 
 
-def perplexity(model: str, *more: str) -> float:
-    """On the test text."""
+def quality(model: str, *more: str) -> dict[str, float]:
+    """Perplexity on the test text, and there the divergence from the dense model in nats per token."""
     text = ("--ppl", str(data_file(*TEST)), "--context", str(CONTEXT), "--windows", str(WINDOWS))
-    return float(command("eval", model, *text, "--dtype", DTYPE, *more)["perplexity"])
+    found = command("eval", model, *text, "--dtype", DTYPE, "--against", MODEL, *more)
+    return {key: float(found[key]) for key in ("perplexity", "kl", "top1_agreement")}
 
 
 def is_finished(folder: Path) -> bool:
@@ -122,7 +126,7 @@ def measured(base: Path, run: Path, method: str) -> dict[str, Any]:
         **facts,
         "bytes_on_disk": nbytes,
         "added_bytes": nbytes - folder_bytes(base),
-        "perplexity": perplexity(str(base if is_adapter else run), *more),
+        **quality(str(base if is_adapter else run), *more),
     }
 
 
@@ -135,7 +139,7 @@ def base_facts(folder: Path, before: dict[str, Any]) -> dict[str, Any]:
     return {
         "identity": identity(report),
         **{key: report[key] for key in sizes},
-        "perplexity": perplexity(str(folder)),
+        **quality(str(folder)),
         "runs": {},
     }
 
@@ -149,13 +153,13 @@ def main() -> None:
     parser.add_argument("--options", default="", help="more options of pocketllm finetune")
     parser.add_argument("--work", type=Path, default=Path("recovery-runs"))
     chosen = parser.parse_args()
-    wrong = sorted(set(chosen.methods) - {"distill", "lora", "lora-text"})
+    wrong = sorted(set(chosen.methods) - set(METHODS))
     if wrong:
-        sys.exit(f"--methods: unknown {wrong[0]}; known: distill, lora, lora-text")
+        sys.exit(f"--methods: unknown {wrong[0]}; known: {', '.join(METHODS)}")
     folders = {name: Path(folder) for name, _, folder in (entry.partition("=") for entry in chosen.run)}
     path = RESULTS / "recovery.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    dense = before.get("dense_perplexity") or perplexity(MODEL)
+    dense = before.get("dense_perplexity") or quality(MODEL)["perplexity"]
     bases: dict[str, Any] = before.get("bases", {})
     for name, _, folder in (entry.partition("=") for entry in chosen.bases):
         base = Path(folder)

@@ -11,6 +11,7 @@ HEAD = [
     "MB on disk",
     "added MB",
     "perplexity",
+    "KL to dense, nats",
     "of the loss in nats made good",
     "training",
     "seconds of all steps and validations",
@@ -20,10 +21,11 @@ HEAD = [
 def rows(found: dict[str, Any]) -> list[list[str]]:
     """The dense model, then every base with its runs."""
     dense = found["dense_perplexity"]
-    lines = [["dense (bf16)", "", "", "", f"{dense:.2f}", "", "", ""]]
+    lines = [["dense (bf16)", "", "", "", f"{dense:.2f}", "0", "", "", ""]]
     for name, base in found["bases"].items():
         title = f"{name}, {base['bpw_blocks']:.2f}"
-        lines.append([title, "none", _mb(base["bytes_on_disk"]), "", f"{base['perplexity']:.2f}", "", "", ""])
+        figures = f"{base['perplexity']:.2f}", f"{base['kl']:.3f}"
+        lines.append([title, "none", _mb(base["bytes_on_disk"]), "", *figures, "", "", ""])
         for method, run in base["runs"].items():
             lines.append(
                 [
@@ -32,6 +34,7 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
                     _mb(run["bytes_on_disk"]),
                     f"{max(0, run['added_bytes']) / 1e6:.2f}",
                     f"{run['perplexity']:.2f}",
+                    f"{run['kl']:.3f}",
                     f"{regained(base['perplexity'], run['perplexity'], dense):.0%}",
                     _training(run),
                     f"{run['seconds']:.0f} on {_machine(run['machine'])}",
@@ -47,13 +50,16 @@ def regained(before: float, after: float, dense: float) -> float:
 
 def verdict(found: dict[str, Any]) -> str:
     """Which is better per byte, over all bases that have both; empty if none has."""
-    lower, shares, higher = [], [], []
+    lower, shares, higher, closer = [], [], [], []
     for name, base in found["bases"].items():
         adapters = [run for method, run in base["runs"].items() if method.startswith("lora")]
-        if "distill" not in base["runs"] or not adapters:
+        tunings = [run for method, run in base["runs"].items() if method.startswith("distill")]
+        if not tunings or not adapters:
             continue
         best = min(adapters, key=lambda run: float(run["perplexity"]))
-        tuned, share = base["runs"]["distill"]["perplexity"], best["added_bytes"] / base["bytes_on_disk"]
+        tuned, share = min(run["perplexity"] for run in tunings), best["added_bytes"] / base["bytes_on_disk"]
+        kl = [min(float(run["kl"]) for run in runs) for runs in (tunings, adapters)]
+        closer.append(f"{kl[0]:.3f} against {kl[1]:.3f} nats at {name}")
         if tuned <= best["perplexity"]:
             lower.append(name)
             shares.append(share)
@@ -71,12 +77,18 @@ def verdict(found: dict[str, Any]) -> str:
         )
     if higher:
         parts.append(f"LoRA reaches a lower perplexity than distillation, for bytes, at {', '.join(higher)}.")
+    if closer:
+        parts.append(
+            "Divergence from the dense model, at best, with distillation and with LoRA: "
+            f"{'; '.join(closer)}. LoRA learns the answers of its text, not the dense model's distribution."
+        )
     return " ".join(parts)
 
 
 def _method(method: str, config: dict[str, Any]) -> str:
-    if method == "distill":
-        return "distillation"
+    if method.startswith("distill"):
+        weight = config.get("label_weight", 0)
+        return f"distillation, labels weigh {weight:g}" if weight else "distillation"
     recipe = config["rank"], config["alpha"], config["loop"]["batch_size"], config["epochs"], config["steps"]
     name = (
         "LoRA by the paper's recipe" if recipe == (32, 64, 16, 3.0, None) else f"LoRA, rank {config['rank']}"
