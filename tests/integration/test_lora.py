@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm import LoraTuneConfig
@@ -192,17 +194,58 @@ def test_what_is_refused(made: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_does_not_fit_is_named(made: Path, tmp_path: Path) -> None:
-    import shutil
-
     other = tiny.save(tmp_path / "m", intermediate_size=60)
     pocketllm.compress(other, tiny.settings(), tmp_path / "other")
     shutil.copytree(made / "a", tmp_path / "a")
     (tmp_path / "a" / "pocketllm-adapter.json").write_text("{}")
-    with pytest.raises(FormatError, match="malformed adapter"):
+    with pytest.raises(FormatError, match=r"pocketllm-adapter\.json: damaged \(no base in it\)"):
         check_adapter(tmp_path / "a", tmp_path / "other")
     (tmp_path / "a" / "pocketllm-adapter.json").unlink()  # as if trained elsewhere
     with pytest.raises(ConfigError, match=r"made for .*/c, does not fit .*/other"):
         pocketllm.merge(tmp_path / "other", tmp_path / "a", tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("adapter_model.safetensors", 3000, "not a readable safetensors file"),
+        ("adapter_model.safetensors", None, "missing"),
+        ("adapter_config.json", b"[]", r"damaged \(not an object\)"),
+        ("adapter_config.json", b"{}", r"damaged \(no peft_type in it\)"),
+        ("adapter_config.json", b"\xff", r"damaged \(.*can't decode"),
+        ("pocketllm-adapter.json", b"{", r"damaged \(Expecting"),
+        ("pocketllm-adapter.json", b'{"base_identity": "x"}', r"damaged \(no base in it\)"),
+    ],
+)
+def test_a_damaged_adapter_is_named_before_the_model_is_loaded(
+    name: str, content: bytes | int | None, words: str, made: Path, tmp_path: Path
+) -> None:
+    """content: of the file instead of its own; None: no file; a number: its first bytes."""
+    shutil.copytree(made / "a", tmp_path / "a")
+    path = tmp_path / "a" / name
+    whole = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(whole[:content] if isinstance(content, int) else content)
+    with pytest.raises(FormatError, match=rf"{name}: {words}.*; fetch or train the adapter again"):
+        check_adapter(tmp_path / "a", made / "c")
+
+
+def test_an_adapter_that_peft_cannot_read_or_would_leave_empty(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "a", tmp_path / "a")
+    base = open_base(made / "c", None)
+    weights, settings = (tmp_path / "a" / n for n in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors = load_file(weights)
+    first = min(tensors)
+    save_file({name: tensor for name, tensor in tensors.items() if name != first}, weights)
+    with (
+        pytest.warns(UserWarning, match="missing adapter keys"),
+        pytest.raises(FormatError, match=rf"adapter_model\.safetensors: lacks {first} \(1 of 28 tensors\)"),
+    ):
+        attach(base.load("packed", "cpu"), made / "c", tmp_path / "a")
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "lora_alpha": None}))
+    with pytest.raises(FormatError, match=r"adapter_config\.json: PEFT cannot read it \(TypeError"):
+        attach(base.load("packed", "cpu"), made / "c", tmp_path / "a")
 
 
 def test_the_defaults_are_the_papers_recipe() -> None:
