@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm import LoraTuneConfig
-from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, TrainingError
+from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, SourceError, TrainingError
 from pocketllm.model.checkpoint import folder_bytes, read_report
 from pocketllm.model.report import counting_adapter
 from pocketllm.model.workspace import locked
@@ -138,6 +138,35 @@ def test_a_merge_that_was_stopped_goes_on(
     assert set(done.perplexities) == {"base", "with adapter", "re-encoded"}
     with pytest.raises(OutputError, match="exists"):  # of another dtype: not the same merge
         pocketllm.merge(made / "c", made / "a", tmp_path / "o", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("reencode", [False, True])
+@pytest.mark.parametrize(
+    ("words", "changes", "error"),
+    [
+        (None, {}, r"t\.txt: no such file"),
+        ("ab", {}, "the text has 2 tokens, which is 0 windows of 512"),
+        ("a" * 6000, {"context": 3000}, r"context: got 3000, .* 2048 positions"),
+    ],
+)
+def test_a_merge_looks_at_its_text_first(
+    reencode: bool, words: str | None, changes: dict[str, Any], error: str, made: Path, tmp_path: Path
+) -> None:
+    if words is not None:
+        (tmp_path / "t.txt").write_text(words)
+    with pytest.raises((ConfigError, SourceError), match=error):
+        pocketllm.merge(
+            made / "c", made / "a", tmp_path / "o", reencode=reencode, text=tmp_path / "t.txt", **changes
+        )
+    assert not list(tmp_path.glob("o*"))
+
+
+def test_a_damaged_record_of_a_merge_is_named(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "o-dense").mkdir()
+    for content in (b"{", b"\xff"):
+        (tmp_path / "o-dense" / "pocketllm-merged.json").write_bytes(content)
+        with pytest.raises(FormatError, match=r"merged\.json: damaged \(.*\); delete .*/o-dense to merge"):
+            pocketllm.merge(made / "c", made / "a", tmp_path / "o", reencode=True)
 
 
 @pytest.mark.parametrize("changes", [{"mode": "packed"}, {"dropout": 0.1}, {"targets": ("q_proj", "v_proj")}])
