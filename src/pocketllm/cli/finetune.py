@@ -42,7 +42,7 @@ def finetune(
         ),
     ] = "distill",
     text: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="Text to train on: file, folder, JSON lines; repeatable. None takes Python's own."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
@@ -75,7 +75,7 @@ def finetune(
         typer.Option(help="distill: compute the teacher's k most likely tokens once; 0 runs it each step."),
     ] = None,
     validation_text: Annotated[
-        Path | None, typer.Option(help="distill: validate on this instead of a part of the training text.")
+        str | None, typer.Option(help="distill: validate on this instead of a part of the training text.")
     ] = None,
     lr_codebook: Annotated[float | None, typer.Option(help="distill: learning rate of codebooks.")] = None,
     lr_decoder: Annotated[float | None, typer.Option(help="distill: of decoders.")] = None,
@@ -115,7 +115,7 @@ def finetune(
         raise ConfigError(
             f"--{wrong[0].replace('_', '-')} has no meaning with --method {method}; leave it out"
         )
-    given["texts"] = tuple(map(str, given.pop("text", ())))
+    given["texts"] = tuple(given.pop("text", ()))
     show = Output(json, quiet)
     settle(device, threads)
     from accelerate import PartialState
@@ -153,8 +153,6 @@ def _distill(
     from pocketllm.recover.distill import distill, dry_run_distill
 
     teacher, on_disk = given.pop("teacher", None), given.pop("teacher_on_disk", False)
-    if "validation_text" in given:
-        given["validation_text"] = str(given["validation_text"])
     config = DistillConfig(**given, loop=dataclasses.replace(DistillConfig().loop, **loop))
     if dry_run:
         return dry_run_distill(folders[0], config, teacher, common["trust_remote_code"])
