@@ -98,6 +98,12 @@ def test_merging_keeps_the_logits_where_pefts_own_drops_the_adapter(made: Path, 
     torch.testing.assert_close(logits(dropped), logits(plain), rtol=1e-4, atol=1e-5)
 
 
+def test_weights_are_as_open_as_the_files_beside_them(made: Path, tmp_path: Path) -> None:
+    pocketllm.merge(made / "c", made / "a", tmp_path / "dense")
+    for folder in (made / "a", tmp_path / "dense"):
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_a_merge_that_changes_logits_is_not_written(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = open_base(made / "c", None)
     monkeypatch.setattr(peft.PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)

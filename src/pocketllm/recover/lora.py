@@ -18,6 +18,7 @@ from accelerate import PartialState
 from pocketllm.config import LoraTuneConfig
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
+from pocketllm.model.folder import open_to_others
 from pocketllm.model.report import rounded
 from pocketllm.model.workspace import check_output, system_errors
 from pocketllm.recover.adaptation import (
@@ -173,6 +174,7 @@ def _save(adapted: Any, parameters: list[torch.nn.Parameter], final: Path, facts
     shutil.rmtree(final, ignore_errors=True)
     with system_errors(final):
         adapted.save_pretrained(final, save_embedding_layers=False)
+    open_to_others(final, SETTINGS_NAME)
     (final / "README.md").unlink(missing_ok=True)
     settings = json.loads((final / SETTINGS_NAME).read_text(encoding="utf-8"))
     if isinstance(settings["target_modules"], list):  # in an order that changes from run to run
