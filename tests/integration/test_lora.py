@@ -18,6 +18,7 @@ from pocketllm.model.checkpoint import folder_bytes, read_report
 from pocketllm.model.report import counting_adapter
 from pocketllm.model.workspace import locked
 from pocketllm.recover.adapter import attach, check_adapter, merged
+from pocketllm.recover.lora import dry_run_lora
 from pocketllm.recover.setting import open_base
 from pocketllm.report import Evaluation, compare
 from tests import tiny
@@ -70,6 +71,16 @@ def test_it_lowers_the_loss_and_counts_its_bytes(made: Path, tmp_path: Path) -> 
     assert digest(tmp_path / "a") == digest(made / "a") | {
         "pocketllm-adapter.json": digest(tmp_path / "a")["pocketllm-adapter.json"]
     }
+
+
+@pytest.mark.parametrize("mode", ["dense", "packed"])
+def test_a_dry_run_tells_what_will_lie_on_disk(mode: str, made: Path, tmp_path: Path) -> None:
+    planned = dry_run_lora(made / "c", config(made, mode=mode))
+    done = pocketllm.lora(made / "c", tmp_path / "a", config(made, mode=mode))
+    assert abs(planned["adapter_bytes"] - done.adapter_bytes) <= 12  # digits of two losses
+    assert planned["bytes_on_disk"] == planned["base_bytes"] + planned["adapter_bytes"]
+    for key in ("base_bytes", "trained_parameters", "training_items", "validation_items", "steps"):
+        assert planned[key] == vars(done)[key]
 
 
 def test_peft_loads_the_adapter_on_both_modes(made: Path) -> None:
