@@ -70,6 +70,7 @@ def test_generate(run: Run, small: Path) -> None:
 def test_export_is_an_ordinary_model(run: Run, small: Path, tmp_path: Path) -> None:
     found = run.json("export", small, "--to", tmp_path / "dense", "--dtype", "float32")
     assert found["bytes_on_disk"] == sum(p.stat().st_size for p in (tmp_path / "dense").iterdir())
+    assert len({p.stat().st_mode for p in (tmp_path / "dense").iterdir()}) == 1
     code = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'dense')!r})\n"

@@ -109,6 +109,9 @@ def test_command_line_says_what_is_wrong(made: Path, tmp_path: Path) -> None:
     wrong = run(finetune(made, tmp_path / "o", "--rank", "4"))
     assert wrong.returncode == 2
     assert "--rank has no meaning with --method distill" in wrong.stderr
+    unnamed = run(finetune(made, tmp_path / "o", "--validation-text", ""))
+    assert unnamed.returncode == 1
+    assert "got an empty name" in unnamed.stderr
     missing = run(command("finetune", made / "m", "-o", tmp_path / "o"))
     assert missing.returncode == 1
     assert not (tmp_path / "o.partial").exists()

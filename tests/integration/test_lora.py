@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm import LoraTuneConfig
-from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, TrainingError
+from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, SourceError, TrainingError
 from pocketllm.model.checkpoint import folder_bytes, read_report
 from pocketllm.model.report import counting_adapter
 from pocketllm.model.workspace import locked
 from pocketllm.recover.adapter import attach, check_adapter, merged
+from pocketllm.recover.lora import dry_run_lora
 from pocketllm.recover.setting import open_base
 from pocketllm.report import Evaluation, compare
 from tests import tiny
@@ -70,6 +73,16 @@ def test_it_lowers_the_loss_and_counts_its_bytes(made: Path, tmp_path: Path) -> 
     }
 
 
+@pytest.mark.parametrize("mode", ["dense", "packed"])
+def test_a_dry_run_tells_what_will_lie_on_disk(mode: str, made: Path, tmp_path: Path) -> None:
+    planned = dry_run_lora(made / "c", config(made, mode=mode))
+    done = pocketllm.lora(made / "c", tmp_path / "a", config(made, mode=mode))
+    assert abs(planned["adapter_bytes"] - done.adapter_bytes) <= 12  # digits of two losses
+    assert planned["bytes_on_disk"] == planned["base_bytes"] + planned["adapter_bytes"]
+    for key in ("base_bytes", "trained_parameters", "training_items", "validation_items", "steps"):
+        assert planned[key] == vars(done)[key]
+
+
 def test_peft_loads_the_adapter_on_both_modes(made: Path) -> None:
     plain, _ = pocketllm.load(made / "c", dtype=torch.float32)
     base = logits(plain)
@@ -94,6 +107,12 @@ def test_merging_keeps_the_logits_where_pefts_own_drops_the_adapter(made: Path, 
         dropped = peft.PeftModel.from_pretrained(model, str(made / "a")).merge_and_unload()
     plain, _ = pocketllm.load(made / "c", dtype=torch.float32)
     torch.testing.assert_close(logits(dropped), logits(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_as_open_as_the_files_beside_them(made: Path, tmp_path: Path) -> None:
+    pocketllm.merge(made / "c", made / "a", tmp_path / "dense")
+    for folder in (made / "a", tmp_path / "dense"):
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
 def test_a_merge_that_changes_logits_is_not_written(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +155,35 @@ def test_a_merge_that_was_stopped_goes_on(
     assert set(done.perplexities) == {"base", "with adapter", "re-encoded"}
     with pytest.raises(OutputError, match="exists"):  # of another dtype: not the same merge
         pocketllm.merge(made / "c", made / "a", tmp_path / "o", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("reencode", [False, True])
+@pytest.mark.parametrize(
+    ("words", "changes", "error"),
+    [
+        (None, {}, r"t\.txt: no such file"),
+        ("ab", {}, "the text has 2 tokens, which is 0 windows of 512"),
+        ("a" * 6000, {"context": 3000}, r"context: got 3000, .* 2048 positions"),
+    ],
+)
+def test_a_merge_looks_at_its_text_first(
+    reencode: bool, words: str | None, changes: dict[str, Any], error: str, made: Path, tmp_path: Path
+) -> None:
+    if words is not None:
+        (tmp_path / "t.txt").write_text(words)
+    with pytest.raises((ConfigError, SourceError), match=error):
+        pocketllm.merge(
+            made / "c", made / "a", tmp_path / "o", reencode=reencode, text=tmp_path / "t.txt", **changes
+        )
+    assert not list(tmp_path.glob("o*"))
+
+
+def test_a_damaged_record_of_a_merge_is_named(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "o-dense").mkdir()
+    for content in (b"{", b"\xff"):
+        (tmp_path / "o-dense" / "pocketllm-merged.json").write_bytes(content)
+        with pytest.raises(FormatError, match=r"merged\.json: damaged \(.*\); delete .*/o-dense to merge"):
+            pocketllm.merge(made / "c", made / "a", tmp_path / "o", reencode=True)
 
 
 @pytest.mark.parametrize("changes", [{"mode": "packed"}, {"dropout": 0.1}, {"targets": ("q_proj", "v_proj")}])
@@ -192,17 +240,58 @@ def test_what_is_refused(made: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_does_not_fit_is_named(made: Path, tmp_path: Path) -> None:
-    import shutil
-
     other = tiny.save(tmp_path / "m", intermediate_size=60)
     pocketllm.compress(other, tiny.settings(), tmp_path / "other")
     shutil.copytree(made / "a", tmp_path / "a")
     (tmp_path / "a" / "pocketllm-adapter.json").write_text("{}")
-    with pytest.raises(FormatError, match="malformed adapter"):
+    with pytest.raises(FormatError, match=r"pocketllm-adapter\.json: damaged \(no base in it\)"):
         check_adapter(tmp_path / "a", tmp_path / "other")
     (tmp_path / "a" / "pocketllm-adapter.json").unlink()  # as if trained elsewhere
     with pytest.raises(ConfigError, match=r"made for .*/c, does not fit .*/other"):
         pocketllm.merge(tmp_path / "other", tmp_path / "a", tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("adapter_model.safetensors", 3000, "not a readable safetensors file"),
+        ("adapter_model.safetensors", None, "missing"),
+        ("adapter_config.json", b"[]", r"damaged \(not an object\)"),
+        ("adapter_config.json", b"{}", r"damaged \(no peft_type in it\)"),
+        ("adapter_config.json", b"\xff", r"damaged \(.*can't decode"),
+        ("pocketllm-adapter.json", b"{", r"damaged \(Expecting"),
+        ("pocketllm-adapter.json", b'{"base_identity": "x"}', r"damaged \(no base in it\)"),
+    ],
+)
+def test_a_damaged_adapter_is_named_before_the_model_is_loaded(
+    name: str, content: bytes | int | None, words: str, made: Path, tmp_path: Path
+) -> None:
+    """content: of the file instead of its own; None: no file; a number: its first bytes."""
+    shutil.copytree(made / "a", tmp_path / "a")
+    path = tmp_path / "a" / name
+    whole = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(whole[:content] if isinstance(content, int) else content)
+    with pytest.raises(FormatError, match=rf"{name}: {words}.*; fetch or train the adapter again"):
+        check_adapter(tmp_path / "a", made / "c")
+
+
+def test_an_adapter_that_peft_cannot_read_or_would_leave_empty(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "a", tmp_path / "a")
+    base = open_base(made / "c", None)
+    weights, settings = (tmp_path / "a" / n for n in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors = load_file(weights)
+    first = min(tensors)
+    save_file({name: tensor for name, tensor in tensors.items() if name != first}, weights)
+    with (
+        pytest.warns(UserWarning, match="missing adapter keys"),
+        pytest.raises(FormatError, match=rf"adapter_model\.safetensors: lacks {first} \(1 of 28 tensors\)"),
+    ):
+        attach(base.load("packed", "cpu"), made / "c", tmp_path / "a")
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "lora_alpha": None}))
+    with pytest.raises(FormatError, match=r"adapter_config\.json: PEFT cannot read it \(TypeError"):
+        attach(base.load("packed", "cpu"), made / "c", tmp_path / "a")
 
 
 def test_the_defaults_are_the_papers_recipe() -> None:

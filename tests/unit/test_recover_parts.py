@@ -12,12 +12,13 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from pocketllm.config import LoopConfig
+from pocketllm.config import DistillConfig, LoopConfig
 from pocketllm.errors import ConfigError, ExtraError, ShapeError, SourceError
 from pocketllm.model.blocks import find_blocks
 from pocketllm.model.rewrite import rewrite
 from pocketllm.model.workspace import Workspace
 from pocketllm.recover.adapter import need_peft
+from pocketllm.recover.distillation import training_windows
 from pocketllm.recover.instructions import prompt_of, read_instructions
 from pocketllm.recover.items import read_items
 from pocketllm.recover.log import RunLog
@@ -64,6 +65,10 @@ def test_instructions_are_told_from_text(tmp_path: Path) -> None:
         read_instructions(mixed)
     text.write_text('{"text": "x"}\n')
     assert read_instructions(text) is None
+    for row in ({"instruction": "a", "output": None}, {"prompt": ["p"], "response": "r"}):
+        broken.write_text(json.dumps([row] * 2))  # not one is whole: no reason to take them for plain text
+        with pytest.raises(SourceError, match=r"row 1 is no instruction; wanted .* as strings in every row"):
+            read_instructions(broken)
     broken.write_text("{")
     with pytest.raises(SourceError, match="not JSON"):
         read_instructions(broken)
@@ -81,8 +86,23 @@ def test_items_learn_the_answer_and_its_end(tmp_path: Path) -> None:
     assert [(len(i.ids), i.learned_from, i.weight) for i in items] == [(6, 3, 3), (20, 1, 19), (20, 1, 19)]
     assert items[0].ids[-1] == tokenizer.eos_token_id
     (tmp_path / "b.txt").unlink()
-    with pytest.raises(ConfigError, match="gives 1 item"):
+    with pytest.raises(ConfigError, match=r"gives 1 items .*; 1 of 2 instructions leave no room"):
         read_items(tokenizer, (str(tmp_path),), 20)
+
+
+def test_instructions_that_do_not_fit_are_not_left_out_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long, short = {"prompt": "x" * 30, "response": "y"}, {"prompt": "x", "response": "y"}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([long, short] * 3))
+    assert len(read_items(tiny.tokenizer(), (str(path),), 40)) == 6 and not caplog.messages
+    assert len(read_items(tiny.tokenizer(), (str(path),), 30)) == 3
+    wanted = "3 of 6 instructions leave no room for their answer in a context of 30 tokens; raise --context"
+    assert caplog.messages == [f"{wanted}, or they are not trained on"]
+    path.write_text(json.dumps([long] * 2))
+    with pytest.raises(ConfigError, match=r"gives 0 items .*; 2 of 2 instructions leave no room"):
+        read_items(tiny.tokenizer(), (str(path),), 30)
 
 
 def test_texts_are_read_by_their_form(tmp_path: Path) -> None:
@@ -94,7 +114,7 @@ def test_texts_are_read_by_their_form(tmp_path: Path) -> None:
     plain.write_text(json.dumps([{"text": "abc", "n": 1}, "de"]))
     assert read_text(plain) == "abc\n\nde"
     plain.write_text(json.dumps({"text": ["abc", "de"]}))
-    with pytest.raises(SourceError, match="wanted a list of objects"):
+    with pytest.raises(SourceError, match="wanted a list of rows"):
         read_text(plain)
     plain.unlink()
     (tmp_path / "b.md").write_text("xy")  # too short by itself, but not with its neighbour
@@ -105,6 +125,35 @@ def test_texts_are_read_by_their_form(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no \*\.txt, .* file in this folder"):
         windows_of(tokenizer, (str(tmp_path / "empty"),), 3)
     assert len(windows_of(tokenizer, (), 512)) > 100
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("abcdef" * 10)
+    monkeypatch.chdir(tmp_path)
+    for text in ("", " "):
+        with pytest.raises(SourceError, match="got an empty name"):
+            windows_of(tiny.tokenizer(), (text,), 3)
+
+
+def test_validating_on_what_is_trained_on_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("abcdef" * 10)
+    monkeypatch.chdir(tmp_path)
+
+    def told(texts: str, validation: str) -> list[str]:
+        caplog.clear()
+        training_windows(
+            tiny.tokenizer(), DistillConfig(texts=(texts,), validation_text=validation, context=3)
+        )
+        return caplog.messages
+
+    assert told("a.txt", "b.txt") == []
+    assert told("a.txt", "./a.txt") == told(str(tmp_path), "a.txt") != []
+    assert told("a.txt", str(tmp_path))[0].endswith(
+        "is trained on and validated on; name another --validation-text"
+    )
 
 
 def test_split_keeps_windows_apart() -> None:

@@ -45,6 +45,7 @@ def test_json_lines(tmp_path: Path) -> None:
         ("a.txt", b" \n", r"a\.txt: holds no text"),
         ("a.jsonl", b'{"text": ', r"a\.jsonl: line 1 is not JSON"),
         ("a.jsonl", b"[1, 2]\n{}\n", r"a\.jsonl: holds no text"),
+        ("config.json", b'{"a": "b"}', r"config\.json: wanted a list of rows; .* move the file out of"),
     ],
 )
 def test_unusable_files(name: str, content: bytes, words: str, tmp_path: Path) -> None:

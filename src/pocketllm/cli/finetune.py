@@ -42,7 +42,7 @@ def finetune(
         ),
     ] = "distill",
     text: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="Text to train on: file, folder, JSON lines; repeatable. None takes Python's own."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
@@ -79,7 +79,7 @@ def finetune(
         typer.Option(help="distill: weight of the text's own next token in the loss, 0 to 1."),
     ] = None,
     validation_text: Annotated[
-        Path | None, typer.Option(help="distill: validate on this instead of a part of the training text.")
+        str | None, typer.Option(help="distill: validate on this instead of a part of the training text.")
     ] = None,
     lr_codebook: Annotated[float | None, typer.Option(help="distill: learning rate of codebooks.")] = None,
     lr_decoder: Annotated[float | None, typer.Option(help="distill: of decoders.")] = None,
@@ -119,7 +119,7 @@ def finetune(
         raise ConfigError(
             f"--{wrong[0].replace('_', '-')} has no meaning with --method {method}; leave it out"
         )
-    given["texts"] = tuple(map(str, given.pop("text", ())))
+    given["texts"] = tuple(given.pop("text", ()))
     show = Output(json, quiet)
     settle(device, threads)
     from accelerate import PartialState
@@ -157,8 +157,6 @@ def _distill(
     from pocketllm.recover.distill import distill, dry_run_distill
 
     teacher, on_disk = given.pop("teacher", None), given.pop("teacher_on_disk", False)
-    if "validation_text" in given:
-        given["validation_text"] = str(given["validation_text"])
     config = DistillConfig(**given, loop=dataclasses.replace(DistillConfig().loop, **loop))
     if dry_run:
         output = {"output": folders[1], "overwrite": common["overwrite"]}

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from pocketllm.cache import cache_folder
 from pocketllm.errors import SourceError
+from pocketllm.model.folder import open_to_others
 
 BUILTIN_PREFIX = "builtin:"
 
@@ -161,6 +162,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     dense = AutoModelForCausalLM.from_config(quantized.config)
     dense.load_state_dict(quantized.state_dict())
     dense.to(torch.bfloat16).save_pretrained(folder)
+    open_to_others(folder, "config.json")
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ import torch
 
 from pocketllm.errors import OutputError
 from pocketllm.model.checkpoint import folder_bytes
+from pocketllm.model.folder import open_to_others
 from pocketllm.model.workspace import check_output, system_errors
 
 
@@ -53,6 +54,7 @@ def save_dense(model: Any, tokenizer: Any, output: Path) -> int:
             whole = Path(place) / "model"  # within, since the place itself is closed to others
             with system_errors(output):
                 model.save_pretrained(whole)
+            open_to_others(whole, "config.json")
             if tokenizer is not None:
                 tokenizer.save_pretrained(whole)
             if output.is_dir():

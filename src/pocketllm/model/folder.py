@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ def open_safetensors(file: Path) -> Any:
         return safe_open(str(file), framework="pt").__enter__()
     except (SafetensorError, OSError) as error:
         raise SourceError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+
+
+def open_to_others(folder: Path, like: str) -> None:
+    """Let whoever may read the file `like` read the weight files, too: safetensors makes them for their owner
+    alone, whatever the umask.
+    """
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / like, path)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -40,7 +40,7 @@ def default_text(held_out: bool = False) -> str:
 
 
 def read_calibration(place: str | Path, characters: int = _HUB_CHARACTERS) -> str:
-    """Text of a UTF-8 file, a JSON or JSON-lines file, all of those in a folder, or a data set of the hub.
+    """Text of a UTF-8 file, a JSON list or JSON lines, all such files in a folder, or a data set of the hub.
 
     Of each row of JSON and data sets the field `text` is taken, or all its strings if it has none.
 
@@ -49,23 +49,31 @@ def read_calibration(place: str | Path, characters: int = _HUB_CHARACTERS) -> st
         characters: of a data set, about; it is streamed from its beginning.
 
     Raises:
-        SourceError: missing, not UTF-8, malformed, or no text in it. ExtraError: a data set of the hub, and
+        SourceError: unnamed, missing, not UTF-8, malformed, or no text in it. ExtraError: a data set of the hub, and
             the package that reads it is not installed.
     """
-    if not str(place).strip():
-        raise SourceError("calibration text: got an empty name, wanted a file, a folder or OWNER/NAME")
-    path = Path(place)
+    path = named(place)
     if path.is_dir():
         return "\n\n".join(read_calibration(file) for file in text_files(path))
     if not path.exists() and _HUB_ID.fullmatch(str(place)) and path.suffix not in SUFFIXES:
         return _read_hub(str(place), characters)
     if path.suffix not in ROW_SUFFIXES:
         return read_text(path)
-    rows = read_rows(path)
-    text = "\n\n".join(_text_of(row) for row in (rows if isinstance(rows, list) else [rows]))
+    text = "\n\n".join(_text_of(row) for row in read_rows(path))
     if not text.strip():
         raise SourceError(f"{path}: holds no text; wanted rows with strings")
     return text
+
+
+def named(place: str | Path) -> Path:
+    """The path that somebody gave.
+
+    Raises:
+        SourceError: an empty name, which would be the current folder.
+    """
+    if not str(place).strip():
+        raise SourceError("text: got an empty name, wanted a file, a folder or OWNER/NAME")
+    return Path(place)
 
 
 def text_files(folder: Path) -> list[Path]:
@@ -80,19 +88,25 @@ def text_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_rows(path: Path) -> Any:
-    """What a JSON file holds, or a list of what the lines of a JSON-lines file hold.
+def read_rows(path: Path) -> list[Any]:
+    """The list that a JSON file holds, or what the lines of a JSON-lines file hold.
 
     Raises:
-        SourceError: missing, not UTF-8, or malformed.
+        SourceError: missing, not UTF-8, malformed, or JSON that is no list.
     """
     text = read_text(path)
+    rows: Any = []
     if path.suffix != ".jsonl":
         try:
-            return json.loads(text)
+            rows = json.loads(text)
         except ValueError as error:
             raise SourceError(f"{path}: not JSON ({error})") from error
-    rows = []
+        if not isinstance(rows, list):
+            raise SourceError(
+                f"{path}: wanted a list of rows; write its text as one, or move the file out of the folder if "
+                "it is none (such as a config.json)"
+            )
+        return rows
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: strings may hold other separators
         try:
             rows += [json.loads(line)] if line.strip() else []

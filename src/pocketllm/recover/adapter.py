@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from pocketllm.errors import ConfigError, ExtraError, FormatError, LoadError
+from pocketllm.errors import ConfigError, ExtraError, FormatError, LoadError, reason_of
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.recover.setting import Base, identity
 
 RECORD_NAME, SETTINGS_NAME = "pocketllm-adapter.json", "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
 _TOLERANCE = 1e-3  # of logits, relative to their spread
 
 
@@ -35,27 +37,62 @@ def need_peft() -> None:
 
 
 def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
-    """PEFT's settings of an adapter that belongs to this compressed model.
+    """PEFT's settings of an adapter that is whole and belongs to this compressed model.
 
     Raises:
-        FormatError: no adapter there, or no compressed model. ConfigError: it was trained on another base.
+        FormatError: no adapter there, or a damaged one (names the file), or no compressed model.
+        ConfigError: it was trained on another base.
     """
-    path, report = adapter / SETTINGS_NAME, ckpt.read_report(base)
-    if not path.is_file():
+    report = ckpt.read_report(base)
+    if not (adapter / SETTINGS_NAME).is_file():
         raise FormatError(f"{adapter}: no {SETTINGS_NAME}; wanted an adapter in PEFT's form")
-    try:
-        record = adapter / RECORD_NAME
-        facts = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
-        settings = dict(json.loads(path.read_text(encoding="utf-8")))
-        other = facts is not None and facts["base_identity"] != identity(report)
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{adapter}: malformed adapter ({error!r}); fetch or train it again") from error
-    if facts is not None and other:
-        raise ConfigError(
-            f"{adapter}: was trained on {facts['base']} (made from {facts['base_model']}), not on "
-            f"{base} (made from {report['model']}); name the base it belongs to"
-        )
+    settings = _read_object(adapter / SETTINGS_NAME, ("peft_type",))
+    _stored_names(adapter)
+    record = adapter / RECORD_NAME
+    if record.is_file():  # adapters that were trained elsewhere have none
+        facts = _read_object(record, ("base", "base_model", "base_identity"))
+        if facts["base_identity"] != identity(report):
+            raise ConfigError(
+                f"{adapter}: was trained on {facts['base']} (made from {facts['base_model']}), not on "
+                f"{base} (made from {report['model']}); name the base it belongs to"
+            )
     return settings
+
+
+def _read_object(path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
+    """The object in a JSON file of an adapter.
+
+    Raises:
+        FormatError: not a JSON object, or one without these strings.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+        lacking = [key for key in wanted if not isinstance(found.get(key), str)]
+        if lacking:
+            raise ValueError(f"no {lacking[0]} in it")
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: damaged ({error}); fetch or train the adapter again") from error
+    return found
+
+
+def _stored_names(adapter: Path) -> set[str]:
+    """Names of the adapter's tensors. Looked for here, since PEFT asks the hub for a file that is missing.
+
+    Raises:
+        FormatError: the weight file is missing, truncated, or of another kind.
+    """
+    path = adapter / WEIGHTS_NAME
+    if not path.is_file():
+        raise FormatError(f"{path}: missing; fetch or train the adapter again")
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            return set(handle.keys())
+    except (SafetensorError, OSError) as error:
+        raise FormatError(
+            f"{path}: not a readable safetensors file ({error}); fetch or train the adapter again"
+        ) from error
 
 
 def attach(model: Any, base: Path, adapter: Path) -> Any:
@@ -64,19 +101,32 @@ def attach(model: Any, base: Path, adapter: Path) -> Any:
     The model itself computes with the adapter afterwards, too.
 
     Raises:
-        FormatError, ConfigError: as `check_adapter`; or the adapter's layers do not fit the base.
+        FormatError: as `check_adapter`; PEFT cannot read the settings, or the weight file lacks a tensor.
+        ConfigError: as `check_adapter`; or the adapter's layers do not fit the base.
     """
     need_peft()
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     settings = check_adapter(adapter, base)
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
+        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{adapter}: made for {settings.get('base_model_name_or_path')}, does not fit {base} "
-            f"({str(error).splitlines()[0]})"
+            f"({reason_of(error)})"
         ) from error
+    except (TypeError, KeyError, AttributeError) as error:  # what PEFT makes of settings it does not expect
+        raise FormatError(
+            f"{adapter / SETTINGS_NAME}: PEFT cannot read it ({error!r}); fetch or train the adapter again"
+        ) from error
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    lacking = sorted(wanted - _stored_names(adapter))
+    if lacking:  # PEFT warns of it and leaves them as they were initialized
+        raise FormatError(
+            f"{adapter / WEIGHTS_NAME}: lacks {lacking[0]} ({len(lacking)} of {len(wanted)} tensors); "
+            "fetch or train the adapter again"
+        )
+    return adapted
 
 
 @torch.no_grad()

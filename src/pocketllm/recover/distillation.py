@@ -13,7 +13,7 @@ from pocketllm.recover.divergence import Labels, Target, head_divergence, logits
 from pocketllm.recover.loop import Group
 from pocketllm.recover.readout import Readout
 from pocketllm.recover.teacher import Teacher
-from pocketllm.recover.text import split, windows_of
+from pocketllm.recover.text import split, warn_of_shared, windows_of
 from pocketllm.recover.trainable import TrainableMatrix
 
 _SMALLEST = 1e-3
@@ -28,6 +28,7 @@ def training_windows(tokenizer: Any, config: DistillConfig) -> tuple[Tensor, Ten
     windows = windows_of(tokenizer, config.texts, config.context)
     if config.validation_text is None:
         return split(windows, config.validation_windows, config.loop.seed)
+    warn_of_shared(config.texts, config.validation_text)
     return windows, windows_of(tokenizer, (config.validation_text,), config.context)[
         : config.validation_windows
     ]

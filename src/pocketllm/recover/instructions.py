@@ -1,7 +1,7 @@
 """Instructions with answers, read from a file: the Alpaca form, or `prompt` and `response`.
 
 A JSON file (a list of objects) or a JSON-lines file is instruction data if its objects have `instruction` and
-`output` (and perhaps `input`), or `prompt` and `response`. Template: tatsu-lab/stanford_alpaca.
+`output` (and perhaps `input`), or `prompt` and `response`; all of them strings. Template: tatsu-lab/stanford_alpaca.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ _HEAD = (
     "Below is an instruction that describes a task{}. "
     "Write a response that appropriately completes the request."
 )
+_FORMS = ({"prompt", "response"}, {"instruction", "output"})
 _PAIRED = ", paired with an input that provides further context"
 
 
@@ -40,19 +41,17 @@ def read_instructions(path: Path) -> list[tuple[str, str]] | None:
     """All instructions of a file, or None if it holds plain text.
 
     Raises:
-        SourceError: malformed JSON, or a file in which only some objects are instructions.
+        SourceError: malformed JSON, or an object is no instruction where others have the fields of one.
     """
     if path.suffix not in ROW_SUFFIXES:
         return None
-    rows = read_rows(path)
-    if not isinstance(rows, list) or not rows:
-        raise SourceError(f"{path}: wanted a list of objects")
-    found = [prompt_of(row) if isinstance(row, dict) else None for row in rows]
-    if all(pair is None for pair in found):
+    rows = [row if isinstance(row, dict) else {} for row in read_rows(path)]
+    if not any(form <= row.keys() for row in rows for form in _FORMS):
         return None
+    found = [prompt_of(row) for row in rows]
     if None in found:
         raise SourceError(
-            f"{path}: row {found.index(None) + 1} is no instruction, others are; wanted `instruction` and "
-            "`output` (and perhaps `input`), or `prompt` and `response`, in every row"
+            f"{path}: row {found.index(None) + 1} is no instruction; wanted `instruction` and `output` (and "
+            "perhaps `input`), or `prompt` and `response`, as strings in every row"
         )
     return [pair for pair in found if pair is not None]

@@ -7,17 +7,21 @@ adapter is stored in bfloat16; its bytes come on top of the base and are counted
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from pocketllm.config import LoraTuneConfig
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
+from pocketllm.model.folder import open_to_others
 from pocketllm.model.report import rounded
 from pocketllm.model.workspace import check_output, system_errors
 from pocketllm.recover.adaptation import (
@@ -30,7 +34,7 @@ from pocketllm.recover.adaptation import (
 from pocketllm.recover.adapter import RECORD_NAME, SETTINGS_NAME, need_peft
 from pocketllm.recover.log import check_log
 from pocketllm.recover.loop import Loop, step_event
-from pocketllm.recover.setting import check_context, compute_dtype, open_base, publish, started
+from pocketllm.recover.setting import Base, check_context, compute_dtype, open_base, publish, started
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,7 @@ def lora(
             for parameter in loop.parameters:
                 parameter.copy_(parameter.bfloat16())
         loss_stored = task.validate()
-        facts = {
-            "base": str(folder),
-            "base_identity": base.identity,
-            "base_model": base.report["model"],
-            "steps": at.step,
-            "best_step": at.best_step,
-            "loss_before": rounded(at.history[0][1]),
-            "loss_after": rounded(loss_stored),
-            "config": config.to_dict(),
-        }
+        facts = _record(base, config, at.step, at.best_step, at.history[0][1], loss_stored)
         if state.is_main_process:
             _save(adapted, loop.parameters, work.folder / "final", facts)
         state.wait_for_everyone()
@@ -152,6 +147,8 @@ def dry_run_lora(
 ) -> dict[str, Any]:
     """What `lora` would do: steps, tokens, trained parameters, bytes; nothing is trained.
 
+    adapter_bytes: as they will lie on disk, but for the digits of the losses in the record.
+
     Raises:
         As `lora` before its first step; what concerns the output only if it is named.
     """
@@ -163,8 +160,9 @@ def dry_run_lora(
     check_context(base, config.context)
     train, validation = training_items(base.tokenizer, config)
     steps = number_of_steps(config, len(train))
-    model, _ = with_adapter(base, config, "cpu")
+    model, adapted = with_adapter(base, config, "cpu")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapter_bytes = _planned_bytes(adapted, _record(base, config, steps, steps, math.pi, math.pi))
     base_bytes = int(base.report["bytes_on_disk"])
     return {
         "steps": steps,
@@ -173,18 +171,53 @@ def dry_run_lora(
         "tokens": round(sum(i.weight for i in train) / len(train) * steps * config.loop.batch_size),
         "trained_parameters": parameters,
         "base_bytes": base_bytes,
-        "adapter_bytes": 2 * parameters,
-        "bytes_on_disk": base_bytes + 2 * parameters,
+        "adapter_bytes": adapter_bytes,
+        "bytes_on_disk": base_bytes + adapter_bytes,
     }
 
 
-def _save(adapted: Any, parameters: list[torch.nn.Parameter], final: Path, facts: dict[str, Any]) -> None:
-    """PEFT's own files, in bfloat16, and our record of the base beside them."""
+def _record(
+    base: Base, config: LoraTuneConfig, steps: int, best_step: int, before: float, after: float
+) -> dict[str, Any]:
+    """What lies beside the adapter: its base, and how it was trained. before, after: losses."""
+    return {
+        "base": str(base.folder),
+        "base_identity": base.identity,
+        "base_model": base.report["model"],
+        "steps": steps,
+        "best_step": best_step,
+        "loss_before": rounded(before),
+        "loss_after": rounded(after),
+        "config": config.to_dict(),
+    }
+
+
+def _planned_bytes(adapted: Any, facts: dict[str, Any]) -> int:
+    """Bytes of the adapter's folder: the small files are written for a moment, weights are counted."""
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    sizes = {name: (torch.bfloat16, tuple(tensor.shape)) for name, tensor in sorted(tensors.items())}
+    with tempfile.TemporaryDirectory() as place:
+        _save(adapted, [], Path(place) / "final", facts, state={})
+        small = sum(path.stat().st_size for path in (Path(place) / "final").glob("*.json"))
+    return small + sum(ckpt.safetensors_bytes(sizes).values())
+
+
+def _save(
+    adapted: Any,
+    parameters: list[torch.nn.Parameter],
+    final: Path,
+    facts: dict[str, Any],
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """PEFT's own files, in bfloat16, and our record of the base beside them. state: instead of the model's."""
     for parameter in parameters:
         parameter.data = parameter.data.bfloat16()
     shutil.rmtree(final, ignore_errors=True)
     with system_errors(final):
-        adapted.save_pretrained(final, save_embedding_layers=False)
+        adapted.save_pretrained(final, save_embedding_layers=False, state_dict=state)
+    open_to_others(final, SETTINGS_NAME)
     (final / "README.md").unlink(missing_ok=True)
     settings = json.loads((final / SETTINGS_NAME).read_text(encoding="utf-8"))
     if isinstance(settings["target_modules"], list):  # in an order that changes from run to run

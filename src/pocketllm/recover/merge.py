@@ -12,7 +12,7 @@ import torch
 import pocketllm
 from pocketllm.config import CompressConfig
 from pocketllm.errors import FormatError
-from pocketllm.evaluate.perplexity import perplexity, read_text
+from pocketllm.evaluate.perplexity import perplexity, read_text, token_windows
 from pocketllm.evaluate.results import fingerprint
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
@@ -21,7 +21,7 @@ from pocketllm.model.folder import load_dense
 from pocketllm.model.texts import default_text
 from pocketllm.model.workspace import check_output
 from pocketllm.recover.adapter import check_adapter, merged, need_peft
-from pocketllm.recover.setting import Base, open_base
+from pocketllm.recover.setting import Base, check_context, open_base
 
 _RECORD_NAME = "pocketllm-merged.json"
 
@@ -71,11 +71,18 @@ def merge(
 
     Raises:
         FormatError, ConfigError, OutputError, LoadError: as `merged` and `compress`.
+        FormatError: the record of an earlier merge is damaged. ConfigError: text or positions of the model
+            are too short for the windows. Nothing is written then.
+        SourceError: the text cannot be read, or the base has no tokenizer. ExtraError: no PEFT.
     """
     folder, adapter, output = Path(folder), Path(adapter), Path(output)
     need_peft()
     check_adapter(adapter, folder)
     base = open_base(folder, output, trust_remote_code)
+    words, name = _text(text, reencode)
+    if words:  # what is measured in the end is looked at before the long work
+        check_context(base, context)
+        token_windows(base.tokenizer, words, context, windows)
     dense = output.with_name(output.name + "-dense") if reencode else output
     facts = {"base": base.identity, "adapter": fingerprint(adapter), "dtype": str(dtype)}
     config = _settings(base) if reencode else None
@@ -88,7 +95,6 @@ def merge(
             ckpt.write_json(dense / _RECORD_NAME, facts)
     if config is not None:
         pocketllm.compress(dense, config, output, progress=progress, device=device)
-    words, name = _text(text, reencode)
     found: dict[str, float] = {}
     for title in ("base", "with adapter", *(["re-encoded"] if reencode else [])) if words else ():
         progress(Event("perplexity", len(found) / (3 if reencode else 2), title))
@@ -118,9 +124,16 @@ def _settings(base: Base) -> CompressConfig:
 
 
 def _is_made(dense: Path, facts: dict[str, str]) -> bool:
-    """Whether an earlier run has merged the same adapter."""
+    """Whether an earlier run has merged the same adapter.
+
+    Raises:
+        FormatError: its record is damaged.
+    """
     record = dense / _RECORD_NAME
-    return record.is_file() and json.loads(record.read_text(encoding="utf-8")) == facts
+    try:
+        return record.is_file() and json.loads(record.read_text(encoding="utf-8")) == facts
+    except ValueError as error:
+        raise FormatError(f"{record}: damaged ({error}); delete {dense} to merge anew") from error
 
 
 def _text(text: str | Path | None, reencode: bool) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import ConfigError
-from pocketllm.model.texts import default_text, read_calibration, text_files
+from pocketllm.model.texts import default_text, named, read_calibration, text_files
 from pocketllm.recover.instructions import read_instructions
+
+logger = logging.getLogger(__name__)
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -23,9 +26,9 @@ def files_of(text: str) -> list[Path]:
     """The file that is named, or those in the folder that is named.
 
     Raises:
-        SourceError: a folder without a text in it.
+        SourceError: an empty name, or a folder without a text in it.
     """
-    path = Path(text)
+    path = named(text)
     return text_files(path) if path.is_dir() else [path]
 
 
@@ -41,8 +44,16 @@ def windows_of(tokenizer: Any, texts: tuple[str, ...], context: int) -> Tensor:
     Raises:
         SourceError: a text cannot be read. ConfigError: not one window.
     """
-    named = {text: "\n\n".join(map(read_text, files_of(text))) for text in texts}
-    return cut(tokenizer, named or own_text(), context)
+    read = {text: "\n\n".join(map(read_text, files_of(text))) for text in texts}
+    return cut(tokenizer, read or own_text(), context)
+
+
+def warn_of_shared(texts: tuple[str, ...], validation: str) -> None:
+    """Warn where the text to validate on is trained on, too: its loss then says little about other text."""
+    trained = {path.resolve() for text in texts for path in files_of(text)}
+    shared = [path for path in files_of(validation) if path.resolve() in trained]
+    if shared:
+        logger.warning("%s is trained on and validated on; name another --validation-text", shared[0])
 
 
 def own_text() -> dict[str, str]:
