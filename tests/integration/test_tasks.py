@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 
 import pocketllm
 from pocketllm.config import EvalConfig
-from pocketllm.errors import ConfigError, ExtraError, SourceError
+from pocketllm.errors import ConfigError, ExtraError, SourceError, WeightError
 from pocketllm.evaluate import harness, results, tasks
 from pocketllm.evaluate.compare import average, compare
 from tests import tiny
@@ -196,6 +196,16 @@ def test_a_stopped_evaluation_goes_on(model: Any, data: Path) -> None:
     ]
     kept.write_text(kept.read_text()[:40])  # damaged: measured again
     assert not tasks.evaluate_tasks(["piqa"], subject(model), CONFIG, data, hub=False)["piqa"].cached
+
+
+def test_a_model_without_finite_logits_is_not_scored(data: Path) -> None:
+    damaged = tiny.model()
+    damaged.name_or_path = "damaged"
+    with torch.no_grad():
+        damaged.model.norm.weight[3] = torch.nan
+    for _ in range(2):  # the second time there is nothing kept of the first
+        with pytest.raises(WeightError, match="damaged: its logits are not finite"):
+            tasks.evaluate_tasks(["boolq"], subject(damaged), CONFIG, data, hub=False)
 
 
 def test_compressed_models_in_both_modes(data: Path, folders: dict[str, Path]) -> None:

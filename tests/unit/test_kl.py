@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pocketllm.errors import ConfigError
+from pocketllm.errors import ConfigError, WeightError
 from pocketllm.evaluate.kl import check_vocabularies, divergence, standard_error
 from pocketllm.evaluate.perplexity import perplexity, token_windows
 from tests import tiny
@@ -78,6 +79,18 @@ def test_tokens_that_both_models_rule_out(pair: tuple[Any, Any, Any]) -> None:
 
     found = divergence(masked(model), masked(reference), tokenizer, TEXT, 40, 2)
     assert 0 < found.kl < 10
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_model_of_which_a_weight_is_nan(position: int, pair: tuple[Any, Any, Any]) -> None:
+    _, reference, tokenizer = pair
+    models = [reference, reference]
+    models[position] = tiny.model()
+    models[position].name_or_path = "damaged"
+    with torch.no_grad():
+        models[position].model.norm.weight[3] = math.nan
+    with pytest.raises(WeightError, match="damaged: its logits are not finite"):
+        divergence(*models, tokenizer, TEXT, 40, 1)
 
 
 def test_other_vocabularies() -> None:

@@ -1,6 +1,9 @@
-"""What the terminal is told while a long step runs."""
+"""What the terminal is told while a long step runs, and what stands in JSON."""
 
 from __future__ import annotations
+
+import json
+import math
 
 import pytest
 
@@ -24,3 +27,9 @@ def test_lines_say_the_time_left(
     lines = capsys.readouterr().err
     assert lines.startswith("train:  10% resumed\n") and lines.endswith("train: 100% done\n")
     assert words in lines
+
+
+def test_json_holds_no_infinities(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(as_json=True).result({"a": math.inf, "b": [-math.inf, {"c": math.nan}], "d": 1.5})
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"a": None, "b": [None, {"c": None}], "d": 1.5}

@@ -124,12 +124,12 @@ def _left(seconds: float) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """NaN is no JSON: None instead."""
+    """NaN and infinities are no JSON: None instead."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def size(nbytes: float) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pocketllm.errors import ConfigError, SourceError, reason_of
 from pocketllm.evaluate.kl import standard_error
+from pocketllm.evaluate.perplexity import check_likelihood
 
 _LOGITS_BYTES = 1 << 29  # most bytes of a batch's logits; bounds the batch where the vocabulary is large
 Progress = Callable[[float], None]
@@ -66,6 +67,9 @@ class PocketLM(HFLM):  # type: ignore[misc]
         """(log likelihood, whether greedy decoding gives it) of each continuation, in the requests' order.
 
         Requests whose input is the same (answers of one token) share one row.
+
+        Raises:
+            WeightError: as `check_likelihood`.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
@@ -80,7 +84,8 @@ class PocketLM(HFLM):  # type: ignore[misc]
             for numbers, logits in zip(members, self._rows(batch, lengths), strict=True):
                 log_probabilities = logits.float().log_softmax(-1)
                 for number in numbers:
-                    answers[number] = _score(log_probabilities, requests[number][2])
+                    score, is_greedy = _score(log_probabilities, requests[number][2])
+                    answers[number] = check_likelihood(score, self.model), is_greedy
             done += sum(map(len, batch))
             self.progress(done / total)
         return answers

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import ConfigError
-from pocketllm.evaluate.perplexity import check_context, exp_mean, token_windows
+from pocketllm.evaluate.perplexity import check_context, check_likelihood, exp_mean, token_windows
 
 _LOGITS_AT_ONCE = 128  # positions whose float32 distributions are held at the same time
 
@@ -86,6 +86,7 @@ def divergence(
 
     Raises:
         ConfigError: as `token_windows`; a context longer than a model's positions; other sizes of logits.
+        WeightError: as `check_likelihood`, of either model.
     """
     check_context(model, context)
     check_context(reference, context)
@@ -100,6 +101,8 @@ def divergence(
                 "name the dense model that this one was compressed from"
             )
         sums[number] = _window_sums(logits, wanted.to(logits.device), window[1:].to(logits.device))
+        check_likelihood(float(sums[number, 0]), model)
+        check_likelihood(float(sums[number, 1]), reference)
         progress((number + 1) / len(parts))
     tokens = len(parts) * (context - 1)
     means = sums / (context - 1)

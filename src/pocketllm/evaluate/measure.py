@@ -131,6 +131,7 @@ def measure(
         ExtraError: tasks, but no lm-eval.
         SourceError: a task's data is missing or malformed.
         LoadError: a compressed model is not compressed in memory.
+        WeightError: a model's logits are not finite.
     """
     values: dict[str, Any] = {**own.described(), **_on_text(own, other, text, config, progress)}
     reference = values.pop("reference_perplexity")

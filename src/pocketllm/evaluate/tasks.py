@@ -133,6 +133,7 @@ def evaluate_tasks(
         ExtraError: lm-eval is not installed.
         ConfigError: a name is unknown.
         SourceError: data is missing or malformed; every task's is looked at before the first is run.
+        WeightError: the model's logits are not finite; nothing of that task is kept.
     """
     check_installed()
     sources = [source for name in names for source in _sources(name, data, hub)]
