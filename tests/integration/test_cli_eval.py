@@ -115,6 +115,16 @@ def test_eval_errors(
     assert words in err and not out and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "words"), [("nosuch", 2, "unknown task"), ("arc_easy", 1, "holds no arc_easy")]
+)
+def test_tasks_are_found_before_the_text_is_measured(
+    name: str, code: int, words: str, run: Run, small: Path, text: Path, data: Path
+) -> None:
+    found, _, err = run("eval", small, "--ppl", text, "--context", "32", "--tasks", name, "--data", data)
+    assert found == code and words in err and "%" not in err  # no progress
+
+
 @pytest.fixture(scope="module")
 def adapter(source: Path, small: Path, text: Path) -> Path:
     """An adapter of `small`, trained for a moment."""

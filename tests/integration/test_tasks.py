@@ -208,6 +208,17 @@ def test_a_model_without_finite_logits_is_not_scored(data: Path) -> None:
             tasks.evaluate_tasks(["boolq"], subject(damaged), CONFIG, data, hub=False)
 
 
+def test_a_kept_result_without_a_field_is_measured_again(model: Any, data: Path) -> None:
+    tasks.evaluate_tasks(["piqa"], subject(model), CONFIG, data, hub=False)
+    [kept] = (Path(results.cache_folder()) / "eval" / "results").iterdir()
+    values = json.loads(kept.read_text())
+    for result in ({n: v for n, v in values["result"].items() if n != "acc"}, {**values["result"], "new": 1}):
+        kept.write_text(json.dumps({**values, "result": result}))
+        for cached in (False, True):
+            found = tasks.evaluate_tasks(["piqa"], subject(model), CONFIG, data, hub=False)
+            assert found["piqa"].cached == cached
+
+
 def test_compressed_models_in_both_modes(data: Path, folders: dict[str, Path]) -> None:
     found = []
     for mode in ("dense", "packed"):
@@ -263,6 +274,10 @@ def test_lm_evals_other_tasks(
     found = tasks.evaluate_tasks(["both"], subject(model), CONFIG)
     assert sorted(found) == ["first", "second"]
     assert found["first"].acc == found["second"].acc and found["first"].data == "hub: json"
+    sources = tasks.find_tasks(["both"], None)  # loaded once, for several models
+    for who in (subject(tiny.model(), "b"), subject(model)):
+        again = tasks.run_tasks(sources, who, CONFIG, cache=False)
+    assert again["second"].scores == found["second"].scores and again["second"].n == found["second"].n
     with pytest.raises(ConfigError, match=r"unknown task 'frist'; near it: first.*from local files: arc_ch"):
         tasks.evaluate_tasks(["frist"], subject(model), CONFIG)
 

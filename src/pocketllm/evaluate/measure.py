@@ -13,7 +13,7 @@ from pocketllm.evaluate.compare import average, compare
 from pocketllm.evaluate.kl import Divergence, check_vocabularies, divergence
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.evaluate.results import fingerprint
-from pocketllm.evaluate.tasks import Subject, evaluate_tasks
+from pocketllm.evaluate.tasks import Subject, TaskSource, find_tasks, run_tasks
 from pocketllm.evaluate.verify import verify_compressed
 from pocketllm.model.checkpoint import REPORT_NAME, folder_bytes
 
@@ -117,6 +117,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measure a model; every key is there always, None where it was not asked for.
 
+    Tasks and their data are looked for before anything is measured.
+
     Args:
         other: usually the dense model.
         text: for perplexity and, beside `other`, divergence.
@@ -127,15 +129,17 @@ def measure(
         of `other`; difference: as `compare`.
 
     Raises:
-        ConfigError: another vocabulary, windows that do not fit, an unknown task.
-        ExtraError: tasks, but no lm-eval.
-        SourceError: a task's data is missing or malformed.
+        ConfigError: another vocabulary, windows that do not fit.
+        ConfigError, ExtraError, SourceError: as `find_tasks`.
         LoadError: a compressed model is not compressed in memory.
         WeightError: a model's logits are not finite.
     """
+    sources = None if tasks is None else find_tasks(tasks.names, tasks.data, tasks.hub)
+    cache = tasks is not None and tasks.cache
     values: dict[str, Any] = {**own.described(), **_on_text(own, other, text, config, progress)}
     reference = values.pop("reference_perplexity")
-    results = [_on_tasks(model, tasks, config, progress) for model in (own, other) if model is not None]
+    models = [model for model in (own, other) if model is not None]
+    results = [_on_tasks(model, sources, config, cache, progress) for model in models]
     values |= _shown(results[0]) | {"limit": config.limit, "against": None, "difference": None}
     if other is not None:
         values["against"] = {**other.described(), "perplexity": reference, **_shown(results[1])}
@@ -159,16 +163,16 @@ def _on_text(
     return values | dataclasses.asdict(divergence(model, reference, tokenizer, text, *size))
 
 
-def _on_tasks(model: Model, tasks: TaskOptions | None, config: EvalConfig, progress: Progress) -> Any:
-    if tasks is None:
+def _on_tasks(
+    model: Model, sources: list[TaskSource] | None, config: EvalConfig, cache: bool, progress: Progress
+) -> Any:
+    if sources is None:
         return None
-    return evaluate_tasks(
-        tasks.names,
+    return run_tasks(
+        sources,
         Subject(model.identity(), model.setting, model.load),
         config,
-        tasks.data,
-        hub=tasks.hub,
-        cache=tasks.cache,
+        cache=cache,
         progress=lambda task, share: progress(f"{task}, {model.name}", share),
     )
 
