@@ -98,7 +98,12 @@ def test_eval_beside_the_dense_model(
         (["SMALL", "--tasks", "piqa", "--batch-tokens", "0"], 2, "batch_tokens"),
         (["SMALL", "--tasks", "piqa", "--data", "nowhere"], 1, "nowhere is no folder"),
         (["SMALL", "--tasks", "arc_easy", "--data", "DATA"], 1, "holds no arc_easy/test.jsonl"),
-        (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "OTHER"], 2, "another vocabulary"),
+        (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "OTHER"], 2, "'z' is missing and"),
+        (["SMALL", "--tasks", "piqa", "--data", "DATA", "--against", "OTHER"], 2, "but other ones"),
+        (["SMALL", "--tasks", "piqa", "--data", "DATA", "--against", "LARGER"], 2, "larger has a vocab"),
+        (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "EMPTY"], 1, "no config.json"),
+        (["DAMAGED", "--tasks", "piqa", "--data", "DATA"], 1, "damaged: its logits are not finite"),
+        (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "DAMAGED"], 1, "damaged: its logits"),
         (["SMALL", "--ppl", "TEXT", "--against", "./nowhere"], 1, "no such folder"),
     ],
 )
@@ -110,6 +115,13 @@ def test_eval_errors(
     vocabulary["model"]["vocab"].pop("z")
     (other / "tokenizer.json").write_text(json.dumps(vocabulary))
     places = {"SMALL": small, "TEXT": text, "DATA": data, "OTHER": other}
+    places["LARGER"] = tiny.save(tmp_path / "larger", vocab_size=128)
+    places["DAMAGED"] = tiny.save(tmp_path / "damaged")
+    places["EMPTY"] = tmp_path / "empty"
+    places["EMPTY"].mkdir()
+    model = tiny.model()
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(places["DAMAGED"])
     found, out, err = run("eval", *(places.get(argument, argument) for argument in arguments))
     assert found == code, err
     assert words in err and not out and "Traceback" not in err

@@ -200,7 +200,7 @@ def test_a_stopped_evaluation_goes_on(model: Any, data: Path) -> None:
 
 def test_a_model_without_finite_logits_is_not_scored(data: Path) -> None:
     damaged = tiny.model()
-    damaged.name_or_path = "damaged"
+    damaged.config.name_or_path = "damaged"
     with torch.no_grad():
         damaged.model.norm.weight[3] = torch.nan
     for _ in range(2):  # the second time there is nothing kept of the first

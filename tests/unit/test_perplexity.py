@@ -62,7 +62,7 @@ def test_context_beyond_the_model(tokenizer: Any) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite(bad: float, tokenizer: Any) -> None:
     damaged = tiny.model()
-    damaged.name_or_path = "folder/damaged"
+    damaged.config.name_or_path = "folder/damaged"
     damaged.lm_head.bias = torch.nn.Parameter(torch.zeros(96))
     with torch.no_grad():
         damaged.lm_head.bias[3] = -math.inf  # a token that is ruled out is no damage

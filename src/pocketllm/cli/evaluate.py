@@ -105,6 +105,7 @@ def evaluate(
             setting,
             lambda: load_any(name, mode, dtype, device, trust_remote_code)[:2],
             None if adapter is None else _adapter(adapter, resolve(name)),
+            trust_remote_code,
         )
 
     other = None if against is None else named(against, "dense")

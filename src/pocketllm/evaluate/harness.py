@@ -23,6 +23,7 @@ from torch import Tensor
 from pocketllm.errors import ConfigError, SourceError, reason_of
 from pocketllm.evaluate.kl import standard_error
 from pocketllm.evaluate.perplexity import check_likelihood
+from pocketllm.model.limits import positions_of
 
 _LOGITS_BYTES = 1 << 29  # most bytes of a batch's logits; bounds the batch where the vocabulary is large
 Progress = Callable[[float], None]
@@ -47,7 +48,7 @@ class PocketLM(HFLM):  # type: ignore[misc]
         max_length: int,
         progress: Progress = lambda share: None,
     ) -> None:
-        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        positions = positions_of(model.config) or max_length
         with quiet(), _tied_already(model):
             super().__init__(
                 pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=min(max_length, positions)

@@ -10,12 +10,13 @@ from typing import Any
 
 from pocketllm.config import EvalConfig
 from pocketllm.evaluate.compare import average, compare
-from pocketllm.evaluate.kl import Divergence, check_vocabularies, divergence
+from pocketllm.evaluate.kl import Divergence, divergence
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.evaluate.results import fingerprint
 from pocketllm.evaluate.tasks import Subject, TaskSource, find_tasks, run_tasks
 from pocketllm.evaluate.verify import verify_compressed
 from pocketllm.model.checkpoint import REPORT_NAME, folder_bytes
+from pocketllm.model.limits import Vocabulary, check_vocabularies, read_vocabulary
 
 Progress = Callable[[str, float], None]
 
@@ -36,6 +37,7 @@ class Model:
         setting: dtype, mode and device, as part of the identity of its results.
         load: gives (model, tokenizer).
         adapter: attached once the model is verified; its bytes are counted.
+        trust_remote_code: run code that comes with the model, where its vocabulary is read.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Model:
         setting: str,
         load: Callable[[], tuple[Any, Any]],
         adapter: Adapter | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.name, self.folder, self.setting, self.adapter = name, folder, setting, adapter
+        self.trust_remote_code = trust_remote_code
         self._load = load
         self._loaded: tuple[Any, Any] | None = None
         self._matrices: int | None = None
@@ -88,6 +92,14 @@ class Model:
             "bytes_on_disk": folder_bytes(self.folder) + added,
         }
 
+    def vocabulary(self) -> Vocabulary:
+        """Its tokens, without loading its weights.
+
+        Raises:
+            SourceError: its configuration cannot be read.
+        """
+        return read_vocabulary(self.folder, self.name, self.trust_remote_code)
+
     def identity(self) -> str:
         """Changes with any bit of model and adapter."""
         own = fingerprint(self.folder)
@@ -117,7 +129,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure a model; every key is there always, None where it was not asked for.
 
-    Tasks and their data are looked for before anything is measured.
+    Tasks, their data and the vocabularies are looked at before anything is measured.
 
     Args:
         other: usually the dense model.
@@ -136,7 +148,10 @@ def measure(
     """
     sources = None if tasks is None else find_tasks(tasks.names, tasks.data, tasks.hub)
     cache = tasks is not None and tasks.cache
-    values: dict[str, Any] = {**own.described(), **_on_text(own, other, text, config, progress)}
+    values = own.described()
+    if other is not None:
+        check_vocabularies(own.vocabulary(), other.vocabulary())
+    values |= _on_text(own, other, text, config, progress)
     reference = values.pop("reference_perplexity")
     models = [model for model in (own, other) if model is not None]
     results = [_on_tasks(model, sources, config, cache, progress) for model in models]
@@ -158,8 +173,7 @@ def _on_text(
     size = (config.context, config.windows, lambda share: progress("text", share))
     if other is None:
         return values | dataclasses.asdict(perplexity(model, tokenizer, text, *size))
-    reference, its_tokenizer = other.load()
-    check_vocabularies(tokenizer, its_tokenizer)
+    reference, _ = other.load()
     return values | dataclasses.asdict(divergence(model, reference, tokenizer, text, *size))
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import ConfigError, SourceError, WeightError
+from pocketllm.model.limits import check_positions, name_of
 
 _LOGITS_AT_ONCE = 128  # positions whose float32 logits are held at the same time
 
@@ -97,7 +98,7 @@ def perplexity(
         ConfigError: as `token_windows`; or a context longer than the model's positions.
         WeightError: as `check_likelihood`.
     """
-    check_context(model, context)
+    check_positions(model.config, context, name_of(model))
     parts = token_windows(tokenizer, text, context, windows)
     total, scored = 0.0, 0
     for number, window in enumerate(parts):
@@ -109,13 +110,6 @@ def perplexity(
     return Perplexity(exp_mean(total / scored), context, len(parts), scored)
 
 
-def check_context(model: Any, context: int) -> None:
-    """Raises ConfigError where the model has fewer positions than a window has tokens."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and context > positions:
-        raise ConfigError(f"context: got {context}, the model has {positions} positions; lower it")
-
-
 def check_likelihood(value: float, model: Any) -> float:
     """A (negative) log likelihood in nats, as it is; -inf and inf are what a model rules out.
 
@@ -124,7 +118,7 @@ def check_likelihood(value: float, model: Any) -> float:
     """
     if math.isnan(value):
         raise WeightError(
-            f"{model.name_or_path or 'the model'}: its logits are not finite (NaN or Inf) in {model.dtype}; "
+            f"{name_of(model)}: its logits are not finite (NaN or Inf) in {model.dtype}; "
             "look for damaged weights, or evaluate in a wider dtype"
         )
     return value
