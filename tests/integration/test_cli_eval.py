@@ -24,8 +24,7 @@ def test_eval(run: Run, small: Path, source: Path, text: Path) -> None:
     dense = run.json("eval", source, *options)
     assert not dense["compressed"] and dense["perplexity"] != found["perplexity"]
     code, out, _ = run("eval", small, *options)
-    words = " ".join(out.split())  # a long path breaks the title of the table
-    assert code == 0 and "context 32" in words and "3 windows" in words
+    assert code == 0 and f"{text}: context 32, 3 windows, 93 tokens\n" in out
 
 
 @pytest.fixture
@@ -80,6 +79,7 @@ def test_eval_beside_the_dense_model(
     code, out, err = run("eval", small, *options)
     assert code == 0 and "matrices verified" in out and "KL(other || this)" in out and "kept" in out
     assert "paper's average (1 of 5)" in out and "not measured: winogrande" in out and "first 6" in out
+    assert "chance is 0 in the averages where answers are not chosen from a list: lambada_openai" in out
     assert "piqa" in err and "loglikelihood" not in err
     code, out, _ = run("eval", small, "--tasks", "local", "--data", data)
     assert code == 0 and "perplexity" in out and "difference" not in out
@@ -125,6 +125,14 @@ def test_eval_errors(
     found, out, err = run("eval", *(places.get(argument, argument) for argument in arguments))
     assert found == code, err
     assert words in err and not out and "Traceback" not in err
+
+
+def test_a_folder_that_the_environment_names_is_there(
+    run: Run, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POCKETLLM_DATA", "/nowhere")
+    code, _, err = run("eval", small, "--tasks", "local")
+    assert code == 1 and "POCKETLLM_DATA: /nowhere is no folder" in err
 
 
 @pytest.mark.parametrize(

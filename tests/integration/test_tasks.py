@@ -243,7 +243,9 @@ def test_fingerprints(folders: dict[str, Path], tmp_path: Path) -> None:
 def test_names(data: Path) -> None:
     assert tasks.task_names(["paper", "piqa", "lambada"], None) == [*tasks.PAPER_TASKS, "lambada_openai"]
     assert tasks.task_names(["local"], data) == ["boolq", "lambada_openai", "piqa"]
-    with pytest.raises(ConfigError, match=r"no task to run in no data folder; looked for .*piqa/valid.jsonl"):
+    with pytest.raises(
+        ConfigError, match=r"neither --data nor POCKETLLM_DATA .*looked for .*piqa/valid.json"
+    ):
         tasks.task_names(["local"], None)
 
 
@@ -302,7 +304,9 @@ def test_averages_and_differences() -> None:
     dense = {"piqa": result("piqa", [1, 1, 1, 0]), "boolq": result("boolq", [1, 1, 1, 1])}
     means = average(own)
     assert means["paper"]["tasks"] == ["piqa"] and len(means["paper"]["missing"]) == 4
-    assert means["all"]["acc"] == 0.375 and means["all"]["chance"] == 0.5
+    assert means["all"]["acc"] == 0.375 and means["all"]["chance"] == 0.5 and means["all"]["open"] == []
+    open_ended = average({**own, "lambada_openai": result("lambada_openai", [1, 0], None)})["all"]
+    assert open_ended["chance"] == pytest.approx(1 / 3) and open_ended["open"] == ["lambada_openai"]
     errors = [own["piqa"].acc_stderr or 0, own["boolq"].acc_stderr or 0]
     assert means["all"]["stderr"] == pytest.approx((errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2)
     found = compare(own, dense)

@@ -137,6 +137,16 @@ def size(nbytes: float) -> str:
     return f"{nbytes:,.0f} ({nbytes / 1e6:,.1f} MB)"
 
 
+def number(value: float, error: float | None = None) -> str:
+    """Five significant digits and no exponent, `± error` to the same place; integers in full."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    largest = max(abs(value), error or 0.0)
+    digits = 4 - math.floor(math.log10(largest)) if 0 < largest < math.inf else 0
+    shown = f"{value:,.{max(0, digits)}f}"
+    return shown if error is None else f"{shown} ± {error:,.{max(0, digits)}f}"
+
+
 def parse_size(text: str) -> int:
     """Bytes of '30000000', '30MB' (10^6) or '30MiB' (2^20).
 
@@ -186,7 +196,7 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
 
 
 def _recovered(facts: Mapping[str, Any]) -> str:
-    change = f"{facts['kl_before']:.4f} -> {facts['kl_after']:.4f}"
+    change = f"{number(facts['kl_before'])} -> {number(facts['kl_after'])}"
     return f"{facts['steps']} steps, KL to the dense model {change} nats a token"
 
 

@@ -106,7 +106,8 @@ def task_names(wanted: Iterable[str], data: Path | None) -> list[str]:
             names.append(_ALIASES.get(name, name))
     if not names:
         files = ", ".join(task.files[0][0] for task in local_tasks().values())
-        raise ConfigError(f"no task to run in {data or 'no data folder'}; looked for {files} and the like")
+        where = data or "no folder: neither --data nor POCKETLLM_DATA names one"
+        raise ConfigError(f"no task to run in {where}; looked for {files} and the like")
     return list(dict.fromkeys(names))
 
 
