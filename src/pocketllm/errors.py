@@ -24,7 +24,7 @@ class ShapeError(PocketError):
 
 
 class WeightError(PocketError):
-    """A weight holds values that cannot be coded (NaN, Inf) or has an unsupported dtype."""
+    """Weights hold or compute what is not finite (NaN, Inf), or have an unsupported dtype."""
 
 
 class SourceError(PocketError):

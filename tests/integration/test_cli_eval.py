@@ -24,8 +24,7 @@ def test_eval(run: Run, small: Path, source: Path, text: Path) -> None:
     dense = run.json("eval", source, *options)
     assert not dense["compressed"] and dense["perplexity"] != found["perplexity"]
     code, out, _ = run("eval", small, *options)
-    words = " ".join(out.split())  # a long path breaks the title of the table
-    assert code == 0 and "context 32" in words and "3 windows" in words
+    assert code == 0 and f"{text}: context 32, 3 windows, 93 tokens\n" in out
 
 
 @pytest.fixture
@@ -80,6 +79,7 @@ def test_eval_beside_the_dense_model(
     code, out, err = run("eval", small, *options)
     assert code == 0 and "matrices verified" in out and "KL(other || this)" in out and "kept" in out
     assert "paper's average (1 of 5)" in out and "not measured: winogrande" in out and "first 6" in out
+    assert "chance is 0 in the averages where answers are not chosen from a list: lambada_openai" in out
     assert "piqa" in err and "loglikelihood" not in err
     code, out, _ = run("eval", small, "--tasks", "local", "--data", data)
     assert code == 0 and "perplexity" in out and "difference" not in out
@@ -98,7 +98,12 @@ def test_eval_beside_the_dense_model(
         (["SMALL", "--tasks", "piqa", "--batch-tokens", "0"], 2, "batch_tokens"),
         (["SMALL", "--tasks", "piqa", "--data", "nowhere"], 1, "nowhere is no folder"),
         (["SMALL", "--tasks", "arc_easy", "--data", "DATA"], 1, "holds no arc_easy/test.jsonl"),
-        (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "OTHER"], 2, "another vocabulary"),
+        (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "OTHER"], 2, "'z' is missing and"),
+        (["SMALL", "--tasks", "piqa", "--data", "DATA", "--against", "OTHER"], 2, "but other ones"),
+        (["SMALL", "--tasks", "piqa", "--data", "DATA", "--against", "LARGER"], 2, "larger has a vocab"),
+        (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "EMPTY"], 1, "no config.json"),
+        (["DAMAGED", "--tasks", "piqa", "--data", "DATA"], 1, "damaged: its logits are not finite"),
+        (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "DAMAGED"], 1, "damaged: its logits"),
         (["SMALL", "--ppl", "TEXT", "--against", "./nowhere"], 1, "no such folder"),
     ],
 )
@@ -110,9 +115,34 @@ def test_eval_errors(
     vocabulary["model"]["vocab"].pop("z")
     (other / "tokenizer.json").write_text(json.dumps(vocabulary))
     places = {"SMALL": small, "TEXT": text, "DATA": data, "OTHER": other}
+    places["LARGER"] = tiny.save(tmp_path / "larger", vocab_size=128)
+    places["DAMAGED"] = tiny.save(tmp_path / "damaged")
+    places["EMPTY"] = tmp_path / "empty"
+    places["EMPTY"].mkdir()
+    model = tiny.model()
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(places["DAMAGED"])
     found, out, err = run("eval", *(places.get(argument, argument) for argument in arguments))
     assert found == code, err
     assert words in err and not out and "Traceback" not in err
+
+
+def test_a_folder_that_the_environment_names_is_there(
+    run: Run, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POCKETLLM_DATA", "/nowhere")
+    code, _, err = run("eval", small, "--tasks", "local")
+    assert code == 1 and "POCKETLLM_DATA: /nowhere is no folder" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"), [("nosuch", 2, "unknown task"), ("arc_easy", 1, "holds no arc_easy")]
+)
+def test_tasks_are_found_before_the_text_is_measured(
+    name: str, code: int, words: str, run: Run, small: Path, text: Path, data: Path
+) -> None:
+    found, _, err = run("eval", small, "--ppl", text, "--context", "32", "--tasks", name, "--data", data)
+    assert found == code and words in err and "%" not in err  # no progress
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 
 import pocketllm
 from pocketllm.config import EvalConfig
-from pocketllm.errors import ConfigError, ExtraError, SourceError
+from pocketllm.errors import ConfigError, ExtraError, SourceError, WeightError
 from pocketllm.evaluate import harness, results, tasks
 from pocketllm.evaluate.compare import average, compare
 from tests import tiny
@@ -198,6 +198,27 @@ def test_a_stopped_evaluation_goes_on(model: Any, data: Path) -> None:
     assert not tasks.evaluate_tasks(["piqa"], subject(model), CONFIG, data, hub=False)["piqa"].cached
 
 
+def test_a_model_without_finite_logits_is_not_scored(data: Path) -> None:
+    damaged = tiny.model()
+    damaged.config.name_or_path = "damaged"
+    with torch.no_grad():
+        damaged.model.norm.weight[3] = torch.nan
+    for _ in range(2):  # the second time there is nothing kept of the first
+        with pytest.raises(WeightError, match="damaged: its logits are not finite"):
+            tasks.evaluate_tasks(["boolq"], subject(damaged), CONFIG, data, hub=False)
+
+
+def test_a_kept_result_without_a_field_is_measured_again(model: Any, data: Path) -> None:
+    tasks.evaluate_tasks(["piqa"], subject(model), CONFIG, data, hub=False)
+    [kept] = (Path(results.cache_folder()) / "eval" / "results").iterdir()
+    values = json.loads(kept.read_text())
+    for result in ({n: v for n, v in values["result"].items() if n != "acc"}, {**values["result"], "new": 1}):
+        kept.write_text(json.dumps({**values, "result": result}))
+        for cached in (False, True):
+            found = tasks.evaluate_tasks(["piqa"], subject(model), CONFIG, data, hub=False)
+            assert found["piqa"].cached == cached
+
+
 def test_compressed_models_in_both_modes(data: Path, folders: dict[str, Path]) -> None:
     found = []
     for mode in ("dense", "packed"):
@@ -222,7 +243,9 @@ def test_fingerprints(folders: dict[str, Path], tmp_path: Path) -> None:
 def test_names(data: Path) -> None:
     assert tasks.task_names(["paper", "piqa", "lambada"], None) == [*tasks.PAPER_TASKS, "lambada_openai"]
     assert tasks.task_names(["local"], data) == ["boolq", "lambada_openai", "piqa"]
-    with pytest.raises(ConfigError, match=r"no task to run in no data folder; looked for .*piqa/valid.jsonl"):
+    with pytest.raises(
+        ConfigError, match=r"neither --data nor POCKETLLM_DATA .*looked for .*piqa/valid.json"
+    ):
         tasks.task_names(["local"], None)
 
 
@@ -253,6 +276,10 @@ def test_lm_evals_other_tasks(
     found = tasks.evaluate_tasks(["both"], subject(model), CONFIG)
     assert sorted(found) == ["first", "second"]
     assert found["first"].acc == found["second"].acc and found["first"].data == "hub: json"
+    sources = tasks.find_tasks(["both"], None)  # loaded once, for several models
+    for who in (subject(tiny.model(), "b"), subject(model)):
+        again = tasks.run_tasks(sources, who, CONFIG, cache=False)
+    assert again["second"].scores == found["second"].scores and again["second"].n == found["second"].n
     with pytest.raises(ConfigError, match=r"unknown task 'frist'; near it: first.*from local files: arc_ch"):
         tasks.evaluate_tasks(["frist"], subject(model), CONFIG)
 
@@ -277,7 +304,9 @@ def test_averages_and_differences() -> None:
     dense = {"piqa": result("piqa", [1, 1, 1, 0]), "boolq": result("boolq", [1, 1, 1, 1])}
     means = average(own)
     assert means["paper"]["tasks"] == ["piqa"] and len(means["paper"]["missing"]) == 4
-    assert means["all"]["acc"] == 0.375 and means["all"]["chance"] == 0.5
+    assert means["all"]["acc"] == 0.375 and means["all"]["chance"] == 0.5 and means["all"]["open"] == []
+    open_ended = average({**own, "lambada_openai": result("lambada_openai", [1, 0], None)})["all"]
+    assert open_ended["chance"] == pytest.approx(1 / 3) and open_ended["open"] == ["lambada_openai"]
     errors = [own["piqa"].acc_stderr or 0, own["boolq"].acc_stderr or 0]
     assert means["all"]["stderr"] == pytest.approx((errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2)
     found = compare(own, dense)

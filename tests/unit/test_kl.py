@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pocketllm.errors import ConfigError
-from pocketllm.evaluate.kl import check_vocabularies, divergence, standard_error
+from pocketllm.errors import ConfigError, WeightError
+from pocketllm.evaluate.kl import divergence, standard_error
 from pocketllm.evaluate.perplexity import perplexity, token_windows
 from tests import tiny
 
@@ -80,22 +81,24 @@ def test_tokens_that_both_models_rule_out(pair: tuple[Any, Any, Any]) -> None:
     assert 0 < found.kl < 10
 
 
-def test_other_vocabularies() -> None:
-    tokenizer, smaller, swapped = tiny.tokenizer(), tiny.tokenizer(), tiny.tokenizer()
-    check_vocabularies(tokenizer, smaller)
-    vocabulary = tokenizer.get_vocab()
-    smaller.get_vocab = lambda: {"a": 0}
-    with pytest.raises(ConfigError, match=r"another vocabulary \(96 tokens here, 1 there\)"):
-        check_vocabularies(tokenizer, smaller)
-    swapped.get_vocab = lambda: {**vocabulary, "a": vocabulary["b"], "b": vocabulary["a"]}
-    with pytest.raises(ConfigError, match=r"token .[ab]. is"):
-        check_vocabularies(tokenizer, swapped)
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_model_of_which_a_weight_is_nan(position: int, pair: tuple[Any, Any, Any]) -> None:
+    _, reference, tokenizer = pair
+    models = [reference, reference]
+    models[position] = tiny.model()
+    models[position].config.name_or_path = "damaged"
+    with torch.no_grad():
+        models[position].model.norm.weight[3] = math.nan
+    with pytest.raises(WeightError, match="damaged: its logits are not finite"):
+        divergence(*models, tokenizer, TEXT, 40, 1)
 
 
 def test_other_sizes_of_logits_and_positions(pair: tuple[Any, Any, Any]) -> None:
     model, _, tokenizer = pair
-    with pytest.raises(ConfigError, match="give 96 and 100 logits"):
-        divergence(model, tiny.model(vocab_size=100), tokenizer, TEXT, 40, 1)
+    larger = tiny.model(vocab_size=100)
+    larger.config.name_or_path = "larger"
+    with pytest.raises(ConfigError, match="larger has a vocabulary of 100 tokens, the model one of 96"):
+        divergence(model, larger, tokenizer, TEXT, 40, 1)
     with pytest.raises(ConfigError, match="the model has 64 positions"):
         divergence(model, tiny.model("gpt2"), tokenizer, TEXT, 65, 1)
     with pytest.raises(ConfigError, match="the text has"):

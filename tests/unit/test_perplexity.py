@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pocketllm.errors import ConfigError, SourceError
+from pocketllm.errors import ConfigError, SourceError, WeightError
 from pocketllm.evaluate import generate as generation
 from pocketllm.evaluate.perplexity import perplexity, read_text, token_windows
 from tests import tiny
@@ -57,6 +57,19 @@ def test_impossible_windows(context: int, windows: int | None, tokenizer: Any) -
 def test_context_beyond_the_model(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="the model has 64 positions"):
         perplexity(tiny.model("gpt2"), tokenizer, TEXT, 65)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite(bad: float, tokenizer: Any) -> None:
+    damaged = tiny.model()
+    damaged.config.name_or_path = "folder/damaged"
+    damaged.lm_head.bias = torch.nn.Parameter(torch.zeros(96))
+    with torch.no_grad():
+        damaged.lm_head.bias[3] = -math.inf  # a token that is ruled out is no damage
+        assert math.isfinite(perplexity(damaged, tokenizer, TEXT.replace(" ", ""), 20).perplexity)
+        damaged.lm_head.bias[4] = bad
+    with pytest.raises(WeightError, match=r"folder/damaged: its logits are not finite .* torch.float32"):
+        perplexity(damaged, tokenizer, TEXT, 20)
 
 
 def test_texts(tmp_path: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from pocketllm.cli.render import size
+from pocketllm.cli.render import number, size
 
 
 def eval_tables(values: Mapping[str, Any]) -> list[Table | str]:
@@ -17,7 +16,7 @@ def eval_tables(values: Mapping[str, Any]) -> list[Table | str]:
     if values["against"]:
         shown.append(f"against: {_described(values['against'])}")
     if values["perplexity"] is not None:
-        shown.append(_text_table(values))
+        shown += [_convention(values), _text_table(values)]
     if values["tasks"]:
         shown.append(_task_table(values))
         shown += _notes(values)
@@ -31,15 +30,20 @@ def _described(entry: Mapping[str, Any]) -> str:
     return f"{entry['model']}: {kind}; {size(entry['bytes_on_disk'])} on disk"
 
 
+def _convention(values: Mapping[str, Any]) -> str:
+    """What the figures of a text depend on."""
+    windows = f"context {values['context']}, {values['windows']} windows, {values['tokens']} tokens"
+    return f"{values['text']}: {windows}"
+
+
 def _text_table(values: Mapping[str, Any]) -> Table:
-    what = f"{escape(values['text'])}, context {values['context']}, {values['windows']} windows"
-    table = Table(title=f"{what}, {values['tokens']} tokens", show_header=False)
+    table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_row("perplexity", f"{values['perplexity']:.3f}")
     if values["kl"] is not None:
         table.add_row("perplexity of the other", f"{values['against']['perplexity']:.3f}")
-        table.add_row("KL(other || this), nats a token", _number(values["kl"], values["kl_stderr"], 5))
+        table.add_row("KL(other || this), nats a token", number(values["kl"], values["kl_stderr"]))
         agreement = _percent(values["top1_agreement"], values["top1_agreement_stderr"])
         table.add_row("same most likely token", agreement)
     return table
@@ -63,12 +67,13 @@ def _task_table(values: Mapping[str, Any]) -> Table:
             chance = "" if result["chance"] is None else f"{result['chance']:.1%}"
             table.add_row(*row, chance, "kept" if result["cached"] else f"{result['seconds']:.0f}")
         for metric, entry in result["other"].items():
-            row = [name, str(result["n"]), metric, _number(entry["value"], entry["stderr"], 3)]
+            row = [name, str(result["n"]), metric, number(entry["value"], entry["stderr"])]
             if other:
                 theirs = other["tasks"][name]["other"][metric]
+                gap = entry["value"] - theirs["value"]
                 row += [
-                    _number(theirs["value"], theirs["stderr"], 3),
-                    f"{entry['value'] - theirs['value']:+.3f}",
+                    number(theirs["value"], theirs["stderr"]),
+                    ("+" if gap >= 0 else "") + number(gap),
                 ]
             table.add_row(*row, "", "")
     table.add_section()
@@ -93,6 +98,9 @@ def _notes(values: Mapping[str, Any]) -> list[str]:
         notes.append(f"paper's average is over {', '.join(paper['tasks'])}{missing}")
     if values["against"]:
         notes.append("differences: standard error paired by document")
+    if values["average"]["all"] and values["average"]["all"]["open"]:
+        tasks = ", ".join(values["average"]["all"]["open"])
+        notes.append(f"chance is 0 in the averages where answers are not chosen from a list: {tasks}")
     if values["limit"] is not None:
         notes.append(f"first {values['limit']} documents of each task; full figures differ")
     return notes
@@ -100,10 +108,6 @@ def _notes(values: Mapping[str, Any]) -> list[str]:
 
 def _percent(value: float, error: float | None) -> str:
     return f"{value:.1%}" if error is None else f"{value * 100:.1f} ± {error:.1%}"
-
-
-def _number(value: float, error: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def _gap(gap: Mapping[str, Any]) -> str:

@@ -85,9 +85,7 @@ def evaluate(
         if number < 0:
             raise ConfigError(f"{name}: got {number}, wanted 0 (all) or more")
     config = EvalConfig(context, windows or None, limit or None, batch_tokens)
-    folder = data or _default_data()
-    if data is not None and not data.is_dir():
-        raise SourceError(f"--data: {data} is no folder")
+    folder = None if tasks is None and data is None else _data(data)
     show = Output(json, quiet)
     text = None if ppl is None else read_text(ppl)
     options = None
@@ -105,6 +103,7 @@ def evaluate(
             setting,
             lambda: load_any(name, mode, dtype, device, trust_remote_code)[:2],
             None if adapter is None else _adapter(adapter, resolve(name)),
+            trust_remote_code,
         )
 
     other = None if against is None else named(against, "dense")
@@ -122,9 +121,13 @@ def _adapter(adapter: Path, base: Path) -> Any:
     return Measured(adapter, lambda model: attach(model, base, adapter))
 
 
-def _default_data() -> Path | None:
+def _data(given: Path | None) -> Path | None:
+    """Folder of local task files: --data, else what the environment names, if anything."""
     named = os.environ.get("POCKETLLM_DATA")
-    return Path(named) if named and Path(named).is_dir() else None
+    folder = given or (Path(named) if named else None)
+    if folder is not None and not folder.is_dir():
+        raise SourceError(f"{'--data' if given else 'POCKETLLM_DATA'}: {folder} is no folder")
+    return folder
 
 
 @app.command(epilog='Example:\n\n  pocketllm generate smol-8x --prompt "The capital of France is"')

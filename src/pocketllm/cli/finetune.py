@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pocketllm.cli.options import Device, Json, Quiet, Seed, Threads, Trust, dtype_of, settle
-from pocketllm.cli.render import Output, size
+from pocketllm.cli.render import Output, number, size
 from pocketllm.config import DistillConfig, LoopConfig, LoraTuneConfig
 from pocketllm.errors import ConfigError
 
@@ -247,16 +247,14 @@ def _table(values: dict[str, Any], title: str) -> Any:
     for key, value in values.items():
         if value in ("", {}):
             continue
-        shown = _number(value) if isinstance(value, float) else str(value)
+        shown = number(value) if isinstance(value, float) else str(value)
         if isinstance(value, dict):
-            shown = "\n".join(f"{name}: {_number(part)}" for name, part in value.items())
+            shown = "\n".join(f"{name}: {_shown(part)}" for name, part in value.items())
         if key.endswith("bytes") or key.startswith("bytes"):
             shown = size(value)
         table.add_row(key.replace("_", " ").replace("kl ", "KL to the dense model, "), shown)
     return table
 
 
-def _number(value: Any) -> str:
-    return (
-        f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
-    )
+def _shown(value: Any) -> str:
+    return number(value) if isinstance(value, int | float) else str(value)

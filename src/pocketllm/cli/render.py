@@ -124,17 +124,27 @@ def _left(seconds: float) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """NaN is no JSON: None instead."""
+    """NaN and infinities are no JSON: None instead."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def size(nbytes: float) -> str:
     """Bytes in full and in MB (10^6)."""
     return f"{nbytes:,.0f} ({nbytes / 1e6:,.1f} MB)"
+
+
+def number(value: float, error: float | None = None) -> str:
+    """Five significant digits and no exponent, `± error` to the same place; integers in full."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    largest = max(abs(value), error or 0.0)
+    digits = 4 - math.floor(math.log10(largest)) if 0 < largest < math.inf else 0
+    shown = f"{value:,.{max(0, digits)}f}"
+    return shown if error is None else f"{shown} ± {error:,.{max(0, digits)}f}"
 
 
 def parse_size(text: str) -> int:
@@ -186,7 +196,7 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
 
 
 def _recovered(facts: Mapping[str, Any]) -> str:
-    change = f"{facts['kl_before']:.4f} -> {facts['kl_after']:.4f}"
+    change = f"{number(facts['kl_before'])} -> {number(facts['kl_after'])}"
     return f"{facts['steps']} steps, KL to the dense model {change} nats a token"
 
 

@@ -13,8 +13,9 @@ from pocketllm.evaluate.tasks import METRICS, PAPER_TASKS, TaskResult
 def average(found: Mapping[str, TaskResult]) -> dict[str, Any]:
     """Mean accuracies: `paper` over the paper's tasks that were measured, `all` over every task.
 
-    Each: acc, stderr (tasks are independent), chance, tasks; `paper` also names the missing ones. None where
-    no task has an accuracy.
+    Each: acc, stderr (tasks are independent), chance, tasks, open (those whose answers are not chosen from a
+    list: guessing among all words gets about 0, which is what counts as their chance); `paper` also names the
+    missing ones. None where no task has an accuracy.
     """
     scored = {name: result for name, result in found.items() if result.acc is not None}
     paper = _mean([scored[name] for name in PAPER_TASKS if name in scored])
@@ -33,6 +34,7 @@ def _mean(found: Sequence[TaskResult]) -> dict[str, Any] | None:
         "stderr": math.hypot(*errors) / len(found) if known else None,
         "chance": sum(result.chance or 0.0 for result in found) / len(found),
         "tasks": [result.task for result in found],
+        "open": [result.task for result in found if result.chance is None],
     }
 
 

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from pocketllm.errors import ConfigError, SourceError, reason_of
 from pocketllm.evaluate.kl import standard_error
+from pocketllm.evaluate.perplexity import check_likelihood
+from pocketllm.model.limits import positions_of
 
 _LOGITS_BYTES = 1 << 29  # most bytes of a batch's logits; bounds the batch where the vocabulary is large
 Progress = Callable[[float], None]
@@ -46,7 +48,7 @@ class PocketLM(HFLM):  # type: ignore[misc]
         max_length: int,
         progress: Progress = lambda share: None,
     ) -> None:
-        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        positions = positions_of(model.config) or max_length
         with quiet(), _tied_already(model):
             super().__init__(
                 pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=min(max_length, positions)
@@ -66,6 +68,9 @@ class PocketLM(HFLM):  # type: ignore[misc]
         """(log likelihood, whether greedy decoding gives it) of each continuation, in the requests' order.
 
         Requests whose input is the same (answers of one token) share one row.
+
+        Raises:
+            WeightError: as `check_likelihood`.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
@@ -80,7 +85,8 @@ class PocketLM(HFLM):  # type: ignore[misc]
             for numbers, logits in zip(members, self._rows(batch, lengths), strict=True):
                 log_probabilities = logits.float().log_softmax(-1)
                 for number in numbers:
-                    answers[number] = _score(log_probabilities, requests[number][2])
+                    score, is_greedy = _score(log_probabilities, requests[number][2])
+                    answers[number] = check_likelihood(score, self.model), is_greedy
             done += sum(map(len, batch))
             self.progress(done / total)
         return answers

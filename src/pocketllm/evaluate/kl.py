@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.errors import ConfigError
-from pocketllm.evaluate.perplexity import check_context, exp_mean, token_windows
+from pocketllm.evaluate.perplexity import check_likelihood, exp_mean, token_windows
+from pocketllm.model.limits import Vocabulary, check_positions, check_vocabularies, name_of
 
 _LOGITS_AT_ONCE = 128  # positions whose float32 distributions are held at the same time
 
@@ -44,26 +44,6 @@ class Divergence:
     tokens: int
 
 
-def check_vocabularies(tokenizer: Any, reference: Any) -> None:
-    """Two models can be compared token by token only if a token means the same to both.
-
-    Raises:
-        ConfigError: saying how the vocabularies differ.
-    """
-    own, other = tokenizer.get_vocab(), reference.get_vocab()
-    if own == other:
-        return
-    if len(own) != len(other):
-        difference = f"{len(own)} tokens here, {len(other)} there"
-    else:
-        token = next(token for token in own if own[token] != other.get(token))
-        difference = f"token {token!r} is {own[token]} here, {other.get(token)} there"
-    raise ConfigError(
-        f"the model to compare with has another vocabulary ({difference}); "
-        "name the dense model that this one was compressed from"
-    )
-
-
 @torch.inference_mode()
 def divergence(
     model: Any,
@@ -86,20 +66,21 @@ def divergence(
 
     Raises:
         ConfigError: as `token_windows`; a context longer than a model's positions; other sizes of logits.
+        WeightError: as `check_likelihood`, of either model.
     """
-    check_context(model, context)
-    check_context(reference, context)
+    for each in (model, reference):
+        check_positions(each.config, context, name_of(each))
     parts = token_windows(tokenizer, text, context, windows)
     sums = torch.zeros(len(parts), 4, dtype=torch.float64)
     for number, window in enumerate(parts):
         logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]
         wanted = reference(window[None].to(reference.device), use_cache=False).logits[0, :-1]
-        if logits.shape != wanted.shape:
-            raise ConfigError(
-                f"the models give {logits.shape[-1]} and {wanted.shape[-1]} logits per token; "
-                "name the dense model that this one was compressed from"
-            )
+        check_vocabularies(
+            Vocabulary(name_of(model), logits.shape[-1]), Vocabulary(name_of(reference), wanted.shape[-1])
+        )
         sums[number] = _window_sums(logits, wanted.to(logits.device), window[1:].to(logits.device))
+        check_likelihood(float(sums[number, 0]), model)
+        check_likelihood(float(sums[number, 1]), reference)
         progress((number + 1) / len(parts))
     tokens = len(parts) * (context - 1)
     means = sums / (context - 1)

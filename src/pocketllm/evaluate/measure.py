@@ -10,12 +10,13 @@ from typing import Any
 
 from pocketllm.config import EvalConfig
 from pocketllm.evaluate.compare import average, compare
-from pocketllm.evaluate.kl import Divergence, check_vocabularies, divergence
+from pocketllm.evaluate.kl import Divergence, divergence
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.evaluate.results import fingerprint
-from pocketllm.evaluate.tasks import Subject, evaluate_tasks
+from pocketllm.evaluate.tasks import Subject, TaskSource, find_tasks, run_tasks
 from pocketllm.evaluate.verify import verify_compressed
 from pocketllm.model.checkpoint import REPORT_NAME, folder_bytes
+from pocketllm.model.limits import Vocabulary, check_vocabularies, read_vocabulary
 
 Progress = Callable[[str, float], None]
 
@@ -36,6 +37,7 @@ class Model:
         setting: dtype, mode and device, as part of the identity of its results.
         load: gives (model, tokenizer).
         adapter: attached once the model is verified; its bytes are counted.
+        trust_remote_code: run code that comes with the model, where its vocabulary is read.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Model:
         setting: str,
         load: Callable[[], tuple[Any, Any]],
         adapter: Adapter | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.name, self.folder, self.setting, self.adapter = name, folder, setting, adapter
+        self.trust_remote_code = trust_remote_code
         self._load = load
         self._loaded: tuple[Any, Any] | None = None
         self._matrices: int | None = None
@@ -88,6 +92,14 @@ class Model:
             "bytes_on_disk": folder_bytes(self.folder) + added,
         }
 
+    def vocabulary(self) -> Vocabulary:
+        """Its tokens, without loading its weights.
+
+        Raises:
+            SourceError: its configuration cannot be read.
+        """
+        return read_vocabulary(self.folder, self.name, self.trust_remote_code)
+
     def identity(self) -> str:
         """Changes with any bit of model and adapter."""
         own = fingerprint(self.folder)
@@ -117,6 +129,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measure a model; every key is there always, None where it was not asked for.
 
+    Tasks, their data and the vocabularies are looked at before anything is measured.
+
     Args:
         other: usually the dense model.
         text: for perplexity and, beside `other`, divergence.
@@ -127,14 +141,20 @@ def measure(
         of `other`; difference: as `compare`.
 
     Raises:
-        ConfigError: another vocabulary, windows that do not fit, an unknown task.
-        ExtraError: tasks, but no lm-eval.
-        SourceError: a task's data is missing or malformed.
+        ConfigError: another vocabulary, windows that do not fit.
+        ConfigError, ExtraError, SourceError: as `find_tasks`.
         LoadError: a compressed model is not compressed in memory.
+        WeightError: a model's logits are not finite.
     """
-    values: dict[str, Any] = {**own.described(), **_on_text(own, other, text, config, progress)}
+    sources = None if tasks is None else find_tasks(tasks.names, tasks.data, tasks.hub)
+    cache = tasks is not None and tasks.cache
+    values = own.described()
+    if other is not None:
+        check_vocabularies(own.vocabulary(), other.vocabulary())
+    values |= _on_text(own, other, text, config, progress)
     reference = values.pop("reference_perplexity")
-    results = [_on_tasks(model, tasks, config, progress) for model in (own, other) if model is not None]
+    models = [model for model in (own, other) if model is not None]
+    results = [_on_tasks(model, sources, config, cache, progress) for model in models]
     values |= _shown(results[0]) | {"limit": config.limit, "against": None, "difference": None}
     if other is not None:
         values["against"] = {**other.described(), "perplexity": reference, **_shown(results[1])}
@@ -153,21 +173,20 @@ def _on_text(
     size = (config.context, config.windows, lambda share: progress("text", share))
     if other is None:
         return values | dataclasses.asdict(perplexity(model, tokenizer, text, *size))
-    reference, its_tokenizer = other.load()
-    check_vocabularies(tokenizer, its_tokenizer)
+    reference, _ = other.load()
     return values | dataclasses.asdict(divergence(model, reference, tokenizer, text, *size))
 
 
-def _on_tasks(model: Model, tasks: TaskOptions | None, config: EvalConfig, progress: Progress) -> Any:
-    if tasks is None:
+def _on_tasks(
+    model: Model, sources: list[TaskSource] | None, config: EvalConfig, cache: bool, progress: Progress
+) -> Any:
+    if sources is None:
         return None
-    return evaluate_tasks(
-        tasks.names,
+    return run_tasks(
+        sources,
         Subject(model.identity(), model.setting, model.load),
         config,
-        tasks.data,
-        hub=tasks.hub,
-        cache=tasks.cache,
+        cache=cache,
         progress=lambda task, share: progress(f"{task}, {model.name}", share),
     )
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.errors import ConfigError, SourceError
+from pocketllm.errors import ConfigError, SourceError, WeightError
+from pocketllm.model.limits import check_positions, name_of
 
 _LOGITS_AT_ONCE = 128  # positions whose float32 logits are held at the same time
 
@@ -95,24 +96,32 @@ def perplexity(
 
     Raises:
         ConfigError: as `token_windows`; or a context longer than the model's positions.
+        WeightError: as `check_likelihood`.
     """
-    check_context(model, context)
+    check_positions(model.config, context, name_of(model))
     parts = token_windows(tokenizer, text, context, windows)
     total, scored = 0.0, 0
     for number, window in enumerate(parts):
         ids = window[None].to(model.device)
         logits = model(ids, use_cache=False).logits[0, :-1]
-        total += _negative_log_likelihood(logits, ids[0, 1:])
+        total += check_likelihood(_negative_log_likelihood(logits, ids[0, 1:]), model)
         scored += context - 1
         progress((number + 1) / len(parts))
     return Perplexity(exp_mean(total / scored), context, len(parts), scored)
 
 
-def check_context(model: Any, context: int) -> None:
-    """Raises ConfigError where the model has fewer positions than a window has tokens."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and context > positions:
-        raise ConfigError(f"context: got {context}, the model has {positions} positions; lower it")
+def check_likelihood(value: float, model: Any) -> float:
+    """A (negative) log likelihood in nats, as it is; -inf and inf are what a model rules out.
+
+    Raises:
+        WeightError: NaN, which is what softmax makes of a NaN or +inf among the logits; names the model.
+    """
+    if math.isnan(value):
+        raise WeightError(
+            f"{name_of(model)}: its logits are not finite (NaN or Inf) in {model.dtype}; "
+            "look for damaged weights, or evaluate in a wider dtype"
+        )
+    return value
 
 
 def exp_mean(mean: float) -> float:

@@ -62,7 +62,7 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
-class _Source:
+class TaskSource:
     """A task to run. rows: identity of its data. load: makes lm-eval's task."""
 
     name: str
@@ -106,8 +106,26 @@ def task_names(wanted: Iterable[str], data: Path | None) -> list[str]:
             names.append(_ALIASES.get(name, name))
     if not names:
         files = ", ".join(task.files[0][0] for task in local_tasks().values())
-        raise ConfigError(f"no task to run in {data or 'no data folder'}; looked for {files} and the like")
+        where = data or "no folder: neither --data nor POCKETLLM_DATA names one"
+        raise ConfigError(f"no task to run in {where}; looked for {files} and the like")
     return list(dict.fromkeys(names))
+
+
+def find_tasks(names: Iterable[str], data: Path | None, hub: bool = True) -> list[TaskSource]:
+    """The tasks of these names, their data at hand; nothing is run.
+
+    Args:
+        names: as `task_names` gives them; lm-eval's groups count by their members.
+        data: folder with local files.
+        hub: whether what `data` lacks may come from the hub.
+
+    Raises:
+        ExtraError: lm-eval is not installed.
+        ConfigError: a name is unknown.
+        SourceError: data is missing or malformed.
+    """
+    check_installed()
+    return [source for name in names for source in _sources(name, data, hub)]
 
 
 def evaluate_tasks(
@@ -120,28 +138,33 @@ def evaluate_tasks(
     cache: bool = True,
     progress: Callable[[str, float], None] = lambda task, share: None,
 ) -> dict[str, TaskResult]:
+    """`find_tasks`, then `run_tasks`: every task's data is looked at before the first is run."""
+    return run_tasks(find_tasks(names, data, hub), subject, config, cache=cache, progress=progress)
+
+
+def run_tasks(
+    sources: Iterable[TaskSource],
+    subject: Subject,
+    config: EvalConfig,
+    *,
+    cache: bool = True,
+    progress: Callable[[str, float], None] = lambda task, share: None,
+) -> dict[str, TaskResult]:
     """Measure a model on tasks, each kept as soon as it is done.
 
     Args:
-        names: as `task_names` gives them; lm-eval's groups count by their members.
-        data: folder with local files.
-        hub: whether what `data` lacks may come from the hub.
         cache: take earlier results, and keep new ones.
         progress: told a task's name and its finished share.
 
     Raises:
-        ExtraError: lm-eval is not installed.
-        ConfigError: a name is unknown.
-        SourceError: data is missing or malformed; every task's is looked at before the first is run.
+        WeightError: the model's logits are not finite; nothing of that task is kept.
     """
-    check_installed()
-    sources = [source for name in names for source in _sources(name, data, hub)]
     found: dict[str, TaskResult] = {}
     for source in sources:
         identity = _identity(source, subject, config)
-        kept = results.recall(identity) if cache else None
+        kept = _kept(identity) if cache else None
         if kept is not None:
-            found[source.name] = replace(TaskResult(**kept), cached=True)
+            found[source.name] = kept
             progress(source.name, 1.0)
             continue
         found[source.name] = _measure(source, subject, config, partial(progress, source.name))
@@ -150,8 +173,17 @@ def evaluate_tasks(
     return found
 
 
+def _kept(identity: dict[str, Any]) -> TaskResult | None:
+    """The result kept under this identity, if it is whole."""
+    kept = results.recall(identity)
+    try:
+        return None if kept is None else replace(TaskResult(**kept), cached=True)
+    except TypeError:  # a field is missing or unknown: measured again
+        return None
+
+
 def _measure(
-    source: _Source, subject: Subject, config: EvalConfig, progress: Callable[[float], None]
+    source: TaskSource, subject: Subject, config: EvalConfig, progress: Callable[[float], None]
 ) -> TaskResult:
     from pocketllm.evaluate.harness import PocketLM, run_task
 
@@ -184,7 +216,7 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("lm-eval", "torch", "transformers")}
 
 
-def _identity(source: _Source, subject: Subject, config: EvalConfig) -> dict[str, Any]:
+def _identity(source: TaskSource, subject: Subject, config: EvalConfig) -> dict[str, Any]:
     """Everything a result depends on."""
     return {
         "model": subject.fingerprint,
@@ -198,20 +230,17 @@ def _identity(source: _Source, subject: Subject, config: EvalConfig) -> dict[str
     }
 
 
-def _sources(name: str, data: Path | None, hub: bool) -> list[_Source]:
+def _sources(name: str, data: Path | None, hub: bool) -> list[TaskSource]:
     from pocketllm.evaluate import harness
 
     task = local_tasks().get(name)
     if task is None:
-        loaded = harness.load_tasks(name, registry=True)
-        return [
-            _Source(t.config.task, "", f"hub: {t.DATASET_PATH}", "hub", partial(_same, t)) for t in loaded
-        ]
+        return [_from_hub(loaded) for loaded in harness.load_tasks(name, registry=True)]
     place = task.find(data)
     if place is not None:
         ready = prepare(task, *place)
         return [
-            _Source(
+            TaskSource(
                 name, ready.split, ready.source, ready.sha256, lambda: harness.load_tasks(str(ready.yaml))[0]
             )
         ]
@@ -221,14 +250,14 @@ def _sources(name: str, data: Path | None, hub: bool) -> list[_Source]:
 
     stock = Path(lm_eval.tasks.__file__).parent / task.include
     try:
-        loaded = harness.load_tasks(str(stock))
+        return [_from_hub(loaded) for loaded in harness.load_tasks(str(stock))]
     except SourceError as error:
         raise SourceError(f"{name}: not on the hub as seen from here, and {_wanted(task, data)}") from error
-    return [_Source(name, "", f"hub: {t.DATASET_PATH}", "hub", partial(_same, t)) for t in loaded]
 
 
-def _same(task: Any) -> Any:
-    return task
+def _from_hub(task: Any) -> TaskSource:
+    """A task that lm-eval has loaded, with its data."""
+    return TaskSource(task.config.task, "", f"hub: {task.DATASET_PATH}", "hub", lambda: task)
 
 
 def _wanted(task: LocalTask, data: Path | None) -> str:

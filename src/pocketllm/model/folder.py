@@ -41,10 +41,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         SourceError: no model folder, no safetensors, or a shard that is missing.
     """
-    if not folder.is_dir():
-        raise SourceError(f"{folder}: no such folder")
-    if not (folder / "config.json").is_file():
-        raise SourceError(f"{folder}: no config.json; wanted a Hugging Face model folder")
+    _need_config(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         return _shards(index)
@@ -59,6 +56,13 @@ def weight_files(folder: Path) -> list[Path]:
     raise SourceError(f"{folder}: no *.safetensors file; wanted a Hugging Face model folder with weights")
 
 
+def _need_config(folder: Path) -> None:
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder}: no config.json; wanted a Hugging Face model folder")
+
+
 def _shards(index: Path) -> list[Path]:
     try:
         named = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
@@ -70,6 +74,27 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in named]
 
 
+def read_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The model's transformers configuration.
+
+    Raises:
+        SourceError: no model folder, or transformers does not know the model or cannot read its config.json.
+    """
+    from transformers import AutoConfig
+
+    _need_config(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever transformers makes of a config.json that it did not expect
+        raise _not_built(folder, error) from error
+
+
+def _not_built(folder: Path, error: Exception) -> SourceError:
+    reason = reason_of(error)
+    hint = "; pass --trust-remote-code if you trust it" if "custom code" in reason else ""
+    return SourceError(f"{folder}: transformers cannot build this model ({reason}){hint}")
+
+
 def meta_model(folder: Path, trust_remote_code: bool) -> Any:
     """The model class on the meta device: shapes, no weights.
 
@@ -77,22 +102,18 @@ def meta_model(folder: Path, trust_remote_code: bool) -> Any:
         SourceError: transformers does not know the model, or it is quantized already.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = read_config(folder, trust_remote_code)
+    if getattr(config, "quantization_config", None):
+        raise SourceError(
+            f"{folder}: the model is already quantized; compress the unquantized checkpoint instead"
+        )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None):
-            raise SourceError(
-                f"{folder}: the model is already quantized; compress the unquantized checkpoint instead"
-            )
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except SourceError:
-        raise
-    except Exception as error:  # whatever transformers makes of a config.json that it did not expect
-        reason = reason_of(error)
-        hint = "; pass --trust-remote-code if you trust it" if "custom code" in reason else ""
-        raise SourceError(f"{folder}: transformers cannot build this model ({reason}){hint}") from error
+    except Exception as error:  # as in `read_config`
+        raise _not_built(folder, error) from error
 
 
 def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = False, **placed: Any) -> Any:

@@ -13,10 +13,11 @@ import torch
 from accelerate import PartialState
 
 import pocketllm
-from pocketllm.errors import ConfigError, SourceError
+from pocketllm.errors import ConfigError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compute import fast_dtype
-from pocketllm.model.folder import need_tokenizer, read_tokenizer
+from pocketllm.model.folder import need_tokenizer, read_config
+from pocketllm.model.limits import check_positions, check_vocabularies, read_vocabulary
 from pocketllm.model.source import open_dense
 from pocketllm.model.workspace import Workspace, check_apart, locked, output_error
 from pocketllm.recover.log import RunLog
@@ -76,12 +77,7 @@ def check_context(base: Base, context: int) -> None:
     Raises:
         ConfigError: it has fewer.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and context > positions:
-        raise ConfigError(f"context: got {context}, {base.folder} has {positions} positions; lower it")
+    check_positions(read_config(base.folder, base.trust_remote_code), context, str(base.folder))
 
 
 def check_teacher(teacher: Path, base: Base) -> None:
@@ -90,8 +86,6 @@ def check_teacher(teacher: Path, base: Base) -> None:
     Raises:
         ConfigError: it is compressed itself, or has another vocabulary; names both. SourceError: no model.
     """
-    from transformers import AutoConfig
-
     if ckpt.is_compressed(teacher):
         made_from = ckpt.read_report(teacher)["model"]
         raise ConfigError(
@@ -100,26 +94,10 @@ def check_teacher(teacher: Path, base: Base) -> None:
         )
     trust = base.trust_remote_code
     open_dense(teacher, trust)  # its errors are clearer, and it refuses pickles
-    sizes = [
-        AutoConfig.from_pretrained(path, trust_remote_code=trust).get_text_config().vocab_size
-        for path in (teacher, base.folder)
-    ]
-    if sizes[0] != sizes[1]:
-        raise ConfigError(
-            f"the teacher {teacher} has a vocabulary of {sizes[0]} tokens, {base.folder} one of {sizes[1]}; "
-            "name the dense model that was compressed with --teacher"
-        )
-    try:
-        tokenizer = read_tokenizer(teacher, trust)
-    except SourceError:
-        tokenizer = None
-    if tokenizer is None:  # its size is all that can be compared
-        return
-    if tokenizer.get_vocab() != base.tokenizer.get_vocab():
-        raise ConfigError(
-            f"the teacher {teacher} and {base.folder} have as many tokens, but other ones; "
-            "name the dense model that was compressed with --teacher"
-        )
+    check_vocabularies(
+        read_vocabulary(base.folder, str(base.folder), trust),
+        read_vocabulary(teacher, f"the teacher {teacher}", trust),
+    )
 
 
 @contextmanager
