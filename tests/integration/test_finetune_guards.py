@@ -174,6 +174,7 @@ def test_a_chain_looks_at_its_text_first(made: Path, tmp_path: Path) -> None:
     for wrong, error, said in (
         ({"texts": ("nowhere.txt",)}, SourceError, "no such file"),
         ({"context": 2000}, ConfigError, "not one window of 2000"),
+        ({"context": 5000}, ConfigError, "context: got 5000, .* has 2048 positions"),
     ):
         with pytest.raises(error, match=said):
             compress_and_distill(made / "m", tiny.settings(), config(made, **wrong), tmp_path / "o")

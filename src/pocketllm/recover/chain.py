@@ -11,7 +11,8 @@ from pocketllm.config import CompressConfig, DistillConfig
 from pocketllm.errors import OutputError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import ProgressCallback, compress, is_made
-from pocketllm.model.folder import need_tokenizer
+from pocketllm.model.folder import need_tokenizer, read_config
+from pocketllm.model.limits import check_positions
 from pocketllm.model.report import Report
 from pocketllm.model.source import resolve
 from pocketllm.model.workspace import check_output
@@ -85,7 +86,8 @@ def check_recovery(model: str | Path, recovery: DistillConfig, trust_remote_code
     """Whether a recovery of what this dense model is compressed to can begin.
 
     Raises:
-        SourceError, ConfigError: a text cannot be read, or is too short.
+        SourceError, ConfigError: a text cannot be read, or is too short; a window is longer than the model takes.
     """
     dense = resolve(str(model))
+    check_positions(read_config(dense, trust_remote_code), recovery.context, str(model))
     training_windows(need_tokenizer(dense, trust_remote_code), recovery)
