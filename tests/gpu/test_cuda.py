@@ -10,7 +10,7 @@ import torch
 import pocketllm
 from pocketllm.codec import paths
 from pocketllm.codec.codebook import nearest, nearest_torch
-from pocketllm.evaluate.kl import divergence
+from pocketllm.evaluate.kl import text_divergence
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.studies import probe
 from tests import tiny
@@ -95,7 +95,7 @@ def test_divergence() -> None:
     text, found = "the same figures on both devices, within rounding. " * 8, []
     for device in ("cpu", "cuda"):
         other = tiny.model("qwen3")  # on the CPU: each model is asked where it is
-        found.append(divergence(tiny.model().to(device), other, tiny.tokenizer(), text, 40, 3).kl)
+        found.append(text_divergence(tiny.model().to(device), other, tiny.tokenizer(), text, 40, 3).kl)
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 

@@ -13,7 +13,7 @@ import torch
 import pocketllm
 from pocketllm.config import CodecConfig
 from pocketllm.errors import LoadError
-from pocketllm.evaluate.kl import divergence
+from pocketllm.evaluate.kl import text_divergence
 from pocketllm.model.checkpoint import read_report
 from pocketllm.model.decode import Matrices
 from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
@@ -71,7 +71,7 @@ def test_the_whole_put_together_is_the_compressed_model(model: str, tmp_path: Pa
     pocketllm.compress(model, sensitivity.configs(setup)["plain"], folder)
     own, tokenizer = pocketllm.load(folder, dtype=dense_model(setup)[0].dtype)
     text = setup.evaluation_texts()[0].text
-    seen = divergence(own, dense_model(setup)[0], tokenizer, text, 256, 2)
+    seen = text_divergence(own, dense_model(setup)[0], tokenizer, text, 256, 2)
     values = done.result["results"]["plain-parts"]
     groups = values["groups"]
     assert groups[sensitive.ALL]["kl"] == pytest.approx(seen.kl, rel=1e-6)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pocketllm.errors import ConfigError, WeightError
-from pocketllm.evaluate.kl import divergence, standard_error
+from pocketllm.evaluate.kl import standard_error, text_divergence
 from pocketllm.evaluate.perplexity import perplexity, token_windows
 from tests import tiny
 
@@ -32,7 +32,7 @@ def pair() -> tuple[Any, Any, Any]:
 
 def test_against_float64(pair: tuple[Any, Any, Any]) -> None:
     model, reference, tokenizer = pair
-    found = divergence(model, reference, tokenizer, TEXT, context=150, windows=3)
+    found = text_divergence(model, reference, tokenizer, TEXT, context=150, windows=3)
     divergences, agreements = [], []
     with torch.inference_mode():
         for window in token_windows(tokenizer, TEXT, 150, 3):
@@ -50,7 +50,7 @@ def test_against_float64(pair: tuple[Any, Any, Any]) -> None:
 def test_perplexities_are_those_of_the_perplexity_command(pair: tuple[Any, Any, Any]) -> None:
     model, reference, tokenizer = pair
     shares: list[float] = []
-    found = divergence(model, reference, tokenizer, TEXT, 40, 4, shares.append)
+    found = text_divergence(model, reference, tokenizer, TEXT, 40, 4, shares.append)
     assert found.perplexity == pytest.approx(perplexity(model, tokenizer, TEXT, 40, 4).perplexity)
     assert found.reference_perplexity == pytest.approx(
         perplexity(reference, tokenizer, TEXT, 40, 4).perplexity
@@ -60,7 +60,7 @@ def test_perplexities_are_those_of_the_perplexity_command(pair: tuple[Any, Any, 
 
 def test_a_model_does_not_diverge_from_itself(pair: tuple[Any, Any, Any]) -> None:
     _, reference, tokenizer = pair
-    found = divergence(reference, reference, tokenizer, TEXT, 40, 1)
+    found = text_divergence(reference, reference, tokenizer, TEXT, 40, 1)
     assert found.kl == 0 and found.top1_agreement == 1
     assert found.kl_stderr is None and found.top1_agreement_stderr is None
 
@@ -77,7 +77,7 @@ def test_tokens_that_both_models_rule_out(pair: tuple[Any, Any, Any]) -> None:
         forward.config, forward.device = inner.config, inner.device  # type: ignore[attr-defined]
         return forward
 
-    found = divergence(masked(model), masked(reference), tokenizer, TEXT, 40, 2)
+    found = text_divergence(masked(model), masked(reference), tokenizer, TEXT, 40, 2)
     assert 0 < found.kl < 10
 
 
@@ -90,7 +90,7 @@ def test_a_model_of_which_a_weight_is_nan(position: int, pair: tuple[Any, Any, A
     with torch.no_grad():
         models[position].model.norm.weight[3] = math.nan
     with pytest.raises(WeightError, match="damaged: its logits are not finite"):
-        divergence(*models, tokenizer, TEXT, 40, 1)
+        text_divergence(*models, tokenizer, TEXT, 40, 1)
 
 
 def test_other_sizes_of_logits_and_positions(pair: tuple[Any, Any, Any]) -> None:
@@ -98,11 +98,11 @@ def test_other_sizes_of_logits_and_positions(pair: tuple[Any, Any, Any]) -> None
     larger = tiny.model(vocab_size=100)
     larger.config.name_or_path = "larger"
     with pytest.raises(ConfigError, match="larger has a vocabulary of 100 tokens, the model one of 96"):
-        divergence(model, larger, tokenizer, TEXT, 40, 1)
+        text_divergence(model, larger, tokenizer, TEXT, 40, 1)
     with pytest.raises(ConfigError, match="the model has 64 positions"):
-        divergence(model, tiny.model("gpt2"), tokenizer, TEXT, 65, 1)
+        text_divergence(model, tiny.model("gpt2"), tokenizer, TEXT, 65, 1)
     with pytest.raises(ConfigError, match="the text has"):
-        divergence(model, model, tokenizer, "short", 40)
+        text_divergence(model, model, tokenizer, "short", 40)
 
 
 def test_standard_error() -> None:

@@ -45,7 +45,7 @@ class Divergence:
 
 
 @torch.inference_mode()
-def divergence(
+def text_divergence(
     model: Any,
     reference: Any,
     tokenizer: Any,

@@ -10,7 +10,7 @@ from typing import Any
 
 from pocketllm.config import EvalConfig
 from pocketllm.evaluate.compare import average, compare
-from pocketllm.evaluate.kl import Divergence, divergence
+from pocketllm.evaluate.kl import Divergence, text_divergence
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.evaluate.results import fingerprint
 from pocketllm.evaluate.tasks import Subject, TaskSource, find_tasks, run_tasks
@@ -174,7 +174,7 @@ def _on_text(
     if other is None:
         return values | dataclasses.asdict(perplexity(model, tokenizer, text, *size))
     reference, _ = other.load()
-    return values | dataclasses.asdict(divergence(model, reference, tokenizer, text, *size))
+    return values | dataclasses.asdict(text_divergence(model, reference, tokenizer, text, *size))
 
 
 def _on_tasks(

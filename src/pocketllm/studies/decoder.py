@@ -192,13 +192,13 @@ def _pooled(fits: list[dict[str, Any]], key: str) -> float:
 
 def _measured(setup: Setup, folder: Path) -> dict[str, Any]:
     """Perplexity of a compressed model and its divergence from the dense one."""
-    from pocketllm.evaluate.kl import divergence
+    from pocketllm.evaluate.kl import text_divergence
 
     size = size_of(setup)
     model, tokenizer = compressed_model(setup, folder)
     reference, _ = dense_model(setup)
     text = setup.evaluation_texts()[0]
-    seen = divergence(model, reference, tokenizer, text.text, 4 * size.context, size.windows)
+    seen = text_divergence(model, reference, tokenizer, text.text, 4 * size.context, size.windows)
     return asdict(seen)
 
 

@@ -105,7 +105,7 @@ def _measure(
     progress: Progress,
 ) -> dict[str, Any]:
     """Perplexity and divergence with each group of matrices compressed and the rest dense."""
-    from pocketllm.evaluate.kl import divergence
+    from pocketllm.evaluate.kl import text_divergence
     from pocketllm.model.decode import Matrices
     from pocketllm.report.collect import read_model
 
@@ -118,7 +118,7 @@ def _measure(
     found: dict[str, Any] = {}
     for done, (name, members) in enumerate(chosen.items()):
         with installed(model, matrices, [m.name for m in members]):
-            seen = divergence(model, reference, tokenizer, text.text, context, windows)
+            seen = text_divergence(model, reference, tokenizer, text.text, context, windows)
         found[name] = {
             "weights": sum(m.weights for m in members),
             "saved_bytes": saved_bytes(members),
