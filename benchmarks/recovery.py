@@ -26,7 +26,7 @@ from typing import Any
 
 from common import RESULTS, data_file, save
 
-from pocketllm.evaluate.results import fingerprint
+from pocketllm.evaluate.results import folder_digest
 from pocketllm.model.checkpoint import REPORT_NAME, folder_bytes, read_report
 from pocketllm.recover.adapter import RECORD_NAME, check_adapter
 from pocketllm.recover.setting import identity
@@ -169,7 +169,7 @@ def main() -> None:
             if not is_finished(run):
                 more = [*options(method), *shlex.split(chosen.options)]
                 command("finetune", str(base), "-o", str(run), *more)
-            files = fingerprint(run)
+            files = folder_digest(run)
             if entry["runs"].get(method, {}).get("files") != files:
                 entry["runs"][method] = {"files": files, **measured(base, run, method)}
                 print(name, method, entry["runs"][method], flush=True)

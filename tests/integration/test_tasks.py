@@ -229,15 +229,15 @@ def test_compressed_models_in_both_modes(data: Path, folders: dict[str, Path]) -
 
 
 def test_fingerprints(folders: dict[str, Path], tmp_path: Path) -> None:
-    found = {name: results.fingerprint(folder) for name, folder in folders.items()}
+    found = {name: results.folder_digest(folder) for name, folder in folders.items()}
     assert len(set(found.values())) == 3
     copy = shutil.copytree(folders["dense"], tmp_path / "copy")
-    assert results.fingerprint(copy) == found["dense"]
+    assert results.folder_digest(copy) == found["dense"]
     weights = copy / "model.safetensors"
     body = bytearray(weights.read_bytes())
     body[len(body) // 2] ^= 1
     weights.write_bytes(body)
-    assert results.fingerprint(copy) != found["dense"]
+    assert results.folder_digest(copy) != found["dense"]
 
 
 def test_names(data: Path) -> None:

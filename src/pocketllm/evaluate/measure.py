@@ -12,7 +12,7 @@ from pocketllm.config import EvalConfig
 from pocketllm.evaluate.compare import average, compare
 from pocketllm.evaluate.kl import Divergence, text_divergence
 from pocketllm.evaluate.perplexity import perplexity
-from pocketllm.evaluate.results import fingerprint
+from pocketllm.evaluate.results import folder_digest
 from pocketllm.evaluate.tasks import Subject, TaskSource, find_tasks, run_tasks
 from pocketllm.evaluate.verify import verify_compressed
 from pocketllm.model.checkpoint import REPORT_NAME, folder_bytes
@@ -102,8 +102,8 @@ class Model:
 
     def identity(self) -> str:
         """Changes with any bit of model and adapter."""
-        own = fingerprint(self.folder)
-        return own if self.adapter is None else f"{own}+{fingerprint(self.adapter.folder)}"
+        own = folder_digest(self.folder)
+        return own if self.adapter is None else f"{own}+{folder_digest(self.adapter.folder)}"
 
 
 @dataclass(frozen=True)

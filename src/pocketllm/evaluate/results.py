@@ -14,7 +14,7 @@ from pocketllm.model.checkpoint import REPORT_NAME, sha256_file, write_json
 RESULT_VERSION = 1  # raised when results of earlier versions must not be taken
 
 
-def fingerprint(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """Identity of a model: SHA-256 over the names and contents of its files.
 
     A compressed model's own list of checksums is taken (`pocketllm.load` verifies it); a dense model's files

@@ -27,7 +27,7 @@ def training_items(tokenizer: Any, config: LoraTuneConfig) -> tuple[list[Item], 
     return [items[n] for n in sorted(order[count:])], [items[n] for n in sorted(order[:count])]
 
 
-def fingerprint(items: tuple[list[Item], list[Item]]) -> str:
+def items_digest(items: tuple[list[Item], list[Item]]) -> str:
     """Changes with any token."""
     tokens = torch.cat([item.ids for part in items for item in part])
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]

@@ -26,7 +26,7 @@ from pocketllm.model.report import rounded
 from pocketllm.model.workspace import check_output, system_errors
 from pocketllm.recover.adaptation import (
     Adaptation,
-    fingerprint,
+    items_digest,
     number_of_steps,
     training_items,
     with_adapter,
@@ -95,7 +95,7 @@ def lora(
     steps = number_of_steps(config, len(items[0]))
     state = PartialState(cpu=device == "cpu")
     dtype = compute_dtype(config.loop.dtype, state.device)
-    arguments = {"method": "lora", "text": fingerprint(items), **config.to_dict()}
+    arguments = {"method": "lora", "text": items_digest(items), **config.to_dict()}
     with started(output, arguments, base, dtype, state) as (work, log):
         model, adapted = with_adapter(base, config, state.device)
         task = Adaptation(model, items, config, dtype)

@@ -13,7 +13,7 @@ import pocketllm
 from pocketllm.config import CompressConfig
 from pocketllm.errors import FormatError
 from pocketllm.evaluate.perplexity import perplexity, read_text, token_windows
-from pocketllm.evaluate.results import fingerprint
+from pocketllm.evaluate.results import folder_digest
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
 from pocketllm.model.export import save_dense
@@ -84,7 +84,7 @@ def merge(
         check_context(base, context)
         token_windows(base.tokenizer, words, context, windows)
     dense = output.with_name(output.name + "-dense") if reencode else output
-    facts = {"base": base.identity, "adapter": fingerprint(adapter), "dtype": str(dtype)}
+    facts = {"base": base.identity, "adapter": folder_digest(adapter), "dtype": str(dtype)}
     config = _settings(base) if reencode else None
     if reencode:
         check_output(output, marker=None)
