@@ -97,7 +97,8 @@ def _method(method: str, config: dict[str, Any]) -> str:
 
 
 def _machine(facts: dict[str, Any]) -> str:
-    return facts.get("gpu") or f"{facts['threads']} threads of {facts['processor']}"
+    threads = facts["threads"]
+    return facts.get("gpu") or f"{threads} thread{'s' * (threads > 1)} of {facts['processor']}"
 
 
 def _mb(nbytes: int) -> str:

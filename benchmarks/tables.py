@@ -141,7 +141,27 @@ def tasks() -> str:
         f"{found['text']}, context {found['context']}, first {found['windows']} windows. Evaluated in "
         f"{found['dtype'].removeprefix('torch.')}. `{found['command']}`"
     )
-    return f"{markdown_table(head, rows)}\n\n{note}"
+    return "\n\n".join(filter(None, [markdown_table(head, rows), _without_guessing(found), note]))
+
+
+def _without_guessing(found: dict[str, Any]) -> str:
+    """Tasks in which the dense model does no better than guessing say nothing; the means without them."""
+    tasks = found["dense"]["tasks"]
+    told = [name for name, task in tasks.items() if task["acc"] - task["acc_stderr"] > task["chance"]]
+    if len(told) in (0, len(tasks)):
+        return ""
+    rest = ", ".join(_TASK_TITLES.get(name, name) for name in tasks if name not in told)
+    chance = sum(tasks[name]["chance"] for name in told) / len(told)
+    models = {"dense": found["dense"], **found["models"]}
+    means = {name: sum(m["tasks"][t]["acc"] for t in told) / len(told) for name, m in models.items()}
+    margin = means["dense"] - chance
+    parts = [
+        f"{name} {mean:.1%} ({(mean - chance) / margin:.0%} of the margin)" for name, mean in means.items()
+    ]
+    return (
+        f"The dense model is not above guessing by more than a standard error in {rest}: a change there says "
+        f"nothing of quality. Mean of the others, where guessing gets {chance:.1%}: {'; '.join(parts)}."
+    )
 
 
 def _beside(value: float, gap: dict[str, float]) -> str:
