@@ -267,8 +267,26 @@ def test_overfit_says_where_the_target_is_reached(done: dict[str, Any]) -> None:
     )
     points[0]["bpw"] = 1.9
     assert overfit.STUDY.findings(results)[0].startswith("Held. ")
-    points[0]["mse"] = points[0]["bound_mse"] / 2
-    assert any("pass the bound" in sentence for sentence in overfit.STUDY.findings(results))
+
+
+def test_overfit_counts_all_bits_where_it_looks_at_the_bound(done: dict[str, Any]) -> None:
+    results = results_of(done, overfit)
+    for value in (value for key, value in results.items() if key.startswith("sweep.")):
+        value |= {"mse": 1.0, "bound_mse": 0.5, "bpw": 2.0}
+    bound, point = results["bound"], results["sweep.4x16"]
+    bound |= {"bits": [1.0, 2.0, 3.0], "mse": [0.25, 0.0625, 0.015625], "distinct_values": 16}
+    point |= {"mse": 0.1, "bound_mse": 0.2, "index_bpw": 1.0, "bpw": 1.5}
+    words = " ".join(overfit.STUDY.findings(results))
+    assert "All bits counted, 1 of 4 codes pass the bound" in words and "each of the 16 different" in words
+    point["bpw"] = 2.5
+    words = " ".join(overfit.STUDY.findings(results))
+    assert "All bits counted, 0 of 4 codes pass the bound for Gaussian rows." in words
+    assert "At the bits of the indices alone (d = 4, K = 16; 1.00 bits of indices, 2.50 in all)" in words
+    row = next(r for r in overfit.STUDY.tables(results)[2].rows if r[:2] == ["4", "16"])
+    assert row[-2:] == ["0.50", f"{0.1 / 2**-5:.2f}"]
+    point["bpw"] = 5.0  # past the rates whose bound was kept
+    row = next(r for r in overfit.STUDY.tables(results)[2].rows if r[:2] == ["4", "16"])
+    assert row[-1] == f"{0.1 * 4**5:.2f}"
 
 
 # codebook
