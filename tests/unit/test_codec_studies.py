@@ -15,7 +15,7 @@ import torch
 import pocketllm
 from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.errors import SourceError
-from pocketllm.studies import codebook, depth, overfit, rln, run_study, trials, utilization
+from pocketllm.studies import codebook, depth, noise, overfit, rln, run_study, trials, utilization
 from pocketllm.studies.repeated import exploded
 from pocketllm.studies.study import Setup
 from pocketllm.studies.style import mean_spread
@@ -149,6 +149,17 @@ def test_spread_is_told_of_several_values_only() -> None:
     assert mean_spread([1.0, None]) == "1.00 (1 not finite)" and mean_spread([None]) == "not finite"
 
 
+def test_a_difference_is_held_against_its_noise() -> None:
+    gap = noise.between([1.0, 1.2], [0.8, 1.0])
+    assert gap is not None and gap.value == pytest.approx(0.2) and gap.error == pytest.approx(0.02**0.5)
+    assert not gap.clear and gap.verdict == "within two standard errors (0.28)"
+    assert noise.apart(1.0, 0.03, 0.8, 0.04).clear and not noise.apart(1.0, 0.03, 0.91, 0.04).clear
+    unknown = noise.apart(1.0, None, 0.0, 0.1)
+    assert not unknown.clear and unknown.verdict == "of unknown standard error"
+    assert noise.between([1.0], [0.5]) == noise.Difference(0.5, math.inf)
+    assert noise.between([None, 1.0], [0.5, 0.5]) is None
+
+
 # rln
 
 
@@ -207,13 +218,36 @@ def test_depth_finds_the_gap_and_what_closes_it(done: dict[str, Any]) -> None:
     ends("published", {1: 0.3, 3: 0.2, 5: 0.4})
     ends("hidden", {1: 0.3, 3: 0.2, 5: 0.4})
     ends("tuned", {1: 0.3, 3: 0.2, 5: 0.2})
+    for depth_, end in ((3, 0.3), (5, 0.5)):
+        results[f"tuned.{depth_}.1.0.016"]["end_nmse"] = [end, end]
     found = depth.findings(results)
-    assert found[0].startswith("Held: ") and "Lowest: 3 block(s)" in found[0]
-    assert "it is one of optimization" in found[3]
-    ends("tuned", {1: 0.3, 3: 0.2, 5: 0.39})
+    assert found[0].startswith("Held: ") and "held against one: one block ends 0.10 higher" in found[0]
+    assert "five blocks end 0.20 higher" in found[3] and "it is one of optimization" in found[3]
+    results["tuned.5.1.0.005"]["end_nmse"] = [0.38, 0.38]
     assert "do not close it" in depth.findings(results)[3]
     ends("published", {1: 0.3, 3: 0.2, 5: 0.2})
+    assert depth.findings(results)[0].startswith("Held in part: ")
+    ends("published", {1: 0.1, 3: 0.2, 5: 0.4})
+    assert "right did not hold: one block ends 0.10 lower, more than two" in depth.findings(results)[0]
+    ends("published", {1: 0.1, 3: 0.2, 5: 0.2})
     assert depth.findings(results)[0].startswith("Did not hold here: ")
+    results["published.5"]["end_nmse"][0] = None
+    assert "a training broke off" in depth.findings(results)[0]
+
+
+def test_depth_says_nothing_of_what_noise_would_make(done: dict[str, Any]) -> None:
+    results = results_of(done, depth)
+    for key, entry in results.items():
+        entry["end_nmse"] = [0.4, 0.6] if key.split(".")[1] == "5" else [0.4, 0.5]
+    found = depth.findings(results)
+    assert found[0].startswith("Did not hold here: ") and "within two standard errors" in found[0]
+    assert "show no gap that could be closed" in found[3]
+    for key in ("tuned.5.1.0.016", "tuned.3.1.0.016"):
+        results[key]["end_nmse"] = [1.0, 1.0] if ".5." in key else [0.6, 0.6]
+    assert "whether tuning closes it, these trainings cannot say" in depth.findings(results)[3]
+    assert "the highest rate tried at that length" not in depth.findings(results)[3]
+    results["tuned.3.1.0.016"]["end_nmse"] = [0.3, 0.3]
+    assert "the highest rate tried at that length" in depth.findings(results)[3]
 
 
 def test_depth_trains_what_it_says(done: dict[str, Any]) -> None:

@@ -24,13 +24,6 @@ class Difference:
         return abs(self.value) > CERTAIN * self.error
 
     @property
-    def noise(self) -> str:
-        """What the difference must exceed, in words."""
-        if math.isinf(self.error):
-            return "its standard error is not known"
-        return f"two standard errors are {number(CERTAIN * self.error, 2)}"
-
-    @property
     def verdict(self) -> str:
         """`more than two standard errors (0.1)`, `within …`, or that nothing is known of noise."""
         if math.isinf(self.error):
