@@ -183,12 +183,12 @@ def _tuned_words(results: Results) -> str:
         if entry is not None
     )
     words = f"The best over learning rates and lengths, by number of blocks: {told}."
-    gaps = [
-        between(a["end_nmse"], b["end_nmse"]) for a, b in (_untuned(results), (best[5], best[3])) if a and b
-    ]
-    if len(gaps) < 2 or gaps[0] is None or gaps[1] is None:
+    if best[5] is None or best[3] is None:
         return words
-    before, left = gaps
+    before = between(*(entry["end_nmse"] for entry in _untuned(results)))
+    left = between(best[5]["end_nmse"], best[3]["end_nmse"])
+    if before is None or left is None:
+        return words
     seeds = len(_untuned(results)[0]["seeds"])
     words += (
         f" From the same {seeds} seeds five blocks end {_told(before)}, than three at the published learning rate and "
@@ -270,10 +270,7 @@ def draw(results: Results, figure: Any) -> None:
     third.set_title("by learning rate, published start, guarded", fontsize=11)
     first.set_ylabel("nmse at the end; mean ± standard deviation")
     second.set_xlabel("hidden width")
-    third.set_xlabel(
-        "learning rate"
-        + (f"\nsolid: as long as the others; dashed: {lengths[-1]} times longer" if len(lengths) > 1 else "")
-    )
+    third.set_xlabel("learning rate" + (f"; dashed: {lengths[-1]} times longer" if len(lengths) > 1 else ""))
     third.set_xscale("log")
     second.set_xscale("log", base=2)
     second.set_xticks(sorted({int(key[1]) for key in _group(results, "hidden")}))
