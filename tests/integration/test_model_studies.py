@@ -193,6 +193,58 @@ def test_decoder_study(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "At equal stored bytes the claim" in done.result["findings"][0]
 
 
+def decoder_results(kl: float, error: float | None) -> dict[str, Any]:
+    """Without a decoder 0.30 ± 0.03 nats, with one `kl` ± `error`; a calibrated pair of unequal bytes."""
+
+    def variant(
+        shown: str, kl: float, error: float | None, bytes_: tuple[int, int], equal: bool
+    ) -> dict[str, Any]:
+        seen = {"kl": kl, "kl_stderr": error, "perplexity": 20.0, "reference_perplexity": 18.0}
+        seen |= {"windows": 4, "context": 8}
+        figures = {"bpw": 2.5, "nmse": 0.05, "trained_nmse": 0.05, "codewords": 16, "equal": equal}
+        stored = dict(zip(("codebook_bytes", "decoder_bytes"), bytes_, strict=True))
+        distilled = {"steps": 3}, {"blocks": 2, "batch": 2, "context": 8}
+        more = dict(zip(("distilled", "config"), distilled, strict=True))
+        return {"shown": shown, "before": seen, "after": seen, **figures, **stored, **more}
+
+    return {
+        "none-kind": variant("none", 0.30, 0.03, (1000, 0), True),
+        "mlp-matrix": variant("MLP", kl, error, (600, 400), True),
+        "none-model": variant("one codebook", 0.5, 0.03, (100, 0), False),
+        "calibrated-none": variant("none", 0.1, 0.01, (1000, 0), True),
+        "calibrated-mlp": variant("MLP", 0.12, 0.01, (1000, 200), True),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kl", "error", "words"),
+    [
+        (0.29, 0.03, "no difference beyond noise, 0.010 is within two standard errors (0.085)"),
+        (0.10, 0.03, "0.20 lower, more than two standard errors (0.085)"),
+        (0.50, 0.03, "0.20 higher, more than two standard errors (0.085)"),
+        (0.10, None, "no difference beyond noise, 0.20 is of unknown standard error"),
+    ],
+)
+def test_decoders_are_held_against_noise(kl: float, error: float | None, words: str) -> None:
+    from matplotlib.figure import Figure
+
+    results = decoder_results(kl, error)
+    sentences = decoder.STUDY.findings(results)
+    assert all(words in sentence for sentence in sentences[1:3]), sentences
+    assert "Calibrated, where decoders come on top of the same codebooks (200 bytes more)" in sentences[-1]
+    assert "0.12" in sentences[-1] and "no difference beyond noise, 0.020 is within" in sentences[-1]
+    plain, calibrated = decoder.STUDY.tables(results)
+    assert [row[0] for row in plain.rows] == ["none", "MLP", "one codebook (90 % fewer bytes)"]
+    assert [row[0] for row in calibrated.rows] == ["none", "MLP (20 % more bytes)"]
+    assert plain.rows[0][6] == "0.300 ± 0.030"
+    decoder.STUDY.draw(results, Figure())
+
+
+def test_no_decoder_at_equal_bytes() -> None:
+    results = {key: v for key, v in decoder_results(0.2, 0.1).items() if key.startswith("none")}
+    assert decoder.STUDY.findings(results)[0].startswith("Did not hold here: no decoder fits")
+
+
 # overhead
 
 
