@@ -121,7 +121,8 @@ def sensitive_results(ratio: float, outer: float) -> dict[str, Any]:
     """Attention costs `ratio` times what FFN costs a byte; outer blocks `outer` times the inner ones."""
 
     def group(weights: float, kl: float) -> dict[str, float]:
-        return {"weights": weights, "saved_bytes": 1e6 * weights, "bpw": 4.0, "perplexity": 20.0, "kl": kl}
+        figures = {"weights": weights, "saved_bytes": 1e6 * weights, "bpw": 4.0, "perplexity": 20.0}
+        return {**figures, "kl": kl, "kl_stderr": 0.05 * kl}
 
     groups = {
         "everything": group(5, 0.9),
@@ -137,9 +138,13 @@ def sensitive_results(ratio: float, outer: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("ratio", "outer", "words"),
     [
-        (3.0, 2.0, ("spare held: a saved megabyte", "costs 2.0 times", "more sensitive than", "3.0 times")),
-        (1.0, 1.0, ("did not hold", "as sensitive as its size says")),
-        (0.5, 0.5, ("did not hold", "less sensitive than", "0.50 times")),
+        (3.0, 2.0, ("spare held on average", "2.0 times as much", "more sensitive than", "3.0 ± 0.21 times")),
+        (1.1, 1.01, ("did not hold", "not seen to be more or less sensitive than its size says")),
+        (
+            0.5,
+            0.5,
+            ("did not hold", "less sensitive than", "0.50 ± 0.035 times", "they spare 0 and 1 and 2 and 8"),
+        ),
     ],
 )
 def test_sensitivity_says_what_the_figures_say(ratio: float, outer: float, words: tuple[str, ...]) -> None:
@@ -161,7 +166,40 @@ def test_points_lost_of_the_parts_are_told() -> None:
     }
     rows = {row[0]: row for table in sensitive.tables(results) for row in table.rows}
     assert rows["attention"][-2:] == ["25 ± 16", "25"]
-    assert any("FFN 0 ± 0 (0 per MB); attention 25 ± 16" in text for text in sensitive.findings(results))
+    (told,) = [text for text in sensitive.findings(results) if text.startswith("Zero-shot")]
+    assert (
+        "plain FFN 0 ± 0 (0 per MB), attention 25 ± 16" in told
+        and "8 documents, 8 of each of 1 tasks" in told
+    )
+    assert "of 2 losses 0 are more than two standard errors" in told and "in 9 % of such measurements" in told
+    assert "more than two standard errors in 0 of 1 comparisons" in told
+
+
+def test_sensitivity_shows_what_is_lost_for_a_megabyte() -> None:
+    from matplotlib.figure import Figure
+
+    results = sensitive_results(1.0, 1.0)
+    parts, blocks = sensitive.tables(results)
+    for table, row, figures in (
+        (
+            parts,
+            ["FFN", "3.00e-06", "4.00", "3.00"],
+            ["20.00", "667", "0.300 ± 0.015", "100 ± 5.0", "0.556x"],
+        ),
+        (blocks, ["5", "1.00"], ["20.00", "2000", "0.0100 ± 0.00050", "10.0 ± 0.50"]),
+    ):
+        assert [*row, *figures] in [list(each) for each in table.rows], table.rows
+        assert [name for name in table.header if "MB, 10^-3" in name] == [
+            "rise per MB, 10^-3",
+            "KL per MB, 10^-3",
+        ]
+    assert any("within two standard errors" in text for text in sensitive.findings(results))
+    groups = results["plain-parts"]["groups"]
+    groups["FFN"] |= {"kl_stderr": None, "perplexity": None}
+    row = sensitive.tables(results)[0].rows[1]
+    assert row[4:8] == ["not finite", "not finite", "0.300", "100"]
+    assert "not seen to be more or less" in sensitive.findings(results)[1]
+    sensitive.draw(results, Figure())
 
 
 # decoder

@@ -238,7 +238,7 @@ def test_depth_finds_the_gap_and_what_closes_it(done: dict[str, Any]) -> None:
 def test_depth_says_nothing_of_what_noise_would_make(done: dict[str, Any]) -> None:
     results = results_of(done, depth)
     for key, entry in results.items():
-        entry["end_nmse"] = [0.4, 0.6] if key.split(".")[1] == "5" else [0.4, 0.5]
+        entry["end_nmse"] = [0.4, 0.8] if key.split(".")[1] == "5" else [0.4, 0.5]
     found = depth.findings(results)
     assert found[0].startswith("Did not hold here: ") and "within two standard errors" in found[0]
     assert "show no gap that could be closed" in found[3]

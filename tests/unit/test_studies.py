@@ -45,7 +45,9 @@ class Counting:
             "It counts.",
             "Steps.",
             self.steps,
-            lambda results: [Table("Steps", ["step"], [[key] for key in results], "all | of them")],
+            lambda results: [
+                Table("Steps", ["step", "of"], [[key, "a_b`|c"] for key in results], "all | of them")
+            ],
             lambda results, figure: figure.subplots().plot([r["value"] or 0 for r in results.values()]),
             lambda results: [f"{len(results)} steps ran."],
         )
@@ -81,7 +83,7 @@ def test_writes_everything(counting: Counting, model: str, tmp_path: Path) -> No
     assert {"processor", "threads", "versions"} <= set(result["machine"])
     assert result["config"]["texts"] == {}
     page = (tmp_path / "out" / "counting.md").read_text()
-    assert "It counts." in page and "3 steps ran." in page and "| a |" in page
+    assert "It counts." in page and "3 steps ran." in page and "| a | a\\_b\\`\\|c |" in page
     assert (tmp_path / "out" / "counting.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "out.partial").exists()
     assert told[0] == ("a", 0.0) and told[-1] == ("", 1.0)
@@ -200,7 +202,7 @@ def test_command_runs(
     code, out, _ = command(
         capsys, monkeypatch, "counting", model, "-o", str(output), "--overwrite", "--quiet"
     )
-    assert code == 0 and "- 3 steps ran." in out and "all | of them" in out
+    assert code == 0 and "- 3 steps ran." in out and "all | of them" in out and "a_b`|c" in out
     code, _, err = command(capsys, monkeypatch, "counting", model, "-o", str(output))
     assert code == 1 and "pass --overwrite" in err
 

@@ -112,7 +112,9 @@ def draw(results: Results, figure: Figure) -> None:
             label=shown,
         )
     right.set_yticks([])
-    right.set_title("KL to the dense model, nats per token; lines: two standard errors", fontsize=9)
+    right.set_title("KL to the dense model", fontsize=9)
+    left.set_xlabel("nmse", fontsize=8)
+    right.set_xlabel("nats per token; lines: two standard errors", fontsize=8)
     right.legend(fontsize=8, frameon=False)
     for axes in (left, right):
         axes.tick_params(labelsize=8)

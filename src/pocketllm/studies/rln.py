@@ -118,7 +118,7 @@ def _by_kind(results: Results) -> Table:
     for training, words in TRAININGS.items():
         for entries in zip(*(_of(results, training, norm) for norm in NORMS), strict=True):
             cells = [mean_spread(entry["end_nmse"]) for entry in entries]
-            rows.append([words, f"`{entries[0]['matrix']['kind']}`", *cells])
+            rows.append([words, entries[0]["matrix"]["kind"], *cells])
     facts = [e["matrix"] for e in _of(results, "published", "rln")]
     used = ", ".join(f"{f['rows']} × {f['columns']} of `{f['name']}`" for f in facts)
     header = ["training", "kind", *NORMS.values()]
