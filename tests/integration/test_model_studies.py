@@ -193,7 +193,10 @@ def test_sensitivity_shows_what_is_lost_for_a_megabyte() -> None:
             "rise per MB, 10^-3",
             "KL per MB, 10^-3",
         ]
-    assert any("within two standard errors" in text for text in sensitive.findings(results))
+    assert sensitive.findings(results)[-1].startswith(
+        "Plain: the losses of the parts add up to 0.500 ± 0.017 nats"
+    )
+    assert "0.40 more, more than two standard errors (0.096)" in sensitive.findings(results)[-1]
     groups = results["plain-parts"]["groups"]
     groups["FFN"] |= {"kl_stderr": None, "perplexity": None}
     row = sensitive.tables(results)[0].rows[1]

@@ -188,11 +188,20 @@ def test_rln_says_what_exploded(done: dict[str, Any]) -> None:
     for key, entry in results.items():
         if key.startswith("published.rln."):
             entry["peak_gradient"] = entry["first_gradient"]
-    assert "The sign of failure was seen here" in rln.findings(results)[0]
+        entry["end_nmse"] = [0.4, 0.5]
+    for key, entry in results.items():
+        if key.startswith("published.ln."):
+            entry["end_nmse"] = [0.4, 0.6]
+    assert rln.findings(results)[0].startswith("Held in part: ")
+    assert "LayerNorm ends 0.050 higher than RLN, within two standard errors" in rln.findings(results)[0]
     assert "6 of 6 with LayerNorm" in rln.findings(results)[0]
     for entry in entries:
         entry["peak_gradient"] = entry["first_gradient"]
-    assert "was not seen here" in rln.findings(results)[0]
+    assert rln.findings(results)[0].startswith("Did not hold here: ")
+    for entry in entries:
+        entry["end_nmse"] = [0.6, 0.7]
+    assert "0.20 higher than RLN, more than two" in rln.findings(results)[0]
+    assert rln.findings(results)[0].startswith("Held in part: ")
     entries[0]["end_nmse"][0] = None
     assert exploded(entries) == (1, 6)
 
@@ -202,6 +211,25 @@ def test_rln_counts_where_it_is_better(done: dict[str, Any]) -> None:
     for key, entry in results.items():
         entry["end_nmse"] = [0.1 if ".rln." in key else 0.2] * len(entry["end_nmse"])
     assert all("RLN ends below LayerNorm in 6 of 6" in sentence for sentence in rln.findings(results)[1:4])
+
+
+def test_rln_says_what_was_learned_and_nothing_of_noise(done: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    results = results_of(done, rln)
+    for key, entry in results.items():
+        entry["latent_nmse"] = [1.0, 1.0] if key == "rate.none.0.16" else [0.5, 1.0]
+        entry["end_nmse"] = [0.4, 0.6] if ".ln." in key else [0.5, 0.5]
+    found = rln.findings(results)
+    zeros = found[-2].split("Those at which most trainings end no better than zeros: ")[1]
+    assert zeros == "RLN at none up to 0.16; LayerNorm at none up to 0.16; no norm at 0.16."
+    assert "none beyond noise at K = 16" in found[-1]
+    results["size.ln.16"]["end_nmse"] = [0.3, 0.3]
+    assert "LayerNorm at K = 16 (" in rln.findings(results)[-1]
+    for norm in rln.NORMS:
+        results[f"size.{norm}.16"]["end_nmse"] = [None, None]
+    assert "none beyond noise at K = 16 (RLN not finite" in rln.findings(results)[-1]
+    rln.draw(results, Figure())
 
 
 # depth
@@ -381,9 +409,12 @@ def test_utilization_by_rank() -> None:
 def test_utilization_says_what_collapsed(done: dict[str, Any]) -> None:
     results = results_of(done, utilization)
     results["published"]["trained_used"] = [0.5]
-    assert utilization.STUDY.findings(results)[0].startswith("Not enough here: ")
+    assert utilization.STUDY.findings(results)[0].startswith("Did not hold here, that the published")
     results["published"]["trained_used"] = [1.0]
-    assert utilization.STUDY.findings(results)[0].startswith("Enough here: ")
+    assert utilization.STUDY.findings(results)[0].startswith("Held here, that the published start")
+    assert "two standard errors: none." in utilization.STUDY.findings(results)[1]  # of one training
+    results["published"]["nmse"], results["ours"]["nmse"] = [0.4, 0.5], [0.2, 0.2]
+    assert "two standard errors: k-means and identity." in utilization.STUDY.findings(results)[1]
     results["collapse-rate"]["trained_perplexity"] = [1.5]
     assert "collapsed in 1 of 1" in utilization.STUDY.findings(results)[3]
     results["collapse-rate"]["trained_perplexity"] = [8.0]
