@@ -121,7 +121,8 @@ def sensitive_results(ratio: float, outer: float) -> dict[str, Any]:
     """Attention costs `ratio` times what FFN costs a byte; outer blocks `outer` times the inner ones."""
 
     def group(weights: float, kl: float) -> dict[str, float]:
-        return {"weights": weights, "saved_bytes": 1e6 * weights, "bpw": 4.0, "perplexity": 20.0, "kl": kl}
+        figures = {"weights": weights, "saved_bytes": 1e6 * weights, "bpw": 4.0, "perplexity": 20.0}
+        return {**figures, "kl": kl, "kl_stderr": 0.05 * kl}
 
     groups = {
         "everything": group(5, 0.9),
@@ -137,9 +138,13 @@ def sensitive_results(ratio: float, outer: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("ratio", "outer", "words"),
     [
-        (3.0, 2.0, ("spare held: a saved megabyte", "costs 2.0 times", "more sensitive than", "3.0 times")),
-        (1.0, 1.0, ("did not hold", "as sensitive as its size says")),
-        (0.5, 0.5, ("did not hold", "less sensitive than", "0.50 times")),
+        (3.0, 2.0, ("spare held on average", "2.0 times as much", "more sensitive than", "3.0 ± 0.21 times")),
+        (1.1, 1.01, ("did not hold", "not seen to be more or less sensitive than its size says")),
+        (
+            0.5,
+            0.5,
+            ("did not hold", "less sensitive than", "0.50 ± 0.035 times", "they spare 0 and 1 and 2 and 8"),
+        ),
     ],
 )
 def test_sensitivity_says_what_the_figures_say(ratio: float, outer: float, words: tuple[str, ...]) -> None:
@@ -161,7 +166,43 @@ def test_points_lost_of_the_parts_are_told() -> None:
     }
     rows = {row[0]: row for table in sensitive.tables(results) for row in table.rows}
     assert rows["attention"][-2:] == ["25 ± 16", "25"]
-    assert any("FFN 0 ± 0 (0 per MB); attention 25 ± 16" in text for text in sensitive.findings(results))
+    (told,) = [text for text in sensitive.findings(results) if text.startswith("Zero-shot")]
+    assert (
+        "plain FFN 0 ± 0 (0 per MB), attention 25 ± 16" in told
+        and "8 documents, 8 of each of 1 tasks" in told
+    )
+    assert "of 2 losses 0 are more than two standard errors" in told and "in 9 % of such measurements" in told
+    assert "more than two standard errors in 0 of 1 comparisons" in told
+
+
+def test_sensitivity_shows_what_is_lost_for_a_megabyte() -> None:
+    from matplotlib.figure import Figure
+
+    results = sensitive_results(1.0, 1.0)
+    parts, blocks = sensitive.tables(results)
+    for table, row, figures in (
+        (
+            parts,
+            ["FFN", "3.00e-06", "4.00", "3.00"],
+            ["20.00", "667", "0.300 ± 0.015", "100 ± 5.0", "0.556x"],
+        ),
+        (blocks, ["5", "1.00"], ["20.00", "2000", "0.0100 ± 0.00050", "10.0 ± 0.50"]),
+    ):
+        assert [*row, *figures] in [list(each) for each in table.rows], table.rows
+        assert [name for name in table.header if "MB, 10^-3" in name] == [
+            "rise per MB, 10^-3",
+            "KL per MB, 10^-3",
+        ]
+    assert sensitive.findings(results)[-1].startswith(
+        "Plain: the losses of the parts add up to 0.500 ± 0.017 nats"
+    )
+    assert "0.40 more, more than two standard errors (0.096)" in sensitive.findings(results)[-1]
+    groups = results["plain-parts"]["groups"]
+    groups["FFN"] |= {"kl_stderr": None, "perplexity": None}
+    row = sensitive.tables(results)[0].rows[1]
+    assert row[4:8] == ["not finite", "not finite", "0.300", "100"]
+    assert "not seen to be more or less" in sensitive.findings(results)[1]
+    sensitive.draw(results, Figure())
 
 
 # decoder
@@ -191,6 +232,58 @@ def test_decoder_study(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert values["after"]["kl"] != values["before"]["kl"]
         assert 0 < values["nmse"] < 0.3
     assert "At equal stored bytes the claim" in done.result["findings"][0]
+
+
+def decoder_results(kl: float, error: float | None) -> dict[str, Any]:
+    """Without a decoder 0.30 ± 0.03 nats, with one `kl` ± `error`; a calibrated pair of unequal bytes."""
+
+    def variant(
+        shown: str, kl: float, error: float | None, bytes_: tuple[int, int], equal: bool
+    ) -> dict[str, Any]:
+        seen = {"kl": kl, "kl_stderr": error, "perplexity": 20.0, "reference_perplexity": 18.0}
+        seen |= {"windows": 4, "context": 8}
+        figures = {"bpw": 2.5, "nmse": 0.05, "trained_nmse": 0.05, "codewords": 16, "equal": equal}
+        stored = dict(zip(("codebook_bytes", "decoder_bytes"), bytes_, strict=True))
+        distilled = {"steps": 3}, {"blocks": 2, "batch": 2, "context": 8}
+        more = dict(zip(("distilled", "config"), distilled, strict=True))
+        return {"shown": shown, "before": seen, "after": seen, **figures, **stored, **more}
+
+    return {
+        "none-kind": variant("none", 0.30, 0.03, (1000, 0), True),
+        "mlp-matrix": variant("MLP", kl, error, (600, 400), True),
+        "none-model": variant("one codebook", 0.5, 0.03, (100, 0), False),
+        "calibrated-none": variant("none", 0.1, 0.01, (1000, 0), True),
+        "calibrated-mlp": variant("MLP", 0.12, 0.01, (1000, 200), True),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kl", "error", "words"),
+    [
+        (0.29, 0.03, "no difference beyond noise, 0.010 is within two standard errors (0.085)"),
+        (0.10, 0.03, "0.20 lower, more than two standard errors (0.085)"),
+        (0.50, 0.03, "0.20 higher, more than two standard errors (0.085)"),
+        (0.10, None, "no difference beyond noise, 0.20 is of unknown standard error"),
+    ],
+)
+def test_decoders_are_held_against_noise(kl: float, error: float | None, words: str) -> None:
+    from matplotlib.figure import Figure
+
+    results = decoder_results(kl, error)
+    sentences = decoder.STUDY.findings(results)
+    assert all(words in sentence for sentence in sentences[1:3]), sentences
+    assert "Calibrated, where decoders come on top of the same codebooks (200 bytes more)" in sentences[-1]
+    assert "0.12" in sentences[-1] and "no difference beyond noise, 0.020 is within" in sentences[-1]
+    plain, calibrated = decoder.STUDY.tables(results)
+    assert [row[0] for row in plain.rows] == ["none", "MLP", "one codebook (90 % fewer bytes)"]
+    assert [row[0] for row in calibrated.rows] == ["none", "MLP (20 % more bytes)"]
+    assert plain.rows[0][6] == "0.300 ± 0.030"
+    decoder.STUDY.draw(results, Figure())
+
+
+def test_no_decoder_at_equal_bytes() -> None:
+    results = {key: v for key, v in decoder_results(0.2, 0.1).items() if key.startswith("none")}
+    assert decoder.STUDY.findings(results)[0].startswith("Did not hold here: no decoder fits")
 
 
 # overhead
@@ -300,6 +393,53 @@ def robust_results(plain: float | None) -> dict[str, Any]:
         "calibrated-8x": entry(11.0, "11111010", 4.0),
         "calibrated-16x": entry(15.0, "11110000", 2.0),
     }
+
+
+def drawn(results: dict[str, Any]) -> Any:
+    """The picture of the study `robustness`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    robust.draw(results, figure)
+    return figure
+
+
+@pytest.mark.parametrize("lost", [("one",), ("one", "two")])
+def test_robustness_where_the_dense_model_is_not_finite(lost: tuple[str, ...]) -> None:
+    results = robust_results(11.0)
+    for text in lost:
+        results["dense"]["perplexity"][text] = None
+    sentences, rows = robust.findings(results), robust.tables(results)[0].rows
+    assert rows[0][5:7] == ["not finite", "20.00" if len(lost) == 1 else "not finite"]
+    assert rows[1][-1] == ("1.10" if len(lost) == 1 else "not finite")
+    assert any("nothing can be compared" in s for s in sentences) is (len(lost) == 2)
+    assert not any("None" in s or "nan" in s for s in sentences), sentences
+    drawn(results)
+
+
+def test_robustness_where_the_dense_model_only_guesses() -> None:
+    results = robust_results(11.0)
+    results["dense"]["tasks"] = {"quiz": {"acc": 0.25, "chance": 0.25, "right": "11000000"}}
+    assert {row[-1] for row in robust.tables(results)[1].rows[1:]} == {"none to keep"}
+
+
+def test_robustness_without_tasks_says_that_the_claim_is_not_tested() -> None:
+    results = {key: {**values, "tasks": {}} for key, values in robust_results(11.0).items()}
+    first = robust.findings(results)[0]
+    assert first.startswith("Not tested: the claim is about zero-shot tasks")
+    assert "at best to 1.10 times the dense model's perplexity (plain-8x)" in first
+
+
+def test_robustness_draws_what_there_is() -> None:
+    from matplotlib.colors import to_rgb
+
+    results = {k: {**v, "tasks": {}} for k, v in robust_results(11.0).items() if "calibrated" not in k}
+    axes = drawn(results).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["plain: one", "plain: two"]
+    assert "2 times" in axes.texts[0].get_text()
+    lines = drawn(robust_results(11.0)).axes[0].get_legend().get_lines()
+    hollow = [to_rgb(line.get_markerfacecolor()) == (1.0, 1.0, 1.0) for line in lines]
+    assert hollow == [True, True, False, False]
 
 
 def test_losses_are_paired_by_document() -> None:

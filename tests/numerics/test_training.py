@@ -184,3 +184,6 @@ def test_training_that_diverges_ends_with_the_best_state() -> None:
 def test_safeguards_that_mean_nothing() -> None:
     with pytest.raises(ConfigError, match="max_grad_norm: got 0"):
         Safeguards(max_grad_norm=0)
+    with pytest.raises(ConfigError, match="max_grad_norm: got nan"):
+        Safeguards(max_grad_norm=math.nan)
+    assert Safeguards(max_grad_norm=math.inf).revive  # gradients as they are

@@ -15,7 +15,7 @@ import torch
 import pocketllm
 from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.errors import SourceError
-from pocketllm.studies import codebook, depth, overfit, rln, run_study, trials, utilization
+from pocketllm.studies import codebook, depth, noise, overfit, rln, run_study, trials, utilization
 from pocketllm.studies.repeated import exploded
 from pocketllm.studies.study import Setup
 from pocketllm.studies.style import mean_spread
@@ -149,6 +149,17 @@ def test_spread_is_told_of_several_values_only() -> None:
     assert mean_spread([1.0, None]) == "1.00 (1 not finite)" and mean_spread([None]) == "not finite"
 
 
+def test_a_difference_is_held_against_its_noise() -> None:
+    gap = noise.between([1.0, 1.2], [0.8, 1.0])
+    assert gap is not None and gap.value == pytest.approx(0.2) and gap.error == pytest.approx(0.02**0.5)
+    assert not gap.clear and gap.verdict == "within two standard errors (0.28)"
+    assert noise.apart(1.0, 0.03, 0.8, 0.04).clear and not noise.apart(1.0, 0.03, 0.91, 0.04).clear
+    unknown = noise.apart(1.0, None, 0.0, 0.1)
+    assert not unknown.clear and unknown.verdict == "of unknown standard error"
+    assert noise.between([1.0], [0.5]) == noise.Difference(0.5, math.inf)
+    assert noise.between([None, 1.0], [0.5, 0.5]) is None
+
+
 # rln
 
 
@@ -177,11 +188,20 @@ def test_rln_says_what_exploded(done: dict[str, Any]) -> None:
     for key, entry in results.items():
         if key.startswith("published.rln."):
             entry["peak_gradient"] = entry["first_gradient"]
-    assert "The sign of failure was seen here" in rln.findings(results)[0]
+        entry["end_nmse"] = [0.4, 0.5]
+    for key, entry in results.items():
+        if key.startswith("published.ln."):
+            entry["end_nmse"] = [0.4, 0.6]
+    assert rln.findings(results)[0].startswith("Held in part: ")
+    assert "LayerNorm ends 0.050 higher than RLN, within two standard errors" in rln.findings(results)[0]
     assert "6 of 6 with LayerNorm" in rln.findings(results)[0]
     for entry in entries:
         entry["peak_gradient"] = entry["first_gradient"]
-    assert "was not seen here" in rln.findings(results)[0]
+    assert rln.findings(results)[0].startswith("Did not hold here: ")
+    for entry in entries:
+        entry["end_nmse"] = [0.6, 0.7]
+    assert "0.20 higher than RLN, more than two" in rln.findings(results)[0]
+    assert rln.findings(results)[0].startswith("Held in part: ")
     entries[0]["end_nmse"][0] = None
     assert exploded(entries) == (1, 6)
 
@@ -191,6 +211,25 @@ def test_rln_counts_where_it_is_better(done: dict[str, Any]) -> None:
     for key, entry in results.items():
         entry["end_nmse"] = [0.1 if ".rln." in key else 0.2] * len(entry["end_nmse"])
     assert all("RLN ends below LayerNorm in 6 of 6" in sentence for sentence in rln.findings(results)[1:4])
+
+
+def test_rln_says_what_was_learned_and_nothing_of_noise(done: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    results = results_of(done, rln)
+    for key, entry in results.items():
+        entry["latent_nmse"] = [1.0, 1.0] if key == "rate.none.0.16" else [0.5, 1.0]
+        entry["end_nmse"] = [0.4, 0.6] if ".ln." in key else [0.5, 0.5]
+    found = rln.findings(results)
+    zeros = found[-2].split("Those at which most trainings end no better than zeros: ")[1]
+    assert zeros == "RLN at none up to 0.16; LayerNorm at none up to 0.16; no norm at 0.16."
+    assert "none beyond noise at K = 16" in found[-1]
+    results["size.ln.16"]["end_nmse"] = [0.3, 0.3]
+    assert "LayerNorm at K = 16 (" in rln.findings(results)[-1]
+    for norm in rln.NORMS:
+        results[f"size.{norm}.16"]["end_nmse"] = [None, None]
+    assert "none beyond noise at K = 16 (RLN not finite" in rln.findings(results)[-1]
+    rln.draw(results, Figure())
 
 
 # depth
@@ -207,13 +246,36 @@ def test_depth_finds_the_gap_and_what_closes_it(done: dict[str, Any]) -> None:
     ends("published", {1: 0.3, 3: 0.2, 5: 0.4})
     ends("hidden", {1: 0.3, 3: 0.2, 5: 0.4})
     ends("tuned", {1: 0.3, 3: 0.2, 5: 0.2})
+    for depth_, end in ((3, 0.3), (5, 0.5)):
+        results[f"tuned.{depth_}.1.0.016"]["end_nmse"] = [end, end]
     found = depth.findings(results)
-    assert found[0].startswith("Held: ") and "Lowest: 3 block(s)" in found[0]
-    assert "it is one of optimization" in found[3]
-    ends("tuned", {1: 0.3, 3: 0.2, 5: 0.39})
+    assert found[0].startswith("Held: ") and "held against one: one block ends 0.10 higher" in found[0]
+    assert "five blocks end 0.20 higher" in found[3] and "it is one of optimization" in found[3]
+    results["tuned.5.1.0.005"]["end_nmse"] = [0.38, 0.38]
     assert "do not close it" in depth.findings(results)[3]
     ends("published", {1: 0.3, 3: 0.2, 5: 0.2})
+    assert depth.findings(results)[0].startswith("Held in part: ")
+    ends("published", {1: 0.1, 3: 0.2, 5: 0.4})
+    assert "right did not hold: one block ends 0.10 lower, more than two" in depth.findings(results)[0]
+    ends("published", {1: 0.1, 3: 0.2, 5: 0.2})
     assert depth.findings(results)[0].startswith("Did not hold here: ")
+    results["published.5"]["end_nmse"][0] = None
+    assert "a training broke off" in depth.findings(results)[0]
+
+
+def test_depth_says_nothing_of_what_noise_would_make(done: dict[str, Any]) -> None:
+    results = results_of(done, depth)
+    for key, entry in results.items():
+        entry["end_nmse"] = [0.4, 0.8] if key.split(".")[1] == "5" else [0.4, 0.5]
+    found = depth.findings(results)
+    assert found[0].startswith("Did not hold here: ") and "within two standard errors" in found[0]
+    assert "show no gap that could be closed" in found[3]
+    for key in ("tuned.5.1.0.016", "tuned.3.1.0.016"):
+        results[key]["end_nmse"] = [1.0, 1.0] if ".5." in key else [0.6, 0.6]
+    assert "whether tuning closes it, these trainings cannot say" in depth.findings(results)[3]
+    assert "the highest rate tried at that length" not in depth.findings(results)[3]
+    results["tuned.3.1.0.016"]["end_nmse"] = [0.3, 0.3]
+    assert "the highest rate tried at that length" in depth.findings(results)[3]
 
 
 def test_depth_trains_what_it_says(done: dict[str, Any]) -> None:
@@ -267,8 +329,26 @@ def test_overfit_says_where_the_target_is_reached(done: dict[str, Any]) -> None:
     )
     points[0]["bpw"] = 1.9
     assert overfit.STUDY.findings(results)[0].startswith("Held. ")
-    points[0]["mse"] = points[0]["bound_mse"] / 2
-    assert any("pass the bound" in sentence for sentence in overfit.STUDY.findings(results))
+
+
+def test_overfit_counts_all_bits_where_it_looks_at_the_bound(done: dict[str, Any]) -> None:
+    results = results_of(done, overfit)
+    for value in (value for key, value in results.items() if key.startswith("sweep.")):
+        value |= {"mse": 1.0, "bound_mse": 0.5, "bpw": 2.0}
+    bound, point = results["bound"], results["sweep.4x16"]
+    bound |= {"bits": [1.0, 2.0, 3.0], "mse": [0.25, 0.0625, 0.015625], "distinct_values": 16}
+    point |= {"mse": 0.1, "bound_mse": 0.2, "index_bpw": 1.0, "bpw": 1.5}
+    words = " ".join(overfit.STUDY.findings(results))
+    assert "All bits counted, 1 of 4 codes pass the bound" in words and "each of the 16 different" in words
+    point["bpw"] = 2.5
+    words = " ".join(overfit.STUDY.findings(results))
+    assert "All bits counted, 0 of 4 codes pass the bound for Gaussian rows." in words
+    assert "At the bits of the indices alone (d = 4, K = 16; 1.00 bits of indices, 2.50 in all)" in words
+    row = next(r for r in overfit.STUDY.tables(results)[2].rows if r[:2] == ["4", "16"])
+    assert row[-2:] == ["0.50", f"{0.1 / 2**-5:.2f}"]
+    point["bpw"] = 5.0  # past the rates whose bound was kept
+    row = next(r for r in overfit.STUDY.tables(results)[2].rows if r[:2] == ["4", "16"])
+    assert row[-1] == f"{0.1 * 4**5:.2f}"
 
 
 # codebook
@@ -296,14 +376,16 @@ def test_codebook_measures_whole_models(done: dict[str, Any]) -> None:
 
 def test_codebook_says_where_it_is_concise(done: dict[str, Any]) -> None:
     results = results_of(done, codebook)
-    assert codebook.STUDY.findings(results)[0].startswith("Did not hold here: at d = 4, K = 256")
+    first = codebook.STUDY.findings(results)[0]
+    assert first.startswith("Held at the paper's size, which is a matter of counting: ")
+    assert "0.093 bits per weight beside 1.875 of indices, 1.97 with the row scales" in first
+    assert "it did not hold, shared or not: at d = 4, K = 256" in first
     point = results["grid.4x256"]
     scales = 16 / point["matrix"]["columns"]
     point["bpw_shared"] = point["index_bpw"] + scales + 0.01
-    assert codebook.STUDY.findings(results)[0].startswith("Held only where a codebook is shared: ")
+    assert "it held only where matrices share a codebook: " in codebook.STUDY.findings(results)[0]
     point["bpw_alone"] = point["bpw_shared"]
-    assert codebook.STUDY.findings(results)[0].startswith("Held: ")
-    assert "0.093 beside 1.875" in codebook.STUDY.findings(results)[0]
+    assert "it held, too: " in codebook.STUDY.findings(results)[0]
 
 
 # utilization
@@ -327,9 +409,12 @@ def test_utilization_by_rank() -> None:
 def test_utilization_says_what_collapsed(done: dict[str, Any]) -> None:
     results = results_of(done, utilization)
     results["published"]["trained_used"] = [0.5]
-    assert utilization.STUDY.findings(results)[0].startswith("Not enough here: ")
+    assert utilization.STUDY.findings(results)[0].startswith("Did not hold here, that the published")
     results["published"]["trained_used"] = [1.0]
-    assert utilization.STUDY.findings(results)[0].startswith("Enough here: ")
+    assert utilization.STUDY.findings(results)[0].startswith("Held here, that the published start")
+    assert "two standard errors: none." in utilization.STUDY.findings(results)[1]  # of one training
+    results["published"]["nmse"], results["ours"]["nmse"] = [0.4, 0.5], [0.2, 0.2]
+    assert "two standard errors: k-means and identity." in utilization.STUDY.findings(results)[1]
     results["collapse-rate"]["trained_perplexity"] = [1.5]
     assert "collapsed in 1 of 1" in utilization.STUDY.findings(results)[3]
     results["collapse-rate"]["trained_perplexity"] = [8.0]

@@ -11,7 +11,7 @@ import pytest
 
 from pocketllm import cli
 from pocketllm.errors import ConfigError, OutputError, ResumeError, SourceError
-from pocketllm.studies import STUDIES, registry, run_study
+from pocketllm.studies import STUDIES, dry_run, registry, run_study
 from pocketllm.studies.study import Setup, Step, Study, Table
 from tests import tiny
 
@@ -45,7 +45,9 @@ class Counting:
             "It counts.",
             "Steps.",
             self.steps,
-            lambda results: [Table("Steps", ["step"], [[key] for key in results], "all | of them")],
+            lambda results: [
+                Table("Steps", ["step", "of"], [[key, "a_b`|c"] for key in results], "all | of them")
+            ],
             lambda results, figure: figure.subplots().plot([r["value"] or 0 for r in results.values()]),
             lambda results: [f"{len(results)} steps ran."],
         )
@@ -81,7 +83,7 @@ def test_writes_everything(counting: Counting, model: str, tmp_path: Path) -> No
     assert {"processor", "threads", "versions"} <= set(result["machine"])
     assert result["config"]["texts"] == {}
     page = (tmp_path / "out" / "counting.md").read_text()
-    assert "It counts." in page and "3 steps ran." in page and "| a |" in page
+    assert "It counts." in page and "3 steps ran." in page and "| a | a\\_b\\`\\|c |" in page
     assert (tmp_path / "out" / "counting.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "out.partial").exists()
     assert told[0] == ("a", 0.0) and told[-1] == ("", 1.0)
@@ -96,6 +98,18 @@ def test_goes_on_where_it_was(counting: Counting, model: str, tmp_path: Path) ->
     counting.stop_at = None
     run_study("counting", model, tmp_path / "out")
     assert counting.ran == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("left", [b"", b'{"seconds": 1.0, "val', b"\xff\xfe", b"[]", b'{"seconds": 1.0}'])
+def test_a_damaged_step_runs_again(left: bytes, counting: Counting, model: str, tmp_path: Path) -> None:
+    counting.stop_at = "c"
+    with pytest.raises(KeyboardInterrupt):
+        run_study("counting", model, tmp_path / "out")
+    counting.stop_at = None
+    (tmp_path / "out.partial" / "step-a.json").write_bytes(left)
+    done = run_study("counting", model, tmp_path / "out")
+    assert counting.ran == ["a", "b", "a", "c"]
+    assert done.result["results"]["a"] == {"value": 1.0}
 
 
 def test_refuses_other_arguments(counting: Counting, model: str, tmp_path: Path) -> None:
@@ -135,6 +149,27 @@ def test_default_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     (tmp_path / "own.txt").write_text("some words")
     named = Setup("m", True, 0, "cpu", (str(tmp_path / "own.txt"),), tmp_path).evaluation_texts()
     assert [(t.name, t.text) for t in named] == [("own.txt", "some words")]
+
+
+def test_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "x.txt" for folder in ("a", "b")]
+    for number, file in enumerate(files):
+        file.parent.mkdir()
+        file.write_text(f"text {number}")
+    named = Setup("m", True, 0, "cpu", tuple(map(str, files)), tmp_path).evaluation_texts()
+    assert [(t.name, t.text) for t in named] == [(str(files[0]), "text 0"), (str(files[1]), "text 1")]
+
+
+def test_texts_that_would_not_be_measured_are_refused(model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words")
+    (tmp_path / "b.txt").write_text("other words")
+    two = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for name in ("codebook", "decoder", "sensitivity"):
+        with pytest.raises(ConfigError, match=f"{name}: measures on one text, got 2"):
+            dry_run(name, model, texts=two)
+    with pytest.raises(ConfigError, match=r"a\.txt: given twice"):
+        dry_run("robustness", model, texts=[two[0], tmp_path / "." / "a.txt"])
+    assert dry_run("robustness", model, quick=True, texts=two) == ["dense", "plain-8x", "plain-16x"]
 
 
 # the command
@@ -200,7 +235,7 @@ def test_command_runs(
     code, out, _ = command(
         capsys, monkeypatch, "counting", model, "-o", str(output), "--overwrite", "--quiet"
     )
-    assert code == 0 and "- 3 steps ran." in out and "all | of them" in out
+    assert code == 0 and "- 3 steps ran." in out and "all | of them" in out and "a_b`|c" in out
     code, _, err = command(capsys, monkeypatch, "counting", model, "-o", str(output))
     assert code == 1 and "pass --overwrite" in err
 

@@ -109,4 +109,5 @@ class Safeguards:
     revive: bool = True
 
     def __post_init__(self) -> None:
-        positive("max_grad_norm", self.max_grad_norm)
+        if not self.max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm: got {self.max_grad_norm}, wanted more than 0")

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pocketllm.studies.noise import CERTAIN, Difference, apart
 from pocketllm.studies.study import Results, Table
-from pocketllm.studies.style import COLOURS, number
+from pocketllm.studies.style import COLOURS, INK, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REFERENCE = "none-kind"
+CALIBRATED = ("calibrated-none", "calibrated-mlp")
+_LEAST = 0.01  # a lower error is one from this share on
 
 
 def _keys(results: Results, calibrated: bool) -> list[str]:
@@ -32,15 +35,15 @@ def _table(results: Results, keys: list[str], title: str) -> Table:
         before, after = values["before"], values["after"]
         rows.append(
             [
-                values["shown"] + ("" if values["equal"] else " (fewer bytes)"),
+                values["shown"] + _more_bytes(results, key),
                 str(values["codewords"]),
                 f"{values['codebook_bytes']} + {values['decoder_bytes']}",
                 number(values["bpw"], 5),
                 number(values["nmse"], 4),
                 number(values["trained_nmse"], 4),
-                number(before["kl"]),
+                _kl(before),
                 number(before["perplexity"], 4),
-                number(after["kl"]),
+                _kl(after),
                 number(after["perplexity"], 4),
             ]
         )
@@ -52,7 +55,9 @@ def _table(results: Results, keys: list[str], title: str) -> Table:
     before, distilled, config = first["before"], first["distilled"], first["config"]
     note = (
         f"{config['blocks']} blocks coded. nmse: of the stored matrices; beside it that of the sample at the end "
-        "of training, which is kept only if no matrix got worse by it. KL to the dense model in nats per token; "
+        "of training, which is kept only if no matrix got worse by it. KL to the dense model in nats per token ± its "
+        "standard error over the windows; perplexity has none here. Bytes in brackets: more or fewer of them beside "
+        "the indices than in the first row. "
         f"{before['windows']} windows of {before['context']} tokens, dense perplexity "
         f"{number(before['reference_perplexity'], 4)}. Distilled for {distilled['steps']} steps of "
         f"{config['batch']} x {config['context']} tokens."
@@ -60,56 +65,103 @@ def _table(results: Results, keys: list[str], title: str) -> Table:
     return Table(title, header, rows, note)
 
 
+def _more_bytes(results: Results, key: str) -> str:
+    """How many more bytes than its reference it stores beside the indices; nothing where as many."""
+    own, reference = (_side_bytes(results[each]) for each in (key, _reference(key)))
+    if own == reference:
+        return ""
+    return f" ({number(abs(own / reference - 1) * 100, 2)} % {'more' if own > reference else 'fewer'} bytes)"
+
+
+def _side_bytes(values: Mapping[str, Any]) -> int:
+    return int(values["codebook_bytes"] + values["decoder_bytes"])
+
+
+def _reference(key: str) -> str:
+    return CALIBRATED[0] if key.startswith("calibrated") else REFERENCE
+
+
+def _kl(seen: Mapping[str, Any]) -> str:
+    error = seen["kl_stderr"]
+    return number(seen["kl"]) + ("" if error is None else f" ± {number(error, 2)}")
+
+
+def _kl_apart(values: Mapping[str, Any], other: Mapping[str, Any]) -> Difference:
+    return apart(values["kl"], values["kl_stderr"], other["kl"], other["kl_stderr"])
+
+
 def draw(results: Results, figure: Figure) -> None:
     figure.set_size_inches(9, 4.8)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     keys = list(results)[::-1]
-    names = [_label(key, results[key]) for key in keys]
+    names = [_label(results, key) for key in keys]
     left.barh(names, [results[key]["nmse"] for key in keys], color=COLOURS[0], height=0.6)
     left.set_title("nmse of the coded matrices", fontsize=9)
     places = range(len(keys))
     for offset, when, colour in ((0.18, "before", COLOURS[1]), (-0.18, "after", COLOURS[2])):
         lengths = [results[key][when]["kl"] for key in keys]
+        errors = [CERTAIN * (results[key][when]["kl_stderr"] or 0.0) for key in keys]
         shown = "as coded" if when == "before" else "distilled"
-        right.barh([p + offset for p in places], lengths, height=0.36, color=colour, label=shown)
+        right.barh(
+            [p + offset for p in places],
+            lengths,
+            xerr=errors,
+            error_kw={"ecolor": INK, "capsize": 2, "lw": 1},
+            height=0.36,
+            color=colour,
+            label=shown,
+        )
     right.set_yticks([])
-    right.set_title("KL to the dense model, nats per token", fontsize=9)
+    right.set_title("KL to the dense model", fontsize=9)
+    left.set_xlabel("nmse", fontsize=8)
+    right.set_xlabel("nats per token; lines: two standard errors", fontsize=8)
     right.legend(fontsize=8, frameon=False)
     for axes in (left, right):
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def _label(key: str, values: Mapping[str, Any]) -> str:
-    name = values["shown"] + ("" if values["equal"] else " (fewer bytes)")
+def _label(results: Results, key: str) -> str:
+    name = results[key]["shown"] + _more_bytes(results, key)
     name = f"calibrated: {name}" if key.startswith("calibrated") else name
     return name.replace(", ", ",\n", 1) if len(name) > 30 else name
 
 
 def findings(results: Results) -> list[str]:
-    plain = [key for key in _keys(results, False) if results[key]["equal"]]
-    rest = [key for key in plain if key != REFERENCE]
+    """Whether decoders lower the error at equal bytes; what distillation makes of them; the calibrated pair."""
+    rest = [key for key in _keys(results, False) if results[key]["equal"] and key != REFERENCE]
+    if not rest:
+        return ["Did not hold here: no decoder fits into the bytes of the codebooks."]
     base = results[REFERENCE]
     best = min(rest, key=lambda key: results[key]["nmse"])
-    tuned = min(rest, key=lambda key: results[key]["after"]["kl"])
     gain = 1 - results[best]["nmse"] / base["nmse"]
-    held = gain > 0.01
     sentences = [
         (
-            f"At equal stored bytes the claim {'held' if held else 'did not hold'}: the best decoder "
+            f"At equal stored bytes the claim {'held' if gain > _LEAST else 'did not hold'}: the best decoder "
             f"({results[best]['shown']}) has an nmse of {number(results[best]['nmse'], 4)}, spending the bytes "
-            f"on codewords alone {number(base['nmse'], 4)}: {_percent(gain)}."
+            f"on codewords alone {number(base['nmse'], 4)}: {_percent(gain)}, from one training of each."
         ),
-        (
-            f"After distillation the best with a decoder is {results[tuned]['shown']}: KL "
-            f"{number(results[tuned]['after']['kl'])} against {number(base['after']['kl'])} without "
-            f"({_percent(1 - results[tuned]['after']['kl'] / base['after']['kl'])}); as coded they had "
-            f"{number(results[tuned]['before']['kl'])} and {number(base['before']['kl'])}."
-        ),
+        *(_best_words(results, rest, when) for when in ("before", "after")),
     ]
-    sentences += _about_shared(results)
-    sentences += _about_calibrated(results)
-    return sentences
+    return [*sentences, *_about_shared(results), *_about_calibrated(results)]
+
+
+def _best_words(results: Results, rest: list[str], when: str) -> str:
+    """The lowest divergence with a decoder beside that without."""
+    words = "As coded" if when == "before" else "After distillation"
+    best = min(rest, key=lambda key: results[key][when]["kl"])
+    own, base = results[best][when], results[REFERENCE][when]
+    return (
+        f"{words} the lowest KL with a decoder is that of {results[best]['shown']}, {_kl(own)}; without {_kl(base)}: "
+        f"{_verdict(_kl_apart(own, base))}. Perplexity {number(own['perplexity'], 4)} and "
+        f"{number(base['perplexity'], 4)}."
+    )
+
+
+def _verdict(difference: Difference) -> str:
+    if not difference.clear:
+        return f"no difference beyond noise, {number(abs(difference.value), 2)} is {difference.verdict}"
+    return f"{number(abs(difference.value), 2)} {'lower' if difference.value < 0 else 'higher'}, {difference.verdict}"
 
 
 def _percent(gain: float) -> str:
@@ -118,31 +170,29 @@ def _percent(gain: float) -> str:
 
 def _about_shared(results: Results) -> list[str]:
     """One codebook for all matrices, with decoders and without."""
-    if "none-model" not in results:
+    if not {"none-model", "mlp-matrix"} <= set(results):
         return []
-    none = results["none-model"]
-    words = []
-    for key in ("affine-model", "mlp-matrix"):
-        if key in results:
-            values = results[key]
-            words.append(
-                f"{values['shown']} ({values['decoder_bytes']} bytes more) {number(values['nmse'], 4)}, KL "
-                f"{number(values['before']['kl'])} and distilled {number(values['after']['kl'])}"
-            )
+    none, mlp = results["none-model"], results["mlp-matrix"]
+    told = "; ".join(
+        f"{words} {_kl(mlp[when])} against {_kl(none[when])}, {_verdict(_kl_apart(mlp[when], none[when]))}"
+        for when, words in (("before", "KL as coded"), ("after", "distilled"))
+    )
     return [
-        f"With one codebook for all matrices and no decoder the nmse is {number(none['nmse'], 4)} and the KL "
-        f"{number(none['before']['kl'])}, distilled {number(none['after']['kl'])}; " + "; ".join(words) + "."
+        f"With one codebook for all matrices, a decoder for each ({mlp['decoder_bytes']} bytes more than without) has "
+        f"an nmse of {number(mlp['nmse'], 4)} against {number(none['nmse'], 4)} without; {told}."
     ]
 
 
 def _about_calibrated(results: Results) -> list[str]:
-    keys = ("calibrated-none", "calibrated-mlp")
-    if not set(keys) <= set(results):
+    if not set(CALIBRATED) <= set(results):
         return []
-    none, mlp = (results[key] for key in keys)
-    gain = 1 - mlp["after"]["kl"] / none["after"]["kl"]
+    none, mlp = (results[key] for key in CALIBRATED)
+    told = "; ".join(
+        f"{words} {_kl(mlp[when])} with and {_kl(none[when])} without, "
+        f"{_verdict(_kl_apart(mlp[when], none[when]))} (perplexity {number(mlp[when]['perplexity'], 4)} and "
+        f"{number(none[when]['perplexity'], 4)})"
+        for when, words in (("before", "as coded KL"), ("after", "distilled"))
+    )
     return [
-        f"Calibrated, the decoders change nothing before they are tuned (KL {number(none['before']['kl'])} "
-        f"without, {number(mlp['before']['kl'])} with); distilled, {number(none['after']['kl'])} without and "
-        f"{number(mlp['after']['kl'])} with {mlp['decoder_bytes']} bytes of them: {_percent(gain)}."
+        f"Calibrated, where decoders come on top of the same codebooks ({mlp['decoder_bytes']} bytes more): {told}."
     ]

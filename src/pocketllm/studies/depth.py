@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from pocketllm.config import CodecConfig, Safeguards
+from pocketllm.studies.noise import Difference, between
 from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.repeated import Training, exploded, repeated
 from pocketllm.studies.study import Results, Setup, Step, Study, Table
@@ -130,29 +132,29 @@ def _note(results: Results) -> str:
     )
 
 
-def _best(results: Results, depth: int) -> tuple[float, Mapping[str, Any]] | None:
+def _best(results: Results, depth: int) -> Mapping[str, Any] | None:
     """The lowest mean over learning rates and lengths."""
     found = [
         (value, entry)
         for key, entry in _group(results, "tuned").items()
         if key[0] == str(depth) and (value := mean(entry["end_nmse"])) is not None
     ]
-    return min(found, key=lambda pair: pair[0]) if found else None
+    return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def findings(results: Results) -> list[str]:
-    """Whether five blocks do worse than three as published, and whether tuning closes the gap."""
-    five, three = (results[f"published.{depth}"]["end_nmse"] for depth in (5, 3))
-    gap = _gap(five, three)
-    if gap is None:
-        first = "As published, a training with three or five blocks broke off; nothing can be said of their order."
+    """Whether five blocks do worse than three as published, three best; and whether tuning closes the gap."""
+    ends = {depth: _start(results, "published", depth)["end_nmse"] for depth in DEPTHS}
+    worse, fewer = between(ends[5], ends[3]), between(ends[1], ends[3])
+    if worse is None or fewer is None:
+        first = "Did not hold here: as published, a training broke off, so that nothing can be said of their order."
     else:
-        noise = ((spread(five) or 0) ** 2 + (spread(three) or 0) ** 2) ** 0.5
-        held = "Held" if gap > noise else "Did not hold here"
-        certain = "more than" if abs(gap) > noise else "within"
+        five, three = worse.value > 0 and worse.clear, fewer.value > 0 and fewer.clear
+        verdict = "Held" if five and three else "Held in part" if five or three else "Did not hold here"
         first = (
-            f"{held}: as published, {_by_depth(results, 'published')}; five blocks end {_more(gap)} than three, "
-            f"{certain} the spread of the seeds ({number(noise, 2)}). Lowest: {_lowest(results, 'published')}."
+            f"{verdict}: as published, {_by_depth(results, 'published')}. That five do worse than three "
+            f"{'held' if five else 'did not hold'}: they end {_told(worse)}. That three are right "
+            f"{'held against one' if three else 'did not hold'}: one block ends {_told(fewer)}."
         )
     others = [
         f"{words[0].upper()}{words[1:]}: {_by_depth(results, name)}."
@@ -162,19 +164,8 @@ def findings(results: Results) -> list[str]:
     return [first, *others, _tuned_words(results), _capacity_words(results)]
 
 
-def _gap(five: list[float | None], three: list[float | None]) -> float | None:
-    a, b = mean(five), mean(three)
-    return None if a is None or b is None else a - b
-
-
-def _more(gap: float) -> str:
-    return f"{number(abs(gap), 2)} {'higher' if gap > 0 else 'lower'}"
-
-
-def _lowest(results: Results, name: str) -> str:
-    ends = {depth: mean(_start(results, name, depth)["end_nmse"]) for depth in DEPTHS}
-    known = {depth: value for depth, value in ends.items() if value is not None}
-    return f"{min(known, key=lambda depth: known[depth])} block(s)"
+def _told(gap: Difference) -> str:
+    return f"{number(abs(gap.value), 2)} {'higher' if gap.value > 0 else 'lower'}, {gap.verdict}"
 
 
 def _by_depth(results: Results, name: str) -> str:
@@ -186,27 +177,51 @@ def _tuned_words(results: Results) -> str:
     """The best that each depth reaches over learning rates and lengths, and what that says of the gap."""
     best = {depth: _best(results, depth) for depth in DEPTHS}
     told = ", ".join(
-        f"{depth}: {number(found[0])} (learning rate {found[1]['settings']['learning_rate']:g}, "
-        f"{found[1]['steps']} steps)"
-        for depth, found in best.items()
-        if found is not None
+        f"{depth}: {mean_spread(entry['end_nmse'])} (learning rate {entry['settings']['learning_rate']:g}, "
+        f"{entry['steps']} steps{_at_the_edge(results, depth, entry)})"
+        for depth, entry in best.items()
+        if entry is not None
     )
     words = f"The best over learning rates and lengths, by number of blocks: {told}."
-    as_published = _gap(*(_start(results, "guarded", depth)["end_nmse"] for depth in (5, 3)))
-    if best[5] is None or best[3] is None or as_published is None:
+    if best[5] is None or best[3] is None:
         return words
-    left = best[5][0] - best[3][0]
-    if as_published <= 0:
-        return f"{words} With safeguards there was no gap to close."
-    closed = left <= _SHARE * as_published
-    return (
-        f"{words} Of the gap of {number(as_published, 2)} between five and three blocks {_left(left)}: "
-        + ("it is one of optimization." if closed else "these learning rates and lengths do not close it.")
+    before = between(*(entry["end_nmse"] for entry in _untuned(results)))
+    left = between(best[5]["end_nmse"], best[3]["end_nmse"])
+    if before is None or left is None:
+        return words
+    seeds = len(_untuned(results)[0]["seeds"])
+    words += (
+        f" From the same {seeds} seeds five blocks end {_told(before)}, than three at the published learning rate and "
+        f"length, and {_told(left)}, each at its best: "
     )
+    if not (before.clear and before.value > 0):
+        return f"{words}these trainings show no gap that could be closed."
+    closed = Difference(before.value - left.value, math.hypot(before.error, left.error))
+    if left.value <= _SHARE * before.value and closed.clear:
+        return f"{words}it is one of optimization."
+    if left.clear:
+        return f"{words}these learning rates and lengths do not close it."
+    return f"{words}whether tuning closes it, these trainings cannot say."
 
 
-def _left(left: float) -> str:
-    return f"{number(left, 2)} is left" if left > 0 else "nothing is left"
+def _untuned(results: Results) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Five and three blocks at the published learning rate and length, from the seeds of the tuned trainings."""
+    rate = f"{PUBLISHED.learning_rate:g}"
+    tuned = _group(results, "tuned")
+    return tuned["5", "1", rate], tuned["3", "1", rate]
+
+
+def _at_the_edge(results: Results, depth: int, entry: Mapping[str, Any]) -> str:
+    """Says where the best lies at the end of what was tried, so that a better one may lie beyond."""
+    entries = [e for key, e in _group(results, "tuned").items() if key[0] == str(depth)]
+    alike = [e["settings"]["learning_rate"] for e in entries if e["steps"] == entry["steps"]]
+    edges = []
+    if len(alike) > 1 and entry["settings"]["learning_rate"] == max(alike):
+        edges.append("the highest rate tried at that length")
+    lengths = {e["steps"] for e in entries}
+    if len(lengths) > 1 and entry["steps"] == max(lengths):
+        edges.append("the greatest length")
+    return f"; {', '.join(edges)}" if edges else ""
 
 
 def _capacity_words(results: Results) -> str:
@@ -215,10 +230,14 @@ def _capacity_words(results: Results) -> str:
     known = [value for value in ends.values() if value is not None]
     if len(known) < len(DEPTHS):
         return "From our start a training broke off."
-    apart = (max(known) - min(known)) / min(known)
+    apart, noise = (
+        max(known) - min(known),
+        max(spread(results[f"ours.{d}"]["end_nmse"]) or 0.0 for d in DEPTHS),
+    )
     return (
         f"A network with more blocks holds every one with fewer, so it lacks no capacity; from our start, where all "
-        f"begin as the identity, the ends lie {apart:.2%} apart."
+        f"begin as the identity, the ends lie {apart / min(known):.2%} apart, the spread of the seeds is "
+        f"{noise / min(known):.2%}."
     )
 
 
@@ -246,19 +265,21 @@ def draw(results: Results, figure: Any) -> None:
             _line(third, rates, n, linestyle=DASHES[dash])
     first.set_xticks(range(len(_STARTS)), ["published\nstart", "the same,\nguarded", "our start"])
     first.legend(fontsize=9, frameon=False)
-    first.set_title("nmse at the end, by start", fontsize=11)
-    second.set_title("by hidden width, guarded", fontsize=11)
-    third.set_title("by learning rate, guarded", fontsize=11)
-    if len(lengths) > 1:
-        third.set_xlabel(f"solid: as long as the others; dashed: {lengths[-1]} times longer")
+    first.set_title("by start", fontsize=11)
+    second.set_title("by hidden width, published start, guarded", fontsize=11)
+    third.set_title("by learning rate, published start, guarded", fontsize=11)
+    first.set_ylabel("nmse at the end; mean ± standard deviation")
+    second.set_xlabel("hidden width")
+    third.set_xlabel("learning rate" + (f"; dashed: {lengths[-1]} times longer" if len(lengths) > 1 else ""))
     third.set_xscale("log")
     second.set_xscale("log", base=2)
     second.set_xticks(sorted({int(key[1]) for key in _group(results, "hidden")}))
     third.set_xticks(sorted({float(key[2]) for key in _group(results, "tuned")}))
     for axes in (second, third):
         plain_ticks(axes.xaxis)
+    top = max(axes.get_ylim()[1] for axes in (first, second, third))
     for axes in (first, second, third):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, top)
 
 
 def _line(axes: Any, values: Mapping[float, list[float | None]], series: int, **more: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,15 @@ def markdown(study: Study, result: Mapping[str, Any]) -> str:
 
 
 def _table(table: Table) -> str:
-    lines = [table.header, ["---"] * len(table.header), *table.rows]
-    cells = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [[_escaped(cell) for cell in line] for line in (table.header, *table.rows)]
+    lines.insert(1, ["---"] * len(table.header))
+    cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return "\n\n".join([f"### {table.title}", cells, *([table.note] if table.note else [])])
+
+
+def _escaped(cell: str) -> str:
+    """A cell as Markdown that shows just these characters."""
+    return re.sub(r"([\\`*_|])", r"\\\1", cell)
 
 
 def _made_by(result: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from pocketllm.config import Safeguards
+from pocketllm.studies.noise import Difference, between
 from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.repeated import EXPLODED, Training, exploded, highest, over_entries, repeated
 from pocketllm.studies.study import Results, Setup, Step, Study, Table
@@ -21,6 +22,7 @@ TRAININGS = {
     "guarded": "published start, guarded",
     "ours": "our start",
 }
+_ZEROS = 0.99  # nmse of training from which on it is no better than that of zeros, which is 1
 _SIZE, _MOST, _BATCH = 256, 1 << 16, 512
 _EPOCHS, _QUICK_EPOCHS = 25, 12
 
@@ -118,7 +120,7 @@ def _by_kind(results: Results) -> Table:
     for training, words in TRAININGS.items():
         for entries in zip(*(_of(results, training, norm) for norm in NORMS), strict=True):
             cells = [mean_spread(entry["end_nmse"]) for entry in entries]
-            rows.append([words, f"`{entries[0]['matrix']['kind']}`", *cells])
+            rows.append([words, entries[0]["matrix"]["kind"], *cells])
     facts = [e["matrix"] for e in _of(results, "published", "rln")]
     used = ", ".join(f"{f['rows']} × {f['columns']} of `{f['name']}`" for f in facts)
     header = ["training", "kind", *NORMS.values()]
@@ -142,17 +144,32 @@ def _sweep(results: Results, what: str) -> Table:
 
 
 def findings(results: Results) -> list[str]:
-    """Whether LayerNorm explodes where RLN does not, and what each ends at."""
+    """Whether LayerNorm explodes, or ends worse, where RLN does not; and what each ends at."""
     grew = {norm: exploded(_of(results, "published", norm)) for norm in NORMS}
-    held = grew["ln"][0] > grew["rln"][0]
     told = ", ".join(f"{grew[norm][0]} of {grew[norm][1]} with {title}" for norm, title in NORMS.items())
+    gap = _gap(results, "published")
+    signs = grew["ln"][0] > grew["rln"][0], gap is not None and gap.value > 0 and gap.clear
+    verdict = "Held" if all(signs) else "Held in part" if any(signs) else "Did not hold here"
     return [
-        f"The sign of failure was {'seen' if held else 'not seen'} here: from the published start, at the "
-        f"published learning rate, gradients exploded in {told}.",
+        f"{verdict}: from the published start, at the published learning rate, gradients exploded in {told}; "
+        f"LayerNorm {_gap_words(gap)}.",
         *(_compared(results, training) for training in TRAININGS),
         _rate_words(results),
         _size_words(results),
     ]
+
+
+def _gap(results: Results, training: str) -> Difference | None:
+    """How much higher LayerNorm ends than RLN, over seeds, in the mean over the kinds."""
+    return between(*(over_entries(_of(results, training, norm), "end_nmse") for norm in ("ln", "rln")))
+
+
+def _gap_words(gap: Difference | None) -> str:
+    if gap is None:
+        return "or RLN broke off in a training, so that their ends are not compared"
+    return (
+        f"ends {number(abs(gap.value), 2)} {'higher' if gap.value > 0 else 'lower'} than RLN, {gap.verdict}"
+    )
 
 
 def _compared(results: Results, training: str) -> str:
@@ -170,27 +187,47 @@ def _compared(results: Results, training: str) -> str:
     words = TRAININGS[training]
     return (
         f"{words[0].upper()}{words[1:]}: nmse {number(start)} before training with RLN; at the end {told}. "
-        f"RLN ends below LayerNorm in {better} of {len(pairs)} trainings."
+        f"LayerNorm {_gap_words(_gap(results, training))}; RLN ends below it in {better} of {len(pairs)} trainings."
     )
 
 
 def _rate_words(results: Results) -> str:
-    """The lowest of the learning rates at which each norm explodes."""
-    tried, told = _tried(results, "rate"), []
-    for norm, title in NORMS.items():
-        found = [rate for rate in tried if exploded([results[f"rate.{norm}.{rate}"]])[0]]
-        told.append(f"{title} {f'from {found[0]} on' if found else f'at none up to {tried[-1]}'}")
-    return "Learning rates at which a training explodes, of those tried: " + "; ".join(told) + "."
+    """The learning rates at which each norm explodes, and where nothing is learned."""
+    tried = _tried(results, "rate")
+
+    def told(when: Callable[[Any], bool]) -> str:
+        found = {
+            title: [rate for rate in tried if when(results[f"rate.{norm}.{rate}"])]
+            for norm, title in NORMS.items()
+        }
+        return "; ".join(
+            f"{title} at {', '.join(rates) if rates else f'none up to {tried[-1]}'}"
+            for title, rates in found.items()
+        )
+
+    return (
+        f"Learning rates at which a training explodes, of those tried: {told(lambda entry: exploded([entry])[0] > 0)}. "
+        f"Those at which most trainings end no better than zeros: {told(_learned_nothing)}."
+    )
+
+
+def _learned_nothing(entry: Any) -> bool:
+    """Whether in most seeds training itself came out no better than zeros."""
+    lost = sum(value is None or value >= _ZEROS for value in entry["latent_nmse"])
+    return 2 * lost > len(entry["latent_nmse"])
 
 
 def _size_words(results: Results) -> str:
-    """Who ends lowest at each codebook size."""
+    """Who ends lowest at each codebook size, where noise allows to say so."""
     told = []
     for size in _tried(results, "size"):
-        ends = {title: mean(results[f"size.{norm}.{size}"]["end_nmse"]) for norm, title in NORMS.items()}
-        known = {title: value for title, value in ends.items() if value is not None}
-        best = min(known, key=lambda title: known[title])
-        told.append(f"{best} at K = {size} ({', '.join(f'{t} {number(v)}' for t, v in ends.items())})")
+        ends = {title: results[f"size.{norm}.{size}"]["end_nmse"] for norm, title in NORMS.items()}
+        known = {title: value for title, values in ends.items() if (value := mean(values)) is not None}
+        first, *others = sorted(known, key=lambda title: known[title]) or ["none"]
+        gaps = [between(ends[other], ends[first]) for other in others]
+        clear = bool(gaps) and all(gap is not None and gap.clear for gap in gaps)
+        listed = ", ".join(f"{title} {mean_spread(values)}" for title, values in ends.items())
+        told.append(f"{first if clear else 'none beyond noise'} at K = {size} ({listed})")
     return "Lowest nmse at the end, published start, guarded: " + "; ".join(told) + "."
 
 
@@ -203,15 +240,11 @@ def draw(results: Results, figure: Any) -> None:
         for place, training in enumerate(TRAININGS):
             ends = over_entries(_of(results, training, norm), "end_nmse")
             dots(second, place + 0.15 * (n - 1), ends, n)
-        peaks = [
-            (float(r), highest([results[f"rate.{norm}.{r}"]], "peak_gradient"))
-            for r in _tried(results, "rate")
-        ]
-        third.plot(*zip(*[pair for pair in peaks if pair[1] is not None], strict=True), **look(n))
+        _draw_peaks(third, results, norm, n)
     first.set_yscale("log")
     plain_ticks(first.yaxis)
-    first.set_title("gradient norm, published start", fontsize=11)
-    first.set_xlabel("share of training; band: lowest to highest")
+    first.set_title("gradient norm over training", fontsize=11)
+    first.set_xlabel("share of training, published start\nline: median; band: lowest to highest")
     first.legend(fontsize=9, frameon=False)
     seeds = len(_of(results, "ours", "rln")[0]["seeds"])
     second.set_xticks(range(len(TRAININGS)), ["published\nstart", "the same,\nguarded", "our start"])
@@ -222,8 +255,23 @@ def draw(results: Results, figure: Any) -> None:
     third.set_yscale("log")
     plain_ticks(third.xaxis)
     plain_ticks(third.yaxis)
-    third.set_title("highest gradient norm", fontsize=11)
-    third.set_xlabel("learning rate, published start")
+    third.set_title("highest gradient norm, any seed", fontsize=11)
+    third.set_xlabel("learning rate, published start\nhollow: most seeds end no better than zeros")
+    first.set_ylabel("gradient norm")
+    second.set_ylabel("nmse; mean ± standard deviation")
+
+
+def _draw_peaks(axes: Any, results: Results, norm: str, n: int) -> None:
+    """The highest gradient at each rate; hollow where training led to nothing, so that it says little of the norm."""
+    for hollow in (False, True):
+        points = []
+        for rate in _tried(results, "rate"):
+            entry = results[f"rate.{norm}.{rate}"]
+            peak = highest([entry], "peak_gradient")
+            if peak is not None and (not hollow or _learned_nothing(entry)):
+                points.append((float(rate), peak))
+        style = {**look(n), "markerfacecolor": "white", "linestyle": "none"} if hollow else look(n)
+        axes.plot([x for x, _ in points], [y for _, y in points], **style)
 
 
 def _draw_gradients(axes: Any, entries: Sequence[Any], n: int, title: str) -> None:

@@ -48,11 +48,11 @@ def run_study(
         name: one of `STUDIES`. model: folder, hub id or `builtin:smollm2-135m`.
         output: folder to make. A half-done one of the same arguments is continued.
         quick: a small version, within three minutes on two cores for the built-in model.
-        texts: files to measure on; None takes the default one.
+        texts: files to measure on, one unless the study takes several; None takes the default one.
         overwrite: replace the study at `output`.
 
     Raises:
-        ConfigError: an unknown study, or texts for a study without text. SourceError: as `open_dense`.
+        ConfigError: an unknown study, or texts that it does not measure on. SourceError: as `open_dense`.
         OutputError, ResumeError: nothing half-written is left under `output`; finished steps stay in
             `output.partial`. ExtraError: matplotlib is not installed.
     """
@@ -70,9 +70,10 @@ def run_study(
         with locked(work.folder):
             setup.work.mkdir(exist_ok=True)
             steps = study.steps(setup)
-            for number, step in enumerate(steps):
-                _run_step(step, work.folder, number, len(steps), progress)
-            done = {s.key: json.loads(_file(work.folder, s).read_text(encoding="utf-8")) for s in steps}
+            done = {
+                step.key: _run_step(step, work.folder, number, len(steps), progress)
+                for number, step in enumerate(steps)
+            }
             result = _body(study, setup, asked, output, done)
             final = work.folder / "final"
             final.mkdir(exist_ok=True)
@@ -114,11 +115,22 @@ def _setup(
     device: str,
     texts: Sequence[str | Path] | None,
 ) -> Setup:
+    named = tuple(map(str, texts or ()))
+    _check_texts(study, named)
+    work = output.with_name(f"{output.name}.partial") / "work"
+    return Setup(model, quick, seed, device, named or None, work, study.several_texts)
+
+
+def _check_texts(study: Study, texts: Sequence[str]) -> None:
+    """Raises ConfigError where some of the texts would not be measured on."""
     if texts and not study.on_text:
         raise ConfigError(f"{study.name}: measures no model on text; leave the texts out")
-    named = tuple(map(str, texts)) if texts else None
-    work = output.with_name(f"{output.name}.partial") / "work"
-    return Setup(model, quick, seed, device, named, work, study.several_texts)
+    if len(texts) > 1 and not study.several_texts:
+        raise ConfigError(f"{study.name}: measures on one text, got {len(texts)}; name one of them")
+    places = [Path(text).resolve() for text in texts]
+    for text, place in zip(texts, places, strict=True):
+        if places.count(place) > 1:
+            raise ConfigError(f"{text}: given twice; name every text once")
 
 
 def _asked(study: Study, setup: Setup) -> dict[str, Any]:
@@ -142,17 +154,31 @@ def _file(folder: Path, step: Step) -> Path:
     return folder / f"step-{step.key}.json"
 
 
-def _run_step(step: Step, folder: Path, number: int, count: int, progress: Progress) -> None:
+def _run_step(step: Step, folder: Path, number: int, count: int, progress: Progress) -> dict[str, Any]:
     """Run a step and keep its values, unless an earlier run has kept them."""
     from pocketllm.model import checkpoint as ckpt
 
     progress(step.key, number / count)
-    if _file(folder, step).is_file():
-        return
+    kept = _kept(_file(folder, step))
+    if kept is not None:
+        return kept
     started = time.monotonic()
     values = step.run(lambda share: progress(step.key, (number + share) / count))
     seconds = round(time.monotonic() - started, 3)
     ckpt.write_json(_file(folder, step), {"seconds": seconds, "values": _plain(values)})
+    kept = _kept(_file(folder, step))
+    assert kept is not None
+    return kept
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
+    """What a finished step has written; None where it is missing or damaged, so that the step runs again."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    whole = isinstance(found, dict) and isinstance(found.get("values"), dict) and "seconds" in found
+    return found if whole else None
 
 
 def _plain(value: Any) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pocketllm.studies.noise import CERTAIN, Difference, apart
 from pocketllm.studies.scored import accuracy, points_lost
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import COLOURS, INK, mean, number
@@ -15,13 +16,47 @@ if TYPE_CHECKING:
 
 ALL, FFN, ATTENTION, ENDS = "everything", "FFN", "attention", "embedding and head"
 _PATHS = {"plain": "error of the weights", "calibrated": "error of the layers' outputs"}
+_CHANCE = 0.0455  # that a Gaussian number lies more than two standard deviations from its mean
 _AUTHORS_FIRST, _AUTHORS_LAST = 3, 2  # blocks that the paper leaves dense
 
 
 def _loss(values: Mapping[str, Any], name: str) -> float:
     """Nats of divergence per token for a saved megabyte."""
-    group = values["groups"][name]
-    return float(group["kl"]) / (group["saved_bytes"] / 1e6)
+    return float(values["groups"][name]["kl"]) / _megabytes(values, name)
+
+
+def _error(values: Mapping[str, Any], name: str) -> float:
+    """The standard error of `_loss`; infinite where there was but one window."""
+    error = values["groups"][name]["kl_stderr"]
+    return math.inf if error is None else float(error) / _megabytes(values, name)
+
+
+def _megabytes(values: Mapping[str, Any], name: str) -> float:
+    return float(values["groups"][name]["saved_bytes"]) / 1e6
+
+
+def _with_error(value: float, error: float, digits: int = 3) -> str:
+    return number(value, digits) + ("" if math.isinf(error) else f" ± {number(error, 2)}")
+
+
+def _per_megabyte(values: Mapping[str, Any], name: str, digits: int = 3) -> str:
+    """`_loss` in thousandths ± its standard error."""
+    return _with_error(1000 * _loss(values, name), 1000 * _error(values, name), digits)
+
+
+def _losses(values: Mapping[str, Any], name: str) -> list[str]:
+    """Cells: perplexity, how much it rose for a saved megabyte, KL, KL for a saved megabyte."""
+    group, saved = values["groups"][name], _megabytes(values, name)
+    rose = None if group["perplexity"] is None else group["perplexity"] - values["dense"]
+    return [
+        number(group["perplexity"], 4),
+        "not finite" if rose is None else number(1000 * rose / saved),
+        _with_error(group["kl"], _error(values, name) * saved),
+        _per_megabyte(values, name),
+    ]
+
+
+_LOSSES = ["perplexity", "rise per MB, 10^-3", "KL to dense", "KL per MB, 10^-3"]
 
 
 def _paths(results: Results) -> list[str]:
@@ -35,30 +70,23 @@ def tables(results: Results) -> list[Table]:
 
 
 def _parts_table(values: Mapping[str, Any], path: str) -> Table:
-    rows = []
-    for name, group in values["groups"].items():
-        lost = math.log(group["perplexity"]) - math.log(values["dense"]) if group["perplexity"] else None
-        rows.append(
-            [
-                name.replace("_", "\\_"),
-                number(group["weights"] / 1e6),
-                number(group["bpw"]),
-                number(group["saved_bytes"] / 1e6),
-                number(group["perplexity"], 4),
-                number(lost),
-                number(group["kl"]),
-                number(1000 * _loss(values, name)),
-                f"{number(_loss(values, name) / _loss(values, ALL))}x",
-            ]
-        )
-    header = [
-        *("compressed alone", "weights, 10^6", "bpw", "MB saved", "perplexity", "ln(perplexity) lost"),
-        *("KL to dense", "KL per MB, 10^-3", "of everything's"),
+    rows = [
+        [
+            name,
+            number(group["weights"] / 1e6),
+            number(group["bpw"]),
+            number(_megabytes(values, name)),
+            *_losses(values, name),
+            f"{number(_loss(values, name) / _loss(values, ALL))}x",
+        ]
+        for name, group in values["groups"].items()
     ]
+    header = ["compressed alone", "weights, 10^6", "bpw", "MB saved", *_LOSSES, "of everything's"]
     note = (
         f"{values['text']}, {values['windows']} windows of {values['context']} tokens; dense perplexity "
-        f"{number(values['dense'], 4)}. KL in nats per token; MB saved are 10^6 bytes against bf16, everything "
-        "counted."
+        f"{number(values['dense'], 4)}. KL in nats per token ± its standard error over the windows, which "
+        "perplexity lacks here; rise: of the perplexity over the dense model's; MB saved are 10^6 bytes against "
+        "bf16, everything counted."
     )
     return Table(f"Parts, coded for the {_PATHS[path]} ({path})", header, rows, note)
 
@@ -81,34 +109,62 @@ def _tasks_table(results: Results, path: str) -> Table:
 
 
 def _blocks_table(values: Mapping[str, Any]) -> Table:
-    rows = [
-        [name, number(group["saved_bytes"] / 1e6), number(group["kl"]), number(1000 * _loss(values, name))]
-        for name, group in values["groups"].items()
-    ]
-    note = f"{values['windows']} windows of {values['context']} tokens; only that block is compressed."
-    return Table("Blocks (plain)", ["block", "MB saved", "KL to dense", "KL per MB, 10^-3"], rows, note)
+    rows = [[name, number(_megabytes(values, name)), *_losses(values, name)] for name in values["groups"]]
+    note = (
+        f"{values['windows']} windows of {values['context']} tokens; dense perplexity {number(values['dense'], 4)}; "
+        "only that block is compressed. Standard errors from so few windows are rough themselves."
+    )
+    return Table("Blocks (plain)", ["block", "MB saved", *_LOSSES], rows, note)
 
 
 def draw(results: Results, figure: Figure) -> None:
+    """KL per saved megabyte: by part and kind, by block."""
+    from matplotlib.patches import Patch
+
     paths = _paths(results)
-    figure.set_size_inches(9, 6.2)
-    halves: Any = figure.subfigures(2, 1, height_ratios=(1.25, 1))
+    figure.set_size_inches(9, 7)
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.35, 1))
     top, bottom = halves
     for path, axes in zip(paths, top.subplots(1, len(paths), squeeze=False)[0], strict=True):
         values = results[f"{path}-parts"]
         names = list(values["groups"])[::-1]
-        axes.barh(names, [1000 * _loss(values, name) for name in names], color=[_colour(n) for n in names])
+        numbers, errors = _drawn(values, names)
+        axes.barh(names, numbers, xerr=errors, error_kw=_WHISKERS, color=[_colour(n) for n in names])
         axes.axvline(1000 * _loss(values, ALL), color=INK, linestyle=":", linewidth=1)
-        axes.set_title(f"{path}: KL per saved MB, 10⁻³ nats", fontsize=9)
+        axes.set_title(path, fontsize=9)
+        axes.set_xlabel("KL per saved MB, 10⁻³ nats", fontsize=8)
         axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+    shown = {
+        ATTENTION: "attention",
+        FFN: "FFN",
+        ENDS: "embedding and head",
+        ALL: "everything (dotted: its cost)",
+    }
+    patches = [Patch(color=_colour(name), label=words) for name, words in shown.items()]
+    top.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     axes, values = bottom.subplots(), results["plain-blocks"]
-    numbers = [1000 * _loss(values, name) for name in values["groups"]]
-    axes.bar(range(len(numbers)), numbers, color=COLOURS[0])
-    axes.set_title("each block alone (plain): KL per saved MB, 10⁻³ nats", fontsize=9)
+    numbers, errors = _drawn(values, list(values["groups"]))
+    blocks = [int(name) for name in values["groups"]]
+    spared = {*sorted(blocks)[:_AUTHORS_FIRST], *sorted(blocks)[max(0, len(blocks) - _AUTHORS_LAST) :]}
+    colours = [COLOURS[3] if block in spared else COLOURS[5] for block in blocks]
+    axes.bar(blocks, numbers, yerr=errors, error_kw=_WHISKERS, color=colours)
+    axes.set_title("plain, each block alone; lines everywhere: two standard errors", fontsize=9)
     axes.set_xlabel("block", fontsize=8)
+    axes.set_ylabel("KL per saved MB, 10⁻³ nats", fontsize=8)
     axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    words = "left dense by the authors", "coded by them"
+    patches = [Patch(color=COLOURS[n], label=each) for n, each in zip((3, 5), words, strict=True)]
+    bottom.legend(handles=patches, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+
+
+_WHISKERS = {"ecolor": INK, "capsize": 2, "lw": 0.9}
+
+
+def _drawn(values: Mapping[str, Any], names: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Thousandths of nats per saved megabyte, and two standard errors of them; 0 where there is none."""
+    errors = [_error(values, name) for name in names]
+    shown = [0.0 if math.isinf(error) else 1000 * CERTAIN * error for error in errors]
+    return [1000 * _loss(values, name) for name in names], shown
 
 
 def _colour(name: str) -> str:
@@ -121,7 +177,7 @@ def findings(results: Results) -> list[str]:
     return [
         _about_ends(results["plain-blocks"]),
         *(_about_attention(results[f"{path}-parts"], path) for path in _paths(results)),
-        *(_about_tasks(results, p) for p in _paths(results) if f"{p}-tasks" in results),
+        *(_about_tasks(results) if "dense-tasks" in results else []),
         *(_about_sum(results[f"{path}-parts"], path) for path in _paths(results)),
     ]
 
@@ -129,19 +185,34 @@ def findings(results: Results) -> list[str]:
 def _about_ends(values: Mapping[str, Any]) -> str:
     losses = {int(name): _loss(values, name) for name in values["groups"]}
     numbers = sorted(losses)
-    left = set(numbers[:_AUTHORS_FIRST]) | set(numbers[max(0, len(numbers) - _AUTHORS_LAST) :])
-    outer = mean([losses[n] for n in left])
-    inner = mean([losses[n] for n in numbers if n not in left])
-    worst = sorted(losses, key=lambda n: -losses[n])[: len(left)]
-    listed = ", ".join(f"{n} ({number(1000 * losses[n], 2)})" for n in worst)
+    left = sorted({*numbers[:_AUTHORS_FIRST], *numbers[max(0, len(numbers) - _AUTHORS_LAST) :]})
+    others = [n for n in numbers if n not in left]
+    outer, inner = (mean([losses[n] for n in each]) for each in (left, others))
     if outer is None or inner is None or inner <= 0:
         return f"The model has {len(numbers)} blocks, too few to set the outer ones apart from the others."
-    held = "held" if outer > 1.2 * inner else "did not hold"
+    errors = [math.hypot(*(_error(values, str(n)) for n in each)) / len(each) for each in (left, others)]
+    gap = apart(outer, errors[0], inner, errors[1])
+    held = "held on average" if gap.value > 0 and gap.clear else "did not hold"
+    worst = sorted(losses, key=lambda n: -losses[n])[: len(left)]
+    listed = ", ".join(f"{n} ({_per_megabyte(values, str(n), 2)})" for n in worst)
     return (
-        f"That the outer blocks are the ones to spare {held}: a saved megabyte in the first {_AUTHORS_FIRST} and "
-        f"last {_AUTHORS_LAST} costs {number(outer / inner, 2)} times what it costs in the others. The most "
-        f"sensitive blocks are {listed} (KL per MB, 10^-3 nats)."
+        f"That the outer blocks are the ones to spare {held}: KL per saved megabyte is "
+        f"{_with_error(1000 * outer, 1000 * errors[0], 2)} in the first {_AUTHORS_FIRST} and last {_AUTHORS_LAST}, "
+        f"{_with_error(1000 * inner, 1000 * errors[1], 2)} in the others (10^-3 nats), {number(outer / inner, 2)} "
+        f"times as much. The most sensitive blocks are {listed}.{_misplaced(worst, left)}"
     )
+
+
+def _misplaced(worst: Sequence[int], left: Sequence[int]) -> str:
+    """Blocks among the most sensitive that the authors code, and those that they spare and are not among them."""
+    coded, spared = (_listed(sorted({*a} - {*b})) for a, b in ((worst, left), (left, worst)))
+    if not coded:
+        return " They are those that the authors leave dense."
+    return f" Of these the authors code {coded}; they spare {spared}, which is not among them."
+
+
+def _listed(blocks: Sequence[int]) -> str:
+    return " and ".join(map(str, blocks))
 
 
 def _about_attention(values: Mapping[str, Any], path: str) -> str:
@@ -149,10 +220,11 @@ def _about_attention(values: Mapping[str, Any], path: str) -> str:
     if not {ATTENTION, FFN} <= set(groups):
         return f"{path}: the model has no separate attention and FFN matrices."
     ratio = _loss(values, ATTENTION) / _loss(values, FFN)
+    error = ratio * math.hypot(*(_error(values, n) / _loss(values, n) for n in (ATTENTION, FFN)))
     share = groups[ATTENTION]["weights"] / (groups[ATTENTION]["weights"] + groups[FFN]["weights"])
     part = groups[ATTENTION]["kl"] / (groups[ATTENTION]["kl"] + groups[FFN]["kl"])
-    if 0.8 < ratio < 1.25:
-        word = "as sensitive as its size says"
+    if not Difference(ratio - 1, error).clear:
+        word = "not seen to be more or less sensitive than its size says"
     else:
         word = f"{'more' if ratio > 1 else 'less'} sensitive than its size says"
     kinds = [n for n in groups if n not in (ALL, FFN, ATTENTION, ENDS)]
@@ -160,30 +232,48 @@ def _about_attention(values: Mapping[str, Any], path: str) -> str:
     return (
         f"{path.capitalize()}, at {number(groups[ALL]['bpw'])} bits per weight: attention is {word}. It holds "
         f"{number(100 * share, 2)} % of the weights in the blocks and makes {number(100 * part, 2)} % of the "
-        f"loss of the two parts; a megabyte saved there costs {number(ratio, 2)} times what it costs in the "
-        f"FFN. By kind, most to least: "
-        + ", ".join(f"{n} {number(1000 * _loss(values, n), 2)}" for n in order)
+        f"loss of the two parts; a megabyte saved there costs {_with_error(ratio, error, 2)} times what it "
+        f"costs in the FFN. By kind, most to least: "
+        + ", ".join(f"{n} {_per_megabyte(values, n, 2)}" for n in order)
         + " (KL per MB, 10^-3 nats)."
     )
 
 
-def _about_tasks(results: Results, path: str) -> str:
-    values, dense = results[f"{path}-tasks"], results["dense-tasks"]["tasks"]
-    words = []
-    for name, group in values["groups"].items():
-        lost, error = points_lost(dense, group["tasks"])
-        per = number(lost / (group["saved_bytes"] / 1e6), 2)
-        words.append(f"{name} {number(lost, 2)} ± {number(error, 2)} ({per} per MB)")
-    return (
-        f"{path.capitalize()}, zero-shot points lost: {'; '.join(words)}. With {values['limit']} documents of "
-        f"each task, differences below about twice their standard error say nothing."
-    )
+def _about_tasks(results: Results) -> list[str]:
+    """Points lost by path and part; how many of them noise would not make."""
+    dense = results["dense-tasks"]["tasks"]
+    found, told, between = [], [], []
+    for path in (p for p in _paths(results) if f"{p}-tasks" in results):
+        words = []
+        for name, group in results[f"{path}-tasks"]["groups"].items():
+            lost = Difference(*points_lost(dense, group["tasks"]))
+            found.append(lost)
+            per = number(lost.value / (group["saved_bytes"] / 1e6), 2)
+            words.append(f"{name} {_with_error(lost.value, lost.error, 2)} ({per} per MB)")
+        told.append(f"{path} {', '.join(words)}")
+        ffn, attention = found[-2:]
+        between.append(apart(attention.value, attention.error, ffn.value, ffn.error))
+    clear = sum(lost.clear for lost in found)
+    chance = 1 - (1 - _CHANCE) ** len(found)
+    count = sum(len(task["right"]) for task in dense.values())
+    return [
+        f"Zero-shot points lost: {'; '.join(told)}. That is from {count} documents, "
+        f"{results['dense-tasks']['limit']} of each of {len(dense)} tasks: of {len(found)} losses {clear} "
+        f"{'is' if clear == 1 else 'are'} more than two standard errors from zero, and by chance alone one or more "
+        f"of {len(found)} would be in {100 * chance:.0f} % of such measurements. FFN and attention differ by more than "
+        f"two standard errors in {sum(gap.clear for gap in between)} of {len(between)} comparisons."
+    ]
 
 
 def _about_sum(values: Mapping[str, Any], path: str) -> str:
     groups = values["groups"]
-    added = sum(groups[name]["kl"] for name in (FFN, ATTENTION, ENDS) if name in groups)
+    names = [name for name in (FFN, ATTENTION, ENDS) if name in groups]
+    added = sum(groups[name]["kl"] for name in names)
+    error = math.hypot(*(_error(values, name) * _megabytes(values, name) for name in names))
+    whole = _error(values, ALL) * _megabytes(values, ALL)
+    gap = apart(groups[ALL]["kl"], whole, added, error)
+    word = f"{number(abs(gap.value), 2)} {'more' if gap.value > 0 else 'less'}, {gap.verdict}"
     return (
-        f"{path.capitalize()}: the losses of the parts add up to {number(added)} nats, everything together "
-        f"costs {number(groups[ALL]['kl'])}; {number(groups[ALL]['kl'] / added, 2)} times as much."
+        f"{path.capitalize()}: the losses of the parts add up to {_with_error(added, error)} nats, everything together "
+        f"costs {_with_error(groups[ALL]['kl'], whole)}; {word}."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pocketllm.studies.noise import between
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import GREY, look, mean, mean_spread, number, plain_ticks
 
@@ -16,6 +17,8 @@ SHOWN = {
     "collapse-norm": "provoked: no norm",
     "collapse-rate": "provoked: ten times the rate",
 }
+_OTHERS = ("revived", "guarded", "ours")
+_ALL = 0.99  # a codebook is used where this share of its codewords is
 COLLAPSED = 0.1
 """A codebook has collapsed where its perplexity of use is less than this share of K."""
 
@@ -72,20 +75,24 @@ def _histogram(results: Results) -> Table:
 def findings(results: Results) -> list[str]:
     """Whether all codewords of the published start are used, what moving them brings, what a collapse is."""
     published, size = results["published"], results["published"]["codebook_size"]
-    used = mean(published["trained_used"])
-    fine = used is not None and used >= 0.99
+    idle = sum(used is None or used < _ALL for used in published["trained_used"])
+    count = len(published["trained_used"])
     words = [
-        f"{'Enough' if fine else 'Not enough'} here: from the published start the last epoch uses "
-        f"{_share(published, 'trained_used')} of the codewords, with a perplexity of {_of_size(published)}; coding "
-        f"the matrix uses {_share(published, 'coded_used')}."
+        f"{'Did not hold here' if idle else 'Held here'}, that the published start needs no measure against codewords "
+        f"that nobody uses: in {idle} of {count} trainings the last epoch uses fewer than {_ALL:.0%} of them, in the "
+        f"mean {_share(published, 'trained_used')} with a perplexity of {_of_size(published)}; coding the matrix "
+        f"uses {_share(published, 'coded_used')}."
     ]
     told = "; ".join(
         f"{SHOWN[name]}: {_share(results[name], 'trained_used')} used, perplexity {_of_size(results[name])}, "
-        f"nmse {number(mean(results[name]['nmse']))}"
-        for name in ("revived", "guarded", "ours")
+        f"nmse {mean_spread(results[name]['nmse'])}"
+        for name in _OTHERS
     )
+    gaps = {SHOWN[name]: between(results[name]["nmse"], published["nmse"]) for name in _OTHERS}
+    lower = [name for name, gap in gaps.items() if gap is not None and gap.value < 0 and gap.clear]
     words.append(
-        f"Other starts, last epoch: {told}; published start: nmse {number(mean(published['nmse']))}."
+        f"Other starts, last epoch: {told}; published start: nmse {mean_spread(published['nmse'])}. Lower than that by "
+        f"more than two standard errors: {', '.join(lower) or 'none'}."
     )
     for name in ("collapse-norm", "collapse-rate"):
         entry = results[name]
