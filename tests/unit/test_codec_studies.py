@@ -210,7 +210,7 @@ def test_rln_counts_where_it_is_better(done: dict[str, Any]) -> None:
     results = results_of(done, rln)
     for key, entry in results.items():
         entry["end_nmse"] = [0.1 if ".rln." in key else 0.2] * len(entry["end_nmse"])
-    assert all("RLN ends below LayerNorm in 6 of 6" in sentence for sentence in rln.findings(results)[1:4])
+    assert all("RLN ends below it in 6 of 6" in sentence for sentence in rln.findings(results)[1:4])
 
 
 def test_rln_says_what_was_learned_and_nothing_of_noise(done: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from pocketllm.errors import (
     SourceError,
 )
 from pocketllm.report import Evaluation, check_html, check_picture, compare, read_evaluations
-from pocketllm.report.charts import bars, heat_map, short, short_kinds
+from pocketllm.report.charts import Table, bars, heat_map, histogram, short, short_kinds
 from pocketllm.report.files import check_target, write_whole
 from pocketllm.report.measured import perplexity_section
 
@@ -128,6 +128,32 @@ def test_a_heat_map_of_many_kinds_is_cut() -> None:
     assert heat_map("h", [[0.0, 0.0]], ["a", "b"], "nmse") and heat_map(
         "h", [[1e-5, 1.0]], ["a", "b"], "nmse"
     )
+
+
+def test_a_scale_of_colours_says_how_it_runs() -> None:
+    (linear,) = heat_map("h", [[0.5, 0.9]], ["a", "b"], "nmse")
+    assert "logarithmic" not in linear
+    assert all(f">{tick}<" in linear for tick in ("0.50", "0.60", "0.70", "0.80", "0.90"))
+    (wide,) = heat_map("h", [[0.01, 100.0]], ["a", "b"], "nmse")
+    assert "nmse; logarithmic scale" in wide
+    assert all(f">{tick}<" in wide for tick in ("0.010", "0.10", "1.0", "10", "100"))
+
+
+def test_a_histogram_has_axes() -> None:
+    picture = histogram("h", [-1.0, 0.0, 1.0], [0.25, 0.75], [0.5, 0.5])
+    assert ">weight<" in picture and ">share in a bin<" in picture and ">40 %<" in picture
+
+
+def test_tables_know_how_wide_they_are() -> None:
+    def table(columns: int, words: int = 1, cell: str = "3.14") -> Table:
+        return Table("t", ("what", *["number"] * (columns - 1)), [(cell,) * columns], words)
+
+    assert not table(3).may_scroll and not table(3).wide
+    assert table(6).may_scroll and not table(6).wide
+    assert table(9).may_scroll and table(9).wide
+    long = "a row of many short words which may be broken"
+    assert not table(1, cell=long).may_scroll and table(1, words=0, cell=long).may_scroll
+    assert not Table("empty", ("a",), []).may_scroll
 
 
 def test_text_in_a_picture_is_text() -> None:

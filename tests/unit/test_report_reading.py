@@ -20,6 +20,7 @@ from pocketllm.errors import (
 from pocketllm.model import builtin
 from pocketllm.model.decode import Matrices
 from pocketllm.model.source import resolve_local
+from pocketllm.report import weights
 from pocketllm.report.collect import block_of, mean, read_model
 from pocketllm.report.making import making_section
 from pocketllm.report.sections import error_section
@@ -193,6 +194,26 @@ def test_distributions(small: Path, source: Path) -> None:
     assert moments.rms == pytest.approx(float(weights.double().square().mean().sqrt()))
     fourth = float((weights.double() ** 4).mean())
     assert moments.kurtosis == pytest.approx(fourth / moments.rms**4)
+
+
+def test_the_bins_are_those_of_all_matrices(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first matrix with small weights does not push the weights of the others into the outermost bins."""
+
+    class Pretended:
+        def read(self, name: str) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(0)
+            return torch.randn(40, 50, generator=generator) * (0.01 if name == "first" else 1.0)
+
+    pretended: Any = Pretended()
+    names = ["first", "second", "third"]
+    found = weights._distribution("kind", names, 3, pretended, pretended, lambda number, name: None)
+    rms = found.moments[0].rms
+    assert found.edges[-1] == pytest.approx(weights.WIDTH * rms) and rms == pytest.approx(
+        (2 / 3) ** 0.5, rel=0.05
+    )
+    assert found.moments[0].count == found.moments[1].count == 3 * 2000
+    assert found.original[0] + found.original[-1] < 0.01
+    assert found.nmse == dict.fromkeys(names, 0.0)
 
 
 def test_no_dense_model_here(copy: Path) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 from pocketllm.report import svg
 
 Cell = str
+_CHARACTER, _PADDING = 8, 12  # pixels of a table on the page
+_PHONE, _HALF_A_PAGE = 320, 400
+_TICKS = 5  # on a scale of colours
 _KINDS_AT_ONCE = 8  # columns of a heat map that a phone can show with numbers in the cells
 
 
@@ -21,6 +24,25 @@ class Table:
     headers: tuple[str, ...]
     rows: Sequence[tuple[Cell, ...]]
     words: int = 1
+
+    @property
+    def may_scroll(self) -> bool:
+        """Whether it may be wider than a phone, and has to be reached by keyboard to be scrolled."""
+        return self._least_pixels > _PHONE
+
+    @property
+    def wide(self) -> bool:
+        """Whether it may be wider than half a page, and must not stand beside something else."""
+        return self._least_pixels > _HALF_A_PAGE
+
+    @property
+    def _least_pixels(self) -> float:
+        """About what the page needs for it, rather more than less: columns of words may be broken, numbers not."""
+        total = 0.0
+        for column, cells in enumerate(zip(self.headers, *self.rows, strict=True)):
+            pieces = [piece for cell in cells for piece in (cell.split() if column < self.words else [cell])]
+            total += _PADDING + _CHARACTER * max(map(len, pieces), default=0)
+        return total
 
 
 @dataclass(frozen=True)
@@ -147,12 +169,17 @@ def _norm(bounds: tuple[float, float]) -> Any:
 
 
 def _scale(figure: Any, axes: Any, mesh: Any, unit: str) -> None:
+    from matplotlib.colors import LogNorm
+
     bar = figure.colorbar(mesh, ax=axes, orientation="horizontal", aspect=40, pad=0.01)
-    ticks = [bar.norm.vmin, bar.norm.vmax]
-    bar.set_ticks(ticks, labels=[short(tick) for tick in ticks], minor=False)
+    logarithmic = isinstance(bar.norm, LogNorm)
+    low, high = bar.norm.vmin, bar.norm.vmax
+    parts = [part / (_TICKS - 1) for part in range(_TICKS)]
+    ticks = [low * (high / low) ** part if logarithmic else low + (high - low) * part for part in parts]
+    bar.set_ticks(ticks, labels=[short(tick, 2) for tick in ticks], minor=False)
     bar.minorticks_off()
     bar.outline.set_visible(False)
-    bar.set_label(unit, labelpad=-8)
+    bar.set_label(f"{unit}; logarithmic scale" if logarithmic else unit)
 
 
 def _readable_on(rgba: Sequence[float]) -> str:
@@ -175,23 +202,25 @@ def short_kinds(kinds: Sequence[str]) -> list[str]:
 def histogram(name: str, edges: Sequence[float], original: Sequence[float], decoded: Sequence[float]) -> str:
     """Two distributions on the same bins: the original as a filled area, the decoded as a dashed line."""
     with svg.drawing():
-        figure = svg.new_figure(190)
+        figure = svg.new_figure(215)
         axes = figure.subplots()
         axes.stairs(original, edges, fill=True, color=svg.SECOND, alpha=0.55, label="original")
         axes.stairs(decoded, edges, color=svg.FIRST, linewidth=1.6, linestyle=(0, (3, 1.5)), label="decoded")
         axes.set_ylim(0, 1.28 * max(*original, *decoded))
         axes.set_xlim(edges[0], edges[-1])
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
+        axes.yaxis.set_major_locator(_few_ticks(symmetric=False))
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        axes.set_ylabel("share in a bin")
         axes.xaxis.set_major_locator(_few_ticks())
+        axes.set_xlabel("weight")
         axes.legend(loc="upper left", frameon=False, ncols=2, borderpad=0, borderaxespad=0.2)
         return svg.inline(figure, name)
 
 
-def _few_ticks() -> Any:
+def _few_ticks(symmetric: bool = True) -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(5, symmetric=True)
+    return MaxNLocator(5, symmetric=symmetric)
 
 
 def curves(name: str, series: Sequence[tuple[str, Sequence[float]]], axes_labels: tuple[str, str]) -> str:

@@ -28,7 +28,11 @@ Progress = Callable[[str, float, str], None]
 
 @dataclass(frozen=True)
 class Page:
-    """A written report. weights: why the distribution of weights is absent, or ''."""
+    """A written report.
+
+    command: that compresses the model again; missing: settings that it cannot carry.
+    absent: section -> why there is nothing to show. mismatch: why the dense model may be another one, or ''.
+    """
 
     output: Path
     bytes: int

@@ -176,25 +176,25 @@ def _distribution(
     decoded: Matrices,
     progress: Callable[[int, str], None],
 ) -> Distribution:
-    """One kind; the bins follow from the first matrix, so that each is read once."""
-    moments = Moments(), Moments()
+    """One kind; originals are read twice, since the bins follow from all of them."""
+    original, restored = Moments(), Moments()
+    for name in names:
+        original.add(source.read(name).float().flatten())
+    bound = WIDTH * original.rms or 1.0
     counts = torch.zeros(2, BINS, dtype=torch.float64)
-    bound, nmse = 0.0, {}
+    nmse = {}
     for number, name in enumerate(names):
         progress(number, name)
         both = source.read(name).float().flatten(), decoded.read(name).flatten()
-        if not bound:
-            bound = WIDTH * float(both[0].double().square().mean().sqrt()) or 1.0
+        restored.add(both[1])
         for n, values in enumerate(both):
-            moments[n].add(values)
-            inside = values.clamp(-bound, bound)
-            counts[n] += torch.histc(inside, BINS, -bound, bound).double()
+            counts[n] += torch.histc(values.clamp(-bound, bound), BINS, -bound, bound).double()
         energy = float(both[0].square().sum(dtype=torch.float64))
         error = float((both[0] - both[1]).square().sum(dtype=torch.float64))
         nmse[name] = error / energy if energy else 0.0
     shares = (counts / counts.sum(dim=1, keepdim=True)).tolist()
     edges = torch.linspace(-bound, bound, BINS + 1, dtype=torch.float64).tolist()
-    return Distribution(kind, edges, shares[0], shares[1], moments, nmse, of)
+    return Distribution(kind, edges, shares[0], shares[1], (original, restored), nmse, of)
 
 
 def _mismatch(model: ModelFacts, found: list[Distribution]) -> str:

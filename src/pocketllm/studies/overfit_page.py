@@ -247,29 +247,30 @@ def _curve_words(results: Results, size: str) -> str:
 
 
 def draw(results: Results, figure: Any) -> None:
-    """RMSE over training; MSE over the rate, with the targets and the bound."""
-    figure.set_size_inches(12, 4.8)
-    left, right = figure.subplots(1, 2)
+    """RMSE over training, a panel for each size; MSE over the rate, with the targets and the bound."""
     sizes = list(dict.fromkeys(key.split(".")[1] for key in _named(results, "curve")))
-    for size in sizes:
-        _draw_curves(left, results, size, legend=size == sizes[0])
-    left.set_yscale("log")
-    plain_ticks(left.yaxis, minor=True)
-    left.set_xlabel("share of training")
-    left.set_title("RMSE over training", fontsize=11)
-    left.legend(fontsize=9, frameon=False)
-    _draw_rates(right, results)
+    figure.set_size_inches(6.5 + 4.2 * len(sizes), 5)
+    *curves, rates = figure.subplots(1, len(sizes) + 1, width_ratios=[*[1] * len(sizes), 1.45])
+    for axes, size in zip(curves, sizes, strict=True):
+        _draw_curves(axes, results, size)
+    curves[0].set_ylabel("RMSE, in the weights' own units")
+    curves[0].legend(fontsize=9, frameon=False)
+    _draw_rates(rates, results)
 
 
-def _draw_curves(axes: Any, results: Results, size: str, legend: bool) -> None:
+def _draw_curves(axes: Any, results: Results, size: str) -> None:
     for n, (name, title) in enumerate(TRAININGS.items()):
         values = results[f"curve.{name}.{size}"]["mse_over_epochs"]
         x = [(i + 1) / len(values) for i in range(len(values))]
-        axes.plot(x, [v**0.5 for v in values], label=title if legend else None, **{**look(n), "marker": ""})
+        axes.plot(x, [v**0.5 for v in values], label=title, **{**look(n), "marker": ""})
     c = results[f"curve.ours.{size}"]
     limit = c["bound_mse"] ** 0.5
     axes.axhline(limit, color=INK, lw=1, ls=":")
-    axes.text(1, limit, f"bound at {c['index_bpw']:.2f} bits", ha="right", va="bottom", fontsize=8.5)
+    axes.text(1, limit, f"Gaussian bound at {c['index_bpw']:.2f} bits", ha="right", va="bottom", fontsize=8.5)
+    axes.set_yscale("log")
+    plain_ticks(axes.yaxis, minor=True)
+    axes.set_xlabel("share of training")
+    axes.set_title(f"training, d = {c['vector_len']}, K = {c['codebook_size']}", fontsize=11)
 
 
 def _draw_rates(axes: Any, results: Results) -> None:
@@ -281,7 +282,12 @@ def _draw_rates(axes: Any, results: Results) -> None:
         x, y = [p["index_bpw"] for p in own], [p["mse"] for p in own]
         axes.plot(x, y, label=f"d = {d}, indices alone", **look(n))
         axes.plot([p["bpw"] for p in own], y, color=COLOURS[n], marker="x", lw=0, markersize=4.5)
+        style = {"color": COLOURS[n], "markerfacecolor": "none", "markersize": 8, "lw": 0}
+        axes.plot(x, [p["kmeans_mse"] for p in own], marker="o", **style)
     axes.plot([], [], color="grey", marker="x", lw=0, label="the same, all bits counted")
+    axes.plot(
+        [], [], marker="o", markersize=8, lw=0, color="grey", markerfacecolor="none", label="k-means alone"
+    )
     for name, mse in TARGETS.items():
         axes.axhline(mse, color="grey", lw=1)
         axes.text(0.1, mse, f"{name} = {TARGET:g}", va="bottom", fontsize=8.5)
@@ -290,5 +296,6 @@ def _draw_rates(axes: Any, results: Results) -> None:
     axes.set_ylim(bottom=min([*TARGETS.values(), *(p["mse"] for p in points)]) / 4)
     plain_ticks(axes.yaxis)
     axes.set_xlabel("bits per weight")
+    axes.set_ylabel("MSE, in the weights' own units squared")
     axes.set_title("MSE over the rate", fontsize=11)
     axes.legend(fontsize=8.5, frameon=False)
