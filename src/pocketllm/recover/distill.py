@@ -122,9 +122,8 @@ def distill(
         student = _student(base, config, state.device)
         task = Distillation(student, source, windows, config, dtype)
         loop = Loop(task, config.loop, config.steps, work, log, state)
-        before = (
-            task.divergence() if config.label_weight else None
-        )  # of the base; a run that goes on is not there
+        # Of the base, before a run that goes on is restored; without labels it is the first validation loss.
+        before = task.divergence() if config.label_weight else None
         at = loop.run(lambda done: progress(step_event(done)))
         stored = stored_tensors(student, {key: size[0] for key, size in stored_sizes(folder)[0].items()})
         set_stored(student, stored)
@@ -148,9 +147,8 @@ def distill(
             validation_windows=len(windows[1]),
             seconds=round(at.seconds, 3),
         )
-        log.finish(
-            {**vars(done), **_legend(done, folder, name, config.label_weight), "recover": facts}, at.history
-        )
+        legend = _legend(done, folder, name, config.label_weight)
+        log.finish({**vars(done), **legend, "recover": facts}, at.history)
         publish(work, log, output, state)
     progress(Event("train", 1.0, str(output)))
     return done
