@@ -202,6 +202,8 @@ def test_sensitivity_shows_what_is_lost_for_a_megabyte() -> None:
     row = sensitive.tables(results)[0].rows[1]
     assert row[4:8] == ["not finite", "not finite", "0.300", "100"]
     assert "not seen to be more or less" in sensitive.findings(results)[1]
+    results["plain-parts"]["dense"] = None
+    assert {row[5] for row in sensitive.tables(results)[0].rows} == {"not finite"}
     sensitive.draw(results, Figure())
 
 

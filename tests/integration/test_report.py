@@ -256,6 +256,9 @@ def test_in_a_browser(page: Path, folder: Path, tmp_path: Path) -> None:
                     browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
                     assert browser.run("document.documentElement.scrollWidth") <= width
                     assert browser.run("document.querySelectorAll('svg').length") >= 4
+                    scrolled = browser.run(_SCROLLED)
+                    assert all(stop for _, stop in scrolled)
+                    assert width == 360 or "Use of the codebooks" not in [caption for caption, _ in scrolled]
                     colours[dark] = browser.run(_CONTRAST)
                     assert min(colours[dark]["ratios"]) >= 4.5
             assert colours[False]["paper"] != colours[True]["paper"]
@@ -284,6 +287,8 @@ def _rest(browser: Any) -> list[str]:
     return found
 
 
+_SCROLLED = """[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)
+  .map(e => [e.querySelector('caption').textContent, e.hasAttribute('tabindex')])"""
 _CONTRAST = """(() => {
   const luminance = colour => {
     const rgb = colour.match(/[0-9.]+/g).slice(0, 3).map(v => v / 255)

@@ -22,8 +22,8 @@ def weights_section(weights: Weights) -> Section:
     partial = [d for d in weights.kinds if len(d.nmse) < d.of]
     paragraphs = [
         f"Weights of the dense model ({weights.source}) and what the compressed one decodes to. The axis "
-        f"ends at {WIDTH:g} times the root mean square of all the original weights shown there; what lies beyond is counted "
-        "in the outermost bins."
+        f"ends at {WIDTH:g} times the root mean square of all the original weights shown there; what lies "
+        "beyond is counted in the outermost bins."
     ]
     if partial:
         seen = sum(len(d.nmse) for d in weights.kinds)

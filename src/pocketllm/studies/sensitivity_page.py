@@ -47,7 +47,8 @@ def _per_megabyte(values: Mapping[str, Any], name: str, digits: int = 3) -> str:
 def _losses(values: Mapping[str, Any], name: str) -> list[str]:
     """Cells: perplexity, how much it rose for a saved megabyte, KL, KL for a saved megabyte."""
     group, saved = values["groups"][name], _megabytes(values, name)
-    rose = None if group["perplexity"] is None else group["perplexity"] - values["dense"]
+    both = group["perplexity"], values["dense"]
+    rose = None if None in both else both[0] - both[1]
     return [
         number(group["perplexity"], 4),
         "not finite" if rose is None else number(1000 * rose / saved),
