@@ -100,6 +100,18 @@ def test_goes_on_where_it_was(counting: Counting, model: str, tmp_path: Path) ->
     assert counting.ran == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("left", [b"", b'{"seconds": 1.0, "val', b"\xff\xfe", b"[]", b'{"seconds": 1.0}'])
+def test_a_damaged_step_runs_again(left: bytes, counting: Counting, model: str, tmp_path: Path) -> None:
+    counting.stop_at = "c"
+    with pytest.raises(KeyboardInterrupt):
+        run_study("counting", model, tmp_path / "out")
+    counting.stop_at = None
+    (tmp_path / "out.partial" / "step-a.json").write_bytes(left)
+    done = run_study("counting", model, tmp_path / "out")
+    assert counting.ran == ["a", "b", "a", "c"]
+    assert done.result["results"]["a"] == {"value": 1.0}
+
+
 def test_refuses_other_arguments(counting: Counting, model: str, tmp_path: Path) -> None:
     counting.stop_at = "b"
     with pytest.raises(KeyboardInterrupt):

@@ -70,9 +70,10 @@ def run_study(
         with locked(work.folder):
             setup.work.mkdir(exist_ok=True)
             steps = study.steps(setup)
-            for number, step in enumerate(steps):
-                _run_step(step, work.folder, number, len(steps), progress)
-            done = {s.key: json.loads(_file(work.folder, s).read_text(encoding="utf-8")) for s in steps}
+            done = {
+                step.key: _run_step(step, work.folder, number, len(steps), progress)
+                for number, step in enumerate(steps)
+            }
             result = _body(study, setup, asked, output, done)
             final = work.folder / "final"
             final.mkdir(exist_ok=True)
@@ -142,17 +143,31 @@ def _file(folder: Path, step: Step) -> Path:
     return folder / f"step-{step.key}.json"
 
 
-def _run_step(step: Step, folder: Path, number: int, count: int, progress: Progress) -> None:
+def _run_step(step: Step, folder: Path, number: int, count: int, progress: Progress) -> dict[str, Any]:
     """Run a step and keep its values, unless an earlier run has kept them."""
     from pocketllm.model import checkpoint as ckpt
 
     progress(step.key, number / count)
-    if _file(folder, step).is_file():
-        return
+    kept = _kept(_file(folder, step))
+    if kept is not None:
+        return kept
     started = time.monotonic()
     values = step.run(lambda share: progress(step.key, (number + share) / count))
     seconds = round(time.monotonic() - started, 3)
     ckpt.write_json(_file(folder, step), {"seconds": seconds, "values": _plain(values)})
+    kept = _kept(_file(folder, step))
+    assert kept is not None
+    return kept
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
+    """What a finished step has written; None where it is missing or damaged, so that the step runs again."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    whole = isinstance(found, dict) and isinstance(found.get("values"), dict) and "seconds" in found
+    return found if whole else None
 
 
 def _plain(value: Any) -> Any:
