@@ -11,7 +11,7 @@ import pytest
 
 from pocketllm import cli
 from pocketllm.errors import ConfigError, OutputError, ResumeError, SourceError
-from pocketllm.studies import STUDIES, registry, run_study
+from pocketllm.studies import STUDIES, dry_run, registry, run_study
 from pocketllm.studies.study import Setup, Step, Study, Table
 from tests import tiny
 
@@ -149,6 +149,27 @@ def test_default_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     (tmp_path / "own.txt").write_text("some words")
     named = Setup("m", True, 0, "cpu", (str(tmp_path / "own.txt"),), tmp_path).evaluation_texts()
     assert [(t.name, t.text) for t in named] == [("own.txt", "some words")]
+
+
+def test_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "x.txt" for folder in ("a", "b")]
+    for number, file in enumerate(files):
+        file.parent.mkdir()
+        file.write_text(f"text {number}")
+    named = Setup("m", True, 0, "cpu", tuple(map(str, files)), tmp_path).evaluation_texts()
+    assert [(t.name, t.text) for t in named] == [(str(files[0]), "text 0"), (str(files[1]), "text 1")]
+
+
+def test_texts_that_would_not_be_measured_are_refused(model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words")
+    (tmp_path / "b.txt").write_text("other words")
+    two = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for name in ("codebook", "decoder", "sensitivity"):
+        with pytest.raises(ConfigError, match=f"{name}: measures on one text, got 2"):
+            dry_run(name, model, texts=two)
+    with pytest.raises(ConfigError, match=r"a\.txt: given twice"):
+        dry_run("robustness", model, texts=[two[0], tmp_path / "." / "a.txt"])
+    assert dry_run("robustness", model, quick=True, texts=two) == ["dense", "plain-8x", "plain-16x"]
 
 
 # the command

@@ -30,7 +30,8 @@ def study(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small version, within three minutes.")] = False,
     text: Annotated[
-        list[Path] | None, typer.Option(help="UTF-8 text to measure perplexity on; repeatable.")
+        list[Path] | None,
+        typer.Option(help="UTF-8 text to measure on; robustness takes several, so repeat it there."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the steps, measure nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study there.")] = False,

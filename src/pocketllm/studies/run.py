@@ -48,11 +48,11 @@ def run_study(
         name: one of `STUDIES`. model: folder, hub id or `builtin:smollm2-135m`.
         output: folder to make. A half-done one of the same arguments is continued.
         quick: a small version, within three minutes on two cores for the built-in model.
-        texts: files to measure on; None takes the default one.
+        texts: files to measure on, one unless the study takes several; None takes the default one.
         overwrite: replace the study at `output`.
 
     Raises:
-        ConfigError: an unknown study, or texts for a study without text. SourceError: as `open_dense`.
+        ConfigError: an unknown study, or texts that it does not measure on. SourceError: as `open_dense`.
         OutputError, ResumeError: nothing half-written is left under `output`; finished steps stay in
             `output.partial`. ExtraError: matplotlib is not installed.
     """
@@ -115,11 +115,22 @@ def _setup(
     device: str,
     texts: Sequence[str | Path] | None,
 ) -> Setup:
+    named = tuple(map(str, texts or ()))
+    _check_texts(study, named)
+    work = output.with_name(f"{output.name}.partial") / "work"
+    return Setup(model, quick, seed, device, named or None, work, study.several_texts)
+
+
+def _check_texts(study: Study, texts: Sequence[str]) -> None:
+    """Raises ConfigError where some of the texts would not be measured on."""
     if texts and not study.on_text:
         raise ConfigError(f"{study.name}: measures no model on text; leave the texts out")
-    named = tuple(map(str, texts)) if texts else None
-    work = output.with_name(f"{output.name}.partial") / "work"
-    return Setup(model, quick, seed, device, named, work, study.several_texts)
+    if len(texts) > 1 and not study.several_texts:
+        raise ConfigError(f"{study.name}: measures on one text, got {len(texts)}; name one of them")
+    places = [Path(text).resolve() for text in texts]
+    for text, place in zip(texts, places, strict=True):
+        if places.count(place) > 1:
+            raise ConfigError(f"{text}: given twice; name every text once")
 
 
 def _asked(study: Study, setup: Setup) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Setup:
     several: bool = False
 
     def evaluation_texts(self) -> list[Text]:
-        """The texts to measure on, never none.
+        """The texts to measure on, never none; no two have the same name.
 
         Raises:
             SourceError: a file cannot be read.
@@ -64,7 +64,11 @@ class Setup:
         if not self.texts:
             found = evaluation_texts() if self.several else [evaluation_text()]
             return [Text(*each) for each in found]
-        return [Text(Path(path).name, read_text(path)) for path in self.texts]
+        names = [Path(path).name for path in self.texts]
+        named = [
+            name if names.count(name) == 1 else path for name, path in zip(names, self.texts, strict=True)
+        ]
+        return [Text(name, read_text(path)) for name, path in zip(named, self.texts, strict=True)]
 
     def source(self) -> DenseCheckpoint:
         """The model's dense checkpoint, opened.
