@@ -397,6 +397,53 @@ def robust_results(plain: float | None) -> dict[str, Any]:
     }
 
 
+def drawn(results: dict[str, Any]) -> Any:
+    """The picture of the study `robustness`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    robust.draw(results, figure)
+    return figure
+
+
+@pytest.mark.parametrize("lost", [("one",), ("one", "two")])
+def test_robustness_where_the_dense_model_is_not_finite(lost: tuple[str, ...]) -> None:
+    results = robust_results(11.0)
+    for text in lost:
+        results["dense"]["perplexity"][text] = None
+    sentences, rows = robust.findings(results), robust.tables(results)[0].rows
+    assert rows[0][5:7] == ["not finite", "20.00" if len(lost) == 1 else "not finite"]
+    assert rows[1][-1] == ("1.10" if len(lost) == 1 else "not finite")
+    assert any("nothing can be compared" in s for s in sentences) is (len(lost) == 2)
+    assert not any("None" in s or "nan" in s for s in sentences), sentences
+    drawn(results)
+
+
+def test_robustness_where_the_dense_model_only_guesses() -> None:
+    results = robust_results(11.0)
+    results["dense"]["tasks"] = {"quiz": {"acc": 0.25, "chance": 0.25, "right": "11000000"}}
+    assert {row[-1] for row in robust.tables(results)[1].rows[1:]} == {"none to keep"}
+
+
+def test_robustness_without_tasks_says_that_the_claim_is_not_tested() -> None:
+    results = {key: {**values, "tasks": {}} for key, values in robust_results(11.0).items()}
+    first = robust.findings(results)[0]
+    assert first.startswith("Not tested: the claim is about zero-shot tasks")
+    assert "at best to 1.10 times the dense model's perplexity (plain-8x)" in first
+
+
+def test_robustness_draws_what_there_is() -> None:
+    from matplotlib.colors import to_rgb
+
+    results = {k: {**v, "tasks": {}} for k, v in robust_results(11.0).items() if "calibrated" not in k}
+    axes = drawn(results).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["plain: one", "plain: two"]
+    assert "2 times" in axes.texts[0].get_text()
+    lines = drawn(robust_results(11.0)).axes[0].get_legend().get_lines()
+    hollow = [to_rgb(line.get_markerfacecolor()) == (1.0, 1.0, 1.0) for line in lines]
+    assert hollow == [True, True, False, False]
+
+
 def test_losses_are_paired_by_document() -> None:
     results = robust_results(11.0)
     lost = points_lost(results["dense"]["tasks"], results["calibrated-8x"]["tasks"])

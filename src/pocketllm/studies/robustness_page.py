@@ -27,11 +27,15 @@ def _keys(results: Results, path: str | None = None, files: bool | None = None) 
     return sorted(found, key=lambda key: -results[key]["bpw_matrices"]) if path is not None else found
 
 
+def _dense(results: Results) -> dict[str, float]:
+    """Text -> the dense model's perplexity, where that is finite: without it nothing can be compared."""
+    return {t: value for t, value in results["dense"]["perplexity"].items() if value is not None}
+
+
 def _factor(results: Results, key: str) -> float | None:
     """Geometric mean over the texts of perplexity over that of the dense model."""
-    dense, own = results["dense"]["perplexity"], results[key]["perplexity"]
-    logs = [None if own[text] is None else math.log(own[text] / dense[text]) for text in dense]
-    middle = mean(logs)
+    own = results[key]["perplexity"]
+    middle = mean([None if own[t] is None else math.log(own[t] / v) for t, v in _dense(results).items()])
     return None if middle is None else math.exp(middle)
 
 
@@ -71,7 +75,7 @@ def _perplexities(results: Results) -> Table:
 def _tasks(results: Results) -> Table:
     dense = results["dense"]
     guessed, best = (accuracy(dense["tasks"], which) for which in ("chance", "acc"))
-    names = list(dense["tasks"])
+    names, margin = list(dense["tasks"]), best - guessed
     rows = [["dense", "16", *_percents(dense, names), number(100 * best), "", ""]]
     for key in _keys(results):
         values, lost = results[key], _lost(results, key)
@@ -80,7 +84,7 @@ def _tasks(results: Results) -> Table:
             [
                 *(key, number(values["bpw_matrices"]), *_percents(values, names), number(100 * mean_of)),
                 f"{number(lost[0], 2)} ± {number(lost[1], 2)}",
-                f"{number(100 * (mean_of - guessed) / (best - guessed), 2)} %",
+                f"{number(100 * (mean_of - guessed) / margin, 2)} %" if margin > 0 else "none to keep",
             ]
         )
     note = (
@@ -103,8 +107,11 @@ def draw(results: Results, figure: Figure) -> None:
         _draw_perplexity(results, axes[0], path, style)
     axes[0].set_yscale("log")
     axes[0].axhline(_BRITTLE, color=GREY, linewidth=1)
+    beside = {"transform": axes[0].get_yaxis_transform(), "va": "bottom", "fontsize": 7}
+    axes[0].text(0.01, _BRITTLE, f"{_BRITTLE:g} times: brittle from here on", **beside)
     axes[0].set_title("perplexity over the dense model's", fontsize=9)
-    axes[0].legend(fontsize=7, frameon=False)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize=7, frameon=False, handlelength=3.5)
     plain_ticks(axes[0].yaxis)
     if with_tasks:
         _draw_tasks(results, axes[1])
@@ -116,13 +123,16 @@ def draw(results: Results, figure: Figure) -> None:
 
 
 def _draw_perplexity(results: Results, axes: Any, path: str, style: str) -> None:
-    """A line for each text at the paper's ratios; squares where the ratio is that of whole files."""
-    for n, (text, dense) in enumerate(results["dense"]["perplexity"].items()):
+    """A line for each text at the paper's ratios, hollow markers on the plain path; squares: of whole files."""
+    for n, (text, dense) in enumerate(_dense(results).items()):
         keys = [k for k in _keys(results, path, False) if results[k]["perplexity"][text] is not None]
+        if not keys:
+            continue
         values = [results[key]["perplexity"][text] / dense for key in keys]
         bits = [results[key]["bpw_matrices"] for key in keys]
         look = {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "markersize": 4}
-        axes.plot(bits, values, style, **look, label=f"{path}: {text}")
+        face = "white" if path == "plain" else COLOURS[n % len(COLOURS)]
+        axes.plot(bits, values, style, **look, markerfacecolor=face, label=f"{path}: {text}")
     files = [key for key in _keys(results, path, True) if _factor(results, key) is not None]
     if files:
         fill = "white" if path == "plain" else "black"
@@ -148,7 +158,7 @@ def _draw_tasks(results: Results, axes: Any) -> None:
 
 
 def findings(results: Results) -> list[str]:
-    sentences = [_claim(results)] if results["dense"]["tasks"] else []
+    sentences = [_claim(results) if results["dense"]["tasks"] else _untested(results)]
     for path in _STYLES:
         keys = _keys(results, path)
         if keys:
@@ -171,8 +181,24 @@ def _claim(results: Results) -> str:
     )
 
 
+def _untested(results: Results) -> str:
+    """Without tasks there is no verdict; how near the published method comes on text."""
+    words = "Not tested: the claim is about zero-shot tasks, and none was measured."
+    factors = {key: _factor(results, key) for key in _keys(results, "plain", False)}
+    known = {key: value for key, value in factors.items() if value is not None}
+    if not known:
+        return words
+    best = min(known, key=lambda key: known[key])
+    return (
+        f"{words} On text the published method comes at best to {number(known[best])} times the dense model's "
+        f"perplexity ({best})."
+    )
+
+
 def _brittle(results: Results, path: str, keys: list[str]) -> str:
     """keys: by falling bits."""
+    if not _dense(results):
+        return f"{path.capitalize()}: the dense model's perplexity is not finite, so that nothing can be compared."
     factors = {key: _factor(results, key) for key in keys}
     listed = "; ".join(f"{key} {number(value)}" for key, value in factors.items())
     broken = next((k for k, value in factors.items() if value is None or value > _BRITTLE), None)
@@ -186,16 +212,19 @@ def _brittle(results: Results, path: str, keys: list[str]) -> str:
 
 
 def _by_text(results: Results) -> str:
-    """Which text suffers most and least at the last setting whose perplexities are all finite and sane."""
-    texts = list(results["dense"]["perplexity"])
-    if len(texts) < 2:
-        return f"Measured on one text ({texts[0]}); no others were found, so nothing is said of other kinds."
+    """Which text suffers most and least at each setting whose perplexities are all finite."""
+    dense = _dense(results)
+    if len(results["dense"]["perplexity"]) < 2:
+        text = next(iter(results["dense"]["perplexity"]))
+        return f"Measured on one text ({text}); no others were found, so nothing is said of other kinds."
     words = []
     for key in _keys(results):
         own = results[key]["perplexity"]
-        if any(own[text] is None for text in texts):
+        if not dense or any(own[text] is None for text in dense):
             continue
-        factors = {text: own[text] / results["dense"]["perplexity"][text] for text in texts}
+        factors = {text: own[text] / value for text, value in dense.items()}
         worst, best = max(factors, key=factors.__getitem__), min(factors, key=factors.__getitem__)
         words.append(f"{key} {number(factors[best])} ({best}) to {number(factors[worst])} ({worst})")
+    if not words:
+        return "By text nothing can be said: at every setting a perplexity is not finite."
     return f"By text, least to most times the dense perplexity: {'; '.join(words)}."
