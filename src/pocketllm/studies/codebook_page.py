@@ -202,12 +202,14 @@ def _draw_perplexity(axes: Any, results: Results, lengths: list[int]) -> None:
             axes.plot([p["bpw"]], [p["perplexity"]], **look(lengths.index(p["vector_len"])))
             label, place = f"{p['vector_len']}, {p['codebook_size']}", (p["bpw"], p["perplexity"])
             axes.annotate(label, place, xytext=(6, 3), textcoords="offset points", fontsize=8.5)
-    axes.axhline(results["model.dense"]["perplexity"], color=INK, lw=1, ls="--")
+    dense = results["model.dense"]["perplexity"]
+    if dense is not None:
+        axes.axhline(dense, color=INK, lw=1, ls="--")
     known = [
         p["perplexity"] for p in (*_models(results), results["model.dense"]) if p["perplexity"] is not None
     ]
     axes.set_yscale("log")
-    plain_ticks(axes.yaxis, minor=max(known) / min(known) < 20)
+    plain_ticks(axes.yaxis, minor=bool(known) and max(known) / min(known) < 20)
     axes.margins(y=0.15)
     bits = [p["bpw"] for p in _models(results)]
     axes.set_xlim(min(bits) - 0.5, max(bits) + 0.75)

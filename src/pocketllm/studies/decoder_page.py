@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,8 @@ def draw(results: Results, figure: Figure) -> None:
     left.set_title("nmse of the coded matrices", fontsize=9)
     places = range(len(keys))
     for offset, when, colour in ((0.18, "before", COLOURS[1]), (-0.18, "after", COLOURS[2])):
-        lengths = [results[key][when]["kl"] for key in keys]
+        known = [results[key][when]["kl"] for key in keys]
+        lengths = [math.nan if value is None else value for value in known]
         errors = [CERTAIN * (results[key][when]["kl_stderr"] or 0.0) for key in keys]
         shown = "as coded" if when == "before" else "distilled"
         right.barh(
@@ -149,13 +151,20 @@ def findings(results: Results) -> list[str]:
 def _best_words(results: Results, rest: list[str], when: str) -> str:
     """The lowest divergence with a decoder beside that without."""
     words = "As coded" if when == "before" else "After distillation"
-    best = min(rest, key=lambda key: results[key][when]["kl"])
+    finite = [key for key in rest if _finite(results, key, when)]
+    if not finite or not _finite(results, REFERENCE, when):
+        return f"{words} the KL is not finite with decoders, or without; nothing is compared."
+    best = min(finite, key=lambda key: results[key][when]["kl"])
     own, base = results[best][when], results[REFERENCE][when]
     return (
         f"{words} the lowest KL with a decoder is that of {results[best]['shown']}, {_kl(own)}; without {_kl(base)}: "
         f"{_verdict(_kl_apart(own, base))}. Perplexity {number(own['perplexity'], 4)} and "
         f"{number(base['perplexity'], 4)}."
     )
+
+
+def _finite(results: Results, key: str, *whens: str) -> bool:
+    return key in results and all(results[key][when]["kl"] is not None for when in whens)
 
 
 def _verdict(difference: Difference) -> str:
@@ -170,7 +179,7 @@ def _percent(gain: float) -> str:
 
 def _about_shared(results: Results) -> list[str]:
     """One codebook for all matrices, with decoders and without."""
-    if not {"none-model", "mlp-matrix"} <= set(results):
+    if not all(_finite(results, key, "before", "after") for key in ("none-model", "mlp-matrix")):
         return []
     none, mlp = results["none-model"], results["mlp-matrix"]
     told = "; ".join(
@@ -184,7 +193,7 @@ def _about_shared(results: Results) -> list[str]:
 
 
 def _about_calibrated(results: Results) -> list[str]:
-    if not set(CALIBRATED) <= set(results):
+    if not all(_finite(results, key, "before", "after") for key in CALIBRATED):
         return []
     none, mlp = (results[key] for key in CALIBRATED)
     told = "; ".join(

@@ -262,7 +262,8 @@ def _draw_curves(axes: Any, results: Results, size: str) -> None:
     for n, (name, title) in enumerate(TRAININGS.items()):
         values = results[f"curve.{name}.{size}"]["mse_over_epochs"]
         x = [(i + 1) / len(values) for i in range(len(values))]
-        axes.plot(x, [v**0.5 for v in values], label=title, **{**look(n), "marker": ""})
+        y = [float("nan") if v is None else v**0.5 for v in values]  # none at the end of one that broke off
+        axes.plot(x, y, label=title, **{**look(n), "marker": ""})
     c = results[f"curve.ours.{size}"]
     limit = c["bound_mse"] ** 0.5
     axes.axhline(limit, color=INK, lw=1, ls=":")

@@ -21,8 +21,12 @@ _AUTHORS_FIRST, _AUTHORS_LAST = 3, 2  # blocks that the paper leaves dense
 
 
 def _loss(values: Mapping[str, Any], name: str) -> float:
-    """Nats of divergence per token for a saved megabyte."""
-    return float(values["groups"][name]["kl"]) / _megabytes(values, name)
+    """Nats of divergence per token for a saved megabyte; no number where the divergence is not finite."""
+    return _kl(values["groups"][name]) / _megabytes(values, name)
+
+
+def _kl(group: Mapping[str, Any]) -> float:
+    return math.nan if group["kl"] is None else float(group["kl"])
 
 
 def _error(values: Mapping[str, Any], name: str) -> float:
@@ -52,7 +56,7 @@ def _losses(values: Mapping[str, Any], name: str) -> list[str]:
     return [
         number(group["perplexity"], 4),
         "not finite" if rose is None else number(1000 * rose / saved),
-        _with_error(group["kl"], _error(values, name) * saved),
+        _with_error(_kl(group), _error(values, name) * saved),
         _per_megabyte(values, name),
     ]
 
@@ -175,12 +179,27 @@ def _colour(name: str) -> str:
 
 
 def findings(results: Results) -> list[str]:
+    parts = {path: results[f"{path}-parts"] for path in _paths(results)}
+    blocks = results["plain-blocks"]
     return [
-        _about_ends(results["plain-blocks"]),
-        *(_about_attention(results[f"{path}-parts"], path) for path in _paths(results)),
+        _broken(blocks, "Blocks") or _about_ends(blocks),
+        *(
+            _broken(values, path.capitalize()) or _about_attention(values, path)
+            for path, values in parts.items()
+        ),
         *(_about_tasks(results) if "dense-tasks" in results else []),
-        *(_about_sum(results[f"{path}-parts"], path) for path in _paths(results)),
+        *(_about_sum(values, path) for path, values in parts.items() if not _broken(values, path)),
     ]
+
+
+def _broken(values: Mapping[str, Any], what: str) -> str:
+    """What is said where a divergence is not finite; nothing where all are."""
+    names = [name for name, group in values["groups"].items() if group["kl"] is None]
+    if not names:
+        return ""
+    return (
+        f"{what}: nothing is compared, since the KL is not finite with these compressed: {', '.join(names)}."
+    )
 
 
 def _about_ends(values: Mapping[str, Any]) -> str:
