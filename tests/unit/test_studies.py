@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pocketllm import cli
 from pocketllm.errors import ConfigError, OutputError, ResumeError, SourceError
 from pocketllm.studies import STUDIES, dry_run, registry, run_study
 from pocketllm.studies.study import Setup, Step, Study, Table
+from pocketllm.studies.whole import inputs
 from tests import tiny
 
 STOP = "stop"
@@ -24,6 +27,7 @@ class Counting:
     def __init__(self) -> None:
         self.ran: list[str] = []
         self.stop_at: str | None = None
+        self.more: dict[str, Any] = {}
 
     def steps(self, setup: Setup) -> list[Step]:
         return [self._step(key, value) for key, value in (("a", 1.0), ("b", 2.0), ("c", float("inf")))]
@@ -50,6 +54,7 @@ class Counting:
             ],
             lambda results, figure: figure.subplots().plot([r["value"] or 0 for r in results.values()]),
             lambda results: [f"{len(results)} steps ran."],
+            **self.more,
         )
 
 
@@ -79,12 +84,15 @@ def test_writes_everything(counting: Counting, model: str, tmp_path: Path) -> No
     assert result == done.result
     assert result["results"]["c"] == {"value": None}
     assert result["findings"] == ["3 steps ran."]
-    assert result["command"] == f"pocketllm study counting {model} -o {tmp_path / 'out'}"
+    threads = torch.get_num_threads()
+    assert result["command"] == f"pocketllm study counting {model} -o {tmp_path / 'out'} --threads {threads}"
+    assert result["config"]["threads"] == threads
     assert {"processor", "threads", "versions"} <= set(result["machine"])
     assert result["config"]["texts"] == {}
     page = (tmp_path / "out" / "counting.md").read_text()
     assert "It counts." in page and "3 steps ran." in page and "| a | a\\_b\\`\\|c |" in page
     assert (tmp_path / "out" / "counting.png").read_bytes().startswith(b"\x89PNG")
+    assert "POCKETLLM_DATA" not in page and "calibrated on" not in page
     assert not (tmp_path / "out.partial").exists()
     assert told[0] == ("a", 0.0) and told[-1] == ("", 1.0)
     assert [share for _, share in told] == sorted(share for _, share in told)
@@ -110,6 +118,71 @@ def test_a_damaged_step_runs_again(left: bytes, counting: Counting, model: str, 
     done = run_study("counting", model, tmp_path / "out")
     assert counting.ran == ["a", "b", "a", "c"]
     assert done.result["results"]["a"] == {"value": 1.0}
+
+
+def test_the_command_can_be_run_again(
+    counting: Counting, monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path
+) -> None:
+    counting.more = {"on_text": True}
+    (tmp_path / "a text.txt").write_text("some words")
+    output, text = str(tmp_path / "my study"), str(tmp_path / "a text.txt")
+    monkeypatch.setenv("POCKETLLM_DATA", str(tmp_path))
+    done = run_study("counting", model, output, quick=True, seed=3, texts=[text])
+    assert shlex.split(done.result["command"]) == [
+        *("pocketllm", "study", "counting", model, "-o", output, "--quick", "--seed", "3"),
+        *("--threads", str(torch.get_num_threads()), "--text", text),
+    ]
+    done = run_study("counting", model, tmp_path / "other")
+    assert done.result["command"].startswith("POCKETLLM_DATA=... pocketllm study")
+
+
+def with_inputs(counting: Counting) -> dict[str, Any]:
+    """What the study finds on the machine; to be changed."""
+    found: dict[str, Any] = {"calibration": {"train.txt": "0123"}, "tasks": ["quiz"]}
+    counting.more = {"inputs": lambda setup: found}
+    return found
+
+
+def test_inputs_are_noted_and_held_against(counting: Counting, model: str, tmp_path: Path) -> None:
+    found = with_inputs(counting)
+    counting.stop_at = "c"
+    with pytest.raises(KeyboardInterrupt):
+        run_study("counting", model, tmp_path / "out")
+    counting.stop_at = None
+    found["calibration"] = {"train.txt": "4567"}
+    with pytest.raises(ResumeError, match=r"calibration\.train\.txt: '0123' then, '4567' now"):
+        run_study("counting", model, tmp_path / "out")
+    found["calibration"] = {"train.txt": "0123"}
+    done = run_study("counting", model, tmp_path / "out")
+    assert done.result["config"]["calibration"] == {"train.txt": "0123"}
+    assert done.result["config"]["tasks"] == ["quiz"]
+    assert "calibrated on train.txt; tasks: quiz" in (tmp_path / "out" / "counting.md").read_text()
+
+
+def test_a_study_begun_before_inputs_were_noted_goes_on(
+    counting: Counting, model: str, tmp_path: Path
+) -> None:
+    counting.stop_at = "c"
+    with pytest.raises(KeyboardInterrupt):
+        run_study("counting", model, tmp_path / "out")
+    counting.stop_at = None
+    with_inputs(counting)
+    done = run_study("counting", model, tmp_path / "out")
+    assert counting.ran == ["a", "b", "c"]
+    assert done.result["config"]["tasks"] == ["quiz"]
+
+
+def test_what_a_study_finds_is_told_by_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("POCKETLLM_DATA", raising=False)
+    default = inputs(tasks=False)["calibration"]
+    assert list(default) == ["Python's own documentation"]
+    monkeypatch.setenv("POCKETLLM_DATA", str(tmp_path))
+    file = tmp_path / "wikitext2" / "wiki.train.first_part.txt"
+    file.parent.mkdir()
+    file.write_text("other words")
+    named = inputs(tasks=False)["calibration"]
+    assert list(named) == [file.name] and set(named.values()) != set(default.values())
+    assert "calibration" not in inputs(calibration=False)
 
 
 def test_refuses_other_arguments(counting: Counting, model: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from pocketllm.config import CodecConfig, CompressConfig, DistillConfig, LoopConfig, preset
 from pocketllm.studies import decoder_page as page
 from pocketllm.studies.study import Progress, Setup, Step, Study
-from pocketllm.studies.whole import calibration_texts, coded, compressed_model, dense_model, mean_nmse
+from pocketllm.studies.whole import calibration_texts, coded, compressed_model, dense_model, inputs, mean_nmse
 
 FLOAT16_BYTES = 2
 _QUICK = ("none-kind", "mlp-kind", "affine-matrix", "mlp-matrix", "none-model")
@@ -223,4 +223,5 @@ STUDY = Study(
     draw=page.draw,
     findings=page.findings,
     on_text=True,
+    inputs=lambda setup: inputs(tasks=False),
 )

@@ -11,7 +11,7 @@ from pocketllm.studies import overhead_page as page
 from pocketllm.studies import probe
 from pocketllm.studies.probe import DENSE
 from pocketllm.studies.study import Progress, Setup, Step, Study
-from pocketllm.studies.whole import calibration_texts, coded
+from pocketllm.studies.whole import calibration_texts, coded, inputs
 
 if TYPE_CHECKING:
     from pocketllm.model.layout import Layout
@@ -154,4 +154,5 @@ STUDY = Study(
     tables=page.tables,
     draw=page.draw,
     findings=page.findings,
+    inputs=lambda setup: {} if setup.quick else inputs(tasks=False),
 )

@@ -50,9 +50,14 @@ def _escaped(cell: str) -> str:
     return re.sub(r"([\\`*_|])", r"\\\1", cell)
 
 
+_INPUTS = {"texts": "measured on", "calibration": "calibrated on", "tasks": "tasks:"}
+
+
 def _made_by(result: Mapping[str, Any]) -> str:
     config, machine = result["config"], result["machine"]
-    texts = f"; measured on {', '.join(config['texts'])}" if config["texts"] else ""
+    texts = "".join(
+        f"; {words} {', '.join(config[key])}" for key, words in _INPUTS.items() if config.get(key)
+    )
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
     size = "the small version (`--quick`)" if config["quick"] else "the full version"

@@ -15,6 +15,7 @@ from pocketllm.studies.whole import (
     coded,
     compressed_model,
     dense_model,
+    inputs,
     mean_nmse,
     task_names,
     tasks_of,
@@ -136,4 +137,5 @@ STUDY = Study(
     findings=page.findings,
     on_text=True,
     several_texts=True,
+    inputs=lambda setup: {} if setup.quick else inputs(),
 )

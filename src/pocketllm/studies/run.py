@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pocketllm.studies.registry import load
 from pocketllm.studies.study import Setup, Step, Study
 
 RESULT_NAME = "result.json"
+_CONFIG = ("model", "weights", "quick", "texts", "device", "threads")
+_INPUTS = ("calibration", "tasks")
 Progress = Callable[[str, float], None]
 """Called with the step at work and the finished share of the whole study."""
 
@@ -66,7 +69,7 @@ def run_study(
     setup = _setup(study, model, output, quick, seed, device, texts)
     asked = _asked(study, setup)
     try:
-        work = Workspace.at(output, asked)
+        work = Workspace.at(output, _as_begun(output, asked))
         with locked(work.folder):
             setup.work.mkdir(exist_ok=True)
             steps = study.steps(setup)
@@ -134,7 +137,7 @@ def _check_texts(study: Study, texts: Sequence[str]) -> None:
 
 
 def _asked(study: Study, setup: Setup) -> dict[str, Any]:
-    """Everything that the results depend on."""
+    """Everything that the results depend on, beside the versions of what is installed."""
     import torch
 
     return {
@@ -147,7 +150,19 @@ def _asked(study: Study, setup: Setup) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "texts": {t.name: t.digest for t in setup.evaluation_texts()} if study.on_text else {},
         "version": pocketllm.__version__,
+        **study.inputs(setup),
     }
+
+
+def _as_begun(output: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a half-done study at `output` is held against: one begun before inputs were noted goes on without."""
+    state = output.with_name(f"{output.name}.partial") / "state.json"
+    try:
+        begun = set(json.loads(state.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return dict(asked)
+    is_noted = any(key.split(".")[0] in _INPUTS for key in begun)
+    return {key: value for key, value in asked.items() if is_noted or key not in _INPUTS}
 
 
 def _file(folder: Path, step: Step) -> Path:
@@ -198,9 +213,9 @@ def _body(
     results = {key: entry["values"] for key, entry in done.items()}
     return {
         "study": study.name,
-        "config": {key: asked[key] for key in ("model", "weights", "quick", "texts", "device")},
+        "config": {key: asked[key] for key in (*_CONFIG, *_INPUTS) if key in asked},
         "seed": setup.seed,
-        "command": _command(study, setup, output),
+        "command": _command(study, setup, asked, output),
         "machine": machine(setup.device),
         "seconds": round(sum(entry["seconds"] for entry in done.values()), 1),
         "step_seconds": {key: entry["seconds"] for key, entry in done.items()},
@@ -209,10 +224,15 @@ def _body(
     }
 
 
-def _command(study: Study, setup: Setup, output: Path) -> str:
-    """The command line that does the same again."""
+def _command(study: Study, setup: Setup, asked: Mapping[str, Any], output: Path) -> str:
+    """The command line that does the same again; where it looks for files in `POCKETLLM_DATA`, with a gap for it."""
+    from pocketllm.studies.whole import data_folder
+
     words = ["pocketllm", "study", study.name, setup.model, "-o", str(output)]
     words += ["--quick"] if setup.quick else []
     words += ["--seed", str(setup.seed)] if setup.seed else []
     words += ["--device", setup.device] if setup.device != "cpu" else []
-    return " ".join([*words, *(word for text in setup.texts or () for word in ("--text", text))])
+    words += ["--threads", str(asked["threads"])]
+    command = shlex.join([*words, *(word for text in setup.texts or () for word in ("--text", text))])
+    finds = (study.on_text and not setup.texts) or any(asked.get(key) for key in _INPUTS)
+    return f"POCKETLLM_DATA=... {command}" if finds and data_folder() is not None else command

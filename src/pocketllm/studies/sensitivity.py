@@ -17,6 +17,7 @@ from pocketllm.studies.whole import (
     calibration_texts,
     coded,
     dense_model,
+    inputs,
     installed,
     task_names,
     tasks_of,
@@ -180,4 +181,5 @@ STUDY = Study(
     draw=page.draw,
     findings=page.findings,
     on_text=True,
+    inputs=lambda setup: {} if setup.quick else inputs(),
 )

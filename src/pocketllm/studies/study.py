@@ -115,6 +115,7 @@ class Study:
     draw: into an empty matplotlib figure; sets its size itself.
     findings: plain sentences with numbers, computed from the results; the first says whether the claim held.
     on_text: whether it measures models on text; several_texts: on several kinds of it.
+    inputs: what else its results depend on that is found on this machine, as `whole.inputs` gives it.
     """
 
     name: str
@@ -127,3 +128,4 @@ class Study:
     findings: Callable[[Results], list[str]]
     on_text: bool = False
     several_texts: bool = False
+    inputs: Callable[[Setup], dict[str, Any]] = lambda setup: {}

@@ -13,7 +13,8 @@ import torch
 
 from pocketllm.config import CompressConfig
 from pocketllm.model.decode import Matrices
-from pocketllm.studies.study import Progress, Setup
+from pocketllm.model.texts import default_text, read_calibration
+from pocketllm.studies.study import Progress, Setup, Text
 
 _STAGES = {"measure": (0.0, 0.2), "fit": (0.2, 0.4), "encode": (0.4, 1.0)}
 """Share of a compression that a stage begins and ends at, roughly: progress only."""
@@ -44,6 +45,22 @@ def calibration_texts() -> tuple[str, ...]:
     folder = data_folder()
     file = folder / "wikitext2" / "wiki.train.first_part.txt" if folder else None
     return (str(file),) if file is not None and file.is_file() else ()
+
+
+def inputs(calibration: bool = True, tasks: bool = True) -> dict[str, Any]:
+    """What a study that calibrates, or is scored on tasks, finds on this machine.
+
+    Returns:
+        calibration: name of the text -> digest. tasks: names. Each only if it is asked for.
+    """
+    found: dict[str, Any] = {}
+    if calibration:
+        texts = [Text(Path(file).name, read_calibration(file)) for file in calibration_texts()]
+        texts = texts or [Text("Python's own documentation", default_text())]
+        found["calibration"] = {text.name: text.digest for text in texts}
+    if tasks:
+        found["tasks"] = task_names()
+    return found
 
 
 def data_folder() -> Path | None:
