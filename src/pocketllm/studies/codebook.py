@@ -93,9 +93,10 @@ def _dense(setup: Setup, progress: Progress) -> dict[str, Any]:
 
 def _perplexity(setup: Setup, model: Any, tokenizer: Any, progress: Progress) -> dict[str, Any]:
     from pocketllm.evaluate.perplexity import perplexity
+    from pocketllm.studies.whole import fitting
 
     text, windows = setup.evaluation_texts()[0], _QUICK_WINDOWS if setup.quick else _WINDOWS
-    context = min(_CONTEXT, getattr(model.config, "max_position_embeddings", _CONTEXT))
+    context = fitting(setup, _CONTEXT)
     found = perplexity(model, tokenizer, text.text, context, windows, progress)
     return {**dataclasses.asdict(found), "text": text.name, "dtype": str(model.dtype)}
 

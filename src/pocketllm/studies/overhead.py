@@ -11,7 +11,7 @@ from pocketllm.studies import overhead_page as page
 from pocketllm.studies import probe
 from pocketllm.studies.probe import DENSE
 from pocketllm.studies.study import Progress, Setup, Step, Study
-from pocketllm.studies.whole import calibration_texts, coded, inputs
+from pocketllm.studies.whole import calibration_texts, coded, fitting, inputs
 
 if TYPE_CHECKING:
     from pocketllm.model.layout import Layout
@@ -116,7 +116,7 @@ def _round(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
     from pocketllm.model.source import resolve
 
     short, long = (8, 64) if setup.quick else (16, 512)
-    long = min(long, _positions(setup) - 1)
+    long = fitting(setup, long + 1) - 1
     jobs = {DENSE: (resolve(setup.model), DENSE)}
     for name, config in forms(setup).items():
         folder = coded(setup, name, config)
@@ -130,10 +130,6 @@ def _round(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
         progress(len(runs) / len(jobs))
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {"runs": runs, "short": short, "long": long, "gpu": gpu}
-
-
-def _positions(setup: Setup) -> int:
-    return int(getattr(setup.source().model.config, "max_position_embeddings", None) or 1 << 20)
 
 
 STUDY = Study(

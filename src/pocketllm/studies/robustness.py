@@ -15,6 +15,7 @@ from pocketllm.studies.whole import (
     coded,
     compressed_model,
     dense_model,
+    fitting,
     inputs,
     mean_nmse,
     task_names,
@@ -97,7 +98,7 @@ def _measured(setup: Setup, loaded: tuple[Any, Any], progress: Progress) -> dict
 
     model, tokenizer = loaded
     context, windows, limit = (256, 2, 0) if setup.quick else (512, 4, 50)
-    context = min(context, int(getattr(model.config, "max_position_embeddings", None) or context))
+    context = fitting(setup, context)
     texts = setup.evaluation_texts()
     found: dict[str, Any] = {"context": context, "windows": windows, "limit": limit, "perplexity": {}}
     for done, text in enumerate(texts):

@@ -17,6 +17,7 @@ from pocketllm.studies.whole import (
     calibration_texts,
     coded,
     dense_model,
+    fitting,
     inputs,
     installed,
     task_names,
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Size:
-    """context, windows: of the text. block_windows: for single blocks. limit: documents of a task."""
+    """context, windows: of the text, cut to the positions that the model has. block_windows: for single blocks.
+
+    limit: documents of a task.
+    """
 
     context: int
     windows: int
@@ -114,7 +118,7 @@ def _measure(
     chosen = groups(read_model(folder, check=False).matrices)
     model, tokenizer = dense_model(setup)
     reference, _ = dense_model(setup)
-    matrices, context = Matrices.open(folder), _size(setup).context
+    matrices, context = Matrices.open(folder), fitting(setup, _size(setup).context)
     text = setup.evaluation_texts()[0]
     found: dict[str, Any] = {}
     for done, (name, members) in enumerate(chosen.items()):

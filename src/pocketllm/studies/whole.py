@@ -81,6 +81,12 @@ def task_names() -> list[str]:
     return [task.name for task in local_tasks().values() if task.find(folder)]
 
 
+def fitting(setup: Setup, context: int) -> int:
+    """So many tokens, or as many as the model has positions."""
+    config = setup.source().model.config.get_text_config()
+    return min(context, getattr(config, "max_position_embeddings", None) or context)
+
+
 def dense_model(setup: Setup) -> tuple[Any, Any]:
     """(model, tokenizer): as it is before compression, in the dtype the machine is fastest in."""
     from pocketllm.model.compute import fast_dtype
