@@ -13,6 +13,7 @@ from pocketllm.studies import decoder_page as page
 from pocketllm.studies.study import Progress, Setup, Step, Study
 from pocketllm.studies.whole import (
     calibration_texts,
+    check_texts,
     coded,
     compressed_model,
     dense_model,
@@ -135,6 +136,8 @@ def _count_blocks(setup: Setup) -> int:
 
 
 def _steps(setup: Setup) -> list[Step]:
+    size = size_of(setup)
+    check_texts(setup, 4 * size.context, size.windows)
     chosen = variants(setup)
     if setup.quick:
         chosen = {key: chosen[key] for key in _QUICK if key in chosen}

@@ -21,6 +21,7 @@ from pocketllm.studies.trials import (
     UNGUARDED,
     Sample,
     as_stored,
+    check_size,
     digits,
     mean_square_error,
     sample,
@@ -47,7 +48,10 @@ QUICK_TWINS = ((4, 256), (2, 1024))
 def steps(setup: Setup) -> list[Step]:
     """The bound; trainings; k-means and codec over the rates; the same of a Gaussian matrix."""
     quick = setup.quick
-    chosen = partial(sample, setup, up_projection(setup), 1 << 17 if quick else _MOST)
+    matrix, most = up_projection(setup), 1 << 17 if quick else _MOST
+    sizes = (QUICK_CURVES, QUICK_SWEEP, QUICK_TWINS) if quick else (CURVES, SWEEP, TWINS)
+    check_size(matrix, most, ((d, size) for tried in sizes for d, size in tried if d > 1))
+    chosen = partial(sample, setup, matrix, most)
     made = [Step("bound", lambda progress: _bound(chosen()))]
     for d, size in QUICK_CURVES if quick else CURVES:
         for name in page.TRAININGS:

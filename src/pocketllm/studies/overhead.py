@@ -86,6 +86,10 @@ def forms(setup: Setup) -> dict[str, CompressConfig]:
 def _steps(setup: Setup) -> list[Step]:
     import torch
 
+    from pocketllm.model.folder import need_tokenizer
+    from pocketllm.model.source import resolve
+
+    need_tokenizer(resolve(setup.model))
     steps = [Step(f"form-{name}", partial(_form, setup, name)) for name in forms(setup)]
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         rounds = range(1 if setup.quick else _ROUNDS)

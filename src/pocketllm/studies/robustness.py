@@ -12,6 +12,7 @@ from pocketllm.studies.scored import scores
 from pocketllm.studies.study import Progress, Setup, Step, Study
 from pocketllm.studies.whole import (
     calibration_texts,
+    check_texts,
     coded,
     compressed_model,
     dense_model,
@@ -59,6 +60,7 @@ def _little_text(config: CompressConfig) -> CompressConfig:
 
 
 def _steps(setup: Setup) -> list[Step]:
+    check_texts(setup, *_extent(setup)[:2])
     steps = [Step("dense", partial(_dense, setup))]
     return steps + [Step(key, partial(_compressed, setup, key)) for key in settings(setup)]
 
@@ -92,12 +94,17 @@ def _compressed(setup: Setup, key: str, progress: Progress) -> dict[str, Any]:
     }
 
 
+def _extent(setup: Setup) -> tuple[int, int, int]:
+    """(tokens of a window, windows of a text, documents of a task)."""
+    return (256, 2, 0) if setup.quick else (512, 4, 50)
+
+
 def _measured(setup: Setup, loaded: tuple[Any, Any], progress: Progress) -> dict[str, Any]:
     """Perplexity by text, accuracy by task; `right`: a digit for each document."""
     from pocketllm.evaluate.perplexity import perplexity
 
     model, tokenizer = loaded
-    context, windows, limit = (256, 2, 0) if setup.quick else (512, 4, 50)
+    context, windows, limit = _extent(setup)
     context = fitting(setup, context)
     texts = setup.evaluation_texts()
     found: dict[str, Any] = {"context": context, "windows": windows, "limit": limit, "perplexity": {}}

@@ -15,6 +15,7 @@ from pocketllm.studies.sensitivity_page import ALL, ATTENTION, ENDS, FFN
 from pocketllm.studies.study import Progress, Setup, Step, Study
 from pocketllm.studies.whole import (
     calibration_texts,
+    check_texts,
     coded,
     dense_model,
     fitting,
@@ -92,6 +93,7 @@ def saved_bytes(matrices: Iterable[MatrixFacts]) -> float:
 
 def _steps(setup: Setup) -> list[Step]:
     size = _size(setup)
+    check_texts(setup, size.context, size.windows)
     steps = []
     for path in configs(setup):
         steps.append(Step(f"{path}-parts", partial(_measure, setup, path, parts, size.windows)))

@@ -20,6 +20,7 @@ from pocketllm.studies.trials import (
     PUBLISHED,
     UNGUARDED,
     Sample,
+    check_size,
     digits,
     sample,
     settings,
@@ -37,7 +38,9 @@ def steps(setup: Setup) -> list[Step]:
     """Each start by itself; then two trainings that collapse."""
     quick = setup.quick
     size, most = (_QUICK_SIZE, 1 << 16) if quick else (_SIZE, 1 << 18)
-    rows = partial(sample, setup, up_projection(setup), most)
+    matrix = up_projection(setup)
+    check_size(matrix, most, [(PUBLISHED.vector_len, size)])
+    rows = partial(sample, setup, matrix, most)
     seeds = range(setup.seed, setup.seed + (1 if quick else 3))
     batch = dataclasses.replace(PUBLISHED, batch_size=most // PUBLISHED.vector_len // 16)
     published = dataclasses.replace(batch, epochs=_QUICK_EPOCHS if quick else _EPOCHS)
