@@ -98,6 +98,16 @@ def test_writes_everything(counting: Counting, model: str, tmp_path: Path) -> No
     assert [share for _, share in told] == sorted(share for _, share in told)
 
 
+def test_the_page_of_the_small_version_says_what_it_leaves_out(
+    counting: Counting, model: str, tmp_path: Path
+) -> None:
+    counting.more = {"left_out": "no steps."}
+    for quick in (True, False):
+        run_study("counting", model, tmp_path / str(quick), quick=quick)
+        page = (tmp_path / str(quick) / "counting.md").read_text()
+        assert ("**Measured.** Steps. **This is the small version:** no steps." in page) is quick
+
+
 def test_goes_on_where_it_was(counting: Counting, model: str, tmp_path: Path) -> None:
     counting.stop_at = "c"
     with pytest.raises(KeyboardInterrupt):
@@ -353,4 +363,4 @@ def test_titles_are_those_of_the_registry() -> None:
     for name, title in STUDIES.items():
         study = registry.load(name)
         assert (study.name, study.title) == (name, title)
-        assert study.claim and study.method
+        assert study.claim and study.method and study.left_out

@@ -154,6 +154,7 @@ STUDY = Study(
         "compressed, with a codebook for each kind of projection, embedding and head left dense, no calibration, and "
         "its perplexity is measured."
     ),
+    left_out="a part of the matrix, few pairs, whole models at two of them.",
     steps=steps,
     tables=page.tables,
     draw=page.draw,

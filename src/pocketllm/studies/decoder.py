@@ -10,6 +10,7 @@ from typing import Any
 
 from pocketllm.config import CodecConfig, CompressConfig, DistillConfig, LoopConfig, preset
 from pocketllm.studies import decoder_page as page
+from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.study import Progress, Setup, Step, Study
 from pocketllm.studies.whole import (
     calibration_texts,
@@ -222,7 +223,7 @@ def _measured(setup: Setup, folder: Path) -> dict[str, Any]:
 
 STUDY = Study(
     name="decoder",
-    title="what the decoder buys at equal stored bits, before and after recovery",
+    title=STUDIES["decoder"],
     claim=(
         "A decoder of a few hundred weights, stored with every codebook, lowers the error of what codewords "
         "decode to."
@@ -236,6 +237,7 @@ STUDY = Study(
         "preset calibrated-16x on the same blocks, without decoders and with an MLP for every matrix, which "
         "starts as the identity."
     ),
+    left_out="two blocks, five of these variants, four steps of distillation; nothing of `calibrated`.",
     steps=_steps,
     tables=page.tables,
     draw=page.draw,

@@ -10,6 +10,7 @@ from pocketllm.config import CodecConfig, CompressConfig, preset
 from pocketllm.studies import overhead_page as page
 from pocketllm.studies import probe
 from pocketllm.studies.probe import DENSE
+from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.study import Progress, Setup, Step, Study
 from pocketllm.studies.whole import calibration_texts, coded, fitting, inputs
 
@@ -138,7 +139,7 @@ def _round(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
 
 STUDY = Study(
     name="overhead",
-    title="what decoding costs at load and at run time",
+    title=STUDIES["overhead"],
     claim=(
         "The paper counts the decoder's bytes (768 weights a matrix at d = 8) and leaves its cost at run time "
         "an open question."
@@ -150,6 +151,7 @@ STUDY = Study(
         "decoded once at load into ordinary layers, or kept packed and decoded layer by layer in every "
         "forward pass; beside the dense checkpoint, in bf16."
     ),
+    left_out="of these forms `row` and `lookup`, in one round.",
     steps=_steps,
     tables=page.tables,
     draw=page.draw,

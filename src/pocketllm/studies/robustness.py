@@ -8,6 +8,7 @@ from typing import Any
 
 from pocketllm.config import CodecConfig, CompressConfig, preset
 from pocketllm.studies import robustness_page as page
+from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.scored import scores
 from pocketllm.studies.study import Progress, Setup, Step, Study
 from pocketllm.studies.whole import (
@@ -124,7 +125,7 @@ def _measured(setup: Setup, loaded: tuple[Any, Any], progress: Progress) -> dict
 
 STUDY = Study(
     name="robustness",
-    title="8 to 20 times smaller: on several texts and tasks, where it becomes brittle",
+    title=STUDIES["robustness"],
     claim=(
         "The mean of five zero-shot tasks on Llama-2-7B, compressed and fine-tuned, is 64.95 at 8x, 64.07 at "
         "10x and 60.61 at 16x, where the dense model has 64.29. The ratios are against fp32 and count the "
@@ -138,6 +139,10 @@ STUDY = Study(
         "checkpoint, embedding, norms and tokenizer counted; on the calibrated path alone, since five dense "
         "blocks leave no room for that. For the sake of time codebooks are fitted to a quarter of the presets' "
         "sample in half the rounds, and calibration sees a quarter of their text. No recovery."
+    ),
+    left_out=(
+        "`plain` alone, at 4 and 2 bits of indices per weight with 256 codewords for each kind of matrix "
+        "and every block coded; nothing of `calibrated` and `files`, and no zero-shot tasks."
     ),
     steps=_steps,
     tables=page.tables,

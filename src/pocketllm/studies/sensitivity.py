@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pocketllm.config import CodecConfig, CompressConfig, preset
 from pocketllm.model.target import possible_bpw
 from pocketllm.studies import sensitivity_page as page
+from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.scored import scores
 from pocketllm.studies.sensitivity_page import ALL, ATTENTION, ENDS, FFN
 from pocketllm.studies.study import Progress, Setup, Step, Study
@@ -168,7 +169,7 @@ def _tasks(setup: Setup, path: str, progress: Progress) -> dict[str, Any]:
 
 STUDY = Study(
     name="sensitivity",
-    title="which parts of a model suffer most from compression, for the bytes they save",
+    title=STUDIES["sensitivity"],
     claim=(
         "The authors leave the first three and the last two blocks dense, and code all other matrices alike, "
         "attention or FFN."
@@ -182,6 +183,7 @@ STUDY = Study(
         "overlapping indices with rotation and error feedback, at 3 bits for every matrix instead of the "
         "preset's own allocation, on 16,384 tokens of calibration text."
     ),
+    left_out="of these paths `plain` alone, and no zero-shot tasks.",
     steps=_steps,
     tables=page.tables,
     draw=page.draw,
