@@ -19,7 +19,16 @@ from pocketllm.model.decode import Matrices
 from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.model.target import planned
 from pocketllm.report.collect import read_model
-from pocketllm.studies import decoder, overhead, overhead_page, probe, robustness, run_study, sensitivity
+from pocketllm.studies import (
+    codebook,
+    decoder,
+    overhead,
+    overhead_page,
+    probe,
+    robustness,
+    run_study,
+    sensitivity,
+)
 from pocketllm.studies import robustness_page as robust
 from pocketllm.studies import sensitivity_page as sensitive
 from pocketllm.studies.scored import points_lost
@@ -53,6 +62,36 @@ def test_steps_of_both_sizes_have_keys_of_their_own(study: Any, model: str, tmp_
     for quick in (True, False):
         keys = [step.key for step in study.STUDY.steps(setup_of(model, tmp_path, quick))]
         assert len(set(keys)) == len(keys) > 1
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of 64 positions, fewer than any study's windows have tokens."""
+    folder = tmp_path_factory.mktemp("short") / "dense"
+    return str(tiny.save(folder, max_position_embeddings=64, num_hidden_layers=3))
+
+
+@pytest.mark.parametrize("study", ["sensitivity", "decoder", "robustness", "overhead"])
+def test_windows_are_cut_to_the_positions_of_the_model(
+    study: str, short: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "_QUICK", ("none-kind", "affine-matrix"))
+    monkeypatch.setattr(probe, "run", probe.measure)
+    results = run_study(study, short, tmp_path / "out", quick=True).result["results"]
+    found = {
+        "sensitivity": lambda: results["plain-parts"]["context"],
+        "decoder": lambda: results["none-kind"]["before"]["context"],
+        "robustness": lambda: results["dense"]["context"],
+        "overhead": lambda: 1 + results["cpu-0"]["long"],
+    }
+    assert found[study]() == 64
+    if study == "decoder":
+        assert results["none-kind"]["config"]["context"] == 64
+
+
+def test_the_codebook_study_cuts_its_windows_too(short: str, tmp_path: Path) -> None:
+    setup = setup_of(short, tmp_path)
+    assert codebook._perplexity(setup, *dense_model(setup), lambda share: None)["context"] == 64
 
 
 # sensitivity

@@ -78,7 +78,10 @@ def test_writes_page_and_pictures(done: dict[str, Any], module: Any) -> None:
 
 
 @pytest.mark.parametrize("module", SIZES)
-def test_the_full_version_is_larger(model: str, module: Any) -> None:
+def test_the_full_version_is_larger(model: str, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        trials, "_check_size", lambda *sizes: None
+    )  # its codebooks are too large for this model
     small, full = ([s.key for s in module.STUDY.steps(setup_of(model, quick))] for quick in (True, False))
     assert len(set(full)) == len(full)
     assert len(full) > len(small) or module is utilization
@@ -86,7 +89,7 @@ def test_the_full_version_is_larger(model: str, module: Any) -> None:
 
 def test_models_that_cannot_be_studied(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        SourceError, match=r"has 20 subvectors of 8 weights, wanted at least K = 32; study a larger"
+        SourceError, match=r"have 20 subvectors of 8 weights, wanted at least K = 32; study a larger"
     ):
         trials.train(torch.randn(10, 16), trials.OURS, 32, 0)
     dense = CompressConfig(overrides=(("*", 16.0),))

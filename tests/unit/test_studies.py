@@ -98,6 +98,16 @@ def test_writes_everything(counting: Counting, model: str, tmp_path: Path) -> No
     assert [share for _, share in told] == sorted(share for _, share in told)
 
 
+def test_the_page_of_the_small_version_says_what_it_leaves_out(
+    counting: Counting, model: str, tmp_path: Path
+) -> None:
+    counting.more = {"left_out": "no steps."}
+    for quick in (True, False):
+        run_study("counting", model, tmp_path / str(quick), quick=quick)
+        page = (tmp_path / str(quick) / "counting.md").read_text()
+        assert ("**Measured.** Steps. **This is the small version:** no steps." in page) is quick
+
+
 def test_goes_on_where_it_was(counting: Counting, model: str, tmp_path: Path) -> None:
     counting.stop_at = "c"
     with pytest.raises(KeyboardInterrupt):
@@ -205,6 +215,42 @@ def test_refuses_what_is_there(counting: Counting, model: str, tmp_path: Path) -
     assert len(counting.ran) == 6
 
 
+def test_a_study_that_fails_at_once_leaves_nothing(counting: Counting, model: str, tmp_path: Path) -> None:
+    counting.stop_at = "a"
+    with pytest.raises(KeyboardInterrupt):
+        run_study("counting", model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    counting.stop_at = "b"
+    with pytest.raises(KeyboardInterrupt):
+        run_study("counting", model, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "step-a.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["codebook", "decoder", "sensitivity", "robustness", "overhead"])
+def test_a_missing_tokenizer_is_found_first(name: str, tmp_path: Path) -> None:
+    tiny.model().save_pretrained(tmp_path / "dense")
+    with pytest.raises(SourceError, match="holds no tokenizer"):
+        run_study(name, str(tmp_path / "dense"), tmp_path / "out", quick=True)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["codebook", "decoder", "sensitivity", "robustness"])
+def test_a_text_that_is_too_short_is_found_first(name: str, model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words")
+    with pytest.raises(ConfigError, match=r"a\.txt: has 10 tokens, wanted \d+ .*name a longer text"):
+        run_study(name, model, tmp_path / "out", quick=True, texts=[tmp_path / "a.txt"])
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["rln", "overfit", "depth", "codebook", "utilization"])
+def test_a_matrix_that_is_too_small_is_named(name: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "head_dim": 16}
+    small = str(tiny.save(tmp_path / "dense", **sizes))
+    with pytest.raises(SourceError, match=r"^model\.layers\.\d\.mlp\.up_proj\.weight: 24 x 32 weights have"):
+        run_study(name, small, tmp_path / "out", quick=True)
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_bad_input(counting: Counting, model: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="measures no model on text"):
         run_study("counting", model, tmp_path / "out", texts=["a.txt"])
@@ -234,8 +280,8 @@ def test_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_texts_that_would_not_be_measured_are_refused(model: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("some words")
-    (tmp_path / "b.txt").write_text("other words")
+    (tmp_path / "a.txt").write_text("some words " * 100)
+    (tmp_path / "b.txt").write_text("other words " * 100)
     two = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for name in ("codebook", "decoder", "sensitivity"):
         with pytest.raises(ConfigError, match=f"{name}: measures on one text, got 2"):
@@ -317,4 +363,4 @@ def test_titles_are_those_of_the_registry() -> None:
     for name, title in STUDIES.items():
         study = registry.load(name)
         assert (study.name, study.title) == (name, title)
-        assert study.claim and study.method
+        assert study.claim and study.method and study.left_out

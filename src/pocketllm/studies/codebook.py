@@ -12,7 +12,7 @@ from pocketllm.model.plan import Matrix, predicted_nmse
 from pocketllm.studies import codebook_page as page
 from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.study import Progress, Setup, Step, Study
-from pocketllm.studies.trials import Sample, digits, sample, stored_bits, train, up_projection
+from pocketllm.studies.trials import Sample, check_size, digits, sample, stored_bits, train, up_projection
 
 _MOST = 1 << 20
 GRID = (  # (d, log2 K)
@@ -33,9 +33,13 @@ _CONTEXT, _WINDOWS, _QUICK_WINDOWS = 512, 16, 4
 
 def steps(setup: Setup) -> list[Step]:
     """One matrix at each size; then the whole model at a few."""
+    from pocketllm.studies.whole import check_texts
+
     quick = setup.quick
-    matrix = up_projection(setup)
-    rows = partial(sample, setup, matrix, 1 << 17 if quick else _MOST)
+    matrix, most = up_projection(setup), 1 << 17 if quick else _MOST
+    check_texts(setup, _CONTEXT, _QUICK_WINDOWS if quick else _WINDOWS)
+    check_size(matrix, most, ((d, 1 << n) for d, n in (QUICK_GRID if quick else GRID)))
+    rows = partial(sample, setup, matrix, most)
     shared = _count(setup, matrix)
     made = [
         Step(f"grid.{d}x{1 << n}", partial(_point, rows, d, n, setup.seed, shared))
@@ -93,9 +97,10 @@ def _dense(setup: Setup, progress: Progress) -> dict[str, Any]:
 
 def _perplexity(setup: Setup, model: Any, tokenizer: Any, progress: Progress) -> dict[str, Any]:
     from pocketllm.evaluate.perplexity import perplexity
+    from pocketllm.studies.whole import fitting
 
     text, windows = setup.evaluation_texts()[0], _QUICK_WINDOWS if setup.quick else _WINDOWS
-    context = min(_CONTEXT, getattr(model.config, "max_position_embeddings", _CONTEXT))
+    context = fitting(setup, _CONTEXT)
     found = perplexity(model, tokenizer, text.text, context, windows, progress)
     return {**dataclasses.asdict(found), "text": text.name, "dtype": str(model.dtype)}
 
@@ -149,6 +154,7 @@ STUDY = Study(
         "compressed, with a codebook for each kind of projection, embedding and head left dense, no calibration, and "
         "its perplexity is measured."
     ),
+    left_out="a part of the matrix, few pairs, whole models at two of them.",
     steps=steps,
     tables=page.tables,
     draw=page.draw,

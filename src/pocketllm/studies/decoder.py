@@ -10,8 +10,18 @@ from typing import Any
 
 from pocketllm.config import CodecConfig, CompressConfig, DistillConfig, LoopConfig, preset
 from pocketllm.studies import decoder_page as page
+from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.study import Progress, Setup, Step, Study
-from pocketllm.studies.whole import calibration_texts, coded, compressed_model, dense_model, inputs, mean_nmse
+from pocketllm.studies.whole import (
+    calibration_texts,
+    check_texts,
+    coded,
+    compressed_model,
+    dense_model,
+    fitting,
+    inputs,
+    mean_nmse,
+)
 
 FLOAT16_BYTES = 2
 _QUICK = ("none-kind", "mlp-kind", "affine-matrix", "mlp-matrix", "none-model")
@@ -21,7 +31,8 @@ _QUICK = ("none-kind", "mlp-kind", "affine-matrix", "mlp-matrix", "none-model")
 class Size:
     """blocks: coded ones, in the middle of the model. codewords: K of the reference, at d = 4.
 
-    steps, batch, context: of the distillation. windows: of 512 tokens (or `context` where shorter), measured.
+    steps, batch, context: of the distillation. windows: measured, each four times as long. Both are cut to the
+    positions that the model has.
     """
 
     blocks: int
@@ -126,6 +137,8 @@ def _count_blocks(setup: Setup) -> int:
 
 
 def _steps(setup: Setup) -> list[Step]:
+    size = size_of(setup)
+    check_texts(setup, 4 * size.context, size.windows)
     chosen = variants(setup)
     if setup.quick:
         chosen = {key: chosen[key] for key in _QUICK if key in chosen}
@@ -140,6 +153,7 @@ def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> di
     from pocketllm.recover.distill import distill
 
     size = size_of(setup)
+    size = replace(size, context=fitting(setup, size.context))
     folder = coded(setup, key, variant.config, lambda share: progress(0.4 * share))
     report = read_report(folder)
     tuned = folder.with_name(f"{key}-tuned")
@@ -150,7 +164,11 @@ def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> di
         seed=setup.seed,
     )
     config = DistillConfig(
-        steps=size.steps, context=size.context, texts=calibration_texts(), validation_windows=8, loop=loop
+        steps=size.steps,
+        context=size.context,
+        texts=calibration_texts(),
+        validation_windows=8,
+        loop=loop,
     )
     before = _measured(setup, folder)
     done = distill(
@@ -198,13 +216,14 @@ def _measured(setup: Setup, folder: Path) -> dict[str, Any]:
     model, tokenizer = compressed_model(setup, folder)
     reference, _ = dense_model(setup)
     text = setup.evaluation_texts()[0]
-    seen = text_divergence(model, reference, tokenizer, text.text, 4 * size.context, size.windows)
+    context = fitting(setup, 4 * size.context)
+    seen = text_divergence(model, reference, tokenizer, text.text, context, size.windows)
     return asdict(seen)
 
 
 STUDY = Study(
     name="decoder",
-    title="what the decoder buys at equal stored bits, before and after recovery",
+    title=STUDIES["decoder"],
     claim=(
         "A decoder of a few hundred weights, stored with every codebook, lowers the error of what codewords "
         "decode to."
@@ -218,6 +237,7 @@ STUDY = Study(
         "preset calibrated-16x on the same blocks, without decoders and with an MLP for every matrix, which "
         "starts as the identity."
     ),
+    left_out="two blocks, five of these variants, four steps of distillation; nothing of `calibrated`.",
     steps=_steps,
     tables=page.tables,
     draw=page.draw,

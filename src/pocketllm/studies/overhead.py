@@ -10,8 +10,9 @@ from pocketllm.config import CodecConfig, CompressConfig, preset
 from pocketllm.studies import overhead_page as page
 from pocketllm.studies import probe
 from pocketllm.studies.probe import DENSE
+from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.study import Progress, Setup, Step, Study
-from pocketllm.studies.whole import calibration_texts, coded, inputs
+from pocketllm.studies.whole import calibration_texts, coded, fitting, inputs
 
 if TYPE_CHECKING:
     from pocketllm.model.layout import Layout
@@ -86,6 +87,10 @@ def forms(setup: Setup) -> dict[str, CompressConfig]:
 def _steps(setup: Setup) -> list[Step]:
     import torch
 
+    from pocketllm.model.folder import need_tokenizer
+    from pocketllm.model.source import resolve
+
+    need_tokenizer(resolve(setup.model))
     steps = [Step(f"form-{name}", partial(_form, setup, name)) for name in forms(setup)]
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         rounds = range(1 if setup.quick else _ROUNDS)
@@ -116,7 +121,7 @@ def _round(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
     from pocketllm.model.source import resolve
 
     short, long = (8, 64) if setup.quick else (16, 512)
-    long = min(long, _positions(setup) - 1)
+    long = fitting(setup, long + 1) - 1
     jobs = {DENSE: (resolve(setup.model), DENSE)}
     for name, config in forms(setup).items():
         folder = coded(setup, name, config)
@@ -132,13 +137,9 @@ def _round(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
     return {"runs": runs, "short": short, "long": long, "gpu": gpu}
 
 
-def _positions(setup: Setup) -> int:
-    return int(getattr(setup.source().model.config, "max_position_embeddings", None) or 1 << 20)
-
-
 STUDY = Study(
     name="overhead",
-    title="what decoding costs at load and at run time",
+    title=STUDIES["overhead"],
     claim=(
         "The paper counts the decoder's bytes (768 weights a matrix at d = 8) and leaves its cost at run time "
         "an open question."
@@ -150,6 +151,7 @@ STUDY = Study(
         "decoded once at load into ordinary layers, or kept packed and decoded layer by layer in every "
         "forward pass; beside the dense checkpoint, in bf16."
     ),
+    left_out="of these forms `row` and `lookup`, in one round.",
     steps=_steps,
     tables=page.tables,
     draw=page.draw,

@@ -26,7 +26,7 @@ def markdown(study: Study, result: Mapping[str, Any]) -> str:
     parts = [
         f"# {name}: {study.title}",
         f"**The paper's claim.** {study.claim}",
-        f"**Measured.** {study.method}",
+        f"**Measured.** {_method(study, result)}",
         "## Findings",
         "\n".join(f"- {sentence}" for sentence in study.findings(results)),
         f"![{study.title}]({name}.png)",
@@ -36,6 +36,12 @@ def markdown(study: Study, result: Mapping[str, Any]) -> str:
         _made_by(result),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _method(study: Study, result: Mapping[str, Any]) -> str:
+    if not (result["config"]["quick"] and study.left_out):
+        return study.method
+    return f"{study.method} **This is the small version:** {study.left_out}"
 
 
 def _table(table: Table) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pocketllm.studies.study import Setup, Step, Study
 RESULT_NAME = "result.json"
 _CONFIG = ("model", "weights", "quick", "texts", "device", "threads")
 _INPUTS = ("calibration", "tasks")
+_ADMINISTRATIVE = ("state.json", "lock")
 Progress = Callable[[str, float], None]
 """Called with the step at work and the finished share of the whole study."""
 
@@ -55,7 +58,8 @@ def run_study(
         overwrite: replace the study at `output`.
 
     Raises:
-        ConfigError: an unknown study, or texts that it does not measure on. SourceError: as `open_dense`.
+        ConfigError: an unknown study, or texts that it does not measure on or that are too short for it.
+        SourceError: as `open_dense`; no tokenizer where a text is measured on; matrices too small to study.
         OutputError, ResumeError: nothing half-written is left under `output`; finished steps stay in
             `output.partial`. ExtraError: matplotlib is not installed.
     """
@@ -67,12 +71,11 @@ def run_study(
     svg.require("studies")
     check_output(output, overwrite, f"{name}.svg", f"a study of {name!r}")
     setup = _setup(study, model, output, quick, seed, device, texts)
-    asked = _asked(study, setup)
+    asked, steps = _asked(study, setup), study.steps(setup)
     try:
         work = Workspace.at(output, _as_begun(output, asked))
-        with locked(work.folder):
+        with locked(work.folder), _nothing_left(work.folder):
             setup.work.mkdir(exist_ok=True)
-            steps = study.steps(setup)
             done = {
                 step.key: _run_step(step, work.folder, number, len(steps), progress)
                 for number, step in enumerate(steps)
@@ -163,6 +166,17 @@ def _as_begun(output: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         return dict(asked)
     is_noted = any(key.split(".")[0] in _INPUTS for key in begun)
     return {key: value for key, value in asked.items() if is_noted or key not in _INPUTS}
+
+
+@contextmanager
+def _nothing_left(folder: Path) -> Iterator[None]:
+    """Remove the folder of a study that fails before it holds anything of worth."""
+    try:
+        yield
+    except BaseException:
+        if not any(path.is_file() and path.name not in _ADMINISTRATIVE for path in folder.rglob("*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _file(folder: Path, step: Step) -> Path:

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 from pocketllm.config import CodecConfig, CompressConfig, preset
 from pocketllm.model.target import possible_bpw
 from pocketllm.studies import sensitivity_page as page
+from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.scored import scores
 from pocketllm.studies.sensitivity_page import ALL, ATTENTION, ENDS, FFN
 from pocketllm.studies.study import Progress, Setup, Step, Study
 from pocketllm.studies.whole import (
     calibration_texts,
+    check_texts,
     coded,
     dense_model,
+    fitting,
     inputs,
     installed,
     task_names,
@@ -29,7 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Size:
-    """context, windows: of the text. block_windows: for single blocks. limit: documents of a task."""
+    """context, windows: of the text, cut to the positions that the model has. block_windows: for single blocks.
+
+    limit: documents of a task.
+    """
 
     context: int
     windows: int
@@ -88,6 +94,7 @@ def saved_bytes(matrices: Iterable[MatrixFacts]) -> float:
 
 def _steps(setup: Setup) -> list[Step]:
     size = _size(setup)
+    check_texts(setup, size.context, size.windows)
     steps = []
     for path in configs(setup):
         steps.append(Step(f"{path}-parts", partial(_measure, setup, path, parts, size.windows)))
@@ -114,7 +121,7 @@ def _measure(
     chosen = groups(read_model(folder, check=False).matrices)
     model, tokenizer = dense_model(setup)
     reference, _ = dense_model(setup)
-    matrices, context = Matrices.open(folder), _size(setup).context
+    matrices, context = Matrices.open(folder), fitting(setup, _size(setup).context)
     text = setup.evaluation_texts()[0]
     found: dict[str, Any] = {}
     for done, (name, members) in enumerate(chosen.items()):
@@ -162,7 +169,7 @@ def _tasks(setup: Setup, path: str, progress: Progress) -> dict[str, Any]:
 
 STUDY = Study(
     name="sensitivity",
-    title="which parts of a model suffer most from compression, for the bytes they save",
+    title=STUDIES["sensitivity"],
     claim=(
         "The authors leave the first three and the last two blocks dense, and code all other matrices alike, "
         "attention or FFN."
@@ -176,6 +183,7 @@ STUDY = Study(
         "overlapping indices with rotation and error feedback, at 3 bits for every matrix instead of the "
         "preset's own allocation, on 16,384 tokens of calibration text."
     ),
+    left_out="of these paths `plain` alone, and no zero-shot tasks.",
     steps=_steps,
     tables=page.tables,
     draw=page.draw,

@@ -114,6 +114,7 @@ class Study:
     steps: in the order they run; each may be the one where an interrupted run goes on.
     draw: into an empty matplotlib figure; sets its size itself.
     findings: plain sentences with numbers, computed from the results; the first says whether the claim held.
+    left_out: what the small version does not do of that, in words.
     on_text: whether it measures models on text; several_texts: on several kinds of it.
     inputs: what else its results depend on that is found on this machine, as `whole.inputs` gives it.
     """
@@ -126,6 +127,7 @@ class Study:
     tables: Callable[[Results], list[Table]]
     draw: Callable[[Results, Figure], None]
     findings: Callable[[Results], list[str]]
+    left_out: str = ""
     on_text: bool = False
     several_texts: bool = False
     inputs: Callable[[Setup], dict[str, Any]] = lambda setup: {}

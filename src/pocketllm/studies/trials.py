@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ def up_projection(setup: Setup) -> Matrix:
 def sample(setup: Setup, matrix: Matrix, most: int) -> Sample:
     """At most about `most` weights of a matrix, as random whole rows."""
     weight = fold(setup.source().read(matrix.name), matrix.transposed).float()
-    count = min(matrix.rows, max(1, most // matrix.columns))
+    count = _rows(matrix, most)
     generator = torch.Generator().manual_seed(zlib.crc32(matrix.name.encode(), setup.seed))
     rows = torch.randperm(matrix.rows, generator=generator)[:count].sort().values
     return Sample(matrix.name, matrix.kind, weight[rows].to(setup.device), count == matrix.rows)
@@ -133,12 +133,8 @@ def train(
     Raises:
         SourceError: the matrix has fewer subvectors than the codebook has codewords.
     """
-    available = weight.shape[0] * subvectors_per_row(weight.shape[1], config.vector_len)
-    if available < codebook_size:
-        raise SourceError(
-            f"the matrix under study, {tuple(weight.shape)}, has {available} subvectors of {config.vector_len} "
-            f"weights, wanted at least K = {codebook_size}; study a larger model"
-        )
+    rows, columns = weight.shape
+    _check_size("the matrix under study", rows, columns, config.vector_len, codebook_size)
     steps: list[TrainingStep] = []
     started = time.monotonic()
     fitted = fit({"": [weight]}, config, codebook_size, seed, progress, safeguards, steps.append)
@@ -161,6 +157,33 @@ def train(
         wanted_epochs=config.epochs,
         seconds=time.monotonic() - started,
     )
+
+
+def check_size(matrix: Matrix, most: int, sizes: Iterable[tuple[int, int]]) -> None:
+    """See that codebooks can be fitted to a `sample` of at most about `most` weights, before any of them is.
+
+    Args:
+        sizes: pairs (d, K).
+
+    Raises:
+        SourceError: the sample has fewer subvectors than a codebook has codewords.
+    """
+    for d, codebook_size in sizes:
+        _check_size(matrix.name, _rows(matrix, most), matrix.columns, d, codebook_size)
+
+
+def _check_size(name: str, rows: int, columns: int, d: int, codebook_size: int) -> None:
+    available = rows * subvectors_per_row(columns, d)
+    if available < codebook_size:
+        raise SourceError(
+            f"{name}: {rows} x {columns} weights have {available} subvectors of {d} weights, wanted at least "
+            f"K = {codebook_size}; study a larger model"
+        )
+
+
+def _rows(matrix: Matrix, most: int) -> int:
+    """Of a sample."""
+    return min(matrix.rows, max(1, most // matrix.columns))
 
 
 @torch.no_grad()

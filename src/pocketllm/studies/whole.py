@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pocketllm.config import CompressConfig
+from pocketllm.errors import ConfigError
 from pocketllm.model.decode import Matrices
 from pocketllm.model.texts import default_text, read_calibration
 from pocketllm.studies.study import Progress, Setup, Text
@@ -79,6 +80,33 @@ def task_names() -> list[str]:
         return []
     folder = data_folder()
     return [task.name for task in local_tasks().values() if task.find(folder)]
+
+
+def check_texts(setup: Setup, context: int, windows: int) -> None:
+    """See that every text has as many windows, before hours are spent on what is measured on it.
+
+    Args:
+        context: as many tokens or, where they are fewer, as the model has positions.
+
+    Raises:
+        SourceError: no tokenizer, or a text cannot be read. ConfigError: a text is too short.
+    """
+    from pocketllm.model.folder import need_tokenizer
+    from pocketllm.model.source import resolve
+
+    tokenizer, wanted = need_tokenizer(resolve(setup.model)), windows * fitting(setup, context)
+    for text in setup.evaluation_texts():
+        count = len(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"])
+        if count < wanted:
+            raise ConfigError(
+                f"{text.name}: has {count} tokens, wanted {wanted} ({windows} windows); name a longer text"
+            )
+
+
+def fitting(setup: Setup, context: int) -> int:
+    """So many tokens, or as many as the model has positions."""
+    config = setup.source().model.config.get_text_config()
+    return min(context, getattr(config, "max_position_embeddings", None) or context)
 
 
 def dense_model(setup: Setup) -> tuple[Any, Any]:
