@@ -20,7 +20,7 @@ from pocketllm.model.workspace import locked
 from pocketllm.recover.adapter import attach, check_adapter, merged
 from pocketllm.recover.lora import dry_run_lora
 from pocketllm.recover.setting import open_base
-from pocketllm.report import Evaluation, compare
+from pocketllm.report import Comparison, Evaluation, compare, picture
 from tests import tiny
 from tests.commands import digest
 from tests.recovery import quick_loop
@@ -340,6 +340,14 @@ def test_bytes_of_the_adapter_count_in_every_size(made: Path) -> None:
     assert [m.bytes_on_disk for m in side] == [report["bytes_on_disk"], found["bytes_on_disk"]]
     assert [m.bpw_all for m in side] == [report["bpw_all"], found["bpw_all"]]
     assert [m.name for m in side] == ["c", "c + a"]
+    assert None not in (side[0].nmse, side[0].nmse_blocks)
+    assert (side[1].nmse, side[1].nmse_blocks, side[1].proxy_error) == (None, None, None)
+    assert "nmse of the blocks" in picture_of(compare([made / "c"], adapters=[made / "a"]))
+
+
+def picture_of(found: Comparison) -> str:
+    """Its SVG, with text as text."""
+    return picture.draw(found)[1].decode()
 
 
 def test_compare_finds_the_base_and_its_evaluations(made: Path, tmp_path: Path) -> None:

@@ -193,6 +193,16 @@ def test_compare(run: Run, folder: Path, tmp_path: Path) -> None:
     ElementTree.parse(tmp_path / "both.svg")
 
 
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_says_what_is_wanted_instead(command: str, run: Run, folder: Path, tmp_path: Path) -> None:
+    code, _, err = run(command, folder / "small", "--against", folder / "other", "--ppl", folder / "text.txt")
+    assert code == 2 and "is compressed itself; name the dense model" in err
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    code, _, err = run(command, tmp_path / "a")
+    assert code == 1 and "an adapter; name the compressed model it was trained on" in " ".join(err.split())
+
+
 def test_compare_prints_a_table(run: Run, folder: Path) -> None:
     code, out, err = run("compare", folder / "small", folder / "other", folder / "moe")
     assert code == 0 and "bytes on disk" in out and "moe" in out and "check" in err
@@ -207,7 +217,7 @@ def test_compare_prints_a_table(run: Run, folder: Path) -> None:
         (["report", "SMALL", "-o", "FOLDER.html"], 1, "is a folder"),
         (["report", "SMALL", "-o", "OUT.txt"], 2, "ends in .html"),
         (["report", "SMALL", "-o", "OUT.html", "--against", "./nowhere"], 1, "no such folder"),
-        (["report", "SMALL", "-o", "OUT.html", "--against", "SMALL"], 1, "already quantized"),
+        (["report", "SMALL", "-o", "OUT.html", "--against", "SMALL"], 2, "name the dense model"),
         (["report", "SMALL", "-o", "OUT.html", "--ppl", "nowhere.txt"], 1, "nowhere.txt"),
         (["report", "SMALL", "-o", "OUT.html", "--ppl", "TEXT", "--windows", "-1"], 2, "--windows"),
         (

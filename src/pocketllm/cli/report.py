@@ -23,7 +23,7 @@ from pocketllm.cli.options import (
     settle,
 )
 from pocketllm.cli.render import Bars, Output, size
-from pocketllm.errors import ConfigError
+from pocketllm.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from pocketllm.report import Comparison, Evaluation
@@ -77,12 +77,12 @@ def report(
 ) -> None:
     """Write one HTML file about a compressed model: sizes, errors, codebooks, weights, perplexity."""
     show = Output(json, quiet)
-    from pocketllm.model.checkpoint import read_report
     from pocketllm.report import check_html, default_output, html_report, read_evaluations
 
-    name = str(read_report(folder)["model"])
+    name = _model_of(folder)
     target = output or default_output(folder)
     check_html(target)
+    _check_dense(against)
     evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
     settle(device, threads)
     with show.bars() as bars:
@@ -136,13 +136,14 @@ def compare(
 ) -> None:
     """Several compressed models in one table, and in a picture: bytes, ratios, errors, perplexity."""
     show = Output(json, quiet)
-    from pocketllm.model.checkpoint import read_report
     from pocketllm.report import base_of, check_picture, read_evaluations, save_picture
     from pocketllm.report import compare as side_by_side
 
     if output is not None:
         check_picture(output)
-    names = [str(read_report(folder)["model"]) for folder in folders]
+    names = [_model_of(folder) for folder in folders]
+    if ppl is not None:
+        _check_dense(against)
     adapters = adapter or []
     measured = [*((folder, None) for folder in folders), *((base_of(a, folders), a) for a in adapters)]
     evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
@@ -156,6 +157,32 @@ def compare(
         )
     pictures = [] if output is None else [str(path) for path in save_picture(found, output)]
     show.result({**found.to_dict(), "pictures": pictures}, _table(found), *pictures)
+
+
+def _model_of(folder: Path) -> str:
+    """The model that a folder was compressed from.
+
+    Raises:
+        FormatError: it holds an adapter, or no compressed model.
+    """
+    from pocketllm.model.checkpoint import read_report
+    from pocketllm.recover.adapter import SETTINGS_NAME
+
+    if (folder / SETTINGS_NAME).is_file():
+        raise FormatError(
+            f"{folder}: an adapter; name the compressed model it was trained on "
+            f"('pocketllm compare MODEL --adapter {folder}' shows both)"
+        )
+    return str(read_report(folder)["model"])
+
+
+def _check_dense(against: str | None) -> None:
+    """Raises ConfigError where the model named by --against is a compressed one."""
+    from pocketllm.model.checkpoint import is_compressed
+    from pocketllm.model.source import resolve
+
+    if against is not None and is_compressed(resolve(against)):
+        raise ConfigError(f"--against {against}: is compressed itself; name the dense model")
 
 
 def _dense(against: str | None, names: Sequence[str]) -> str | None:
@@ -185,8 +212,9 @@ def _measured(
     named = [(str(folder), adapter) for folder, adapter in models]
     for model, adapter in [*named, *([(dense, None)] if dense is not None else [])]:
         loaded, tokenizer, facts = load_any(model, "dense", how.dtype, how.device, how.trust, adapter)
+
         if facts["compressed"] and model == dense:
-            raise ConfigError(f"--against {dense}: is compressed itself; name the dense model")
+            raise ConfigError(f"{dense}: is compressed itself; name the dense model with --against")
 
         def told(share: float, model: str = model) -> None:
             bars.update(f"eval {Path(model).name}", share, model)

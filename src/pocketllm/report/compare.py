@@ -20,7 +20,8 @@ class Compared:
     """One model, perhaps with an adapter, whose bytes are counted in all sizes. ratio_files_*: whole folders.
 
     nmse: mean by weights, nmse_blocks the same without embedding and head; proxy_error: mean by weights over
-    the matrices that have one. None where there is none, or where perplexity was not measured.
+    the matrices that have one. None where there is none, or where perplexity was not measured; all three with an
+    adapter, which changes what the matrices compute.
     """
 
     name: str
@@ -159,7 +160,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _row(model: ModelFacts, name: str, adapter: Path | None, perplexity: float | None) -> Compared:
     report = model.report if adapter is None else counting_adapter(model.report, folder_bytes(adapter))
-    blocks = [m for m in model.matrices if m.block is not None]
+    coded = model.matrices if adapter is None else []  # what an adapter adds, no error of coding tells of
+    blocks = [m for m in coded if m.block is not None]
     return Compared(
         name=name if adapter is None else f"{name} + {adapter.resolve().name}",
         adapter=str(adapter or ""),
@@ -170,8 +172,8 @@ def _row(model: ModelFacts, name: str, adapter: Path | None, perplexity: float |
         ratio_files_fp32=report["ratio_files_fp32"],
         bpw_matrices=report["bpw_matrices"],
         bpw_all=report["bpw_all"],
-        nmse=mean(model.matrices, lambda m: m.nmse),
+        nmse=mean(coded, lambda m: m.nmse),
         nmse_blocks=mean(blocks, lambda m: m.nmse),
-        proxy_error=mean([m for m in model.matrices if m.proxy_error is not None], lambda m: m.proxy_error),
+        proxy_error=mean([m for m in coded if m.proxy_error is not None], lambda m: m.proxy_error),
         perplexity=perplexity,
     )

@@ -80,7 +80,7 @@ def draw(comparison: Comparison) -> tuple[bytes, bytes]:
 
 def _panels(comparison: Comparison) -> list[Panel]:
     models = comparison.models
-    in_blocks = all(m.nmse_blocks is not None for m in models)
+    in_blocks = all(m.nmse_blocks is not None for m in models if m.nmse is not None)
     panels: list[Panel] = [
         ("MB on disk", [m.bytes_on_disk / 1e6 for m in models], short),
         (
