@@ -258,7 +258,8 @@ def recovery() -> str:
     note = (
         f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
         f"evaluated in {found['dtype']}; trained on other text; MB are 10^6 bytes of all files, adapter "
-        f"included; runs go on beside each other. `{found['command']}`"
+        "included; runs go on beside each other. The bases were compressed by themselves: sums in another order "
+        f"make them differ a little from the rows beside other quantizers. `{found['command']}`"
     )
     said = recovery_table.verdict(found)
     return "\n\n".join(
