@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,13 @@ def config(made: Path, **changes: Any) -> DistillConfig:
         "loop": loop,
     }
     return DistillConfig(**{**values, **changes})
+
+
+def stop_at(step: int) -> Callable[[Any], None]:
+    """A progress callback that ends the run after a step, as Ctrl-C does."""
+
+    def progress(event: Any) -> None:
+        if event.stage == "train" and f"step {step} " in event.detail:
+            raise KeyboardInterrupt
+
+    return progress

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from pocketllm.recover.loop import Loop
 from pocketllm.recover.teacher import LiveTeacher, open_teacher
 from tests import tiny
 from tests.commands import digest
-from tests.recovery import config, make
+from tests.recovery import config, make, stop_at
 
 
 def logits(folder: Path, mode: str = "dense") -> torch.Tensor:
@@ -110,16 +109,6 @@ def test_overlapping_indices_are_distilled(source: str, made: Path, tmp_path: Pa
     done = pocketllm.distill(tmp_path / "c", tmp_path / "o", config(made, steps=4))
     assert done.kl_stored < done.kl_before
     assert ("codebooks" in done.trained_parameters) == (source == "fit")
-
-
-def stop_at(step: int) -> Callable[[Any], None]:
-    """A progress callback that ends the run after a step, as Ctrl-C does."""
-
-    def progress(event: Any) -> None:
-        if event.stage == "train" and f"step {step} " in event.detail:
-            raise KeyboardInterrupt
-
-    return progress
 
 
 @pytest.mark.parametrize("step", [1, 4, 8])

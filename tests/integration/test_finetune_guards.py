@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm.errors import ConfigError, OutputError, ResumeError, SourceError
-from pocketllm.model.compress import Event
 from pocketllm.recover.chain import compress_and_distill
 from pocketllm.recover.distill import dry_run_distill
 from tests import tiny
 from tests.commands import digest
-from tests.recovery import config, make
+from tests.recovery import config, make, stop_at
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +27,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def half_done(made: Path, output: Path, **options: object) -> Path:
     """A run stopped after its fifth step; its folder."""
-
-    def stop(event: Event) -> None:
-        if "step 5 " in event.detail:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        pocketllm.distill(made / "c", output, config(made, **options), progress=stop)
+        pocketllm.distill(made / "c", output, config(made, **options), progress=stop_at(5))
     return output.with_name(output.name + ".partial")
 
 
 def test_a_teacher_that_has_changed_is_another_run(made: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "t"
     shutil.copytree(made / "m", teacher)
-
-    def stop(event: Event) -> None:
-        if "step 5 " in event.detail:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        pocketllm.distill(made / "c", tmp_path / "o", config(made), teacher=str(teacher), progress=stop)
+        pocketllm.distill(made / "c", tmp_path / "o", config(made), teacher=str(teacher), progress=stop_at(5))
     weights = load_file(teacher / "model.safetensors")
     save_file({k: v * 1.01 for k, v in weights.items()}, teacher / "model.safetensors", {"format": "pt"})
     with pytest.raises(ResumeError, match="teacher_weights"):
@@ -83,12 +72,8 @@ def test_a_record_is_not_replaced_unasked(made: Path, tmp_path: Path) -> None:
 def test_an_earlier_record_outlives_a_run_that_fails(made: Path, tmp_path: Path) -> None:
     pocketllm.distill(made / "c", tmp_path / "o", config(made, steps=1))
     before = digest(tmp_path / "o.log"), digest(tmp_path / "o")
-
-    def stop(event: Event) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        pocketllm.distill(made / "c", tmp_path / "o", config(made), overwrite=True, progress=stop)
+        pocketllm.distill(made / "c", tmp_path / "o", config(made), overwrite=True, progress=stop_at(1))
     assert (digest(tmp_path / "o.log"), digest(tmp_path / "o")) == before
 
 

@@ -142,8 +142,6 @@ def compare(
     if output is not None:
         check_picture(output)
     names = [_model_of(folder) for folder in folders]
-    if ppl is not None:
-        _check_dense(against)
     adapters = adapter or []
     measured = [*((folder, None) for folder in folders), *((base_of(a, folders), a) for a in adapters)]
     evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
@@ -176,13 +174,13 @@ def _model_of(folder: Path) -> str:
     return str(read_report(folder)["model"])
 
 
-def _check_dense(against: str | None) -> None:
-    """Raises ConfigError where the model named by --against is a compressed one."""
+def _check_dense(dense: str | None) -> None:
+    """Raises ConfigError where the model to measure beside is a compressed one."""
     from pocketllm.model.checkpoint import is_compressed
     from pocketllm.model.source import resolve
 
-    if against is not None and is_compressed(resolve(against)):
-        raise ConfigError(f"--against {against}: is compressed itself; name the dense model")
+    if dense is not None and is_compressed(resolve(dense)):
+        raise ConfigError(f"{dense}: is compressed itself; name the dense model with --against")
 
 
 def _dense(against: str | None, names: Sequence[str]) -> str | None:
@@ -207,14 +205,12 @@ def _measured(
 
     if how.windows < 0:
         raise ConfigError(f"--windows: got {how.windows}, wanted 0 (all) or more")
+    _check_dense(dense)
     text = read_text(how.text)
     found = []
     named = [(str(folder), adapter) for folder, adapter in models]
     for model, adapter in [*named, *([(dense, None)] if dense is not None else [])]:
         loaded, tokenizer, facts = load_any(model, "dense", how.dtype, how.device, how.trust, adapter)
-
-        if facts["compressed"] and model == dense:
-            raise ConfigError(f"{dense}: is compressed itself; name the dense model with --against")
 
         def told(share: float, model: str = model) -> None:
             bars.update(f"eval {Path(model).name}", share, model)

@@ -26,6 +26,7 @@ from pocketllm.config import CompressConfig
 from pocketllm.errors import SourceError, reason_of
 from pocketllm.model.folder import read_tokenizer
 from pocketllm.model.inputs import filled_up
+from pocketllm.model.limits import positions_of
 from pocketllm.model.plan import classify
 from pocketllm.model.sensitivity import Sensitivity, measure
 from pocketllm.model.source import DenseCheckpoint
@@ -158,7 +159,7 @@ def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | No
     tokenizer = _tokenizer(source)
     characters = _HUB_CHARACTERS_PER_TOKEN * settings.tokens
     texts = [read_calibration(place, characters) for place in settings.texts] or [default_text()]
-    positions = getattr(source.model.config, "max_position_embeddings", None) or settings.context
+    positions = positions_of(source.model.config) or settings.context
     context = min(settings.context, positions)
     windows = calibration_windows(tokenizer, texts, settings.tokens, context, config.seed)
     rows = source.model.get_input_embeddings().weight.shape[0]

@@ -15,10 +15,9 @@ from pocketllm.model.folder import need_tokenizer, read_config
 from pocketllm.model.limits import check_positions
 from pocketllm.model.report import Report
 from pocketllm.model.source import resolve
-from pocketllm.model.workspace import check_output
 from pocketllm.recover.distill import Distilled, distill
 from pocketllm.recover.distillation import training_windows
-from pocketllm.recover.log import check_log
+from pocketllm.recover.log import check_places
 
 
 def compress_and_distill(
@@ -47,8 +46,7 @@ def compress_and_distill(
         As `compress` and `distill`; what concerns the recovery before anything is compressed.
     """
     output, started = Path(output), time.monotonic()
-    check_output(output, overwrite)
-    check_log(output, overwrite)
+    check_places(output, overwrite)
     plain = output.with_name(output.name + ".plain")
     if plain.exists() and not is_made(plain, str(model), config):
         raise OutputError(

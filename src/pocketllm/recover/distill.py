@@ -27,9 +27,9 @@ from pocketllm.model.compress import Event, ProgressCallback
 from pocketllm.model.report import rounded
 from pocketllm.model.rewrite import rewrite, stored_sizes
 from pocketllm.model.source import open_dense, resolve
-from pocketllm.model.workspace import Workspace, check_apart, check_output
+from pocketllm.model.workspace import Workspace, check_apart
 from pocketllm.recover.distillation import Distillation, training_windows
-from pocketllm.recover.log import check_log
+from pocketllm.recover.log import check_places
 from pocketllm.recover.loop import Loop, Progress, step_event
 from pocketllm.recover.setting import (
     Base,
@@ -100,8 +100,7 @@ def distill(
         >>> pocketllm.distill("smol-2bit", "smol-2bit-tuned", DistillConfig(texts=("my-texts/",)))
     """
     config, folder, output = config or DistillConfig(), Path(folder), Path(output)
-    check_output(output, overwrite)
-    check_log(output, overwrite)
+    check_places(output, overwrite)
     base = open_base(folder, output, trust_remote_code)
     name = teacher or str(base.report["model"])
     dense, windows = _inputs(base, config, name, progress)
@@ -210,8 +209,7 @@ def dry_run_distill(
     """
     folder = Path(folder)
     if output is not None:
-        check_output(Path(output), overwrite)
-        check_log(Path(output), overwrite)
+        check_places(Path(output), overwrite)
     base = open_base(folder, None if output is None else Path(output), trust_remote_code)
     name = teacher or str(base.report["model"])
     _, (train, validation) = _inputs(base, config, name)

@@ -51,7 +51,7 @@ def divergence(
     in_cache = student.numel() if student.device.type != "cpu" else _LOGITS_IN_CACHE
     for part in position_slices(len(student), student.shape[1], in_cache):
         logits = student[part].to(torch.float32, copy=True)
-        known = None if labels is None else _labels_at(labels, part)
+        known = _labels_at(labels, part)
         if isinstance(target, tuple):
             found, gradient[part] = _partial(logits, target[0][part], target[1][part], scale, known)
         else:
@@ -60,9 +60,9 @@ def divergence(
     return total, gradient
 
 
-def _labels_at(labels: Labels, part: slice) -> Labels:
-    """Those of some positions."""
-    return labels[0][part], labels[1][part]
+def _labels_at(labels: Labels | None, part: slice) -> Labels | None:
+    """Those of some positions, if there are any."""
+    return None if labels is None else (labels[0][part], labels[1][part])
 
 
 def _whole(
@@ -119,8 +119,7 @@ class _HeadDivergence(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for part in position_slices(len(hidden), len(weight)):
             logits = linear(low[part], low_weight, low_bias)
-            known = None if labels is None else _labels_at(labels, part)
-            found, gradient = divergence(logits, target(part), scale, known)
+            found, gradient = divergence(logits, target(part), scale, _labels_at(labels, part))
             total += found
             if hidden_grad is not None:
                 hidden_grad[part] = gradient @ low_weight
@@ -168,7 +167,7 @@ class _LogitsDivergence(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         ctx.gradient = torch.empty_like(logits)
         for part in position_slices(*logits.shape):
-            known = None if labels is None else _labels_at(labels, part)
+            known = _labels_at(labels, part)
             found, ctx.gradient[part] = divergence(logits[part], target(part), scale, known)
             total += found
         return total * scale

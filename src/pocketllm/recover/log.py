@@ -10,8 +10,8 @@ from typing import Any
 
 from pocketllm.errors import OutputError
 from pocketllm.machine import machine
-from pocketllm.model.checkpoint import write_json
-from pocketllm.model.workspace import Workspace
+from pocketllm.model.checkpoint import REPORT_NAME, write_json
+from pocketllm.model.workspace import Workspace, check_output
 
 STEPS_NAME, SUMMARY_NAME, CURVE_NAME = "steps.jsonl", "summary.json", "curve.png"
 
@@ -21,12 +21,15 @@ def log_folder(output: Path) -> Path:
     return output.with_name(output.name + ".log")
 
 
-def check_log(output: Path, overwrite: bool) -> None:
-    """Refuse to replace what is no record of a run, or one that nobody asked to replace.
+def check_places(
+    output: Path, overwrite: bool, marker: str = REPORT_NAME, what: str = "a compressed model"
+) -> None:
+    """`check_output`, and the same for the record: neither is replaced unasked, nor what is none.
 
     Raises:
-        OutputError: there is something.
+        OutputError: as `check_output`; or there is something where the record shall be.
     """
+    check_output(output, overwrite, marker, what)
     folder = log_folder(output)
     if not folder.exists() or Workspace.is_begun(output):
         return

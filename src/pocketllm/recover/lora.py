@@ -23,7 +23,7 @@ from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
 from pocketllm.model.folder import open_to_others
 from pocketllm.model.report import rounded
-from pocketllm.model.workspace import check_output, system_errors
+from pocketllm.model.workspace import system_errors
 from pocketllm.recover.adaptation import (
     Adaptation,
     items_digest,
@@ -32,7 +32,7 @@ from pocketllm.recover.adaptation import (
     with_adapter,
 )
 from pocketllm.recover.adapter import RECORD_NAME, SETTINGS_NAME, need_peft
-from pocketllm.recover.log import check_log
+from pocketllm.recover.log import check_places
 from pocketllm.recover.loop import Loop, step_event
 from pocketllm.recover.setting import Base, check_context, compute_dtype, open_base, publish, started
 
@@ -87,8 +87,7 @@ def lora(
     """
     config, folder, output = config or LoraTuneConfig(), Path(folder), Path(output)
     need_peft()
-    check_output(output, overwrite, RECORD_NAME, "an adapter")
-    check_log(output, overwrite)
+    check_places(output, overwrite, RECORD_NAME, "an adapter")
     base = open_base(folder, output, trust_remote_code)
     check_context(base, config.context)
     items = training_items(base.tokenizer, config)
@@ -154,8 +153,7 @@ def dry_run_lora(
     """
     need_peft()
     if output is not None:
-        check_output(Path(output), overwrite, RECORD_NAME, "an adapter")
-        check_log(Path(output), overwrite)
+        check_places(Path(output), overwrite, RECORD_NAME, "an adapter")
     base = open_base(Path(folder), None if output is None else Path(output), trust_remote_code)
     check_context(base, config.context)
     train, validation = training_items(base.tokenizer, config)

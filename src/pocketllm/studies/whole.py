@@ -14,6 +14,7 @@ import torch
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
 from pocketllm.model.decode import Matrices
+from pocketllm.model.limits import positions_of
 from pocketllm.model.texts import default_text, read_calibration
 from pocketllm.studies.study import Progress, Setup, Text
 
@@ -105,8 +106,7 @@ def check_texts(setup: Setup, context: int, windows: int) -> None:
 
 def fitting(setup: Setup, context: int) -> int:
     """So many tokens, or as many as the model has positions."""
-    config = setup.source().model.config.get_text_config()
-    return min(context, getattr(config, "max_position_embeddings", None) or context)
+    return min(context, positions_of(setup.source().model.config) or context)
 
 
 def dense_model(setup: Setup) -> tuple[Any, Any]:
