@@ -184,13 +184,13 @@ def test_a_study_begun_before_inputs_were_noted_goes_on(
 
 def test_what_a_study_finds_is_told_by_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("POCKETLLM_DATA", raising=False)
-    default = inputs(tasks=False)["calibration"]
+    default = inputs()["calibration"]
     assert list(default) == ["Python's own documentation"]
     monkeypatch.setenv("POCKETLLM_DATA", str(tmp_path))
     file = tmp_path / "wikitext2" / "wiki.train.first_part.txt"
     file.parent.mkdir()
     file.write_text("other words")
-    named = inputs(tasks=False)["calibration"]
+    named = inputs()["calibration"]
     assert list(named) == [file.name] and set(named.values()) != set(default.values())
     assert "calibration" not in inputs(calibration=False)
 

@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -201,8 +201,8 @@ def run_task(lm: PocketLM, task: Any, limit: int | None) -> dict[str, Any]:
     """Score one of lm-eval's tasks, with no examples in the prompt unless the task sets some.
 
     Returns:
-        n; metrics {name: (value, standard error or None)}; scores {acc, acc_norm: 0 or 1 per document};
-        chance: what guessing gets, None where answers are not chosen from a list; version; truncated.
+        n; metrics {name: (value, standard error or None)}; scores {acc, acc_norm: 0 or 1 per document;
+        choice_probability: as the function, where answers are chosen from a list}; chance: what guessing gets, None where answers are not chosen from a list; version; truncated.
     """
     from lm_eval.evaluator import evaluate
 
@@ -227,6 +227,7 @@ def run_task(lm: PocketLM, task: Any, limit: int | None) -> dict[str, Any]:
             scores[label] = [float(value) for value in values]
     chance = None
     if task.OUTPUT_TYPE == "multiple_choice":
+        scores["choice_probability"] = [choice_probability(task, sample) for sample in documents.values()]
         chance = sum(1 / len(task.doc_to_choice(s["doc"])) for s in documents.values()) / len(documents)
     return {
         "n": len(documents),
@@ -236,6 +237,23 @@ def run_task(lm: PocketLM, task: Any, limit: int | None) -> dict[str, Any]:
         "version": found["versions"].get(name),
         "truncated": lm.truncated,
     }
+
+
+def choice_probability(task: Any, sample: Mapping[str, Any]) -> float:
+    """Of the right answer among the choices: softmax of their log likelihoods.
+
+    Accuracy moves only where the likeliest answer becomes another; this moves with every change of a model.
+
+    Args:
+        task: one of lm-eval's multiple-choice tasks. sample: one of its documents with the model's answers.
+    """
+    document = sample["doc"]
+    choices = task.doc_to_choice(document)
+    right = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+    several = right if isinstance(right, list) else [right]
+    wanted = [choices.index(each) if isinstance(each, str) else each for each in several]
+    given = torch.tensor([answer[0] for answer in sample["filtered_resps"]], dtype=torch.float64)
+    return float(given.softmax(0)[wanted].sum())
 
 
 def _stderr(metric: str, value: float, values: list[Any]) -> float | None:

@@ -30,7 +30,8 @@ class Divergence:
 
     perplexity, reference_perplexity: of the two models. kl: mean KL(reference || model) in nats.
     top1_agreement: share of positions with the same most likely token. *_stderr: over windows, None where
-    there is only one. context: tokens per window. windows, tokens: scored.
+    there is only one. context: tokens per window. windows, tokens: scored. window_kl: kl of each window, so that
+    two models are compared window by window.
     """
 
     perplexity: float
@@ -42,6 +43,7 @@ class Divergence:
     context: int
     windows: int
     tokens: int
+    window_kl: tuple[float, ...]
 
 
 @torch.inference_mode()
@@ -94,6 +96,7 @@ def text_divergence(
         context=context,
         windows=len(parts),
         tokens=tokens,
+        window_kl=tuple(means[:, 2].tolist()),
     )
 
 

@@ -54,7 +54,7 @@ class Variant:
 
 
 def size_of(setup: Setup) -> Size:
-    return Size(2, 256, 4, 2, 128, 1) if setup.quick else Size(6, 1024, 16, 4, 128, 4)
+    return Size(2, 256, 4, 2, 128, 1) if setup.quick else Size(6, 1024, 16, 4, 128, 8)
 
 
 def variants(setup: Setup) -> dict[str, Variant]:
@@ -243,5 +243,5 @@ STUDY = Study(
     draw=page.draw,
     findings=page.findings,
     on_text=True,
-    inputs=lambda setup: inputs(tasks=False),
+    inputs=lambda setup: inputs(),
 )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pocketllm.evaluate.kl import standard_error
 from pocketllm.studies.style import mean, number, spread
 
 CERTAIN = 2.0
@@ -40,6 +41,13 @@ def between(values: Sequence[float | None], others: Sequence[float | None]) -> D
         return Difference(a - b, math.inf)
     errors = [(spread(each) or 0.0) / math.sqrt(len(each)) for each in (values, others)]
     return Difference(a - b, math.hypot(*errors))
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> Difference:
+    """Mean of the values less mean of the others, measured on the same documents or windows, one by one."""
+    found = [a - b for a, b in zip(values, others, strict=True)]
+    error = standard_error(found)
+    return Difference(sum(found) / len(found), math.inf if error is None else error)
 
 
 def apart(value: float, error: float | None, other: float, other_error: float | None) -> Difference:

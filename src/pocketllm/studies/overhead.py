@@ -156,5 +156,5 @@ STUDY = Study(
     tables=page.tables,
     draw=page.draw,
     findings=page.findings,
-    inputs=lambda setup: {} if setup.quick else inputs(tasks=False),
+    inputs=lambda setup: {} if setup.quick else inputs(),
 )

@@ -97,7 +97,7 @@ def _compressed(setup: Setup, key: str, progress: Progress) -> dict[str, Any]:
 
 def _extent(setup: Setup) -> tuple[int, int, int]:
     """(tokens of a window, windows of a text, documents of a task)."""
-    return (256, 2, 0) if setup.quick else (512, 4, 50)
+    return (256, 2, 0) if setup.quick else (512, 4, 200)
 
 
 def _measured(setup: Setup, loaded: tuple[Any, Any], progress: Progress) -> dict[str, Any]:
@@ -150,5 +150,5 @@ STUDY = Study(
     findings=page.findings,
     on_text=True,
     several_texts=True,
-    inputs=lambda setup: {} if setup.quick else inputs(),
+    inputs=lambda setup: {} if setup.quick else inputs(tasks=task_names()),
 )

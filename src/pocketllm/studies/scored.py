@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pocketllm.evaluate.kl import standard_error
+from pocketllm.studies.noise import Difference, paired
 
 Tasks = Mapping[str, Mapping[str, Any]]
 """Task -> what `scores` keeps of it."""
 
 
 def scores(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Task -> accuracy, that of guessing, and `right`: a digit for each document, 1 where it was."""
+    """Task -> accuracy, that of guessing (0 where answers are not chosen from a list), and for each document:
+
+    `right`: a digit, 1 where it was. `probability`: of the right answer, as `harness.choice_probability`; none where there are no choices.
+    """
     return {
         name: {
             "acc": result.acc,
-            "chance": result.chance,
+            "chance": result.chance or 0.0,
             "right": "".join(str(int(value)) for value in result.scores["acc"]),
+            "probability": [round(value, 4) for value in result.scores.get("choice_probability", [])],
         }
         for name, result in found.items()
     }
@@ -29,15 +33,44 @@ def accuracy(tasks: Tasks, key: str = "acc") -> float:
     return sum(float(task[key]) for task in tasks.values()) / len(tasks)
 
 
-def points_lost(dense: Tasks, own: Tasks) -> tuple[float, float]:
-    """(points of mean accuracy lost, standard error of that, paired by document).
+def points_lost(dense: Tasks, own: Tasks) -> Difference:
+    """Points of mean accuracy lost, paired by document.
 
     Args:
         dense, own: of the same tasks and documents, as `scores` gives them.
     """
-    losses, errors = [], []
-    for name, task in own.items():
-        pairs = [int(a) - int(b) for a, b in zip(dense[name]["right"], task["right"], strict=True)]
-        losses.append(sum(pairs) / len(pairs))
-        errors.append(standard_error(pairs) or 0.0)
-    return 100 * sum(losses) / len(losses), 100 * math.hypot(*errors) / len(errors)
+    lost = {name: paired(_digits(dense[name]), _digits(task)) for name, task in own.items()}
+    middle = _mean(list(lost.values()))
+    return Difference(100 * middle.value, 100 * middle.error)
+
+
+def probability_lost(dense: Tasks, own: Tasks) -> Difference | None:
+    """Points of the right answers' mean probability lost, paired by document: less noise than accuracy has.
+
+    Over the tasks with choices at which the dense model does better than guessing; None where there are none.
+    """
+    names = able(dense)
+    if not names:
+        return None
+    middle = _mean([paired(dense[name]["probability"], own[name]["probability"]) for name in names])
+    return Difference(100 * middle.value, 100 * middle.error)
+
+
+def able(dense: Tasks) -> list[str]:
+    """Tasks with choices at which the dense model does better than guessing, by more than two standard errors."""
+    found = []
+    for name, task in dense.items():
+        above = paired(_digits(task), [task["chance"]] * len(task["right"]))
+        if task["probability"] and above.value > 0 and above.clear:
+            found.append(name)
+    return found
+
+
+def _digits(task: Mapping[str, Any]) -> list[float]:
+    return [float(digit) for digit in task["right"]]
+
+
+def _mean(found: Sequence[Difference]) -> Difference:
+    """Of tasks that are independent of each other."""
+    errors = math.hypot(*(each.error for each in found))
+    return Difference(sum(each.value for each in found) / len(found), errors / len(found))

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from pocketllm.report.collect import MatrixFacts
 
 
+Groups = Callable[[Sequence["MatrixFacts"]], Mapping[str, list["MatrixFacts"]]]
+_TASKS = ("arc_easy", "piqa")
+
+
 @dataclass(frozen=True)
 class _Size:
     """context, windows: of the text, cut to the positions that the model has. block_windows: for single blocks.
@@ -44,7 +48,7 @@ class _Size:
 
 
 def _size(setup: Setup) -> _Size:
-    return _Size(256, 2, 1, 0) if setup.quick else _Size(512, 4, 2, 50)
+    return _Size(256, 2, 1, 0) if setup.quick else _Size(512, 4, 2, 200)
 
 
 def configs(setup: Setup) -> dict[str, CompressConfig]:
@@ -99,16 +103,22 @@ def _steps(setup: Setup) -> list[Step]:
     for path in configs(setup):
         steps.append(Step(f"{path}-parts", partial(_measure, setup, path, parts, size.windows)))
     steps.append(Step("plain-blocks", partial(_measure, setup, "plain", blocks, size.block_windows)))
-    if size.limit and task_names():
+    if size.limit and tasks():
         steps.append(Step("dense-tasks", partial(_dense_tasks, setup)))
-        steps += [Step(f"{path}-tasks", partial(_tasks, setup, path)) for path in configs(setup)]
+        steps += [Step(f"{path}-tasks", partial(_tasks, setup, path, parts)) for path in configs(setup)]
+        steps.append(Step("plain-block-tasks", partial(_tasks, setup, "plain", blocks)))
     return steps
+
+
+def tasks() -> list[str]:
+    """Those of the two that small models can do whose files are here."""
+    return [name for name in task_names() if name in _TASKS]
 
 
 def _measure(
     setup: Setup,
     path: str,
-    groups: Callable[[Sequence[MatrixFacts]], Mapping[str, list[MatrixFacts]]],
+    groups: Groups,
     windows: int,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -142,28 +152,28 @@ def _measure(
 
 def _dense_tasks(setup: Setup, progress: Progress) -> dict[str, Any]:
     loaded = dense_model(setup)
-    names, limit = task_names(), _size(setup).limit
+    names, limit = tasks(), _size(setup).limit
     return {"tasks": scores(tasks_of(setup, lambda: loaded, names, limit, progress)), "limit": limit}
 
 
-def _tasks(setup: Setup, path: str, progress: Progress) -> dict[str, Any]:
-    """Zero-shot tasks with the FFN or the attention compressed."""
+def _tasks(setup: Setup, path: str, groups: Groups, progress: Progress) -> dict[str, Any]:
+    """Zero-shot tasks with each group of matrices compressed and the rest dense."""
     from pocketllm.model.decode import Matrices
     from pocketllm.report.collect import read_model
 
     folder = coded(setup, path, configs(setup)[path])
-    chosen = parts(read_model(folder, check=False).matrices)
+    chosen = groups(read_model(folder, check=False).matrices)
     loaded, matrices = dense_model(setup), Matrices.open(folder)
-    names, limit = task_names(), _size(setup).limit
+    names, limit = tasks(), _size(setup).limit
     found: dict[str, Any] = {}
-    for position, name in enumerate((FFN, ATTENTION)):
+    for position, (name, members) in enumerate(chosen.items()):
 
         def told(share: float, position: int = position) -> None:
-            progress((position + share) / 2)
+            progress((position + share) / len(chosen))
 
-        with installed(loaded[0], matrices, [m.name for m in chosen[name]]):
+        with installed(loaded[0], matrices, [m.name for m in members]):
             scored = tasks_of(setup, lambda: loaded, names, limit, told)
-        found[name] = {"saved_bytes": saved_bytes(chosen[name]), "tasks": scores(scored)}
+        found[name] = {"saved_bytes": saved_bytes(members), "tasks": scores(scored)}
     return {"groups": found, "limit": limit}
 
 
@@ -189,5 +199,5 @@ STUDY = Study(
     draw=page.draw,
     findings=page.findings,
     on_text=True,
-    inputs=lambda setup: {} if setup.quick else inputs(),
+    inputs=lambda setup: {} if setup.quick else inputs(tasks=tasks()),
 )

@@ -49,19 +49,19 @@ def calibration_texts() -> tuple[str, ...]:
     return (str(file),) if file is not None and file.is_file() else ()
 
 
-def inputs(calibration: bool = True, tasks: bool = True) -> dict[str, Any]:
+def inputs(calibration: bool = True, tasks: list[str] | None = None) -> dict[str, Any]:
     """What a study that calibrates, or is scored on tasks, finds on this machine.
 
     Returns:
-        calibration: name of the text -> digest. tasks: names. Each only if it is asked for.
+        calibration: name of the text -> digest, if asked for. tasks: as given.
     """
     found: dict[str, Any] = {}
     if calibration:
         texts = [Text(Path(file).name, read_calibration(file)) for file in calibration_texts()]
         texts = texts or [Text("Python's own documentation", default_text())]
         found["calibration"] = {text.name: text.digest for text in texts}
-    if tasks:
-        found["tasks"] = task_names()
+    if tasks is not None:
+        found["tasks"] = tasks
     return found
 
 
