@@ -77,7 +77,7 @@ def _facts(trials: Sequence[Trial]) -> dict[str, Any]:
         "first_gradient": [digits(values[0]) for values in norms],
         "peak_gradient": [digits(max(values)) for values in norms],
         "last_gradient": [digits(values[-1]) for values in norms],
-        "perplexity_of_use": [digits(cb.perplexity(t.epoch_counts[-1])) for t in trials],
+        "perplexity_of_use": [digits(cb.codebook_perplexity(t.epoch_counts[-1])) for t in trials],
         "gradient": {
             "low": [min(column) for column in columns],
             "middle": [digits(statistics.median(column)) for column in columns],
