@@ -15,6 +15,7 @@ from typing import Any
 
 import pocketllm
 from pocketllm.errors import ConfigError
+from pocketllm.files import write_json
 from pocketllm.studies import page
 from pocketllm.studies.registry import load
 from pocketllm.studies.study import Setup, Step, Study
@@ -63,7 +64,6 @@ def run_study(
         OutputError, ResumeError: nothing half-written is left under `output`; finished steps stay in
             `output.partial`. ExtraError: matplotlib is not installed.
     """
-    from pocketllm.model import checkpoint as ckpt
     from pocketllm.model.workspace import Workspace, check_output, locked, output_error
     from pocketllm.report import svg
 
@@ -83,7 +83,7 @@ def run_study(
             result = _body(study, setup, asked, output, done)
             final = work.folder / "final"
             final.mkdir(exist_ok=True)
-            ckpt.write_json(final / RESULT_NAME, result)
+            write_json(final / RESULT_NAME, result)
             page.write(study, result, final)
             work.publish(output)
     except OSError as error:
@@ -185,8 +185,6 @@ def _file(folder: Path, step: Step) -> Path:
 
 def _run_step(step: Step, folder: Path, number: int, count: int, progress: Progress) -> dict[str, Any]:
     """Run a step and keep its values, unless an earlier run has kept them."""
-    from pocketllm.model import checkpoint as ckpt
-
     progress(step.key, number / count)
     kept = _kept(_file(folder, step))
     if kept is not None:
@@ -194,7 +192,7 @@ def _run_step(step: Step, folder: Path, number: int, count: int, progress: Progr
     started = time.monotonic()
     values = step.run(lambda share: progress(step.key, (number + share) / count))
     seconds = round(time.monotonic() - started, 3)
-    ckpt.write_json(_file(folder, step), {"seconds": seconds, "values": _plain(values)})
+    write_json(_file(folder, step), {"seconds": seconds, "values": _plain(values)})
     kept = _kept(_file(folder, step))
     assert kept is not None
     return kept
