@@ -99,7 +99,7 @@ class Searcher:
 
 
 def nearest(points: Tensor, codebook: Tensor) -> Tensor:
-    """`Searcher(codebook).nearest(points)`."""
+    """Indices of the nearest codewords: points [N, d], codebook [K, d] -> [N] int64. Many times: `Searcher`."""
     return Searcher(codebook).nearest(points)
 
 

@@ -27,6 +27,7 @@ from pocketllm.model.layout import Layout as Layout
 from pocketllm.model.report import check_report
 
 REPORT_NAME = "pocketllm.json"
+"""The file in a compressed model's folder that holds its report; a folder is known by it."""
 WEIGHTS_NAME = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {
