@@ -131,7 +131,7 @@ def _environment() -> Any:
     Raises:
         ExtraError: Jinja2 or matplotlib is not installed.
     """
-    svg.require()
+    svg.need_matplotlib()
     try:
         import jinja2
     except ImportError as error:

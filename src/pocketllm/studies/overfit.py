@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketllm.codec.matrix_codec import MatrixCodec
+from pocketllm.codec import MatrixCodec
 from pocketllm.config import CodecConfig, Safeguards
 from pocketllm.studies import overfit_page as page
 from pocketllm.studies.rates import bits_for_mse, gaussian_mse, lloyd_max

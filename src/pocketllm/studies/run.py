@@ -65,10 +65,10 @@ def run_study(
             `output.partial`. ExtraError: matplotlib is not installed.
     """
     from pocketllm.model.workspace import Workspace, check_output, locked, output_error
-    from pocketllm.report import svg
+    from pocketllm.report import need_matplotlib
 
     study, output = load(name), Path(output)
-    svg.require("studies")
+    need_matplotlib("studies")
     check_output(output, overwrite, f"{name}.svg", f"a study of {name!r}")
     setup = _setup(study, model, output, quick, seed, device, texts)
     asked, steps = _asked(study, setup), study.steps(setup)
