@@ -29,6 +29,17 @@ OURS = CodecConfig(vector_len=8, decoder="row", kmeans_iterations=10, epochs=8)
 UNGUARDED = Safeguards(max_grad_norm=math.inf, revive=False)
 """As the paper states it: nothing is said of cutting gradients or of moving dead codewords."""
 
+TRAININGS = {"published": "published start", "guarded": "published start, guarded", "ours": "our start"}
+"""The trainings that studies hold against each other, and their names on pages."""
+
+TRAINING_TICKS = ("published\nstart", "the same,\nguarded", "our start")
+"""The same on an axis, in the same order."""
+
+
+def training_of(name: str) -> tuple[CodecConfig, Safeguards]:
+    """Settings and safeguards of one of `TRAININGS`."""
+    return OURS if name == "ours" else PUBLISHED, UNGUARDED if name == "published" else Safeguards()
+
 
 @dataclass(frozen=True)
 class Sample:
