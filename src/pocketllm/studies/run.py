@@ -64,13 +64,22 @@ def run_study(
         OutputError, ResumeError: nothing half-written is left under `output`; finished steps stay in
             `output.partial`. ExtraError: matplotlib is not installed.
     """
-    from pocketllm.model.workspace import Workspace, check_output, locked, output_error
+    from pocketllm.model.workspace import check_output
     from pocketllm.report import need_matplotlib
 
     study, output = load(name), Path(output)
     need_matplotlib("studies")
     check_output(output, overwrite, f"{name}.svg", f"a study of {name!r}")
     setup = _setup(study, model, output, quick, seed, device, texts)
+    result = _measured(study, setup, output, progress)
+    progress("", 1.0)
+    return Outcome(output, result, tuple(sorted(output.iterdir())))
+
+
+def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> dict[str, Any]:
+    """Run the steps that are not done yet and put the finished folder in its place; the contents of result.json."""
+    from pocketllm.model.workspace import Workspace, locked, output_error
+
     asked, steps = _asked(study, setup), study.steps(setup)
     try:
         work = Workspace.at(output, _as_begun(output, asked))
@@ -88,8 +97,7 @@ def run_study(
             work.publish(output)
     except OSError as error:
         raise output_error(output, error) from error
-    progress("", 1.0)
-    return Outcome(output, result, tuple(sorted(output.iterdir())))
+    return result
 
 
 def dry_run(
