@@ -173,27 +173,49 @@ def test_sensitivity_says_what_the_figures_say(ratio: float, outer: float, words
     assert all(word in sentences for word in words), sentences
 
 
-def test_points_lost_of_the_parts_are_told() -> None:
-    dense = {"quiz": {"acc": 0.75, "chance": 0.25, "right": "11111100"}}
-    hurt = {"quiz": {"acc": 0.5, "chance": 0.25, "right": "11110000"}}
+def task_results() -> dict[str, Any]:
+    """A quiz of eight questions: the attention loses 0.2 of probability, the FFN nothing, one block of two 0.1."""
+
+    def quiz(right: str, lost: float) -> dict[str, Any]:
+        likely = [0.9 - lost - 0.01 * (n % 2) * (lost > 0) for n in range(8)]
+        return {"quiz": {"acc": right.count("1") / 8, "chance": 0.25, "right": right, "probability": likely}}
+
+    dense, hurt = quiz("11111110", 0.0), quiz("11110000", 0.2)
     groups = {
-        "FFN": {"saved_bytes": 5e6, "tasks": dense},
-        "attention": {"saved_bytes": 1e6, "tasks": hurt},
+        name: {"saved_bytes": saved, "tasks": scored}
+        for name, saved, scored in (
+            ("FFN", 5e6, dense),
+            ("attention", 1e6, hurt),
+            ("self_attn.v_proj", 1e6, hurt),
+        )
     }
-    results = {
-        **sensitive_results(1.0, 1.0),
+    alone = {str(n): {"saved_bytes": 1e6, "tasks": quiz("11111110", 0.1 * n)} for n in range(2)}
+    return {
         "dense-tasks": {"tasks": dense, "limit": 8},
         "plain-tasks": {"groups": groups, "limit": 8},
+        "plain-block-tasks": {"groups": alone, "limit": 8},
     }
-    rows = {row[0]: row for table in sensitive.tables(results) for row in table.rows}
-    assert rows["attention"][-2:] == ["25 ± 16", "25"]
-    (told,) = [text for text in sensitive.findings(results) if text.startswith("Zero-shot")]
-    assert (
-        "plain FFN 0 ± 0 (0 per MB), attention 25 ± 16" in told
-        and "8 documents, 8 of each of 1 tasks" in told
-    )
-    assert "of 2 losses 0 are more than two standard errors" in told and "in 9 % of such measurements" in told
-    assert "more than two standard errors in 0 of 1 comparisons" in told
+
+
+def test_zero_shot_losses_are_told_by_part_kind_and_block() -> None:
+    results = {**sensitive_results(1.0, 1.0), **task_results()}
+    tables = {table.title: table for table in sensitive.tables(results)}
+    rows = {row[0]: row for row in tables["Zero-shot tasks (plain)"].rows}
+    assert rows["attention"][1:] == ["1.00", "50.0", "38 ± 18", "21 ± 0.19", "20500 ± 189"]
+    assert rows["FFN"][3:] == ["0 ± 0", "0 ± 0", "0 ± 0"]
+    assert [row[0] for row in tables["Zero-shot tasks by block (plain)"].rows[1:]] == ["0", "1"]
+    parts, block = [text for text in sensitive.findings(results) if text.startswith("Zero-shot")]
+    assert "(8 documents of quiz): plain FFN 0 ± 0 (0 ± 0 thousandths per MB), attention 21 ± 0.19" in parts
+    assert "attention loses 20500 more than the FFN, more than two standard errors" in parts, parts
+    assert "of 1 kinds alone 1 differ from the dense model" in parts and "self_attn.v_proj" in parts
+    assert "1 of 2 single blocks" in block and ": 1 (10 ± 0.19) (points lost)" in block
+
+
+def test_tasks_that_the_dense_model_cannot_do_say_nothing() -> None:
+    results = {**sensitive_results(1.0, 1.0), **task_results()}
+    results["dense-tasks"]["tasks"]["quiz"] |= {"right": "11000000", "acc": 0.25}
+    assert any(text.startswith("Zero-shot tasks say nothing here") for text in sensitive.findings(results))
+    assert sensitive.tables(results)[1].rows[2][-2:] == ["", ""]
 
 
 def test_sensitivity_shows_what_is_lost_for_a_megabyte() -> None:
@@ -258,34 +280,39 @@ def test_decoder_study(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def decoder_results(kl: float, error: float | None) -> dict[str, Any]:
-    """Without a decoder 0.30 ± 0.03 nats, with one `kl` ± `error`; a calibrated pair of unequal bytes."""
+    """Without a decoder 0.30 nats, with one `kl`; window by window the difference has that standard error.
+
+    None: a single window. The calibrated pair has bytes of its own beside the indices, and a little more in all.
+    """
+    signs = (0,) if error is None else (1, -1, 1, -1)
 
     def variant(
-        shown: str, kl: float, error: float | None, bytes_: tuple[int, int], equal: bool
+        shown: str, kl: float, error: float, bytes_: tuple[int, int], equal: bool = True
     ) -> dict[str, Any]:
-        seen = {"kl": kl, "kl_stderr": error, "perplexity": 20.0, "reference_perplexity": 18.0}
-        seen |= {"windows": 4, "context": 8}
-        figures = {"bpw": 2.5, "nmse": 0.05, "trained_nmse": 0.05, "codewords": 16, "equal": equal}
+        by_window = [kl + error * sign * 3**0.5 for sign in signs]
+        seen = {"kl": kl, "kl_stderr": 0.03 if len(signs) > 1 else None, "window_kl": by_window}
+        seen |= {"perplexity": 20.0, "reference_perplexity": 18.0, "windows": len(signs), "context": 8}
+        figures = {"bpw": 2.5 + bytes_[1] / 1e5, "nmse": 0.05, "trained_nmse": 0.05, "codewords": 16}
         stored = dict(zip(("codebook_bytes", "decoder_bytes"), bytes_, strict=True))
         distilled = {"steps": 3}, {"blocks": 2, "batch": 2, "context": 8}
         more = dict(zip(("distilled", "config"), distilled, strict=True))
-        return {"shown": shown, "before": seen, "after": seen, **figures, **stored, **more}
+        return {"shown": shown, "equal": equal, "before": seen, "after": seen, **figures, **stored, **more}
 
     return {
-        "none-kind": variant("none", 0.30, 0.03, (1000, 0), True),
-        "mlp-matrix": variant("MLP", kl, error, (600, 400), True),
-        "none-model": variant("one codebook", 0.5, 0.03, (100, 0), False),
-        "calibrated-none": variant("none", 0.1, 0.01, (1000, 0), True),
-        "calibrated-mlp": variant("MLP", 0.12, 0.01, (1000, 200), True),
+        "none-kind": variant("none", 0.30, 0.0, (1000, 0)),
+        "mlp-matrix": variant("MLP", kl, error or 0.0, (600, 400)),
+        "none-model": variant("one codebook", 0.5, 0.0, (100, 0), False),
+        "calibrated-none": variant("none", 0.1, 0.0, (1000, 0)),
+        "calibrated-mlp": variant("MLP", 0.12, 0.02, (1000, 200)),
     }
 
 
 @pytest.mark.parametrize(
     ("kl", "error", "words"),
     [
-        (0.29, 0.03, "no difference beyond noise, 0.010 is within two standard errors (0.085)"),
-        (0.10, 0.03, "0.20 lower, more than two standard errors (0.085)"),
-        (0.50, 0.03, "0.20 higher, more than two standard errors (0.085)"),
+        (0.29, 0.03, "no difference beyond noise, 0.010 is within two standard errors (0.060)"),
+        (0.10, 0.03, "0.20 lower, more than two standard errors (0.060)"),
+        (0.50, 0.03, "0.20 higher, more than two standard errors (0.060)"),
         (0.10, None, "no difference beyond noise, 0.20 is of unknown standard error"),
     ],
 )
@@ -295,12 +322,13 @@ def test_decoders_are_held_against_noise(kl: float, error: float | None, words: 
     results = decoder_results(kl, error)
     sentences = decoder.STUDY.findings(results)
     assert all(words in sentence for sentence in sentences[1:3]), sentences
-    assert "Calibrated, where decoders come on top of the same codebooks (200 bytes more)" in sentences[-1]
-    assert "0.12" in sentences[-1] and "no difference beyond noise, 0.020 is within" in sentences[-1]
+    assert "to pay for the decoders' 200 bytes (0.080 % more bytes in all with them)" in sentences[-1]
+    told = "of unknown standard error" if error is None else "within two standard errors (0.040)"
+    assert "0.12" in sentences[-1] and f"no difference beyond noise, 0.020 is {told}" in sentences[-1]
     plain, calibrated = decoder.STUDY.tables(results)
     assert [row[0] for row in plain.rows] == ["none", "MLP", "one codebook (90 % fewer bytes)"]
-    assert [row[0] for row in calibrated.rows] == ["none", "MLP (20 % more bytes)"]
-    assert plain.rows[0][6] == "0.300 ± 0.030"
+    assert [row[0] for row in calibrated.rows] == ["none", "MLP (0.080 % more bytes in all)"]
+    assert plain.rows[0][6] == ("0.300" if error is None else "0.300 ± 0.030")
     decoder.STUDY.draw(results, Figure())
 
 

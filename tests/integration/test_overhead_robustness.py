@@ -20,7 +20,7 @@ from pocketllm.studies import (
     run_study,
 )
 from pocketllm.studies import robustness_page as robust
-from pocketllm.studies.scored import points_lost
+from pocketllm.studies.scored import able, points_lost, probability_lost
 from tests.studies import small_model
 
 
@@ -127,7 +127,8 @@ def robust_results(plain: float | None) -> dict[str, Any]:
     def entry(perplexity: float | None, right: str, bpw: float) -> dict[str, Any]:
         sizes = {"ratio_matrices_fp32": 32 / bpw, "ratio_files_bf16": 16 / bpw, "bytes_on_disk": 1e6}
         acc = right.count("1") / len(right)
-        tasks = {"quiz": {"acc": acc, "chance": 0.25, "right": right}}
+        likely = [0.9 if digit == "1" else 0.2 for digit in right]
+        tasks = {"quiz": {"acc": acc, "chance": 0.25, "right": right, "probability": likely}}
         texts = {"one": perplexity, "two": None if perplexity is None else 2 * perplexity}
         shared = {"context": 8, "windows": 2, "limit": 8, "nmse": 0.1, "bpw_matrices": bpw}
         return {"perplexity": texts, "tasks": tasks, **sizes, **shared}
@@ -164,8 +165,10 @@ def test_robustness_where_the_dense_model_is_not_finite(lost: tuple[str, ...]) -
 
 def test_robustness_where_the_dense_model_only_guesses() -> None:
     results = robust_results(11.0)
-    results["dense"]["tasks"] = {"quiz": {"acc": 0.25, "chance": 0.25, "right": "11000000"}}
-    assert {row[-1] for row in robust.tables(results)[1].rows[1:]} == {"none to keep"}
+    guessing = {"acc": 0.25, "chance": 0.25, "right": "11000000", "probability": [0.25] * 8}
+    results["dense"]["tasks"] = {"quiz": guessing}
+    assert {tuple(row[-2:]) for row in robust.tables(results)[1].rows[1:]} == {("none to keep", "")}
+    assert "no better than guessing at any of the tasks" in robust.findings(results)[1]
 
 
 def test_robustness_without_tasks_says_that_the_claim_is_not_tested() -> None:
@@ -190,9 +193,26 @@ def test_robustness_draws_what_there_is() -> None:
 def test_losses_are_paired_by_document() -> None:
     results = robust_results(11.0)
     lost = points_lost(results["dense"]["tasks"], results["calibrated-8x"]["tasks"])
-    assert lost[0] == pytest.approx(0.0)
+    assert lost.value == pytest.approx(0.0)
     differences = [0, 0, 0, 0, 0, 1, -1, 0]
-    assert lost[1] == pytest.approx(100 * math.sqrt(sum(d * d for d in differences) / 7 / 8))
+    assert lost.error == pytest.approx(100 * math.sqrt(sum(d * d for d in differences) / 7 / 8))
+
+
+def test_probability_is_of_tasks_that_the_dense_model_can_do() -> None:
+    def task(right: str, probability: list[float]) -> dict[str, Any]:
+        return {"acc": right.count("1") / 8, "chance": 0.5, "right": right, "probability": probability}
+
+    dense = {
+        "can": task("11111111", [0.9, 0.8] * 4),
+        "guesses": task("11110000", [0.5] * 8),
+        "open": {**task("11111111", []), "chance": 0.0},
+    }
+    own = {**dense, "can": task("11111111", [0.8, 0.5] * 4), "guesses": task("00000000", [0.1] * 8)}
+    assert able(dense) == ["can"]
+    lost = probability_lost(dense, own)
+    assert lost is not None and lost.value == pytest.approx(20.0)
+    assert lost.error == pytest.approx(100 * math.sqrt(8 * 0.1**2 / 7 / 8))
+    assert probability_lost({"guesses": dense["guesses"]}, own) is None
 
 
 @pytest.mark.parametrize(
@@ -212,5 +232,6 @@ def test_robustness_says_where_it_breaks(plain: float | None, words: str) -> Non
     assert "does not hold at any ratio" in sentences[0]
     assert "calibrated-16x 25" in sentences[0]
     rows = {row[0]: row for row in robust.tables(results)[1].rows}
-    assert rows["plain-8x"][-1] == "0 %"
+    assert rows["plain-8x"][-2:] == ["0 %", "35 ± 13"]
+    assert "plain-8x 35 ± 13" in sentences[1] and "are lost by plain-8x" in sentences[1]
     robust.draw(results, Figure())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
+import numpy as np
 import pytest
 import torch
 from lm_eval.evaluator import evaluate
@@ -34,6 +35,12 @@ def rows(name: str, count: int = 12) -> Iterator[dict[str, Any]]:
             yield {"goal": f"grow {n} seeds in {third}", "sol1": first, "sol2": f"{second}s", "label": n % 2}
         elif name == "boolq":
             yield {"question": f"is it {first}", "passage": f"It is {n}, {second}.", "answer": n % 3 == 0}
+        elif name == "winogrande":
+            blank = f"the {first} of {n} saw a _ there"
+            yield {"sentence": blank, "option1": second, "option2": third, "answer": str(n % 2 + 1)}
+        elif name == "arc_easy":
+            choices = {"text": [first, f"{second}s", third, f"{n}"], "label": ["A", "B", "C", "D"]}
+            yield {"question": f"what is {n}", "choices": choices, "answerKey": "ABCD"[n % 4]}
         else:
             yield {"text": f"there were {n} {first} of {second}"}
 
@@ -41,7 +48,8 @@ def rows(name: str, count: int = 12) -> Iterator[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    for name, file in (("piqa", "piqa/valid"), ("boolq", "boolq/val"), ("lambada", "lambada/test")):
+    files = {"piqa": "piqa/valid", "boolq": "boolq/val", "lambada": "lambada/test"}
+    for name, file in {**files, "winogrande": "winogrande/dev", "arc_easy": "arc_easy/test"}.items():
         path = folder / f"{file}.jsonl"
         path.parent.mkdir()
         path.write_text("\n".join(map(json.dumps, rows(name))))
@@ -117,6 +125,27 @@ def test_one_text_split_at_two_places(model: Any) -> None:
     scores = scores.gather(1, torch.tensor(text[1:])[:, None])[:, 0]
     for n, (score, _) in zip((24, 10, 20), found, strict=True):
         assert score == pytest.approx(float(scores[n - 1 :].sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["piqa", "boolq", "winogrande", "arc_easy", "lambada_openai"])
+def test_the_probability_of_the_right_answer(name: str, model: Any, data: Path) -> None:
+    """Held against the likelihoods and the right answer that lm-eval's own metric is given."""
+    [result] = tasks.evaluate_tasks([name], subject(model), CONFIG, data, hub=False).values()
+    if name == "lambada_openai":
+        assert "choice_probability" not in result.scores
+        return
+    [source] = tasks._sources(name, data, hub=False)
+    with harness.quiet():
+        stock = HFLM(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=4, max_length=2048)
+        task = source.load()
+        task.set_config(key="num_fewshot", value=0)
+        loaded: Any = {"tasks": {name: task}}
+        found: Any = evaluate(stock, loaded, bootstrap_iters=0, log_samples=True)["samples"][name]
+    task._metric_fn_list = {"likelihood": None}
+    for sample, own in zip(found, result.scores["choice_probability"], strict=True):
+        right, given = task.process_results(sample["doc"], sample["filtered_resps"])["likelihood"]
+        expected = np.exp(given - np.max(given)) / np.exp(given - np.max(given)).sum()
+        assert own == pytest.approx(expected[right], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["piqa", "boolq", "lambada_openai"])
@@ -242,7 +271,7 @@ def test_fingerprints(folders: dict[str, Path], tmp_path: Path) -> None:
 
 def test_names(data: Path) -> None:
     assert tasks.task_names(["paper", "piqa", "lambada"], None) == [*tasks.PAPER_TASKS, "lambada_openai"]
-    assert tasks.task_names(["local"], data) == ["boolq", "lambada_openai", "piqa"]
+    assert tasks.task_names(["local"], data) == ["arc_easy", "boolq", "lambada_openai", "piqa", "winogrande"]
     with pytest.raises(
         ConfigError, match=r"neither --data nor POCKETLLM_DATA .*looked for .*piqa/valid.json"
     ):
@@ -251,8 +280,10 @@ def test_names(data: Path) -> None:
 
 def test_missing_data(data: Path) -> None:
     who = tasks.Subject("a", "", no_model)
-    with pytest.raises(SourceError, match=r"arc_easy: .* holds no arc_easy/test.jsonl or .*form: one JSON"):
-        tasks.evaluate_tasks(["piqa", "arc_easy"], who, CONFIG, data, hub=False)
+    with pytest.raises(
+        SourceError, match=r"openbookqa: .* holds no openbookqa/test.jsonl or .*form: one JSON"
+    ):
+        tasks.evaluate_tasks(["piqa", "openbookqa"], who, CONFIG, data, hub=False)
     with pytest.raises(SourceError, match=r"hellaswag: not on the hub .*no data folder is given \(--data\)"):
         tasks.evaluate_tasks(["hellaswag"], who, CONFIG)
 

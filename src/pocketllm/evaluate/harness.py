@@ -202,7 +202,8 @@ def run_task(lm: PocketLM, task: Any, limit: int | None) -> dict[str, Any]:
 
     Returns:
         n; metrics {name: (value, standard error or None)}; scores {acc, acc_norm: 0 or 1 per document;
-        choice_probability: as the function, where answers are chosen from a list}; chance: what guessing gets, None where answers are not chosen from a list; version; truncated.
+        choice_probability: as the function gives it}; chance: what guessing gets; version; truncated. Chance is
+        None, and there are no choice probabilities, where answers are not chosen from a list.
     """
     from lm_eval.evaluator import evaluate
 

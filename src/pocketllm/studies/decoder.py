@@ -235,7 +235,7 @@ STUDY = Study(
         "fewer codewords or one codebook for all, so that no variant stores more. Then the model is distilled "
         "for a few steps: codebooks, decoders, row scales and norms are tuned, indices stay. `calibrated`: the "
         "preset calibrated-16x on the same blocks, without decoders and with an MLP for every matrix, which "
-        "starts as the identity."
+        "starts as the identity; bits of indices are allocated so that both meet the same target."
     ),
     left_out="two blocks, five of these variants, four steps of distillation; nothing of `calibrated`.",
     steps=_steps,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pocketllm.studies.noise import CERTAIN, Difference, apart
+from pocketllm.studies.noise import CERTAIN, Difference, paired
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import COLOURS, INK, number
 
@@ -57,8 +57,8 @@ def _table(results: Results, keys: list[str], title: str) -> Table:
     note = (
         f"{config['blocks']} blocks coded. nmse: of the stored matrices; beside it that of the sample at the end "
         "of training, which is kept only if no matrix got worse by it. KL to the dense model in nats per token ± its "
-        "standard error over the windows; perplexity has none here. Bytes in brackets: more or fewer of them beside "
-        "the indices than in the first row. "
+        "standard error over the windows; perplexity has none here. Differences are taken window by window. Bytes in "
+        "brackets: more or fewer than in the first row, of those beside the indices unless it says in all. "
         f"{before['windows']} windows of {before['context']} tokens, dense perplexity "
         f"{number(before['reference_perplexity'], 4)}. Distilled for {distilled['steps']} steps of "
         f"{config['batch']} x {config['context']} tokens."
@@ -67,15 +67,17 @@ def _table(results: Results, keys: list[str], title: str) -> Table:
 
 
 def _more_bytes(results: Results, key: str) -> str:
-    """How many more bytes than its reference it stores beside the indices; nothing where as many."""
-    own, reference = (_side_bytes(results[each]) for each in (key, _reference(key)))
+    """How many more bytes than its reference it stores, in all where indices differ; nothing where as many."""
+    own, reference = (_compared_bytes(results[each], key) for each in (key, _reference(key)))
     if own == reference:
         return ""
-    return f" ({number(abs(own / reference - 1) * 100, 2)} % {'more' if own > reference else 'fewer'} bytes)"
+    where = " in all" if key in CALIBRATED else ""
+    return f" ({number(abs(own / reference - 1) * 100, 2)} % {'more' if own > reference else 'fewer'} bytes{where})"
 
 
-def _side_bytes(values: Mapping[str, Any]) -> int:
-    return int(values["codebook_bytes"] + values["decoder_bytes"])
+def _compared_bytes(values: Mapping[str, Any], key: str) -> float:
+    """Beside the indices, of which plain variants have as many; in all (up to a factor) where bits are allocated."""
+    return float(values["bpw"] if key in CALIBRATED else values["codebook_bytes"] + values["decoder_bytes"])
 
 
 def _reference(key: str) -> str:
@@ -88,7 +90,8 @@ def _kl(seen: Mapping[str, Any]) -> str:
 
 
 def _kl_apart(values: Mapping[str, Any], other: Mapping[str, Any]) -> Difference:
-    return apart(values["kl"], values["kl_stderr"], other["kl"], other["kl_stderr"])
+    """Window by window: all were measured on the same ones."""
+    return paired(values["window_kl"], other["window_kl"])
 
 
 def draw(results: Results, figure: Figure) -> None:
@@ -202,6 +205,8 @@ def _about_calibrated(results: Results) -> list[str]:
         f"{number(none[when]['perplexity'], 4)})"
         for when, words in (("before", "as coded KL"), ("after", "distilled"))
     )
+    more = number(abs(mlp["bpw"] / none["bpw"] - 1) * 100, 2)
     return [
-        f"Calibrated, where decoders come on top of the same codebooks ({mlp['decoder_bytes']} bytes more): {told}."
+        f"Calibrated, where the indices get fewer bits to pay for the decoders' {mlp['decoder_bytes']} bytes "
+        f"({more} % {'more' if mlp['bpw'] > none['bpw'] else 'fewer'} bytes in all with them): {told}."
     ]

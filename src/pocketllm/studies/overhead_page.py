@@ -98,14 +98,15 @@ def draw(results: Results, figure: Figure) -> None:
         rounds = _rounds(results, device)
         jobs = list(rounds[0]["runs"])[::-1]
         shown = (
-            ("load, times dense", "load"),
-            (f"first of {rounds[0]['long']} tokens, times dense", "long"),
-            ("each token, times dense", "token"),
-            ("peak memory, times dense", "peak_bytes"),
+            ("load", "load"),
+            (f"prompt of {rounds[0]['long']} tokens", "long"),
+            ("each token", "token"),
+            ("peak memory", "peak_bytes"),
         )
         for axes, (title, what) in zip(row, shown, strict=True):
             _bars(axes, [_ratio(results, device, job, what) for job in jobs], jobs)
             axes.set_title(f"{title}{' (GPU)' if device == 'cuda' else ''}", fontsize=9)
+            axes.set_xlabel("times dense", fontsize=8)
         for axes in row[1:]:
             axes.set_yticklabels([])
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pocketllm.studies.scored import accuracy, points_lost
+from pocketllm.studies.noise import Difference
+from pocketllm.studies.scored import able, accuracy, points_lost, probability_lost
 from pocketllm.studies.study import Results, Table
-from pocketllm.studies.style import COLOURS, GREY, MARKERS, mean, number, plain_ticks
+from pocketllm.studies.style import COLOURS, GREY, MARKERS, mean, number, plain_ticks, with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,8 +40,12 @@ def _factor(results: Results, key: str) -> float | None:
     return None if middle is None else math.exp(middle)
 
 
-def _lost(results: Results, key: str) -> tuple[float, float]:
+def _lost(results: Results, key: str) -> Difference:
     return points_lost(results["dense"]["tasks"], results[key]["tasks"])
+
+
+def _probability(results: Results, key: str) -> Difference | None:
+    return probability_lost(results["dense"]["tasks"], results[key]["tasks"])
 
 
 def tables(results: Results) -> list[Table]:
@@ -76,23 +81,27 @@ def _tasks(results: Results) -> Table:
     dense = results["dense"]
     guessed, best = (accuracy(dense["tasks"], which) for which in ("chance", "acc"))
     names, margin = list(dense["tasks"]), best - guessed
-    rows = [["dense", "16", *_percents(dense, names), number(100 * best), "", ""]]
+    rows = [["dense", "16", *_percents(dense, names), number(100 * best), "", "", ""]]
     for key in _keys(results):
-        values, lost = results[key], _lost(results, key)
+        values, lost, likely = results[key], _lost(results, key), _probability(results, key)
         mean_of = accuracy(values["tasks"])
         rows.append(
             [
                 *(key, number(values["bpw_matrices"]), *_percents(values, names), number(100 * mean_of)),
-                f"{number(lost[0], 2)} ± {number(lost[1], 2)}",
+                with_error(lost.value, lost.error, 2),
                 f"{number(100 * (mean_of - guessed) / margin, 2)} %" if margin > 0 else "none to keep",
+                "" if likely is None else with_error(likely.value, likely.error, 2),
             ]
         )
     note = (
         f"Accuracy in %, the first {dense['limit']} documents of each task; guessing gets "
         f"{number(100 * guessed)} on average. Points lost: of the mean, with the standard error of the "
-        "difference, paired by document. Margin kept: share of the dense model's margin over guessing."
+        "difference, paired by document. Margin kept: share of the dense model's margin over guessing. Probability: "
+        "of the right answer among the choices (softmax of their log likelihoods), points lost in its mean over the "
+        f"tasks at which the dense model does better than guessing ({', '.join(able(dense['tasks'])) or 'none here'})."
     )
-    return Table("Zero-shot tasks", ["", "bpw", *names, "mean", "points lost", "margin kept"], rows, note)
+    header = ["", "bpw", *names, "mean", "points lost", "margin kept", "probability lost"]
+    return Table("Zero-shot tasks", header, rows, note)
 
 
 def _percents(values: Mapping[str, Any], names: list[str]) -> list[str]:
@@ -147,7 +156,7 @@ def _draw_tasks(results: Results, axes: Any) -> None:
         if not keys:
             continue
         bits = [results[key]["bpw_matrices"] for key in keys]
-        errors = [_lost(results, key)[1] for key in keys]
+        errors = [_lost(results, key).error for key in keys]
         values = [100 * accuracy(results[key]["tasks"]) for key in keys]
         axes.errorbar(bits, values, errors, fmt=style, color=colour, markersize=4, capsize=2, label=path)
     dense = results["dense"]["tasks"]
@@ -158,7 +167,8 @@ def _draw_tasks(results: Results, axes: Any) -> None:
 
 
 def findings(results: Results) -> list[str]:
-    sentences = [_claim(results) if results["dense"]["tasks"] else _untested(results)]
+    with_tasks = bool(results["dense"]["tasks"])
+    sentences = [_claim(results), _likely(results)] if with_tasks else [_untested(results)]
     for path in _STYLES:
         keys = _keys(results, path)
         if keys:
@@ -168,16 +178,31 @@ def findings(results: Results) -> list[str]:
 
 
 def _claim(results: Results) -> str:
-    """The paper's figures are for the presets of its ratios."""
-    words = []
-    for key in (k for k in _keys(results) if "-files-" not in k):
-        words.append("{} {} ± {}".format(key, *(number(value, 2) for value in _lost(results, key))))
-    losses = {key: _lost(results, key) for key in _keys(results, "plain", False)}
-    held = [key for key, (lost, error) in losses.items() if lost < 2 * error]
+    """The paper's figures are for the presets of its ratios, and are means of accuracy."""
+    losses = {key: _lost(results, key) for key in _keys(results) if "-files-" not in key}
+    words = [f"{key} {with_error(lost.value, lost.error, 2)}" for key, lost in losses.items()]
+    plain = {key: lost for key, lost in losses.items() if key.startswith("plain")}
+    held = [key for key, lost in plain.items() if not (lost.clear and lost.value > 0)]
     verdict = f"holds for {', '.join(held)}" if held else "does not hold at any ratio"
     return (
         f"That the published method loses nothing on zero-shot tasks {verdict}, on this model, within two standard "
         f"errors, and without the paper's fine-tuning. Points of mean accuracy lost: {'; '.join(words)}."
+    )
+
+
+def _likely(results: Results) -> str:
+    """What the right answers lose: it sees losses that are within the noise of accuracy."""
+    names = able(results["dense"]["tasks"])
+    if not names:
+        return "The dense model does no better than guessing at any of the tasks, so that they say little."
+    found = {key: _probability(results, key) for key in _keys(results)}
+    lost = {key: each for key, each in found.items() if each is not None}
+    listed = "; ".join(f"{key} {with_error(each.value, each.error, 2)}" for key, each in lost.items())
+    clear = [key for key, each in lost.items() if each.clear and each.value > 0]
+    return (
+        f"Smaller losses show in the probability of the right answers at {', '.join(names)}, which the dense model can "
+        f"do; in points: {listed}. More than two standard errors are lost by "
+        f"{', '.join(clear) if clear else 'none'}."
     )
 
 

@@ -13,9 +13,10 @@ Tasks = Mapping[str, Mapping[str, Any]]
 
 
 def scores(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Task -> accuracy, that of guessing (0 where answers are not chosen from a list), and for each document:
+    """Task -> accuracy, that of guessing (0 where answers are not chosen from a list), and document by document:
 
-    `right`: a digit, 1 where it was. `probability`: of the right answer, as `harness.choice_probability`; none where there are no choices.
+    right: a digit, 1 where it was. probability: of the right answer, as `harness.choice_probability`; nothing
+    where there are no choices.
     """
     return {
         name: {

@@ -12,7 +12,7 @@ from pocketllm.model.target import possible_bpw
 from pocketllm.studies import sensitivity_page as page
 from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.scored import scores
-from pocketllm.studies.sensitivity_page import ALL, ATTENTION, ENDS, FFN
+from pocketllm.studies.sensitivity_tasks import ALL, ATTENTION, BLOCKS, DENSE, ENDS, FFN
 from pocketllm.studies.study import Progress, Setup, Step, Study
 from pocketllm.studies.whole import (
     calibration_texts,
@@ -104,9 +104,9 @@ def _steps(setup: Setup) -> list[Step]:
         steps.append(Step(f"{path}-parts", partial(_measure, setup, path, parts, size.windows)))
     steps.append(Step("plain-blocks", partial(_measure, setup, "plain", blocks, size.block_windows)))
     if size.limit and tasks():
-        steps.append(Step("dense-tasks", partial(_dense_tasks, setup)))
+        steps.append(Step(DENSE, partial(_dense_tasks, setup)))
         steps += [Step(f"{path}-tasks", partial(_tasks, setup, path, parts)) for path in configs(setup)]
-        steps.append(Step("plain-block-tasks", partial(_tasks, setup, "plain", blocks)))
+        steps.append(Step(BLOCKS, partial(_tasks, setup, "plain", blocks)))
     return steps
 
 
@@ -186,12 +186,12 @@ STUDY = Study(
     ),
     method=(
         "Every matrix is coded at the same bits per weight. Then only one part at a time is put into the dense "
-        "model: the FFN, the attention, embedding and head, each kind of projection, each block. The loss is the KL "
-        "divergence from the dense model's next-token distribution (perplexity beside it, and zero-shot tasks "
-        "where their files are), set against the bytes the part saves. `plain`: k-means codebooks per kind, "
-        "nearest codeword, networks as they start (training them changes the error by 1 %). `calibrated`: "
-        "overlapping indices with rotation and error feedback, at 3 bits for every matrix instead of the "
-        "preset's own allocation, on 16,384 tokens of calibration text."
+        "model: the FFN, the attention, embedding and head, each kind of projection, each block. The loss is the "
+        "KL divergence from the dense model's next-token distribution (perplexity beside it, and what is lost on "
+        "the zero-shot tasks ARC-Easy and PIQA where their files are), set against the bytes the part saves. "
+        "`plain`: k-means codebooks per kind, nearest codeword, networks as they start (training them changes the "
+        "error by 1 %). `calibrated`: overlapping indices with rotation and error feedback, at 3 bits for every "
+        "matrix instead of the preset's own allocation, on 16,384 tokens of calibration text."
     ),
     left_out="of these paths `plain` alone, and no zero-shot tasks.",
     steps=_steps,

@@ -6,17 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pocketllm.studies import sensitivity_tasks as tasks
 from pocketllm.studies.noise import CERTAIN, Difference, apart
-from pocketllm.studies.scored import accuracy, points_lost
+from pocketllm.studies.sensitivity_tasks import ALL, ATTENTION, ENDS, FFN
 from pocketllm.studies.study import Results, Table
-from pocketllm.studies.style import COLOURS, INK, mean, number
+from pocketllm.studies.style import COLOURS, INK, mean, number, with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ALL, FFN, ATTENTION, ENDS = "everything", "FFN", "attention", "embedding and head"
 _PATHS = {"plain": "error of the weights", "calibrated": "error of the layers' outputs"}
-_CHANCE = 0.0455  # that a Gaussian number lies more than two standard deviations from its mean
 _AUTHORS_FIRST, _AUTHORS_LAST = 3, 2  # blocks that the paper leaves dense
 
 
@@ -39,13 +38,9 @@ def _megabytes(values: Mapping[str, Any], name: str) -> float:
     return float(values["groups"][name]["saved_bytes"]) / 1e6
 
 
-def _with_error(value: float, error: float, digits: int = 3) -> str:
-    return number(value, digits) + ("" if math.isinf(error) else f" ± {number(error, 2)}")
-
-
 def _per_megabyte(values: Mapping[str, Any], name: str, digits: int = 3) -> str:
     """`_loss` in thousandths ± its standard error."""
-    return _with_error(1000 * _loss(values, name), 1000 * _error(values, name), digits)
+    return with_error(1000 * _loss(values, name), 1000 * _error(values, name), digits)
 
 
 def _losses(values: Mapping[str, Any], name: str) -> list[str]:
@@ -56,7 +51,7 @@ def _losses(values: Mapping[str, Any], name: str) -> list[str]:
     return [
         number(group["perplexity"], 4),
         "not finite" if rose is None else number(1000 * rose / saved),
-        _with_error(_kl(group), _error(values, name) * saved),
+        with_error(_kl(group), _error(values, name) * saved),
         _per_megabyte(values, name),
     ]
 
@@ -70,8 +65,7 @@ def _paths(results: Results) -> list[str]:
 
 def tables(results: Results) -> list[Table]:
     found = [_parts_table(results[f"{path}-parts"], path) for path in _paths(results)]
-    found += [_tasks_table(results, p) for p in _paths(results) if f"{p}-tasks" in results]
-    return [*found, _blocks_table(results["plain-blocks"])]
+    return [*found, *tasks.tables(results), _blocks_table(results["plain-blocks"])]
 
 
 def _parts_table(values: Mapping[str, Any], path: str) -> Table:
@@ -94,23 +88,6 @@ def _parts_table(values: Mapping[str, Any], path: str) -> Table:
         "bf16, everything counted."
     )
     return Table(f"Parts, coded for the {_PATHS[path]} ({path})", header, rows, note)
-
-
-def _tasks_table(results: Results, path: str) -> Table:
-    values, dense = results[f"{path}-tasks"], results["dense-tasks"]["tasks"]
-    rows = [["nothing (dense)", "0", number(100 * accuracy(dense)), "", ""]]
-    for name, group in values["groups"].items():
-        saved, (lost, error) = group["saved_bytes"] / 1e6, points_lost(dense, group["tasks"])
-        points = f"{number(lost, 2)} ± {number(error, 2)}"
-        rows.append(
-            [name, number(saved), number(100 * accuracy(group["tasks"])), points, number(lost / saved, 2)]
-        )
-    header = ["compressed", "MB saved", "accuracy, %", "points lost", "points lost per MB"]
-    note = (
-        f"Mean over {', '.join(dense)}, the first {values['limit']} documents of each; guessing gets "
-        f"{number(100 * accuracy(dense, 'chance'))}. Standard errors of the difference, paired by document."
-    )
-    return Table(f"Zero-shot tasks ({path})", header, rows, note)
 
 
 def _blocks_table(values: Mapping[str, Any]) -> Table:
@@ -187,7 +164,7 @@ def findings(results: Results) -> list[str]:
             _broken(values, path.capitalize()) or _about_attention(values, path)
             for path, values in parts.items()
         ),
-        *(_about_tasks(results) if "dense-tasks" in results else []),
+        *tasks.findings(results),
         *(_about_sum(values, path) for path, values in parts.items() if not _broken(values, path)),
     ]
 
@@ -217,8 +194,8 @@ def _about_ends(values: Mapping[str, Any]) -> str:
     listed = ", ".join(f"{n} ({_per_megabyte(values, str(n), 2)})" for n in worst)
     return (
         f"That the outer blocks are the ones to spare {held}: KL per saved megabyte is "
-        f"{_with_error(1000 * outer, 1000 * errors[0], 2)} in the first {_AUTHORS_FIRST} and last {_AUTHORS_LAST}, "
-        f"{_with_error(1000 * inner, 1000 * errors[1], 2)} in the others (10^-3 nats), {number(outer / inner, 2)} "
+        f"{with_error(1000 * outer, 1000 * errors[0], 2)} in the first {_AUTHORS_FIRST} and last {_AUTHORS_LAST}, "
+        f"{with_error(1000 * inner, 1000 * errors[1], 2)} in the others (10^-3 nats), {number(outer / inner, 2)} "
         f"times as much. The most sensitive blocks are {listed}.{_misplaced(worst, left)}"
     )
 
@@ -252,37 +229,11 @@ def _about_attention(values: Mapping[str, Any], path: str) -> str:
     return (
         f"{path.capitalize()}, at {number(groups[ALL]['bpw'])} bits per weight: attention is {word}. It holds "
         f"{number(100 * share, 2)} % of the weights in the blocks and makes {number(100 * part, 2)} % of the "
-        f"loss of the two parts; a megabyte saved there costs {_with_error(ratio, error, 2)} times what it "
+        f"loss of the two parts; a megabyte saved there costs {with_error(ratio, error, 2)} times what it "
         f"costs in the FFN. By kind, most to least: "
         + ", ".join(f"{n} {_per_megabyte(values, n, 2)}" for n in order)
         + " (KL per MB, 10^-3 nats)."
     )
-
-
-def _about_tasks(results: Results) -> list[str]:
-    """Points lost by path and part; how many of them noise would not make."""
-    dense = results["dense-tasks"]["tasks"]
-    found, told, between = [], [], []
-    for path in (p for p in _paths(results) if f"{p}-tasks" in results):
-        words = []
-        for name, group in results[f"{path}-tasks"]["groups"].items():
-            lost = Difference(*points_lost(dense, group["tasks"]))
-            found.append(lost)
-            per = number(lost.value / (group["saved_bytes"] / 1e6), 2)
-            words.append(f"{name} {_with_error(lost.value, lost.error, 2)} ({per} per MB)")
-        told.append(f"{path} {', '.join(words)}")
-        ffn, attention = found[-2:]
-        between.append(apart(attention.value, attention.error, ffn.value, ffn.error))
-    clear = sum(lost.clear for lost in found)
-    chance = 1 - (1 - _CHANCE) ** len(found)
-    count = sum(len(task["right"]) for task in dense.values())
-    return [
-        f"Zero-shot points lost: {'; '.join(told)}. That is from {count} documents, "
-        f"{results['dense-tasks']['limit']} of each of {len(dense)} tasks: of {len(found)} losses {clear} "
-        f"{'is' if clear == 1 else 'are'} more than two standard errors from zero, and by chance alone one or more "
-        f"of {len(found)} would be in {100 * chance:.0f} % of such measurements. FFN and attention differ by more than "
-        f"two standard errors in {sum(gap.clear for gap in between)} of {len(between)} comparisons."
-    ]
 
 
 def _about_sum(values: Mapping[str, Any], path: str) -> str:
@@ -294,6 +245,6 @@ def _about_sum(values: Mapping[str, Any], path: str) -> str:
     gap = apart(groups[ALL]["kl"], whole, added, error)
     word = f"{number(abs(gap.value), 2)} {'more' if gap.value > 0 else 'less'}, {gap.verdict}"
     return (
-        f"{path.capitalize()}: the losses of the parts add up to {_with_error(added, error)} nats, everything together "
-        f"costs {_with_error(groups[ALL]['kl'], whole)}; {word}."
+        f"{path.capitalize()}: the losses of the parts add up to {with_error(added, error)} nats, everything together "
+        f"costs {with_error(groups[ALL]['kl'], whole)}; {word}."
     )

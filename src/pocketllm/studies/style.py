@@ -39,6 +39,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return "not finite" if value is None or not math.isfinite(value) else short(value, digits)
 
 
+def with_error(value: float, error: float, digits: int = 3) -> str:
+    """`value ± standard error`, the value alone where that is infinite."""
+    return number(value, digits) + ("" if math.isinf(error) else f" ± {number(error, 2)}")
+
+
 def mean(values: Sequence[float | None]) -> float | None:
     """None where one of them is."""
     known = [v for v in values if v is not None]
