@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import FormatError
-from pocketllm.model.checkpoint import REPORT_NAME, Layout, read_layout, read_report, verify
+from pocketllm.model import REPORT_NAME, Layout, read_layout, read_report, verify
 
 PER_KIND = 8  # matrices of a kind that are decoded, spread over the depth
 _BLOCK = re.compile(r"^.*?\.(\d+)\..+$")

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import ConfigError
-from pocketllm.model.checkpoint import folder_bytes
-from pocketllm.model.report import counting_adapter
-from pocketllm.recover.adapter import check_adapter
+from pocketllm.model import counting_adapter, folder_bytes
+from pocketllm.recover import check_adapter
 from pocketllm.report.collect import ModelFacts, mean, read_model
 from pocketllm.report.evaluations import Evaluation
 
