@@ -11,6 +11,7 @@ from typing import Any
 
 from pocketllm.errors import FormatError
 from pocketllm.model.checkpoint import REPORT_NAME, Layout, read_layout, read_report, verify
+from pocketllm.model.report import weighted_mean
 
 PER_KIND = 8  # matrices of a kind that are decoded, spread over the depth
 _BLOCK = re.compile(r"^.*?\.(\d+)\..+$")
@@ -77,14 +78,7 @@ class ModelFacts:
 
 def mean(matrices: Iterable[MatrixFacts], value: Callable[[MatrixFacts], float | None]) -> float | None:
     """Mean of a value, each matrix counted by its weights; None if any lacks it or there are none."""
-    total, weights = 0.0, 0
-    for matrix in matrices:
-        number = value(matrix)
-        if number is None or not math.isfinite(number):
-            return None
-        total += number * matrix.weights
-        weights += matrix.weights
-    return total / weights if weights else None
+    return weighted_mean((value(matrix), matrix.weights) for matrix in matrices)
 
 
 def spread(matrices: Sequence[MatrixFacts]) -> list[MatrixFacts]:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pocketllm.config.checks import flat
 from pocketllm.report.charts import Table, short
 from pocketllm.report.collect import ModelFacts
 from pocketllm.report.sections import Section
@@ -45,10 +46,10 @@ def making_section(model: ModelFacts, command: str, missing: Sequence[str]) -> S
         "makes the model again."
     )
     versions = [(str(k), str(v)) for k, v in (report.get("versions") or {}).items()]
-    settings = [(key, str(value)) for key, value in _flat(report["config"]).items()]
+    settings = [(key, str(value)) for key, value in flat(report["config"]).items()]
     tables = [Table("Settings", ("setting", "value"), settings, words=2), *_fits(report.get("fits") or [])]
     if isinstance(report.get("recover"), Mapping):
-        recover = [(key, str(value)) for key, value in _flat(report["recover"]).items()]
+        recover = [(key, str(value)) for key, value in flat(report["recover"]).items()]
         tables.append(Table("Fine-tuning", ("setting", "value"), recover, words=2))
     if versions:
         tables.append(Table("Versions", ("package", "version"), versions, words=2))
@@ -70,10 +71,3 @@ def _fits(fits: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 def _text(value: Any) -> str:
     return short(float(value)) if isinstance(value, int | float) else "–"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
