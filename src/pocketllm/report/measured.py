@@ -29,7 +29,7 @@ def weights_section(model: ModelFacts, weights: Weights) -> Section:
     if partial:
         seen = sum(len(d.nmse) for d in weights.kinds)
         paragraphs.append(f"{seen} of {sum(d.of for d in weights.kinds)} matrices, spread over the depth.")
-    paragraphs += of_the_base(model, "What is decoded is shown")
+    paragraphs += of_the_base(model, "The decoded weights are those")
     if weights.mismatch:
         paragraphs.append(f"Mind: {weights.mismatch}")
     found = [_histogram(n, distribution) for n, distribution in enumerate(weights.kinds)]
