@@ -207,7 +207,7 @@ def histogram(name: str, edges: Sequence[float], original: Sequence[float], deco
     with svg.drawing():
         figure = svg.new_figure(215)
         axes = figure.subplots()
-        area = {"facecolor": (svg.SECOND, 0.4), "edgecolor": svg.SECOND, "linewidth": 1}
+        area: dict[str, Any] = {"facecolor": (svg.SECOND, 0.4), "edgecolor": svg.SECOND, "linewidth": 1}
         axes.stairs(original, edges, fill=True, label="original", **area)
         axes.stairs(decoded, edges, color=svg.FIRST, linewidth=1.6, linestyle=(0, (3, 1.5)), label="decoded")
         axes.set_ylim(0, 1.28 * max(*original, *decoded))
