@@ -15,6 +15,7 @@ from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
 from pocketllm.model.decode import Matrices
 from pocketllm.model.limits import positions_of
+from pocketllm.model.report import weighted_mean
 from pocketllm.model.texts import default_text, read_calibration
 from pocketllm.studies.study import Progress, Setup, Text
 
@@ -130,10 +131,9 @@ def compressed_model(setup: Setup, folder: Path) -> tuple[Any, Any]:
 
 
 def mean_nmse(report: Mapping[str, Any]) -> float:
-    """Of a compressed model's matrices, each counted by its weights. report: as stored."""
-    weights = [math.prod(m["shape"]) for m in report["matrices"]]
-    total = sum(n * m["nmse"] for n, m in zip(weights, report["matrices"], strict=True))
-    return float(total / sum(weights))
+    """Of a compressed model's matrices, each counted by its weights; nan if one is unknown. report: as stored."""
+    found = weighted_mean((m["nmse"], math.prod(m["shape"])) for m in report["matrices"])
+    return math.nan if found is None else found
 
 
 @contextmanager
