@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+LOOK = Path(__file__).with_name("page_checks.js").read_text(encoding="utf-8")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 HOW = "no Chromium on the PATH; install one (Debian: apt-get install chromium) to check the page in it"
 _FLAGS = [
@@ -101,6 +102,22 @@ class Browser:
             raise RuntimeError(answer["exceptionDetails"])
         return answer["result"].get("value")
 
+    def tabbed(self, limit: int) -> list[str]:
+        """Where the Tab key leads from the top of the page, each place once; '' for one whose focus is not seen.
+
+        Args:
+            limit: presses.
+        """
+        self.run("window.places = [...document.querySelectorAll('*')]; document.activeElement.blur()")
+        found: list[str] = []
+        for _ in range(limit):
+            self.press("Tab", 9)
+            place = str(self.run(_FOCUSED))
+            if place in found:
+                break
+            found.append(place)
+        return found
+
     def press(self, key: str, code: int) -> None:
         """Press and let go of a key; code: its Windows virtual key code."""
         for kind in ("rawKeyDown", "keyUp"):
@@ -110,6 +127,13 @@ class Browser:
         """The whole page as PNG."""
         data = self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(data))
+
+
+_FOCUSED = """(() => {
+  const place = document.activeElement;
+  const seen = getComputedStyle(place).outlineStyle !== 'none';
+  return seen ? `${places.indexOf(place)} ${place.tagName} ${place.className}` : '';
+})()"""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`pocketllm report` and `compare`: the commands, the page itself, and the page in a real browser."""
+"""`pocketllm report` and `compare`: the commands, and the page itself."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import pocketllm
-from pocketllm.config import CalibrationConfig
-from tests import tiny
-from tests.browser import HOW, chromium, find_chromium
+from tests import reports
 from tests.commands import Run
-
-MEASURE = ["--context", "32", "--windows", "2"]
+from tests.reports import MEASURE
 
 HOSTILE = '<script>alert("x")</script>&$x^2$'
 
@@ -52,28 +47,13 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """dense, small (calibrated), other (no calibration), moe; text.txt."""
-    folder = tmp_path_factory.mktemp("report")
-    tiny.save(folder / "dense")
-    calibration = CalibrationConfig(tokens=128, context=32)
-    pocketllm.compress(folder / "dense", tiny.settings(calibration=calibration), folder / "small")
-    pocketllm.compress(folder / "dense", tiny.settings(codebook_scope="model"), folder / "other")
-    moe = tiny.save(folder / "moe-dense", "mixtral", num_hidden_layers=1)
-    pocketllm.compress(moe, tiny.settings(codebook_scope="matrix", decoder_scope="matrix"), folder / "moe")
-    (folder / "text.txt").write_text("a text that is long enough for some windows. " * 20)
-    return folder
+    return reports.make(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")
 def page(folder: Path) -> Path:
     """A page with everything on it."""
-    from pocketllm.report import Evaluation, html_report
-
-    evaluations = [
-        Evaluation(20.5, "small", True, "text.txt", 32, 2, 62),
-        Evaluation(10.25, "dense", False, "text.txt", 32, 2, 62),
-    ]
-    return html_report(folder / "small", folder / "page.html", evaluations=evaluations).output
+    return reports.full_page(folder)
 
 
 def test_report(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -200,7 +180,9 @@ def test_says_what_is_wanted_instead(command: str, run: Run, folder: Path, tmp_p
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text("{}")
     code, _, err = run(command, tmp_path / "a")
-    assert code == 1 and "an adapter; name the compressed model it was trained on" in " ".join(err.split())
+    said = " ".join(err.split())
+    assert code == 1 and "an adapter; name the compressed model it was trained on" in said
+    assert f"'pocketllm {command} MODEL --adapter {tmp_path / 'a'}'" in said
 
 
 def test_compare_prints_a_table(run: Run, folder: Path) -> None:
@@ -247,70 +229,3 @@ def test_errors(arguments: list[str], code: int, words: str, run: Run, folder: P
 def test_help_has_examples(command: str, run: Run) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0 and f"pocketllm {command}" in out and "Examples" in out
-
-
-@pytest.mark.skipif(find_chromium() is None, reason=HOW)
-def test_in_a_browser(page: Path, folder: Path, tmp_path: Path) -> None:
-    binary = find_chromium()
-    assert binary is not None
-    pages = [page, folder / "wide.html"]
-    from pocketllm.report import html_report
-
-    html_report(folder / "moe", pages[1])
-    with chromium(binary, tmp_path / "profile") as browser:
-        colours = {}
-        for path in pages:
-            for width in (360, 1200):
-                for dark in (False, True):
-                    browser.open(path.as_uri(), width, dark)
-                    browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
-                    assert browser.run("document.documentElement.scrollWidth") <= width
-                    assert browser.run("document.querySelectorAll('svg').length") >= 4
-                    scrolled = browser.run(_SCROLLED)
-                    assert all(stop for _, stop in scrolled)
-                    assert width == 360 or "Use of the codebooks" not in [caption for caption, _ in scrolled]
-                    colours[dark] = browser.run(_CONTRAST)
-                    assert min(colours[dark]["ratios"]) >= 4.5
-            assert colours[False]["paper"] != colours[True]["paper"]
-        browser.open(page.as_uri(), 360)
-        focused = []
-        for _ in range(12):
-            browser.press("Tab", 9)
-            focused.append(browser.run("document.activeElement.className || document.activeElement.tagName"))
-        assert focused[0] == "skip" and "scroll" in focused and "SUMMARY" in focused + _rest(browser)
-        names = browser.run(
-            "[...document.querySelectorAll('[role=img]')].filter(e => !e.getAttribute('aria-label')).length"
-        )
-        assert names == 0
-        browser.screenshot(tmp_path / "phone.png")
-        assert (tmp_path / "phone.png").stat().st_size > 20_000
-    assert not browser.messages
-    assert all(url.startswith(("file:", "data:")) for url in browser.requests)
-
-
-def _rest(browser: Any) -> list[str]:
-    """What the Tab key reaches further down."""
-    found = []
-    for _ in range(8):
-        browser.press("Tab", 9)
-        found.append(browser.run("document.activeElement.className || document.activeElement.tagName"))
-    return found
-
-
-_SCROLLED = """[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)
-  .map(e => [e.querySelector('caption').textContent, e.hasAttribute('tabindex')])"""
-_CONTRAST = """(() => {
-  const luminance = colour => {
-    const rgb = colour.match(/[0-9.]+/g).slice(0, 3).map(v => v / 255)
-      .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2];
-  };
-  const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  const paper = getComputedStyle(document.body).backgroundColor;
-  const texts = ['p', 'h2', '.facts dt', '.facts small', 'a[href="#size"]', 'summary', 'td', 'footer'];
-  const ratios = texts.map(selector => document.querySelector(selector)).filter(e => e)
-    .map(e => ratio(luminance(getComputedStyle(e).color), luminance(paper)));
-  const labels = [...document.querySelectorAll('#size svg text')]
-    .map(e => ratio(luminance(getComputedStyle(e).fill), luminance(paper)));
-  return {paper, ratios: ratios.concat(labels)};
-})()"""

@@ -10,6 +10,7 @@ import pytest
 import pocketllm
 from pocketllm import CodecConfig, CompressConfig
 from pocketllm.config import CalibrationConfig, EvalConfig
+from pocketllm.config.checks import flat
 from pocketllm.errors import ConfigError
 
 
@@ -160,3 +161,7 @@ def test_hidden_grows_with_vector_len() -> None:
 def test_evaluation_settings_are_checked(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}: got 0, wanted at least"):
         EvalConfig(**{name: 0})
+
+
+def test_settings_within_settings_are_named_by_their_path() -> None:
+    assert flat({"a": 1, "b": {"c": (2,), "d": {"e": None}}}) == {"a": 1, "b.c": (2,), "b.d.e": None}

@@ -19,9 +19,11 @@ from pocketllm.config import (
     CalibrationConfig,
     CodecConfig,
     CompressConfig,
+    LoopConfig,
+    LoraTuneConfig,
     preset,
 )
-from pocketllm.report.command import command_for, options_for
+from pocketllm.report.command import Command, adapter_command, command_for, options_for
 
 BASE = preset(DEFAULT_PRESET)
 PLAIN = preset("lookup-8x")
@@ -30,17 +32,18 @@ PLAIN = preset("lookup-8x")
 class CaughtError(Exception):
     """Carries the configuration out of the command."""
 
-    def __init__(self, config: CompressConfig) -> None:
+    def __init__(self, config: Any) -> None:
         self.config = config
 
 
-def parsed(command: str, monkeypatch: pytest.MonkeyPatch) -> CompressConfig:
+def parsed(command: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The configuration that the command line makes of a command."""
 
-    def caught(model: str, config: CompressConfig, **how: Any) -> None:
+    def caught(model: Any, config: Any, *more: Any, **how: Any) -> None:
         raise CaughtError(config)
 
     monkeypatch.setattr(pocketllm, "dry_run", caught, raising=False)
+    monkeypatch.setattr("pocketllm.recover.lora.dry_run_lora", caught)
     monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--dry-run"])
     with pytest.raises(CaughtError) as found:
         cli.main()
@@ -97,9 +100,9 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_round_trip(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    command, missing = command_for("./a model", "out dir", CONFIGS[name].to_dict())
-    assert not missing
-    assert parsed(command, monkeypatch) == CONFIGS[name]
+    command = command_for("./a model", "out dir", CONFIGS[name].to_dict())
+    assert not command.missing
+    assert parsed(command.text, monkeypatch) == CONFIGS[name]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -130,9 +133,9 @@ def test_settings_without_an_option_are_named(
 
 def test_no_calibration_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(preset("calibrated-8x"), calibration=None)
-    command, missing = command_for("m", "out", config.to_dict())
-    assert "--no-calibration" in command and not missing
-    assert parsed(command, monkeypatch) == config
+    command = command_for("m", "out", config.to_dict())
+    assert "--no-calibration" in command.text and not command.missing
+    assert parsed(command.text, monkeypatch) == config
 
 
 def test_every_option_of_a_setting_is_known() -> None:
@@ -153,5 +156,50 @@ def test_every_option_of_a_setting_is_known() -> None:
 
 def test_settings_of_a_later_version_give_no_command() -> None:
     values = {**BASE.to_dict(), "window_bits": 3}
-    assert command_for("m", "out", values) == ("", ())
-    assert command_for("m", "out", {"codec": None}) == ("", ())
+    assert command_for("m", "out", values) == Command() == command_for("m", "out", {"codec": None})
+    trained = LoraTuneConfig().to_dict()
+    for config in ({**trained, "momentum": 1}, {"rank": 4}, None):
+        assert adapter_command("c", "a", {"config": config}) == Command()
+
+
+LOOP = LoopConfig(
+    batch_size=3,
+    micro_batch=1,
+    eval_every=5,
+    patience=2,
+    checkpoint_every=7,
+    gradient_checkpointing=True,
+    seed=9,
+)
+TUNED = {
+    "the paper's recipe": LoraTuneConfig(),
+    "everything else": LoraTuneConfig(
+        rank=4,
+        alpha=8,
+        dropout=0.1,
+        targets=("q_proj", "v_proj"),
+        epochs=1.5,
+        steps=6,
+        learning_rate=1e-3,
+        context=128,
+        texts=("a b.json", "c"),
+        validation_items=5,
+        mode="packed",
+        loop=dataclasses.replace(LOOP, dtype="float32", max_grad_norm=1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_round_trip_of_an_adapter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = adapter_command("my model", "out dir", {"config": TUNED[name].to_dict()})
+    assert not command.missing
+    assert parsed(command.text, monkeypatch) == TUNED[name]
+
+
+def test_settings_of_an_adapter_without_an_option_are_named() -> None:
+    config = LoraTuneConfig(loop=LoopConfig(batch_size=16, warmup=0.5))
+    assert adapter_command("c", "a", {"config": config.to_dict()}).missing == (
+        "loop.warmup",
+        "loop.max_grad_norm",
+    )

@@ -22,6 +22,7 @@ from pocketllm.model.decode import Matrices
 from pocketllm.model.source import resolve_local
 from pocketllm.report import weights
 from pocketllm.report.collect import block_of, mean, read_model
+from pocketllm.report.command import Command
 from pocketllm.report.making import making_section
 from pocketllm.report.sections import error_section
 from pocketllm.report.use import count_use, use_section
@@ -121,12 +122,12 @@ def test_new_keys_and_missing_values_do_no_harm(copy: Path) -> None:
     assert not section.charts and "without calibration" in section.paragraphs[1]
     section = use_section(model, [])
     assert not section.charts and section.tables
-    assert len(making_section(model, "", ()).tables) == 1
+    assert len(making_section(model, Command()).tables) == 1
 
 
 def test_fine_tuning_is_told(copy: Path) -> None:
     edit(copy, lambda values: values.update(recover={"steps": 3, "loss": {"kl": 0.5}}))
-    section = making_section(read_model(copy, check=False), "command", ("depth",))
+    section = making_section(read_model(copy, check=False), Command("command", ("depth",)))
     table = next(t for t in section.tables if t.caption == "Fine-tuning")
     assert list(table.rows) == [("steps", "3"), ("loss.kl", "0.5")]
     assert "leaves out: depth" in section.paragraphs[1] and "fine-tuned" in section.paragraphs[2]

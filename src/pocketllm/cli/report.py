@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocketllm.cli.options import (
+    Adapter,
     Context,
     Device,
     Dtype,
@@ -55,13 +56,15 @@ class _Measuring:
     epilog="Examples:\n\n  pocketllm report smol-8x\n\n"
     "  pocketllm report smol-8x -o smol.html --against builtin:smollm2-135m\n\n"
     "  pocketllm report smol-8x --ppl wiki.test.raw --context 1024 --windows 16\n\n"
-    "  pocketllm report smol-8x --evaluation smol.json --evaluation dense.json"
+    "  pocketllm report smol-8x --evaluation smol.json --evaluation dense.json\n\n"
+    "  pocketllm report smol-2bit --adapter smol-2bit-lora --ppl wiki.test.raw"
 )
 def report(
     folder: Annotated[Path, typer.Argument(help="A compressed model.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; FOLDER.html beside it by default.")
     ] = None,
+    adapter: Adapter = None,
     against: Against = None,
     ppl: Ppl = None,
     context: Context = 1024,
@@ -77,10 +80,13 @@ def report(
 ) -> None:
     """Write one HTML file about a compressed model: sizes, errors, codebooks, weights, perplexity."""
     show = Output(json, quiet)
+    from pocketllm.recover.adapter import check_adapter
     from pocketllm.report import check_html, default_output, html_report, read_evaluations
 
-    name = _model_of(folder)
-    target = output or default_output(folder)
+    name = _model_of(folder, "report")
+    if adapter is not None:
+        check_adapter(adapter, folder)
+    target = output or default_output(folder, adapter)
     check_html(target)
     _check_dense(against)
     evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
@@ -88,10 +94,12 @@ def report(
     with show.bars() as bars:
         if ppl is not None:
             how = _Measuring(ppl, context, windows, dtype, device, trust_remote_code)
-            evaluations += _measured([(folder, None)], _dense(against, [name]), how, bars)
+            models = [(folder, adapter), (folder, None)] if adapter else [(folder, None)]
+            evaluations += _measured(models, _dense(against, [name]), how, bars)
         page = html_report(
             folder,
             target,
+            adapter=adapter,
             against=against,
             evaluations=evaluations,
             check=check,
@@ -141,7 +149,7 @@ def compare(
 
     if output is not None:
         check_picture(output)
-    names = [_model_of(folder) for folder in folders]
+    names = [_model_of(folder, "compare") for folder in folders]
     adapters = adapter or []
     measured = [*((folder, None) for folder in folders), *((base_of(a, folders), a) for a in adapters)]
     evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
@@ -157,8 +165,8 @@ def compare(
     show.result({**found.to_dict(), "pictures": pictures}, _table(found), *pictures)
 
 
-def _model_of(folder: Path) -> str:
-    """The model that a folder was compressed from.
+def _model_of(folder: Path, command: str) -> str:
+    """The model that a folder was compressed from. command: that was given the folder.
 
     Raises:
         FormatError: it holds an adapter, or no compressed model.
@@ -169,7 +177,7 @@ def _model_of(folder: Path) -> str:
     if (folder / SETTINGS_NAME).is_file():
         raise FormatError(
             f"{folder}: an adapter; name the compressed model it was trained on "
-            f"('pocketllm compare MODEL --adapter {folder}' shows both)"
+            f"('pocketllm {command} MODEL --adapter {folder}' shows both)"
         )
     return str(read_report(folder)["model"])
 
@@ -198,11 +206,14 @@ def _measured(
     """Perplexity of the compressed models, some with an adapter, and of the dense one.
 
     Raises:
-        ConfigError, SourceError: as `perplexity` and `read_text`.
+        ConfigError, SourceError: as `perplexity` and `read_text`. ExtraError: an adapter, but no PEFT.
     """
     from pocketllm.evaluate.perplexity import perplexity, read_text
+    from pocketllm.recover.adapter import need_peft
     from pocketllm.report import Evaluation
 
+    if any(adapter for _, adapter in models):
+        need_peft()
     if how.windows < 0:
         raise ConfigError(f"--windows: got {how.windows}, wanted 0 (all) or more")
     _check_dense(dense)
@@ -212,8 +223,9 @@ def _measured(
     for model, adapter in [*named, *([(dense, None)] if dense is not None else [])]:
         loaded, tokenizer, facts = load_any(model, "dense", how.dtype, how.device, how.trust, adapter)
 
-        def told(share: float, model: str = model) -> None:
-            bars.update(f"eval {Path(model).name}", share, model)
+        def told(share: float, model: str = model, adapter: Path | None = adapter) -> None:
+            stage = f"eval {Path(model).name}{f' + {adapter.name}' if adapter else ''}"
+            bars.update(stage, share, model)
 
         result = perplexity(loaded, tokenizer, text, how.context, how.windows or None, told)
         values: Mapping[str, Any] = {**dataclasses.asdict(result), **facts, "model": model}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from pocketllm.errors import ConfigError
@@ -32,3 +33,11 @@ def plain(config: Any) -> dict[str, Any]:
     """A configuration in plain JSON types: no tuples."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return values
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings within settings as one mapping: `{"loop": {"seed": 0}}` becomes `{"loop.seed": 0}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found

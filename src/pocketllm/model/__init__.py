@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         predicted_nmse,
         trellis_nmse,
     )
-    from pocketllm.model.report import MatrixReport, counting_adapter
+    from pocketllm.model.report import MatrixReport, counting_adapter, weighted_mean
     from pocketllm.model.source import DenseCheckpoint, open_dense, resolve, resolve_local
     from pocketllm.model.target import possible_bpw
     from pocketllm.model.texts import calibration_windows, default_text, read_calibration
@@ -79,6 +79,7 @@ __all__ = [
     "trellis_nmse",
     "unfold",
     "verify",
+    "weighted_mean",
 ]
 
 if not TYPE_CHECKING:
@@ -112,7 +113,7 @@ if not TYPE_CHECKING:
                 "predicted_nmse",
                 "trellis_nmse",
             ],
-            ".report": ["MatrixReport", "counting_adapter"],
+            ".report": ["MatrixReport", "counting_adapter", "weighted_mean"],
             ".source": ["DenseCheckpoint", "open_dense", "resolve", "resolve_local"],
             ".target": ["possible_bpw"],
             ".texts": ["calibration_windows", "default_text", "read_calibration"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
@@ -175,6 +175,21 @@ def warnings_of(report: Mapping[str, Any]) -> list[str]:
             f"tokens for {least['columns']:,} inputs): their Hessians were filled up; give more text"
         )
     return found
+
+
+def weighted_mean(values: Iterable[tuple[float | None, int]]) -> float | None:
+    """Mean of a figure of several matrices; None if one is unknown or not finite, or there are none.
+
+    Args:
+        values: (figure, number of the matrix's weights, by which it counts).
+    """
+    total, weights = 0.0, 0
+    for value, count in values:
+        if value is None or not math.isfinite(value):
+            return None
+        total += value * count
+        weights += count
+    return total / weights if weights else None
 
 
 def rounded(value: float) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import pocketllm
 from pocketllm.config import CompressConfig
+from pocketllm.config.checks import flat
 from pocketllm.errors import OutputError, ResumeError, reason_of
 from pocketllm.files import write_json
 from pocketllm.model import checkpoint as ckpt
@@ -201,7 +202,7 @@ class Workspace:
             ResumeError: it holds a run with other arguments. OutputError: it is not ours, or in use.
         """
         folder = _partial(output)
-        wanted = json.loads(json.dumps(_flat(arguments)))  # as it is read back: lists for tuples
+        wanted = json.loads(json.dumps(flat(arguments)))  # as it is read back: lists for tuples
         state = folder / _STATE
         if state.is_file():
             found = _read_state(state)
@@ -289,10 +290,3 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def _partial(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
-    return flat

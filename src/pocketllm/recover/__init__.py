@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pocketllm.lazy import exports
 
 if TYPE_CHECKING:
-    from pocketllm.recover.adapter import attach_adapter, check_adapter
+    from pocketllm.recover.adapter import attach_adapter, check_adapter, read_record
     from pocketllm.recover.chain import check_recovery, compress_and_distill
     from pocketllm.recover.distill import Distilled, dry_run_distill
     from pocketllm.recover.lora import Adapted, dry_run_lora
@@ -27,13 +27,14 @@ __all__ = [
     "compress_and_distill",
     "dry_run_distill",
     "dry_run_lora",
+    "read_record",
 ]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = exports(
         __name__,
         {
-            ".adapter": ["attach_adapter", "check_adapter"],
+            ".adapter": ["attach_adapter", "check_adapter", "read_record"],
             ".chain": ["check_recovery", "compress_and_distill"],
             ".distill": ["Distilled", "dry_run_distill"],
             ".lora": ["Adapted", "dry_run_lora"],

@@ -48,15 +48,23 @@ def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
         raise FormatError(f"{adapter}: no {SETTINGS_NAME}; wanted an adapter in PEFT's form")
     settings = _read_object(adapter / SETTINGS_NAME, ("peft_type",))
     _stored_names(adapter)
-    record = adapter / RECORD_NAME
-    if record.is_file():  # adapters that were trained elsewhere have none
-        facts = _read_object(record, ("base", "base_model", "base_identity"))
-        if facts["base_identity"] != identity(report):
-            raise ConfigError(
-                f"{adapter}: was trained on {facts['base']} (made from {facts['base_model']}), not on "
-                f"{base} (made from {report['model']}); name the base it belongs to"
-            )
+    record = read_record(adapter)
+    if record is not None and record["base_identity"] != identity(report):
+        raise ConfigError(
+            f"{adapter}: was trained on {record['base']} (made from {record['base_model']}), not on "
+            f"{base} (made from {report['model']}); name the base it belongs to"
+        )
     return settings
+
+
+def read_record(adapter: Path) -> dict[str, Any] | None:
+    """What `lora` notes beside an adapter: its base, and how it was trained. None: it was trained elsewhere.
+
+    Raises:
+        FormatError: damaged.
+    """
+    path = adapter / RECORD_NAME
+    return _read_object(path, ("base", "base_model", "base_identity")) if path.is_file() else None
 
 
 def _read_object(path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:

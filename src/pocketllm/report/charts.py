@@ -200,11 +200,15 @@ def short_kinds(kinds: Sequence[str]) -> list[str]:
 
 
 def histogram(name: str, edges: Sequence[float], original: Sequence[float], decoded: Sequence[float]) -> str:
-    """Two distributions on the same bins: the original as a filled area, the decoded as a dashed line."""
+    """Two distributions on the same bins: the original as a filled area, the decoded as a dashed line.
+
+    The area is light enough for the line on it; its edge tells it from the page.
+    """
     with svg.drawing():
         figure = svg.new_figure(215)
         axes = figure.subplots()
-        axes.stairs(original, edges, fill=True, color=svg.SECOND, alpha=0.55, label="original")
+        area: dict[str, Any] = {"facecolor": (svg.SECOND, 0.4), "edgecolor": svg.SECOND, "linewidth": 1}
+        axes.stairs(original, edges, fill=True, label="original", **area)
         axes.stairs(decoded, edges, color=svg.FIRST, linewidth=1.6, linestyle=(0, (3, 1.5)), label="decoded")
         axes.set_ylim(0, 1.28 * max(*original, *decoded))
         axes.set_xlim(edges[0], edges[-1])
@@ -212,6 +216,7 @@ def histogram(name: str, edges: Sequence[float], original: Sequence[float], deco
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         axes.set_ylabel("share in a bin")
         axes.xaxis.set_major_locator(_few_ticks())
+        axes.tick_params(axis="x", pad=7)  # clear of the lowest label of the other axis
         axes.set_xlabel("weight")
         axes.legend(loc="upper left", frameon=False, ncols=2, borderpad=0, borderaxespad=0.2)
         return svg.inline(figure, name)
@@ -231,7 +236,7 @@ def curves(name: str, series: Sequence[tuple[str, Sequence[float]]], axes_labels
     """
     dashes: list[Any] = ["solid", (0, (5, 1.5)), (0, (1.5, 1.2))]
     with svg.drawing():
-        figure = svg.new_figure(230)
+        figure = svg.new_figure(230 + 17 * (len(series) + 1))
         axes = figure.subplots()
         axes.plot([0, 100], [0, 100], color=svg.MUTED, linewidth=0.8, label="all used alike")
         for (label, values), dash, colour in zip(
@@ -243,5 +248,5 @@ def curves(name: str, series: Sequence[tuple[str, Sequence[float]]], axes_labels
         axes.set_ylabel(axes_labels[1])
         axes.set_xlim(0, 100)
         axes.set_ylim(0, 100)
-        axes.legend(loc="lower right", frameon=False, handlelength=2.6)
+        figure.legend(loc="outside upper left", frameon=False, handlelength=2.6)  # lines may go anywhere
         return svg.inline(figure, name)

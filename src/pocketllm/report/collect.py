@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import FormatError
-from pocketllm.model import REPORT_NAME, Layout, read_layout, read_report, verify
+from pocketllm.model import (
+    REPORT_NAME,
+    Layout,
+    counting_adapter,
+    folder_bytes,
+    read_layout,
+    read_report,
+    verify,
+    weighted_mean,
+)
+from pocketllm.recover import check_adapter, read_record
 
 PER_KIND = 8  # matrices of a kind that are decoded, spread over the depth
 _BLOCK = re.compile(r"^.*?\.(\d+)\..+$")
@@ -45,14 +55,37 @@ class MatrixFacts:
 
 
 @dataclass(frozen=True)
+class AdapterFacts:
+    """An adapter of the model. bytes: of its folder; settings: PEFT's; record: as `read_record`."""
+
+    folder: Path
+    bytes: int
+    settings: Mapping[str, Any]
+    record: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+
+@dataclass(frozen=True)
 class ModelFacts:
-    """A compressed model. blocks: how many the model has; report: the JSON as stored."""
+    """A compressed model. blocks: how many the model has.
+
+    report: the JSON as stored; with an adapter, its bytes are counted in every size. matrices: without it.
+    """
 
     folder: Path
     matrices: tuple[MatrixFacts, ...]
     blocks: int
     layout: Layout
     report: Mapping[str, Any] = field(repr=False)
+    adapter: AdapterFacts | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder's name, and the adapter's."""
+        return self.folder.resolve().name + (f" + {self.adapter.name}" if self.adapter else "")
 
     @property
     def kinds(self) -> list[str]:
@@ -77,14 +110,7 @@ class ModelFacts:
 
 def mean(matrices: Iterable[MatrixFacts], value: Callable[[MatrixFacts], float | None]) -> float | None:
     """Mean of a value, each matrix counted by its weights; None if any lacks it or there are none."""
-    total, weights = 0.0, 0
-    for matrix in matrices:
-        number = value(matrix)
-        if number is None or not math.isfinite(number):
-            return None
-        total += number * matrix.weights
-        weights += matrix.weights
-    return total / weights if weights else None
+    return weighted_mean((value(matrix), matrix.weights) for matrix in matrices)
 
 
 def spread(matrices: Sequence[MatrixFacts]) -> list[MatrixFacts]:
@@ -115,6 +141,17 @@ def read_model(folder: Path, check: bool = True) -> ModelFacts:
     numbers = [block_of(name) for name in [*layout.matrices, *skipped]]
     blocks = max((n for n in numbers if n is not None), default=-1) + 1
     return ModelFacts(folder, matrices, blocks, layout, report)
+
+
+def with_adapter(model: ModelFacts, adapter: Path) -> ModelFacts:
+    """The model together with an adapter that was trained on it.
+
+    Raises:
+        FormatError, ConfigError: as `check_adapter`.
+    """
+    settings = check_adapter(adapter, model.folder)
+    facts = AdapterFacts(adapter, folder_bytes(adapter), settings, read_record(adapter))
+    return replace(model, report=counting_adapter(model.report, facts.bytes), adapter=facts)
 
 
 def block_of(name: str) -> int | None:

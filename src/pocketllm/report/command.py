@@ -1,4 +1,4 @@
-"""From settings back to the command line: `pocketllm compress` options that give a configuration again."""
+"""From settings back to the command line: `pocketllm compress` and `finetune` options that give them again."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from pocketllm.config import (
     TARGET_OPTIONS,
     CalibrationConfig,
     CompressConfig,
+    LoraTuneConfig,
+    flat,
 )
 
 _OPTIONS = [
@@ -45,6 +47,21 @@ _PLAIN_OPTIONS = {f"--{name.replace('_', '-')}" for name in PLAIN_SETTINGS}  # s
 _PLAIN_OPTIONS |= {"--no-row-scale", "--no-calibration"}
 
 
+_LORA_RENAMED = {"texts": "text", "validation_items": "validation-windows"}
+_LORA_UNSAID = ("loop.warmup", "loop.max_grad_norm")  # no option sets them
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, quoted for a shell. missing: settings that no option sets.
+
+    text: empty where this version does not know the settings.
+    """
+
+    text: str = ""
+    missing: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Options:
     """Options for `pocketllm compress`. missing: settings that differ and that no option sets."""
@@ -68,23 +85,44 @@ def options_for(config: CompressConfig) -> Options:
     return min(candidates, key=lambda found: (len(found.missing), len(found.arguments)))
 
 
-def command_for(model: str, output: str, values: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The command that makes a model again, quoted for a shell, from a report's stored `config`.
+def command_for(model: str, output: str, values: Mapping[str, Any]) -> Command:
+    """The command that makes a model again.
 
     Args:
         model: as the user named it. output: folder to make. values: the report's `config`.
-
-    Returns:
-        (command, settings that no option sets). The command is empty where this version does not know the
-        settings.
     """
     try:
         config = CompressConfig.from_dict(values)
     except Exception:  # whatever a later version may have stored: there is then no command to show
-        return "", ()
+        return Command()
     options = options_for(config)
     words = ["pocketllm", "compress", model, "-o", output, *options.arguments]
-    return shlex.join(words), options.missing
+    return Command(shlex.join(words), options.missing)
+
+
+def adapter_command(base: str, output: str, record: Mapping[str, Any]) -> Command:
+    """The command that trains an adapter again.
+
+    Args:
+        base: folder of the compressed model. output: folder to make. record: as `read_record`.
+    """
+    values, defaults = record.get("config"), flat(LoraTuneConfig().to_dict())
+    found = flat(values) if isinstance(values, Mapping) else {}
+    if found.keys() != defaults.keys():
+        return Command()
+    words, missing = ["pocketllm", "finetune", base, "-o", output, "--method", "lora"], []
+    for key, value in found.items():
+        if value == defaults[key]:
+            continue
+        name = key.removeprefix("loop.")
+        option = f"--{_LORA_RENAMED.get(name, name).replace('_', '-')}"
+        if key in _LORA_UNSAID or value is None:
+            missing.append(key)
+        elif isinstance(value, list):
+            words += [word for one in value for word in (option, str(one))]
+        else:
+            words += [option] if value is True else [option, str(value)]
+    return Command(shlex.join(words), tuple(missing))
 
 
 def _unnamed(preset: str, config: CompressConfig) -> list[Options]:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import ConfigError
-from pocketllm.model import counting_adapter, folder_bytes
 from pocketllm.recover import check_adapter
-from pocketllm.report.collect import ModelFacts, mean, read_model
+from pocketllm.report.collect import ModelFacts, mean, read_model, with_adapter
 from pocketllm.report.evaluations import Evaluation
 
 
@@ -158,8 +157,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _row(model: ModelFacts, name: str, adapter: Path | None, perplexity: float | None) -> Compared:
-    report = model.report if adapter is None else counting_adapter(model.report, folder_bytes(adapter))
-    coded = model.matrices if adapter is None else []  # what an adapter adds, no error of coding tells of
+    report = (model if adapter is None else with_adapter(model, adapter)).report
+    coded = model.matrices if adapter is None else ()  # what an adapter adds, no error of coding tells of
     blocks = [m for m in coded if m.block is not None]
     return Compared(
         name=name if adapter is None else f"{name} + {adapter.resolve().name}",

@@ -6,9 +6,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pocketllm.config import flat
 from pocketllm.report.charts import Table, short
-from pocketllm.report.collect import ModelFacts
+from pocketllm.report.collect import AdapterFacts, ModelFacts
+from pocketllm.report.command import Command
 from pocketllm.report.sections import Section
+
+_PEFT_SETTINGS = (
+    *("peft_type", "base_model_name_or_path"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules"),
+)
 
 
 def skipped_section(model: ModelFacts) -> Section:
@@ -23,13 +30,34 @@ def skipped_section(model: ModelFacts) -> Section:
     return Section("dense", "Not compressed", tables=[table])
 
 
-def making_section(model: ModelFacts, command: str, missing: Sequence[str]) -> Section:
-    """Settings, versions, how the fit went, and the command to make it again."""
+def making_section(model: ModelFacts, command: Command, training: Command | None = None) -> Section:
+    """Settings, versions, how the fit went, and the commands to make it again.
+
+    Args:
+        command: that compresses the model. training: that trains its adapter.
+    """
+    report = model.report
+    versions = [(str(k), str(v)) for k, v in (report.get("versions") or {}).items()]
+    settings = [(key, str(value)) for key, value in flat(report["config"]).items()]
+    tables = [Table("Settings", ("setting", "value"), settings, words=2), *_fits(report.get("fits") or [])]
+    if isinstance(report.get("recover"), Mapping):
+        recover = [(key, str(value)) for key, value in flat(report["recover"]).items()]
+        tables.append(Table("Fine-tuning", ("setting", "value"), recover, words=2))
+    if model.adapter is not None:
+        tables.append(_adapter_table(model.adapter))
+    if versions:
+        tables.append(Table("Versions", ("package", "version"), versions, words=2))
+    commands = tuple(c.text for c in (command, training or Command()) if c.text)
+    paragraphs = _paragraphs(model, command, training or Command())
+    return Section("making", "How it was made", paragraphs, tables=tables, commands=commands)
+
+
+def _paragraphs(model: ModelFacts, command: Command, training: Command) -> list[str]:
     report = model.report
     paragraphs = [f"Made from {report['model']}."]
-    if command and missing:
+    if command.text and command.missing:
         paragraphs.append(
-            f"Settings that no option sets, and that the command below leaves out: {', '.join(missing)}. In "
+            f"Settings that no option sets, and that the command below leaves out: {', '.join(command.missing)}. In "
             "Python, pocketllm.CompressConfig.from_dict(report['config']) sets them all, where report is the "
             "content of pocketllm.json."
         )
@@ -38,21 +66,45 @@ def making_section(model: ModelFacts, command: str, missing: Sequence[str]) -> S
             "It was fine-tuned after it was compressed, which the command below leaves out. "
             "Stored errors are those before the fine-tuning."
         )
-    paragraphs.append(
-        "The command that makes it again:"
-        if command
-        else "This version of pocketllm-codec does not know its settings; update it to see the command that "
-        "makes the model again."
-    )
-    versions = [(str(k), str(v)) for k, v in (report.get("versions") or {}).items()]
-    settings = [(key, str(value)) for key, value in _flat(report["config"]).items()]
-    tables = [Table("Settings", ("setting", "value"), settings, words=2), *_fits(report.get("fits") or [])]
-    if isinstance(report.get("recover"), Mapping):
-        recover = [(key, str(value)) for key, value in _flat(report["recover"]).items()]
-        tables.append(Table("Fine-tuning", ("setting", "value"), recover, words=2))
-    if versions:
-        tables.append(Table("Versions", ("package", "version"), versions, words=2))
-    return Section("making", "How it was made", paragraphs, tables=tables, code=command)
+    if model.adapter is not None:
+        paragraphs += _adapter_paragraphs(model.adapter, training)
+    if not command.text:
+        paragraphs.append(
+            "This version of pocketllm-codec does not know its settings; update it to see the command that "
+            "makes the model again."
+        )
+    if command.text and training.text:
+        paragraphs.append("The commands that make it again, the model and then the adapter:")
+    elif command.text or training.text:
+        paragraphs.append(f"The command that makes {'it' if command.text else 'the adapter'} again:")
+    return paragraphs
+
+
+def _adapter_paragraphs(adapter: AdapterFacts, training: Command) -> list[str]:
+    if adapter.record is None:
+        return [
+            f"The adapter {adapter.name} was trained on it elsewhere: there is no pocketllm-adapter.json beside it "
+            "that says how."
+        ]
+    found = [f"The adapter {adapter.name} was trained on it afterwards; nothing that is coded was changed."]
+    if not training.text:
+        found.append("This version of pocketllm-codec does not know the settings that it was trained with.")
+    elif training.missing:
+        found.append(
+            f"Settings of the training that no option sets, and that its command leaves out: "
+            f"{', '.join(training.missing)}."
+        )
+    return found
+
+
+def _adapter_table(adapter: AdapterFacts) -> Table:
+    """How it was trained; where that is not known, what PEFT says of it."""
+    if adapter.record is None:
+        rows = [(key, str(adapter.settings[key])) for key in _PEFT_SETTINGS if key in adapter.settings]
+    else:
+        facts = flat({key: value for key, value in adapter.record.items() if key != "base_identity"})
+        rows = [(key, str(value)) for key, value in facts.items()]
+    return Table(f"Adapter {adapter.name}", ("setting", "value"), rows, words=2)
 
 
 def _fits(fits: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -70,10 +122,3 @@ def _fits(fits: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 def _text(value: Any) -> str:
     return short(float(value)) if isinstance(value, int | float) else "–"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from pocketllm.report import charts
 from pocketllm.report.charts import Chart, Table, short
+from pocketllm.report.collect import AdapterFacts, ModelFacts
 from pocketllm.report.evaluations import Evaluation
-from pocketllm.report.sections import Section
+from pocketllm.report.sections import Section, of_the_base
 from pocketllm.report.weights import WIDTH, Distribution, Moments, Weights
 
 
-def weights_section(weights: Weights) -> Section:
+def weights_section(model: ModelFacts, weights: Weights) -> Section:
     """Original and decoded weights, kind by kind."""
     title = "Distribution of the weights"
     if weights.absent:
@@ -28,6 +29,7 @@ def weights_section(weights: Weights) -> Section:
     if partial:
         seen = sum(len(d.nmse) for d in weights.kinds)
         paragraphs.append(f"{seen} of {sum(d.of for d in weights.kinds)} matrices, spread over the depth.")
+    paragraphs += of_the_base(model, "The decoded weights are those")
     if weights.mismatch:
         paragraphs.append(f"Mind: {weights.mismatch}")
     found = [_histogram(n, distribution) for n, distribution in enumerate(weights.kinds)]
@@ -69,11 +71,14 @@ def _figures(moments: Moments) -> tuple[str, str, str, str]:
     return short(moments.mean), short(moments.rms), short(moments.largest), short(moments.kurtosis)
 
 
-def perplexity_section(evaluations: Sequence[Evaluation], command: str, nbytes: int) -> Section:
+def perplexity_section(
+    evaluations: Sequence[Evaluation], command: str, nbytes: int, adapter: AdapterFacts | None = None
+) -> Section:
     """Perplexity of the compressed model beside the dense one.
 
     Args:
         command: how to measure it. nbytes: of the compressed model, to tell an evaluation of another one.
+        adapter: that the page is of, with the model.
     """
     title = "Perplexity"
     if not evaluations:
@@ -82,43 +87,65 @@ def perplexity_section(evaluations: Sequence[Evaluation], command: str, nbytes: 
             title,
             absent="Not measured. Measure it with --ppl TEXT, here and on the dense model, or add the "
             "output of 'pocketllm eval --json' with --evaluation.",
-            code=command,
+            commands=(command,),
         )
-    dense = {e.setting: e.perplexity for e in evaluations if not e.compressed}
-    rows, labels = [], []
-    for e in evaluations:
-        against = dense.get(e.setting)
-        more = f"{e.perplexity / against:.3f}×" if e.compressed and against else "–"
-        kind = ("compressed, with adapter" if e.adapter else "compressed") if e.compressed else "dense"
-        labels.append(f"{kind}, {Path(e.text).name}")
-        rows.append(
-            (
-                kind,
-                e.model,
-                Path(e.text).name or "–",
-                str(e.context or "–"),
-                str(e.windows or "–"),
-                short(e.perplexity, 4),
-                more,
-            )
-        )
-    headers = ("weights", "model", "text", "context", "windows", "perplexity", "times dense")
-    table = Table("Perplexity per token; lower is better", headers, rows, words=3)
+    table = _perplexities(evaluations)
     paragraphs = ["Figures may be compared only on the same text, context length and number of windows."]
+    dense = {e.setting for e in evaluations if not e.compressed}
     if not any(e.compressed and e.setting in dense for e in evaluations):
         paragraphs.append(
             "There is no figure of the dense model in the same setting. Name that model with --against, or "
             "add its evaluation with --evaluation."
         )
-    paragraphs += [
-        f"Mind: the evaluation of {e.model} is of {e.bytes_on_disk:,} bytes, this model has {nbytes:,}."
-        for e in evaluations
-        if e.compressed and e.bytes_on_disk not in (0, nbytes)
-    ]
+    paragraphs += [mind for e in evaluations if e.compressed for mind in _doubts(e, nbytes, adapter)]
     if not all(math.isfinite(e.perplexity) for e in evaluations):
         return Section("perplexity", title, paragraphs, tables=[table])
+    return Section("perplexity", title, paragraphs, [_perplexity_chart(evaluations, table)])
+
+
+def _weights_of(evaluation: Evaluation) -> str:
+    if not evaluation.compressed:
+        return "dense"
+    return "compressed, with adapter" if evaluation.adapter else "compressed"
+
+
+def _perplexities(evaluations: Sequence[Evaluation]) -> Table:
+    dense = {e.setting: e.perplexity for e in evaluations if not e.compressed}
+    rows = []
+    for e in evaluations:
+        against = dense.get(e.setting)
+        rows.append(
+            (
+                _weights_of(e),
+                f"{e.model} + {Path(e.adapter).name}" if e.adapter else e.model,
+                Path(e.text).name or "–",
+                str(e.context or "–"),
+                str(e.windows or "–"),
+                short(e.perplexity, 4),
+                f"{e.perplexity / against:.3f}×" if e.compressed and against else "–",
+            )
+        )
+    headers = ("weights", "model", "text", "context", "windows", "perplexity", "times dense")
+    return Table("Perplexity per token; lower is better", headers, rows, words=3)
+
+
+def _doubts(e: Evaluation, nbytes: int, adapter: AdapterFacts | None) -> list[str]:
+    """Why an evaluation may be of another model than the page, or of the same with another adapter."""
+    expected = nbytes + (adapter.bytes if adapter and e.adapter else 0)
+    if e.bytes_on_disk not in (0, expected):
+        return [
+            f"Mind: the evaluation of {e.model} is of {e.bytes_on_disk:,} bytes, this model has {expected:,}."
+        ]
+    if adapter and e.adapter and Path(e.adapter).name != adapter.name:
+        return [
+            f"Mind: the evaluation of {e.model} is with the adapter {e.adapter}, not with {adapter.name}."
+        ]
+    return []
+
+
+def _perplexity_chart(evaluations: Sequence[Evaluation], table: Table) -> Chart:
+    labels = [f"{_weights_of(e)}, {Path(e.text).name}" for e in evaluations]
     notes = [short(e.perplexity, 4) for e in evaluations]
     picture = charts.bars("perplexity-bars", labels, [e.perplexity for e in evaluations], notes)
     words = "; ".join(f"{label}: {note}" for label, note in zip(labels, notes, strict=True))
-    chart = Chart("perplexity-chart", "Perplexity", f"Bar chart. {words}.", [picture], table)
-    return Section("perplexity", title, paragraphs, [chart])
+    return Chart("perplexity-chart", "Perplexity", f"Bar chart. {words}.", [picture], table)

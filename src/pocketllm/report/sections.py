@@ -16,20 +16,31 @@ Value = Callable[[MatrixFacts], float | None]
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page. absent: why there is nothing to show. code: a command, shown as such."""
+    """One part of the page. absent: why there is nothing to show. commands: for a shell, shown as such."""
 
     name: str
     title: str
     paragraphs: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    code: str = ""
+    commands: tuple[str, ...] = ()
     absent: str = ""
 
 
 def megabytes(nbytes: float) -> str:
     """Bytes as MB (10^6), or kB where that says more."""
     return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:,.1f} kB"
+
+
+def of_the_base(model: ModelFacts, what: str) -> list[str]:
+    """A paragraph that says what is shown without the adapter; none where there is no adapter.
+
+    Args:
+        what: is shown, with its verb.
+    """
+    if model.adapter is None:
+        return []
+    return [f"{what} of the base alone: the adapter changes what is computed, not what is coded."]
 
 
 def size_section(model: ModelFacts) -> Section:
@@ -61,9 +72,21 @@ def size_section(model: ModelFacts) -> Section:
             f"would have {dense:,} ({megabytes(dense)}).",
             "Dense are the tensors that were not compressed, headers the descriptions in the weight files, "
             "config.json and pocketllm.json; other files are the tokenizer and the like.",
+            *_counted(model),
         ],
         [Chart("size", "Bytes on disk", description, [picture], table)],
     )
+
+
+def _counted(model: ModelFacts) -> list[str]:
+    """That the adapter is counted, where there is one."""
+    if model.adapter is None:
+        return []
+    base = model.report["bytes_on_disk"] - model.adapter.bytes
+    return [
+        f"The adapter {model.adapter.name} is counted with every file of its folder, {model.adapter.bytes:,} bytes "
+        f"beside the {base:,} of the base; so it is in the ratios and the bits per weight."
+    ]
 
 
 def heat_chart(model: ModelFacts, name: str, title: str, unit: str, value: Value) -> Chart | None:
@@ -103,7 +126,9 @@ def bits_section(model: ModelFacts) -> Section:
             f"{short(report['bpw_matrices'])} bits per weight over all compressed matrices, "
             f"{short(report['bpw_blocks'])} over those in the blocks, {short(report['bpw_all'])} over every "
             "parameter. Everything stored is counted: indices, scales, and a matrix's share of its codebook "
-            "and decoder. A dash marks what is not compressed."
+            f"and decoder{', and the adapter, which serves all' if model.adapter else ''}. A dash marks what is not "
+            "compressed.",
+            *of_the_base(model, "The bits of single matrices and kinds are"),
         ],
         [chart] if chart else [],
         [kinds_table(model)],
@@ -149,6 +174,7 @@ def error_section(model: ModelFacts) -> Section:
         )
     else:
         paragraphs.append("There is no proxy error: the model was compressed without calibration.")
+    paragraphs += of_the_base(model, "These errors are")
     outside = [(m.name, short(m.bpw), short(m.nmse), short(m.proxy_error)) for m in model.outside]
     headers = ("matrix", "bits per weight", "nmse", "proxy error")
     tables = [Table("Outside the blocks", headers, outside)] if outside else []

@@ -17,8 +17,8 @@ from pocketllm.errors import ExtraError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, MUTED, LINE, FIRST, SECOND, EMPTY = (f"#01020{n}" for n in range(3, 9))
-_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", FIRST: "first", SECOND: "second", EMPTY: "empty"}
+INK, MUTED, LINE, FIRST, SECOND = (f"#01020{n}" for n in range(3, 8))
+_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", FIRST: "first", SECOND: "second"}
 POINTS = 72
 WIDTH = 330  # points; a phone of 360 pixels shows them about one to one
 

@@ -13,7 +13,7 @@ import torch
 
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
-from pocketllm.model import Matrices, default_text, positions_of, read_calibration
+from pocketllm.model import Matrices, default_text, positions_of, read_calibration, weighted_mean
 from pocketllm.studies.study import Progress, Setup, Text
 
 _STAGES = {"measure": (0.0, 0.2), "fit": (0.2, 0.4), "encode": (0.4, 1.0)}
@@ -124,10 +124,9 @@ def compressed_model(setup: Setup, folder: Path) -> tuple[Any, Any]:
 
 
 def mean_nmse(report: Mapping[str, Any]) -> float:
-    """Of a compressed model's matrices, each counted by its weights. report: as stored."""
-    weights = [math.prod(m["shape"]) for m in report["matrices"]]
-    total = sum(n * m["nmse"] for n, m in zip(weights, report["matrices"], strict=True))
-    return float(total / sum(weights))
+    """Of a compressed model's matrices, each counted by its weights; nan if one is unknown. report: as stored."""
+    found = weighted_mean((m["nmse"], math.prod(m["shape"])) for m in report["matrices"])
+    return math.nan if found is None else found
 
 
 @contextmanager

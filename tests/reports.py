@@ -1,0 +1,54 @@
+"""Tiny models whose pages the tests of `pocketllm report` look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pocketllm
+from pocketllm import LoraTuneConfig
+from pocketllm.config import CalibrationConfig
+from tests import tiny
+from tests.recovery import quick_loop
+
+MEASURE = ["--context", "32", "--windows", "2"]
+
+
+def make(folder: Path) -> Path:
+    """A folder with dense, small (calibrated), other (no calibration), moe-dense, moe; text.txt."""
+    tiny.save(folder / "dense")
+    calibration = CalibrationConfig(tokens=128, context=32)
+    pocketllm.compress(folder / "dense", tiny.settings(calibration=calibration), folder / "small")
+    pocketllm.compress(folder / "dense", tiny.settings(codebook_scope="model"), folder / "other")
+    moe = tiny.save(folder / "moe-dense", "mixtral", num_hidden_layers=1)
+    pocketllm.compress(moe, tiny.settings(codebook_scope="matrix", decoder_scope="matrix"), folder / "moe")
+    (folder / "text.txt").write_text("a text that is long enough for some windows. " * 20)
+    return folder
+
+
+def make_adapter(folder: Path) -> Path:
+    """An adapter `tuned` of the model `small` in a folder that `make` made."""
+    config = LoraTuneConfig(
+        rank=4,
+        alpha=8,
+        steps=2,
+        context=24,
+        texts=(str(folder / "text.txt"),),
+        validation_items=4,
+        loop=quick_loop(warmup=0.1),
+    )
+    pocketllm.lora(folder / "small", folder / "tuned", config)
+    return folder / "tuned"
+
+
+def full_page(folder: Path, adapter: Path | None = None) -> Path:
+    """The page of the model `small` with everything on it, perplexities included."""
+    from pocketllm.report import Evaluation, html_report
+
+    evaluations = [
+        Evaluation(20.5, "small", True, "text.txt", 32, 2, 62),
+        Evaluation(10.25, "dense", False, "text.txt", 32, 2, 62),
+    ]
+    if adapter is not None:
+        evaluations.insert(0, Evaluation(15.5, "small", True, "text.txt", 32, 2, 62, adapter=str(adapter)))
+    output = folder / ("page.html" if adapter is None else "page-with-adapter.html")
+    return html_report(folder / "small", output, adapter=adapter, evaluations=evaluations).output
