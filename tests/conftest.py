@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too
 import random
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -22,6 +23,9 @@ import torch
 import pocketllm
 from tests import tiny
 from tests.commands import Run
+
+if TYPE_CHECKING:
+    from tests.studies import CodecStudies
 
 torch.set_num_threads(1)
 
@@ -65,3 +69,11 @@ def text(source: Path) -> Path:
     path = source.parent / "text.txt"
     path.write_text("a text that is long enough for some windows. " * 20, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def codec_studies(tmp_path_factory: pytest.TempPathFactory) -> CodecStudies:
+    """The studies of the codec, run small on a tiny model."""
+    from tests.studies import CodecStudies, small_codec_model
+
+    return CodecStudies(small_codec_model(tmp_path_factory), tmp_path_factory.mktemp("studies-done"))

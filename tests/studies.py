@@ -1,13 +1,30 @@
-"""A tiny model to study, and a study's setup."""
+"""Tiny models to study, a study's setup, and the studies of the codec run small."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pocketllm.studies import Outcome, codebook, depth, overfit, rln, run_study, utilization
 from pocketllm.studies.study import Setup
 from tests import tiny
+
+CODEC_SIZES: dict[Any, dict[str, Any]] = {
+    rln: {"_SIZE": 16, "_QUICK_EPOCHS": 1},
+    depth: {"_SIZE": 16, "_QUICK_EPOCHS": 1},
+    utilization: {"_QUICK_SIZE": 16, "_QUICK_EPOCHS": 2},
+    overfit: {
+        "QUICK_CURVES": ((8, 16),),
+        "_QUICK_EPOCHS": 1,
+        "QUICK_SWEEP": ((4, 16), (2, 16), (1, 16), (1, 1024)),
+        "QUICK_TWINS": ((4, 16), (2, 16)),
+    },
+    codebook: {"QUICK_GRID": ((1, 2), (2, 4), (4, 8), (4, 4)), "QUICK_MODELS": ((1, 2), (2, 4))},
+}
+"""Study of the codec -> what makes it small enough for a tiny model."""
 
 
 def small_model(factory: pytest.TempPathFactory) -> str:
@@ -18,3 +35,31 @@ def small_model(factory: pytest.TempPathFactory) -> str:
 
 def setup_of(model: str, work: Path, quick: bool = True) -> Setup:
     return Setup(model, quick, 0, "cpu", None, work)
+
+
+def small_codec_model(factory: pytest.TempPathFactory) -> str:
+    """Folder of a model whose matrices are just large enough for a codebook."""
+    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 96, "max_position_embeddings": 512}
+    return str(tiny.save(factory.mktemp("codec-studies") / "dense", **sizes))
+
+
+class CodecStudies:
+    """The studies of the codec, by module: each is run once, in its small version, when it is first asked for."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        self.model, self._folder = model, folder
+        self._done: dict[str, Outcome] = {}
+
+    def __getitem__(self, module: Any) -> Outcome:
+        name = module.STUDY.name
+        if name not in self._done:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.delenv("POCKETLLM_DATA", raising=False)
+                for size, value in CODEC_SIZES[module].items():
+                    patch.setattr(module, size, value)
+                self._done[name] = run_study(name, self.model, self._folder / name, quick=True)
+        return self._done[name]
+
+    def results(self, module: Any) -> dict[str, Any]:
+        """A copy to change."""
+        return copy.deepcopy(self[module].result["results"])

@@ -10,7 +10,7 @@ Importing the package registers the format with transformers (when transformers 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pocketllm.config import (
     PRESETS,
@@ -23,10 +23,15 @@ from pocketllm.config import (
 )
 from pocketllm.errors import PocketError
 from pocketllm.integrations.hook import register_when_imported
+from pocketllm.lazy import exports
 
 if TYPE_CHECKING:
+    from pocketllm.evaluate.generate import generate
+    from pocketllm.evaluate.measure import measure
+    from pocketllm.evaluate.perplexity import perplexity
     from pocketllm.integrations.transformers import load
     from pocketllm.model.compress import compress, dry_run
+    from pocketllm.model.export import export
     from pocketllm.model.report import Report
     from pocketllm.recover.distill import distill
     from pocketllm.recover.lora import lora
@@ -46,29 +51,30 @@ __all__ = [
     "compress",
     "distill",
     "dry_run",
+    "export",
+    "generate",
     "load",
     "lora",
+    "measure",
     "merge",
+    "perplexity",
     "preset",
 ]
-_LAZY = {
-    "compress": "pocketllm.model.compress",
-    "distill": "pocketllm.recover.distill",
-    "dry_run": "pocketllm.model.compress",
-    "load": "pocketllm.integrations.transformers",
-    "lora": "pocketllm.recover.lora",
-    "merge": "pocketllm.recover.merge",
-    "Report": "pocketllm.model.report",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import what needs torch only when it is used."""
-    if name in _LAZY:
-        import importlib
-
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'pocketllm' has no attribute {name!r}")
-
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = exports(
+        __name__,
+        {
+            ".evaluate.generate": ["generate"],
+            ".evaluate.measure": ["measure"],
+            ".evaluate.perplexity": ["perplexity"],
+            ".integrations.transformers": ["load"],
+            ".model.compress": ["compress", "dry_run"],
+            ".model.export": ["export"],
+            ".model.report": ["Report"],
+            ".recover.distill": ["distill"],
+            ".recover.lora": ["lora"],
+            ".recover.merge": ["merge"],
+        },
+    )
 
 register_when_imported()

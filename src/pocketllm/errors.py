@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "ConfigError",
+    "ExtraError",
+    "FormatError",
+    "LoadError",
+    "OutputError",
+    "PocketError",
+    "ResumeError",
+    "ShapeError",
+    "SourceError",
+    "TargetError",
+    "TrainingError",
+    "WeightError",
+]
+
 
 class PocketError(Exception):
     """Base of every error raised on purpose; the command line exits with code 1 on it."""

@@ -253,3 +253,14 @@ def test_help_in_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "pocketllm", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "compress" in done.stdout and "export" in done.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["study"]])
+def test_help_is_light(command: list[str]) -> None:
+    code = (
+        "import atexit, sys\nfrom pocketllm.cli import main\n"
+        f"sys.argv = ['pocketllm', *{command}, '--help']\n"
+        "atexit.register(lambda: print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules))))\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("[]")

@@ -17,7 +17,7 @@ from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, S
 from pocketllm.model.checkpoint import folder_bytes, read_report
 from pocketllm.model.report import counting_adapter
 from pocketllm.model.workspace import locked
-from pocketllm.recover.adapter import attach, check_adapter, merged
+from pocketllm.recover.adapter import attach_adapter, check_adapter, merged
 from pocketllm.recover.lora import dry_run_lora
 from pocketllm.recover.setting import open_base
 from pocketllm.report import Comparison, Evaluation, compare, picture
@@ -98,7 +98,7 @@ def test_merging_keeps_the_logits_where_pefts_own_drops_the_adapter(made: Path, 
     from transformers import AutoModelForCausalLM
 
     base = open_base(made / "c", None)
-    adapted = logits(attach(base.load("packed", "cpu"), made / "c", made / "a"))
+    adapted = logits(attach_adapter(base.load("packed", "cpu"), made / "c", made / "a"))
     pocketllm.merge(made / "c", made / "a", tmp_path / "dense", dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     torch.testing.assert_close(logits(dense), adapted, rtol=1e-3, atol=1e-4)
@@ -288,10 +288,10 @@ def test_an_adapter_that_peft_cannot_read_or_would_leave_empty(made: Path, tmp_p
         pytest.warns(UserWarning, match="missing adapter keys"),
         pytest.raises(FormatError, match=rf"adapter_model\.safetensors: lacks {first} \(1 of 28 tensors\)"),
     ):
-        attach(base.load("packed", "cpu"), made / "c", tmp_path / "a")
+        attach_adapter(base.load("packed", "cpu"), made / "c", tmp_path / "a")
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "lora_alpha": None}))
     with pytest.raises(FormatError, match=r"adapter_config\.json: PEFT cannot read it \(TypeError"):
-        attach(base.load("packed", "cpu"), made / "c", tmp_path / "a")
+        attach_adapter(base.load("packed", "cpu"), made / "c", tmp_path / "a")
 
 
 def test_the_defaults_are_the_papers_recipe() -> None:

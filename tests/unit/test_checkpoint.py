@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm.errors import FormatError
+from pocketllm.files import write_json
 from pocketllm.model import checkpoint as ckpt
 from tests import tiny
 
@@ -260,9 +261,9 @@ def test_missing_files(copy: Path) -> None:
 
 
 def test_json_is_renamed_when_whole(tmp_path: Path) -> None:
-    ckpt.write_json(tmp_path / "a.json", {"x": 1})
+    write_json(tmp_path / "a.json", {"x": 1})
     with pytest.raises(TypeError):
-        ckpt.write_json(tmp_path / "a.json", {"x": object()})
+        write_json(tmp_path / "a.json", {"x": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from pocketllm.codec.codebook import (
     centroids,
+    codebook_perplexity,
+    codebook_utilization,
     kmeans_codebook,
     nearest,
     nearest_torch,
     normal_codebook,
-    perplexity,
     straight_through,
-    utilization,
 )
 
 SIZES = [(1, 1, 1), (3, 4, 2), (19, 7, 3), (21, 64, 4), (500, 300, 6), (1000, 1024, 8), (64, 50, 33)]
@@ -138,8 +138,8 @@ def test_normal_codebook_has_the_published_deviation(d: int) -> None:
     ],
 )
 def test_use_statistics(counts: list[int], share: float, effective: float) -> None:
-    assert utilization(torch.tensor(counts)) == share
-    assert perplexity(torch.tensor(counts)) == pytest.approx(effective, rel=1e-12)
+    assert codebook_utilization(torch.tensor(counts)) == share
+    assert codebook_perplexity(torch.tensor(counts)) == pytest.approx(effective, rel=1e-12)
 
 
 def test_straight_through_has_the_value_of_q_and_the_gradient_of_z() -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-@pytest.mark.parametrize("maker", ["tables.py", "studies.py"])
+@pytest.mark.parametrize("maker", ["tables.py", "studies.py", "api.py"])
 def test_pages_match_the_results(maker: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / maker), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

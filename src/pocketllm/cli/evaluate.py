@@ -115,10 +115,10 @@ def evaluate(
 
 def _adapter(adapter: Path, base: Path) -> Any:
     from pocketllm.evaluate.measure import Adapter as Measured
-    from pocketllm.recover.adapter import attach, check_adapter
+    from pocketllm.recover.adapter import attach_adapter, check_adapter
 
     check_adapter(adapter, base)
-    return Measured(adapter, lambda model: attach(model, base, adapter))
+    return Measured(adapter, lambda model: attach_adapter(model, base, adapter))
 
 
 def _data(given: Path | None) -> Path | None:

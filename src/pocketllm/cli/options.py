@@ -104,10 +104,10 @@ def _load_with(
     adapter: Path, model: str, mode: str, dtype: str, device: str, trust_remote_code: bool
 ) -> tuple[Any, Any, dict[str, Any]]:
     from pocketllm.model import checkpoint
-    from pocketllm.recover.adapter import attach, check_adapter
+    from pocketllm.recover.adapter import attach_adapter, check_adapter
 
     check_adapter(adapter, Path(model))
     loaded, tokenizer, facts = load_any(model, mode, dtype, device, trust_remote_code)
-    attach(loaded, Path(model), adapter)
+    attach_adapter(loaded, Path(model), adapter)
     nbytes = facts["bytes_on_disk"] + checkpoint.folder_bytes(adapter)
     return loaded, tokenizer, {**facts, "bytes_on_disk": nbytes, "adapter": str(adapter)}

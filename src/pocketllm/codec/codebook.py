@@ -99,7 +99,7 @@ class Searcher:
 
 
 def nearest(points: Tensor, codebook: Tensor) -> Tensor:
-    """`Searcher(codebook).nearest(points)`."""
+    """Indices of the nearest codewords: points [N, d], codebook [K, d] -> [N] int64. Many times: `Searcher`."""
     return Searcher(codebook).nearest(points)
 
 
@@ -134,12 +134,12 @@ def straight_through(z: Tensor, q: Tensor) -> Tensor:
     return z + (q - z).detach()
 
 
-def utilization(counts: Tensor) -> float:
+def codebook_utilization(counts: Tensor) -> float:
     """Share of codewords used at least once, from the [K] index counts."""
     return (counts > 0).float().mean().item()
 
 
-def perplexity(counts: Tensor) -> float:
-    """`codebook_perplexity`: 2^entropy of the index distribution; K when all are used alike."""
+def codebook_perplexity(counts: Tensor) -> float:
+    """2^entropy of the index distribution, from the [K] index counts; K when all are used alike."""
     p = counts.double() / counts.sum().clamp(min=1)
     return float(torch.exp2(-(p * torch.log2(p.clamp(min=1e-300))).sum()))

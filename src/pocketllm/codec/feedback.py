@@ -64,7 +64,7 @@ class HessianFactor:
 
 
 def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> HessianFactor:
-    """Damp, pad and factorize H.
+    """Damp, pad and factorize a Hessian for `assign`.
 
     Args:
         hessian: [columns, columns] symmetric, positive semidefinite.

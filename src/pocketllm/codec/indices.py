@@ -12,8 +12,9 @@ from pocketllm.codec.trellis import STRIP_ROWS, Trellis, pack_paths, trellis_byt
 
 @dataclass(frozen=True)
 class IndexForm:
-    """codebook_size: K. stride: bits that each index adds on a trellis; None for independent indices.
+    """How the indices of a matrix are stored.
 
+    codebook_size: K. stride: bits that each index adds on a trellis; None for independent indices.
     strip_rows: about how many rows a path runs down before it goes on in the next column.
     """
 

@@ -282,4 +282,4 @@ def _utilization(codecs: Mapping[str, MatrixCodec], rows: Mapping[str, list[Tens
     for key, blocks in rows.items():
         for block in blocks:
             counts += torch.bincount(_reconstruct(codecs[key], block)[1].cpu(), minlength=len(counts))
-    return cb.utilization(counts)
+    return cb.codebook_utilization(counts)

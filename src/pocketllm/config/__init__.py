@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pocketllm.config.checks import flat
 from pocketllm.config.codec import CodecConfig, Safeguards
 from pocketllm.config.compress import (
     REFINE_EPOCHS,
@@ -42,5 +43,6 @@ __all__ = [
     "LoraTuneConfig",
     "Preset",
     "Safeguards",
+    "flat",
     "preset",
 ]

@@ -12,8 +12,11 @@ from pocketllm.config.codec import CodecConfig
 from pocketllm.errors import ConfigError
 
 SCOPES = ("matrix", "kind", "model")
+"""What may share a codebook or a decoder."""
 TARGET_OPTIONS = {"target_bpw": "--bpw", "target_ratio": "--ratio", "target_bytes": "--size"}
-REFINE_EPOCHS = 2  # where refinement is asked for without a number
+"""The settings that say how small a model shall be, and their options on the command line."""
+REFINE_EPOCHS = 2
+"""Of refinement, where it is asked for without a number."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from pocketllm.config.compress import CalibrationConfig, CompressConfig
 from pocketllm.config.recover import DistillConfig, LoopConfig
 from pocketllm.errors import ConfigError
 
-DEMO_TOKENS = 16384  # of calibration text: half the default, for the sake of time
-DEMO_RECOVERY = DistillConfig(  # so few steps want small ones
+DEMO_TOKENS = 16384
+"""Of calibration text in the demo: half the default, for the sake of time."""
+DEMO_RECOVERY = DistillConfig(
     steps=12,
     context=256,
     validation_windows=8,
@@ -21,6 +22,7 @@ DEMO_RECOVERY = DistillConfig(  # so few steps want small ones
     lr_decoder=1e-4,
     loop=LoopConfig(batch_size=4, eval_every=6, checkpoint_every=6),
 )
+"""Distillation in the demo: so few steps want small ones."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,12 @@ PRESETS: dict[str, Preset] = {
     "lookup-16x": Preset(_lookup(2.02), "look-up decoder, all blocks, 2.02 bits per weight"),
     "lookup-20x": Preset(_lookup(1.6), "look-up decoder, all blocks, 1.6 bits per weight"),
 }
+"""The presets by name."""
 DEFAULT_PRESET = "calibrated-10x"
-PLAIN_PRESET = "lookup-8x"  # where calibration is not wanted, or one of these is set:
-PLAIN_SETTINGS = (  # of networks and of independent indices, without meaning on a trellis
+"""The preset where none is named."""
+PLAIN_PRESET = "lookup-8x"
+"""The preset where none is named, and calibration is not wanted or one of `PLAIN_SETTINGS` is set."""
+PLAIN_SETTINGS = (
     "codebook_size",
     "decoder",
     "norm",
@@ -85,6 +90,7 @@ PLAIN_SETTINGS = (  # of networks and of independent indices, without meaning on
     "epochs",
     "row_scale",
 )
+"""Settings of networks and of independent indices, without meaning on a trellis."""
 
 
 def preset(name: str) -> CompressConfig:

@@ -13,7 +13,10 @@ from pocketllm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Generation:
-    """text: prompt and continuation. tokens: new ones. tokens_per_second: new tokens over wall time."""
+    """What a model wrote.
+
+    text: prompt and continuation. tokens: new ones. tokens_per_second: new tokens over wall time.
+    """
 
     text: str
     tokens: int

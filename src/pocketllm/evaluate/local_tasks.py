@@ -76,6 +76,11 @@ def local_tasks() -> dict[str, LocalTask]:
     return dict(sorted(found.items()))
 
 
+def local_task_names(data: Path | None) -> list[str]:
+    """The tasks whose files a data folder holds, by their lm-eval names; none where there is no folder."""
+    return [task.name for task in local_tasks().values() if task.find(data)]
+
+
 def prepare(task: LocalTask, file: Path, split: str) -> Prepared:
     """Rewrite a local file for lm-eval, in the cache.
 

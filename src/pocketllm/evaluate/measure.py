@@ -108,8 +108,9 @@ class Model:
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """names: of the tasks. data: folder with local files. hub: may be asked for what `data` lacks.
+    """Which tasks to run, on what.
 
+    names: of the tasks. data: folder with local files. hub: may be asked for what `data` lacks.
     cache: take earlier results, and keep new ones.
     """
 

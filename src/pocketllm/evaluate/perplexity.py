@@ -27,7 +27,10 @@ _LOGITS_AT_ONCE = 128  # positions whose float32 logits are held at the same tim
 
 @dataclass(frozen=True)
 class Perplexity:
-    """perplexity: per token. context: tokens per window. windows: scored. tokens: scored."""
+    """A perplexity, and what it was measured on.
+
+    perplexity: per token. context: tokens per window. windows, tokens: scored.
+    """
 
     perplexity: float
     context: int

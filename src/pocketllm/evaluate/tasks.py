@@ -19,7 +19,7 @@ from typing import Any
 from pocketllm.config import EvalConfig
 from pocketllm.errors import ConfigError, ExtraError, SourceError
 from pocketllm.evaluate import results
-from pocketllm.evaluate.local_tasks import LocalTask, local_tasks, prepare
+from pocketllm.evaluate.local_tasks import LocalTask, local_task_names, local_tasks, prepare
 
 PAPER_TASKS = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
 """Whose mean accuracy the paper reports (arXiv 2511.17637, zero-shot results)."""
@@ -74,7 +74,7 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model to measure. fingerprint: of its files. setting: what else its scores depend on (dtype …).
+    """The model that tasks are run on. fingerprint: of its files. setting: what else its scores depend on (dtype …).
 
     load: gives (model, tokenizer); called only when something has to be measured.
     """
@@ -101,7 +101,7 @@ def task_names(wanted: Iterable[str], data: Path | None) -> list[str]:
         if name == "paper":
             names += PAPER_TASKS
         elif name == "local":
-            names += [task.name for task in local_tasks().values() if task.find(data)]
+            names += local_task_names(data)
         else:
             names.append(_ALIASES.get(name, name))
     if not names:

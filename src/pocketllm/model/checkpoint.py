@@ -6,7 +6,6 @@ A parameter P of the model is stored as `P.indices` (packed) and `P.row_scale`; 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pocketllm.errors import FormatError
+from pocketllm.files import sha256_file
 from pocketllm.model.layout import FORMAT_VERSION as FORMAT_VERSION
 from pocketllm.model.layout import PARTS
 from pocketllm.model.layout import STORE as STORE
@@ -27,6 +27,7 @@ from pocketllm.model.layout import Layout as Layout
 from pocketllm.model.report import check_report
 
 REPORT_NAME = "pocketllm.json"
+"""The file in a compressed model's folder that holds its report; a folder is known by it."""
 WEIGHTS_NAME = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {
@@ -136,26 +137,6 @@ def write_safetensors(folder: Path, sizes: Sizes, tensors: Iterator[Tensor]) -> 
     for file_name, text in _index(sizes, shards).items():
         (folder / file_name).write_text(text, encoding="utf-8")
     assert next(tensors, None) is None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary name and rename it when whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def folder_bytes(folder: Path) -> int:

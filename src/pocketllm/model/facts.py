@@ -73,8 +73,8 @@ def measured(plan: Plan, work: Workspace) -> Measured:
             proxy[matrix.name] = rounded(facts["proxy_error"]) if "proxy_error" in facts else None
             tokens[matrix.name] = facts.get("input_tokens")
             unseen[matrix.name] = facts.get("unseen_experts")
-            use[matrix.name] = rounded(cb.utilization(counts))
-            perplexity[matrix.name] = rounded(cb.perplexity(counts))
+            use[matrix.name] = rounded(cb.codebook_utilization(counts))
+            perplexity[matrix.name] = rounded(cb.codebook_perplexity(counts))
     return Measured(nmse, proxy, use, perplexity, tokens, unseen, tuple(fits))
 
 

@@ -27,12 +27,14 @@ from pocketllm.errors import ConfigError
 from pocketllm.model.source import DenseCheckpoint
 
 ROW_SCALE_BITS = 16
-CODEWORD_BITS = 16  # per component
+"""Stored bits of a row scale."""
+CODEWORD_BITS = 16
+"""Stored bits of each of the d numbers of a codeword."""
 KEPT_END = "embedding or head, kept in 16 bit by the settings"
 
 
 def predicted_nmse(vector_len: int, index_bits: float) -> float:
-    """D(d, 2^index_bits) for a unit-variance Gaussian; see the module's docstring."""
+    """The error of d-dimensional vector quantization, for a unit-variance Gaussian; see the module's docstring."""
     d = vector_len
     sphere = math.gamma(d / 2 + 1) ** (2 / d) / ((d + 2) * math.pi)
     distortion = 2 * math.pi * sphere * ((d + 2) / d) ** ((d + 2) / 2) * 2.0 ** (-2 * index_bits / d)
@@ -40,7 +42,7 @@ def predicted_nmse(vector_len: int, index_bits: float) -> float:
 
 
 def trellis_nmse(bits: float, width: int) -> float:
-    """Of a unit-variance Gaussian on a trellis: 2^(-2 bits) (1 + 1.3 bits / width).
+    """The error on a trellis, for a unit-variance Gaussian: 2^(-2 bits) (1 + 1.3 bits / width).
 
     The excess over Shannon's bound was fitted to codebooks trained on Gaussian numbers, for widths 10 to 14
     and 1.25 to 4 bits per weight, where it is within 4 percent.

@@ -43,7 +43,7 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Sizes in bytes; ratios are dense bytes over stored bytes.
+    """What a compression did: sizes in bytes; ratios are dense bytes over stored bytes.
 
     bytes_on_disk: every file of the output folder. ratio_files_*: whole folders, tokenizer and all.
     ratio_matrices_*: the compressed matrices with their codebooks, decoders and scales.

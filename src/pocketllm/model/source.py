@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import SourceError, WeightError, reason_of
-from pocketllm.model.checkpoint import sha256_file
+from pocketllm.files import sha256_file
 from pocketllm.model.folder import meta_model, open_safetensors, weight_files
 
 FLOAT_DTYPES = {

@@ -23,6 +23,7 @@ import pocketllm
 from pocketllm.config import CompressConfig
 from pocketllm.config.checks import flat
 from pocketllm.errors import OutputError, ResumeError, reason_of
+from pocketllm.files import write_json
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.source import DenseCheckpoint
 
@@ -208,7 +209,7 @@ class Workspace:
             differing = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
             if differing and {path.name for path in folder.iterdir()} == {state.name, _LOCK_NAME}:
                 with locked(folder):  # a run that failed before anything was done: nothing to lose
-                    ckpt.write_json(state, wanted)
+                    write_json(state, wanted)
             elif differing:
                 facts = "; ".join(f"{k}: {found.get(k)!r} then, {wanted.get(k)!r} now" for k in differing)
                 raise ResumeError(
@@ -219,7 +220,7 @@ class Workspace:
             raise OutputError(f"{folder}: exists and is not ours; move it away")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            ckpt.write_json(state, wanted)
+            write_json(state, wanted)
         return cls(folder)
 
     @staticmethod

@@ -103,7 +103,7 @@ def _stored_names(adapter: Path) -> set[str]:
         ) from error
 
 
-def attach(model: Any, base: Path, adapter: Path) -> Any:
+def attach_adapter(model: Any, base: Path, adapter: Path) -> Any:
     """Put an adapter into a model loaded from the compressed folder `base`; the PeftModel around it.
 
     The model itself computes with the adapter afterwards, too.
@@ -144,7 +144,7 @@ def merged(base: Base, adapter: Path, device: Any = "cpu") -> Any:
     Raises:
         LoadError: the logits after merging differ.
     """
-    adapted = attach(base.load("dense", device), base.folder, adapter)
+    adapted = attach_adapter(base.load("dense", device), base.folder, adapter)
     ids = torch.arange(16, device=adapted.device)[None] % adapted.config.get_text_config().vocab_size
     before = adapted(input_ids=ids, use_cache=False).logits
     model = adapted.merge_and_unload()

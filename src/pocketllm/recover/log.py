@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import OutputError
+from pocketllm.files import write_json
 from pocketllm.machine import machine
-from pocketllm.model.checkpoint import REPORT_NAME, write_json
+from pocketllm.model.checkpoint import REPORT_NAME
 from pocketllm.model.workspace import Workspace, check_output
 
 STEPS_NAME, SUMMARY_NAME, CURVE_NAME = "steps.jsonl", "summary.json", "curve.png"

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from pocketllm.config import LoraTuneConfig
+from pocketllm.files import write_json
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
 from pocketllm.model.folder import open_to_others
@@ -220,5 +221,5 @@ def _save(
     settings = json.loads((final / SETTINGS_NAME).read_text(encoding="utf-8"))
     if isinstance(settings["target_modules"], list):  # in an order that changes from run to run
         settings["target_modules"].sort()
-    ckpt.write_json(final / SETTINGS_NAME, settings)
-    ckpt.write_json(final / RECORD_NAME, facts)
+    write_json(final / SETTINGS_NAME, settings)
+    write_json(final / RECORD_NAME, facts)

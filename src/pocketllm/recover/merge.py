@@ -14,6 +14,7 @@ from pocketllm.config import CompressConfig
 from pocketllm.errors import FormatError
 from pocketllm.evaluate.perplexity import perplexity, read_text, token_windows
 from pocketllm.evaluate.results import folder_digest
+from pocketllm.files import write_json
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compress import Event, ProgressCallback
 from pocketllm.model.export import save_dense
@@ -92,7 +93,7 @@ def merge(
         check_output(dense, marker=None)
         save_dense(merged(base, adapter, device).to(dtype), base.tokenizer, dense)
         if reencode:
-            ckpt.write_json(dense / _RECORD_NAME, facts)
+            write_json(dense / _RECORD_NAME, facts)
     if config is not None:
         pocketllm.compress(dense, config, output, progress=progress, device=device)
     found: dict[str, float] = {}

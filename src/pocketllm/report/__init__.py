@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from pocketllm.report.charts import short
+from pocketllm.report.collect import MatrixFacts, ModelFacts, block_of, read_model
 from pocketllm.report.compare import Compared, Comparison, base_of, compare
 from pocketllm.report.evaluations import Evaluation, read_evaluations
 from pocketllm.report.html import Page, check_html, default_output, html_report
 from pocketllm.report.picture import check_picture, draw, save_picture
+from pocketllm.report.svg import drawing, need_matplotlib
 
 __all__ = [
     "Compared",
     "Comparison",
     "Evaluation",
+    "MatrixFacts",
+    "ModelFacts",
     "Page",
     "base_of",
+    "block_of",
     "check_html",
     "check_picture",
     "compare",
     "default_output",
     "draw",
+    "drawing",
     "html_report",
+    "need_matplotlib",
     "read_evaluations",
+    "read_model",
     "save_picture",
+    "short",
 ]

@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import FormatError
-from pocketllm.model.checkpoint import REPORT_NAME, Layout, folder_bytes, read_layout, read_report, verify
-from pocketllm.model.report import counting_adapter, weighted_mean
-from pocketllm.recover.adapter import check_adapter, read_record
+from pocketllm.model import (
+    REPORT_NAME,
+    Layout,
+    counting_adapter,
+    folder_bytes,
+    read_layout,
+    read_report,
+    verify,
+    weighted_mean,
+)
+from pocketllm.recover import check_adapter, read_record
 
 PER_KIND = 8  # matrices of a kind that are decoded, spread over the depth
 _BLOCK = re.compile(r"^.*?\.(\d+)\..+$")

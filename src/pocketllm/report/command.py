@@ -18,8 +18,8 @@ from pocketllm.config import (
     CalibrationConfig,
     CompressConfig,
     LoraTuneConfig,
+    flat,
 )
-from pocketllm.config.checks import flat
 
 _OPTIONS = [
     "vector_len",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import ConfigError
-from pocketllm.recover.adapter import check_adapter
+from pocketllm.recover import check_adapter
 from pocketllm.report.collect import ModelFacts, mean, read_model, with_adapter
 from pocketllm.report.evaluations import Evaluation
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pocketllm
 from pocketllm.errors import ConfigError, ExtraError
-from pocketllm.recover.adapter import check_adapter
+from pocketllm.recover import check_adapter
 from pocketllm.report import sections as parts
 from pocketllm.report import svg
 from pocketllm.report.charts import short
@@ -186,7 +186,7 @@ def _environment() -> Any:
     Raises:
         ExtraError: Jinja2 or matplotlib is not installed.
     """
-    svg.require()
+    svg.need_matplotlib()
     try:
         import jinja2
     except ImportError as error:

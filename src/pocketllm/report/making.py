@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pocketllm.config.checks import flat
+from pocketllm.config import flat
 from pocketllm.report.charts import Table, short
 from pocketllm.report.collect import AdapterFacts, ModelFacts
 from pocketllm.report.command import Command

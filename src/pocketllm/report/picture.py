@@ -29,7 +29,7 @@ def check_picture(output: Path) -> tuple[Path, Path]:
         ConfigError: another suffix. OutputError: one of the two cannot be written.
         ExtraError: matplotlib is not installed.
     """
-    svg.require()
+    svg.need_matplotlib()
     if output.suffix.lower() not in (".png", ".svg"):
         raise ConfigError(f"{output}: wanted a name that ends in .png or .svg; both are written")
     files = output.with_suffix(".png"), output.with_suffix(".svg")

@@ -23,7 +23,7 @@ POINTS = 72
 WIDTH = 330  # points; a phone of 360 pixels shows them about one to one
 
 
-def require(extra: str = "report") -> None:
+def need_matplotlib(extra: str = "report") -> None:
     """Refuse early where there is nothing to draw with.
 
     Args:
@@ -47,7 +47,7 @@ def drawing(ink: str = INK, muted: str = MUTED) -> Iterator[None]:
     Raises:
         ExtraError: matplotlib is not installed.
     """
-    require()
+    need_matplotlib()
     import matplotlib
 
     settings: Any = {  # matplotlib types the keys, version by version

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketllm.model.decode import Matrices
+from pocketllm.model import Matrices
 from pocketllm.report import charts
 from pocketllm.report.charts import Chart, Table
 from pocketllm.report.collect import MatrixFacts, ModelFacts, spread

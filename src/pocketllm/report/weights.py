@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import SourceError
-from pocketllm.model.decode import Matrices
-from pocketllm.model.source import DenseCheckpoint, open_dense, resolve, resolve_local
+from pocketllm.model import DenseCheckpoint, Matrices, open_dense, resolve, resolve_local
 from pocketllm.report.collect import MatrixFacts, ModelFacts, spread
 
 BINS = 41

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from pocketllm.config import CodecConfig, CompressConfig
-from pocketllm.model.plan import Matrix, predicted_nmse
+from pocketllm.model import Matrix, predicted_nmse
 from pocketllm.studies import codebook_page as page
 from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.study import Progress, Setup, Step, Study
@@ -53,7 +53,7 @@ def steps(setup: Setup) -> list[Step]:
 
 def _count(setup: Setup, matrix: Matrix) -> int:
     """Matrices of a kind in the model."""
-    from pocketllm.model.plan import classify
+    from pocketllm.model import classify
 
     return sum(m.kind == matrix.kind for m in classify(setup.source(), CompressConfig())[0])
 
@@ -96,7 +96,7 @@ def _dense(setup: Setup, progress: Progress) -> dict[str, Any]:
 
 
 def _perplexity(setup: Setup, model: Any, tokenizer: Any, progress: Progress) -> dict[str, Any]:
-    from pocketllm.evaluate.perplexity import perplexity
+    from pocketllm import perplexity
     from pocketllm.studies.whole import fitting
 
     text, windows = setup.evaluation_texts()[0], _QUICK_WINDOWS if setup.quick else _WINDOWS
@@ -109,8 +109,7 @@ def _model(setup: Setup, d: int, size: int, progress: Progress) -> dict[str, Any
     """The whole model with a codebook for each kind, embedding and head left dense."""
     import shutil
 
-    from pocketllm.model.checkpoint import read_report
-    from pocketllm.model.decode import Matrices
+    from pocketllm.model import Matrices, read_report
     from pocketllm.studies.whole import coded, dense_model, installed, mean_nmse
 
     codec = dataclasses.replace(_config(d), sample_per_codeword=64)

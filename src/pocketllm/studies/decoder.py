@@ -59,7 +59,7 @@ def size_of(setup: Setup) -> Size:
 
 def variants(setup: Setup) -> dict[str, Variant]:
     """Every variant by key; the reference is `none-kind`, whose bytes the others spend otherwise."""
-    from pocketllm.model.plan import classify
+    from pocketllm.model import classify
 
     size, source = size_of(setup), setup.source()
     base = _base(setup, size)
@@ -130,7 +130,7 @@ def _base(setup: Setup, size: Size) -> CompressConfig:
 
 
 def _count_blocks(setup: Setup) -> int:
-    from pocketllm.report.collect import block_of
+    from pocketllm.report import block_of
 
     numbers = [block_of(name) for name in setup.source().names()]
     return max((n for n in numbers if n is not None), default=-1) + 1
@@ -149,8 +149,8 @@ def _steps(setup: Setup) -> list[Step]:
 
 def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> dict[str, Any]:
     """Code, measure, distil, measure."""
-    from pocketllm.model.checkpoint import read_report
-    from pocketllm.recover.distill import distill
+    from pocketllm import distill
+    from pocketllm.model import read_report
 
     size = size_of(setup)
     size = replace(size, context=fitting(setup, size.context))
@@ -210,7 +210,7 @@ def _pooled(fits: list[dict[str, Any]], key: str) -> float:
 
 def _measured(setup: Setup, folder: Path) -> dict[str, Any]:
     """Perplexity of a compressed model and its divergence from the dense one."""
-    from pocketllm.evaluate.kl import text_divergence
+    from pocketllm.evaluate import text_divergence
 
     size = size_of(setup)
     model, tokenizer = compressed_model(setup, folder)

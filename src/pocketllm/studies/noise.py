@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pocketllm.evaluate.kl import standard_error
+from pocketllm.evaluate import standard_error
 from pocketllm.studies.style import mean, number, spread
 
 CERTAIN = 2.0

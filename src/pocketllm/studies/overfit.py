@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketllm.codec.matrix_codec import MatrixCodec
+from pocketllm.codec import MatrixCodec
 from pocketllm.config import CodecConfig, Safeguards
 from pocketllm.studies import overfit_page as page
 from pocketllm.studies.rates import bits_for_mse, gaussian_mse, lloyd_max
 from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.study import Progress, Setup, Step, Study
 from pocketllm.studies.trials import (
-    OURS,
-    PUBLISHED,
-    UNGUARDED,
+    TRAININGS,
     Sample,
     as_stored,
     check_size,
@@ -28,6 +26,7 @@ from pocketllm.studies.trials import (
     settings,
     stored_bits,
     train,
+    training_of,
     up_projection,
 )
 
@@ -54,7 +53,7 @@ def steps(setup: Setup) -> list[Step]:
     chosen = partial(sample, setup, matrix, most)
     made = [Step("bound", lambda progress: _bound(chosen()))]
     for d, size in QUICK_CURVES if quick else CURVES:
-        for name in page.TRAININGS:
+        for name in TRAININGS:
             how = _training(name, d, quick)
             made.append(Step(f"curve.{name}.{d}x{size}", partial(_curve, chosen, how, size, setup.seed)))
     for d, size in QUICK_SWEEP if quick else SWEEP:
@@ -65,12 +64,11 @@ def steps(setup: Setup) -> list[Step]:
 
 
 def _training(name: str, vector_len: int, quick: bool) -> tuple[CodecConfig, Safeguards]:
-    config = dataclasses.replace(
-        OURS if name == "ours" else PUBLISHED, vector_len=vector_len, batch_size=_BATCH
-    )
+    config, guards = training_of(name)
+    config = dataclasses.replace(config, vector_len=vector_len, batch_size=_BATCH)
     if quick and name != "ours":
         config = dataclasses.replace(config, epochs=_QUICK_EPOCHS, batch_size=1024)
-    return config, UNGUARDED if name == "published" else Safeguards()
+    return config, guards
 
 
 def _bound(matrix: Sample) -> dict[str, Any]:

@@ -8,12 +8,8 @@ from typing import Any
 
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import COLOURS, INK, look, number, plain_ticks
+from pocketllm.studies.trials import TRAININGS
 
-TRAININGS = {
-    "published": "published start",
-    "guarded": "published start, guarded",
-    "ours": "our start",
-}
 TARGET = 1e-4
 PAPER_BITS = 2.0  # about: d = 8, K = 2^15
 TARGETS = {"MSE": TARGET, "RMSE": TARGET**2}  # as mean square errors

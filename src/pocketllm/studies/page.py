@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pocketllm.report import svg
+from pocketllm.report import drawing
 from pocketllm.studies.study import Study, Table
 from pocketllm.studies.style import GREY, INK
 
@@ -79,7 +79,7 @@ def pictures(study: Study, result: Mapping[str, Any]) -> tuple[bytes, bytes]:
     Raises:
         ExtraError: matplotlib is not installed.
     """
-    with svg.drawing(INK, GREY):
+    with drawing(INK, GREY):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 4.5), layout="constrained", facecolor="white")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocketllm.codec.codebook import centroids
+from pocketllm.codec import centroids
 
 _QUANTILES = 4096
 

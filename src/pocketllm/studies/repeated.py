@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pocketllm.codec import codebook as cb
-from pocketllm.codec.training import TrainingStep
+from pocketllm.codec import TrainingStep, codebook_perplexity
 from pocketllm.config import CodecConfig, Safeguards
 from pocketllm.studies.study import Progress, Step
 from pocketllm.studies.style import mean
@@ -77,7 +76,7 @@ def _facts(trials: Sequence[Trial]) -> dict[str, Any]:
         "first_gradient": [digits(values[0]) for values in norms],
         "peak_gradient": [digits(max(values)) for values in norms],
         "last_gradient": [digits(values[-1]) for values in norms],
-        "perplexity_of_use": [digits(cb.perplexity(t.epoch_counts[-1])) for t in trials],
+        "perplexity_of_use": [digits(codebook_perplexity(t.epoch_counts[-1])) for t in trials],
         "gradient": {
             "low": [min(column) for column in columns],
             "middle": [digits(statistics.median(column)) for column in columns],

@@ -75,7 +75,7 @@ def _compressed(setup: Setup, key: str, progress: Progress) -> dict[str, Any]:
     """Compress, measure, and keep the figures alone."""
     import shutil
 
-    from pocketllm.model.checkpoint import read_report
+    from pocketllm.model import read_report
 
     folder = coded(setup, key, settings(setup)[key], lambda share: progress(0.7 * share))
     report = read_report(folder)
@@ -102,7 +102,7 @@ def _extent(setup: Setup) -> tuple[int, int, int]:
 
 def _measured(setup: Setup, loaded: tuple[Any, Any], progress: Progress) -> dict[str, Any]:
     """Perplexity by text, accuracy by task; `right`: a digit for each document."""
-    from pocketllm.evaluate.perplexity import perplexity
+    from pocketllm import perplexity
 
     model, tokenizer = loaded
     context, windows, limit = _extent(setup)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pocketllm
 from pocketllm.errors import ConfigError
+from pocketllm.files import write_json
 from pocketllm.studies import page
 from pocketllm.studies.registry import load
 from pocketllm.studies.study import Setup, Step, Study
@@ -63,14 +64,22 @@ def run_study(
         OutputError, ResumeError: nothing half-written is left under `output`; finished steps stay in
             `output.partial`. ExtraError: matplotlib is not installed.
     """
-    from pocketllm.model import checkpoint as ckpt
-    from pocketllm.model.workspace import Workspace, check_output, locked, output_error
-    from pocketllm.report import svg
+    from pocketllm.model.workspace import check_output
+    from pocketllm.report import need_matplotlib
 
     study, output = load(name), Path(output)
-    svg.require("studies")
+    need_matplotlib("studies")
     check_output(output, overwrite, f"{name}.svg", f"a study of {name!r}")
     setup = _setup(study, model, output, quick, seed, device, texts)
+    result = _measured(study, setup, output, progress)
+    progress("", 1.0)
+    return Outcome(output, result, tuple(sorted(output.iterdir())))
+
+
+def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> dict[str, Any]:
+    """Run the steps that are not done yet and put the finished folder in its place; the contents of result.json."""
+    from pocketllm.model.workspace import Workspace, locked, output_error
+
     asked, steps = _asked(study, setup), study.steps(setup)
     try:
         work = Workspace.at(output, _as_begun(output, asked))
@@ -83,13 +92,12 @@ def run_study(
             result = _body(study, setup, asked, output, done)
             final = work.folder / "final"
             final.mkdir(exist_ok=True)
-            ckpt.write_json(final / RESULT_NAME, result)
+            write_json(final / RESULT_NAME, result)
             page.write(study, result, final)
             work.publish(output)
     except OSError as error:
         raise output_error(output, error) from error
-    progress("", 1.0)
-    return Outcome(output, result, tuple(sorted(output.iterdir())))
+    return result
 
 
 def dry_run(
@@ -185,8 +193,6 @@ def _file(folder: Path, step: Step) -> Path:
 
 def _run_step(step: Step, folder: Path, number: int, count: int, progress: Progress) -> dict[str, Any]:
     """Run a step and keep its values, unless an earlier run has kept them."""
-    from pocketllm.model import checkpoint as ckpt
-
     progress(step.key, number / count)
     kept = _kept(_file(folder, step))
     if kept is not None:
@@ -194,7 +200,7 @@ def _run_step(step: Step, folder: Path, number: int, count: int, progress: Progr
     started = time.monotonic()
     values = step.run(lambda share: progress(step.key, (number + share) / count))
     seconds = round(time.monotonic() - started, 3)
-    ckpt.write_json(_file(folder, step), {"seconds": seconds, "values": _plain(values)})
+    write_json(_file(folder, step), {"seconds": seconds, "values": _plain(values)})
     kept = _kept(_file(folder, step))
     assert kept is not None
     return kept

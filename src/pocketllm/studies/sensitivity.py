@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pocketllm.config import CodecConfig, CompressConfig, preset
-from pocketllm.model.target import possible_bpw
+from pocketllm.model import possible_bpw
 from pocketllm.studies import sensitivity_page as page
 from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.scored import scores
@@ -27,7 +27,7 @@ from pocketllm.studies.whole import (
 )
 
 if TYPE_CHECKING:
-    from pocketllm.report.collect import MatrixFacts
+    from pocketllm.report import MatrixFacts
 
 
 Groups = Callable[[Sequence["MatrixFacts"]], Mapping[str, list["MatrixFacts"]]]
@@ -123,9 +123,9 @@ def _measure(
     progress: Progress,
 ) -> dict[str, Any]:
     """Perplexity and divergence with each group of matrices compressed and the rest dense."""
-    from pocketllm.evaluate.kl import text_divergence
-    from pocketllm.model.decode import Matrices
-    from pocketllm.report.collect import read_model
+    from pocketllm.evaluate import text_divergence
+    from pocketllm.model import Matrices
+    from pocketllm.report import read_model
 
     folder = coded(setup, path, configs(setup)[path], lambda share: progress(share / 2))
     chosen = groups(read_model(folder, check=False).matrices)
@@ -158,8 +158,8 @@ def _dense_tasks(setup: Setup, progress: Progress) -> dict[str, Any]:
 
 def _tasks(setup: Setup, path: str, groups: Groups, progress: Progress) -> dict[str, Any]:
     """Zero-shot tasks with each group of matrices compressed and the rest dense."""
-    from pocketllm.model.decode import Matrices
-    from pocketllm.report.collect import read_model
+    from pocketllm.model import Matrices
+    from pocketllm.report import read_model
 
     folder = coded(setup, path, configs(setup)[path])
     chosen = groups(read_model(folder, check=False).matrices)

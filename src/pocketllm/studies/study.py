@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pocketllm.model.source import DenseCheckpoint
+    from pocketllm.model import DenseCheckpoint
 
 Results = Mapping[str, Mapping[str, Any]]
 """Step key -> the values it returned, as they come back from JSON; a number that was not finite is None."""
@@ -58,8 +58,7 @@ class Setup:
         Raises:
             SourceError: a file cannot be read.
         """
-        from pocketllm.evaluate.perplexity import read_text
-        from pocketllm.evaluate.texts import evaluation_text, evaluation_texts
+        from pocketllm.evaluate import evaluation_text, evaluation_texts, read_text
 
         if not self.texts:
             found = evaluation_texts() if self.several else [evaluation_text()]
@@ -76,7 +75,7 @@ class Setup:
         Raises:
             SourceError: it is missing or in a form that is not read.
         """
-        from pocketllm.model.source import open_dense, resolve
+        from pocketllm.model import open_dense, resolve
 
         return open_dense(resolve(self.model))
 

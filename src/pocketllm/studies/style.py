@@ -34,7 +34,7 @@ def _plain(value: float) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     """So many digits, without an exponent where it can be; `not finite` for None and what is no number."""
-    from pocketllm.report.charts import short
+    from pocketllm.report import short
 
     return "not finite" if value is None or not math.isfinite(value) else short(value, digits)
 

@@ -14,13 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
-from pocketllm.codec.subvectors import subvectors_per_row
-from pocketllm.codec.training import TrainingStep, fit
+from pocketllm.codec import EncodedMatrix, MatrixCodec, TrainingStep, fit, subvectors_per_row
 from pocketllm.config import CodecConfig, CompressConfig, Safeguards
 from pocketllm.errors import SourceError
-from pocketllm.model.layers import fold
-from pocketllm.model.plan import CODEWORD_BITS, ROW_SCALE_BITS, Matrix, Spec, classify
+from pocketllm.model import CODEWORD_BITS, ROW_SCALE_BITS, Matrix, Spec, classify, fold
 from pocketllm.studies.study import Progress, Setup
 
 PUBLISHED = CodecConfig(vector_len=8, decoder="row", init="normal", epochs=50, learning_rate=1.6e-2)
@@ -31,6 +28,17 @@ OURS = CodecConfig(vector_len=8, decoder="row", kmeans_iterations=10, epochs=8)
 
 UNGUARDED = Safeguards(max_grad_norm=math.inf, revive=False)
 """As the paper states it: nothing is said of cutting gradients or of moving dead codewords."""
+
+TRAININGS = {"published": "published start", "guarded": "published start, guarded", "ours": "our start"}
+"""The trainings that studies hold against each other, and their names on pages."""
+
+TRAINING_TICKS = ("published\nstart", "the same,\nguarded", "our start")
+"""The same on an axis, in the same order."""
+
+
+def training_of(name: str) -> tuple[CodecConfig, Safeguards]:
+    """Settings and safeguards of one of `TRAININGS`."""
+    return OURS if name == "ours" else PUBLISHED, UNGUARDED if name == "published" else Safeguards()
 
 
 @dataclass(frozen=True)

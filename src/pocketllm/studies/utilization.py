@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pocketllm.codec import codebook as cb
+from pocketllm.codec import codebook_perplexity, codebook_utilization
 from pocketllm.config import CodecConfig, Safeguards
 from pocketllm.studies import utilization_page as page
 from pocketllm.studies.registry import STUDIES
@@ -78,12 +78,12 @@ def _run(
         "steps": len(first.steps),
         "end_nmse": [digits(t.end) for t in trials],
         "nmse": [digits(t.nmse) for t in trials],
-        "trained_used": [digits(cb.utilization(t.epoch_counts[-1])) for t in trials],
-        "trained_perplexity": [digits(cb.perplexity(t.epoch_counts[-1])) for t in trials],
-        "coded_used": [digits(cb.utilization(t.counts)) for t in trials],
-        "coded_perplexity": [digits(cb.perplexity(t.counts)) for t in trials],
-        "used_over_epochs": [[digits(cb.utilization(c)) for c in t.epoch_counts] for t in trials],
-        "perplexity_over_epochs": [[digits(cb.perplexity(c)) for c in t.epoch_counts] for t in trials],
+        "trained_used": [digits(codebook_utilization(t.epoch_counts[-1])) for t in trials],
+        "trained_perplexity": [digits(codebook_perplexity(t.epoch_counts[-1])) for t in trials],
+        "coded_used": [digits(codebook_utilization(t.counts)) for t in trials],
+        "coded_perplexity": [digits(codebook_perplexity(t.counts)) for t in trials],
+        "used_over_epochs": [[digits(codebook_utilization(c)) for c in t.epoch_counts] for t in trials],
+        "perplexity_over_epochs": [[digits(codebook_perplexity(c)) for c in t.epoch_counts] for t in trials],
         "ranks": _ranks(size),
         "use_by_rank": {
             str(1 + round(share * (epochs - 1))): _by_rank(first.epoch_counts[round(share * (epochs - 1))])

@@ -13,10 +13,7 @@ import torch
 
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
-from pocketllm.model.decode import Matrices
-from pocketllm.model.limits import positions_of
-from pocketllm.model.report import weighted_mean
-from pocketllm.model.texts import default_text, read_calibration
+from pocketllm.model import Matrices, default_text, positions_of, read_calibration, weighted_mean
 from pocketllm.studies.study import Progress, Setup, Text
 
 _STAGES = {"measure": (0.0, 0.2), "fit": (0.2, 0.4), "encode": (0.4, 1.0)}
@@ -29,8 +26,8 @@ def coded(setup: Setup, name: str, config: CompressConfig, progress: Progress = 
     Raises:
         PocketError: as `pocketllm.compress`.
     """
-    from pocketllm.model.checkpoint import REPORT_NAME
-    from pocketllm.model.compress import Event, compress
+    from pocketllm import compress
+    from pocketllm.model import REPORT_NAME, Event
 
     def told(event: Event) -> None:
         begin, end = _STAGES.get(event.stage, (0.0, 0.0))
@@ -76,12 +73,11 @@ def task_names() -> list[str]:
     """The zero-shot tasks that can be read from local files here; none where lm-eval is missing."""
     import importlib.util
 
-    from pocketllm.evaluate.local_tasks import local_tasks
+    from pocketllm.evaluate import local_task_names
 
     if importlib.util.find_spec("lm_eval") is None:
         return []
-    folder = data_folder()
-    return [task.name for task in local_tasks().values() if task.find(folder)]
+    return local_task_names(data_folder())
 
 
 def check_texts(setup: Setup, context: int, windows: int) -> None:
@@ -93,8 +89,7 @@ def check_texts(setup: Setup, context: int, windows: int) -> None:
     Raises:
         SourceError: no tokenizer, or a text cannot be read. ConfigError: a text is too short.
     """
-    from pocketllm.model.folder import need_tokenizer
-    from pocketllm.model.source import resolve
+    from pocketllm.model import need_tokenizer, resolve
 
     tokenizer, wanted = need_tokenizer(resolve(setup.model)), windows * fitting(setup, context)
     for text in setup.evaluation_texts():
@@ -112,9 +107,7 @@ def fitting(setup: Setup, context: int) -> int:
 
 def dense_model(setup: Setup) -> tuple[Any, Any]:
     """(model, tokenizer): as it is before compression, in the dtype the machine is fastest in."""
-    from pocketllm.model.compute import fast_dtype
-    from pocketllm.model.folder import load_dense, need_tokenizer
-    from pocketllm.model.source import resolve
+    from pocketllm.model import fast_dtype, load_dense, need_tokenizer, resolve
 
     folder = resolve(setup.model)
     model = load_dense(folder, fast_dtype(setup.device))
@@ -124,7 +117,7 @@ def dense_model(setup: Setup) -> tuple[Any, Any]:
 def compressed_model(setup: Setup, folder: Path) -> tuple[Any, Any]:
     """(model, tokenizer): of a compressed folder, in the dtype that `dense_model` has."""
     import pocketllm
-    from pocketllm.model.compute import fast_dtype
+    from pocketllm.model import fast_dtype
 
     model, tokenizer = pocketllm.load(folder, dtype=fast_dtype(setup.device))
     return model.to(setup.device), tokenizer
@@ -157,7 +150,7 @@ def tasks_of(setup: Setup, load: Any, names: list[str], limit: int, progress: Pr
         load: () -> (model, tokenizer). names: as `task_names`. limit: first documents of each task.
     """
     from pocketllm.config import EvalConfig
-    from pocketllm.evaluate.tasks import Subject, evaluate_tasks
+    from pocketllm.evaluate import Subject, evaluate_tasks
 
     def told(task: str, share: float) -> None:
         progress((names.index(task) + share) / len(names))

@@ -1,0 +1,101 @@
+"""Write the tables of docs/api.md: the public names of each package, with the first line of their docstrings.
+
+python benchmarks/api.py            # write
+python benchmarks/api.py --check    # fail if the page does not match the code
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import itertools
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+PAGE = Path(__file__).parent.parent / "docs" / "api.md"
+PACKAGES = (
+    "pocketllm",
+    "pocketllm.config",
+    "pocketllm.errors",
+    "pocketllm.codec",
+    "pocketllm.model",
+    "pocketllm.evaluate",
+    "pocketllm.recover",
+    "pocketllm.report",
+    "pocketllm.studies",
+)
+
+
+def described(package: str) -> dict[str, str]:
+    """Public name -> the first line of its docstring.
+
+    Raises:
+        LookupError: a name has none.
+    """
+    module, found = importlib.import_module(package), {}
+    for name in module.__all__:
+        if name == "__version__":
+            continue
+        value = getattr(module, name)
+        text = (
+            value.__doc__
+            if inspect.isroutine(value) or inspect.isclass(value)
+            else _of_constant(module, name)
+        )
+        if not text or text.startswith(f"{name}("):  # what dataclasses write where nobody has
+            raise LookupError(f"{package}.{name}: has no docstring")
+        found[name] = text.strip().splitlines()[0]
+    return found
+
+
+def _of_constant(module: ModuleType, name: str) -> str | None:
+    """The string below a constant, in the module within that sets it."""
+    assert module.__file__ is not None
+    file = Path(module.__file__)
+    for path in sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        for statement, below in itertools.pairwise(body):
+            targets = (
+                statement.targets
+                if isinstance(statement, ast.Assign)
+                else [getattr(statement, "target", None)]
+            )
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                return str(below.value.value) if is_text else None  # type: ignore[attr-defined]
+    return None
+
+
+def page() -> str:
+    """The page with its tables renewed."""
+    parts = ["<!-- api:begin -->"]
+    for package in PACKAGES:
+        rows = [f"| `{name}` | {_cell(line)} |" for name, line in described(package).items()]
+        parts += [f"## `{package}`", "\n".join(["| name | what it is |", "| --- | --- |", *rows])]
+    body = "\n\n".join([*parts, "<!-- api:end -->"])
+    before = PAGE.read_text(encoding="utf-8")
+    return re.sub("<!-- api:begin -->.*<!-- api:end -->", lambda _: body, before, flags=re.DOTALL)
+
+
+def _cell(line: str) -> str:
+    """A docstring's line as Markdown that shows just these characters; names stay code."""
+    parts = re.split(r"(`[^`]*`)", line)
+    return "".join(p if p.startswith("`") else re.sub(r"([\\*_|<\[\]])", r"\\\1", p) for p in parts)
+
+
+def main() -> int:
+    """The exit code."""
+    wanted = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(wanted, encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != wanted:
+        print(f"{PAGE}: does not match the code; run python benchmarks/api.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
