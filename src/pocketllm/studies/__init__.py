@@ -2,23 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from pocketllm.lazy import exports
-
-if TYPE_CHECKING:
-    from pocketllm.studies.registry import STUDIES, load
-    from pocketllm.studies.run import Outcome, dry_run, run_study
-    from pocketllm.studies.study import Setup, Step, Study, Table
-
-__all__ = ["STUDIES", "Outcome", "Setup", "Step", "Study", "Table", "dry_run", "load", "run_study"]
-
-if not TYPE_CHECKING:
-    __getattr__, __dir__ = exports(
-        __name__,
-        {
-            ".registry": ["STUDIES", "load"],
-            ".run": ["Outcome", "dry_run", "run_study"],
-            ".study": ["Setup", "Step", "Study", "Table"],
-        },
-    )
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

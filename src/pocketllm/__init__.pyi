@@ -1,0 +1,23 @@
+# What is public here and the module that defines it; __init__.py imports a name when it is used.
+from .config import (
+    CodecConfig as CodecConfig,
+    CompressConfig as CompressConfig,
+    DistillConfig as DistillConfig,
+    LoopConfig as LoopConfig,
+    LoraTuneConfig as LoraTuneConfig,
+    PRESETS as PRESETS,
+    preset as preset,
+)
+from .errors import PocketError as PocketError
+from .evaluate.generate import generate as generate
+from .evaluate.measure import measure as measure
+from .evaluate.perplexity import perplexity as perplexity
+from .integrations.transformers import load as load
+from .model.compress import compress as compress, dry_run as dry_run
+from .model.export import export as export
+from .model.report import Report as Report
+from .recover.distill import distill as distill
+from .recover.lora import lora as lora
+from .recover.merge import merge as merge
+
+__version__: str
