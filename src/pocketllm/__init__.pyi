@@ -1,11 +1,11 @@
 # What is public here and the module that defines it; __init__.py imports a name when it is used.
 from .config import (
+    PRESETS as PRESETS,
     CodecConfig as CodecConfig,
     CompressConfig as CompressConfig,
     DistillConfig as DistillConfig,
     LoopConfig as LoopConfig,
     LoraTuneConfig as LoraTuneConfig,
-    PRESETS as PRESETS,
     preset as preset,
 )
 from .errors import PocketError as PocketError

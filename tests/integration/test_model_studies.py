@@ -22,8 +22,8 @@ from pocketllm.studies import (
     robustness,
     run_study,
     sensitivity,
+    sensitivity_page as sensitive,
 )
-from pocketllm.studies import sensitivity_page as sensitive
 from pocketllm.studies.whole import dense_model, installed
 from tests import tiny
 from tests.studies import setup_of, small_model

@@ -17,9 +17,9 @@ from pocketllm.studies import (
     overhead,
     overhead_page,
     probe,
+    robustness_page as robust,
     run_study,
 )
-from pocketllm.studies import robustness_page as robust
 from pocketllm.studies.scored import able, points_lost, probability_lost
 from tests.studies import small_model
 

@@ -144,8 +144,13 @@ def compare(
 ) -> None:
     """Several compressed models in one table, and in a picture: bytes, ratios, errors, perplexity."""
     show = Output(json, quiet)
-    from pocketllm.report import base_of, check_picture, read_evaluations, save_picture
-    from pocketllm.report import compare as side_by_side
+    from pocketllm.report import (
+        base_of,
+        check_picture,
+        compare as side_by_side,
+        read_evaluations,
+        save_picture,
+    )
 
     if output is not None:
         check_picture(output)

@@ -17,10 +17,10 @@ from .layout import Layout as Layout
 from .limits import positions_of as positions_of
 from .plan import (
     CODEWORD_BITS as CODEWORD_BITS,
+    ROW_SCALE_BITS as ROW_SCALE_BITS,
     Dense as Dense,
     Matrix as Matrix,
     Plan as Plan,
-    ROW_SCALE_BITS as ROW_SCALE_BITS,
     Spec as Spec,
     classify as classify,
     predicted_nmse as predicted_nmse,

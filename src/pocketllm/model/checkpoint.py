@@ -20,10 +20,7 @@ from torch import Tensor
 
 from pocketllm.errors import FormatError
 from pocketllm.files import sha256_file
-from pocketllm.model.layout import FORMAT_VERSION as FORMAT_VERSION
-from pocketllm.model.layout import PARTS
-from pocketllm.model.layout import STORE as STORE
-from pocketllm.model.layout import Layout as Layout
+from pocketllm.model.layout import FORMAT_VERSION as FORMAT_VERSION, PARTS, STORE as STORE, Layout as Layout
 from pocketllm.model.report import check_report
 
 REPORT_NAME = "pocketllm.json"

@@ -11,8 +11,7 @@ from typing import Any
 import pocketllm
 from pocketllm.errors import ConfigError, ExtraError
 from pocketllm.recover import check_adapter
-from pocketllm.report import sections as parts
-from pocketllm.report import svg
+from pocketllm.report import sections as parts, svg
 from pocketllm.report.charts import short
 from pocketllm.report.collect import ModelFacts, mean, read_model, with_adapter
 from pocketllm.report.command import Command, adapter_command, command_for

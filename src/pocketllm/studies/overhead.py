@@ -7,8 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pocketllm.config import CodecConfig, CompressConfig, preset
-from pocketllm.studies import overhead_page as page
-from pocketllm.studies import probe
+from pocketllm.studies import overhead_page as page, probe
 from pocketllm.studies.probe import DENSE
 from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.study import Progress, Setup, Step, Study
