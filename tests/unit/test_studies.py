@@ -169,19 +169,6 @@ def test_inputs_are_noted_and_held_against(counting: Counting, model: str, tmp_p
     assert "calibrated on train.txt; tasks: quiz" in (tmp_path / "out" / "counting.md").read_text()
 
 
-def test_a_study_begun_before_inputs_were_noted_goes_on(
-    counting: Counting, model: str, tmp_path: Path
-) -> None:
-    counting.stop_at = "c"
-    with pytest.raises(KeyboardInterrupt):
-        run_study("counting", model, tmp_path / "out")
-    counting.stop_at = None
-    with_inputs(counting)
-    done = run_study("counting", model, tmp_path / "out")
-    assert counting.ran == ["a", "b", "c"]
-    assert done.result["config"]["tasks"] == ["quiz"]
-
-
 def test_what_a_study_finds_is_told_by_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("POCKETLLM_DATA", raising=False)
     default = inputs()["calibration"]

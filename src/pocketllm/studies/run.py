@@ -82,7 +82,7 @@ def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> d
 
     asked, steps = _asked(study, setup), study.steps(setup)
     try:
-        work = Workspace.at(output, _as_begun(output, asked))
+        work = Workspace.at(output, asked)
         with locked(work.folder), _nothing_left(work.folder):
             setup.work.mkdir(exist_ok=True)
             done = {
@@ -163,17 +163,6 @@ def _asked(study: Study, setup: Setup) -> dict[str, Any]:
         "version": pocketllm.__version__,
         **study.inputs(setup),
     }
-
-
-def _as_begun(output: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What a half-done study at `output` is held against: one begun before inputs were noted goes on without."""
-    state = output.with_name(f"{output.name}.partial") / "state.json"
-    try:
-        begun = set(json.loads(state.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return dict(asked)
-    is_noted = any(key.split(".")[0] in _INPUTS for key in begun)
-    return {key: value for key, value in asked.items() if is_noted or key not in _INPUTS}
 
 
 @contextmanager
