@@ -127,7 +127,7 @@ def robust_results(plain: float | None) -> dict[str, Any]:
     def entry(perplexity: float | None, right: str, bpw: float) -> dict[str, Any]:
         sizes = {"ratio_matrices_fp32": 32 / bpw, "ratio_files_bf16": 16 / bpw, "bytes_on_disk": 1e6}
         acc = right.count("1") / len(right)
-        likely = [0.9 if digit == "1" else 0.2 for digit in right]
+        likely = " ".join("0.9" if digit == "1" else "0.2" for digit in right)
         tasks = {"quiz": {"acc": acc, "chance": 0.25, "right": right, "probability": likely}}
         texts = {"one": perplexity, "two": None if perplexity is None else 2 * perplexity}
         shared = {"context": 8, "windows": 2, "limit": 8, "nmse": 0.1, "bpw_matrices": bpw}
@@ -165,7 +165,7 @@ def test_robustness_where_the_dense_model_is_not_finite(lost: tuple[str, ...]) -
 
 def test_robustness_where_the_dense_model_only_guesses() -> None:
     results = robust_results(11.0)
-    guessing = {"acc": 0.25, "chance": 0.25, "right": "11000000", "probability": [0.25] * 8}
+    guessing = {"acc": 0.25, "chance": 0.25, "right": "11000000", "probability": "0.25 " * 8}
     results["dense"]["tasks"] = {"quiz": guessing}
     assert {tuple(row[-2:]) for row in robust.tables(results)[1].rows[1:]} == {("none to keep", "")}
     assert "no better than guessing at any of the tasks" in robust.findings(results)[1]
@@ -199,15 +199,15 @@ def test_losses_are_paired_by_document() -> None:
 
 
 def test_probability_is_of_tasks_that_the_dense_model_can_do() -> None:
-    def task(right: str, probability: list[float]) -> dict[str, Any]:
+    def task(right: str, probability: str) -> dict[str, Any]:
         return {"acc": right.count("1") / 8, "chance": 0.5, "right": right, "probability": probability}
 
     dense = {
-        "can": task("11111111", [0.9, 0.8] * 4),
-        "guesses": task("11110000", [0.5] * 8),
-        "open": {**task("11111111", []), "chance": 0.0},
+        "can": task("11111111", "0.9 0.8 " * 4),
+        "guesses": task("11110000", "0.5 " * 8),
+        "open": {**task("11111111", ""), "chance": 0.0},
     }
-    own = {**dense, "can": task("11111111", [0.8, 0.5] * 4), "guesses": task("00000000", [0.1] * 8)}
+    own = {**dense, "can": task("11111111", "0.8 0.5 " * 4), "guesses": task("00000000", "0.1 " * 8)}
     assert able(dense) == ["can"]
     lost = probability_lost(dense, own)
     assert lost is not None and lost.value == pytest.approx(20.0)

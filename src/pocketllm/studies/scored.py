@@ -15,15 +15,15 @@ Tasks = Mapping[str, Mapping[str, Any]]
 def scores(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Task -> accuracy, that of guessing (0 where answers are not chosen from a list), and document by document:
 
-    right: a digit, 1 where it was. probability: of the right answer, as `harness.choice_probability`; nothing
-    where there are no choices.
+    right: a digit, 1 where it was. probability: of the right answer, as `harness.choice_probability`, in words,
+    so that a result stays readable; none where there are no choices.
     """
     return {
         name: {
             "acc": result.acc,
             "chance": result.chance or 0.0,
             "right": "".join(str(int(value)) for value in result.scores["acc"]),
-            "probability": [round(value, 4) for value in result.scores.get("choice_probability", [])],
+            "probability": " ".join(f"{value:.4f}" for value in result.scores.get("choice_probability", [])),
         }
         for name, result in found.items()
     }
@@ -53,7 +53,7 @@ def probability_lost(dense: Tasks, own: Tasks) -> Difference | None:
     names = able(dense)
     if not names:
         return None
-    middle = _mean([paired(dense[name]["probability"], own[name]["probability"]) for name in names])
+    middle = _mean([paired(_likely(dense[name]), _likely(own[name])) for name in names])
     return Difference(100 * middle.value, 100 * middle.error)
 
 
@@ -69,6 +69,10 @@ def able(dense: Tasks) -> list[str]:
 
 def _digits(task: Mapping[str, Any]) -> list[float]:
     return [float(digit) for digit in task["right"]]
+
+
+def _likely(task: Mapping[str, Any]) -> list[float]:
+    return [float(value) for value in task["probability"].split()]
 
 
 def _mean(found: Sequence[Difference]) -> Difference:
