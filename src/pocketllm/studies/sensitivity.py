@@ -36,19 +36,15 @@ _TASKS = ("arc_easy", "piqa")
 
 @dataclass(frozen=True)
 class _Size:
-    """context, windows: of the text, cut to the positions that the model has. block_windows: for single blocks.
-
-    limit: documents of a task.
-    """
+    """context, windows: of the text, cut to the positions that the model has. limit: documents of a task."""
 
     context: int
     windows: int
-    block_windows: int
     limit: int
 
 
 def _size(setup: Setup) -> _Size:
-    return _Size(256, 2, 1, 0) if setup.quick else _Size(512, 4, 2, 200)
+    return _Size(256, 2, 0) if setup.quick else _Size(512, 8, 200)
 
 
 def configs(setup: Setup) -> dict[str, CompressConfig]:
@@ -101,8 +97,8 @@ def _steps(setup: Setup) -> list[Step]:
     check_texts(setup, size.context, size.windows)
     steps = []
     for path in configs(setup):
-        steps.append(Step(f"{path}-parts", partial(_measure, setup, path, parts, size.windows)))
-    steps.append(Step("plain-blocks", partial(_measure, setup, "plain", blocks, size.block_windows)))
+        steps.append(Step(f"{path}-parts", partial(_measure, setup, path, parts)))
+    steps.append(Step("plain-blocks", partial(_measure, setup, "plain", blocks)))
     if size.limit and tasks():
         steps.append(Step(DENSE, partial(_dense_tasks, setup)))
         steps += [Step(f"{path}-tasks", partial(_tasks, setup, path, parts)) for path in configs(setup)]
@@ -115,13 +111,7 @@ def tasks() -> list[str]:
     return [name for name in task_names() if name in _TASKS]
 
 
-def _measure(
-    setup: Setup,
-    path: str,
-    groups: Groups,
-    windows: int,
-    progress: Progress,
-) -> dict[str, Any]:
+def _measure(setup: Setup, path: str, groups: Groups, progress: Progress) -> dict[str, Any]:
     """Perplexity and divergence with each group of matrices compressed and the rest dense."""
     from pocketllm.evaluate import text_divergence
     from pocketllm.model import Matrices
@@ -131,7 +121,8 @@ def _measure(
     chosen = groups(read_model(folder, check=False).matrices)
     model, tokenizer = dense_model(setup)
     reference, _ = dense_model(setup)
-    matrices, context = Matrices.open(folder), fitting(setup, _size(setup).context)
+    matrices, size = Matrices.open(folder), _size(setup)
+    context, windows = fitting(setup, size.context), size.windows
     text = setup.evaluation_texts()[0]
     found: dict[str, Any] = {}
     for done, (name, members) in enumerate(chosen.items()):
@@ -144,6 +135,7 @@ def _measure(
             "perplexity": seen.perplexity,
             "kl": seen.kl,
             "kl_stderr": seen.kl_stderr,
+            "window_kl": seen.window_kl,
         }
         dense = seen.reference_perplexity
         progress(0.5 + (done + 1) / len(chosen) / 2)
