@@ -229,9 +229,9 @@ def test_robustness_says_where_it_breaks(plain: float | None, words: str) -> Non
     results = robust_results(plain)
     sentences = robust.findings(results)
     assert any(words in sentence for sentence in sentences), sentences
-    assert "does not hold at any ratio" in sentences[0]
-    assert "calibrated-16x 25" in sentences[0]
+    assert sentences[0].startswith("Did not hold here, ") and "is lost at plain-8x." in sentences[0]
+    assert "plain-8x 50 ± 19 (-0.66)" in sentences[0] and "calibrated-16x 25" in sentences[0]
     rows = {row[0]: row for row in robust.tables(results)[1].rows}
     assert rows["plain-8x"][-2:] == ["0 %", "35 ± 13"]
-    assert "plain-8x 35 ± 13" in sentences[1] and "are lost by plain-8x" in sentences[1]
+    assert "plain-8x 35 ± 13" in sentences[1] and "beyond noise: plain-8x" in sentences[1]
     robust.draw(results, Figure())

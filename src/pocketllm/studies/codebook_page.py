@@ -18,6 +18,7 @@ COUNTS: dict[str, tuple[str, Callable[[Point], float]]] = {
     "bpw_alone": ("all bits, codebook for these rows alone", lambda p: p["bpw_alone"]),
 }
 _SMALL = 0.1  # of the bits of the indices: what is concise beside them
+_BESIDE = 0.1  # bits beside those of the indices that a budget allows for scales, codebook and decoder
 _PAPER = (8, 1 << 15, 4096, 11008)  # d, K, rows, columns
 
 
@@ -100,7 +101,7 @@ def _whole(results: Results) -> Table:
 def findings(results: Results) -> list[str]:
     """What the codebook costs, and whether longer vectors pay, before and after that cost."""
     points = _grid(results)
-    return [_cost_words(points), _length_words(points), *_frontier_words(points), *_perplexity_words(results)]
+    return [_cost_words(points), _length_words(points), *_budget_words(points), *_perplexity_words(results)]
 
 
 def _cost_words(points: list[Point]) -> str:
@@ -147,14 +148,19 @@ def _length_words(points: list[Point]) -> str:
     return f"Longer vectors at equal bits of indices, nmse: {'; '.join(told)}."
 
 
-def _frontier_words(points: list[Point]) -> list[str]:
-    """The longest vectors that no other point beats in both bits and error, by how bits are counted."""
+def _budget_words(points: list[Point]) -> list[str]:
+    """The pair of least error within each budget of bits, by how bits are counted."""
     found = []
     for key in ("bpw_shared", "bpw_alone"):
         words, count = COUNTS[key]
-        best = [p for p in points if not any(count(q) < count(p) and q["nmse"] < p["nmse"] for q in points)]
-        listed = ", ".join(f"({p['vector_len']}, {p['codebook_size']})" for p in sorted(best, key=count))
-        found.append(f"Pairs (d, K) that no other beats in both bits and error, {words}: {listed}.")
+        told = []
+        for budget in (rate + _BESIDE for rate in _groups(points, "index_bpw")):
+            affordable = [p for p in points if count(p) <= budget]
+            if affordable:
+                p = min(affordable, key=lambda p: p["nmse"])
+                pair = f"d = {p['vector_len']}, K = {p['codebook_size']}"
+                told.append(f"{budget:g}: {pair} ({number(p['nmse'])})")
+        found.append(f"Least error within a budget of bits, {words}: {'; '.join(told)} (nmse).")
     return found
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pocketllm.studies.noise import CERTAIN, Difference, paired
+from pocketllm.studies.noise import CONFIDENCE, Difference, paired
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import COLOURS, INK, number
 
@@ -105,7 +105,7 @@ def draw(results: Results, figure: Figure) -> None:
     for offset, when, colour in ((0.18, "before", COLOURS[1]), (-0.18, "after", COLOURS[2])):
         known = [results[key][when]["kl"] for key in keys]
         lengths = [math.nan if value is None else value for value in known]
-        errors = [CERTAIN * (results[key][when]["kl_stderr"] or 0.0) for key in keys]
+        errors = [_margin(results[key][when]) for key in keys]
         shown = "as coded" if when == "before" else "distilled"
         right.barh(
             [p + offset for p in places],
@@ -119,11 +119,17 @@ def draw(results: Results, figure: Figure) -> None:
     right.set_yticks([])
     right.set_title("KL to the dense model", fontsize=9)
     left.set_xlabel("nmse", fontsize=8)
-    right.set_xlabel("nats per token; lines: two standard errors", fontsize=8)
+    right.set_xlabel(f"nats per token; lines: {CONFIDENCE:.0%} intervals", fontsize=8)
     right.legend(fontsize=8, frameon=False)
     for axes in (left, right):
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+
+
+def _margin(seen: Mapping[str, Any]) -> float:
+    """Half the interval of the KL; 0 where there is one window."""
+    error = seen["kl_stderr"]
+    return 0.0 if error is None else Difference(seen["kl"], error, seen["windows"] - 1).margin
 
 
 def _label(results: Results, key: str) -> str:
@@ -160,7 +166,8 @@ def _best_words(results: Results, rest: list[str], when: str) -> str:
     best = min(finite, key=lambda key: results[key][when]["kl"])
     own, base = results[best][when], results[REFERENCE][when]
     return (
-        f"{words} the lowest KL with a decoder is that of {results[best]['shown']}, {_kl(own)}; without {_kl(base)}: "
+        f"{words} the lowest KL with a decoder, of {len(finite)} ways tried, is that of {results[best]['shown']}, "
+        f"{_kl(own)}; without {_kl(base)}: "
         f"{_verdict(_kl_apart(own, base))}. Perplexity {number(own['perplexity'], 4)} and "
         f"{number(base['perplexity'], 4)}."
     )
@@ -171,8 +178,6 @@ def _finite(results: Results, key: str, *whens: str) -> bool:
 
 
 def _verdict(difference: Difference) -> str:
-    if not difference.clear:
-        return f"no difference beyond noise, {number(abs(difference.value), 2)} is {difference.verdict}"
     return f"{number(abs(difference.value), 2)} {'lower' if difference.value < 0 else 'higher'}, {difference.verdict}"
 
 

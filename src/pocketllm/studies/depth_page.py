@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from pocketllm.studies.noise import Difference, between
+from pocketllm.studies.noise import Difference, by_seed, paired
 from pocketllm.studies.repeated import exploded
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import DASHES, dots, look, mean, mean_spread, number, plain_ticks, spread
@@ -106,7 +105,7 @@ def _best(results: Results, depth: int) -> Mapping[str, Any] | None:
 def findings(results: Results) -> list[str]:
     """Whether five blocks do worse than three as published, three best; and whether tuning closes the gap."""
     ends = {depth: _start(results, "published", depth)["end_nmse"] for depth in DEPTHS}
-    worse, fewer = between(ends[5], ends[3]), between(ends[1], ends[3])
+    worse, fewer = by_seed(ends[5], ends[3]), by_seed(ends[1], ends[3])
     if worse is None or fewer is None:
         first = "Did not hold here: as published, a training broke off, so that nothing can be said of their order."
     else:
@@ -114,8 +113,8 @@ def findings(results: Results) -> list[str]:
         verdict = "Held" if five and three else "Held in part" if five or three else "Did not hold here"
         first = (
             f"{verdict}: as published, {_by_depth(results, 'published')}. That five do worse than three "
-            f"{'held' if five else 'did not hold'}: they end {_told(worse)}. That three are right "
-            f"{'held against one' if three else 'did not hold'}: one block ends {_told(fewer)}."
+            f"{_judged(worse)}: they end {_told(worse)}. That three are right against one {_judged(fewer)}: one block "
+            f"ends {_told(fewer)}."
         )
     others = [
         f"{words[0].upper()}{words[1:]}: {_by_depth(results, name)}."
@@ -123,6 +122,13 @@ def findings(results: Results) -> list[str]:
         if name != "published"
     ]
     return [first, *others, _tuned_words(results), _capacity_words(results)]
+
+
+def _judged(gap: Difference) -> str:
+    """Of a claim that the gap is above zero."""
+    if not gap.clear:
+        return "is not seen"
+    return "held" if gap.value > 0 else "did not hold"
 
 
 def _told(gap: Difference) -> str:
@@ -146,8 +152,8 @@ def _tuned_words(results: Results) -> str:
     words = f"The best over learning rates and lengths, by number of blocks: {told}."
     if best[5] is None or best[3] is None:
         return words
-    before = between(*(entry["end_nmse"] for entry in _untuned(results)))
-    left = between(best[5]["end_nmse"], best[3]["end_nmse"])
+    untuned = [entry["end_nmse"] for entry in _untuned(results)]
+    before, left = by_seed(*untuned), by_seed(best[5]["end_nmse"], best[3]["end_nmse"])
     if before is None or left is None:
         return words
     seeds = len(_untuned(results)[0]["seeds"])
@@ -156,8 +162,12 @@ def _tuned_words(results: Results) -> str:
         f"length, and {_told(left)}, each at its best: "
     )
     if not (before.clear and before.value > 0):
-        return f"{words}these trainings show no gap that could be closed."
-    closed = Difference(before.value - left.value, math.hypot(before.error, left.error))
+        return f"{words}whether tuning closes a gap, these trainings cannot say."
+    gaps = [
+        [a - b for a, b in zip(*pair, strict=True)]
+        for pair in (untuned, (best[5]["end_nmse"], best[3]["end_nmse"]))
+    ]
+    closed = paired(*gaps)
     if left.value <= _SHARE * before.value and closed.clear:
         return f"{words}it is one of optimization."
     if left.clear:

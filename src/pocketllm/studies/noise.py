@@ -4,57 +4,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pocketllm.evaluate import standard_error
-from pocketllm.studies.style import mean, number, spread
+from pocketllm.studies.style import number
 
-CERTAIN = 2.0
-"""A difference of no more standard errors than this is none."""
+CONFIDENCE = 0.95
+"""Of intervals. By chance alone the share 1 - CONFIDENCE of differences that are none lies outside."""
+_QUANTILES = {  # of Student's t at (1 + CONFIDENCE) / 2, by degrees of freedom
+    **{1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
+    **{10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980},
+}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One number less another. error: the standard error of that; infinite where it is not known."""
+    """One number less another. error: the standard error of that; infinite where it is not known.
+
+    freedom: degrees of freedom of the error.
+    """
 
     value: float
     error: float
+    freedom: float = math.inf
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the interval that holds the true difference with `CONFIDENCE`."""
+        return _quantile(self.freedom) * self.error
+
+    @property
+    def known(self) -> bool:
+        """Whether there is more than one measurement, so that noise can be told."""
+        return not math.isinf(self.error)
 
     @property
     def clear(self) -> bool:
-        return abs(self.value) > CERTAIN * self.error
+        """Whether it is more than noise; never where noise is not known."""
+        return abs(self.value) > self.margin
 
     @property
     def verdict(self) -> str:
-        """`more than two standard errors (0.1)`, `within …`, or that nothing is known of noise."""
-        if math.isinf(self.error):
-            return "of unknown standard error"
-        return f"{'more than' if self.clear else 'within'} two standard errors ({number(CERTAIN * self.error, 2)})"
+        """`beyond noise (± 0.1 at 95 %)`, `within …`, or that nothing is known of noise."""
+        if not self.known:
+            return "of one measurement each, so that noise is not known"
+        where = "beyond" if self.clear else "within"
+        return f"{where} noise (± {number(self.margin, 2)} at {CONFIDENCE:.0%})".replace("%", " %")
 
-
-def between(values: Sequence[float | None], others: Sequence[float | None]) -> Difference | None:
-    """Mean of the values less mean of the others, each from several seeds; None where one was not finite."""
-    a, b = mean(values), mean(others)
-    if a is None or b is None:
-        return None
-    if min(len(values), len(others)) < 2:
-        return Difference(a - b, math.inf)
-    errors = [(spread(each) or 0.0) / math.sqrt(len(each)) for each in (values, others)]
-    return Difference(a - b, math.hypot(*errors))
+    def times(self, factor: float) -> Difference:
+        """In another unit."""
+        return replace(self, value=factor * self.value, error=abs(factor) * self.error)
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Difference:
-    """Mean of the values less mean of the others, measured on the same documents or windows, one by one."""
+    """Mean of the values less mean of the others, one by one: of the same seeds, documents or windows."""
     found = [a - b for a, b in zip(values, others, strict=True)]
     error = standard_error(found)
-    return Difference(sum(found) / len(found), math.inf if error is None else error)
+    return Difference(sum(found) / len(found), math.inf if error is None else error, len(found) - 1)
 
 
-def apart(value: float, error: float | None, other: float, other_error: float | None) -> Difference:
-    """The difference of two numbers whose standard errors are known.
+def by_seed(values: Sequence[float | None], others: Sequence[float | None]) -> Difference | None:
+    """`paired` for trainings from the same seeds; None where one of them did not end in a number."""
+    known = [value for value in values if value is not None]
+    other = [value for value in others if value is not None]
+    return paired(known, other) if len(known) == len(values) and len(other) == len(others) else None
 
-    Taken as independent; measured on the same text they scatter together, and the difference less.
-    """
-    if error is None or other_error is None:
-        return Difference(value - other, math.inf)
-    return Difference(value - other, math.hypot(error, other_error))
+
+def _quantile(freedom: float) -> float:
+    """Of Student's t; the nearest lower degrees of freedom of the table, which errs towards noise."""
+    below = [count for count in _QUANTILES if count <= freedom]
+    return _QUANTILES[max(below)] if below else math.inf

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pocketllm.studies.noise import Difference, between
+from pocketllm.studies.noise import Difference, by_seed
 from pocketllm.studies.repeated import EXPLODED, exploded, highest, over_entries
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import dots, look, mean, mean_spread, number, plain_ticks
@@ -116,7 +116,7 @@ def findings(results: Results) -> list[str]:
 
 def _gap(results: Results, training: str) -> Difference | None:
     """How much higher LayerNorm ends than RLN, over seeds, in the mean over the kinds."""
-    return between(*(over_entries(_of(results, training, norm), "end_nmse") for norm in ("ln", "rln")))
+    return by_seed(*(over_entries(_of(results, training, norm), "end_nmse") for norm in ("ln", "rln")))
 
 
 def _gap_words(gap: Difference | None) -> str:
@@ -179,7 +179,7 @@ def _size_words(results: Results) -> str:
         ends = {title: results[f"size.{norm}.{size}"]["end_nmse"] for norm, title in NORMS.items()}
         known = {title: value for title, values in ends.items() if (value := mean(values)) is not None}
         first, *others = sorted(known, key=lambda title: known[title]) or ["none"]
-        gaps = [between(ends[other], ends[first]) for other in others]
+        gaps = [by_seed(ends[other], ends[first]) for other in others]
         clear = bool(gaps) and all(gap is not None and gap.clear for gap in gaps)
         listed = ", ".join(f"{title} {mean_spread(values)}" for title, values in ends.items())
         told.append(f"{first if clear else 'none beyond noise'} at K = {size} ({listed})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pocketllm.studies.noise import Difference
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BRITTLE = 2.0  # times the dense perplexity
+_PAPER_LOST = {"plain-8x": -0.66, "plain-10x": 0.22, "plain-16x": 3.68}
+"""Points: 64.29 of the dense model less the means that the study's claim names."""
 _STYLES = {"plain": "--", "calibrated": "-"}
 
 
@@ -178,15 +181,25 @@ def findings(results: Results) -> list[str]:
 
 
 def _claim(results: Results) -> str:
-    """The paper's figures are for the presets of its ratios, and are means of accuracy."""
+    """Points that the published method loses here, held against those that the paper's figures lose."""
     losses = {key: _lost(results, key) for key in _keys(results) if "-files-" not in key}
-    words = [f"{key} {with_error(lost.value, lost.error, 2)}" for key, lost in losses.items()]
-    plain = {key: lost for key, lost in losses.items() if key.startswith("plain")}
-    held = [key for key, lost in plain.items() if not (lost.clear and lost.value > 0)]
-    verdict = f"holds for {', '.join(held)}" if held else "does not hold at any ratio"
+    told, more = [], []
+    for key, lost in losses.items():
+        paper = _PAPER_LOST.get(key)
+        told.append(
+            f"{key} {with_error(lost.value, lost.error, 2)}{'' if paper is None else f' ({paper:g})'}"
+        )
+        if paper is not None:
+            over = replace(lost, value=lost.value - paper)
+            more += [key] if over.clear and over.value > 0 else []
+    tested = [key for key in losses if key in _PAPER_LOST]
+    rest = [key for key in tested if key not in more]
+    verdict = "Did not hold here" if not rest else "Held in part here" if more else "Not contradicted here"
+    words = [f"more than the paper's figures is lost at {', '.join(more)}" if more else ""]
+    words += [f"at {', '.join(rest)} noise does not tell the loss from the paper's" if rest else ""]
     return (
-        f"That the published method loses nothing on zero-shot tasks {verdict}, on this model, within two standard "
-        f"errors, and without the paper's fine-tuning. Points of mean accuracy lost: {'; '.join(words)}."
+        f"{verdict}, on this model and without the paper's fine-tuning: {'; '.join(w for w in words if w)}. Points of "
+        f"mean accuracy lost (in brackets the paper's, of fine-tuned models): {'; '.join(told)}."
     )
 
 
@@ -201,8 +214,7 @@ def _likely(results: Results) -> str:
     clear = [key for key, each in lost.items() if each.clear and each.value > 0]
     return (
         f"Smaller losses show in the probability of the right answers at {', '.join(names)}, which the dense model can "
-        f"do; in points: {listed}. More than two standard errors are lost by "
-        f"{', '.join(clear) if clear else 'none'}."
+        f"do; in points: {listed}. Lost beyond noise: {', '.join(clear) if clear else 'nothing'}."
     )
 
 

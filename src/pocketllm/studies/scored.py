@@ -40,9 +40,7 @@ def points_lost(dense: Tasks, own: Tasks) -> Difference:
     Args:
         dense, own: of the same tasks and documents, as `scores` gives them.
     """
-    lost = {name: paired(_digits(dense[name]), _digits(task)) for name, task in own.items()}
-    middle = _mean(list(lost.values()))
-    return Difference(100 * middle.value, 100 * middle.error)
+    return _mean([paired(_digits(dense[name]), _digits(task)) for name, task in own.items()]).times(100)
 
 
 def probability_lost(dense: Tasks, own: Tasks) -> Difference | None:
@@ -53,12 +51,24 @@ def probability_lost(dense: Tasks, own: Tasks) -> Difference | None:
     names = able(dense)
     if not names:
         return None
-    middle = _mean([paired(_likely(dense[name]), _likely(own[name])) for name in names])
-    return Difference(100 * middle.value, 100 * middle.error)
+    return _mean([paired(_likely(dense[name]), _likely(own[name])) for name in names]).times(100)
+
+
+def cost_gap(dense: Tasks, one: tuple[Tasks, float], other: tuple[Tasks, float]) -> Difference:
+    """How much more one loses than another for each unit saved, in points, paired by document.
+
+    Args:
+        one, other: (its tasks, what it saves). There must be tasks as `able` gives them.
+    """
+
+    def costs(name: str, own: Tasks, saved: float) -> list[float]:
+        return [(a - b) / saved for a, b in zip(_likely(dense[name]), _likely(own[name]), strict=True)]
+
+    return _mean([paired(costs(name, *one), costs(name, *other)) for name in able(dense)]).times(100)
 
 
 def able(dense: Tasks) -> list[str]:
-    """Tasks with choices at which the dense model does better than guessing, by more than two standard errors."""
+    """Tasks with choices at which the dense model does better than guessing, beyond noise."""
     found = []
     for name, task in dense.items():
         above = paired(_digits(task), [task["chance"]] * len(task["right"]))
@@ -77,5 +87,6 @@ def _likely(task: Mapping[str, Any]) -> list[float]:
 
 def _mean(found: Sequence[Difference]) -> Difference:
     """Of tasks that are independent of each other."""
-    errors = math.hypot(*(each.error for each in found))
-    return Difference(sum(each.value for each in found) / len(found), errors / len(found))
+    error = math.hypot(*(each.error for each in found)) / len(found)
+    freedom = min(each.freedom for each in found)  # at least: errs towards noise
+    return Difference(sum(each.value for each in found) / len(found), error, freedom)

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pocketllm.studies import sensitivity_tasks as tasks
-from pocketllm.studies.noise import CERTAIN, Difference, apart
+from pocketllm.studies.noise import CONFIDENCE, Difference, paired
 from pocketllm.studies.sensitivity_tasks import ALL, ATTENTION, ENDS, FFN
 from pocketllm.studies.study import Results, Table
-from pocketllm.studies.style import COLOURS, INK, mean, number, with_error
+from pocketllm.studies.style import COLOURS, INK, number, with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +94,7 @@ def _blocks_table(values: Mapping[str, Any]) -> Table:
     rows = [[name, number(_megabytes(values, name)), *_losses(values, name)] for name in values["groups"]]
     note = (
         f"{values['windows']} windows of {values['context']} tokens; dense perplexity {number(values['dense'], 4)}; "
-        "only that block is compressed. Standard errors from so few windows are rough themselves."
+        "only that block is compressed. Differences are taken window by window."
     )
     return Table("Blocks (plain)", ["block", "MB saved", *_LOSSES], rows, note)
 
@@ -130,7 +130,7 @@ def draw(results: Results, figure: Figure) -> None:
     spared = {*sorted(blocks)[:_AUTHORS_FIRST], *sorted(blocks)[max(0, len(blocks) - _AUTHORS_LAST) :]}
     colours = [COLOURS[3] if block in spared else COLOURS[5] for block in blocks]
     axes.bar(blocks, numbers, yerr=errors, error_kw=_WHISKERS, color=colours)
-    axes.set_title("plain, each block alone; lines everywhere: two standard errors", fontsize=9)
+    axes.set_title(f"plain, each block alone; lines everywhere: {CONFIDENCE:.0%} intervals", fontsize=9)
     axes.set_xlabel("block", fontsize=8)
     axes.set_ylabel("KL per saved MB, 10⁻³ nats", fontsize=8)
     axes.tick_params(labelsize=8)
@@ -143,10 +143,11 @@ _WHISKERS = {"ecolor": INK, "capsize": 2, "lw": 0.9}
 
 
 def _drawn(values: Mapping[str, Any], names: Sequence[str]) -> tuple[list[float], list[float]]:
-    """Thousandths of nats per saved megabyte, and two standard errors of them; 0 where there is none."""
-    errors = [_error(values, name) for name in names]
-    shown = [0.0 if math.isinf(error) else 1000 * CERTAIN * error for error in errors]
-    return [1000 * _loss(values, name) for name in names], shown
+    """Thousandths of nats per saved megabyte, and half their intervals; 0 where there was but one window."""
+    losses = [
+        Difference(_loss(values, n), _error(values, n), values["windows"] - 1).times(1000) for n in names
+    ]
+    return [loss.value for loss in losses], [loss.margin if loss.known else 0.0 for loss in losses]
 
 
 def _colour(name: str) -> str:
@@ -179,24 +180,32 @@ def _broken(values: Mapping[str, Any], what: str) -> str:
     )
 
 
+def _by_window(values: Mapping[str, Any], names: Sequence[str]) -> list[float]:
+    """Mean over the groups of their KL for a saved megabyte, in each window."""
+    groups = [(values["groups"][name]["window_kl"], _megabytes(values, name)) for name in names]
+    return [
+        sum(kl[window] / saved for kl, saved in groups) / len(groups) for window in range(values["windows"])
+    ]
+
+
 def _about_ends(values: Mapping[str, Any]) -> str:
     losses = {int(name): _loss(values, name) for name in values["groups"]}
     numbers = sorted(losses)
     left = sorted({*numbers[:_AUTHORS_FIRST], *numbers[max(0, len(numbers) - _AUTHORS_LAST) :]})
     others = [n for n in numbers if n not in left]
-    outer, inner = (mean([losses[n] for n in each]) for each in (left, others))
-    if outer is None or inner is None or inner <= 0:
+    if not others:
         return f"The model has {len(numbers)} blocks, too few to set the outer ones apart from the others."
-    errors = [math.hypot(*(_error(values, str(n)) for n in each)) / len(each) for each in (left, others)]
-    gap = apart(outer, errors[0], inner, errors[1])
-    held = "held on average" if gap.value > 0 and gap.clear else "did not hold"
+    outer, inner = (_by_window(values, [str(n) for n in each]) for each in (left, others))
+    gap = paired(outer, inner).times(1000)
+    held = ("held on average" if gap.value > 0 else "did not hold") if gap.clear else "is not seen"
     worst = sorted(losses, key=lambda n: -losses[n])[: len(left)]
     listed = ", ".join(f"{n} ({_per_megabyte(values, str(n), 2)})" for n in worst)
+    means = [sum(each) / len(each) for each in (outer, inner)]
     return (
-        f"That the outer blocks are the ones to spare {held}: KL per saved megabyte is "
-        f"{with_error(1000 * outer, 1000 * errors[0], 2)} in the first {_AUTHORS_FIRST} and last {_AUTHORS_LAST}, "
-        f"{with_error(1000 * inner, 1000 * errors[1], 2)} in the others (10^-3 nats), {number(outer / inner, 2)} "
-        f"times as much. The most sensitive blocks are {listed}.{_misplaced(worst, left)}"
+        f"That the outer blocks are the ones to spare {held}: KL per saved megabyte is {number(1000 * means[0], 2)} "
+        f"in the first {_AUTHORS_FIRST} and last {_AUTHORS_LAST}, {number(1000 * means[1], 2)} in the others (10^-3 "
+        f"nats), {number(means[0] / means[1], 2)} times as much; the difference is {gap.verdict}. The most sensitive "
+        f"blocks are {listed}.{_misplaced(worst, left)}"
     )
 
 
@@ -216,11 +225,13 @@ def _about_attention(values: Mapping[str, Any], path: str) -> str:
     groups = values["groups"]
     if not {ATTENTION, FFN} <= set(groups):
         return f"{path}: the model has no separate attention and FFN matrices."
+    attention, ffn = (_by_window(values, [name]) for name in (ATTENTION, FFN))
     ratio = _loss(values, ATTENTION) / _loss(values, FFN)
-    error = ratio * math.hypot(*(_error(values, n) / _loss(values, n) for n in (ATTENTION, FFN)))
+    off = paired(attention, [ratio * loss for loss in ffn])  # 0, with the error of the ratio's numerator
+    ratio_error, gap = off.error / _loss(values, FFN), paired(attention, ffn)
     share = groups[ATTENTION]["weights"] / (groups[ATTENTION]["weights"] + groups[FFN]["weights"])
     part = groups[ATTENTION]["kl"] / (groups[ATTENTION]["kl"] + groups[FFN]["kl"])
-    if not Difference(ratio - 1, error).clear:
+    if not gap.clear:
         word = "not seen to be more or less sensitive than its size says"
     else:
         word = f"{'more' if ratio > 1 else 'less'} sensitive than its size says"
@@ -229,8 +240,8 @@ def _about_attention(values: Mapping[str, Any], path: str) -> str:
     return (
         f"{path.capitalize()}, at {number(groups[ALL]['bpw'])} bits per weight: attention is {word}. It holds "
         f"{number(100 * share, 2)} % of the weights in the blocks and makes {number(100 * part, 2)} % of the "
-        f"loss of the two parts; a megabyte saved there costs {with_error(ratio, error, 2)} times what it "
-        f"costs in the FFN. By kind, most to least: "
+        f"loss of the two parts; a megabyte saved there costs {with_error(ratio, ratio_error, 2)} times what "
+        f"it costs in the FFN. By kind, most to least: "
         + ", ".join(f"{n} {_per_megabyte(values, n, 2)}" for n in order)
         + " (KL per MB, 10^-3 nats)."
     )
@@ -240,11 +251,10 @@ def _about_sum(values: Mapping[str, Any], path: str) -> str:
     groups = values["groups"]
     names = [name for name in (FFN, ATTENTION, ENDS) if name in groups]
     added = sum(groups[name]["kl"] for name in names)
-    error = math.hypot(*(_error(values, name) * _megabytes(values, name) for name in names))
-    whole = _error(values, ALL) * _megabytes(values, ALL)
-    gap = apart(groups[ALL]["kl"], whole, added, error)
+    by_part = zip(*(groups[name]["window_kl"] for name in names), strict=True)
+    gap = paired(groups[ALL]["window_kl"], [sum(window) for window in by_part])
     word = f"{number(abs(gap.value), 2)} {'more' if gap.value > 0 else 'less'}, {gap.verdict}"
     return (
-        f"{path.capitalize()}: the losses of the parts add up to {with_error(added, error)} nats, everything together "
-        f"costs {with_error(groups[ALL]['kl'], whole)}; {word}."
+        f"{path.capitalize()}: the losses of the parts add up to {number(added)} nats, everything together "
+        f"costs {number(groups[ALL]['kl'])}; {word}."
     )

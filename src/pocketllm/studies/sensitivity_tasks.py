@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pocketllm.studies.noise import Difference, apart
-from pocketllm.studies.scored import Tasks, able, accuracy, points_lost, probability_lost
+from pocketllm.studies.noise import CONFIDENCE, Difference
+from pocketllm.studies.scored import Tasks, able, accuracy, cost_gap, points_lost, probability_lost
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import number, with_error
 
@@ -17,7 +17,6 @@ _TITLES = {
     "calibrated-tasks": "Zero-shot tasks (calibrated)",
     BLOCKS: "Zero-shot tasks by block (plain)",
 }
-_CHANCE = 0.0455  # that a Gaussian number lies more than two standard deviations from its mean
 
 
 def tables(results: Results) -> list[Table]:
@@ -50,8 +49,7 @@ def _tasks_table(results: Results, key: str, title: str) -> Table:
 def _probability_cells(lost: Difference | None, saved: float) -> list[str]:
     if lost is None:
         return ["", ""]
-    per = Difference(1000 * lost.value / saved, 1000 * lost.error / saved)
-    return [with_error(each.value, each.error, 2) for each in (lost, per)]
+    return [with_error(each.value, each.error, 2) for each in (lost, lost.times(1000 / saved))]
 
 
 def findings(results: Results) -> list[str]:
@@ -85,10 +83,7 @@ def _lost(groups: Mapping[str, Any], dense: Tasks) -> dict[str, Difference]:
 def _part_losses(groups: Mapping[str, Any], dense: Tasks, path: str) -> str:
     """Everything, FFN and attention; the kinds that lose more than noise."""
     lost = _lost(groups, dense)
-    per = {
-        name: Difference(*(1e9 * each / groups[name]["saved_bytes"] for each in (found.value, found.error)))
-        for name, found in lost.items()
-    }
+    per = {name: found.times(1e9 / groups[name]["saved_bytes"]) for name, found in lost.items()}
     shown = ", ".join(
         f"{name} {with_error(lost[name].value, lost[name].error, 2)} "
         f"({with_error(per[name].value, per[name].error, 2)} thousandths per MB)"
@@ -97,12 +92,13 @@ def _part_losses(groups: Mapping[str, Any], dense: Tasks, path: str) -> str:
     )
     kinds = [name for name in lost if name not in (ALL, FFN, ATTENTION, ENDS)]
     clear = sorted((n for n in kinds if lost[n].clear), key=lambda n: -per[n].value)
-    gap = apart(per[ATTENTION].value, per[ATTENTION].error, per[FFN].value, per[FFN].error)
+    attention, ffn = ((groups[n]["tasks"], groups[n]["saved_bytes"] / 1e9) for n in (ATTENTION, FFN))
+    gap = cost_gap(dense, attention, ffn)
     listed = ", ".join(f"{n} ({with_error(per[n].value, per[n].error, 2)})" for n in clear)
     return (
         f"{path} {shown}; for a megabyte attention loses {number(abs(gap.value), 2)} "
         f"{'more' if gap.value > 0 else 'less'} than the FFN, {gap.verdict}; of {len(kinds)} kinds alone "
-        f"{len(clear)} differ from the dense model by more than two standard errors{': ' + listed if listed else ''}"
+        f"{len(clear)} differ from the dense model beyond noise{': ' + listed if listed else ''}"
     )
 
 
@@ -113,6 +109,6 @@ def _block_losses(groups: Mapping[str, Any], dense: Tasks) -> str:
     shown = ", ".join(f"{n} ({with_error(lost[n].value, lost[n].error, 2)})" for n in clear)
     return (
         f"Zero-shot by block, plain: {len(clear)} of {len(lost)} single blocks change the right answers' probability "
-        f"by more than two standard errors, where chance alone would give {number(_CHANCE * len(lost), 2)}"
+        f"beyond noise, where chance alone would give {number((1 - CONFIDENCE) * len(lost), 2)}"
         f"{': ' + shown if shown else ''} (points lost)."
     )

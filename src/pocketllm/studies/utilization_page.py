@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pocketllm.studies.noise import between
+from pocketllm.studies.noise import by_seed
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import GREY, look, mean, mean_spread, number, plain_ticks
 
@@ -88,11 +88,14 @@ def findings(results: Results) -> list[str]:
         f"nmse {mean_spread(results[name]['nmse'])}"
         for name in _OTHERS
     )
-    gaps = {SHOWN[name]: between(results[name]["nmse"], published["nmse"]) for name in _OTHERS}
-    lower = [name for name, gap in gaps.items() if gap is not None and gap.value < 0 and gap.clear]
+    gaps = {SHOWN[name]: by_seed(results[name]["nmse"], published["nmse"]) for name in _OTHERS}
+    known = {name: gap for name, gap in gaps.items() if gap is not None and gap.known}
+    lower = [name for name, gap in known.items() if gap.value < 0 and gap.clear]
+    below = f"Lower than that beyond noise: {', '.join(lower) or 'none'}"
+    if not known:
+        below = "From one seed nothing can be said of noise"
     words.append(
-        f"Other starts, last epoch: {told}; published start: nmse {mean_spread(published['nmse'])}. Lower than that by "
-        f"more than two standard errors: {', '.join(lower) or 'none'}."
+        f"Other starts, last epoch: {told}; published start: nmse {mean_spread(published['nmse'])}. {below}."
     )
     for name in ("collapse-norm", "collapse-rate"):
         entry = results[name]
