@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -112,21 +112,24 @@ def _percents(values: Mapping[str, Any], names: list[str]) -> list[str]:
 
 
 def draw(results: Results, figure: Figure) -> None:
-    with_tasks = bool(results["dense"]["tasks"])
-    figure.set_size_inches(9, 4.2)
-    axes = figure.subplots(1, 2 if with_tasks else 1, squeeze=False)[0]
+    tasks = results["dense"]["tasks"]
+    panels = 1 + bool(tasks) + bool(able(tasks))
+    figure.set_size_inches(5 + 4 * (panels - 1), 4.2)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     for path, style in _STYLES.items():
         _draw_perplexity(results, axes[0], path, style)
     axes[0].set_yscale("log")
     axes[0].axhline(_BRITTLE, color=GREY, linewidth=1)
-    beside = {"transform": axes[0].get_yaxis_transform(), "va": "bottom", "fontsize": 7}
-    axes[0].text(0.01, _BRITTLE, f"{_BRITTLE:g} times: brittle from here on", **beside)
+    beside = {"transform": axes[0].get_yaxis_transform(), "va": "top", "ha": "right", "fontsize": 7}
+    axes[0].text(0.99, _BRITTLE, f"{_BRITTLE:g} times: brittle from here on", **beside)
     axes[0].set_title("perplexity over the dense model's", fontsize=9)
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize=7, frameon=False, handlelength=3.5)
     plain_ticks(axes[0].yaxis)
-    if with_tasks:
-        _draw_tasks(results, axes[1])
+    if tasks:
+        _draw_accuracy(results, axes[1])
+    if able(tasks):
+        _draw_probability(results, axes[2])
     for each in axes:
         each.invert_xaxis()
         each.set_xlabel("bits per weight of the compressed matrices", fontsize=8)
@@ -153,20 +156,37 @@ def _draw_perplexity(results: Results, axes: Any, path: str, style: str) -> None
         axes.plot(bits, values, **look, label=f"{path}: whole files, mean of texts")
 
 
-def _draw_tasks(results: Results, axes: Any) -> None:
-    for path, style, colour in (("plain", "--o", COLOURS[1]), ("calibrated", "-s", COLOURS[0])):
-        keys = _keys(results, path)
-        if not keys:
-            continue
-        bits = [results[key]["bpw_matrices"] for key in keys]
-        errors = [_lost(results, key).error for key in keys]
-        values = [100 * accuracy(results[key]["tasks"]) for key in keys]
-        axes.errorbar(bits, values, errors, fmt=style, color=colour, markersize=4, capsize=2, label=path)
+def _draw_accuracy(results: Results, axes: Any) -> None:
     dense = results["dense"]["tasks"]
+    _draw_paths(
+        results, axes, lambda key: 100 * accuracy(results[key]["tasks"]), lambda key: _lost(results, key)
+    )
     axes.axhline(100 * accuracy(dense), color="black", linewidth=1, label="dense")
     axes.axhline(100 * accuracy(dense, "chance"), color=GREY, linewidth=1, label="guessing")
-    axes.set_title(f"mean accuracy of {len(results['dense']['tasks'])} tasks, %", fontsize=9)
+    axes.set_title(f"mean accuracy of {len(dense)} tasks, %", fontsize=9)
     axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_probability(results: Results, axes: Any) -> None:
+    lost = {key: each for key in _keys(results) if (each := _probability(results, key)) is not None}
+    _draw_paths(results, axes, lambda key: lost[key].value, lost.__getitem__)
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set_title(
+        f"probability of right answers lost, points\n({', '.join(able(results['dense']['tasks']))})",
+        fontsize=9,
+    )
+
+
+def _draw_paths(
+    results: Results, axes: Any, value: Callable[[str], float], noise: Callable[[str], Difference]
+) -> None:
+    """A line for each path over bits, with intervals."""
+    for path, style, colour in (("plain", "--o", COLOURS[1]), ("calibrated", "-s", COLOURS[0])):
+        keys = _keys(results, path)
+        if keys:
+            bits, errors = [results[k]["bpw_matrices"] for k in keys], [noise(k).margin for k in keys]
+            look = {"fmt": style, "color": colour, "markersize": 4, "capsize": 2, "label": path}
+            axes.errorbar(bits, [value(k) for k in keys], errors, **look)
 
 
 def findings(results: Results) -> list[str]:
