@@ -54,6 +54,8 @@ def test_an_evaluation_against_a_dense_model(tmp_path: Path) -> None:
         ("[]", "no JSON object"),
         ('{"model": "m"}', "perplexity is None"),
         (None, "cannot be read"),
+        ("[" * 100_000, "no JSON"),
+        (json.dumps({**EVALUATION, "against": 5}), "against is no JSON object"),
     ],
 )
 def test_bad_evaluations(text: str | None, words: str, tmp_path: Path) -> None:
@@ -62,6 +64,43 @@ def test_bad_evaluations(text: str | None, words: str, tmp_path: Path) -> None:
         path.write_text(text)
     with pytest.raises(SourceError, match=words):
         read_evaluations(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        *(("perplexity", value, "a number above 0") for value in (True, -3, 0, 10**400, -math.inf, "2", [2])),
+        *(("model", value, "text") for value in (5, "a\0b", "\ud800", ["m"])),
+        *(("compressed", value, "true or false") for value in (1, "yes")),
+        *((key, value, "text") for key in ("text", "dtype", "adapter") for value in (7, True, {}, "a\0b")),
+        *(
+            (key, value, "an integer from 0 on")
+            for key in ("context", "windows", "tokens", "bytes_on_disk")
+            for value in ("abc", True, -1, 1.5, [1])
+        ),
+    ],
+)
+def test_fields_of_an_evaluation_have_a_type(key: str, value: object, wanted: str, tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({**EVALUATION, key: value}))
+    with pytest.raises(SourceError) as caught:
+        read_evaluations(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: {key} is {value!r:.60}") and f", wanted {wanted}, as in" in said
+    dense = {"model": "dense", "compressed": False, "perplexity": 10.0, key: value}
+    path.write_text(json.dumps({**EVALUATION, "against": dense}))
+    with pytest.raises(SourceError) as caught:
+        read_evaluations(path)
+    assert str(caught.value).startswith(f"{path}: against: {key} is ")
+
+
+def test_a_perplexity_that_is_not_finite_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    for value in (math.inf, math.nan):
+        path.write_text(json.dumps({**EVALUATION, "perplexity": value}))
+        (found,) = read_evaluations(path)
+        section = perplexity_section([found], "", 5)
+        assert section.tables and not section.charts
 
 
 def test_perplexities_side_by_side() -> None:
