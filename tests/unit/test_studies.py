@@ -118,16 +118,62 @@ def test_goes_on_where_it_was(counting: Counting, model: str, tmp_path: Path) ->
     assert counting.ran == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("left", [b"", b'{"seconds": 1.0, "val', b"\xff\xfe", b"[]", b'{"seconds": 1.0}'])
-def test_a_damaged_step_runs_again(left: bytes, counting: Counting, model: str, tmp_path: Path) -> None:
+def half_done(counting: Counting, model: str, output: Path) -> Path:
+    """The file of the first step of a study that stopped at the third."""
     counting.stop_at = "c"
     with pytest.raises(KeyboardInterrupt):
-        run_study("counting", model, tmp_path / "out")
+        run_study("counting", model, output)
     counting.stop_at = None
-    (tmp_path / "out.partial" / "step-a.json").write_bytes(left)
+    return output.with_name(f"{output.name}.partial") / "step-a.json"
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        b"",
+        b'{"seconds": 1.0, "val',
+        b"\xff\xfe",
+        b"[]",
+        b"[" * 100_000,
+        b'{"seconds": 1.0}',
+        b'{"seconds": 1, "values": {}}',
+        b'{"seconds": 1, "values": {}, "digest": 5}',
+        b'{"seconds": 1.0, "values": {"value": 1.0}}',  # as it was before there was a digest
+    ],
+)
+def test_a_damaged_step_runs_again(left: bytes, counting: Counting, model: str, tmp_path: Path) -> None:
+    half_done(counting, model, tmp_path / "out").write_bytes(left)
     done = run_study("counting", model, tmp_path / "out")
     assert counting.ran == ["a", "b", "a", "c"]
     assert done.result["results"]["a"] == {"value": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seconds", "x"), ("seconds", 7.5), ("values", {}), ("values", {"value": 1.5}), ("values", [])],
+)
+def test_a_step_whose_digest_does_not_fit_runs_again(
+    key: str, value: Any, counting: Counting, model: str, tmp_path: Path
+) -> None:
+    file = half_done(counting, model, tmp_path / "out")
+    kept = json.loads(file.read_text())
+    assert kept.keys() == {"seconds", "values", "digest"} and kept["values"] == {"value": 1.0}
+    file.write_text(json.dumps({**kept, key: value}))
+    done = run_study("counting", model, tmp_path / "out")
+    assert counting.ran == ["a", "b", "a", "c"]
+    assert done.result["results"]["a"] == {"value": 1.0} and done.result["step_seconds"].keys() == set("abc")
+
+
+def test_a_folder_in_the_place_of_a_step_is_named(counting: Counting, model: str, tmp_path: Path) -> None:
+    file = half_done(counting, model, tmp_path / "out")
+    file.unlink()
+    (file / "mine").mkdir(parents=True)
+    with pytest.raises(ResumeError, match=r"step-a\.json: a folder, wanted the file .*; move it away"):
+        run_study("counting", model, tmp_path / "out")
+    assert (file / "mine").is_dir() and counting.ran == ["a", "b"]
+    file.rename(tmp_path / "away")
+    run_study("counting", model, tmp_path / "out")
+    assert counting.ran == ["a", "b", "a", "c"]
 
 
 def test_the_command_can_be_run_again(
@@ -200,6 +246,18 @@ def test_refuses_what_is_there(counting: Counting, model: str, tmp_path: Path) -
         run_study("counting", model, tmp_path / "own")
     run_study("counting", model, tmp_path / "own", overwrite=True)
     assert len(counting.ran) == 6
+
+
+def test_an_output_inside_the_model_is_refused(counting: Counting, tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "dense")
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "link").symlink_to(model)
+    for name in (model, tmp_path / "link"):
+        with pytest.raises(OutputError, match=r"dense/deep/out: is inside .*which is only read; choose another"):
+            run_study("counting", str(name), model / "deep" / "out")
+    (tmp_path / "link").unlink()
+    assert sorted(tmp_path.rglob("*")) == before and not counting.ran
+    run_study("counting", str(model), tmp_path / "dense-out")
 
 
 def test_a_study_that_fails_at_once_leaves_nothing(counting: Counting, model: str, tmp_path: Path) -> None:
