@@ -208,6 +208,8 @@ def test_compare_prints_a_table(run: Run, folder: Path) -> None:
             "compressed itself",
         ),
         (["report", "SMALL", "-o", "OUT.html", "--evaluation", "TEXT"], 1, "no JSON"),
+        (["report", "SMALL", "-o", "INSIDE.html", "--ppl", "nowhere.txt"], 1, "which is only read"),
+        (["compare", "SMALL", "OTHER", "-o", "INSIDE.svg", "--ppl", "nowhere.txt"], 1, "which is only read"),
         (["compare"], 2, "Missing argument"),
         (["compare", "SMALL", "DENSE"], 1, "not a model compressed by pocketllm"),
         (["compare", "SMALL", "-o", "OUT.jpg"], 2, ".png or .svg"),
@@ -217,12 +219,14 @@ def test_compare_prints_a_table(run: Run, folder: Path) -> None:
 def test_errors(arguments: list[str], code: int, words: str, run: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.html").mkdir()
     places = {"DENSE": folder / "dense", "SMALL": folder / "small", "TEXT": folder / "text.txt"}
-    places["FOLDER.html"] = tmp_path / "folder.html"
+    places |= {"OTHER": folder / "other", "FOLDER.html": tmp_path / "folder.html"}
+    places |= {f"INSIDE.{suffix}": folder / "small" / f"x.{suffix}" for suffix in ("html", "svg")}
     places |= {f"OUT.{suffix}": tmp_path / f"out.{suffix}" for suffix in ("txt", "html", "jpg")}
     found, out, err = run(*(places.get(argument, argument) for argument in arguments))
     assert found == code, err
     assert words in err and not out and "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["folder.html"]
+    assert not list((folder / "small").glob("x.*"))
 
 
 @pytest.mark.parametrize("command", ["report", "compare"])

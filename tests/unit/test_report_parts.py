@@ -220,6 +220,23 @@ def test_a_package_that_is_not_installed(
 # --- writing
 
 
+def test_outputs_inside_a_model_are_refused(small: Path, source: Path, copy: Path, tmp_path: Path) -> None:
+    from pocketllm.report import html_report, save_picture
+
+    before = sorted(small.parent.rglob("*"))
+    compared = compare([copy, small])
+    for place in (small, small / "new"):
+        words = f"{place}/x.*: is inside {small}, which is only read; choose another output file"
+        with pytest.raises(OutputError, match=words):
+            html_report(small, place / "x.html")
+        with pytest.raises(OutputError, match=words):
+            save_picture(compared, place / "x.png")
+    with pytest.raises(OutputError, match=f"is inside {source}"):
+        html_report(small, source / "x.html", against=str(source))
+    assert sorted(small.parent.rglob("*")) == before
+    assert len(save_picture(compared, tmp_path / "x.png")) == 2
+
+
 def test_outputs_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "file").touch()

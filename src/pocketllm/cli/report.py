@@ -87,8 +87,8 @@ def report(
     if adapter is not None:
         check_adapter(adapter, folder)
     target = output or default_output(folder, adapter)
-    check_html(target)
     _check_dense(against)
+    check_html(target, _folders([folder], [adapter], against))
     evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
     settle(device, threads)
     with show.bars() as bars:
@@ -153,7 +153,7 @@ def compare(
     )
 
     if output is not None:
-        check_picture(output)
+        check_picture(output, _folders(folders, adapter or [], against))
     names = [_model_of(folder, "compare") for folder in folders]
     adapters = adapter or []
     measured = [*((folder, None) for folder in folders), *((base_of(a, folders), a) for a in adapters)]
@@ -185,6 +185,14 @@ def _model_of(folder: Path, command: str) -> str:
             f"('pocketllm {command} MODEL --adapter {folder}' shows both)"
         )
     return str(read_report(folder)["model"])
+
+
+def _folders(models: Sequence[Path], adapters: Sequence[Path | None], against: str | None) -> list[Path]:
+    """All that is only read."""
+    from pocketllm.model.source import resolve_local
+
+    dense = None if against is None else resolve_local(against)
+    return [path for path in (*models, *adapters, dense) if path is not None]
 
 
 def _check_dense(dense: str | None) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pocketllm
 from pocketllm.errors import ConfigError, ExtraError
+from pocketllm.model import resolve_local
 from pocketllm.recover import check_adapter
 from pocketllm.report import sections as parts, svg
 from pocketllm.report.charts import short
@@ -45,15 +46,18 @@ class Page:
     adapter_command: str = ""
 
 
-def check_html(output: Path) -> None:
+def check_html(output: Path, only_read: Iterable[str | Path] = ()) -> None:
     """Refuse an output that is no HTML file or cannot be written, before the work that makes it.
+
+    Args:
+        only_read: folders that it must not lie in: the model's and its adapter's.
 
     Raises:
         ConfigError: another suffix. OutputError: as `check_target`.
         ExtraError: Jinja2 or matplotlib is not installed.
     """
     _environment()
-    check_target(output)
+    check_target(output, only_read)
     if output.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"{output}: wanted a name that ends in .html")
 
@@ -97,7 +101,8 @@ def html_report(
     Raises:
         FormatError: not a compressed model, or damaged; or no adapter.
         SourceError: the model named by `against` is missing or another one.
-        OutputError, ConfigError: the output cannot be written or is no .html file; an adapter of another model.
+        OutputError, ConfigError: the output cannot be written, lies in a model or is no .html file; an adapter
+            of another model.
         ExtraError: Jinja2 or matplotlib is not installed.
 
     Example:
@@ -106,7 +111,7 @@ def html_report(
     """
     folder, adapter = Path(folder), None if adapter is None else Path(adapter)
     target = default_output(folder, adapter) if output is None else Path(output)
-    check_html(target)
+    check_html(target, _only_read(folder, adapter, against))
     model = _model(folder, adapter, check, progress)
     uses = count_use(model, lambda share, detail: progress("indices", share, detail))
     progress("indices", 1.0, "")
@@ -118,6 +123,12 @@ def html_report(
     page = _write(content, target)
     progress("write", 1.0, str(target))
     return page
+
+
+def _only_read(folder: Path, adapter: Path | None, against: str | None) -> list[Path]:
+    """Folders that a page is made from; the dense model's where it was named and is on this machine."""
+    dense = None if against is None else resolve_local(against)
+    return [folder, *(path for path in (adapter, dense) if path is not None)]
 
 
 @dataclass(frozen=True)
