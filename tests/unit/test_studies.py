@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -253,7 +254,9 @@ def test_an_output_inside_the_model_is_refused(counting: Counting, tmp_path: Pat
     before = sorted(tmp_path.rglob("*"))
     (tmp_path / "link").symlink_to(model)
     for name in (model, tmp_path / "link"):
-        with pytest.raises(OutputError, match=r"dense/deep/out: is inside .*which is only read; choose another"):
+        with pytest.raises(
+            OutputError, match=r"dense/deep/out: is inside .*which is only read; choose another"
+        ):
             run_study("counting", str(name), model / "deep" / "out")
     (tmp_path / "link").unlink()
     assert sorted(tmp_path.rglob("*")) == before and not counting.ran
@@ -304,6 +307,20 @@ def test_bad_input(counting: Counting, model: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out.partial").exists()
     with pytest.raises(ConfigError, match="unknown study 'nonsense'; known: rln"):
         registry.load("nonsense")
+
+
+def test_a_compressed_model_is_refused(small: Path, source: Path, tmp_path: Path) -> None:
+    words = rf"^{small}: is compressed itself; name the dense model \(it was made from {source}\)$"
+    for name in ("rln", "robustness"):
+        with pytest.raises(ConfigError, match=words):
+            run_study(name, str(small), tmp_path / "out", quick=True)
+        with pytest.raises(ConfigError, match=words):
+            dry_run(name, str(small), quick=True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "saved").mkdir()  # as save_pretrained leaves one
+    shutil.copy(small / "config.json", tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"compressed itself; name the dense model$"):
+        dry_run("rln", str(tmp_path / "saved"))
 
 
 def test_default_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -197,11 +197,11 @@ def _folders(models: Sequence[Path], adapters: Sequence[Path | None], against: s
 
 def _check_dense(dense: str | None) -> None:
     """Raises ConfigError where the model to measure beside is a compressed one."""
-    from pocketllm.model.checkpoint import is_compressed
+    from pocketllm.model.checkpoint import check_dense
     from pocketllm.model.source import resolve
 
-    if dense is not None and is_compressed(resolve(dense)):
-        raise ConfigError(f"{dense}: is compressed itself; name the dense model with --against")
+    if dense is not None:
+        check_dense(resolve(dense), dense, "with --against")
 
 
 def _dense(against: str | None, names: Sequence[str]) -> str | None:

@@ -60,7 +60,8 @@ def run_study(
         overwrite: replace the study at `output`.
 
     Raises:
-        ConfigError: an unknown study, or texts that it does not measure on or that are too short for it.
+        ConfigError: an unknown study, a compressed model, or texts that it does not measure on or that are too
+            short for it.
         SourceError: as `open_dense`; no tokenizer where a text is measured on; matrices too small to study.
         OutputError: the output exists, lies in the model's folder or cannot be written. ResumeError: it was
             begun with other arguments. Nothing half-written is left under `output`; finished steps stay in
