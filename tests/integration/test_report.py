@@ -106,6 +106,26 @@ def test_report_with_evaluations_from_files(run: Run, folder: Path, tmp_path: Pa
     assert table["models"][1]["perplexity"] is None and table["dense_perplexity"]
 
 
+def test_evaluations_of_other_models_are_told(run: Run, folder: Path, tmp_path: Path) -> None:
+    small = folder / "small"
+    facts = {"perplexity": 2.5, "text": "t", "context": 32, "windows": 2, "tokens": 62}
+    nbytes = sum(path.stat().st_size for path in small.iterdir())
+    own = {**facts, "model": "elsewhere/small", "compressed": True, "bytes_on_disk": nbytes}
+    dense = {**facts, "model": str(folder / "moe-dense"), "compressed": False}
+    for name, values in {"own": own, "dense": dense, "bad": {**dense, "tokens": [1]}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    files = [word for name in ("own", "dense") for word in ("--evaluation", tmp_path / f"{name}.json")]
+    assert run("report", small, "-o", tmp_path / "x.html", *files)[0] == 0
+    page = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "Mind: the evaluation is of elsewhere/small, which from here is not the folder" in page
+    assert f"Mind: the dense figure is of {folder / 'moe-dense'}, this model was compressed from" in page
+    code, _, err = run("compare", small, *files[2:])
+    assert code == 0 and f"Mind: the dense figure is of {folder / 'moe-dense'};" in " ".join(err.split())
+    for command in ("report", "compare"):
+        code, out, err = run(command, small, "--evaluation", tmp_path / "bad.json")
+        assert code == 1 and not out and "bad.json: tokens is [1], wanted an integer from 0 on" in err
+
+
 def test_the_same_model_gives_the_same_page(page: Path, folder: Path) -> None:
     from pocketllm.report import html_report
 

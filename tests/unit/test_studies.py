@@ -304,6 +304,8 @@ def test_bad_input(counting: Counting, model: str, tmp_path: Path) -> None:
         run_study("counting", model, tmp_path / "out", texts=["a.txt"])
     with pytest.raises(SourceError, match="no such folder"):
         run_study("counting", str(tmp_path / "nowhere"), tmp_path / "out")
+    with pytest.raises(SourceError, match="~nobody/model: no such folder"):
+        run_study("counting", "~nobody/model", tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
     with pytest.raises(ConfigError, match="unknown study 'nonsense'; known: rln"):
         registry.load("nonsense")

@@ -168,6 +168,8 @@ def compare(
         )
     pictures = [] if output is None else [str(path) for path in save_picture(found, output)]
     show.result({**found.to_dict(), "pictures": pictures}, _table(found), *pictures)
+    for note in found.notes:
+        show.note(note)
 
 
 def _model_of(folder: Path, command: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import SourceError
+from pocketllm.model import resolve_local
 
 _OUTPUT = "the output of 'pocketllm eval --json'"
 
@@ -115,3 +117,16 @@ def read_evaluations(path: Path) -> list[Evaluation]:
         return [own]
     inherited = {**values, "dtype": "", "adapter": "", "bytes_on_disk": 0}
     return [own, Evaluation.from_dict({**inherited, **other}, f"{path}: against")]
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are of one model, as far as can be told here: they are alike, or lead to one place."""
+    return one == other or _place(one) == _place(other)
+
+
+def _place(name: str) -> str:
+    try:
+        found = resolve_local(name)
+    except OSError:  # no name that a folder could have
+        found = None
+    return os.path.realpath(found or os.path.expanduser(name))

@@ -19,7 +19,7 @@ from pocketllm.report.command import Command, adapter_command, command_for
 from pocketllm.report.evaluations import Evaluation
 from pocketllm.report.files import check_target, write_whole
 from pocketllm.report.making import making_section, skipped_section
-from pocketllm.report.measured import perplexity_section, weights_section
+from pocketllm.report.measured import Subject, perplexity_section, weights_section
 from pocketllm.report.sections import Section
 from pocketllm.report.use import Use, count_use, use_section
 from pocketllm.report.weights import Weights, compare_weights
@@ -216,6 +216,8 @@ def _environment() -> Any:
 def _sections(content: _Content) -> list[Section]:
     model = content.model
     base_bytes = model.report["bytes_on_disk"] - (model.adapter.bytes if model.adapter else 0)
+    dense = (str(model.report["model"]), content.weights.source)  # the latter as named by --against
+    subject = Subject(model.folder, base_bytes, dense, model.adapter)
     words = ["pocketllm", "report", model.folder.resolve().name]
     words += ["--adapter", model.adapter.name] if model.adapter else []
     how = f"{shlex.join(words)} --ppl TEXT.txt --context 1024 --windows 16"
@@ -225,7 +227,7 @@ def _sections(content: _Content) -> list[Section]:
         parts.error_section(model),
         use_section(model, content.uses),
         weights_section(model, content.weights),
-        perplexity_section(content.evaluations, how, base_bytes, model.adapter),
+        perplexity_section(content.evaluations, how, subject),
         making_section(model, content.command, content.training),
         skipped_section(model),
     ]
