@@ -208,7 +208,10 @@ def test_bad_input(made: Path, tmp_path: Path) -> None:
         pocketllm.distill(made / "c", tmp_path / "o", still)
     with pytest.raises(SourceError, match="no such folder"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made), teacher="./nowhere")
-    with pytest.raises(ConfigError, match=r"teacher .*/c is compressed itself.*made from .*/m"):
+    with pytest.raises(
+        ConfigError,
+        match=r"teacher .*/c: is compressed itself; name .* with --teacher .*made from .*/m",
+    ):
         pocketllm.distill(made / "c", tmp_path / "o", config(made), teacher=str(made / "c"))
     assert not (tmp_path / "o").exists()
     pocketllm.distill(made / "c", tmp_path / "o", config(made, steps=1))  # what failed is not in the way

@@ -106,6 +106,26 @@ def test_report_with_evaluations_from_files(run: Run, folder: Path, tmp_path: Pa
     assert table["models"][1]["perplexity"] is None and table["dense_perplexity"]
 
 
+def test_evaluations_of_other_models_are_told(run: Run, folder: Path, tmp_path: Path) -> None:
+    small = folder / "small"
+    facts = {"perplexity": 2.5, "text": "t", "context": 32, "windows": 2, "tokens": 62}
+    nbytes = sum(path.stat().st_size for path in small.iterdir())
+    own = {**facts, "model": "elsewhere/small", "compressed": True, "bytes_on_disk": nbytes}
+    dense = {**facts, "model": str(folder / "moe-dense"), "compressed": False}
+    for name, values in {"own": own, "dense": dense, "bad": {**dense, "tokens": [1]}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    files = [word for name in ("own", "dense") for word in ("--evaluation", tmp_path / f"{name}.json")]
+    assert run("report", small, "-o", tmp_path / "x.html", *files)[0] == 0
+    page = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "Mind: the evaluation is of elsewhere/small, which from here is not the folder" in page
+    assert f"Mind: the dense figure is of {folder / 'moe-dense'}, this model was compressed from" in page
+    code, _, err = run("compare", small, *files[2:])
+    assert code == 0 and f"Mind: the dense figure is of {folder / 'moe-dense'};" in " ".join(err.split())
+    for command in ("report", "compare"):
+        code, out, err = run(command, small, "--evaluation", tmp_path / "bad.json")
+        assert code == 1 and not out and "bad.json: tokens is [1], wanted an integer from 0 on" in err
+
+
 def test_the_same_model_gives_the_same_page(page: Path, folder: Path) -> None:
     from pocketllm.report import html_report
 
@@ -208,6 +228,8 @@ def test_compare_prints_a_table(run: Run, folder: Path) -> None:
             "compressed itself",
         ),
         (["report", "SMALL", "-o", "OUT.html", "--evaluation", "TEXT"], 1, "no JSON"),
+        (["report", "SMALL", "-o", "INSIDE.html", "--ppl", "nowhere.txt"], 1, "which is only read"),
+        (["compare", "SMALL", "OTHER", "-o", "INSIDE.svg", "--ppl", "nowhere.txt"], 1, "which is only read"),
         (["compare"], 2, "Missing argument"),
         (["compare", "SMALL", "DENSE"], 1, "not a model compressed by pocketllm"),
         (["compare", "SMALL", "-o", "OUT.jpg"], 2, ".png or .svg"),
@@ -217,12 +239,14 @@ def test_compare_prints_a_table(run: Run, folder: Path) -> None:
 def test_errors(arguments: list[str], code: int, words: str, run: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.html").mkdir()
     places = {"DENSE": folder / "dense", "SMALL": folder / "small", "TEXT": folder / "text.txt"}
-    places["FOLDER.html"] = tmp_path / "folder.html"
+    places |= {"OTHER": folder / "other", "FOLDER.html": tmp_path / "folder.html"}
+    places |= {f"INSIDE.{suffix}": folder / "small" / f"x.{suffix}" for suffix in ("html", "svg")}
     places |= {f"OUT.{suffix}": tmp_path / f"out.{suffix}" for suffix in ("txt", "html", "jpg")}
     found, out, err = run(*(places.get(argument, argument) for argument in arguments))
     assert found == code, err
     assert words in err and not out and "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["folder.html"]
+    assert not list((folder / "small").glob("x.*"))
 
 
 @pytest.mark.parametrize("command", ["report", "compare"])

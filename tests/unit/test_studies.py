@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -118,16 +119,62 @@ def test_goes_on_where_it_was(counting: Counting, model: str, tmp_path: Path) ->
     assert counting.ran == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("left", [b"", b'{"seconds": 1.0, "val', b"\xff\xfe", b"[]", b'{"seconds": 1.0}'])
-def test_a_damaged_step_runs_again(left: bytes, counting: Counting, model: str, tmp_path: Path) -> None:
+def half_done(counting: Counting, model: str, output: Path) -> Path:
+    """The file of the first step of a study that stopped at the third."""
     counting.stop_at = "c"
     with pytest.raises(KeyboardInterrupt):
-        run_study("counting", model, tmp_path / "out")
+        run_study("counting", model, output)
     counting.stop_at = None
-    (tmp_path / "out.partial" / "step-a.json").write_bytes(left)
+    return output.with_name(f"{output.name}.partial") / "step-a.json"
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        b"",
+        b'{"seconds": 1.0, "val',
+        b"\xff\xfe",
+        b"[]",
+        b"[" * 100_000,
+        b'{"seconds": 1.0}',
+        b'{"seconds": 1, "values": {}}',
+        b'{"seconds": 1, "values": {}, "digest": 5}',
+        b'{"seconds": 1.0, "values": {"value": 1.0}}',  # as it was before there was a digest
+    ],
+)
+def test_a_damaged_step_runs_again(left: bytes, counting: Counting, model: str, tmp_path: Path) -> None:
+    half_done(counting, model, tmp_path / "out").write_bytes(left)
     done = run_study("counting", model, tmp_path / "out")
     assert counting.ran == ["a", "b", "a", "c"]
     assert done.result["results"]["a"] == {"value": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seconds", "x"), ("seconds", 7.5), ("values", {}), ("values", {"value": 1.5}), ("values", [])],
+)
+def test_a_step_whose_digest_does_not_fit_runs_again(
+    key: str, value: Any, counting: Counting, model: str, tmp_path: Path
+) -> None:
+    file = half_done(counting, model, tmp_path / "out")
+    kept = json.loads(file.read_text())
+    assert kept.keys() == {"seconds", "values", "digest"} and kept["values"] == {"value": 1.0}
+    file.write_text(json.dumps({**kept, key: value}))
+    done = run_study("counting", model, tmp_path / "out")
+    assert counting.ran == ["a", "b", "a", "c"]
+    assert done.result["results"]["a"] == {"value": 1.0} and done.result["step_seconds"].keys() == set("abc")
+
+
+def test_a_folder_in_the_place_of_a_step_is_named(counting: Counting, model: str, tmp_path: Path) -> None:
+    file = half_done(counting, model, tmp_path / "out")
+    file.unlink()
+    (file / "mine").mkdir(parents=True)
+    with pytest.raises(ResumeError, match=r"step-a\.json: a folder, wanted the file .*; move it away"):
+        run_study("counting", model, tmp_path / "out")
+    assert (file / "mine").is_dir() and counting.ran == ["a", "b"]
+    file.rename(tmp_path / "away")
+    run_study("counting", model, tmp_path / "out")
+    assert counting.ran == ["a", "b", "a", "c"]
 
 
 def test_the_command_can_be_run_again(
@@ -202,6 +249,20 @@ def test_refuses_what_is_there(counting: Counting, model: str, tmp_path: Path) -
     assert len(counting.ran) == 6
 
 
+def test_an_output_inside_the_model_is_refused(counting: Counting, tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "dense")
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "link").symlink_to(model)
+    for name in (model, tmp_path / "link"):
+        with pytest.raises(
+            OutputError, match=r"dense/deep/out: is inside .*which is only read; choose another"
+        ):
+            run_study("counting", str(name), model / "deep" / "out")
+    (tmp_path / "link").unlink()
+    assert sorted(tmp_path.rglob("*")) == before and not counting.ran
+    run_study("counting", str(model), tmp_path / "dense-out")
+
+
 def test_a_study_that_fails_at_once_leaves_nothing(counting: Counting, model: str, tmp_path: Path) -> None:
     counting.stop_at = "a"
     with pytest.raises(KeyboardInterrupt):
@@ -243,9 +304,25 @@ def test_bad_input(counting: Counting, model: str, tmp_path: Path) -> None:
         run_study("counting", model, tmp_path / "out", texts=["a.txt"])
     with pytest.raises(SourceError, match="no such folder"):
         run_study("counting", str(tmp_path / "nowhere"), tmp_path / "out")
+    with pytest.raises(SourceError, match="~nobody/model: no such folder"):
+        run_study("counting", "~nobody/model", tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
     with pytest.raises(ConfigError, match="unknown study 'nonsense'; known: rln"):
         registry.load("nonsense")
+
+
+def test_a_compressed_model_is_refused(small: Path, source: Path, tmp_path: Path) -> None:
+    words = rf"^{small}: is compressed itself; name the dense model \(it was made from {source}\)$"
+    for name in ("rln", "robustness"):
+        with pytest.raises(ConfigError, match=words):
+            run_study(name, str(small), tmp_path / "out", quick=True)
+        with pytest.raises(ConfigError, match=words):
+            dry_run(name, str(small), quick=True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "saved").mkdir()  # as save_pretrained leaves one
+    shutil.copy(small / "config.json", tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"compressed itself; name the dense model$"):
+        dry_run("rln", str(tmp_path / "saved"))
 
 
 def test_default_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import pytest
 import torch
 
 from pocketllm.studies import depth, rln, rln_page, trials, utilization
 from pocketllm.studies.repeated import exploded
-from tests.studies import CodecStudies
+from tests.studies import CODEC_SIZES, CodecStudies, setup_of
 
 # rln
 
@@ -151,6 +153,16 @@ def test_utilization_counts_use(codec_studies: CodecStudies) -> None:
     assert results["ours"]["trained_used"][0] == 1.0
     assert results["collapse-norm"]["settings"]["norm"] == "none"
     assert results["revived"]["settings"]["revive"] and not entry["settings"]["revive"]
+
+
+def test_utilization_tells_of_every_part_of_a_training(
+    codec_studies: CodecStudies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size, value in CODEC_SIZES[utilization].items():
+        monkeypatch.setattr(utilization, size, value)
+    told: list[float] = []
+    utilization.STUDY.steps(setup_of(codec_studies.model, tmp_path))[0].run(told.append)
+    assert told == sorted(told) and told[-1] == 1.0 and any(0 < share < 0.5 for share in told)
 
 
 def test_utilization_by_rank() -> None:

@@ -87,8 +87,8 @@ def report(
     if adapter is not None:
         check_adapter(adapter, folder)
     target = output or default_output(folder, adapter)
-    check_html(target)
     _check_dense(against)
+    check_html(target, _folders([folder], [adapter], against))
     evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
     settle(device, threads)
     with show.bars() as bars:
@@ -153,7 +153,7 @@ def compare(
     )
 
     if output is not None:
-        check_picture(output)
+        check_picture(output, _folders(folders, adapter or [], against))
     names = [_model_of(folder, "compare") for folder in folders]
     adapters = adapter or []
     measured = [*((folder, None) for folder in folders), *((base_of(a, folders), a) for a in adapters)]
@@ -168,6 +168,8 @@ def compare(
         )
     pictures = [] if output is None else [str(path) for path in save_picture(found, output)]
     show.result({**found.to_dict(), "pictures": pictures}, _table(found), *pictures)
+    for note in found.notes:
+        show.note(note)
 
 
 def _model_of(folder: Path, command: str) -> str:
@@ -187,13 +189,21 @@ def _model_of(folder: Path, command: str) -> str:
     return str(read_report(folder)["model"])
 
 
+def _folders(models: Sequence[Path], adapters: Sequence[Path | None], against: str | None) -> list[Path]:
+    """All that is only read."""
+    from pocketllm.model.source import resolve_local
+
+    dense = None if against is None else resolve_local(against)
+    return [path for path in (*models, *adapters, dense) if path is not None]
+
+
 def _check_dense(dense: str | None) -> None:
     """Raises ConfigError where the model to measure beside is a compressed one."""
-    from pocketllm.model.checkpoint import is_compressed
+    from pocketllm.model.checkpoint import check_dense
     from pocketllm.model.source import resolve
 
-    if dense is not None and is_compressed(resolve(dense)):
-        raise ConfigError(f"{dense}: is compressed itself; name the dense model with --against")
+    if dense is not None:
+        check_dense(resolve(dense), dense, "with --against")
 
 
 def _dense(against: str | None, names: Sequence[str]) -> str | None:

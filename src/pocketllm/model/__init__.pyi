@@ -2,6 +2,7 @@
 from .allocate import make_plan as make_plan
 from .checkpoint import (
     REPORT_NAME as REPORT_NAME,
+    check_dense as check_dense,
     folder_bytes as folder_bytes,
     is_compressed as is_compressed,
     read_layout as read_layout,

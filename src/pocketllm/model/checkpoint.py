@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pocketllm.errors import FormatError
+from pocketllm.errors import ConfigError, FormatError
 from pocketllm.files import sha256_file
 from pocketllm.model.layout import FORMAT_VERSION as FORMAT_VERSION, PARTS, STORE as STORE, Layout as Layout
 from pocketllm.model.report import check_report
@@ -150,6 +150,25 @@ def is_compressed(folder: Path) -> bool:
         return bool(config["quantization_config"]["quant_method"] == STORE)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def check_dense(folder: Path, name: str, option: str = "") -> None:
+    """See that a model to be taken as the dense one is not a compressed one.
+
+    Args:
+        name: of the model, as the user gave it. option: that names the dense one, in words: `with --against`.
+
+    Raises:
+        ConfigError: it is; says what it was made from, where that is known.
+    """
+    if not is_compressed(folder):
+        return
+    try:
+        source = f" (it was made from {read_report(folder)['model']})"
+    except FormatError:
+        source = ""
+    with_option = f" {option}" if option else ""
+    raise ConfigError(f"{name}: is compressed itself; name the dense model{with_option}{source}")
 
 
 def read_report(folder: Path) -> dict[str, Any]:

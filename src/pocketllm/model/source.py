@@ -8,6 +8,7 @@ memory does not grow with the model.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -177,7 +178,7 @@ def resolve(name: str, progress: Any = None) -> Path:
 
     if name.startswith(builtin.BUILTIN_PREFIX):
         return builtin.fetch(name, progress or (lambda message: None))
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, takes ~NOBODY as it is
     if path.is_dir():
         return path
     if path.exists():
@@ -214,7 +215,7 @@ def resolve_local(name: str) -> Path | None:
 
     if name.startswith(builtin.BUILTIN_PREFIX):
         return builtin.cached(name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, takes ~NOBODY as it is
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download

@@ -62,15 +62,18 @@ def check_output(
     check_parent(output, "folder")
 
 
-def check_apart(output: Path, folder: Path) -> None:
+def check_apart(output: Path, folder: Path, kind: str = "folder") -> None:
     """Refuse an output in a folder that is only read.
+
+    Args:
+        kind: of output, in words.
 
     Raises:
         OutputError: it is that folder, or lies in it.
     """
     if folder.resolve() in (output.resolve(), *output.resolve().parents):
         where = "the model itself" if output.resolve() == folder.resolve() else f"inside {folder}"
-        raise OutputError(f"{output}: is {where}, which is only read; choose another output folder")
+        raise OutputError(f"{output}: is {where}, which is only read; choose another output {kind}")
 
 
 def check_parent(output: Path, kind: str) -> None:

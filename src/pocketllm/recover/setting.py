@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 
 import pocketllm
-from pocketllm.errors import ConfigError
 from pocketllm.model import checkpoint as ckpt
 from pocketllm.model.compute import fast_dtype
 from pocketllm.model.folder import need_tokenizer, read_config
@@ -86,12 +85,7 @@ def check_teacher(teacher: Path, base: Base) -> None:
     Raises:
         ConfigError: it is compressed itself, or has another vocabulary; names both. SourceError: no model.
     """
-    if ckpt.is_compressed(teacher):
-        made_from = ckpt.read_report(teacher)["model"]
-        raise ConfigError(
-            f"the teacher {teacher} is compressed itself; name a dense model with --teacher "
-            f"(it was made from {made_from})"
-        )
+    ckpt.check_dense(teacher, f"the teacher {teacher}", "with --teacher")
     trust = base.trust_remote_code
     open_dense(teacher, trust)  # its errors are clearer, and it refuses pickles
     check_vocabularies(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 from pocketllm.errors import ConfigError
 from pocketllm.recover import check_adapter
 from pocketllm.report.collect import ModelFacts, mean, read_model, with_adapter
-from pocketllm.report.evaluations import Evaluation
+from pocketllm.report.evaluations import Evaluation, same_model
+
+_ALIKE = 1e-4  # two ways to measure one model, and other numbers of threads, round otherwise
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,15 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models in the order given; dense_perplexity: of the dense model in the same setting, if measured."""
+    """Models in the order given.
+
+    dense_perplexity: of the dense model in the same setting, if measured. notes: what to mind, in words.
+    """
 
     models: tuple[Compared, ...]
     dense_perplexity: float | None = None
     setting: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -66,8 +73,8 @@ def compare(
 
     Raises:
         FormatError: one is not a compressed model, or damaged; or not an adapter.
-        ConfigError: no folder, one given twice, an evaluation of another model, or of different settings, an
-            adapter of none of the models.
+        ConfigError: no folder, one given twice, an evaluation of another model, or of different settings, two
+            evaluations of one model that differ, or of two dense models; an adapter of none of the models.
 
     Example:
         >>> [m.name for m in compare(["smol-8x", "smol-16x"]).models]
@@ -96,7 +103,16 @@ def compare(
     if evaluations:
         text, context, windows, tokens = evaluations[0].setting
         setting = {"text": text, "context": context, "windows": windows, "tokens": tokens}
-    return Comparison(tuple(rows), dense, setting)
+    figure = None if dense is None else dense.perplexity
+    return Comparison(tuple(rows), figure, setting, _notes(dense, [row.model for row in rows]))
+
+
+def _notes(dense: Evaluation | None, sources: Sequence[str]) -> tuple[str, ...]:
+    """sources: what the models were compressed from."""
+    if dense is None or any(same_model(dense.model, source) for source in sources):
+        return ()
+    named = ", ".join(dict.fromkeys(sources))
+    return (f"Mind: the dense figure is of {dense.model}; what is compared was compressed from {named}.",)
 
 
 _Key = tuple[Path, Path | None]
@@ -126,9 +142,9 @@ def base_of(adapter: Path, folders: Sequence[Path]) -> Path:
 
 def _by_place(
     keys: Sequence[_Key], evaluations: Sequence[Evaluation]
-) -> tuple[dict[_Key, float], float | None]:
-    """(model -> perplexity, the dense model's)."""
-    found: dict[_Key, float] = {}
+) -> tuple[dict[_Key, float], Evaluation | None]:
+    """(model -> perplexity, the dense model's evaluation)."""
+    found: dict[_Key, Evaluation] = {}
     dense = None
     for e in evaluations:
         if e.setting != evaluations[0].setting:
@@ -137,14 +153,29 @@ def _by_place(
                 "(text, context, windows, tokens); perplexities in different settings cannot be compared"
             )
         if not e.compressed:
-            dense = e.perplexity
+            if dense is not None:
+                _check_alike(dense, e, same_model(dense.model, e.model))
+            dense = dense or e
             continue
         key = _key(Path(e.model), Path(e.adapter) if e.adapter else None)
         if key not in keys:
             what = f"{e.model} with {e.adapter}" if e.adapter else e.model
             raise ConfigError(f"{what}: there is an evaluation of it, but it is not among the models")
-        found[key] = e.perplexity
-    return found, dense
+        _check_alike(found.setdefault(key, e), e)
+    return {key: e.perplexity for key, e in found.items()}, dense
+
+
+def _check_alike(first: Evaluation, second: Evaluation, one_model: bool = True) -> None:
+    """Raises ConfigError where only one of two figures can be the model's."""
+    a, b = first.perplexity, second.perplexity
+    if one_model and (first == second or math.isclose(a, b, rel_tol=_ALIKE)):
+        return
+    what = "the same model" if one_model else "one dense model"
+    dtypes = [f", {e.dtype}" if e.dtype else "" for e in (first, second)]
+    raise ConfigError(
+        f"two evaluations, {first.model} (perplexity {a:.6g}{dtypes[0]}) and {second.model} "
+        f"(perplexity {b:.6g}{dtypes[1]}), wanted one figure of {what}; leave one of them out"
+    )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import SourceError
+from pocketllm.model import resolve_local
+
+_OUTPUT = "the output of 'pocketllm eval --json'"
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,59 @@ class Evaluation:
         """From the JSON of `pocketllm eval`; keys it does not know are left out.
 
         Raises:
-            SourceError: a key that is needed is missing or of another type.
+            SourceError: a key that is needed is missing, or one is of another type; names it.
         """
-        types = {"perplexity": (int, float), "model": (str,), "compressed": (bool,)}
-        for key, allowed in types.items():
-            if not isinstance(values.get(key), allowed):
-                raise SourceError(
-                    f"{where}: {key} is {values.get(key)!r}; wanted the output of 'pocketllm eval --json'"
-                )
         known = {key: values[key] for key in cls.__dataclass_fields__ if values.get(key) is not None}
+        for key in _FIELDS:
+            needed = key in ("perplexity", "model", "compressed")
+            what, fits = _FIELDS[key]
+            if (needed or key in known) and not fits(known.get(key)):
+                got = repr(values.get(key))
+                got = got if len(got) <= 60 else f"{got[:60]}…"
+                raise SourceError(f"{where}: {key} is {got}, wanted {what}, as in {_OUTPUT}")
         return cls(**known)
+
+
+def _is_perplexity(value: Any) -> bool:
+    """Above 0; one that is not finite is shown as it is. An integer that no float holds is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    """A string that can be written, and be the name of a file."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a pair, which JSON can hold
+        return False
+    return True
+
+
+_COUNT = ("an integer from 0 on", _is_count)
+_TEXT = ("text", _is_text)
+_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "perplexity": ("a number above 0", _is_perplexity),
+    "model": _TEXT,
+    "compressed": ("true or false", lambda value: isinstance(value, bool)),
+    "text": _TEXT,
+    "context": _COUNT,
+    "windows": _COUNT,
+    "tokens": _COUNT,
+    "dtype": _TEXT,
+    "bytes_on_disk": _COUNT,
+    "adapter": _TEXT,
+}
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:
@@ -58,14 +105,28 @@ def read_evaluations(path: Path) -> list[Evaluation]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise SourceError(
-            f"{path}: no JSON ({error}); wanted the output of 'pocketllm eval --json'"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: no JSON ({error}); wanted {_OUTPUT}") from error
     if not isinstance(values, dict):
-        raise SourceError(f"{path}: no JSON object; wanted the output of 'pocketllm eval --json'")
+        raise SourceError(f"{path}: no JSON object; wanted {_OUTPUT}")
     own = Evaluation.from_dict(values, str(path))
     other = values.get("against")
-    if not isinstance(other, dict) or other.get("perplexity") is None:
+    if other is not None and not isinstance(other, dict):
+        raise SourceError(f"{path}: against is no JSON object; wanted {_OUTPUT}")
+    if other is None or other.get("perplexity") is None:
         return [own]
-    return [own, Evaluation.from_dict({**values, "dtype": "", **other}, str(path))]
+    inherited = {**values, "dtype": "", "adapter": "", "bytes_on_disk": 0}
+    return [own, Evaluation.from_dict({**inherited, **other}, f"{path}: against")]
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are of one model, as far as can be told here: they are alike, or lead to one place."""
+    return one == other or _place(one) == _place(other)
+
+
+def _place(name: str) -> str:
+    try:
+        found = resolve_local(name)
+    except OSError:  # no name that a folder could have
+        found = None
+    return os.path.realpath(found or os.path.expanduser(name))

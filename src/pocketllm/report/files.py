@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from pocketllm.errors import OutputError
-from pocketllm.model.workspace import check_parent
+from pocketllm.model.workspace import check_apart, check_parent
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
     """Refuse a file that could not be written, before the work that makes it.
 
+    Args:
+        only_read: folders that it must not lie in.
+
     Raises:
-        OutputError: a folder of that name, a parent that is a file, or one that cannot be written.
+        OutputError: a folder of that name, a parent that is a file, or one that cannot be written or is only read.
     """
     if path.is_dir():
         raise OutputError(f"{path}: exists and is a folder; name a file")
+    for folder in only_read:
+        check_apart(path, Path(folder), "file")
     check_parent(path, "file")
 
 

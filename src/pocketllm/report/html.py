@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pocketllm
 from pocketllm.errors import ConfigError, ExtraError
+from pocketllm.model import resolve_local
 from pocketllm.recover import check_adapter
 from pocketllm.report import sections as parts, svg
 from pocketllm.report.charts import short
@@ -18,7 +19,7 @@ from pocketllm.report.command import Command, adapter_command, command_for
 from pocketllm.report.evaluations import Evaluation
 from pocketllm.report.files import check_target, write_whole
 from pocketllm.report.making import making_section, skipped_section
-from pocketllm.report.measured import perplexity_section, weights_section
+from pocketllm.report.measured import Subject, perplexity_section, weights_section
 from pocketllm.report.sections import Section
 from pocketllm.report.use import Use, count_use, use_section
 from pocketllm.report.weights import Weights, compare_weights
@@ -45,15 +46,18 @@ class Page:
     adapter_command: str = ""
 
 
-def check_html(output: Path) -> None:
+def check_html(output: Path, only_read: Iterable[str | Path] = ()) -> None:
     """Refuse an output that is no HTML file or cannot be written, before the work that makes it.
+
+    Args:
+        only_read: folders that it must not lie in: the model's and its adapter's.
 
     Raises:
         ConfigError: another suffix. OutputError: as `check_target`.
         ExtraError: Jinja2 or matplotlib is not installed.
     """
     _environment()
-    check_target(output)
+    check_target(output, only_read)
     if output.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"{output}: wanted a name that ends in .html")
 
@@ -97,7 +101,8 @@ def html_report(
     Raises:
         FormatError: not a compressed model, or damaged; or no adapter.
         SourceError: the model named by `against` is missing or another one.
-        OutputError, ConfigError: the output cannot be written or is no .html file; an adapter of another model.
+        OutputError, ConfigError: the output cannot be written, lies in a model or is no .html file; an adapter
+            of another model.
         ExtraError: Jinja2 or matplotlib is not installed.
 
     Example:
@@ -106,7 +111,7 @@ def html_report(
     """
     folder, adapter = Path(folder), None if adapter is None else Path(adapter)
     target = default_output(folder, adapter) if output is None else Path(output)
-    check_html(target)
+    check_html(target, _only_read(folder, adapter, against))
     model = _model(folder, adapter, check, progress)
     uses = count_use(model, lambda share, detail: progress("indices", share, detail))
     progress("indices", 1.0, "")
@@ -118,6 +123,12 @@ def html_report(
     page = _write(content, target)
     progress("write", 1.0, str(target))
     return page
+
+
+def _only_read(folder: Path, adapter: Path | None, against: str | None) -> list[Path]:
+    """Folders that a page is made from; the dense model's where it was named and is on this machine."""
+    dense = None if against is None else resolve_local(against)
+    return [folder, *(path for path in (adapter, dense) if path is not None)]
 
 
 @dataclass(frozen=True)
@@ -205,6 +216,8 @@ def _environment() -> Any:
 def _sections(content: _Content) -> list[Section]:
     model = content.model
     base_bytes = model.report["bytes_on_disk"] - (model.adapter.bytes if model.adapter else 0)
+    dense = (str(model.report["model"]), content.weights.source)  # the latter as named by --against
+    subject = Subject(model.folder, base_bytes, dense, model.adapter)
     words = ["pocketllm", "report", model.folder.resolve().name]
     words += ["--adapter", model.adapter.name] if model.adapter else []
     how = f"{shlex.join(words)} --ppl TEXT.txt --context 1024 --windows 16"
@@ -214,7 +227,7 @@ def _sections(content: _Content) -> list[Section]:
         parts.error_section(model),
         use_section(model, content.uses),
         weights_section(model, content.weights),
-        perplexity_section(content.evaluations, how, base_bytes, model.adapter),
+        perplexity_section(content.evaluations, how, subject),
         making_section(model, content.command, content.training),
         skipped_section(model),
     ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from pocketllm.report import charts
 from pocketllm.report.charts import Chart, Table, short
 from pocketllm.report.collect import AdapterFacts, ModelFacts
-from pocketllm.report.evaluations import Evaluation
+from pocketllm.report.evaluations import Evaluation, same_model
 from pocketllm.report.sections import Section, of_the_base
 from pocketllm.report.weights import WIDTH, Distribution, Moments, Weights
 
@@ -71,15 +72,22 @@ def _figures(moments: Moments) -> tuple[str, str, str, str]:
     return short(moments.mean), short(moments.rms), short(moments.largest), short(moments.kurtosis)
 
 
-def perplexity_section(
-    evaluations: Sequence[Evaluation], command: str, nbytes: int, adapter: AdapterFacts | None = None
-) -> Section:
-    """Perplexity of the compressed model beside the dense one.
+@dataclass(frozen=True)
+class Subject:
+    """What a page is of, to tell evaluations of something else.
 
-    Args:
-        command: how to measure it. nbytes: of the compressed model, to tell an evaluation of another one.
-        adapter: that the page is of, with the model.
+    folder, nbytes: of the compressed model, without the adapter. dense: names of the dense model, first the one
+    that it was compressed by; '' stands for none.
     """
+
+    folder: Path
+    nbytes: int
+    dense: Sequence[str]
+    adapter: AdapterFacts | None = None
+
+
+def perplexity_section(evaluations: Sequence[Evaluation], command: str, subject: Subject) -> Section:
+    """Perplexity of the compressed model beside the dense one. command: how to measure it."""
     title = "Perplexity"
     if not evaluations:
         return Section(
@@ -97,7 +105,9 @@ def perplexity_section(
             "There is no figure of the dense model in the same setting. Name that model with --against, or "
             "add its evaluation with --evaluation."
         )
-    paragraphs += [mind for e in evaluations if e.compressed for mind in _doubts(e, nbytes, adapter)]
+    for e in evaluations:
+        doubts = _doubts(e, subject) if e.compressed else _doubts_of_dense(e, subject)
+        paragraphs += [f"Mind: {doubt}" for doubt in doubts]
     if not all(math.isfinite(e.perplexity) for e in evaluations):
         return Section("perplexity", title, paragraphs, tables=[table])
     return Section("perplexity", title, paragraphs, [_perplexity_chart(evaluations, table)])
@@ -129,18 +139,30 @@ def _perplexities(evaluations: Sequence[Evaluation]) -> Table:
     return Table("Perplexity per token; lower is better", headers, rows, words=3)
 
 
-def _doubts(e: Evaluation, nbytes: int, adapter: AdapterFacts | None) -> list[str]:
+def _doubts(e: Evaluation, subject: Subject) -> list[str]:
     """Why an evaluation may be of another model than the page, or of the same with another adapter."""
-    expected = nbytes + (adapter.bytes if adapter and e.adapter else 0)
+    adapter = subject.adapter if e.adapter else None
+    expected = subject.nbytes + (adapter.bytes if adapter else 0)
     if e.bytes_on_disk not in (0, expected):
-        return [
-            f"Mind: the evaluation of {e.model} is of {e.bytes_on_disk:,} bytes, this model has {expected:,}."
-        ]
-    if adapter and e.adapter and Path(e.adapter).name != adapter.name:
-        return [
-            f"Mind: the evaluation of {e.model} is with the adapter {e.adapter}, not with {adapter.name}."
-        ]
-    return []
+        return [f"the evaluation of {e.model} is of {e.bytes_on_disk:,} bytes, this model has {expected:,}."]
+    doubts = []
+    if not same_model(e.model, str(subject.folder)):
+        doubts.append(
+            f"the evaluation is of {e.model}, which from here is not the folder of this model ({subject.folder}); "
+            "see that the two are the same."
+        )
+    if adapter and Path(e.adapter).name != adapter.name:
+        doubts.append(
+            f"the evaluation of {e.model} is with the adapter {e.adapter}, not with {adapter.name}."
+        )
+    return doubts
+
+
+def _doubts_of_dense(e: Evaluation, subject: Subject) -> list[str]:
+    """Why an evaluation may be of another dense model than the one that was compressed."""
+    if any(same_model(e.model, name) for name in subject.dense if name):
+        return []
+    return [f"the dense figure is of {e.model}, this model was compressed from {subject.dense[0]}."]
 
 
 def _perplexity_chart(evaluations: Sequence[Evaluation], table: Table) -> Chart:

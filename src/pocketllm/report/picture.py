@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ _INK, _GREY, _BLUE = "#1b1c20", "#c6cad2", "#0b5fa5"
 Panel = tuple[str, list[float | None], Callable[[float], str]]
 
 
-def check_picture(output: Path) -> tuple[Path, Path]:
+def check_picture(output: Path, only_read: Iterable[str | Path] = ()) -> tuple[Path, Path]:
     """The files (PNG, SVG) that a picture is written to.
 
     Args:
         output: a name that ends in .png or .svg; the other one lies beside it.
+        only_read: folders that they must not lie in: those of the models and adapters.
 
     Raises:
-        ConfigError: another suffix. OutputError: one of the two cannot be written.
+        ConfigError: another suffix. OutputError: one of the two cannot be written, or lies in a model.
         ExtraError: matplotlib is not installed.
     """
     svg.need_matplotlib()
@@ -34,7 +35,7 @@ def check_picture(output: Path) -> tuple[Path, Path]:
         raise ConfigError(f"{output}: wanted a name that ends in .png or .svg; both are written")
     files = output.with_suffix(".png"), output.with_suffix(".svg")
     for path in files:
-        check_target(path)
+        check_target(path, only_read)
     return files
 
 
@@ -47,7 +48,8 @@ def save_picture(comparison: Comparison, output: str | Path) -> tuple[Path, Path
     Raises:
         ConfigError, OutputError, ExtraError: as `check_picture`.
     """
-    files = check_picture(Path(output))
+    folders = [place for m in comparison.models for place in (m.folder, m.adapter) if place]
+    files = check_picture(Path(output), folders)
     for path, data in zip(files, draw(comparison), strict=True):
         write_whole(path, data)
     return files

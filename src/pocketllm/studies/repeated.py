@@ -45,7 +45,7 @@ def _run(
 ) -> dict[str, Any]:
     matrix, trials = chosen(), []
     for number, seed in enumerate(seeds):
-        told = partial(_part, progress, number, len(seeds))
+        told = partial(part, progress, number, len(seeds))
         trials.append(
             train(matrix.weight, training.config, training.codebook_size, seed, training.guards, told)
         )
@@ -58,7 +58,8 @@ def _run(
     }
 
 
-def _part(progress: Progress, number: int, count: int, share: float) -> None:
+def part(progress: Progress, number: int, count: int, share: float) -> None:
+    """Tell of the share of a whole, of which one of `count` equal parts is at work."""
     progress((number + share) / count)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shlex
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pocketllm
-from pocketllm.errors import ConfigError
+from pocketllm.errors import ConfigError, ResumeError
 from pocketllm.files import write_json
 from pocketllm.studies import page
 from pocketllm.studies.registry import load
@@ -59,17 +60,23 @@ def run_study(
         overwrite: replace the study at `output`.
 
     Raises:
-        ConfigError: an unknown study, or texts that it does not measure on or that are too short for it.
+        ConfigError: an unknown study, a compressed model, or texts that it does not measure on or that are too
+            short for it.
         SourceError: as `open_dense`; no tokenizer where a text is measured on; matrices too small to study.
-        OutputError, ResumeError: nothing half-written is left under `output`; finished steps stay in
-            `output.partial`. ExtraError: matplotlib is not installed.
+        OutputError: the output exists, lies in the model's folder or cannot be written. ResumeError: it was
+            begun with other arguments. Nothing half-written is left under `output`; finished steps stay in
+            `output.partial`.
+        ExtraError: matplotlib is not installed.
     """
-    from pocketllm.model.workspace import check_output
+    from pocketllm.model import resolve_local
+    from pocketllm.model.workspace import check_apart, check_output
     from pocketllm.report import need_matplotlib
 
     study, output = load(name), Path(output)
     need_matplotlib("studies")
     check_output(output, overwrite, f"{name}.svg", f"a study of {name!r}")
+    if (folder := resolve_local(model)) is not None:
+        check_apart(output, folder)
     setup = _setup(study, model, output, quick, seed, device, texts)
     result = _measured(study, setup, output, progress)
     progress("", 1.0)
@@ -83,6 +90,7 @@ def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> d
     asked, steps = _asked(study, setup), study.steps(setup)
     try:
         work = Workspace.at(output, asked)
+        _check_files(work.folder, steps)
         with locked(work.folder), _nothing_left(work.folder):
             setup.work.mkdir(exist_ok=True)
             done = {
@@ -180,6 +188,17 @@ def _file(folder: Path, step: Step) -> Path:
     return folder / f"step-{step.key}.json"
 
 
+def _check_files(folder: Path, steps: Sequence[Step]) -> None:
+    """Raises ResumeError where something else lies in the place of a step's file."""
+    for step in steps:
+        file = _file(folder, step)
+        if file.exists() and not file.is_file():
+            kind = "a folder" if file.is_dir() else "no file"
+            raise ResumeError(
+                f"{file}: {kind}, wanted the file of a finished step; move it away and run the same command again"
+            )
+
+
 def _run_step(step: Step, folder: Path, number: int, count: int, progress: Progress) -> dict[str, Any]:
     """Run a step and keep its values, unless an earlier run has kept them."""
     progress(step.key, number / count)
@@ -188,8 +207,8 @@ def _run_step(step: Step, folder: Path, number: int, count: int, progress: Progr
         return kept
     started = time.monotonic()
     values = step.run(lambda share: progress(step.key, (number + share) / count))
-    seconds = round(time.monotonic() - started, 3)
-    write_json(_file(folder, step), {"seconds": seconds, "values": _plain(values)})
+    found = {"seconds": round(time.monotonic() - started, 3), "values": _plain(values)}
+    write_json(_file(folder, step), {**found, "digest": _digest(found)})
     kept = _kept(_file(folder, step))
     assert kept is not None
     return kept
@@ -199,10 +218,15 @@ def _kept(file: Path) -> dict[str, Any] | None:
     """What a finished step has written; None where it is missing or damaged, so that the step runs again."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
-    whole = isinstance(found, dict) and isinstance(found.get("values"), dict) and "seconds" in found
-    return found if whole else None
+    digest = found.pop("digest", None) if isinstance(found, dict) else None
+    return found if digest is not None and digest == _digest(found) else None
+
+
+def _digest(found: Mapping[str, Any]) -> str:
+    """Of what a step has found, in plain JSON types: it is the same when read back, and tells of any damage."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

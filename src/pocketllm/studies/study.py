@@ -73,11 +73,13 @@ class Setup:
         """The model's dense checkpoint, opened.
 
         Raises:
-            SourceError: it is missing or in a form that is not read.
+            SourceError: it is missing or in a form that is not read. ConfigError: it is compressed itself.
         """
-        from pocketllm.model import open_dense, resolve
+        from pocketllm.model import check_dense, open_dense, resolve
 
-        return open_dense(resolve(self.model))
+        folder = resolve(self.model)
+        check_dense(folder, self.model)
+        return open_dense(folder)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pocketllm.codec import codebook_perplexity, codebook_utilization
 from pocketllm.config import CodecConfig, Safeguards
 from pocketllm.studies import utilization_page as page
 from pocketllm.studies.registry import STUDIES
+from pocketllm.studies.repeated import part
 from pocketllm.studies.study import Progress, Setup, Step, Study
 from pocketllm.studies.trials import (
     OURS,
@@ -66,8 +67,8 @@ def _run(
 ) -> dict[str, Any]:
     matrix, trials = chosen(), []
     for number, seed in enumerate(seeds):
-        trials.append(train(matrix.weight, config, size, seed, guards))
-        progress((number + 1) / len(seeds))
+        told = partial(part, progress, number, len(seeds))
+        trials.append(train(matrix.weight, config, size, seed, guards, told))
     first = trials[0]
     epochs = len(first.epoch_counts)
     return {
