@@ -25,7 +25,7 @@ from tests import tiny
 from tests.commands import Run
 
 if TYPE_CHECKING:
-    from tests.studies import CodecStudies
+    from tests.studies import CodecStudies, Counting
 
 torch.set_num_threads(1)
 
@@ -77,3 +77,15 @@ def codec_studies(tmp_path_factory: pytest.TempPathFactory) -> CodecStudies:
     from tests.studies import CodecStudies, small_codec_model
 
     return CodecStudies(small_codec_model(tmp_path_factory), tmp_path_factory.mktemp("studies-done"))
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    """The study `counting`, which notes what it ran."""
+    from pocketllm.studies import STUDIES
+    from tests.studies import Counting
+
+    made = Counting()
+    monkeypatch.setitem(STUDIES, "counting", "steps are counted")
+    monkeypatch.setattr("pocketllm.studies.run.load", lambda name: made.study())
+    return made

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pocketllm.studies import Outcome, codebook, depth, overfit, rln, run_study, utilization
-from pocketllm.studies.study import Setup
+from pocketllm.studies.study import Setup, Step, Study, Table
 from tests import tiny
 
 CODEC_SIZES: dict[Any, dict[str, Any]] = {
@@ -63,3 +63,40 @@ class CodecStudies:
     def results(self, module: Any) -> dict[str, Any]:
         """A copy to change."""
         return copy.deepcopy(self[module].result["results"])
+
+
+class Counting:
+    """A study of three steps that notes which of them ran, and stops at one where it is told to."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.stop_at: str | None = None
+        self.more: dict[str, Any] = {}
+
+    def steps(self, setup: Setup) -> list[Step]:
+        return [self._step(key, value) for key, value in (("a", 1.0), ("b", 2.0), ("c", float("inf")))]
+
+    def _step(self, key: str, value: float) -> Step:
+        def run(progress: Any) -> dict[str, Any]:
+            if key == self.stop_at:
+                raise KeyboardInterrupt
+            progress(0.5)
+            self.ran.append(key)
+            return {"value": value}
+
+        return Step(key, run)
+
+    def study(self) -> Study:
+        return Study(
+            "counting",
+            "steps are counted",
+            "It counts.",
+            "Steps.",
+            self.steps,
+            lambda results: [
+                Table("Steps", ["step", "of"], [[key, "a_b`|c"] for key in results], "all | of them")
+            ],
+            lambda results, figure: figure.subplots().plot([r["value"] or 0 for r in results.values()]),
+            lambda results: [f"{len(results)} steps ran."],
+            **self.more,
+        )

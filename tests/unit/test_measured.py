@@ -16,6 +16,7 @@ from pocketllm.model.inputs import Collector
 from pocketllm.model.plan import Matrix
 from pocketllm.model.source import open_dense
 from pocketllm.model.texts import read_calibration
+from pocketllm.model.workspace import check_apart
 from tests import tiny
 
 
@@ -57,11 +58,13 @@ def test_an_override_has_to_fit_a_matrix(tmp_path: Path) -> None:
         compress(tiny.save(tmp_path / "m"), tiny.on_trellis(overrides=(("*norm*", 4.0),)), tmp_path / "out")
 
 
-def test_an_output_inside_the_model(tmp_path: Path) -> None:
+def test_an_output_inside_the_model_or_around_it(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "dense")
     before = sorted(folder.rglob("*"))
     with pytest.raises(OutputError, match=r"small: is inside .*dense, which is only read"):
         compress(folder, tiny.on_trellis(), folder / "small")
+    with pytest.raises(OutputError, match=r": holds .*dense, which is read; choose another output folder"):
+        check_apart(tmp_path, folder)  # to replace it would remove the model
     assert sorted(folder.rglob("*")) == before
 
 

@@ -69,11 +69,14 @@ def check_apart(output: Path, folder: Path, kind: str = "folder") -> None:
         kind: of output, in words.
 
     Raises:
-        OutputError: it is that folder, or lies in it.
+        OutputError: it is that folder, lies in it, or holds it, so that replacing it would remove what is read.
     """
-    if folder.resolve() in (output.resolve(), *output.resolve().parents):
-        where = "the model itself" if output.resolve() == folder.resolve() else f"inside {folder}"
+    wanted, read = output.resolve(), folder.resolve()
+    if read in (wanted, *wanted.parents):
+        where = "the model itself" if wanted == read else f"inside {folder}"
         raise OutputError(f"{output}: is {where}, which is only read; choose another output {kind}")
+    if wanted in read.parents:
+        raise OutputError(f"{output}: holds {folder}, which is read; choose another output {kind}")
 
 
 def check_parent(output: Path, kind: str) -> None:
