@@ -148,7 +148,7 @@ def test_unknown_names() -> None:
         pocketllm.preset("big")
     with pytest.raises(ConfigError, match="unknown setting 'colour'"):
         CompressConfig.from_dict({**CompressConfig().to_dict(), "colour": 1})
-    with pytest.raises(AttributeError, match="no attribute 'colour'"):
+    with pytest.raises(AttributeError, match="pocketllm attribute colour"):
         _ = pocketllm.colour  # type: ignore[attr-defined]
 
 
