@@ -219,8 +219,11 @@ def test_probability_is_of_tasks_that_the_dense_model_can_do() -> None:
     ("plain", "words"),
     [
         (11.0, "Plain: perplexity over the dense model's is plain-8x 1.10; none of the settings"),
-        (30.0, "plain-8x 3.00; it more than doubles from 4.00 bits per weight (plain-8x) on"),
-        (None, "plain-8x not finite; it more than doubles from 4.00 bits"),
+        (
+            30.0,
+            "plain-8x 3.00; it has more than doubled already at the most bits tried, 4.00 bits per weight",
+        ),
+        (None, "plain-8x not finite; it has more than doubled already at the most bits tried, 4.00"),
     ],
 )
 def test_robustness_says_where_it_breaks(plain: float | None, words: str) -> None:

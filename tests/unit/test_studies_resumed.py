@@ -138,7 +138,6 @@ def test_what_a_study_finds_is_told_by_digest(monkeypatch: pytest.MonkeyPatch, t
     file.write_text("other words")
     named = inputs()["calibration"]
     assert list(named) == [file.name] and set(named.values()) != set(default.values())
-    assert "calibration" not in inputs(calibration=False)
 
 
 def test_refuses_other_arguments(counting: Counting, model: str, tmp_path: Path) -> None:

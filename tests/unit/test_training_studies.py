@@ -123,7 +123,7 @@ def test_depth_says_nothing_of_what_noise_would_make(codec_studies: CodecStudies
     for key, entry in results.items():
         entry["end_nmse"] = [0.4, 0.8] if key.split(".")[1] == "5" else [0.4, 0.5]
     found = depth.STUDY.findings(results)
-    assert found[0].startswith("Did not hold here: ") and "within noise" in found[0]
+    assert found[0].startswith("Undecided here: ") and "within noise" in found[0]
     assert "whether tuning closes a gap, these trainings cannot say" in found[3]
     for key in ("tuned.5.1.0.016", "tuned.3.1.0.016"):
         results[key]["end_nmse"] = [1.0, 1.0] if ".5." in key else [0.6, 0.6]

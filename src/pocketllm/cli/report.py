@@ -87,6 +87,7 @@ def report(
     if adapter is not None:
         check_adapter(adapter, folder)
     target = output or default_output(folder, adapter)
+    check_html(target)
     _check_dense(against)
     check_html(target, _folders([folder], [adapter], against))
     evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]

@@ -76,9 +76,19 @@ def local_tasks() -> dict[str, LocalTask]:
     return dict(sorted(found.items()))
 
 
-def local_task_names(data: Path | None) -> list[str]:
-    """The tasks whose files a data folder holds, by their lm-eval names; none where there is no folder."""
-    return [task.name for task in local_tasks().values() if task.find(data)]
+def local_task_digests(data: Path | None) -> dict[str, str]:
+    """The tasks whose files a data folder holds, by their lm-eval names -> digest of the files.
+
+    None where there is no folder.
+    """
+    found = {}
+    for task in local_tasks().values():
+        place = task.find(data)
+        if place is not None:
+            labels = _labels(place[0]) or []
+            body = place[0].read_bytes() + "\n".join(labels).encode()
+            found[task.name] = hashlib.sha256(body).hexdigest()[:16]
+    return found
 
 
 def prepare(task: LocalTask, file: Path, split: str) -> Prepared:

@@ -19,7 +19,7 @@ from pocketllm.report.command import Command, adapter_command, command_for
 from pocketllm.report.evaluations import Evaluation
 from pocketllm.report.files import check_target, write_whole
 from pocketllm.report.making import making_section, skipped_section
-from pocketllm.report.measured import Subject, perplexity_section, weights_section
+from pocketllm.report.measured import Subject, dense_figures, perplexity_section, weights_section
 from pocketllm.report.sections import Section
 from pocketllm.report.use import Use, count_use, use_section
 from pocketllm.report.weights import Weights, compare_weights
@@ -251,7 +251,7 @@ def _facts(model: ModelFacts, evaluations: Sequence[Evaluation]) -> list[tuple[s
     wanted = model.adapter is not None
     e = next((e for e in evaluations if e.compressed and bool(e.adapter) == wanted), None)
     if e is not None:
-        dense = next((d for d in evaluations if not d.compressed and d.setting == e.setting), None)
-        note = f"dense: {short(dense.perplexity, 4)}" if dense else Path(e.text).name
+        dense = dense_figures(evaluations).get(e.setting)
+        note = f"dense: {short(dense, 4)}" if dense is not None else Path(e.text).name
         facts.append(("perplexity", short(e.perplexity, 4), note))
     return facts

@@ -119,9 +119,13 @@ def _weights_of(evaluation: Evaluation) -> str:
     return "compressed, with adapter" if evaluation.adapter else "compressed"
 
 
+def dense_figures(evaluations: Sequence[Evaluation]) -> dict[tuple[str, int, int, int], float]:
+    """Setting -> perplexity of the dense model, the first that was given."""
+    return {e.setting: e.perplexity for e in reversed(evaluations) if not e.compressed}
+
+
 def _perplexities(evaluations: Sequence[Evaluation]) -> Table:
-    dense = {e.setting: e.perplexity for e in evaluations if not e.compressed}
-    rows = []
+    dense, rows = dense_figures(evaluations), []
     for e in evaluations:
         against = dense.get(e.setting)
         rows.append(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketllm.studies.noise import CONFIDENCE, Difference, paired
 from pocketllm.studies.study import Results, Table
-from pocketllm.studies.style import COLOURS, INK, number
+from pocketllm.studies.style import COLOURS, INK, number, with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def _table(results: Results, keys: list[str], title: str) -> Table:
                 f"{values['codebook_bytes']} + {values['decoder_bytes']}",
                 number(values["bpw"], 5),
                 number(values["nmse"], 4),
-                number(values["trained_nmse"], 4),
+                f"{number(values['start_nmse'], 4)} → {number(values['trained_nmse'], 4)}",
                 _kl(before),
                 number(before["perplexity"], 4),
                 _kl(after),
@@ -49,16 +49,16 @@ def _table(results: Results, keys: list[str], title: str) -> Table:
             ]
         )
     header = [
-        *("decoder", "K", "bytes of codebooks + decoders", "bpw", "nmse", "nmse of the sample, trained"),
+        *("decoder", "K", "bytes of codebooks + decoders", "bpw", "nmse", "nmse of the sample, by training"),
         *("KL", "perplexity", "KL, distilled", "perplexity, distilled"),
     ]
     first = results[keys[0]]
     before, distilled, config = first["before"], first["distilled"], first["config"]
     note = (
-        f"{config['blocks']} blocks coded. nmse: of the stored matrices; beside it that of the sample at the end "
-        "of training, which is kept only if no matrix got worse by it. KL to the dense model in nats per token ± its "
-        "standard error over the windows; perplexity has none here. Differences are taken window by window. Bytes in "
-        "brackets: more or fewer than in the first row, of those beside the indices unless it says in all. "
+        f"{config['blocks']} blocks coded. nmse: of the stored matrices; beside it that of the sample before and "
+        "after training, which is kept only if no matrix got worse by it. KL to the dense model in nats per token "
+        "± its standard error over the windows; perplexity has none here. Differences are taken window by window. "
+        "Bytes in brackets: more or fewer than in the first row, of those beside the indices unless it says in all. "
         f"{before['windows']} windows of {before['context']} tokens, dense perplexity "
         f"{number(before['reference_perplexity'], 4)}. Distilled for {distilled['steps']} steps of "
         f"{config['batch']} x {config['context']} tokens."
@@ -86,7 +86,9 @@ def _reference(key: str) -> str:
 
 def _kl(seen: Mapping[str, Any]) -> str:
     error = seen["kl_stderr"]
-    return number(seen["kl"]) + ("" if error is None else f" ± {number(error, 2)}")
+    return (
+        number(None) if seen["kl"] is None else with_error(seen["kl"], math.inf if error is None else error)
+    )
 
 
 def _kl_apart(values: Mapping[str, Any], other: Mapping[str, Any]) -> Difference:
@@ -150,11 +152,18 @@ def findings(results: Results) -> list[str]:
         (
             f"At equal stored bytes the claim {'held' if gain > _LEAST else 'did not hold'}: the best decoder "
             f"({results[best]['shown']}) has an nmse of {number(results[best]['nmse'], 4)}, spending the bytes "
-            f"on codewords alone {number(base['nmse'], 4)}: {_percent(gain)}, from one training of each."
+            f"on codewords alone {number(base['nmse'], 4)}: {_percent(gain)}, from one training of each. Training "
+            f"lowers the error of its sample by {_learned(results, rest)}; the rest is what fewer codewords cost."
         ),
         *(_best_words(results, rest, when) for when in ("before", "after")),
     ]
     return [*sentences, *_about_shared(results), *_about_calibrated(results)]
+
+
+def _learned(results: Results, keys: list[str]) -> str:
+    """By how much training lowers the nmse of the sample with decoders, least to most."""
+    shares = [100 * (1 - results[key]["trained_nmse"] / results[key]["start_nmse"]) for key in keys]
+    return f"{number(min(shares), 2)} to {number(max(shares), 2)} %"
 
 
 def _best_words(results: Results, rest: list[str], when: str) -> str:
@@ -168,17 +177,13 @@ def _best_words(results: Results, rest: list[str], when: str) -> str:
     return (
         f"{words} the lowest KL with a decoder, of {len(finite)} ways tried, is that of {results[best]['shown']}, "
         f"{_kl(own)}; without {_kl(base)}: "
-        f"{_verdict(_kl_apart(own, base))}. Perplexity {number(own['perplexity'], 4)} and "
+        f"{_kl_apart(own, base).told()}. Perplexity {number(own['perplexity'], 4)} and "
         f"{number(base['perplexity'], 4)}."
     )
 
 
 def _finite(results: Results, key: str, *whens: str) -> bool:
     return key in results and all(results[key][when]["kl"] is not None for when in whens)
-
-
-def _verdict(difference: Difference) -> str:
-    return f"{number(abs(difference.value), 2)} {'lower' if difference.value < 0 else 'higher'}, {difference.verdict}"
 
 
 def _percent(gain: float) -> str:
@@ -191,7 +196,7 @@ def _about_shared(results: Results) -> list[str]:
         return []
     none, mlp = results["none-model"], results["mlp-matrix"]
     told = "; ".join(
-        f"{words} {_kl(mlp[when])} against {_kl(none[when])}, {_verdict(_kl_apart(mlp[when], none[when]))}"
+        f"{words} {_kl(mlp[when])} against {_kl(none[when])}, {_kl_apart(mlp[when], none[when]).told()}"
         for when, words in (("before", "KL as coded"), ("after", "distilled"))
     )
     return [
@@ -206,7 +211,7 @@ def _about_calibrated(results: Results) -> list[str]:
     none, mlp = (results[key] for key in CALIBRATED)
     told = "; ".join(
         f"{words} {_kl(mlp[when])} with and {_kl(none[when])} without, "
-        f"{_verdict(_kl_apart(mlp[when], none[when]))} (perplexity {number(mlp[when]['perplexity'], 4)} and "
+        f"{_kl_apart(mlp[when], none[when]).told()} (perplexity {number(mlp[when]['perplexity'], 4)} and "
         f"{number(none[when]['perplexity'], 4)})"
         for when, words in (("before", "as coded KL"), ("after", "distilled"))
     )

@@ -51,6 +51,10 @@ class Difference:
         where = "beyond" if self.clear else "within"
         return f"{where} noise (± {number(self.margin, 2)} at {CONFIDENCE:.0%})".replace("%", " %")
 
+    def told(self, more: str = "higher", less: str = "lower") -> str:
+        """`0.1 higher, beyond noise (± 0.05 at 95 %)`."""
+        return f"{number(abs(self.value), 2)} {more if self.value > 0 else less}, {self.verdict}"
+
     def times(self, factor: float) -> Difference:
         """In another unit."""
         return replace(self, value=factor * self.value, error=abs(factor) * self.error)

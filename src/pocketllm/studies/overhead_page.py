@@ -147,7 +147,8 @@ def _summary(results: Results) -> str:
     once, packed = MODES.values()
     return (
         f"Beside dense weights, decoding once at load costs {span(once, 'load')} times the load, and then "
-        f"{span(once, 'token')} times the work for a token. Kept packed, the model needs "
+        f"{span(once, 'token')} times the work for a token, from layers that are the same as dense ones: what differs "
+        f"is the measurement. Kept packed, the model needs "
         f"{span(packed, 'peak_bytes')} times the memory and {span(packed, 'token')} times the work for a token; "
         f"for a prompt of {_rounds(results, 'cpu')[0]['long']} tokens {span(packed, 'long')} times."
     )

@@ -107,7 +107,8 @@ def findings(results: Results) -> list[str]:
     verdict = "Held" if all(signs) else "Held in part" if any(signs) else "Did not hold here"
     return [
         f"{verdict}: from the published start, at the published learning rate, gradients exploded in {told}; "
-        f"LayerNorm {_gap_words(gap)}.",
+        f"LayerNorm {_gap_words(gap)}. From our start, where training has little to gain, it "
+        f"{_gap_words(_gap(results, 'ours'))}.",
         *(_compared(results, training) for training in TRAININGS),
         _rate_words(results),
         _size_words(results),
@@ -122,9 +123,7 @@ def _gap(results: Results, training: str) -> Difference | None:
 def _gap_words(gap: Difference | None) -> str:
     if gap is None:
         return "or RLN broke off in a training, so that their ends are not compared"
-    return (
-        f"ends {number(abs(gap.value), 2)} {'higher' if gap.value > 0 else 'lower'} than RLN, {gap.verdict}"
-    )
+    return f"ends {gap.told('higher than RLN', 'lower than RLN')}"
 
 
 def _compared(results: Results, training: str) -> str:

@@ -101,7 +101,7 @@ def _extent(setup: Setup) -> tuple[int, int, int]:
 
 
 def _measured(setup: Setup, loaded: tuple[Any, Any], progress: Progress) -> dict[str, Any]:
-    """Perplexity by text, accuracy by task; `right`: a digit for each document."""
+    """Perplexity by text, accuracy by task; each as `scored.scores` keeps it."""
     from pocketllm import perplexity
 
     model, tokenizer = loaded

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pocketllm.studies.noise import Difference
-from pocketllm.studies.scored import able, accuracy, points_lost, probability_lost
+from pocketllm.studies.scored import Tasks, able, about_probability, accuracy, points_lost, probability_lost
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import COLOURS, GREY, MARKERS, mean, number, plain_ticks, with_error
 
@@ -82,12 +82,13 @@ def _perplexities(results: Results) -> Table:
 
 def _tasks(results: Results) -> Table:
     dense = results["dense"]
-    guessed, best = (accuracy(dense["tasks"], which) for which in ("chance", "acc"))
+    counted = able(dense["tasks"]) or list(dense["tasks"])
+    guessed, best = (accuracy(_some(dense["tasks"], counted), which) for which in ("chance", "acc"))
     names, margin = list(dense["tasks"]), best - guessed
     rows = [["dense", "16", *_percents(dense, names), number(100 * best), "", "", ""]]
     for key in _keys(results):
         values, lost, likely = results[key], _lost(results, key), _probability(results, key)
-        mean_of = accuracy(values["tasks"])
+        mean_of = accuracy(_some(values["tasks"], counted))
         rows.append(
             [
                 *(key, number(values["bpw_matrices"]), *_percents(values, names), number(100 * mean_of)),
@@ -98,13 +99,16 @@ def _tasks(results: Results) -> Table:
         )
     note = (
         f"Accuracy in %, the first {dense['limit']} documents of each task; guessing gets "
-        f"{number(100 * guessed)} on average. Points lost: of the mean, with the standard error of the "
-        "difference, paired by document. Margin kept: share of the dense model's margin over guessing. Probability: "
-        "of the right answer among the choices (softmax of their log likelihoods), points lost in its mean over the "
-        f"tasks at which the dense model does better than guessing ({', '.join(able(dense['tasks'])) or 'none here'})."
+        f"{number(100 * guessed)} on average of {', '.join(counted)}, over which mean and margin kept (share of the "
+        f"dense model's margin over guessing) are taken. {about_probability(dense['tasks'])} ± standard errors of the "
+        "differences, paired by document."
     )
     header = ["", "bpw", *names, "mean", "points lost", "margin kept", "probability lost"]
     return Table("Zero-shot tasks", header, rows, note)
+
+
+def _some(tasks: Tasks, names: list[str]) -> Tasks:
+    return {name: tasks[name] for name in names}
 
 
 def _percents(values: Mapping[str, Any], names: list[str]) -> list[str]:
@@ -214,12 +218,16 @@ def _claim(results: Results) -> str:
             more += [key] if over.clear and over.value > 0 else []
     tested = [key for key in losses if key in _PAPER_LOST]
     rest = [key for key in tested if key not in more]
-    verdict = "Did not hold here" if not rest else "Held in part here" if more else "Not contradicted here"
+    verdict = (
+        "Not contradicted here" if not more else "Did not hold here" if not rest else "Held in part here"
+    )
+    counted = ", ".join(able(results["dense"]["tasks"])) or "all tasks"
     words = [f"more than the paper's figures is lost at {', '.join(more)}" if more else ""]
     words += [f"at {', '.join(rest)} noise does not tell the loss from the paper's" if rest else ""]
     return (
         f"{verdict}, on this model and without the paper's fine-tuning: {'; '.join(w for w in words if w)}. Points of "
-        f"mean accuracy lost (in brackets the paper's, of fine-tuned models): {'; '.join(told)}."
+        f"accuracy lost, mean of {counted} (in brackets the paper's, of fine-tuned models and five tasks): "
+        f"{'; '.join(told)}."
     )
 
 
@@ -264,7 +272,10 @@ def _brittle(results: Results, path: str, keys: list[str]) -> str:
             f"none of the settings more than doubles it, down to {number(results[keys[-1]]['bpw_matrices'])}"
         )
     else:
-        where = f"it more than doubles from {number(results[broken]['bpw_matrices'])} bits per weight ({broken}) on"
+        bits = f"{number(results[broken]['bpw_matrices'])} bits per weight ({broken})"
+        where = f"it more than doubles from {bits} on"
+        if broken == keys[0]:
+            where = f"it has more than doubled already at the most bits tried, {bits}"
     return f"{path.capitalize()}: perplexity over the dense model's is {listed}; {where}."
 
 

@@ -35,12 +35,25 @@ def accuracy(tasks: Tasks, key: str = "acc") -> float:
 
 
 def points_lost(dense: Tasks, own: Tasks) -> Difference:
-    """Points of mean accuracy lost, paired by document.
+    """Points of mean accuracy lost, paired by document, over the tasks that can show a loss.
+
+    Those at which the dense model does better than guessing: at others a broken model may gain. All of them
+    where there are none.
 
     Args:
         dense, own: of the same tasks and documents, as `scores` gives them.
     """
-    return _mean([paired(_digits(dense[name]), _digits(task)) for name, task in own.items()]).times(100)
+    names = able(dense) or list(dense)
+    return _mean([paired(_digits(dense[name]), _digits(own[name])) for name in names]).times(100)
+
+
+def about_probability(dense: Tasks) -> str:
+    """What tables say beneath of losses."""
+    return (
+        "Points lost: of mean accuracy over the tasks at which the dense model does better than guessing "
+        f"({', '.join(able(dense)) or 'none here, so over all'}). Probability lost: the same for the mean probability "
+        "of the right answer among the choices (softmax of their log likelihoods)."
+    )
 
 
 def probability_lost(dense: Tasks, own: Tasks) -> Difference | None:

@@ -181,8 +181,8 @@ STUDY = Study(
         "model: the FFN, the attention, embedding and head, each kind of projection, each block. The loss is the "
         "KL divergence from the dense model's next-token distribution (perplexity beside it, and what is lost on "
         "the zero-shot tasks ARC-Easy and PIQA where their files are), set against the bytes the part saves. "
-        "`plain`: k-means codebooks per kind, nearest codeword, networks as they start (training them changes the "
-        "error by 1 %). `calibrated`: overlapping indices with rotation and error feedback, at 3 bits for every "
+        "`plain`: k-means codebooks per kind, nearest codeword, networks as they start. "
+        "`calibrated`: overlapping indices with rotation and error feedback, at 3 bits for every "
         "matrix instead of the preset's own allocation, on 16,384 tokens of calibration text."
     ),
     left_out="of these paths `plain` alone, and no zero-shot tasks.",

@@ -204,7 +204,7 @@ def _about_ends(values: Mapping[str, Any]) -> str:
     return (
         f"That the outer blocks are the ones to spare {held}: KL per saved megabyte is {number(1000 * means[0], 2)} "
         f"in the first {_AUTHORS_FIRST} and last {_AUTHORS_LAST}, {number(1000 * means[1], 2)} in the others (10^-3 "
-        f"nats), {number(means[0] / means[1], 2)} times as much; the difference is {gap.verdict}. The most sensitive "
+        f"nats), {number(means[0] / means[1], 2)} times as much; the difference is {gap.verdict}. The highest "
         f"blocks are {listed}.{_misplaced(worst, left)}"
     )
 
@@ -253,8 +253,7 @@ def _about_sum(values: Mapping[str, Any], path: str) -> str:
     added = sum(groups[name]["kl"] for name in names)
     by_part = zip(*(groups[name]["window_kl"] for name in names), strict=True)
     gap = paired(groups[ALL]["window_kl"], [sum(window) for window in by_part])
-    word = f"{number(abs(gap.value), 2)} {'more' if gap.value > 0 else 'less'}, {gap.verdict}"
     return (
         f"{path.capitalize()}: the losses of the parts add up to {number(added)} nats, everything together "
-        f"costs {number(groups[ALL]['kl'])}; {word}."
+        f"costs {number(groups[ALL]['kl'])}; {gap.told('more', 'less')}."
     )

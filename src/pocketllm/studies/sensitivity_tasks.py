@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from pocketllm.studies.noise import CONFIDENCE, Difference
-from pocketllm.studies.scored import Tasks, able, accuracy, cost_gap, points_lost, probability_lost
+from pocketllm.studies.scored import (
+    Tasks,
+    able,
+    about_probability,
+    accuracy,
+    cost_gap,
+    points_lost,
+    probability_lost,
+)
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import number, with_error
 
@@ -36,12 +44,10 @@ def _tasks_table(results: Results, key: str, title: str) -> Table:
         ]
         rows.append([name, *shown, *_probability_cells(probability_lost(dense, group["tasks"]), saved)])
     header = ["compressed", "MB saved", "accuracy, %", "points lost"]
-    chosen = ", ".join(able(dense)) or "none here"
     note = (
         f"Accuracy: mean over {', '.join(dense)}, the first {values['limit']} documents of each; guessing gets "
-        f"{number(100 * accuracy(dense, 'chance'))}. Probability: of the right answer among the choices (softmax of "
-        "their log likelihoods), points lost in its mean over the tasks at which the dense model does better than "
-        f"guessing ({chosen}). ± standard errors of the differences, paired by document."
+        f"{number(100 * accuracy(dense, 'chance'))}. {about_probability(dense)} ± standard errors of the differences, "
+        "paired by document."
     )
     return Table(title, [*header, "probability lost", "of it per MB, 10^-3"], rows, note)
 
@@ -96,9 +102,10 @@ def _part_losses(groups: Mapping[str, Any], dense: Tasks, path: str) -> str:
     gap = cost_gap(dense, attention, ffn)
     listed = ", ".join(f"{n} ({with_error(per[n].value, per[n].error, 2)})" for n in clear)
     return (
-        f"{path} {shown}; for a megabyte attention loses {number(abs(gap.value), 2)} "
-        f"{'more' if gap.value > 0 else 'less'} than the FFN, {gap.verdict}; of {len(kinds)} kinds alone "
-        f"{len(clear)} differ from the dense model beyond noise{': ' + listed if listed else ''}"
+        f"{path} {shown}; for a megabyte attention loses "
+        f"{gap.told('thousandths more than the FFN', 'thousandths less than the FFN')}; of {len(kinds)} kinds alone "
+        f"{len(clear)} differ from the dense model beyond noise, where chance would give "
+        f"{number((1 - CONFIDENCE) * len(kinds), 2)}{': ' + listed if listed else ''}"
     )
 
 

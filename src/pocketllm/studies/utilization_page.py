@@ -78,10 +78,10 @@ def findings(results: Results) -> list[str]:
     idle = sum(used is None or used < _ALL for used in published["trained_used"])
     count = len(published["trained_used"])
     words = [
-        f"{'Did not hold here' if idle else 'Held here'}, that the published start needs no measure against codewords "
-        f"that nobody uses: in {idle} of {count} trainings the last epoch uses fewer than {_ALL:.0%} of them, in the "
-        f"mean {_share(published, 'trained_used')} with a perplexity of {_of_size(published)}; coding the matrix "
-        f"uses {_share(published, 'coded_used')}."
+        f"{'Did not hold here' if idle else 'Held here'}, that the published start leaves no codewords unused "
+        f"without a measure against that: in {idle} of {count} trainings the last epoch uses fewer than {_ALL:.0%} "
+        f"of them, in the mean {_share(published, 'trained_used')} with a perplexity of "
+        f"{_of_size(published)}; coding the matrix uses {_share(published, 'coded_used')}."
     ]
     told = "; ".join(
         f"{SHOWN[name]}: {_share(results[name], 'trained_used')} used, perplexity {_of_size(results[name])}, "

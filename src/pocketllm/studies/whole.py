@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,19 +47,20 @@ def calibration_texts() -> tuple[str, ...]:
     return (str(file),) if file is not None and file.is_file() else ()
 
 
-def inputs(calibration: bool = True, tasks: list[str] | None = None) -> dict[str, Any]:
-    """What a study that calibrates, or is scored on tasks, finds on this machine.
+def inputs(tasks: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a study that calibrates, and may be scored on tasks, finds on this machine.
 
     Returns:
-        calibration: name of the text -> digest, if asked for. tasks: as given.
+        calibration: name of the text -> digest. tasks, if given: name -> digest of its files.
     """
-    found: dict[str, Any] = {}
-    if calibration:
-        texts = [Text(Path(file).name, read_calibration(file)) for file in calibration_texts()]
-        texts = texts or [Text("Python's own documentation", default_text())]
-        found["calibration"] = {text.name: text.digest for text in texts}
+    texts = [Text(Path(file).name, read_calibration(file)) for file in calibration_texts()]
+    texts = texts or [Text("Python's own documentation", default_text())]
+    found: dict[str, Any] = {"calibration": {text.name: text.digest for text in texts}}
     if tasks is not None:
-        found["tasks"] = tasks
+        from pocketllm.evaluate import local_task_digests
+
+        digests = local_task_digests(data_folder())
+        found["tasks"] = {name: digests[name] for name in tasks}
     return found
 
 
@@ -73,11 +74,11 @@ def task_names() -> list[str]:
     """The zero-shot tasks that can be read from local files here; none where lm-eval is missing."""
     import importlib.util
 
-    from pocketllm.evaluate import local_task_names
+    from pocketllm.evaluate import local_task_digests
 
     if importlib.util.find_spec("lm_eval") is None:
         return []
-    return local_task_names(data_folder())
+    return list(local_task_digests(data_folder()))
 
 
 def check_texts(setup: Setup, context: int, windows: int) -> None:
