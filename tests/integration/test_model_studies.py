@@ -266,14 +266,16 @@ def test_sensitivity_shows_what_is_lost_for_a_megabyte() -> None:
 def test_no_variant_stores_more_than_the_reference(model: str, tmp_path: Path) -> None:
     setup = setup_of(model, tmp_path)
     found = decoder.variants(setup)
-    budget = found["none-kind"].side_bytes
     assert {"affine-matrix", "mlp-matrix", "row-kind", "none-model"} <= set(found)
+    stored = {}
     for key, variant in found.items():
-        report = pocketllm.dry_run(model, variant.config)
-        parts = report.bytes_by_part
-        assert parts["codebooks"] + parts["decoders"] == variant.side_bytes <= budget, key
+        parts = pocketllm.dry_run(model, variant.config).bytes_by_part
+        stored[key] = parts["codebooks"] + parts["decoders"]
+    budget = stored["none-kind"]
+    assert all(nbytes <= budget for nbytes in stored.values())
+    for key, variant in found.items():
         if variant.equal:  # less than a codeword, or a column of every decoder, is left over
-            assert variant.side_bytes > 0.8 * budget, key
+            assert stored[key] > 0.8 * budget, key
 
 
 def test_decoder_study(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

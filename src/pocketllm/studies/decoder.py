@@ -45,11 +45,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to spend the bits beside the indices. side_bytes: of codebooks and decoders, by plan."""
+    """A way to spend the bits beside the indices. equal: whether it is to have as many bytes as the reference."""
 
     shown: str
     config: CompressConfig
-    side_bytes: int
     equal: bool
 
 
@@ -81,8 +80,7 @@ def variants(setup: Setup) -> dict[str, Variant]:
         config = replace(
             base, codec=chosen, codebook_size=used, codebook_scope=codebooks, decoder_scope=decoders
         )
-        stored = number[codebooks] * used * d * FLOAT16_BYTES + spent
-        found[key] = Variant(shown, config, stored, equal)
+        found[key] = Variant(shown, config, equal)
 
     found: dict[str, Variant] = {}
     add("none-kind", "none; a codebook per kind", "kind", "kind", depth=0)
@@ -107,8 +105,8 @@ def calibrated(setup: Setup) -> dict[str, Variant]:
     none = replace(base, codec=replace(base.codec, depth=0), decoder_scope="model", **shared)
     mlp = replace(base, decoder_scope="matrix", **shared)
     return {
-        "calibrated-none": Variant("none; one codebook", none, 0, True),
-        "calibrated-mlp": Variant("MLP per matrix, one codebook", mlp, 0, True),
+        "calibrated-none": Variant("none; one codebook", none, True),
+        "calibrated-mlp": Variant("MLP per matrix, one codebook", mlp, True),
     }
 
 
@@ -184,7 +182,6 @@ def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> di
     return {
         "shown": variant.shown,
         "equal": variant.equal,
-        "side_bytes": parts["codebooks"] + parts["decoders"],
         "codebook_bytes": parts["codebooks"],
         "decoder_bytes": parts["decoders"],
         "codewords": own[0]["codebook_size"],

@@ -8,7 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pocketllm.studies.noise import Difference
-from pocketllm.studies.scored import Tasks, able, about_probability, accuracy, points_lost, probability_lost
+from pocketllm.studies.scored import (
+    able,
+    about_probability,
+    accuracy,
+    counted_tasks,
+    points_lost,
+    probability_lost,
+)
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import COLOURS, GREY, MARKERS, mean, number, plain_ticks, with_error
 
@@ -82,13 +89,13 @@ def _perplexities(results: Results) -> Table:
 
 def _tasks(results: Results) -> Table:
     dense = results["dense"]
-    counted = able(dense["tasks"]) or list(dense["tasks"])
-    guessed, best = (accuracy(_some(dense["tasks"], counted), which) for which in ("chance", "acc"))
+    counted = counted_tasks(dense["tasks"])
+    guessed, best = (accuracy(dense["tasks"], which, counted) for which in ("chance", "acc"))
     names, margin = list(dense["tasks"]), best - guessed
     rows = [["dense", "16", *_percents(dense, names), number(100 * best), "", "", ""]]
     for key in _keys(results):
         values, lost, likely = results[key], _lost(results, key), _probability(results, key)
-        mean_of = accuracy(_some(values["tasks"], counted))
+        mean_of = accuracy(values["tasks"], names=counted)
         rows.append(
             [
                 *(key, number(values["bpw_matrices"]), *_percents(values, names), number(100 * mean_of)),
@@ -105,10 +112,6 @@ def _tasks(results: Results) -> Table:
     )
     header = ["", "bpw", *names, "mean", "points lost", "margin kept", "probability lost"]
     return Table("Zero-shot tasks", header, rows, note)
-
-
-def _some(tasks: Tasks, names: list[str]) -> Tasks:
-    return {name: tasks[name] for name in names}
 
 
 def _percents(values: Mapping[str, Any], names: list[str]) -> list[str]:
@@ -161,13 +164,15 @@ def _draw_perplexity(results: Results, axes: Any, path: str, style: str) -> None
 
 
 def _draw_accuracy(results: Results, axes: Any) -> None:
-    dense = results["dense"]["tasks"]
-    _draw_paths(
-        results, axes, lambda key: 100 * accuracy(results[key]["tasks"]), lambda key: _lost(results, key)
-    )
-    axes.axhline(100 * accuracy(dense), color="black", linewidth=1, label="dense")
-    axes.axhline(100 * accuracy(dense, "chance"), color=GREY, linewidth=1, label="guessing")
-    axes.set_title(f"mean accuracy of {len(dense)} tasks, %", fontsize=9)
+    names = counted_tasks(results["dense"]["tasks"])
+
+    def mean_of(key: str, which: str = "acc") -> float:
+        return 100 * accuracy(results[key]["tasks"], which, names)
+
+    _draw_paths(results, axes, mean_of, lambda key: _lost(results, key))
+    axes.axhline(mean_of("dense"), color="black", linewidth=1, label="dense")
+    axes.axhline(mean_of("dense", "chance"), color=GREY, linewidth=1, label="guessing")
+    axes.set_title(f"mean accuracy, %\n({', '.join(names)})", fontsize=9)
     axes.legend(fontsize=8, frameon=False)
 
 
@@ -221,7 +226,7 @@ def _claim(results: Results) -> str:
     verdict = (
         "Not contradicted here" if not more else "Did not hold here" if not rest else "Held in part here"
     )
-    counted = ", ".join(able(results["dense"]["tasks"])) or "all tasks"
+    counted = ", ".join(counted_tasks(results["dense"]["tasks"]))
     words = [f"more than the paper's figures is lost at {', '.join(more)}" if more else ""]
     words += [f"at {', '.join(rest)} noise does not tell the loss from the paper's" if rest else ""]
     return (

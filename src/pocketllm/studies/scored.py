@@ -29,21 +29,27 @@ def scores(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def accuracy(tasks: Tasks, key: str = "acc") -> float:
-    """Mean over the tasks of their accuracy, or of what guessing gets (`chance`)."""
-    return sum(float(task[key]) for task in tasks.values()) / len(tasks)
+def accuracy(tasks: Tasks, key: str = "acc", names: Sequence[str] | None = None) -> float:
+    """Mean over the tasks, or some of them, of their accuracy, or of what guessing gets (`chance`)."""
+    chosen = list(tasks) if names is None else names
+    return sum(float(tasks[name][key]) for name in chosen) / len(chosen)
+
+
+def counted_tasks(dense: Tasks) -> list[str]:
+    """Those that can show a loss: at which the dense model does better than guessing; all where there are none.
+
+    At others a broken model may gain.
+    """
+    return able(dense) or list(dense)
 
 
 def points_lost(dense: Tasks, own: Tasks) -> Difference:
-    """Points of mean accuracy lost, paired by document, over the tasks that can show a loss.
-
-    Those at which the dense model does better than guessing: at others a broken model may gain. All of them
-    where there are none.
+    """Points of mean accuracy lost over `counted_tasks`, paired by document.
 
     Args:
         dense, own: of the same tasks and documents, as `scores` gives them.
     """
-    names = able(dense) or list(dense)
+    names = counted_tasks(dense)
     return _mean([paired(_digits(dense[name]), _digits(own[name])) for name in names]).times(100)
 
 
