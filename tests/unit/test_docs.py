@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from pocketllm.config import DEFAULT_PRESET, PRESETS
 from pocketllm.model.report import MatrixReport, Report
+from pocketllm.studies import STUDIES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -22,6 +24,15 @@ def test_pages_match_the_results(maker: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / maker), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_is_there_in_full(name: str) -> None:
+    result = json.loads((ROOT / "docs" / "studies" / name / "result.json").read_text(encoding="utf-8"))
+    assert result["study"] == name and result["config"]["quick"] is False
+    assert f"-o docs/studies/{name} --threads {result['config']['threads']}" in result["command"]
+    assert result["step_seconds"].keys() == result["results"].keys()
+    assert {"torch", "pocketllm-codec", "python"} <= result["machine"]["versions"].keys()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
