@@ -22,6 +22,7 @@ from pocketllm.config import EvalConfig
 from pocketllm.errors import ConfigError, ExtraError, SourceError, WeightError
 from pocketllm.evaluate import harness, results, tasks
 from pocketllm.evaluate.compare import average, compare
+from pocketllm.evaluate.local_tasks import local_task_digest
 from tests import tiny
 
 CONFIG = EvalConfig(batch_tokens=256)
@@ -127,6 +128,17 @@ def test_one_text_split_at_two_places(model: Any) -> None:
         assert score == pytest.approx(float(scores[n - 1 :].sum()), abs=1e-4)
 
 
+def by_lm_eval(name: str, model: Any, data: Path) -> tuple[Any, Any]:
+    """(the task, what lm-eval's own evaluation gives with its own adapter)."""
+    [source] = tasks._sources(name, data, hub=False)
+    with harness.quiet():
+        stock = HFLM(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=4, max_length=2048)
+        task = source.load()
+        task.set_config(key="num_fewshot", value=0)
+        loaded: Any = {"tasks": {name: task}}
+        return task, evaluate(stock, loaded, bootstrap_iters=0, log_samples=True)
+
+
 @pytest.mark.parametrize("name", ["piqa", "boolq", "winogrande", "arc_easy", "lambada_openai"])
 def test_the_probability_of_the_right_answer(name: str, model: Any, data: Path) -> None:
     """Held against the likelihoods and the right answer that lm-eval's own metric is given."""
@@ -134,15 +146,9 @@ def test_the_probability_of_the_right_answer(name: str, model: Any, data: Path) 
     if name == "lambada_openai":
         assert "choice_probability" not in result.scores
         return
-    [source] = tasks._sources(name, data, hub=False)
-    with harness.quiet():
-        stock = HFLM(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=4, max_length=2048)
-        task = source.load()
-        task.set_config(key="num_fewshot", value=0)
-        loaded: Any = {"tasks": {name: task}}
-        found: Any = evaluate(stock, loaded, bootstrap_iters=0, log_samples=True)["samples"][name]
+    task, found = by_lm_eval(name, model, data)
     task._metric_fn_list = {"likelihood": None}
-    for sample, own in zip(found, result.scores["choice_probability"], strict=True):
+    for sample, own in zip(found["samples"][name], result.scores["choice_probability"], strict=True):
         right, given = task.process_results(sample["doc"], sample["filtered_resps"])["likelihood"]
         expected = np.exp(given - np.max(given)) / np.exp(given - np.max(given)).sum()
         assert own == pytest.approx(expected[right], abs=1e-4)
@@ -151,14 +157,8 @@ def test_the_probability_of_the_right_answer(name: str, model: Any, data: Path) 
 @pytest.mark.parametrize("name", ["piqa", "boolq", "lambada_openai"])
 def test_results_are_those_of_lm_eval(name: str, model: Any, data: Path) -> None:
     [result] = tasks.evaluate_tasks([name], subject(model), CONFIG, data, hub=False).values()
-    [source] = tasks._sources(name, data, hub=False)
-    with harness.quiet():
-        stock = HFLM(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=4, max_length=2048)
-        task = source.load()
-        task.set_config(key="num_fewshot", value=0)
-        loaded: Any = {"tasks": {name: task}}
-        found: Any = evaluate(stock, loaded, bootstrap_iters=0, log_samples=True)
-        scores = [sample["acc"] for sample in found["samples"][name]]
+    _, found = by_lm_eval(name, model, data)
+    scores = [sample["acc"] for sample in found["samples"][name]]
     expected = found["results"][name]
     assert result.acc == pytest.approx(expected["acc,none"])
     assert result.acc_stderr == pytest.approx(lm_eval.api.metrics.mean_stderr(scores))
@@ -276,6 +276,20 @@ def test_names(data: Path) -> None:
         ConfigError, match=r"neither --data nor POCKETLLM_DATA .*looked for .*piqa/valid.json"
     ):
         tasks.task_names(["local"], None)
+
+
+def test_the_digest_of_a_task_is_that_of_its_files(tmp_path: Path) -> None:
+    rows, labels = tmp_path / "piqa" / "valid.jsonl", tmp_path / "piqa" / "valid-labels.lst"
+    with pytest.raises(SourceError, match=r"piqa: .* does not hold it"):
+        local_task_digest("piqa", tmp_path)
+    rows.parent.mkdir()
+    rows.write_text("{}")
+    labels.write_text("0")
+    found = [local_task_digest("piqa", tmp_path)]
+    for path, text in ((rows, "{} "), (labels, "1")):
+        path.write_text(text)
+        found.append(local_task_digest("piqa", tmp_path))
+    assert len(set(found)) == 3
 
 
 def test_missing_data(data: Path) -> None:

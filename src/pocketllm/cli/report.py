@@ -81,15 +81,14 @@ def report(
     """Write one HTML file about a compressed model: sizes, errors, codebooks, weights, perplexity."""
     show = Output(json, quiet)
     from pocketllm.recover.adapter import check_adapter
-    from pocketllm.report import check_html, default_output, html_report, read_evaluations
+    from pocketllm.report import check_html, default_output, html_report, only_read, read_evaluations
 
     name = _model_of(folder, "report")
     if adapter is not None:
         check_adapter(adapter, folder)
     target = output or default_output(folder, adapter)
-    check_html(target)
+    check_html(target, only_read([folder], [adapter], against))
     _check_dense(against)
-    check_html(target, _folders([folder], [adapter], against))
     evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
     settle(device, threads)
     with show.bars() as bars:
@@ -149,12 +148,13 @@ def compare(
         base_of,
         check_picture,
         compare as side_by_side,
+        only_read,
         read_evaluations,
         save_picture,
     )
 
     if output is not None:
-        check_picture(output, _folders(folders, adapter or [], against))
+        check_picture(output, only_read(folders, adapter or [], against))
     names = [_model_of(folder, "compare") for folder in folders]
     adapters = adapter or []
     measured = [*((folder, None) for folder in folders), *((base_of(a, folders), a) for a in adapters)]
@@ -188,14 +188,6 @@ def _model_of(folder: Path, command: str) -> str:
             f"('pocketllm {command} MODEL --adapter {folder}' shows both)"
         )
     return str(read_report(folder)["model"])
-
-
-def _folders(models: Sequence[Path], adapters: Sequence[Path | None], against: str | None) -> list[Path]:
-    """All that is only read."""
-    from pocketllm.model.source import resolve_local
-
-    dense = None if against is None else resolve_local(against)
-    return [path for path in (*models, *adapters, dense) if path is not None]
 
 
 def _check_dense(dense: str | None) -> None:

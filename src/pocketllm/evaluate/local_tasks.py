@@ -76,19 +76,22 @@ def local_tasks() -> dict[str, LocalTask]:
     return dict(sorted(found.items()))
 
 
-def local_task_digests(data: Path | None) -> dict[str, str]:
-    """The tasks whose files a data folder holds, by their lm-eval names -> digest of the files.
+def local_task_names(data: Path | None) -> list[str]:
+    """The tasks whose files a data folder holds, by their lm-eval names; none where there is no folder."""
+    return [task.name for task in local_tasks().values() if task.find(data)]
 
-    None where there is no folder.
+
+def local_task_digest(name: str, data: Path | None) -> str:
+    """Of what a local task is read from, labels in a file of their own included.
+
+    Raises:
+        SourceError: the data folder does not hold it.
     """
-    found = {}
-    for task in local_tasks().values():
-        place = task.find(data)
-        if place is not None:
-            labels = _labels(place[0]) or []
-            body = place[0].read_bytes() + "\n".join(labels).encode()
-            found[task.name] = hashlib.sha256(body).hexdigest()[:16]
-    return found
+    place = local_tasks()[name].find(data)
+    if place is None:
+        raise SourceError(f"{name}: {data or 'no data folder'} does not hold it")
+    body = place[0].read_bytes() + "\n".join(_labels(place[0]) or []).encode()
+    return hashlib.sha256(body).hexdigest()[:16]
 
 
 def prepare(task: LocalTask, file: Path, split: str) -> Prepared:

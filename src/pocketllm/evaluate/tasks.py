@@ -19,7 +19,7 @@ from typing import Any
 from pocketllm.config import EvalConfig
 from pocketllm.errors import ConfigError, ExtraError, SourceError
 from pocketllm.evaluate import results
-from pocketllm.evaluate.local_tasks import LocalTask, local_task_digests, local_tasks, prepare
+from pocketllm.evaluate.local_tasks import LocalTask, local_task_names, local_tasks, prepare
 
 PAPER_TASKS = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
 """Whose mean accuracy the paper reports (arXiv 2511.17637, zero-shot results)."""
@@ -101,7 +101,7 @@ def task_names(wanted: Iterable[str], data: Path | None) -> list[str]:
         if name == "paper":
             names += PAPER_TASKS
         elif name == "local":
-            names += local_task_digests(data)
+            names += local_task_names(data)
         else:
             names.append(_ALIASES.get(name, name))
     if not names:

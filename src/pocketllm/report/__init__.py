@@ -6,6 +6,7 @@ from pocketllm.report.charts import short
 from pocketllm.report.collect import MatrixFacts, ModelFacts, block_of, read_model
 from pocketllm.report.compare import Compared, Comparison, base_of, compare
 from pocketllm.report.evaluations import Evaluation, read_evaluations
+from pocketllm.report.files import only_read
 from pocketllm.report.html import Page, check_html, default_output, html_report
 from pocketllm.report.picture import check_picture, draw, save_picture
 from pocketllm.report.svg import drawing, need_matplotlib
@@ -27,6 +28,7 @@ __all__ = [
     "drawing",
     "html_report",
     "need_matplotlib",
+    "only_read",
     "read_evaluations",
     "read_model",
     "save_picture",

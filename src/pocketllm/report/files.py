@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pocketllm.errors import OutputError
+from pocketllm.model import resolve_local
 from pocketllm.model.workspace import check_apart, check_parent
 
 
@@ -25,6 +26,12 @@ def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
     for folder in only_read:
         check_apart(path, Path(folder), "file")
     check_parent(path, "file")
+
+
+def only_read(models: Sequence[Path], adapters: Sequence[Path | None], against: str | None) -> list[Path]:
+    """Folders that a result is made from; the dense model's where it was named and is on this machine."""
+    dense = None if against is None else resolve_local(against)
+    return [path for path in (*models, *adapters, dense) if path is not None]
 
 
 def write_whole(path: Path, data: bytes) -> None:

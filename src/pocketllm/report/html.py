@@ -10,14 +10,13 @@ from typing import Any
 
 import pocketllm
 from pocketllm.errors import ConfigError, ExtraError
-from pocketllm.model import resolve_local
 from pocketllm.recover import check_adapter
 from pocketllm.report import sections as parts, svg
 from pocketllm.report.charts import short
 from pocketllm.report.collect import ModelFacts, mean, read_model, with_adapter
 from pocketllm.report.command import Command, adapter_command, command_for
 from pocketllm.report.evaluations import Evaluation
-from pocketllm.report.files import check_target, write_whole
+from pocketllm.report.files import check_target, only_read, write_whole
 from pocketllm.report.making import making_section, skipped_section
 from pocketllm.report.measured import Subject, dense_figures, perplexity_section, weights_section
 from pocketllm.report.sections import Section
@@ -46,18 +45,18 @@ class Page:
     adapter_command: str = ""
 
 
-def check_html(output: Path, only_read: Iterable[str | Path] = ()) -> None:
+def check_html(output: Path, folders: Iterable[str | Path] = ()) -> None:
     """Refuse an output that is no HTML file or cannot be written, before the work that makes it.
 
     Args:
-        only_read: folders that it must not lie in: the model's and its adapter's.
+        folders: that it must not lie in: the model's and its adapter's.
 
     Raises:
         ConfigError: another suffix. OutputError: as `check_target`.
         ExtraError: Jinja2 or matplotlib is not installed.
     """
     _environment()
-    check_target(output, only_read)
+    check_target(output, folders)
     if output.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"{output}: wanted a name that ends in .html")
 
@@ -111,7 +110,7 @@ def html_report(
     """
     folder, adapter = Path(folder), None if adapter is None else Path(adapter)
     target = default_output(folder, adapter) if output is None else Path(output)
-    check_html(target, _only_read(folder, adapter, against))
+    check_html(target, only_read([folder], [adapter], against))
     model = _model(folder, adapter, check, progress)
     uses = count_use(model, lambda share, detail: progress("indices", share, detail))
     progress("indices", 1.0, "")
@@ -123,12 +122,6 @@ def html_report(
     page = _write(content, target)
     progress("write", 1.0, str(target))
     return page
-
-
-def _only_read(folder: Path, adapter: Path | None, against: str | None) -> list[Path]:
-    """Folders that a page is made from; the dense model's where it was named and is on this machine."""
-    dense = None if against is None else resolve_local(against)
-    return [folder, *(path for path in (adapter, dense) if path is not None)]
 
 
 @dataclass(frozen=True)

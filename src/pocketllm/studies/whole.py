@@ -57,10 +57,9 @@ def inputs(tasks: Sequence[str] | None = None) -> dict[str, Any]:
     texts = texts or [Text("Python's own documentation", default_text())]
     found: dict[str, Any] = {"calibration": {text.name: text.digest for text in texts}}
     if tasks is not None:
-        from pocketllm.evaluate import local_task_digests
+        from pocketllm.evaluate import local_task_digest
 
-        digests = local_task_digests(data_folder())
-        found["tasks"] = {name: digests[name] for name in tasks}
+        found["tasks"] = {name: local_task_digest(name, data_folder()) for name in tasks}
     return found
 
 
@@ -74,11 +73,11 @@ def task_names() -> list[str]:
     """The zero-shot tasks that can be read from local files here; none where lm-eval is missing."""
     import importlib.util
 
-    from pocketllm.evaluate import local_task_digests
+    from pocketllm.evaluate import local_task_names
 
     if importlib.util.find_spec("lm_eval") is None:
         return []
-    return list(local_task_digests(data_folder()))
+    return local_task_names(data_folder())
 
 
 def check_texts(setup: Setup, context: int, windows: int) -> None:
