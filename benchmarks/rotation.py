@@ -22,11 +22,11 @@ from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate_hessian, rotate_matrix
 from pocketllm.codec.trellis import Trellis
 from pocketllm.config import CompressConfig
-from pocketllm.model.blocks import BlockStream
-from pocketllm.model.builtin import fetch
-from pocketllm.model.plan import classify
-from pocketllm.model.source import open_dense
-from pocketllm.model.texts import calibration_windows, read_calibration
+from pocketllm.calibrate.blocks import BlockStream
+from pocketllm.source.builtin import fetch
+from pocketllm.plan.matrices import classify
+from pocketllm.source.dense_checkpoint import open_dense
+from pocketllm.text.read import calibration_windows, read_calibration
 
 BLOCKS = (2, 15, 27)
 TRELLIS, VECTOR_LEN = Trellis(12, 4), 2

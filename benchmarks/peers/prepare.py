@@ -17,7 +17,7 @@ from pathlib import Path
 from settings import MODEL, SAMPLE_TOKENS, SAMPLES, SEED
 
 from pocketllm.evaluate.perplexity import read_text, token_windows
-from pocketllm.model.builtin import fetch
+from pocketllm.source.builtin import fetch
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from accelerate import PartialState
 
 from pocketllm.config import DistillConfig, LoopConfig
 from pocketllm.errors import ConfigError, ExtraError, ShapeError, SourceError
-from pocketllm.model.blocks import find_blocks
-from pocketllm.model.rewrite import rewrite
-from pocketllm.model.workspace import Workspace
+from pocketllm.calibrate.blocks import find_blocks
+from pocketllm.format.rewrite import rewrite
+from pocketllm.format.workspace import Workspace
 from pocketllm.recover.adapter import need_peft
 from pocketllm.recover.distillation import training_windows
 from pocketllm.recover.instructions import prompt_of, read_instructions

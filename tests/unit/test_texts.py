@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pocketllm.errors import ExtraError, SourceError
-from pocketllm.model.texts import calibration_windows, default_text, read_calibration
+from pocketllm.text.read import calibration_windows, default_text, read_calibration
 from tests import tiny
 
 

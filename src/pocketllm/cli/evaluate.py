@@ -77,7 +77,7 @@ def evaluate(
     from pocketllm.evaluate.measure import Model, TaskOptions, measure
     from pocketllm.evaluate.perplexity import read_text
     from pocketllm.evaluate.tasks import check_installed, task_names
-    from pocketllm.model.source import resolve
+    from pocketllm.source.dense_checkpoint import resolve
 
     if ppl is None and tasks is None:
         raise ConfigError("nothing to measure: give --ppl FILE, --tasks NAMES or both")

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocketllm.codec import compiled
-from pocketllm.codec.random import splitmix64
+from pocketllm.codec.kernels import cpu, select
+from pocketllm.codec.splitmix import splitmix64
 
 
 @functools.lru_cache(maxsize=64)
@@ -113,7 +113,7 @@ Seeds = tuple[int | None, int | None]
 def rotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
     """W [rows, columns] -> R1 W R2^T float32."""
     weight = weight.float()
-    if seeds != (None, None) and compiled.decodes(weight):
+    if seeds != (None, None) and select.decodes(weight):
         return _compiled(weight, seeds, inverse=False)
     if seeds[0] is not None:
         weight = _mix_columns(weight * _signs_on(len(weight), seeds[0], weight.device)[:, None])
@@ -123,7 +123,7 @@ def rotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
 def unrotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
     """Inverse of `rotate_matrix`."""
     weight = weight.float()
-    if seeds != (None, None) and compiled.decodes(weight):
+    if seeds != (None, None) and select.decodes(weight):
         return _compiled(weight, seeds, inverse=True)
     if seeds[1] is not None:
         weight = unrotate(weight, seeds[1])
@@ -139,5 +139,5 @@ def _compiled(weight: Tensor, seeds: Seeds, inverse: bool) -> Tensor:
         if seed is not None:
             size = weight.shape[side]
             values, mixer = signs(size, seed), hartley(_split(size)[1])
-            compiled.rotate_(weight, values, mixer, columns=side == 0, inverse=inverse)
+            cpu.rotate_(weight, values, mixer, columns=side == 0, inverse=inverse)
     return weight

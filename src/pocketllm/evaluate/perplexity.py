@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import ConfigError, SourceError, WeightError
-from pocketllm.model.limits import check_positions, name_of
+from pocketllm.text.vocabulary import check_positions, name_of
 
 _LOGITS_AT_ONCE = 128  # positions whose float32 logits are held at the same time
 

@@ -18,14 +18,14 @@ def evaluation_text() -> tuple[str, str]:
     file = _file("wikitext2/wiki.test.raw")
     if file is not None:
         return "WikiText-2 raw test", read_text(file)
-    from pocketllm.model.texts import default_text
+    from pocketllm.text.read import default_text
 
     return "Python's own documentation (held-out topics)", default_text(held_out=True)
 
 
 def evaluation_texts() -> list[tuple[str, str]]:
     """`evaluation_text` and those of other kinds (web pages, stories) that `POCKETLLM_DATA` has."""
-    from pocketllm.model.texts import read_calibration
+    from pocketllm.text.read import read_calibration
 
     found = {name: _file(path) for name, path in _OTHERS.items()}
     others = [(name, read_calibration(file)) for name, file in found.items() if file is not None]

@@ -20,14 +20,13 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import DistillConfig
 from pocketllm.errors import ConfigError, SourceError
-from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.compress import Event, ProgressCallback
-from pocketllm.model.report import rounded
-from pocketllm.model.rewrite import rewrite, stored_sizes
-from pocketllm.model.source import open_dense, resolve
-from pocketllm.model.workspace import Workspace, check_apart
+from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.report import rounded
+from pocketllm.format.rewrite import rewrite, stored_sizes
+from pocketllm.format.workspace import Workspace, check_not_nested
 from pocketllm.recover.distillation import Distillation, training_windows
 from pocketllm.recover.log import check_places
 from pocketllm.recover.loop import Loop, Progress, step_event
@@ -43,6 +42,7 @@ from pocketllm.recover.setting import (
 )
 from pocketllm.recover.teacher import CachedTeacher, LiveTeacher, Teacher, open_teacher
 from pocketllm.recover.trainable import make_trainable, set_stored, stored_tensors
+from pocketllm.source.dense_checkpoint import open_dense, resolve
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def distill(
     base = open_base(folder, output, trust_remote_code)
     name = teacher or str(base.report["model"])
     dense, windows = _inputs(base, config, name, progress)
-    check_apart(output, dense)
+    check_not_nested(output, dense)
     state = PartialState(cpu=device == "cpu")
     dtype = compute_dtype(config.loop.dtype, state.device)
     arguments = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.config import DistillConfig
-from pocketllm.model import checkpoint as ckpt
+from pocketllm.format import checkpoint as ckpt
 from pocketllm.recover.divergence import Labels, Target, head_divergence, logits_divergence
 from pocketllm.recover.loop import Group
 from pocketllm.recover.readout import Readout

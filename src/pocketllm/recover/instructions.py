@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import SourceError
-from pocketllm.model.texts import ROW_SUFFIXES, read_rows
+from pocketllm.text.read import ROW_SUFFIXES, read_rows
 
 _HEAD = (
     "Below is an instruction that describes a task{}. "

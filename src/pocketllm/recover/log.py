@@ -10,9 +10,9 @@ from typing import Any
 
 from pocketllm.errors import OutputError
 from pocketllm.files import write_json
+from pocketllm.format.checkpoint import REPORT_NAME
+from pocketllm.format.workspace import Workspace, check_output
 from pocketllm.machine import machine
-from pocketllm.model.checkpoint import REPORT_NAME
-from pocketllm.model.workspace import Workspace, check_output
 
 STEPS_NAME, SUMMARY_NAME, CURVE_NAME = "steps.jsonl", "summary.json", "curve.png"
 

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 
 import pocketllm
+from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import CompressConfig
 from pocketllm.errors import FormatError
 from pocketllm.evaluate.perplexity import perplexity, read_text, token_windows
 from pocketllm.evaluate.results import folder_digest
 from pocketllm.files import write_json
-from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.compress import Event, ProgressCallback
-from pocketllm.model.export import save_dense
-from pocketllm.model.folder import load_dense
-from pocketllm.model.texts import default_text
-from pocketllm.model.workspace import check_output
+from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.workspace import check_output
 from pocketllm.recover.adapter import check_adapter, merged, need_peft
 from pocketllm.recover.setting import Base, check_context, open_base
+from pocketllm.runtime.export import save_dense
+from pocketllm.source.folder import load_dense
+from pocketllm.text.read import default_text
 
 _RECORD_NAME = "pocketllm-merged.json"
 

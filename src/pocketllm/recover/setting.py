@@ -13,13 +13,13 @@ import torch
 from accelerate import PartialState
 
 import pocketllm
-from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.compute import fast_dtype
-from pocketllm.model.folder import need_tokenizer, read_config
-from pocketllm.model.limits import check_positions, check_vocabularies, read_vocabulary
-from pocketllm.model.source import open_dense
-from pocketllm.model.workspace import Workspace, check_apart, locked, output_error
+from pocketllm.calibrate.autocast import fast_dtype
+from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.workspace import Workspace, check_not_nested, locked, output_error
 from pocketllm.recover.log import RunLog
+from pocketllm.source.dense_checkpoint import open_dense
+from pocketllm.source.folder import need_tokenizer, read_config, read_vocabulary
+from pocketllm.text.vocabulary import check_positions, check_vocabularies
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def open_base(folder: Path, output: Path | None, trust_remote_code: bool = False
         SourceError: no tokenizer, or it cannot be read.
     """
     if output is not None:
-        check_apart(output, folder)
+        check_not_nested(output, folder)
     report = ckpt.read_report(folder)
     ckpt.verify(folder)
     tokenizer = need_tokenizer(folder, trust_remote_code)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import ConfigError
-from pocketllm.model.texts import default_text, named, read_calibration, text_files
 from pocketllm.recover.instructions import read_instructions
+from pocketllm.text.read import default_text, named, read_calibration, text_files
 
 logger = logging.getLogger(__name__)
 
