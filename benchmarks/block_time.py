@@ -26,7 +26,8 @@ from torch import Tensor
 
 import pocketllm
 from pocketllm.codec.codebook import seeded_codebook
-from pocketllm.codec.feedback import assign, factorize
+from pocketllm.codec.hessian import factorize
+from pocketllm.codec.feedback import assign
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate, rotate_hessian, rotate_matrix, unrotate_matrix
 from pocketllm.codec.trellis import Trellis

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from pocketllm.codec.codebook import seeded_codebook
-from pocketllm.codec.feedback import assign, factorize
+from pocketllm.codec.hessian import factorize
+from pocketllm.codec.feedback import assign
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate_hessian, rotate_matrix
 from pocketllm.codec.trellis import Trellis

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pocketllm.codec.kernels import cpu as compiled
 from pocketllm.codec.codebook import seeded_codebook
-from pocketllm.codec.feedback import assign, factorize
+from pocketllm.codec.hessian import factorize
+from pocketllm.codec.feedback import assign
 from pocketllm.codec.index_form import IndexForm
 from pocketllm.codec.trellis import (
     PathSearch,

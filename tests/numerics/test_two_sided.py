@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pocketllm.codec import feedback_schedule as strips_module
 from pocketllm.codec.codebook import seeded_codebook
-from pocketllm.codec.feedback import assign, conditional_diagonal, factorize
+from pocketllm.codec.hessian import conditional_diagonal, factorize
+from pocketllm.codec.feedback import assign
 from pocketllm.codec.feedback_schedule import RowFeedback, ColumnFeedback, Strips
 from pocketllm.codec.trellis import Trellis, pack_paths, unpack_paths
 from tests.numerics.test_calibrated import correlated

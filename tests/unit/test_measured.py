@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocketllm.codec.feedback import factorize
+from pocketllm.codec.hessian import factorize
 from pocketllm.errors import ConfigError, OutputError, SourceError, WeightError
 from pocketllm.calibrate.calibration import _whole, calibrate, read_windows
 from pocketllm.compression.pipeline import compress

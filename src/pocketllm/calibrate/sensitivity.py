@@ -38,7 +38,7 @@ from torch import Tensor
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
 from pocketllm.calibrate.input_hessians import regularized_hessian
-from pocketllm.codec.feedback import HessianFactor, conditional_diagonal, factorize
+from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factorize
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import fold
 from pocketllm.config.constants import OUTPUT_DAMPING, SHORTEST_STRIPS, STRIP_START_LOSS, UNSEEN_ROW_SHARE

@@ -10,7 +10,8 @@ from .codebook import (
     seeded_codebook as seeded_codebook,
     straight_through as straight_through,
 )
-from .feedback import (
+from .feedback import assign as assign
+from .hessian import Hessian as Hessian, HessianFactor as HessianFactor, factorize as factorize
     Hessian as Hessian,
     HessianFactor as HessianFactor,
     assign as assign,

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec import codebook as cb
-from pocketllm.codec.feedback import Hessian, assign
+from pocketllm.codec.feedback import assign
+from pocketllm.codec.hessian import Hessian
 from pocketllm.codec.index_form import Independent, IndexForm
 from pocketllm.codec.metanet import MetaDecoder, MetaEncoder
 from pocketllm.codec.normalization import TypicalRow, best_row_scale, divide_rows, row_rms

@@ -12,7 +12,7 @@ from pocketllm.calibrate.autocast import run_parallel
 from pocketllm.calibrate.blocks import BlockStream, block_list
 from pocketllm.calibrate.input_hessians import Inputs
 from pocketllm.calibrate.sensitivity import Sensitivity, output_hessians
-from pocketllm.codec.feedback import Hessian
+from pocketllm.codec.hessian import Hessian
 from pocketllm.compression.matrix_encoder import MatrixEncoder
 from pocketllm.config.constants import OUTPUT_DAMPING
 from pocketllm.plan.matrices import Matrix, Plan

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.input_hessians import Inputs
-from pocketllm.codec.feedback import Hessian
+from pocketllm.codec.hessian import Hessian
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
 from pocketllm.codec.subvectors import fold, unfold
