@@ -12,11 +12,6 @@ from .codebook import (
 )
 from .feedback import assign as assign
 from .hessian import Hessian as Hessian, HessianFactor as HessianFactor, factorize as factorize
-    Hessian as Hessian,
-    HessianFactor as HessianFactor,
-    assign as assign,
-    factorize as factorize,
-)
 from .index_form import (
     Independent as Independent,
     IndexForm as IndexForm,
