@@ -33,7 +33,7 @@ class BlockStream:
         source: the dense model. windows: [N, context] token ids.
         device: where blocks run; activations between them are float32.
         batch: windows that run together; 0 takes about 4096 tokens.
-        coded: weights outside the blocks to use instead of the dense ones.
+        weights: of parameters outside the blocks, to use instead of the dense ones.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class BlockStream:
         windows: Tensor,
         device: str = "cpu",
         batch: int = 0,
-        coded: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.source, self.device = source, device
         self.model = source.skeleton()
@@ -56,7 +56,7 @@ class BlockStream:
         head = self.model.get_output_embeddings()
         for name in outside:
             if head is None or self.model.get_submodule(name.rpartition(".")[0]) is not head:
-                self._load(name, (coded or {}).get(name, source.read(name)))
+                self._load(name, (weights or {}).get(name, source.read(name)))
         self.batch = batch or max(1, _BATCH_TOKENS // windows.shape[1])
         batches = windows.split(self.batch)
         self.calls: list[list[_Call]] = []  # by block, then by batch
@@ -132,7 +132,7 @@ class BlockStream:
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
         """(path, block) with dense weights, one block in memory at a time.
 
-        The caller puts coded weights into the block, then sets `hidden` to what it puts out.
+        The caller puts encoded weights into the block, then sets `hidden` to what it puts out.
         """
         for number in range(len(self.blocks)):
             with self.loaded(number) as entry:

@@ -75,7 +75,7 @@ def calibrate(
     if windows.numel() < widest:
         logger.warning(
             "calibration: %d tokens are fewer than the widest layer has inputs (%d); its Hessian is filled up "
-            "with inputs that are all alike. Give more text",
+            "with uncorrelated inputs. Give more text",
             *(windows.numel(), widest),
         )
     two_sided = settings.two_sided
@@ -189,5 +189,5 @@ def _tokenizer(source: DenseCheckpoint) -> Any:
 
 
 def text_identity(windows: Tensor | None) -> str | None:
-    """What tells one calibration text from another."""
+    """Identity of a calibration text."""
     return None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]

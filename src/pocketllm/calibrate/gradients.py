@@ -90,7 +90,7 @@ class OutputGradients:
     norms: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, name: str, gradient: Tensor) -> None:
-        """Of one window, [1, context, rows]."""
+        """Add the gradient of one window, [1, context, rows]."""
         flat = gradient.reshape(-1, gradient.shape[-1]).float()
         size = flat.norm(dim=1)
         self.norms.setdefault(name, []).append(size.cpu())
@@ -99,7 +99,7 @@ class OutputGradients:
         add_square(self.squares.setdefault(name, flat.new_zeros(flat.shape[1], flat.shape[1])), flat)
 
     def token_weights(self, windows: int) -> dict[str, Tensor]:
-        """Of the matrices where few tokens have most of the gradient: [N, context] float16.
+        """Weights [N, context] float16 of the matrices where few tokens have most of the gradient.
 
         Left out are those that did not see all tokens of all windows, as experts do not.
         """

@@ -1,12 +1,12 @@
 """What the layers of a block get to see: the Hessian H = E[x x^T] of the inputs of each of its matrices.
 
 Linear layers are watched by hooks. Fused experts, one 3-D parameter for all experts of a block, are watched
-where their slices are multiplied; all experts of a parameter are coded with one Hessian, the mean over every
+where their slices are multiplied; all experts of a parameter are encoded with one Hessian, the mean over every
 pair of a token and an expert that it was sent to.
 
 A Hessian of fewer tokens than it has columns is blind in some directions, where errors would look free. The
 tokens that are missing are made up: from the mean of its siblings (the same layer of the other experts of the
-block) if there are any, else from inputs that are all alike. An expert that no token came to so gets the mean
+block) if there are any, else from uncorrelated inputs. An expert that no token came to so gets the mean
 of its siblings.
 """
 
@@ -45,7 +45,7 @@ class Inputs:
     unseen_experts: dict[str, int]
 
     def save(self, path: Path) -> None:
-        """Write to a temporary name and rename when whole; shared Hessians are stored once.
+        """Write to a temporary name and then rename; shared Hessians are stored once.
 
         Raises:
             OutputError: it cannot be written.
@@ -84,7 +84,7 @@ def regularized_hessian(total: Tensor, tokens: int, filler: Tensor | None = None
     """H [C, C] from the sum of x x^T over `tokens` inputs; those missing to C are made up.
 
     Args:
-        filler: [C, C], the Hessian of the inputs that are made up; None for inputs that are all alike.
+        filler: [C, C], the Hessian of the inputs that are made up; None for uncorrelated inputs.
     """
     columns = total.shape[0]
     if tokens >= columns:

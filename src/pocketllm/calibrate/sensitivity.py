@@ -1,13 +1,13 @@
-"""What an error in each matrix costs the model: measured on the dense model before anything is coded.
+"""What an error in each matrix costs the model: measured on the dense model before anything is encoded.
 
 If every weight of a matrix W is off by independent noise of variance v, the KL divergence between the outputs
 of the dense and the noisy model grows by v / 2 * F, with F the trace of the Fisher information of W: the mean
 over tokens of |d log p(token) / dW|^2, the tokens drawn from the model's own distribution. Error feedback
-shapes the noise of a coded matrix by the Hessian H of its inputs and lowers that by the factor
+shapes the noise of an encoded matrix by the Hessian H of its inputs and lowers that by the factor
 
     feedback gain = mean of 1 / U_jj^2, over mean of H_jj        (H^-1 = U^T U; see codec/feedback.py)
 
-so a matrix coded with a given nmse costs  nmse * |W|^2 / (rows * columns) * F / 2 * gain.
+so a matrix encoded with a given nmse costs  nmse * |W|^2 / (rows * columns) * F / 2 * gain.
 
 Where a few tokens have gradients far above those of the others, what errors cost is what they do to these
 tokens: key and value projections at the first tokens of a text, which all others attend to. The inputs of
@@ -71,7 +71,7 @@ class Sensitivity:
         return self.importance, self.strip_rows
 
     def save(self, path: Path) -> None:
-        """Write to a temporary name and rename when whole.
+        """Write to a temporary name, then rename.
 
         Raises:
             OutputError: it cannot be written.
@@ -119,7 +119,7 @@ def measure(
     """Measure a dense model.
 
     Args:
-        windows: [N, context] token ids. matrices: that are to be coded. damping: of the Hessians of inputs.
+        windows: [N, context] token ids. matrices: that are to be encoded. damping: of the Hessians of inputs.
         seed: of the tokens that the model draws. progress: called with the share that is done.
         two_sided: whether rows will make up for each other. weigh_tokens: whether inputs will be weighted.
         outputs: folder in which the Hessians of outputs are left, a file for each block; see `output_hessians`.

@@ -84,6 +84,6 @@ def codebook_utilization(counts: Tensor) -> float:
 
 
 def codebook_perplexity(counts: Tensor) -> float:
-    """2^entropy of the index distribution, from the [K] index counts; K when all are used alike."""
+    """2^entropy of the index distribution, from the [K] index counts; K when all are used equally often."""
     p = counts.double() / counts.sum().clamp(min=1)
     return float(torch.exp2(-(p * torch.log2(p.clamp(min=1e-300))).sum()))

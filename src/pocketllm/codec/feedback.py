@@ -7,27 +7,27 @@ A layer y = W x that is off by E costs the model
 to second order, where x and g are taken for independent (Kronecker-factored curvature, arXiv 1503.05671; both
 sides in quantization: arXiv 2505.22988). G = I leaves tr(E H E^T), what the layer does to its inputs.
 
-Subvectors are coded in order of their columns; the error of each is carried into the columns not yet coded,
-which make up for it (GPTQ, arXiv 2210.17323, over vectors as in LDLQ of QuIP#, arXiv 2402.04396). With
+Subvectors are encoded in the order of their columns; the error of each is carried into the columns not yet
+encoded, which compensate for it (GPTQ, arXiv 2210.17323, over vectors as in LDLQ of QuIP#, arXiv 2402.04396). With
 H^-1 = U^T U, U upper triangular, and J the columns of a subvector:
 
     index = argmin_c |(w_J - s c) U_JJ^-1|^2         nearest decoded codeword in the conditional metric
     e     = (w_J - s c_index) U_JJ^-1
     w_>J  = w_>J - e U_J,>J                          feedback to the right
 
-Rows make up for those above them in the same way, strip by strip (a strip is a run of rows). With
+Rows compensate for those above them in the same way, strip by strip (a strip is a run of rows). With
 G^-1 = V^T V, V upper triangular, S the rows of a strip, and T what it aims at (W at first):
 
     Z_S  = V_SS^-T (T_S - decoded_S)
     T_>S = T_>S - V_S,>S^T Z_S                       feedback downwards
 
-Since the loss of a strip is tr(Z_S H Z_S^T), it is coded as above; inside a strip rows only weigh differently.
+Since the loss of a strip is tr(Z_S H Z_S^T), it is encoded as above; inside a strip rows only have different weights.
 A column of a strip waits for the same column of the strips above it alone, so strip k runs 2 k columns behind
-the first and all are coded at once.
+the first and all are encoded at once.
 
 Indices are independent, or lie on a trellis: then those of a column of subvectors form one path down the
-rows of a strip, and the columns of a strip are one path, too: where a column's path ends, the next one has to
-go on, so it is searched with an eye on the first rows of the next column. Without G, passes of coordinate descent may
+rows of a strip, and the columns of a strip are one path, too: where a column's path ends, the next one
+continues, so the search takes the first rows of the next column into account. Without G, passes of coordinate descent may
 follow: they choose each column again with all others fixed, which can only lower the loss. At last the row
 scale is fitted in closed form.
 """

@@ -1,6 +1,6 @@
-"""The order in which error feedback codes a matrix: strips of rows, each some columns behind the one above it.
+"""The order in which error feedback encodes a matrix: strips of rows, each some columns behind the one above it.
 
-All strips that are under way are coded at once. `ColumnFeedback` carries the error of a column of subvectors to
+All active strips are encoded at once. `ColumnFeedback` carries the error of a column of subvectors to
 the columns after it, `RowFeedback` that of a strip to the strips below; feedback.py has the formulas.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LAG = 2  # columns between a strip and the next: one to be coded after the other, one to look ahead
+_LAG = 2  # columns between a strip and the next: one to be encoded after the other, one to look ahead
 _GROUP = 128  # columns whose feedback is applied to the rest of the row at once
 
 

@@ -131,7 +131,7 @@ class Trellis:
     width: int
     stride: int
     strip_rows: int = STRIP_ROWS
-    # Rotated rows of unit scale all look alike, so networks trained for their reconstruction have nothing to
+    # Rotated rows of unit scale follow one distribution, so networks trained for their reconstruction have nothing to
     # add to the codebook: they start as the identity and serve the tuning that comes after.
     trains_networks = False
 

@@ -2,7 +2,7 @@
 
 U [rows, columns] holds what the indices decode to, cut to the row: table[indices] in the look-up form, the
 decoder applied to whole rows of codewords in the row form. s is the row scale, R1 and R2 rotate columns and
-rows. `reconstruct` serves decoding at load, packed running and training alike.
+rows. `reconstruct` serves decoding at load, packed running and training.
 
 With G = dL/dW the gradients come back through the transpose of each step, and nothing but the indices has to be
 kept between forward and backward:

@@ -1,4 +1,4 @@
-"""Incoherence: rotate both sides of a matrix by fast orthogonal transforms, so that all weights look alike.
+"""Incoherence: rotate both sides of a matrix by fast orthogonal transforms, so that all weights follow one distribution.
 
 A vector of n = 2^a * m numbers (m odd) is multiplied by random signs, then by the orthogonal matrix
 Hadamard(2^a) (x) Hartley(m): any size works, nothing but the seed is stored, and a row costs
@@ -48,7 +48,7 @@ def _split(size: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=64)
 def _factors(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Orthogonal and symmetric L [a, a], R [b, b] with L (x) R = Hadamard (x) Hartley, a and b alike in size."""
+    """Orthogonal and symmetric L [a, a], R [b, b] with L (x) R = Hadamard (x) Hartley, a and b of similar size."""
     power, odd = _split(size)
     left = 1
     while left < power and 2 * left * left <= size:
@@ -107,7 +107,7 @@ def rotate_hessian(hessian: Tensor, seed: int) -> Tensor:
 
 
 Seeds = tuple[int | None, int | None]
-"""Of the rotation of a matrix's columns (length `rows`) and of its rows; None leaves that side alone."""
+"""Seeds of the rotations of a matrix's columns (length `rows`) and of its rows; None leaves a side as it is."""
 
 
 def rotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:

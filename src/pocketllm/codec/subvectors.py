@@ -11,7 +11,7 @@ from pocketllm.errors import ShapeError
 
 
 class Folded(Protocol):
-    """What tells a parameter from its matrix: its shape, and whether its rows are the matrix's columns."""
+    """How a parameter differs from its matrix: its shape, and whether its rows are the matrix's columns."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

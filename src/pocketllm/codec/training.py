@@ -254,7 +254,7 @@ def _revive(
 
 @torch.no_grad()
 def _reconstruct(codec: MatrixCodec, block: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, n, d] -> (the same coded and decoded, [rows * n] indices), as `encode` chooses them."""
+    """[rows, n, d] -> (the same encoded and decoded, [rows * n] indices), as `encode` chooses them."""
     indices = codec.choose(block)
     table = codec.decoded_codebook() if codec.is_lookup else None
     return codec.decode_unit(indices, table), indices.reshape(-1)

@@ -1,4 +1,4 @@
-"""Calibrated coding of a model: embedding and head first, then block after block for what each is fed."""
+"""Encode a model with calibration: embedding and head first, then block after block for the inputs of each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def encode_calibrated(
     kept: Path | None = None,
     token_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Code embedding and head, then block after block for its inputs.
+    """Encode embedding and head, then block after block for its inputs.
 
     Args:
         windows: [N, context] token ids of the calibration text.
@@ -54,9 +54,9 @@ def _on_compressed_inputs(
     refines: bool,
     token_weights: Mapping[str, Tensor] | None,
 ) -> None:
-    """Every block for the inputs that it gets from the coded ones before it."""
+    """Every block for the inputs that it gets from the encoded ones before it."""
     ends = {m.name: encoder.decoded(m) for m in encoder.plan.matrices if not m.in_blocks}
-    stream = BlockStream(encoder.source, windows, encoder.device, coded=ends)
+    stream = BlockStream(encoder.source, windows, encoder.device, weights=ends)
     targets = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
     for number, (path, block) in enumerate(stream):
         inside = _inside(encoder.plan, path)
@@ -120,7 +120,7 @@ def _inside(plan: Plan, path: str) -> list[Matrix]:
 def _encode_block(
     encoder: MatrixEncoder, path: str, inside: list[Matrix], see: Callable[[], Inputs], progress: Progress
 ) -> None:
-    """Code the matrices of a block; `see` tells their inputs, and is not asked if all are coded already."""
+    """Encode the matrices of a block; `see` returns their inputs, and is not called if all are encoded already."""
     if all(encoder.done(m) for m in inside):
         encoder.passed += sum(m.weights for m in inside)
         return
@@ -142,7 +142,7 @@ def _encode_block(
 
 
 def _encode_end(encoder: MatrixEncoder, matrix: Matrix, sensitivity: Sensitivity) -> None:
-    """Embedding or head: errors cost what the head makes of them, and alike where rows are looked up."""
+    """Embedding or head: errors cost what the head makes of them, and the same everywhere where rows are looked up."""
     head, share = sensitivity.head_hessian.to(encoder.device), sensitivity.head_share[matrix.name]
     hessian = share * head / head.diagonal().mean()
     hessian.diagonal().add_(1 - share)

@@ -150,7 +150,7 @@ class MatrixEncoder:
         )
 
     def done(self, matrix: Matrix) -> bool:
-        """Whether a matrix is coded already."""
+        """Whether a matrix is encoded already."""
         return self.work.has(matrix_unit(self.plan, matrix))
 
     def _keep(
@@ -196,5 +196,5 @@ def _energy(x: Tensor) -> Tensor:
     return total if total > torch.finfo(torch.float32).tiny else x.double().square().sum()
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    return 0.0 if float(whole) == 0 else float(part.double() / whole.double())
+def _ratio(part: Tensor, total: Tensor) -> float:
+    return 0.0 if float(total) == 0 else float(part.double() / total.double())

@@ -1,6 +1,6 @@
 """plan -> fit -> encode -> pack -> write, one group of matrices at a time, resumable.
 
-Work lies in `OUTPUT.partial` until it is whole: a file per fitted codebook, a file per coded matrix, each
+Work lies in `OUTPUT.partial` until it is complete: a file per fitted codebook, a file per encoded matrix, each
 written to a temporary name and renamed. A run that is killed loses at most the unit it was working on;
 every unit has its own seed, so the bytes are those of an unbroken run. At the end the checkpoint is put
 together in `OUTPUT.partial/final` and renamed to OUTPUT.
@@ -158,8 +158,8 @@ def _calibrated(
 ) -> Calibration | None:
     if windows is None:
         return None
-    told = partial(_tell, progress, "measure", detail="sensitivity of every matrix")
-    return calibrate(source, windows, config, device, Path(folder) if folder else None, scratch, told)
+    on_progress = partial(_tell, progress, "measure", detail="sensitivity of every matrix")
+    return calibrate(source, windows, config, device, Path(folder) if folder else None, scratch, on_progress)
 
 
 def _fit_and_encode(
@@ -179,8 +179,8 @@ def _fit_and_encode(
     done = 0
     for number, (key, group) in enumerate(plan.groups().items()):
         which = f"codebook {number + 1} of {len(plan.groups())} ({key.split('|')[0]})"
-        told = partial(_tell, progress, "fit", detail=which)
-        fitted = _fitted(work, source, plan, number, device, told)
+        on_progress = partial(_tell, progress, "fit", detail=which)
+        fitted = _fitted(work, source, plan, number, device, on_progress)
         if calibration is not None:
             codecs.update(fitted)
             continue
@@ -190,12 +190,12 @@ def _fit_and_encode(
             encoder.encode(matrix)
             done += matrix.weights
     if calibration is not None:
-        told = partial(_tell, progress, "encode")
+        on_progress = partial(_tell, progress, "encode")
         encode_calibrated(
             encoder,
             calibration.windows,
             calibration.sensitivity,
-            told,
+            on_progress,
             kept=calibration.kept,
             token_weights=calibration.token_weights,
         )
@@ -259,9 +259,9 @@ def _samples(
     spec = plan.specs[group[0].name]
     settings = plan.config.codec
     budget = min(settings.max_sample, settings.sample_per_codeword * spec.codebook_size)
-    alike = plan.config.calibration is not None and plan.config.calibration.rotate
-    if alike and (not spec.form.trains_networks or plan.config.decoder_scope != "matrix"):
-        group = _some(group)  # rotated matrices look alike
+    same_distribution = plan.config.calibration is not None and plan.config.calibration.rotate
+    if same_distribution and (not spec.form.trains_networks or plan.config.decoder_scope != "matrix"):
+        group = _some(group)  # a few matrices stand for all
     available = sum(m.subvectors(spec.vector_len) for m in group)
     share = min(1.0, budget / available)
     blocks: dict[tuple[str, int], list[Tensor]] = {}

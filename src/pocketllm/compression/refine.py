@@ -1,7 +1,7 @@
-"""Block-wise refinement: tune what lies beside the indices until a coded block does what the dense one did.
+"""Block-wise refinement: tune what lies beside the indices until an encoded block does what the dense one did.
 
-After a block is coded its decoders, row scales, norms and biases are trained for a few steps; indices and
-shared codebooks stay. Inputs are what the coded blocks before it put out, targets what the dense model has
+After a block is encoded, its decoders, row scales, norms and biases are trained for a few steps; indices and
+shared codebooks stay. Inputs are what the encoded blocks before it put out, targets what the dense model has
 at that place, so that a block also makes up for the errors of its predecessors. The loss is the squared error
 of a token's output over the square of its target: the norm that comes next removes a token's scale.
 """
@@ -52,12 +52,12 @@ class Refined:
 class _Parameters:
     """What is trained, and the block's parameters that follow from it."""
 
-    def __init__(self, block: nn.Module, prefix: str, coded: Mapping[str, EncodedParameter]) -> None:
-        self.prefix, self.coded = prefix, coded
-        self.gains = {name: torch.zeros_like(c.row_scale).requires_grad_() for name, c in coded.items()}
+    def __init__(self, block: nn.Module, prefix: str, encoded: Mapping[str, EncodedParameter]) -> None:
+        self.prefix, self.encoded = prefix, encoded
+        self.gains = {name: torch.zeros_like(c.row_scale).requires_grad_() for name, c in encoded.items()}
         self.decoders = {
             name: tuple(t.detach().clone().requires_grad_(c.tunes_decoder) for t in c.codec.decoder.weights())
-            for name, c in coded.items()
+            for name, c in encoded.items()
         }
         self.vectors = {
             f"{prefix}{name}": p.detach().clone().requires_grad_()
@@ -76,7 +76,7 @@ class _Parameters:
     def values(self) -> dict[str, Tensor]:
         """Parameters of the block by their names in it, differentiable."""
         found = {name.removeprefix(self.prefix): value for name, value in self.vectors.items()}
-        for name, c in self.coded.items():
+        for name, c in self.encoded.items():
             table = decoded_table(c.codec.config, c.codec.codebook.detach(), *self.decoders[name])
             scale = c.row_scale * self.gains[name].exp()
             matrix = Lookup.apply(c.indices, table, scale, c.columns, c.rotation)
@@ -100,7 +100,7 @@ class _Parameters:
 def refine_block(
     block: nn.Module,
     prefix: str,
-    coded: Mapping[str, EncodedParameter],
+    encoded: Mapping[str, EncodedParameter],
     inputs: list[Tensor],
     targets: list[Tensor],
     call: Callable[[Callable[..., Tensor], Tensor, int], Tensor],
@@ -109,10 +109,10 @@ def refine_block(
     """Train for `settings.refine_epochs` passes over the batches; kept only if the error is lower.
 
     Args:
-        prefix: of the block's parameter names, with a dot at its end. coded: by full name.
+        prefix: of the block's parameter names, with a dot at its end. encoded: by full name.
         inputs, targets: [batch, context, C] each. call: (block, hidden, number of the batch) -> output.
     """
-    parameters = _Parameters(block, prefix, coded)
+    parameters = _Parameters(block, prefix, encoded)
     optimizer = torch.optim.Adam(parameters.groups(settings))
     steps = settings.refine_epochs * len(inputs)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
@@ -145,11 +145,11 @@ def refine_block(
         parameters.restore(state)
         after = before
     return Refined(
-        {n: (c.row_scale * parameters.gains[n].detach().exp()).bfloat16() for n, c in coded.items()},
+        {n: (c.row_scale * parameters.gains[n].detach().exp()).bfloat16() for n, c in encoded.items()},
         {
             name: (up.detach().half(), down.detach().half())
             for name, (up, down) in parameters.decoders.items()
-            if coded[name].tunes_decoder
+            if encoded[name].tunes_decoder
         },
         {name: value.detach() for name, value in parameters.vectors.items()},
         before,

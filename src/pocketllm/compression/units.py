@@ -6,7 +6,7 @@ from pocketllm.plan.matrices import Matrix, Plan
 
 
 def matrix_unit(plan: Plan, matrix: Matrix) -> str:
-    """File name of a coded matrix in the workspace."""
+    """File name of a encoded matrix in the workspace."""
     return f"matrix-{plan.matrices.index(matrix):05d}.safetensors"
 
 

@@ -19,7 +19,7 @@ UNEVEN_GRADIENTS = 5.0
 LARGEST_TOKEN_WEIGHT = 30.0
 """The largest weight of an input token, in medians of the gradient."""
 UNSEEN_ROW_SHARE = 0.25
-"""Of the mean importance of rows: added to every row of embedding and head, for tokens the text does not hold."""
+"""Share of the mean importance of rows that every row of embedding and head gets, for tokens the text does not hold."""
 SAMPLED_MATRICES = 4
 """Rotated matrices of each kind that a shared codebook is fitted to."""
 VECTOR_LENS = (2, 3, 4, 5, 6, 8)

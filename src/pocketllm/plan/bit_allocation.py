@@ -26,7 +26,7 @@ def make_plan(
 
     Args:
         importance: loss that a matrix causes per unit of its nmse, by name, as measured by calibration. Bits
-            on a trellis go where they lower the summed loss most; without it all weights count alike.
+            on a trellis go where they lower the summed loss most; without it all weights count equally.
         strip_rows: of the paths of a matrix, by name, where they are not the usual ones.
 
     Returns:

@@ -49,7 +49,7 @@ def _widest_fit(plan: Plan, key: str, group: list[Matrix]) -> dict[str, Any]:
 
 
 def not_run(plan: Plan) -> MatrixStatistics:
-    """Of a run that has not happened: errors are predictions, the rest is unknown."""
+    """Statistics of a run that has not happened: errors are predictions, the rest is unknown."""
     nmse = {m.name: rounded(plan.specs[m.name].nmse) for m in plan.matrices}
     unknown, nan = dict.fromkeys(nmse), dict.fromkeys(nmse, math.nan)
     return MatrixStatistics(nmse, unknown, nan, nan, unknown, unknown, ())

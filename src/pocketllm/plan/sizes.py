@@ -62,9 +62,9 @@ class PlannedModel:
         """Sizes, ratios and errors."""
         if bytes_on_disk is None or report_bytes is None:
             bytes_on_disk, report_bytes = self.bytes_on_disk
-        plan, bits, coded = self.plan, self.plan.bits_by_part(), self.plan.weights
+        plan, bits, encoded = self.plan, self.plan.bits_by_part(), self.plan.weights
         dense_bytes = self.form.dense_bytes
-        every = coded + sum(torch.Size(d.shape).numel() for d in plan.dense)
+        every = encoded + sum(torch.Size(d.shape).numel() for d in plan.dense)
         other = sum(path.stat().st_size for path in self.form.copied_files())
         payload = sum(value // 8 for value in bits.values()) + dense_bytes
         per_matrix = plan.matrix_bits()
@@ -73,8 +73,8 @@ class PlannedModel:
             bytes_on_disk=bytes_on_disk,
             ratio_files_bf16=rounded((2 * every + other) / max(1, bytes_on_disk)),
             ratio_files_fp32=rounded((4 * every + other) / max(1, bytes_on_disk)),
-            ratio_matrices_bf16=rounded(16 * coded / sum(bits.values())),
-            ratio_matrices_fp32=rounded(32 * coded / sum(bits.values())),
+            ratio_matrices_bf16=rounded(16 * encoded / sum(bits.values())),
+            ratio_matrices_fp32=rounded(32 * encoded / sum(bits.values())),
             bpw_blocks=rounded(self._bpw_blocks(per_matrix)),
             bpw_matrices=rounded(plan.bpw),
             bpw_all=rounded((sum(bits.values()) + 8 * dense_bytes) / every),

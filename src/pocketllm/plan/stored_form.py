@@ -30,7 +30,7 @@ class StoredForm:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Every stored tensor in writing order: dense ones, coded ones, codebooks, decoders."""
+        """Every stored tensor in writing order: dense ones, encoded ones, codebooks, decoders."""
         sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for dense in self.plan.dense:
             sizes[dense.name] = self.dense_dtype(dense), dense.shape
@@ -44,7 +44,7 @@ class StoredForm:
 
     @property
     def dense_bytes(self) -> int:
-        """Of all tensors that are left dense."""
+        """Bytes of all tensors that are left dense."""
         return sum(torch.Size(d.shape).numel() * self.dense_dtype(d).itemsize for d in self.plan.dense)
 
     @property

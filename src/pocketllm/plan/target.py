@@ -1,4 +1,4 @@
-"""From what is asked of a compressed model, bits per weight or bytes of the whole folder, to its plan."""
+"""From a target (bits per weight, or bytes of the output folder) to the plan that meets it."""
 
 from __future__ import annotations
 
