@@ -27,8 +27,8 @@ the first and all are encoded at once.
 
 Indices are independent, or lie on a trellis: then those of a column of subvectors form one path down the
 rows of a strip, and the columns of a strip are one path, too: where a column's path ends, the next one
-continues, so the search takes the first rows of the next column into account. Without G, passes of coordinate descent may
-follow: they choose each column again with all others fixed, which can only lower the loss. At last the row
+continues, so the search takes the first rows of the next column into account. Without G, passes of coordinate descent
+may follow: they choose each column again with all others fixed, which can only lower the loss. At last the row
 scale is fitted in closed form.
 """
 

@@ -1,4 +1,4 @@
-"""Incoherence: rotate both sides of a matrix by fast orthogonal transforms, so that all weights follow one distribution.
+"""Incoherence: rotate both sides of a matrix by fast orthogonal transforms, so that weights are near Gaussian.
 
 A vector of n = 2^a * m numbers (m odd) is multiplied by random signs, then by the orthogonal matrix
 Hadamard(2^a) (x) Hartley(m): any size works, nothing but the seed is stored, and a row costs
