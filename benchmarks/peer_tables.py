@@ -17,6 +17,42 @@ def peers() -> str:
     return f"{markdown_table(*table.rows(found))}\n\n{note}"
 
 
+_HEADLINE = (
+    "AutoRound W3 g64",
+    "GPTQModel W3 g64",
+    "llama.cpp Q3_K_M, imatrix",
+    "AutoRound W2 g32",
+    "llama.cpp IQ2_XXS, imatrix",
+)
+
+
+def headline() -> str:
+    """A few peers and ours, before and after recovery, by falling bits."""
+    found, recovered = load_results("peers"), load_results("recovery")
+    rows = []
+    for entry in found["settings"].values():
+        ours = entry["peer"] == "pocketllm"
+        if "failure" in entry or not (ours or entry["title"] in _HEADLINE):
+            continue
+        title = f"**{entry['title']}**" if ours else entry["title"]
+        rows.append((entry["bpw"], title, entry["perplexity"], entry["kl_nats"]))
+    for base in recovered["bases"].values():
+        run = base["runs"].get("distill")
+        if run is not None:
+            title = f"**PocketLLM --bpw {base['bpw_blocks']:.2f} --recover distill**"
+            rows.append((base["bpw_blocks"], title, run["perplexity"], run["kl"]))
+    rows.sort(key=lambda row: (-row[0], -row[2]))
+    shown = [[title, f"{bpw:.2f}", f"{ppl:.2f}", f"{kl:.3f}"] for bpw, title, ppl, kl in rows]
+    dense = ["dense (bf16)", "16", f"{recovered['dense_perplexity']:.2f}", "0"]
+    note = (
+        f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, evaluated in "
+        "bf16. bpw: every stored bit of the blocks' linear layers, per weight; embedding and head are dense in every "
+        f"row. `{found['command']}`, `{recovered['command']}`"
+    )
+    head = ["setting", "bpw", "perplexity", "KL to dense, nats"]
+    return f"{markdown_table(head, [dense, *shown])}\n\n{note}"
+
+
 def peer_bits() -> str:
     """What the peers' names say, and what they store."""
     return markdown_table(*table.fallbacks(load_results("peers")))

@@ -12,9 +12,9 @@ HEAD = [
     "added MB",
     "perplexity",
     "KL to dense, nats",
-    "of the loss in nats made good",
+    "loss recovered",
     "training",
-    "seconds of all steps and validations",
+    "seconds",
 ]
 
 
@@ -44,7 +44,7 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def regained(before: float, after: float, dense: float) -> float:
-    """Share of what compression cost in log perplexity that recovery made good."""
+    """Share of what compression cost in log perplexity that recovery won back."""
     return math.log(before / after) / math.log(before / dense)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import recovery_table
 from codec_tables import codec_floor, codec_speed
 from pages import RESULTS, ROOT, load_results, markdown_table
-from peer_tables import peer_bits, peers, peers_paired
+from peer_tables import headline, peer_bits, peers, peers_paired
 from peers.table import number
 
 PAGES = (
@@ -258,8 +258,8 @@ def recovery() -> str:
     note = (
         f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
         f"evaluated in {found['dtype']}; trained on other text; MB are 10^6 bytes of all files, adapter "
-        "included; runs go on beside each other. The bases were compressed by themselves: sums in another order "
-        f"make them differ a little from the rows beside other quantizers. `{found['command']}`"
+        "included; runs shared the machine. The bases were compressed separately: sums in another order make them "
+        f"differ slightly from the rows of the table of quantizers. `{found['command']}`"
     )
     said = recovery_table.verdict(found)
     return "\n\n".join(
@@ -277,6 +277,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loading": loading,
     "tasks": tasks,
     "peers": peers,
+    "headline": headline,
     "peer_bits": peer_bits,
     "peers_paired": peers_paired,
     "recovery": recovery,
@@ -287,7 +288,7 @@ def filled(page: str) -> str:
     """The page with every `<!-- NAME:begin -->` ... `<!-- NAME:end -->` filled in."""
     for name, make in TABLES.items():
         pattern = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        source = {"ablations": "calibrated", "peer_bits": "peers"}.get(name, name)
+        source = {"ablations": "calibrated", "peer_bits": "peers", "headline": "peers"}.get(name, name)
         if pattern.search(page) and (RESULTS / f"{source}.json").is_file():
             body = make()
             page = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", page)
