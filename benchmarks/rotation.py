@@ -26,7 +26,8 @@ from pocketllm.model.blocks import BlockStream
 from pocketllm.model.builtin import fetch
 from pocketllm.model.plan import classify
 from pocketllm.model.source import open_dense
-from pocketllm.model.texts import calibration_windows, read_calibration
+from pocketllm.text.read import read_calibration
+from pocketllm.text.windows import calibration_windows
 
 BLOCKS = (2, 15, 27)
 TRELLIS, VECTOR_LEN = Trellis(12, 4), 2

@@ -14,7 +14,7 @@ import pytest
 
 import pocketllm
 from pocketllm.model.checkpoint import folder_bytes, read_report
-from pocketllm.recover.chain import compress_and_distill
+from pocketllm.recover.compress_then_distill import compress_and_distill
 from tests import tiny
 from tests.commands import digest
 from tests.recovery import config, make

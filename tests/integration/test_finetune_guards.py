@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm.errors import ConfigError, OutputError, ResumeError, SourceError
-from pocketllm.recover.chain import compress_and_distill
+from pocketllm.recover.compress_then_distill import compress_and_distill
 from pocketllm.recover.distill import dry_run_distill
 from tests import tiny
 from tests.commands import digest

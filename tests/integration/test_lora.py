@@ -18,8 +18,8 @@ from pocketllm.model.checkpoint import folder_bytes, read_report
 from pocketllm.model.report import counting_adapter
 from pocketllm.model.workspace import locked
 from pocketllm.recover.adapter import attach_adapter, check_adapter, merged
+from pocketllm.recover.base_model import open_base
 from pocketllm.recover.lora import dry_run_lora
-from pocketllm.recover.setting import open_base
 from pocketllm.report import Comparison, Evaluation, compare, picture
 from tests import tiny
 from tests.commands import digest

@@ -21,8 +21,8 @@ import pocketllm
 from pocketllm.config import EvalConfig
 from pocketllm.errors import ConfigError, ExtraError, SourceError, WeightError
 from pocketllm.evaluate import harness, results, tasks
-from pocketllm.evaluate.compare import average, compare
 from pocketllm.evaluate.local_tasks import local_task_digest
+from pocketllm.evaluate.paired_accuracy import average, compare
 from tests import tiny
 
 CONFIG = EvalConfig(batch_tokens=256)
@@ -173,16 +173,16 @@ def test_results_are_those_of_lm_eval(name: str, model: Any, data: Path) -> None
 def test_results_are_kept(model: Any, data: Path) -> None:
     names = ["piqa", "boolq"]
     first = tasks.evaluate_tasks(names, subject(model), CONFIG, data, hub=False)
-    told: list[tuple[str, float]] = []
+    seen: list[tuple[str, float]] = []
     again = tasks.evaluate_tasks(
         names,
         tasks.Subject("a", "float32", no_model),
         CONFIG,
         data,
         hub=False,
-        progress=lambda task, share: told.append((task, share)),
+        progress=lambda task, share: seen.append((task, share)),
     )
-    assert all(result.cached for result in again.values()) and told == [("piqa", 1.0), ("boolq", 1.0)]
+    assert all(result.cached for result in again.values()) and seen == [("piqa", 1.0), ("boolq", 1.0)]
     assert {n: dataclasses.replace(r, cached=False) for n, r in again.items()} == first
     assert "scores" not in again["piqa"].to_dict()
 

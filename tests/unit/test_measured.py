@@ -15,8 +15,8 @@ from pocketllm.model.compress import compress
 from pocketllm.model.inputs import Collector
 from pocketllm.model.plan import Matrix
 from pocketllm.model.source import open_dense
-from pocketllm.model.texts import read_calibration
 from pocketllm.model.workspace import check_apart
+from pocketllm.text.read import read_calibration
 from tests import tiny
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.config import EvalConfig
-from pocketllm.evaluate.compare import average, compare
 from pocketllm.evaluate.kl import Divergence, text_divergence
+from pocketllm.evaluate.paired_accuracy import average, compare
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.evaluate.results import folder_digest
 from pocketllm.evaluate.tasks import Subject, TaskSource, find_tasks, run_tasks

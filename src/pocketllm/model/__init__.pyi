@@ -39,8 +39,3 @@ from .source import (
     resolve_local as resolve_local,
 )
 from .target import possible_bpw as possible_bpw
-from .texts import (
-    calibration_windows as calibration_windows,
-    default_text as default_text,
-    read_calibration as read_calibration,
-)

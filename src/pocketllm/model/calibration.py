@@ -30,7 +30,8 @@ from pocketllm.model.limits import positions_of
 from pocketllm.model.plan import classify
 from pocketllm.model.sensitivity import Sensitivity, measure
 from pocketllm.model.source import DenseCheckpoint
-from pocketllm.model.texts import calibration_windows, default_text, read_calibration
+from pocketllm.text.read import default_text, read_calibration
+from pocketllm.text.windows import calibration_windows
 
 _HUB_CHARACTERS_PER_TOKEN = 32  # of a data set of the hub: several times what the windows need
 

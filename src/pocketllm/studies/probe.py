@@ -66,7 +66,7 @@ def measure(probe: Probe) -> dict[str, float]:
     import torch
 
     from pocketllm import generate
-    from pocketllm.model import default_text
+    from pocketllm.text import default_text
 
     torch.set_num_threads(probe.threads)
     if probe.device == "cuda":

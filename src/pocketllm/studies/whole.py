@@ -13,8 +13,9 @@ import torch
 
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
-from pocketllm.model import Matrices, default_text, positions_of, read_calibration, weighted_mean
+from pocketllm.model import Matrices, positions_of, weighted_mean
 from pocketllm.studies.study import Progress, Setup, Text
+from pocketllm.text import default_text, read_calibration
 
 _STAGES = {"measure": (0.0, 0.2), "fit": (0.2, 0.4), "encode": (0.4, 1.0)}
 """Share of a compression that a stage begins and ends at, roughly: progress only."""
