@@ -150,7 +150,9 @@ def test_a_chain_spares_what_is_not_its_own(made: Path, tmp_path: Path) -> None:
     kept = tmp_path / "o.plain"
     shutil.copytree(made / "c", kept)
     before = digest(kept)
-    with pytest.raises(OutputError, match=r"o.plain: exists and is not what this command makes"):
+    with pytest.raises(
+        OutputError, match=r"o.plain: exists and was not created by an earlier run of this command"
+    ):
         compress_and_distill(made / "m", tiny.settings(vector_len=3), config(made), tmp_path / "o")
     assert digest(kept) == before
 

@@ -135,9 +135,7 @@ def test_reencoding_says_what_it_costs(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "o-dense" / "config.json").is_file()
 
 
-def test_a_merge_that_was_stopped_goes_on(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_merge_resumes(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(event: Any) -> None:
         if event.stage == "encode" and event.share > 0.4:
             raise KeyboardInterrupt
@@ -203,7 +201,19 @@ def test_plain_text_and_conv1d(made: Path, tmp_path: Path) -> None:
     pocketllm.merge(tmp_path / "c", tmp_path / "a", tmp_path / "dense")
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["dense", "packed"])
+def test_an_adapter_on_the_head_is_trained(mode: str, made: Path, tmp_path: Path) -> None:
+    """Though it computes nothing at first, and the loss is taken at the head."""
+    from safetensors.torch import load_file
+
+    pocketllm.compress(tiny.save(tmp_path / "m", "qwen3"), tiny.settings(), tmp_path / "c")
+    pocketllm.lora(tmp_path / "c", tmp_path / "a", config(made, targets=("lm_head", "q_proj"), mode=mode))
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    trained = {name for name, value in tensors.items() if ".lora_B." in name and value.any()}
+    assert len(trained) == 3 and any("lm_head" in name for name in trained)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
     def stop(event: Any) -> None:
         if "step 3 " in event.detail:
             raise KeyboardInterrupt

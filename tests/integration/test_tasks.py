@@ -295,7 +295,7 @@ def test_the_digest_of_a_task_is_that_of_its_files(tmp_path: Path) -> None:
 def test_missing_data(data: Path) -> None:
     who = tasks.Subject("a", "", no_model)
     with pytest.raises(
-        SourceError, match=r"openbookqa: .* holds no openbookqa/test.jsonl or .*form: one JSON"
+        SourceError, match=r"openbookqa: .* holds no openbookqa/test.jsonl or .*format: one JSON"
     ):
         tasks.evaluate_tasks(["piqa", "openbookqa"], who, CONFIG, data, hub=False)
     with pytest.raises(SourceError, match=r"hellaswag: not on the hub .*no data folder is given \(--data\)"):
@@ -325,7 +325,7 @@ def test_lm_evals_other_tasks(
     for who in (subject(tiny.model(), "b"), subject(model)):
         again = tasks.run_tasks(sources, who, CONFIG, cache=False)
     assert again["second"].scores == found["second"].scores and again["second"].n == found["second"].n
-    with pytest.raises(ConfigError, match=r"unknown task 'frist'; near it: first.*from local files: arc_ch"):
+    with pytest.raises(ConfigError, match=r"unknown task 'frist'; similar: first.*from local files: arc_ch"):
         tasks.evaluate_tasks(["frist"], subject(model), CONFIG)
 
 

@@ -29,9 +29,11 @@ class LmHead:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any) -> LmHead:
-        """Find out by trying whether the head is plain (no soft-capping, no scaling of logits)."""
+        """Find out by trying whether the head is plain: no soft-capping or scaling of logits, no adapter on it."""
         head, base = model.get_output_embeddings(), model.base_model
-        if head is None or base is model:
+        if (
+            head is None or base is model or hasattr(head, "base_layer")
+        ):  # as PEFT's layers, 0 before training
             return cls(model, False)
         ids = torch.arange(_PROBE, device=model.device)[None] % model.config.get_text_config().vocab_size
         output = base(input_ids=ids, use_cache=False)
