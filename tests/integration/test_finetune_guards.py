@@ -94,8 +94,8 @@ def test_stopped_between_record_and_result_both_are_there_afterwards(
 @pytest.mark.parametrize("name", ["checkpoint.safetensors", "state.json", "teacher-ids.npy"])
 def test_damaged_half_done_runs_say_which_file(name: str, made: Path, tmp_path: Path) -> None:
     folder = half_done(made, tmp_path / "o", teacher_top_k=4)
-    whole = (folder / name).read_bytes()
-    (folder / name).write_bytes(whole[: len(whole) // 3])
+    complete = (folder / name).read_bytes()
+    (folder / name).write_bytes(complete[: len(complete) // 3])
     with pytest.raises(ResumeError, match=rf"{name}: damaged .*delete .*o.partial to start anew"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made, teacher_top_k=4))
 

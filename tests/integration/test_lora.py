@@ -279,10 +279,10 @@ def test_a_damaged_adapter_is_named_before_the_model_is_loaded(
     """content: of the file instead of its own; None: no file; a number: its first bytes."""
     shutil.copytree(made / "a", tmp_path / "a")
     path = tmp_path / "a" / name
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     path.unlink()
     if content is not None:
-        path.write_bytes(whole[:content] if isinstance(content, int) else content)
+        path.write_bytes(complete[:content] if isinstance(content, int) else content)
     with pytest.raises(FormatError, match=rf"{name}: {words}.*; fetch or train the adapter again"):
         check_adapter(tmp_path / "a", made / "c")
 
@@ -340,10 +340,10 @@ def test_bytes_of_the_adapter_count_in_every_size(made: Path) -> None:
     assert sum(found["bytes_by_part"].values()) == found["bytes_on_disk"]
     ratio = report["bytes_on_disk"] / found["bytes_on_disk"]
     assert found["ratio_files_bf16"] == pytest.approx(ratio * report["ratio_files_bf16"], rel=1e-5)
-    coded = sum(m["shape"][0] * m["shape"][1] for m in report["matrices"])
-    blocks = coded - 96 * 36  # the embedding
-    every = coded + 5 * 36  # norms
-    for key, weights in (("bpw_matrices", coded), ("bpw_blocks", blocks), ("bpw_all", every)):
+    encoded = sum(m["shape"][0] * m["shape"][1] for m in report["matrices"])
+    blocks = encoded - 96 * 36  # the embedding
+    every = encoded + 5 * 36  # norms
+    for key, weights in (("bpw_matrices", encoded), ("bpw_blocks", blocks), ("bpw_all", every)):
         assert found[key] - report[key] == pytest.approx(8 * nbytes / weights, rel=1e-4)
     assert found["ratio_matrices_fp32"] == pytest.approx(32 / found["bpw_matrices"], rel=1e-4)
     side = compare([made / "c"], adapters=[made / "a"]).models

@@ -208,7 +208,7 @@ def test_other_settings_are_measured_anew(change: str, model: Any, data: Path, t
     assert found.n == {"limit": 5, "data": 7}.get(change, 12)
 
 
-def test_a_stopped_evaluation_goes_on(model: Any, data: Path) -> None:
+def test_an_interrupted_evaluation_resumes(model: Any, data: Path) -> None:
     def stop(task: str, share: float) -> None:
         if task == "boolq":
             raise KeyboardInterrupt
@@ -298,7 +298,9 @@ def test_missing_data(data: Path) -> None:
         SourceError, match=r"openbookqa: .* holds no openbookqa/test.jsonl or .*format: one JSON"
     ):
         tasks.evaluate_tasks(["piqa", "openbookqa"], who, CONFIG, data, hub=False)
-    with pytest.raises(SourceError, match=r"hellaswag: not on the hub .*no data folder is given \(--data\)"):
+    with pytest.raises(
+        SourceError, match=r"hellaswag: the hub lookup failed, .*no data folder is given \(--data\)"
+    ):
         tasks.evaluate_tasks(["hellaswag"], who, CONFIG)
 
 

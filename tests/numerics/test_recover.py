@@ -1,4 +1,4 @@
-"""Gradients of coded layers and of the divergence, against autograd through the plain formulas in float64."""
+"""Gradients of encoded layers and of the divergence, against autograd through the plain formulas in float64."""
 
 from __future__ import annotations
 

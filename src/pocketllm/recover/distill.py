@@ -103,8 +103,14 @@ def distill(
         **config.to_dict(),
     }
     with open_run(output, base, arguments, config.loop, device) as run:
-        on_disk = run.work.folder / "teacher" if teacher_on_disk else None
-        load = partial(open_teacher, dense, run.dtype, run.state.device, trust_remote_code, on_disk)
+        load = partial(
+            open_teacher,
+            dense,
+            dtype=run.dtype,
+            device=run.state.device,
+            trust_remote_code=trust_remote_code,
+            scratch=run.work.folder / "teacher" if teacher_on_disk else None,
+        )
         source = make_teacher(load, run, windows, config.teacher_top_k, progress)
         student = load_student(base, config, run.state.device)
         task = Distillation(student, source, windows, config, run.dtype)

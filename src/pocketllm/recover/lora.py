@@ -82,7 +82,7 @@ def lora(
     """
     config, folder, output = config or LoraTuneConfig(), Path(folder), Path(output)
     need_peft()
-    check_places(output, overwrite, RECORD_NAME, "an adapter")
+    check_places(output, overwrite, marker=RECORD_NAME, what="an adapter")
     base = open_base(folder, output, trust_remote_code)
     check_context(base, config.context)
     items = training_items(base.tokenizer, config)
@@ -156,7 +156,7 @@ def dry_run_lora(
     """
     need_peft()
     if output is not None:
-        check_places(Path(output), overwrite, RECORD_NAME, "an adapter")
+        check_places(Path(output), overwrite, marker=RECORD_NAME, what="an adapter")
     base = open_base(Path(folder), None if output is None else Path(output), trust_remote_code)
     check_context(base, config.context)
     train, validation = training_items(base.tokenizer, config)

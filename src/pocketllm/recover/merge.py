@@ -104,7 +104,7 @@ def merge(
     found: dict[str, float] = {}
     for title, place in folders.items() if words else ():
         progress(Event("perplexity", len(found) / len(folders), title))
-        model = _loaded(place, base, device)
+        model = _load(place, base, device)
         found[title] = perplexity(model, base.tokenizer, words, context, windows).perplexity
         del model
     progress(Event("merge", 1.0, str(output)))
@@ -149,7 +149,7 @@ def _text(text: str | Path | None, reencode: bool) -> tuple[str, str]:
     return named_default(held_out=True) if reencode else ("", "")
 
 
-def _loaded(folder: Path, base: Base, device: str) -> Any:
+def _load(folder: Path, base: Base, device: str) -> Any:
     """Load a model in float32, compressed or dense."""
     if (folder / ckpt.REPORT_NAME).is_file():
         return open_base(folder, None, base.trust_remote_code).load("dense", device)
