@@ -102,7 +102,7 @@ def dense(text: str) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pocketllm.model.builtin import fetch
+    from pocketllm.source.builtin import fetch
 
     folder = fetch(MODEL)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

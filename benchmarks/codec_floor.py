@@ -39,8 +39,8 @@ def kmeans_nmse(d: int, size: int) -> dict[str, float]:
     from pocketllm.codec.codebook import nearest
     from pocketllm.codec.normalization import divide_rows, row_rms
     from pocketllm.codec.subvectors import cut, join
-    from pocketllm.model.plan import make_plan
-    from pocketllm.model.source import open_dense, resolve
+    from pocketllm.plan.matrices import make_plan
+    from pocketllm.source.dense_checkpoint import open_dense, resolve
 
     source = open_dense(resolve(MODEL))
     kinds: dict[str, list[Any]] = defaultdict(list)
@@ -82,7 +82,7 @@ def codec_nmse(d: int, size: int, changes: dict[str, Any]) -> tuple[dict[str, fl
 
 
 def _energies(names: list[str]) -> dict[str, float]:
-    from pocketllm.model.source import open_dense, resolve
+    from pocketllm.source.dense_checkpoint import open_dense, resolve
 
     source = open_dense(resolve(MODEL))
     return {name: float(source.read(name).double().square().sum()) for name in names}

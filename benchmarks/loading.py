@@ -61,7 +61,7 @@ def child(mode: str, folder: str, text_file: str) -> None:
 def main() -> None:
     """Measure every mode, alternating, and keep the medians."""
     import pocketllm
-    from pocketllm.model.builtin import fetch
+    from pocketllm.source.builtin import fetch
 
     text = str(data_file("wikitext2", "wiki.test.raw"))
     modes = {"nothing": "", "bf16 checkpoint": str(fetch(MODEL)), "dense": "", "packed": ""}

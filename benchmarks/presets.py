@@ -58,8 +58,8 @@ def dense(text: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pocketllm.model.builtin import fetch
-    from pocketllm.model.checkpoint import folder_bytes
+    from pocketllm.format.checkpoint import folder_bytes
+    from pocketllm.source.builtin import fetch
 
     folder = fetch(MODEL)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

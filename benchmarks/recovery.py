@@ -27,7 +27,7 @@ from typing import Any
 from common import RESULTS, data_file, save
 
 from pocketllm.evaluate.results import folder_digest
-from pocketllm.model.checkpoint import REPORT_NAME, folder_bytes, read_report
+from pocketllm.format.checkpoint import REPORT_NAME, folder_bytes, read_report
 from pocketllm.recover.adapter import RECORD_NAME, check_adapter
 from pocketllm.recover.base_model import identity
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from common import RESULTS, data_file, save
 
-from pocketllm.model.checkpoint import read_report
+from pocketllm.format.checkpoint import read_report
 
 MODEL = "builtin:smollm2-135m"
 CONTEXT, WINDOWS = 1024, 16

@@ -90,7 +90,7 @@ class PretendGpu(TorchFunctionMode):
 @contextmanager
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A GPU without bfloat16 and without anything in its memory."""
-    from pocketllm.model import compute
+    from pocketllm.calibrate import autocast as compute
 
     monkeypatch.setattr(compute, "fast_dtype", lambda device: torch.float32)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1)

@@ -20,7 +20,7 @@ from settings import CONTEXT, MODEL, WINDOWS
 from torch import Tensor
 
 from pocketllm.evaluate.perplexity import perplexity
-from pocketllm.model.builtin import fetch
+from pocketllm.source.builtin import fetch
 from pocketllm.text.read import read_text
 
 ROWS_AT_ONCE = 256  # of [tokens, vocabulary] float32

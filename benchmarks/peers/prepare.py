@@ -16,7 +16,7 @@ from pathlib import Path
 
 from settings import MODEL, SAMPLE_TOKENS, SAMPLES, SEED
 
-from pocketllm.model.builtin import fetch
+from pocketllm.source.builtin import fetch
 from pocketllm.text.read import read_text
 from pocketllm.text.windows import token_windows
 

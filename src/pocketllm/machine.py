@@ -12,8 +12,6 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, cores, threads in use, system, versions; the GPU's name where `device` is one."""
     import torch
 
-    from pocketllm.model.report import versions
-
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -27,3 +25,17 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    import importlib.metadata
+    import platform
+
+    found = {"python": platform.python_version()}
+    for name in ("pocketllm-codec", "torch", "transformers", "faiss-cpu", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found

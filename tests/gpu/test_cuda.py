@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pocketllm
-from pocketllm.codec import paths
+from pocketllm.codec import viterbi as paths
 from pocketllm.codec.codebook import nearest, nearest_torch
 from pocketllm.evaluate.kl import text_divergence
 from pocketllm.evaluate.perplexity import perplexity
@@ -29,12 +29,12 @@ def test_paths_in_triton() -> None:
     device = torch.device("cuda")
     search = paths._on_gpu(device)
     assert search is not None
-    lengths, aheads = [64] * 9 + [63], [4] * 10
-    points, tables = torch.randn(sum(lengths) + sum(aheads), 2).cuda(), torch.randn(10, 2, 4096).cuda()
+    lengths, lookahead = [64] * 9 + [63], [4] * 10
+    points, tables = torch.randn(sum(lengths) + sum(lookahead), 2).cuda(), torch.randn(10, 2, 4096).cuda()
     which = torch.arange(10).cuda()
     problem = paths.PathProblem(
         *(points, points.square().sum(dim=1), tables, tables.square().sum(dim=1) / 2, which, which.flip(0)),
-        *(torch.zeros_like(which), torch.full_like(which, -1), lengths, aheads, 12, 4),
+        *(torch.zeros_like(which), torch.full_like(which, -1), lengths, lookahead, 12, 4),
     )
     assert torch.equal(search(problem), paths.in_torch(problem))
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import pocketllm
-from pocketllm.model.checkpoint import folder_bytes
-from pocketllm.model.layers import packed_matrices
+from pocketllm.format.checkpoint import folder_bytes
+from pocketllm.runtime.layers import packed_matrices
 from tests import tiny
 
 TOKENS = torch.arange(3, 40)[None]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm.errors import ConfigError, PocketError, SourceError, WeightError
-from pocketllm.model.folder import load_dense
+from pocketllm.source.folder import load_dense
 from tests import tiny
 
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import pocketllm
 from pocketllm.errors import ConfigError, ResumeError, SourceError
-from pocketllm.model import blockwise
-from pocketllm.model.calibration import read_windows
-from pocketllm.model.layers import packed_matrices
-from pocketllm.model.report import warnings_of
-from pocketllm.model.source import open_dense
+from pocketllm.compression import encode_blocks as blockwise
+from pocketllm.calibrate.calibration import read_windows
+from pocketllm.runtime.layers import packed_matrices
+from pocketllm.format.report import warnings_of
+from pocketllm.source.dense_checkpoint import open_dense
 from tests import tiny
 from tests.commands import contents
 from tests.integration.test_architectures import load, logits

@@ -173,7 +173,7 @@ def test_wrong_use_as_json(arguments: list[str], kind: str, words: str, run: Run
 
 
 def test_ctrl_c(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pocketllm.model import compress
+    from pocketllm.compression import pipeline as compress
 
     def interrupted(*arguments: Any, **keywords: Any) -> None:
         raise KeyboardInterrupt

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pocketllm.model.checkpoint import read_report
+from pocketllm.format.checkpoint import read_report
 from tests import tiny
 from tests.commands import SETTINGS, SIZES, Run
 

@@ -9,7 +9,7 @@ import pytest
 
 import pocketllm
 from pocketllm.config import LoopConfig, LoraTuneConfig
-from pocketllm.model.checkpoint import folder_bytes, read_layout
+from pocketllm.format.checkpoint import folder_bytes, read_layout
 from tests import tiny
 from tests.commands import Run
 

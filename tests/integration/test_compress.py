@@ -14,10 +14,10 @@ import torch
 
 import pocketllm
 from pocketllm.errors import FormatError, OutputError
-from pocketllm.model import checkpoint
-from pocketllm.model.checkpoint import verify
-from pocketllm.model.compress import Event
-from pocketllm.model.source import DenseCheckpoint
+from pocketllm.format import checkpoint
+from pocketllm.format.checkpoint import verify
+from pocketllm.compression.pipeline import Event
+from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from tests import tiny
 from tests.commands import contents
 
@@ -193,8 +193,8 @@ def test_utilization_is_complete(source: Path, tmp_path: Path) -> None:
 def test_the_report_is_what_info_reads(source: Path, small: Path, tmp_path: Path) -> None:
     import json
 
-    from pocketllm.model.checkpoint import read_report
-    from pocketllm.model.report import RUN_FACTS, Report
+    from pocketllm.format.checkpoint import read_report
+    from pocketllm.format.report import RUN_FACTS, Report
 
     report = pocketllm.compress(source, tiny.settings(), tmp_path / "out")
     read = Report.from_dict(read_report(tmp_path / "out"))

@@ -14,9 +14,9 @@ import torch
 import pocketllm
 from pocketllm import DistillConfig, LoopConfig
 from pocketllm.errors import ConfigError, FormatError, OutputError, ResumeError, SourceError, TrainingError
-from pocketllm.model.checkpoint import folder_bytes, read_report
-from pocketllm.model.rewrite import stored_sizes
-from pocketllm.model.workspace import locked
+from pocketllm.format.checkpoint import folder_bytes, read_report
+from pocketllm.format.rewrite import stored_sizes
+from pocketllm.format.workspace import locked
 from pocketllm.recover.distill_task import Distillation
 from pocketllm.recover.loop import Loop
 from pocketllm.recover.teacher import LiveTeacher, open_teacher

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import pocketllm
-from pocketllm.model.checkpoint import folder_bytes, read_report
+from pocketllm.format.checkpoint import folder_bytes, read_report
 from pocketllm.recover.compress_then_distill import compress_and_distill
 from tests import tiny
 from tests.commands import digest

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import pocketllm
-from pocketllm.model.rewrite import stored_sizes
+from pocketllm.format.rewrite import stored_sizes
 from pocketllm.recover.distill import dry_run_distill
 from tests import tiny
 from tests.recovery import SENTENCE, config

@@ -80,7 +80,7 @@ def test_an_earlier_record_outlives_a_run_that_fails(made: Path, tmp_path: Path)
 def test_stopped_between_record_and_result_both_are_there_afterwards(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pocketllm.model.workspace import Workspace
+    from pocketllm.format.workspace import Workspace
 
     with monkeypatch.context() as patch:
         patch.setattr(Workspace, "publish", lambda self, output: (_ for _ in ()).throw(KeyboardInterrupt()))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import pocketllm
 from pocketllm import CompressConfig
-from pocketllm.model.decode import Matrices
+from pocketllm.runtime.decode import Matrices
 from tests import tiny
 from tests.format_reader import Reader
 

@@ -17,9 +17,9 @@ import torch
 
 import pocketllm
 from pocketllm.errors import OutputError, ResumeError
-from pocketllm.model import workspace
-from pocketllm.model.checkpoint import verify
-from pocketllm.model.compress import Event
+from pocketllm.format import workspace
+from pocketllm.format.checkpoint import verify
+from pocketllm.compression.pipeline import Event
 from tests import tiny
 from tests.commands import contents
 
@@ -175,7 +175,7 @@ _LIMITED = """
 import resource, sys
 import pocketllm
 from pathlib import Path
-from pocketllm.model.export import export
+from pocketllm.runtime.export import export
 from tests import tiny
 import torch
 config = tiny.calibrated(tiny.settings())

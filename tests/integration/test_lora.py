@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import pocketllm
 from pocketllm import LoraTuneConfig
 from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, SourceError, TrainingError
-from pocketllm.model.checkpoint import folder_bytes, read_report
-from pocketllm.model.report import counting_adapter
-from pocketllm.model.workspace import locked
+from pocketllm.format.checkpoint import folder_bytes, read_report
+from pocketllm.format.report import counting_adapter
+from pocketllm.format.workspace import locked
 from pocketllm.recover.adapter import attach_adapter, check_adapter, merged
 from pocketllm.recover.base_model import open_base
 from pocketllm.recover.lora import dry_run_lora

@@ -10,9 +10,9 @@ import torch
 
 import pocketllm
 from pocketllm.evaluate.kl import text_divergence
-from pocketllm.model.checkpoint import read_report
-from pocketllm.model.decode import Matrices
-from pocketllm.model.target import planned
+from pocketllm.format.checkpoint import read_report
+from pocketllm.runtime.decode import Matrices
+from pocketllm.plan.target import planned
 from pocketllm.report.collect import read_model
 from pocketllm.studies import (
     codebook,

@@ -12,7 +12,7 @@ import torch
 
 from pocketllm.config import CodecConfig
 from pocketllm.errors import LoadError
-from pocketllm.model.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
+from pocketllm.format.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.studies import (
     overhead,
     overhead_page,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pocketllm.errors import ConfigError, FormatError
-from pocketllm.model.checkpoint import folder_bytes, read_report
-from pocketllm.model.report import counting_adapter
+from pocketllm.format.checkpoint import folder_bytes, read_report
+from pocketllm.format.report import counting_adapter
 from pocketllm.report import compare, html_report
 from tests import reports
 from tests.commands import Run

@@ -11,7 +11,7 @@ import torch
 import pocketllm
 from pocketllm.errors import LoadError
 from pocketllm.evaluate.verify import verify_compressed
-from pocketllm.model.checkpoint import read_layout
+from pocketllm.format.checkpoint import read_layout
 from tests import tiny
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
-from pocketllm.model import compute
-from pocketllm.model.blocks import BlockStream, block_list
-from pocketllm.model.inputs import Collector, Inputs, add_square, filled_up
-from pocketllm.model.plan import Matrix, classify
-from pocketllm.model.source import DenseCheckpoint, open_dense
+from pocketllm.calibrate import autocast as compute
+from pocketllm.calibrate.blocks import BlockStream, block_list
+from pocketllm.calibrate.input_hessians import Collector, Inputs, add_square, regularized_hessian
+from pocketllm.plan.matrices import Matrix, classify
+from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense
 from tests import tiny
 
 
@@ -180,14 +180,14 @@ def test_sums_keep_their_precision() -> None:
 def test_few_tokens_are_filled_up() -> None:
     x = torch.randn(3, 8)
     total = x.T @ x
-    assert torch.equal(filled_up(total, 8), total / 8)
+    assert torch.equal(regularized_hessian(total, 8), total / 8)
     alike = torch.eye(8) * total.diagonal().mean() / 3
-    assert torch.allclose(filled_up(total, 3), (total + 5 * alike) / 8)
-    assert torch.allclose(filled_up(total, 3).diagonal().mean(), alike.diagonal().mean())
+    assert torch.allclose(regularized_hessian(total, 3), (total + 5 * alike) / 8)
+    assert torch.allclose(regularized_hessian(total, 3).diagonal().mean(), alike.diagonal().mean())
     other = torch.full((8, 8), 2.0)
-    assert torch.allclose(filled_up(total, 3, other), (total + 5 * other) / 8)
-    assert torch.equal(filled_up(torch.zeros(8, 8), 0), torch.eye(8))
-    assert torch.equal(filled_up(torch.zeros(8, 8), 0, other), other)
+    assert torch.allclose(regularized_hessian(total, 3, other), (total + 5 * other) / 8)
+    assert torch.equal(regularized_hessian(torch.zeros(8, 8), 0), torch.eye(8))
+    assert torch.equal(regularized_hessian(torch.zeros(8, 8), 0, other), other)
 
 
 class Experts(nn.Module):

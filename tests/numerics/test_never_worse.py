@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from pocketllm.codec.codebook import nearest_torch, seeded_codebook
-from pocketllm.codec.feedback import HessianFactor, assign, factorize
+from pocketllm.codec.hessian import HessianFactor, factorize
+from pocketllm.codec.feedback import assign
 from pocketllm.codec.trellis import Trellis, strip_lengths
 from tests.numerics.test_calibrated import proxy
 

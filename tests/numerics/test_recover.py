@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import pocketllm
-from pocketllm.codec import compiled
-from pocketllm.codec.differentiable import lookup, lookup_gradients
+from pocketllm.codec.kernels import cpu as compiled
+from pocketllm.codec.reconstruct import lookup, lookup_gradients
 from pocketllm.codec.rotation import rotate_matrix, unrotate_matrix
 from pocketllm.codec.subvectors import join
 from pocketllm.recover.kl_loss import head_kl, kl_loss, logits_kl
@@ -176,8 +176,8 @@ def test_trainable_model_has_the_gradients_of_naive_decoding(
 
 def naive_decode(matrix: Any) -> Tensor:
     """The parameter by gather, scale, dense rotation matrices: autograd does the rest."""
-    from pocketllm.codec.differentiable import decoder_output
-    from pocketllm.model.layers import unfold
+    from pocketllm.codec.reconstruct import decoder_output
+    from pocketllm.codec.subvectors import unfold
 
     shared = matrix.shared()
     if len(shared) == 1:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketllm.model import gradients, sensitivity
-from pocketllm.model.calibration import read_windows
-from pocketllm.model.folder import load_dense
-from pocketllm.model.inputs import Collector
-from pocketllm.model.plan import Matrix, classify
-from pocketllm.model.source import open_dense
+from pocketllm.calibrate import gradients, sensitivity
+from pocketllm.calibrate.calibration import read_windows
+from pocketllm.source.folder import load_dense
+from pocketllm.calibrate.input_hessians import Collector
+from pocketllm.plan.matrices import Matrix, classify
+from pocketllm.source.dense_checkpoint import open_dense
 from tests import tiny
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocketllm.codec import compiled
+from pocketllm.codec.kernels import cpu as compiled
 from pocketllm.codec.codebook import seeded_codebook
-from pocketllm.codec.feedback import assign, factorize
-from pocketllm.codec.indices import IndexForm
+from pocketllm.codec.hessian import factorize
+from pocketllm.codec.feedback import assign
+from pocketllm.codec.index_form import IndexForm
 from pocketllm.codec.trellis import (
     PathSearch,
     Trellis,
@@ -109,20 +110,20 @@ def test_compiled_search_finds_exactly_what_torch_finds(
 ) -> None:
     if not compiled.trellis_available(d, stride, width - stride):
         pytest.skip("no C++ compiler here")
-    search, lengths, aheads = PathSearch(Trellis(width, stride), CPU), [200, 199, 60], [4, 0, 4]
+    search, lengths, lookahead = PathSearch(Trellis(width, stride), CPU), [200, 199, 60], [4, 0, 4]
     rows, last = sum(lengths), torch.tensor(lengths).cumsum(0) - 1
     points, weights = torch.randn(rows + 8, d), torch.rand(rows + 8) + 0.5
     tables = search.ordered(torch.randn(3, 1 << width, d))
     start = torch.randint(0, 1 << width, (3,))
 
-    def run(scale: float, end: Tensor | None, aheads: list[int] | None) -> Tensor:
-        count = rows + sum(aheads or [])
+    def run(scale: float, end: Tensor | None, lookahead: list[int] | None) -> Tensor:
+        count = rows + sum(lookahead or [])
         which = torch.tensor([1, 2, 0])
         given = points[:count] * scale, weights[:count]
-        return search.search(*given, tables, which, lengths, start, end, aheads)
+        return search.search(*given, tables, which, lengths, start, end, lookahead)
 
     free = run(1.0, None, None)
-    cases = [(1.0, None, None), (1.1, free[last], None), (1.0, None, aheads)]
+    cases = [(1.0, None, None), (1.1, free[last], None), (1.0, None, lookahead)]
     found = [run(*case) for case in cases]
     assert torch.equal(found[1][last], free[last]) and all(len(one) == rows for one in found)
     monkeypatch.setattr(compiled, "trellis_available", lambda *sizes: False)

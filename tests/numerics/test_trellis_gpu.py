@@ -10,24 +10,24 @@ import sys
 import pytest
 import torch
 
-from pocketllm.codec.paths import PathProblem, differs, in_torch
+from pocketllm.codec.viterbi import PathProblem, differs, in_torch
 
 CPU = torch.device("cpu")
 
 _COMPARED = """
 import torch
-from pocketllm.codec import trellis_gpu
-from pocketllm.codec.paths import PathProblem, in_torch
+from pocketllm.codec.kernels import triton as trellis_gpu
+from pocketllm.codec.viterbi import PathProblem, in_torch
 for width, stride, d in ((6, 2, 2), (7, 3, 1), (6, 6, 2), (8, 1, 4), (5, 4, 3)):
     generator = torch.Generator().manual_seed(width)
-    lengths, aheads = [9, 20, 7, 20], [4, 0, 4, 2]
-    points = torch.randn(sum(lengths) + sum(aheads), d, generator=generator)
+    lengths, lookahead = [9, 20, 7, 20], [4, 0, 4, 2]
+    points = torch.randn(sum(lengths) + sum(lookahead), d, generator=generator)
     tables = torch.randn(3, d, 1 << width, generator=generator)
     which = torch.tensor([0, 1, 2, 0])
     ends = torch.tensor([0, 3, 5, 1]), torch.tensor([-1, -1, 4, -1])
     problem = PathProblem(
         *(points, points.square().sum(dim=1), tables, tables.square().sum(dim=1) / 2),
-        *(which, (which + 1).clamp(max=2), *ends, lengths, aheads, width, stride),
+        *(which, (which + 1).clamp(max=2), *ends, lengths, lookahead, width, stride),
     )
     assert torch.equal(trellis_gpu.search(problem), in_torch(problem)), width
 """

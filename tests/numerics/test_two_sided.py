@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocketllm.codec import strips as strips_module
+from pocketllm.codec import feedback_schedule as strips_module
 from pocketllm.codec.codebook import seeded_codebook
-from pocketllm.codec.feedback import assign, conditional_diagonal, factorize
-from pocketllm.codec.strips import Downwards, Rightwards, Strips
+from pocketllm.codec.hessian import conditional_diagonal, factorize
+from pocketllm.codec.feedback import assign
+from pocketllm.codec.feedback_schedule import RowFeedback, ColumnFeedback, Strips
 from pocketllm.codec.trellis import Trellis, pack_paths, unpack_paths
 from tests.numerics.test_calibrated import correlated
 
@@ -100,8 +101,8 @@ def test_what_is_carried_is_the_formula(group: int, monkeypatch: pytest.MonkeyPa
         aims[bottom:] -= down_upper[top:bottom, bottom:].T @ z
 
     strips = Strips(lengths, n, True, CPU)
-    right = Rightwards(strips, weight.float(), upper.float(), d)
-    down = Downwards(strips, down_upper.float(), d)
+    right = ColumnFeedback(strips, weight.float(), upper.float(), d)
+    down = RowFeedback(strips, down_upper.float(), d)
     codes = strips.pad(code.float()).reshape(3, 5, n, d)
     found = torch.zeros(3, 5, n, d)
     for at in strips:
@@ -136,7 +137,7 @@ def test_strips_make_up_for_all_above_them(lengths: list[int], columns: int) -> 
     rows, d, longest = sum(lengths), 2, max(lengths)
     upper = 2 * torch.eye(rows) + 0.1 * torch.randn(rows, rows, generator=generator).triu()
     strips = Strips(lengths, columns, True, torch.device("cpu"))
-    down, starts = Downwards(strips, upper, d), [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    down, starts = RowFeedback(strips, upper, d), [sum(lengths[:n]) for n in range(len(lengths) + 1)]
     noted = torch.zeros(rows, columns, d)
     for at in strips:
         found, ahead = down.shift(at), down.shift(at.next, 3)

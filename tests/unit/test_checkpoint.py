@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import pocketllm
 from pocketllm.errors import FormatError
 from pocketllm.files import write_json
-from pocketllm.model import checkpoint as ckpt
+from pocketllm.format import checkpoint as ckpt
 from tests import tiny
 
 TENSORS = {
@@ -269,6 +269,7 @@ def test_json_is_renamed_when_whole(tmp_path: Path) -> None:
 
 def test_the_hub_delivers_every_file_that_is_checked() -> None:
     """What is copied beside the weights is in the list of files; a download must bring it."""
-    from pocketllm.model import source, write
+    from pocketllm.compression import write
+    from pocketllm.source import dense_checkpoint as source
 
     assert set(write._COPIED) <= set(source._HUB_PATTERNS)

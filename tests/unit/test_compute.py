@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from pocketllm.model.compute import abreast
+from pocketllm.calibrate.autocast import run_parallel
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def threads() -> Iterator[None]:
 def test_threads_are_shared(threads: int, jobs: int, each: int) -> None:
     torch.set_num_threads(threads)
     seen: list[tuple[int, int]] = []
-    told = list(abreast([lambda n=n: seen.append((n, torch.get_num_threads())) for n in range(jobs)], "cpu"))
+    told = list(run_parallel([lambda n=n: seen.append((n, torch.get_num_threads())) for n in range(jobs)], "cpu"))
     assert len(told) == jobs
     assert sorted(seen) == [(n, each) for n in range(jobs)]
     assert torch.get_num_threads() == threads
@@ -39,12 +39,12 @@ def test_a_job_that_fails_ends_it(threads: int) -> None:
         done.append(number)
 
     with pytest.raises(ValueError, match="second"):
-        list(abreast([partial(job, number) for number in range(3)], "cpu"))
+        list(run_parallel([partial(job, number) for number in range(3)], "cpu"))
     assert 0 in done and torch.get_num_threads() == threads
 
 
 def test_no_gradients_inside() -> None:
     torch.set_num_threads(2)
     seen: list[bool] = []
-    list(abreast([lambda: seen.append(torch.is_grad_enabled())] * 2, "cpu"))
+    list(run_parallel([lambda: seen.append(torch.is_grad_enabled())] * 2, "cpu"))
     assert seen == [False, False]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pocketllm.config import DEFAULT_PRESET, PRESETS
-from pocketllm.model.report import MatrixReport, Report
+from pocketllm.format.report import MatrixReport, Report
 from pocketllm.studies import STUDIES
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from pocketllm.errors import ConfigError, SourceError
-from pocketllm.model.limits import (
+from pocketllm.text.vocabulary import (
     Vocabulary,
     check_positions,
     check_vocabularies,

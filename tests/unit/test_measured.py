@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocketllm.codec.feedback import factorize
+from pocketllm.calibrate.calibration import _whole, calibrate, read_windows
+from pocketllm.calibrate.input_hessians import Collector
+from pocketllm.codec.hessian import factorize
+from pocketllm.compression.pipeline import compress
 from pocketllm.errors import ConfigError, OutputError, SourceError, WeightError
-from pocketllm.model.calibration import _whole, calibrate, read_windows
-from pocketllm.model.compress import compress
-from pocketllm.model.inputs import Collector
-from pocketllm.model.plan import Matrix
-from pocketllm.model.source import open_dense
-from pocketllm.model.workspace import check_apart
+from pocketllm.format.workspace import check_not_nested
+from pocketllm.plan.matrices import Matrix
+from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.text.read import read_calibration
 from tests import tiny
 
@@ -64,7 +64,7 @@ def test_an_output_inside_the_model_or_around_it(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"small: is inside .*dense, which is only read"):
         compress(folder, tiny.on_trellis(), folder / "small")
     with pytest.raises(OutputError, match=r": holds .*dense, which is read; choose another output folder"):
-        check_apart(tmp_path, folder)  # to replace it would remove the model
+        check_not_nested(tmp_path, folder)  # to replace it would remove the model
     assert sorted(folder.rglob("*")) == before
 
 

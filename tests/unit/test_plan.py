@@ -9,10 +9,10 @@ import torch
 
 import pocketllm
 from pocketllm.errors import ConfigError
-from pocketllm.model.allocate import make_plan
-from pocketllm.model.plan import Matrix, predicted_nmse
-from pocketllm.model.source import DenseCheckpoint, open_dense
-from pocketllm.model.write import Checkpoint
+from pocketllm.plan.bit_allocation import make_plan
+from pocketllm.plan.matrices import Matrix, predicted_nmse
+from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense
+from pocketllm.compression.write import Checkpoint
 from tests import tiny
 
 

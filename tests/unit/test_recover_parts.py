@@ -12,11 +12,11 @@ import pytest
 import torch
 from accelerate import PartialState
 
+from pocketllm.calibrate.blocks import find_blocks
 from pocketllm.config import DistillConfig, LoopConfig
 from pocketllm.errors import ConfigError, ExtraError, ShapeError
-from pocketllm.model.blocks import find_blocks
-from pocketllm.model.rewrite import rewrite
-from pocketllm.model.workspace import Workspace
+from pocketllm.format.rewrite import rewrite
+from pocketllm.format.workspace import Workspace
 from pocketllm.recover.adapter import need_peft
 from pocketllm.recover.base_model import compute_dtype
 from pocketllm.recover.distill_task import training_windows

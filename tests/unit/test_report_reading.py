@@ -17,9 +17,9 @@ from pocketllm.errors import (
     FormatError,
     SourceError,
 )
-from pocketllm.model import builtin
-from pocketllm.model.decode import Matrices
-from pocketllm.model.source import resolve_local
+from pocketllm.source import builtin
+from pocketllm.runtime.decode import Matrices
+from pocketllm.source.dense_checkpoint import resolve_local
 from pocketllm.report import weights
 from pocketllm.report.collect import block_of, mean, read_model
 from pocketllm.report.command import Command

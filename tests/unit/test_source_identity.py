@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pocketllm.model.source import open_dense
+from pocketllm.source.dense_checkpoint import open_dense
 from tests import tiny
 
 

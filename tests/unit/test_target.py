@@ -13,11 +13,11 @@ import torch
 from pocketllm import CodecConfig, CompressConfig
 from pocketllm.config import CalibrationConfig
 from pocketllm.errors import ConfigError, TargetError
-from pocketllm.model.checkpoint import folder_bytes
-from pocketllm.model.plan import Plan
-from pocketllm.model.source import DenseCheckpoint, open_dense
-from pocketllm.model.target import planned
-from pocketllm.model.write import predicted
+from pocketllm.format.checkpoint import folder_bytes
+from pocketllm.plan.matrices import Plan
+from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense
+from pocketllm.plan.target import planned
+from pocketllm.compression.write import predicted
 from tests import tiny
 
 CALIBRATED = CompressConfig(

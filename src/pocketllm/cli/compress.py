@@ -15,7 +15,7 @@ from pocketllm.config import PRESETS, CompressConfig, DistillConfig, EvalConfig
 from pocketllm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pocketllm.model.report import Report
+    from pocketllm.format.report import Report
 
 app = typer.Typer()
 
@@ -200,7 +200,7 @@ def compress(
     settle(device, threads)
     import pocketllm
     from pocketllm.cli.measured import Text, perplexity_table
-    from pocketllm.model.checkpoint import read_report
+    from pocketllm.format.checkpoint import read_report
     from pocketllm.recover.compress_then_distill import check_recovery
     from pocketllm.text.read import read_text
 
@@ -240,7 +240,7 @@ def compress(
 
 def _chain(recovery: DistillConfig | None, made: Callable[[str, Path], None]) -> Callable[..., Report]:
     """Compress, or compress and distill; calls `made` with each finished model, returns its report."""
-    from pocketllm.model.compress import compress
+    from pocketllm.compression.pipeline import compress
     from pocketllm.recover.compress_then_distill import compress_and_distill
 
     def run(model: str, config: CompressConfig, output: Path, **how: Any) -> Report:

@@ -73,8 +73,8 @@ def demo_text(model: str, context: int, windows: int, progress: Progress) -> Tex
     Raises:
         ConfigError: the text has none. SourceError: no model, or no tokenizer. Both before anything is done.
     """
-    from pocketllm.model.folder import read_tokenizer
-    from pocketllm.model.source import resolve
+    from pocketllm.source.dense_checkpoint import resolve
+    from pocketllm.source.folder import read_tokenizer
     from pocketllm.text.read import evaluation_text
     from pocketllm.text.windows import token_windows
 
@@ -98,7 +98,7 @@ def run_demo(
 ) -> dict[str, Any]:
     """Everything the demo shows, as plain values. recover_steps: 0 leaves recovery out."""
     from pocketllm.evaluate.generate import generate
-    from pocketllm.model.checkpoint import read_report
+    from pocketllm.format.checkpoint import read_report
 
     folders = {"dense": model, "compressed": str(_compressed(model, config, output, progress, overwrite))}
     if recover_steps:
@@ -123,8 +123,8 @@ def _compressed(
     model: str, config: CompressConfig, output: Path, progress: Progress, overwrite: bool
 ) -> Path:
     """The compressed model, made unless it is there already."""
-    from pocketllm.model.checkpoint import verify
-    from pocketllm.model.compress import compress, is_made
+    from pocketllm.compression.pipeline import compress, is_made
+    from pocketllm.format.checkpoint import verify
 
     if is_made(output, model, config):
         verify(output)
@@ -143,7 +143,7 @@ def _compressed(
 def _recovered(model: str, recovery: DistillConfig, base: Path, progress: Progress) -> Path:
     """Its recovered form beside it, made unless it is there already."""
     import pocketllm
-    from pocketllm.model.checkpoint import REPORT_NAME, read_report, verify
+    from pocketllm.format.checkpoint import REPORT_NAME, read_report, verify
     from pocketllm.recover.base_model import identity
 
     output = base.with_name(base.name + "-recovered")

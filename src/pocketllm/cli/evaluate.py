@@ -76,7 +76,7 @@ def evaluate(
     from pocketllm.cli.eval_tables import eval_tables
     from pocketllm.evaluate.measure import Model, TaskOptions, measure
     from pocketllm.evaluate.tasks import check_installed, task_names
-    from pocketllm.model.source import resolve
+    from pocketllm.source.dense_checkpoint import resolve
     from pocketllm.text.read import read_text
 
     if ppl is None and tasks is None:

@@ -22,8 +22,8 @@ def info(
     quiet: Quiet = False,
 ) -> None:
     """Sizes, ratios and errors of a compressed model, and whether its files are whole."""
-    from pocketllm.model.checkpoint import folder_bytes, read_report, verify
-    from pocketllm.model.report import RUN_FACTS, counting_adapter
+    from pocketllm.format.checkpoint import folder_bytes, read_report, verify
+    from pocketllm.format.report import RUN_FACTS, counting_adapter
 
     report = {**dict.fromkeys(RUN_FACTS), **read_report(folder)}
     if check:
@@ -50,7 +50,7 @@ def export(
     trust_remote_code: Trust = False,
 ) -> None:
     """Decode into a dense safetensors model that any tool reads."""
-    from pocketllm.model.export import export as decode
+    from pocketllm.runtime.export import export as decode
 
     show = Output(json, quiet)
     settle()

@@ -75,9 +75,9 @@ def load_any(
     if adapter is not None:
         return _load_with(adapter, model, mode, dtype, device, trust_remote_code)
     import pocketllm
-    from pocketllm.model import checkpoint
-    from pocketllm.model.folder import load_dense, no_tokenizer, read_tokenizer
-    from pocketllm.model.source import open_dense, resolve
+    from pocketllm.format import checkpoint
+    from pocketllm.source.dense_checkpoint import open_dense, resolve
+    from pocketllm.source.folder import load_dense, no_tokenizer, read_tokenizer
 
     folder = resolve(model)
     where = {"": device}
@@ -103,7 +103,7 @@ def load_any(
 def _load_with(
     adapter: Path, model: str, mode: str, dtype: str, device: str, trust_remote_code: bool
 ) -> tuple[Any, Any, dict[str, Any]]:
-    from pocketllm.model import checkpoint
+    from pocketllm.format import checkpoint
     from pocketllm.recover.adapter import attach_adapter, check_adapter
 
     check_adapter(adapter, Path(model))

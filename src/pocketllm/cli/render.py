@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from pocketllm.errors import ConfigError
-from pocketllm.model.report import warnings_of
+from pocketllm.format.report import warnings_of
 
 
 def _console(stderr: bool) -> Console:

@@ -179,7 +179,7 @@ def _model_of(folder: Path, command: str) -> str:
     Raises:
         FormatError: it holds an adapter, or no compressed model.
     """
-    from pocketllm.model.checkpoint import read_report
+    from pocketllm.format.checkpoint import read_report
     from pocketllm.recover.adapter import SETTINGS_NAME
 
     if (folder / SETTINGS_NAME).is_file():
@@ -192,8 +192,8 @@ def _model_of(folder: Path, command: str) -> str:
 
 def _check_dense(dense: str | None) -> None:
     """Raises ConfigError where the model to measure beside is a compressed one."""
-    from pocketllm.model.checkpoint import check_dense
-    from pocketllm.model.source import resolve
+    from pocketllm.format.checkpoint import check_dense
+    from pocketllm.source.dense_checkpoint import resolve
 
     if dense is not None:
         check_dense(resolve(dense), dense, "with --against")
@@ -201,7 +201,7 @@ def _check_dense(dense: str | None) -> None:
 
 def _dense(against: str | None, names: Sequence[str]) -> str | None:
     """The dense model to measure beside: the one named, else the one that all were made from, if local."""
-    from pocketllm.model.source import resolve_local
+    from pocketllm.source.dense_checkpoint import resolve_local
 
     if against is not None:
         return against

@@ -10,8 +10,14 @@ from .codebook import (
     seeded_codebook as seeded_codebook,
     straight_through as straight_through,
 )
-from .feedback import HessianFactor as HessianFactor, assign as assign, factorize as factorize
-from .indices import IndexForm as IndexForm
+from .feedback import assign as assign
+from .hessian import Hessian as Hessian, HessianFactor as HessianFactor, factorize as factorize
+from .index_form import (
+    Independent as Independent,
+    IndexForm as IndexForm,
+    Trellis as Trellis,
+    predicted_nmse as predicted_nmse,
+)
 from .matrix_codec import EncodedMatrix as EncodedMatrix, MatrixCodec as MatrixCodec
 from .metanet import MetaDecoder as MetaDecoder, MetaEncoder as MetaEncoder
 from .normalization import (
@@ -29,11 +35,15 @@ from .rotation import (
     unrotate as unrotate,
     unrotate_matrix as unrotate_matrix,
 )
-from .subvectors import cut as cut, join as join, subvectors_per_row as subvectors_per_row
+from .subvectors import (
+    cut as cut,
+    fold as fold,
+    join as join,
+    subvectors_per_row as subvectors_per_row,
+    unfold as unfold,
+)
 from .training import (
     FitResult as FitResult,
     TrainingStep as TrainingStep,
     fit as fit,
-    fit_on_trellis as fit_on_trellis,
 )
-from .trellis import Trellis as Trellis

@@ -7,108 +7,45 @@ A layer y = W x that is off by E costs the model
 to second order, where x and g are taken for independent (Kronecker-factored curvature, arXiv 1503.05671; both
 sides in quantization: arXiv 2505.22988). G = I leaves tr(E H E^T), what the layer does to its inputs.
 
-Subvectors are coded in order of their columns; the error of each is carried into the columns not yet coded,
-which make up for it (GPTQ, arXiv 2210.17323, over vectors as in LDLQ of QuIP#, arXiv 2402.04396). With
+Subvectors are encoded in the order of their columns; the error of each is carried into the columns not yet
+encoded, which compensate for it (GPTQ, arXiv 2210.17323, over vectors as in LDLQ of QuIP#, arXiv 2402.04396). With
 H^-1 = U^T U, U upper triangular, and J the columns of a subvector:
 
     index = argmin_c |(w_J - s c) U_JJ^-1|^2         nearest decoded codeword in the conditional metric
     e     = (w_J - s c_index) U_JJ^-1
     w_>J  = w_>J - e U_J,>J                          feedback to the right
 
-Rows make up for those above them in the same way, strip by strip (a strip is a run of rows). With
+Rows compensate for those above them in the same way, strip by strip (a strip is a run of rows). With
 G^-1 = V^T V, V upper triangular, S the rows of a strip, and T what it aims at (W at first):
 
     Z_S  = V_SS^-T (T_S - decoded_S)
     T_>S = T_>S - V_S,>S^T Z_S                       feedback downwards
 
-Since the loss of a strip is tr(Z_S H Z_S^T), it is coded as above; inside a strip rows only weigh differently.
+Since the loss of a strip is tr(Z_S H Z_S^T), it is encoded as above; inside a strip rows only have different weights.
 A column of a strip waits for the same column of the strips above it alone, so strip k runs 2 k columns behind
-the first and all are coded at once.
+the first and all are encoded at once.
 
 Indices are independent, or lie on a trellis: then those of a column of subvectors form one path down the
-rows of a strip, and the columns of a strip are one path, too: where a column's path ends, the next one has to
-go on, so it is searched with an eye on the first rows of the next column. Without G, passes of coordinate descent may
-follow: they choose each column again with all others fixed, which can only lower the loss. At last the row
+rows of a strip, and the columns of a strip are one path, too: where a column's path ends, the next one
+continues, so the search takes the first rows of the next column into account. Without G, passes of coordinate descent
+may follow: they choose each column again with all others fixed, which can only lower the loss. At last the row
 scale is fitted in closed form.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pocketllm.codec.chooser import Chooser, Independent, OnTrellis
-from pocketllm.codec.strips import Downwards, Rightwards, Strips
-from pocketllm.codec.subvectors import cut, subvectors_per_row
-from pocketllm.codec.trellis import Trellis, first_state
-from pocketllm.errors import WeightError
+from pocketllm.codec.feedback_schedule import ColumnFeedback, RowFeedback, Strips
+from pocketllm.codec.hessian import HessianFactor
+from pocketllm.codec.index_form import ColumnChoice, IndexForm
+from pocketllm.codec.subvectors import cut
 
 _MANY = 4096  # weights of a strip of which the mean is sure
 _PEAKED = 4.0  # kurtosis of rows; Gaussian ones have 3
-
-
-@dataclass(frozen=True)
-class HessianFactor:
-    """What assignment needs of a Hessian, shared by the matrices that read the same inputs.
-
-    hessian: [C, C] float32, damped and padded to whole subvectors. upper: U with hessian^-1 = U^T U.
-    columns: before padding.
-    """
-
-    hessian: Tensor
-    upper: Tensor
-    columns: int
-
-
-def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> HessianFactor:
-    """Damp, pad and factorize a Hessian for `assign`.
-
-    Args:
-        hessian: [columns, columns] symmetric, positive semidefinite.
-        damping: share of the mean diagonal that is added to the diagonal; doubled until H can be factorized.
-
-    Returns:
-        H as it was factorized, damped, and its factor.
-
-    Raises:
-        WeightError: H holds NaN or Inf.
-    """
-    if not bool(hessian.isfinite().all()):
-        raise WeightError(
-            "Hessian: holds NaN or Inf; activations or gradients of the model overflow on this text"
-        )
-    columns = hessian.shape[0]
-    padding = subvectors_per_row(columns, vector_len) * vector_len - columns
-    hessian = hessian.double()
-    mean = float(hessian.diagonal().mean())
-    if not mean > 0:
-        hessian, mean = torch.eye(columns, dtype=torch.float64, device=hessian.device), 1.0
-    hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))  # errors there cost nothing
-    while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            return HessianFactor(damped.float(), upper.float(), columns)
-        damping *= 2
-
-
-def conditional_diagonal(factor: HessianFactor, block: int) -> Tensor:
-    """What is left of a Hessian's diagonal once errors in earlier blocks have been made up for: [C] float32.
-
-    Args:
-        block: size of the blocks; inside one nothing is made up for.
-    """
-    parts = []
-    for begin in range(0, len(factor.upper), block):
-        inverse = torch.linalg.inv(factor.upper[begin : begin + block, begin : begin + block])
-        parts.append(inverse.square().sum(dim=1))
-    return torch.cat(parts)[: factor.columns]
 
 
 def assign(
@@ -116,22 +53,21 @@ def assign(
     factor: HessianFactor,
     table: Tensor,
     row_scale: Tensor,
-    passes: int = 1,
-    trellis: Trellis | None = None,
-    row_weight: Tensor | None = None,
+    form: IndexForm,
+    *,
     outputs: HessianFactor | None = None,
-    strip_rows: int = 32,
+    row_importance: Tensor | None = None,
+    passes: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Indices with error feedback, and the row scale that suits them.
 
     Args:
         weight: [rows, columns] float32. table: [K, d] float32, the decoded codebook.
-        row_scale: [rows] float32, to start with. passes: of coordinate descent; none with `outputs`.
-        trellis: of the indices; None for independent ones.
-        row_weight: [rows] float32, what an error in a row costs; None for all alike. Paths run over rows, so
-            on a trellis it shifts precision between them. Not together with `outputs`.
+        row_scale: [rows] float32, to start with. form: of the indices.
         outputs: factor of G [rows, rows]; None for G = I.
-        strip_rows: rows of a strip of independent indices, where there are `outputs`.
+        row_importance: [rows] float32, what an error in a row costs; None for all the same. Paths run over rows, so
+            on a trellis it shifts precision between them. Not together with `outputs`.
+        passes: of coordinate descent; none with `outputs`.
 
     Returns:
         indices [rows, n] int64, row_scale [rows] float32. For no row (on a trellis: no strip of rows; with
@@ -141,15 +77,11 @@ def assign(
     d, rows = table.shape[1], weight.shape[0]
     padded = cut(weight, d).reshape(rows, -1).float()
     scale = row_scale.clamp(min=1e-12)
-    importance = torch.ones_like(scale) if row_weight is None else row_weight
-    chooser: Chooser
-    if trellis is not None:
-        chooser = OnTrellis(rows, trellis, weight.device)
-    else:
-        chooser = Independent(rows, strip_rows if outputs is not None else rows)
-    problem = _Problem(padded, factor, table, chooser, importance, outputs)
+    importance = torch.ones_like(scale) if row_importance is None else row_importance
+    choice: ColumnChoice = form.columns(rows, weight.device, in_strips=outputs is not None)
+    problem = _Problem(padded, factor, table, choice, importance, outputs)
     best = problem.scored(problem.feedback(scale))
-    if not (trellis is not None and problem.is_far_below_nearest(best[2], trellis.stride / d)):
+    if not (choice.nearest_is_slow and problem.is_far_below_nearest(best[2], form.bits / d)):
         best = problem.better(best, problem.scored(problem.nearest(scale)))
     for _ in range(passes if outputs is None else 0):
         best = problem.better(best, problem.scored(problem.descend(best[0], best[1])))
@@ -161,19 +93,19 @@ _Scored = tuple[Tensor, Tensor, Tensor]  # indices [rows, n], row_scale [rows], 
 
 @dataclass(frozen=True)
 class _Problem:
-    """weight: [rows, padded columns]. chooser: of the indices of a column. importance: [rows]."""
+    """weight: [rows, padded columns]. choice: of the indices of a column. importance: [rows]."""
 
     weight: Tensor
     factor: HessianFactor
     table: Tensor
-    chooser: Chooser
+    choice: ColumnChoice
     importance: Tensor
     outputs: HessianFactor | None
 
     @property
     def together(self) -> list[int]:
         """Runs of rows whose loss is one sum."""
-        return self.chooser.together if self.outputs is None else [len(self.weight)]
+        return self.choice.together if self.outputs is None else [len(self.weight)]
 
     def scored(self, indices: Tensor) -> _Scored:
         """The row scale that minimizes the loss, and the loss, each row's share of it."""
@@ -246,16 +178,16 @@ class _Problem:
     def _coded(self, scale: Tensor, upper: Tensor | None, outputs: HessianFactor | None) -> Tensor:
         """Column after column, each with feedback from those before it as far as `upper` and `outputs` say."""
         (columns, d), device = (self.weight.shape[1], self.table.shape[1]), self.weight.device
-        strips = Strips(self.chooser.lengths, columns // d, outputs is not None, device)
-        ahead = min(self.chooser.ahead, *strips.lengths)
-        right, down = Rightwards(strips, self.weight, upper, d), None
+        strips = Strips(self.choice.lengths, columns // d, outputs is not None, device)
+        ahead = min(self.choice.lookahead, *strips.lengths)
+        right, down = ColumnFeedback(strips, self.weight, upper, d), None
         weights, size = strips.pad(self._weights(scale)), strips.pad(scale)[..., None]
         if outputs is not None:
-            down = Downwards(strips, outputs.upper, d)
+            down = RowFeedback(strips, outputs.upper, d)
             weights = weights * down.diagonal
-        tables: Any = self.chooser.prepared(self.table @ right.metric)
+        tables = self.choice.prepared(self.table @ right.metric)
         found = torch.zeros(*strips.inside.shape, strips.columns, dtype=torch.int64, device=device)
-        before = first_state(len(strips.lengths), device)
+        before = torch.zeros(len(strips.lengths), dtype=torch.int64, device=device)
         for at in strips:
             part, column = at.strips, at.columns
             shift = 0.0 if down is None else down.shift(at)
@@ -266,9 +198,14 @@ class _Problem:
             mask = torch.cat([strips.inside[part], at.has_next[:, None].expand(-1, ahead)], dim=1)
             costs = torch.cat([weights[part], weights[part, :ahead]], dim=1)
             chosen = torch.zeros_like(found[part, :, 0])
-            chosen[strips.inside[part]] = self.chooser.first(
-                *(both[mask], costs[mask], tables, column, strips.lengths[part], before[part]),
-                [ahead if more else 0 for more in at.has_next.tolist()],
+            chosen[strips.inside[part]] = self.choice.first(
+                points=both[mask],
+                weights=costs[mask],
+                tables=tables,
+                which=column,
+                lengths=strips.lengths[part],
+                before=before[part],
+                lookahead=[ahead if more else 0 for more in at.has_next.tolist()],
             )
             found[at.numbers, :, column] = chosen
             before[part] = chosen.gather(1, strips.last[part, None])[:, 0]
@@ -282,8 +219,9 @@ class _Problem:
         """One pass of coordinate descent over the columns; the loss of no strip rises."""
         d, hessian = self.table.shape[1], self.factor.hessian
         scale = torch.where(scale.abs() > 1e-12, scale, torch.full_like(scale, 1e-12))
-        weights, start = self._weights(scale), first_state(len(self.chooser.lengths), scale.device)
-        last = torch.tensor(self.chooser.lengths, device=scale.device).cumsum(0) - 1
+        weights = self._weights(scale)
+        start = torch.zeros(len(self.choice.lengths), dtype=torch.int64, device=scale.device)
+        last = torch.tensor(self.choice.lengths, device=scale.device).cumsum(0) - 1
         error = self.weight / scale[:, None] - self.table[indices].reshape(self.weight.shape)
         pull = error @ hessian  # gradient of the loss per column, kept up to date
         indices = indices.clone()
@@ -295,7 +233,7 @@ class _Problem:
             wanted = self.table[indices[:, column]] + torch.linalg.solve(inner, pull[:, block].T).T
             before = indices[last, column - 1] if column else start
             now = indices[:, column]
-            found = self.chooser.again(wanted @ root, weights, self.table @ root, before, now)
+            found = self.choice.again(wanted @ root, weights, self.table @ root, before, now)
             pull += (self.table[now] - self.table[found]) @ hessian[block]
             indices[:, column] = found
         return indices

@@ -1,8 +1,12 @@
-"""The method on one matrix: fit, encode, decode.
+"""The method on one matrix: fit (training.py), encode, decode. Published form and default are branches of one page.
 
-    W [rows, columns]  --row_scale-->  rows of unit RMS  --cut-->  S [rows, n, d]
-    z = encoder(S);  index = nearest codeword to z;  S^ = decoder(codebook[index])
-    W^ = row_scale * join(S^)
+    W [rows, columns]  --rotate-->  R1 W R2^T  --row_scale-->  rows of unit RMS  --cut-->  S [rows, n, d]
+
+    published:  z = encoder(S);  index = nearest codeword to z;  S^ = decoder(codebook[index])
+    default:    index = best codeword for what the layer does to its inputs (Hessian H) and the model to its
+                outputs (Hessian G), with error feedback, on a trellis;  S^ = decoded_codebook[index]
+
+    W^ = R1^T (row_scale * join(S^)) R2;   stored: packed indices, row_scale, and, shared, codebook and decoder
 
 Source: arXiv 2511.17637, section "Method". Two forms of decoder:
 
@@ -22,9 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec import codebook as cb
+from pocketllm.codec.feedback import assign
+from pocketllm.codec.hessian import Hessian
+from pocketllm.codec.index_form import Independent, IndexForm
 from pocketllm.codec.metanet import MetaDecoder, MetaEncoder
 from pocketllm.codec.normalization import TypicalRow, best_row_scale, divide_rows, row_rms
-from pocketllm.codec.subvectors import cut, join
+from pocketllm.codec.reconstruct import reconstruct
+from pocketllm.codec.rotation import Seeds, rotate_matrix
+from pocketllm.codec.subvectors import cut, join, subvectors_per_row
 from pocketllm.config import CodecConfig
 
 # Weights decoded or encoded at once; bounds the memory beside the matrix itself.
@@ -35,12 +44,21 @@ _CHUNK_WEIGHTS = 1 << 22
 class EncodedMatrix:
     """What is stored of one matrix, beside its codec.
 
-    indices: [rows, n] int64 in [0, K). row_scale: [rows] bfloat16. columns: weights in a row.
+    stream: [bytes] uint8, the packed indices. row_scale: [rows] bfloat16. columns: weights in a row.
+    form: of the indices. rotation: seeds of the rotations of the columns and of the rows, None for none.
     """
 
-    indices: Tensor
+    stream: Tensor
     row_scale: Tensor
     columns: int
+    form: IndexForm
+    rotation: Seeds = (None, None)
+
+    def indices(self, vector_len: int) -> Tensor:
+        """[rows, n] int32, n subvectors of `vector_len` weights in a row."""
+        return self.form.unpack(
+            self.stream, len(self.row_scale), subvectors_per_row(self.columns, vector_len)
+        )
 
 
 class MatrixCodec(nn.Module):
@@ -78,13 +96,63 @@ class MatrixCodec(nn.Module):
         return self.decoder(cb.straight_through(z, q)), z, q, indices
 
     @torch.no_grad()
-    def decoded_codebook(self) -> Tensor:
-        """[K, d] float32: what each codeword decodes to. Exact for the look-up form only."""
-        return self.decoder(self.codebook.float()[None])[0]
+    def encode(
+        self,
+        weight: Tensor,
+        hessian: Hessian | None = None,
+        outputs: Hessian | None = None,
+        *,
+        form: IndexForm | None = None,
+        rotation: Seeds = (None, None),
+        row_importance: Tensor | None = None,
+        passes: int = 1,
+    ) -> EncodedMatrix:
+        """Encode a matrix: rotate it, choose an index for every subvector, fit the row scale, pack.
+
+        Args:
+            weight: [rows, columns].
+            hessian: H of the layer's inputs; None minimizes the error of the weights alone (published form).
+            outputs: G of the loss's gradients at the layer's outputs; None for G = I.
+            form: of the indices; None for independent ones.
+            row_importance: [rows] what an error in a row costs; with `hessian`, and not with `outputs`.
+            passes: of coordinate descent; with `hessian` and without `outputs`.
+        """
+        form = form or Independent(len(self.codebook))
+        rotated = rotate_matrix(weight, rotation)
+        if hessian is None:
+            indices, scale = self._encode_weights(rotated)
+        else:
+            indices, scale = assign(
+                rotated,
+                hessian.factor(rotation[1], self.config.vector_len),
+                self.decoded_codebook(),
+                row_rms(rotated),
+                form,
+                outputs=None if outputs is None else outputs.factor(rotation[0], 1),
+                row_importance=row_importance,
+                passes=passes,
+            )
+        return EncodedMatrix(form.pack(indices), scale.bfloat16(), weight.shape[1], form, rotation)
+
+    def _encode_weights(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices [rows, n] and row scale [rows] for the least error of the weights, some rows at a time."""
+        scale = torch.ones(weight.shape[0], dtype=torch.bfloat16, device=weight.device)
+        if self.config.row_scale:
+            scale = row_rms(weight).bfloat16()
+        table = self.decoded_codebook() if self.is_lookup else None
+        indices, scales = [], []
+        step = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+        for chunk, divisor in zip(weight.split(step), scale.split(step), strict=True):
+            indices.append(self.choose(cut(divide_rows(chunk, divisor.float()), self.config.vector_len)))
+            if self.config.row_scale:  # refitted by least squares to what the indices decode to
+                decoded = join(self.decode_unit(indices[-1], table), weight.shape[1])
+                divisor = best_row_scale(chunk, decoded).bfloat16()
+            scales.append(divisor)
+        return torch.cat(indices), torch.cat(scales)
 
     @torch.no_grad()
     def choose(self, unit: Tensor) -> Tensor:
-        """Indices [rows, n] int64 for rows of unit scale [rows, n, d]."""
+        """Indices [rows, n] int64 of the nearest codewords, for rows of unit scale [rows, n, d]."""
         if self.is_lookup:
             return self._nearest(unit, self.decoded_codebook())
         by_latent = self._nearest(self.encoder(unit), self.codebook)
@@ -103,41 +171,43 @@ class MatrixCodec(nn.Module):
         return cb.nearest(x.reshape(-1, x.shape[-1]), targets).reshape(x.shape[:2])
 
     @torch.no_grad()
-    def encode(self, weight: Tensor) -> EncodedMatrix:
-        """Code a matrix [rows, columns]; the row scale is refitted by least squares afterwards."""
-        first_scale = torch.ones(weight.shape[0], dtype=torch.bfloat16, device=weight.device)
-        if self.config.row_scale:
-            first_scale = row_rms(weight).bfloat16()
-        table = self.decoded_codebook() if self.is_lookup else None
-        indices, scales = [], []
-        step = max(1, _CHUNK_WEIGHTS // weight.shape[1])
-        for chunk, scale in zip(weight.split(step), first_scale.split(step), strict=True):
-            indices.append(self.choose(cut(divide_rows(chunk, scale.float()), self.config.vector_len)))
-            if self.config.row_scale:
-                decoded = join(self.decode_unit(indices[-1], table), weight.shape[1])
-                scale = best_row_scale(chunk, decoded).bfloat16()
-            scales.append(scale)
-        return EncodedMatrix(torch.cat(indices), torch.cat(scales), weight.shape[1])
+    def decoded_codebook(self) -> Tensor:
+        """[K, d] float32: what each codeword decodes to. Exact for the look-up form only."""
+        return self.decoder(self.codebook.float()[None])[0]
 
     @torch.no_grad()
     def decode(
-        self, encoded: EncodedMatrix, dtype: torch.dtype = torch.float32, table: Tensor | None = None
+        self,
+        encoded: EncodedMatrix,
+        dtype: torch.dtype = torch.float32,
+        table: Tensor | None = None,
+        *,
+        rotated: bool = False,
     ) -> Tensor:
-        """[rows, columns] from indices and row scale, computed in float32, returned in `dtype`.
+        """[rows, columns] from packed indices and row scale, computed in float32, returned in `dtype`.
 
-        table: `decoded_codebook()` if the caller has it already (look-up form).
+        Args:
+            table: `decoded_codebook()` if the caller has it already (look-up form).
+            rotated: leave it as it was encoded, R1 W R2^T.
         """
         if table is None and self.is_lookup:
             table = self.decoded_codebook()
-        out = torch.empty(
-            (encoded.indices.shape[0], encoded.columns), dtype=dtype, device=encoded.indices.device
-        )
+        indices, scale = encoded.indices(self.config.vector_len), encoded.row_scale.float()
+        rotation = (None, None) if rotated else encoded.rotation
+        decode = table if table is not None else self._decode_rows
+        if rotation != (None, None):
+            return reconstruct(indices, decode, scale, encoded.columns, rotation).to(dtype)
+        out = torch.empty(len(indices), encoded.columns, dtype=dtype, device=indices.device)
         step = max(1, _CHUNK_WEIGHTS // encoded.columns)
-        for begin in range(0, out.shape[0], step):
+        for begin in range(0, len(out), step):
             rows = slice(begin, begin + step)
-            unit = join(self.decode_unit(encoded.indices[rows], table), encoded.columns)
-            out[rows] = unit * encoded.row_scale[rows].float()[:, None]
+            out[rows] = reconstruct(indices[rows], decode, scale[rows], encoded.columns, rotation)
         return out
+
+    def _decode_rows(self, indices: Tensor) -> Tensor:
+        """The decoder on whole rows, some at a time: [rows, n] -> [rows, n, d]."""
+        step = max(1, _CHUNK_WEIGHTS // (indices.shape[1] * self.config.vector_len))
+        return torch.cat([self.decode_unit(part, None) for part in indices.split(step)])
 
     def decode_unit(self, indices: Tensor, table: Tensor | None) -> Tensor:
         """[rows, n] indices -> [rows, n, d] decoded subvectors before scaling."""

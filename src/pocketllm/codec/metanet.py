@@ -1,7 +1,7 @@
 """Meta-encoder and meta-decoder: small residual MLPs between weight space and latent space.
 
 Source: arXiv 2511.17637, section "Method". Blocks are d -> hidden -> d with GELU and no biases.
-Encoder: the first block plain, the others pre-norm residual, a final norm; its output is z.
+MatrixEncoder: the first block plain, the others pre-norm residual, a final norm; its output is z.
 Decoder: the mirror image, residual blocks first, ending in a plain block. With norm `rln` both see whole
 rows, so both take and return [rows, n, d]. With hidden 0 every block is an affine map; with depth 0 a network
 is the identity, without a final norm. Both are there to show what the MLP is worth.

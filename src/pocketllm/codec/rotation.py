@@ -1,4 +1,4 @@
-"""Incoherence: rotate both sides of a matrix by fast orthogonal transforms, so that all weights look alike.
+"""Incoherence: rotate both sides of a matrix by fast orthogonal transforms, so that weights are near Gaussian.
 
 A vector of n = 2^a * m numbers (m odd) is multiplied by random signs, then by the orthogonal matrix
 Hadamard(2^a) (x) Hartley(m): any size works, nothing but the seed is stored, and a row costs
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocketllm.codec import compiled
-from pocketllm.codec.random import splitmix64
+from pocketllm.codec.kernels import cpu, select
+from pocketllm.codec.splitmix import splitmix64
 
 
 @functools.lru_cache(maxsize=64)
@@ -48,7 +48,7 @@ def _split(size: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=64)
 def _factors(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Orthogonal and symmetric L [a, a], R [b, b] with L (x) R = Hadamard (x) Hartley, a and b alike in size."""
+    """Orthogonal and symmetric L [a, a], R [b, b] with L (x) R = Hadamard (x) Hartley, a and b of similar size."""
     power, odd = _split(size)
     left = 1
     while left < power and 2 * left * left <= size:
@@ -107,13 +107,13 @@ def rotate_hessian(hessian: Tensor, seed: int) -> Tensor:
 
 
 Seeds = tuple[int | None, int | None]
-"""Of the rotation of a matrix's columns (length `rows`) and of its rows; None leaves that side alone."""
+"""Seeds of the rotations of a matrix's columns (length `rows`) and of its rows; None leaves a side as it is."""
 
 
 def rotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
     """W [rows, columns] -> R1 W R2^T float32."""
     weight = weight.float()
-    if seeds != (None, None) and compiled.decodes(weight):
+    if seeds != (None, None) and select.decodes(weight):
         return _compiled(weight, seeds, inverse=False)
     if seeds[0] is not None:
         weight = _mix_columns(weight * _signs_on(len(weight), seeds[0], weight.device)[:, None])
@@ -123,7 +123,7 @@ def rotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
 def unrotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:
     """Inverse of `rotate_matrix`."""
     weight = weight.float()
-    if seeds != (None, None) and compiled.decodes(weight):
+    if seeds != (None, None) and select.decodes(weight):
         return _compiled(weight, seeds, inverse=True)
     if seeds[1] is not None:
         weight = unrotate(weight, seeds[1])
@@ -139,5 +139,5 @@ def _compiled(weight: Tensor, seeds: Seeds, inverse: bool) -> Tensor:
         if seed is not None:
             size = weight.shape[side]
             values, mixer = signs(size, seed), hartley(_split(size)[1])
-            compiled.rotate_(weight, values, mixer, columns=side == 0, inverse=inverse)
+            cpu.rotate_(weight, values, mixer, columns=side == 0, inverse=inverse)
     return weight

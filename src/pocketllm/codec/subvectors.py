@@ -1,11 +1,37 @@
-"""Cut the rows of a matrix into subvectors, and put them back (paper, section "Method": W -> S)."""
+"""A parameter as a matrix, and the rows of the matrix as subvectors (paper, section "Method": W -> S)."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pocketllm.errors import ShapeError
+
+
+class Folded(Protocol):
+    """How a parameter differs from its matrix: its shape, and whether its rows are the matrix's columns."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def transposed(self) -> bool: ...
+
+
+def fold(parameter: Tensor, transposed: bool) -> Tensor:
+    """A parameter as the matrix [rows, columns] that is encoded.
+
+    Args:
+        parameter: [rows, columns]; [columns, rows] if `transposed` (Conv1D); [experts, rows, columns] of fused
+            experts, whose rows are put below each other.
+    """
+    return parameter.T if transposed else parameter.reshape(-1, parameter.shape[-1])
+
+
+def unfold(matrix: Tensor, entry: Folded) -> Tensor:
+    """Inverse of `fold`: [rows, columns] -> the parameter in the shape that the model holds."""
+    return matrix.T.contiguous() if entry.transposed else matrix.reshape(entry.shape)
 
 
 def subvectors_per_row(columns: int, vector_len: int) -> int:

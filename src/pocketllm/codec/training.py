@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec import codebook as cb
+from pocketllm.codec.index_form import FittedCodebook, IndexForm
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.normalization import divide_rows, row_rms
 from pocketllm.codec.subvectors import cut
-from pocketllm.codec.trellis import Trellis, train_codebook
 from pocketllm.config import CodecConfig, Safeguards
 
 Progress = Callable[[float], None]
@@ -29,7 +29,7 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One step of training, for those who look on.
+    """One step of training, as an observer sees it.
 
     reconstruction: error of the batch over its energy, by the nearest latent. loss: all its terms.
     grad_norm: of all parameters together, before it is cut. counts: [K] index use of the batch.
@@ -75,30 +75,39 @@ class FitResult:
 def fit(
     samples: Mapping[str, list[Tensor]],
     config: CodecConfig,
-    codebook_size: int,
+    form: IndexForm,
     seed: int,
+    *,
+    keys: list[str] | None = None,
     progress: Progress = lambda share: None,
     safeguards: Safeguards | None = None,
     observer: Observer | None = None,
 ) -> FitResult:
     """Fit one codebook and one encoder/decoder pair per key of `samples`.
 
+    On a form that trains no networks (the trellis) the codebook alone is fitted, to all samples together, and
+    encoders and decoders stay the identity.
+
     Args:
         samples: key -> list of row blocks [rows_i, columns_i]; blocks may differ in `columns`.
         config: the codec's settings.
-        codebook_size: K.
+        form: of the indices; its K is that of the codebook.
         seed: of every random choice.
+        keys: every codec to make, where that is more than the samples' keys; on a form that trains no networks.
+        progress: called with the finished share.
         safeguards: None takes the usual ones.
-        observer: told of every step.
+        observer: called at every step.
 
     Returns:
         The best state met (by sample nmse, the start included), so training never makes it worse. Where the
         loss is no longer finite training ends, and `curve` is shorter than the epochs asked for.
     """
+    if not form.trains_networks:
+        return _fit_codebook_alone(samples, keys or list(samples), config, form, seed)
     safeguards = safeguards or Safeguards()
     generator = torch.Generator().manual_seed(seed)
     rows = {key: [_unit_rows(block, config) for block in blocks] for key, blocks in samples.items()}
-    codecs = _start(rows, config, codebook_size, seed, generator)
+    codecs = _start(rows, config, form, seed, generator)
     batches = [
         (key, part)
         for key, blocks in rows.items()
@@ -113,7 +122,7 @@ def fit(
     kept, revived = copy.deepcopy(codecs), 0
     curve: list[float] = []
     for epoch in range(config.epochs):
-        counts = torch.zeros(codebook_size, dtype=torch.int64, device=parameters[0].device)
+        counts = torch.zeros(form.codebook_size, dtype=torch.int64, device=parameters[0].device)
         for number, position in enumerate(torch.randperm(len(batches), generator=generator).tolist()):
             key, batch = batches[position]
             step = _step(codecs[key], batch, optimizer, safeguards.max_grad_norm)
@@ -121,7 +130,7 @@ def fit(
                 return FitResult(kept, start, best, _utilization(kept, rows), curve, revived)
             counts += step.counts
             if observer is not None:
-                observer(step.told(epoch, batch))
+                observer(step.summary(epoch, batch))
             schedule.step()
             progress((epoch + (number + 1) / len(batches)) / config.epochs)
         revived += _revive(codecs, rows, counts, generator) if safeguards.revive else 0
@@ -132,35 +141,27 @@ def fit(
     return FitResult(kept, start, best, _utilization(kept, rows), curve, revived)
 
 
-def fit_on_trellis(
-    samples: Mapping[str, list[Tensor]], keys: list[str], config: CodecConfig, trellis: Trellis, seed: int
+def _fit_codebook_alone(
+    samples: Mapping[str, list[Tensor]], keys: list[str], config: CodecConfig, form: IndexForm, seed: int
 ) -> FitResult:
-    """Fit a codebook whose indices overlap; the networks stay the identity.
-
-    Rotated rows of unit scale all look alike, so that networks trained for their reconstruction have nothing
-    to add to the codebook; they serve the tuning that comes after.
-
-    Args:
-        samples: some key -> list of row blocks [rows_i, columns_i]. keys: every codec to make.
-        seed: of every random choice.
-    """
+    """Fit the codebook of a form whose networks stay the identity; see `fit`."""
     generator = torch.Generator().manual_seed(seed)
     rows = {key: [_unit_rows(block, config) for block in blocks] for key, blocks in samples.items()}
     points = torch.cat([block.reshape(-1, config.vector_len) for blocks in rows.values() for block in blocks])
     points = points[torch.randperm(len(points), generator=generator)[: config.max_sample].to(points.device)]
     if config.codebook_source == "seed":
-        table = cb.seeded_codebook(1 << trellis.width, config.vector_len, seed).float().to(points.device)
-        utilization, curve = 1.0, [0.0]
+        drawn = cb.seeded_codebook(form.codebook_size, config.vector_len, seed)
+        fitted = FittedCodebook(drawn.float().to(points.device), errors=(0.0,))
     else:
-        table, utilization, curve = train_codebook(points, trellis, config.kmeans_iterations, seed)
-    codebook = nn.Parameter(table)
+        fitted = form.fit_codebook(points, config.kmeans_iterations, seed)
+    codebook = nn.Parameter(fitted.table)
     codecs = {key: MatrixCodec(config, codebook) for key in keys}
     for codec in codecs.values():
         for net in (codec.encoder, codec.decoder):
             net.reset("identity", generator)
             net.to(points.device)
-    start, end = dict.fromkeys(keys, curve[0]), dict.fromkeys(keys, curve[-1])
-    return FitResult(codecs, start, end, utilization, curve, 0)
+    start, end = dict.fromkeys(keys, fitted.errors[0]), dict.fromkeys(keys, fitted.errors[-1])
+    return FitResult(codecs, start, end, fitted.utilization, list(fitted.errors), 0)
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class _Step:
     grad_norm: Tensor
     counts: Tensor
 
-    def told(self, epoch: int, batch: Tensor) -> TrainingStep:
+    def summary(self, epoch: int, batch: Tensor) -> TrainingStep:
         energy = float(batch.square().mean())
         share = float(self.reconstruction) / max(energy, 1e-30)
         return TrainingStep(epoch, share, float(self.loss), float(self.grad_norm), self.counts)
@@ -208,14 +209,14 @@ def _unit_rows(block: Tensor, config: CodecConfig) -> Tensor:
 def _start(
     rows: Mapping[str, list[Tensor]],
     config: CodecConfig,
-    codebook_size: int,
+    form: IndexForm,
     seed: int,
     generator: torch.Generator,
 ) -> dict[str, MatrixCodec]:
     """Codecs as training begins: random networks and codebook as published, or identity and k-means."""
     d = config.vector_len
     device = next(iter(rows.values()))[0].device
-    codebook = nn.Parameter(torch.empty(codebook_size, d, device=device))
+    codebook = nn.Parameter(torch.empty(form.codebook_size, d, device=device))
     codecs = {}
     for key in rows:
         codecs[key] = MatrixCodec(config, codebook)
@@ -224,12 +225,12 @@ def _start(
             net.to(device)
     with torch.no_grad():
         if config.init == "normal":
-            codebook.copy_(cb.normal_codebook(codebook_size, d, generator))
+            codebook.copy_(cb.normal_codebook(form.codebook_size, d, generator))
         else:
             # Of the subvectors, not of the latents, which have lost the means of their rows: the networks
             # begin as the identity, so this is what codewords have to decode to.
             points = torch.cat([block.reshape(-1, d) for blocks in rows.values() for block in blocks])
-            codebook.copy_(cb.kmeans_codebook(points, codebook_size, config.kmeans_iterations, seed))
+            codebook.copy_(form.fit_codebook(points, config.kmeans_iterations, seed).table)
     return codecs
 
 
@@ -253,7 +254,7 @@ def _revive(
 
 @torch.no_grad()
 def _reconstruct(codec: MatrixCodec, block: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, n, d] -> (the same coded and decoded, [rows * n] indices), as `encode` chooses them."""
+    """[rows, n, d] -> (the same encoded and decoded, [rows * n] indices), as `encode` chooses them."""
     indices = codec.choose(block)
     table = codec.decoded_codebook() if codec.is_lookup else None
     return codec.decode_unit(indices, table), indices.reshape(-1)

@@ -10,7 +10,7 @@ from pocketllm.config.recover import DistillConfig, LoopConfig
 from pocketllm.errors import ConfigError
 
 DEMO_TOKENS = 16384
-"""Of calibration text in the demo: half the default, for the sake of time."""
+"""Calibration tokens in the demo: half the default, for the sake of time."""
 DEMO_RECOVERY = DistillConfig(
     steps=12,
     context=256,

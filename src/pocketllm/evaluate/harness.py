@@ -23,7 +23,7 @@ from torch import Tensor
 from pocketllm.errors import ConfigError, SourceError, reason_of
 from pocketllm.evaluate.kl import standard_error
 from pocketllm.evaluate.perplexity import check_likelihood
-from pocketllm.model.limits import positions_of
+from pocketllm.text.vocabulary import positions_of
 
 _LOGITS_BYTES = 1 << 29  # at most, for the logits of a batch; limits it if the vocabulary is large
 Progress = Callable[[float], None]

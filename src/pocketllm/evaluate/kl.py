@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.evaluate.perplexity import check_likelihood, exp_mean
-from pocketllm.model.limits import Vocabulary, check_positions, check_vocabularies, name_of
+from pocketllm.text.vocabulary import Vocabulary, check_positions, check_vocabularies, name_of
 from pocketllm.text.windows import token_windows
 
 _LOGITS_AT_ONCE = 128  # positions whose float32 distributions are held at once

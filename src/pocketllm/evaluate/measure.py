@@ -15,8 +15,9 @@ from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.evaluate.results import folder_digest
 from pocketllm.evaluate.tasks import Subject, TaskSource, find_tasks, run_tasks
 from pocketllm.evaluate.verify import verify_compressed
-from pocketllm.model.checkpoint import REPORT_NAME, folder_bytes
-from pocketllm.model.limits import Vocabulary, check_vocabularies, read_vocabulary
+from pocketllm.format.checkpoint import REPORT_NAME, folder_bytes
+from pocketllm.source.folder import read_vocabulary
+from pocketllm.text.vocabulary import Vocabulary, check_vocabularies
 
 Progress = Callable[[str, float], None]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import WeightError
-from pocketllm.model.limits import check_positions, name_of
+from pocketllm.text.vocabulary import check_positions, name_of
 from pocketllm.text.windows import token_windows
 
 _LOGITS_AT_ONCE = 128  # positions whose float32 logits are held at once

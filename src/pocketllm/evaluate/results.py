@@ -10,7 +10,7 @@ from typing import Any
 
 from pocketllm.cache import cache_folder
 from pocketllm.files import sha256_file, write_json
-from pocketllm.model.checkpoint import REPORT_NAME
+from pocketllm.format.checkpoint import REPORT_NAME
 
 RESULT_VERSION = 1  # raised when results of earlier versions must not be used
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pocketllm.errors import ConfigError, ExtraError, FormatError, LoadError, reason_of
-from pocketllm.model import checkpoint as ckpt
+from pocketllm.format import checkpoint as ckpt
 from pocketllm.recover.base_model import Base, identity
 
 RECORD_NAME, SETTINGS_NAME = "pocketllm-adapter.json", "adapter_config.json"

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 import pocketllm
-from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.compute import fast_dtype
-from pocketllm.model.folder import need_tokenizer, read_config
-from pocketllm.model.limits import check_positions, check_vocabularies, read_vocabulary
-from pocketllm.model.source import open_dense
-from pocketllm.model.workspace import check_apart
+from pocketllm.calibrate.autocast import fast_dtype
+from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.workspace import check_not_nested
+from pocketllm.source.dense_checkpoint import open_dense
+from pocketllm.source.folder import need_tokenizer, read_config, read_vocabulary
+from pocketllm.text.vocabulary import check_positions, check_vocabularies
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def open_base(folder: Path, output: Path | None, trust_remote_code: bool = False
         SourceError: no tokenizer, or it cannot be read.
     """
     if output is not None:
-        check_apart(output, folder)
+        check_not_nested(output, folder)
     report = ckpt.read_report(folder)
     ckpt.verify(folder)
     tokenizer = need_tokenizer(folder, trust_remote_code)

@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pocketllm.compression.pipeline import ProgressCallback, compress, is_made
 from pocketllm.config import CompressConfig, DistillConfig
 from pocketllm.errors import OutputError
-from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.compress import ProgressCallback, compress, is_made
-from pocketllm.model.folder import need_tokenizer, read_config
-from pocketllm.model.limits import check_positions
-from pocketllm.model.report import Report
-from pocketllm.model.source import resolve
+from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.report import Report
 from pocketllm.recover.distill import DistillResult, distill
 from pocketllm.recover.distill_task import training_windows
 from pocketllm.recover.run_log import check_places
+from pocketllm.source.dense_checkpoint import resolve
+from pocketllm.source.folder import need_tokenizer, read_config
+from pocketllm.text.vocabulary import check_positions
 
 
 def compress_and_distill(

@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import DistillConfig
 from pocketllm.errors import ConfigError, SourceError
-from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.compress import Event, ProgressCallback
-from pocketllm.model.report import rounded
-from pocketllm.model.rewrite import rewrite, stored_sizes
-from pocketllm.model.source import open_dense, resolve
-from pocketllm.model.workspace import check_apart
+from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.report import rounded
+from pocketllm.format.rewrite import rewrite, stored_sizes
+from pocketllm.format.workspace import check_not_nested
 from pocketllm.recover.base_model import Base, check_context, check_teacher, open_base
 from pocketllm.recover.distill_task import Distillation, load_student, planned_parameters, training_windows
 from pocketllm.recover.loop import Loop, Progress, step_event
 from pocketllm.recover.run_log import check_places, open_run
 from pocketllm.recover.teacher import make_teacher, open_teacher
 from pocketllm.recover.trainable import set_stored, stored_tensors
+from pocketllm.source.dense_checkpoint import open_dense, resolve
 from pocketllm.text.windows import token_digest
 
 
@@ -94,7 +94,7 @@ def distill(
     base = open_base(folder, output, trust_remote_code)
     name = teacher or str(base.report["model"])
     dense, windows = _inputs(base, config, name, progress)
-    check_apart(output, dense)
+    check_not_nested(output, dense)
     arguments = {
         "method": "distill",
         "teacher": name,

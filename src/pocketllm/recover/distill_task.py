@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.config import DistillConfig
-from pocketllm.model import checkpoint as ckpt
+from pocketllm.format import checkpoint as ckpt
 from pocketllm.recover.base_model import Base, enable_checkpointing
 from pocketllm.recover.kl_loss import Labels, Target
 from pocketllm.recover.lm_head import LmHead

@@ -18,10 +18,10 @@ from accelerate.utils import reduce
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from pocketllm.compression.pipeline import Event
 from pocketllm.config import LoopConfig
 from pocketllm.errors import ConfigError, TrainingError
-from pocketllm.model.compress import Event
-from pocketllm.model.workspace import Workspace
+from pocketllm.format.workspace import Workspace
 from pocketllm.recover.run_log import RunLog
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import LoraTuneConfig
 from pocketllm.files import write_json
-from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.compress import Event, ProgressCallback
-from pocketllm.model.folder import open_to_others
-from pocketllm.model.report import rounded
-from pocketllm.model.workspace import system_errors
+from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.report import rounded
+from pocketllm.format.workspace import system_errors
 from pocketllm.recover.adapter import RECORD_NAME, SETTINGS_NAME, need_peft
 from pocketllm.recover.base_model import Base, check_context, open_base
 from pocketllm.recover.loop import Loop, step_event
 from pocketllm.recover.lora_task import Item, LoraTask, number_of_steps, training_items, with_adapter
 from pocketllm.recover.run_log import check_places, open_run
+from pocketllm.source.folder import copy_file_mode
 from pocketllm.text.windows import token_digest
 
 
@@ -220,7 +220,7 @@ def _save(
     shutil.rmtree(final, ignore_errors=True)
     with system_errors(final):
         adapted.save_pretrained(final, save_embedding_layers=False, state_dict=state)
-    open_to_others(final, SETTINGS_NAME)
+    copy_file_mode(final, SETTINGS_NAME)
     (final / "README.md").unlink(missing_ok=True)
     settings = json.loads((final / SETTINGS_NAME).read_text(encoding="utf-8"))
     if isinstance(settings["target_modules"], list):  # their order changes from run to run

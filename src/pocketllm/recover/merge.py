@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 import pocketllm
+from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import CompressConfig
 from pocketllm.errors import FormatError
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.evaluate.results import folder_digest
 from pocketllm.files import write_json
-from pocketllm.model import checkpoint as ckpt
-from pocketllm.model.compress import Event, ProgressCallback
-from pocketllm.model.export import save_dense
-from pocketllm.model.folder import load_dense
-from pocketllm.model.workspace import check_output
+from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.workspace import check_output
 from pocketllm.recover.adapter import check_adapter, merged, need_peft
 from pocketllm.recover.base_model import Base, check_context, open_base
+from pocketllm.runtime.export import save_dense
+from pocketllm.source.folder import load_dense
 from pocketllm.text.read import named_default, read_text
 from pocketllm.text.windows import token_windows
 

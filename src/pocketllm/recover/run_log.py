@@ -17,9 +17,9 @@ import pocketllm
 from pocketllm.config import LoopConfig
 from pocketllm.errors import OutputError
 from pocketllm.files import write_json
+from pocketllm.format.checkpoint import REPORT_NAME
+from pocketllm.format.workspace import Workspace, check_output, locked, output_error
 from pocketllm.machine import machine
-from pocketllm.model.checkpoint import REPORT_NAME
-from pocketllm.model.workspace import Workspace, check_output, locked, output_error
 from pocketllm.recover.base_model import Base, compute_dtype
 
 STEPS_NAME, SUMMARY_NAME, CURVE_NAME = "steps.jsonl", "summary.json", "curve.png"

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pocketllm.model.blocks import find_blocks
-from pocketllm.model.compress import Event, ProgressCallback
-from pocketllm.model.folder import load_dense
-from pocketllm.model.source import open_dense
-from pocketllm.model.workspace import damaged
+from pocketllm.calibrate.blocks import find_blocks
+from pocketllm.compression.pipeline import Event, ProgressCallback
+from pocketllm.format.workspace import damaged
 from pocketllm.recover.kl_loss import Target, position_slices
 from pocketllm.recover.lm_head import LmHead
 from pocketllm.recover.run_log import Run
+from pocketllm.source.dense_checkpoint import open_dense
+from pocketllm.source.folder import load_dense
 
 _IDS, _LOG_P = "teacher-ids.npy", "teacher-log-p.npy"
 

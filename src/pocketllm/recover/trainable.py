@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketllm.codec.differentiable import decoded_tables, lookup, lookup_gradients, row_form
+from pocketllm.codec.reconstruct import decoded_tables, reconstruct, reconstruct_gradients, row_decoder
+from pocketllm.codec.subvectors import unfold
 from pocketllm.config import CodecConfig
-from pocketllm.model.checkpoint import STORE
-from pocketllm.model.layers import Codebook, Decoder, PackedMatrix, Store, unfold
+from pocketllm.format.checkpoint import STORE
+from pocketllm.runtime.layers import Codebook, Decoder, PackedMatrix, Store
 
 
 class TrainableStore(nn.Module):
@@ -113,15 +114,14 @@ class TrainableMatrix(PackedMatrix):
     def matrix(self, gain: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
         """[rows, columns] float32; differentiable by autograd in the row form only."""
         scale = self.scale * gain.exp()
-        if len(shared) == 1:
-            return lookup(self.indices, shared[0], scale, self.entry.columns, self.entry.rotation)
-        return row_form(self.codec, self.indices, shared, scale, self.entry.columns, self.entry.rotation)
+        decode = shared[0] if len(shared) == 1 else row_decoder(self.codec, *shared)
+        return reconstruct(self.indices, decode, scale, self.entry.columns, self.entry.rotation)
 
     def gradients(self, grad: Tensor, gain: Tensor, shared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Gradients of `gain` and `shared` from the gradient of the matrix [rows, columns]."""
         if len(shared) == 1:
             scale = self.scale * gain.exp()
-            table_grad, scale_grad = lookup_gradients(
+            table_grad, scale_grad = reconstruct_gradients(
                 grad, self.indices, shared[0], scale, self.entry.rotation
             )
             return scale_grad * scale, table_grad

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import FormatError
-from pocketllm.model import (
+from pocketllm.format import (
     REPORT_NAME,
     Layout,
     counting_adapter,

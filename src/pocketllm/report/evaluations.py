@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import SourceError
-from pocketllm.model import resolve_local
+from pocketllm.source import resolve_local
 
 _OUTPUT = "the output of 'pocketllm eval --json'"
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pocketllm.errors import OutputError
-from pocketllm.model import resolve_local
-from pocketllm.model.workspace import check_apart, check_parent
+from pocketllm.format.workspace import check_not_nested, check_parent
+from pocketllm.source import resolve_local
 
 
 def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
@@ -24,7 +24,7 @@ def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
     if path.is_dir():
         raise OutputError(f"{path}: exists and is a folder; name a file")
     for folder in only_read:
-        check_apart(path, Path(folder), "file")
+        check_not_nested(path, Path(folder), "file")
     check_parent(path, "file")
 
 

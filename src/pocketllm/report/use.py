@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketllm.model import Matrices
 from pocketllm.report import charts
 from pocketllm.report.charts import Chart, Table
 from pocketllm.report.collect import MatrixFacts, ModelFacts, spread
 from pocketllm.report.sections import Section, heat_chart, percent
+from pocketllm.runtime import Matrices
 
 _MOST_BARS = 12
 _STEPS = 101

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import SourceError
-from pocketllm.model import DenseCheckpoint, Matrices, open_dense, resolve, resolve_local
 from pocketllm.report.collect import MatrixFacts, ModelFacts, spread
+from pocketllm.runtime import Matrices
+from pocketllm.source import DenseCheckpoint, open_dense, resolve, resolve_local
 
 BINS = 41
 WIDTH = 4.0  # histograms end at this many times the rms of the original weights

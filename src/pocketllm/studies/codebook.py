@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from pocketllm.config import CodecConfig, CompressConfig
-from pocketllm.model import Matrix, predicted_nmse
+from pocketllm.plan import Matrix, predicted_nmse
 from pocketllm.studies import codebook_page as page
 from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.study import Progress, Setup, Step, Study
@@ -53,7 +53,7 @@ def steps(setup: Setup) -> list[Step]:
 
 def _count(setup: Setup, matrix: Matrix) -> int:
     """Matrices of a kind in the model."""
-    from pocketllm.model import classify
+    from pocketllm.plan import classify
 
     return sum(m.kind == matrix.kind for m in classify(setup.source(), CompressConfig())[0])
 
@@ -109,7 +109,8 @@ def _model(setup: Setup, d: int, size: int, progress: Progress) -> dict[str, Any
     """The whole model with a codebook for each kind, embedding and head left dense."""
     import shutil
 
-    from pocketllm.model import Matrices, read_report
+    from pocketllm.format import read_report
+    from pocketllm.runtime import Matrices
     from pocketllm.studies.whole import coded, dense_model, installed, mean_nmse
 
     codec = dataclasses.replace(_config(d), sample_per_codeword=64)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pocketllm.config import CodecConfig
-from pocketllm.model import CODEWORD_BITS, ROW_SCALE_BITS
+from pocketllm.plan import CODEWORD_BITS, ROW_SCALE_BITS
 from pocketllm.studies.study import Results, Table
 from pocketllm.studies.style import INK, look, number, plain_ticks
 

@@ -58,7 +58,7 @@ def size_of(setup: Setup) -> Size:
 
 def variants(setup: Setup) -> dict[str, Variant]:
     """Every variant by key; the reference is `none-kind`, whose bytes the others spend otherwise."""
-    from pocketllm.model import classify
+    from pocketllm.plan import classify
 
     size, source = size_of(setup), setup.source()
     base = _base(setup, size)
@@ -148,7 +148,7 @@ def _steps(setup: Setup) -> list[Step]:
 def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> dict[str, Any]:
     """Code, measure, distil, measure."""
     from pocketllm import distill
-    from pocketllm.model import read_report
+    from pocketllm.format import read_report
 
     size = size_of(setup)
     size = replace(size, context=fitting(setup, size.context))

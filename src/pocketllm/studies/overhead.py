@@ -14,7 +14,7 @@ from pocketllm.studies.study import Progress, Setup, Step, Study
 from pocketllm.studies.whole import calibration_texts, coded, fitting, inputs
 
 if TYPE_CHECKING:
-    from pocketllm.model import Layout
+    from pocketllm.format import Layout
 
 _ROUNDS = 2
 
@@ -86,7 +86,7 @@ def forms(setup: Setup) -> dict[str, CompressConfig]:
 def _steps(setup: Setup) -> list[Step]:
     import torch
 
-    from pocketllm.model import need_tokenizer, resolve
+    from pocketllm.source import need_tokenizer, resolve
 
     need_tokenizer(resolve(setup.model))
     steps = [Step(f"form-{name}", partial(_form, setup, name)) for name in forms(setup)]
@@ -98,7 +98,7 @@ def _steps(setup: Setup) -> list[Step]:
 
 def _form(setup: Setup, name: str, progress: Progress) -> dict[str, Any]:
     """Code the model in a form; bytes and operations."""
-    from pocketllm.model import read_layout, read_report
+    from pocketllm.format import read_layout, read_report
 
     folder = coded(setup, name, forms(setup)[name], progress)
     report = read_report(folder)
@@ -116,7 +116,7 @@ def _round(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
     """Every form and mode, each in a process of its own, one after another on the same machine."""
     import torch
 
-    from pocketllm.model import resolve
+    from pocketllm.source import resolve
 
     short, long = (8, 64) if setup.quick else (16, 512)
     long = fitting(setup, long + 1) - 1

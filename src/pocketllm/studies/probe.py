@@ -120,7 +120,7 @@ def _import_all(folder: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import pocketllm
-    from pocketllm.model import need_tokenizer
+    from pocketllm.source import need_tokenizer
 
     pocketllm.load  # noqa: B018
     need_tokenizer(Path(folder))
@@ -130,7 +130,7 @@ def _import_all(folder: str) -> None:
 
 def _load(probe: Probe) -> tuple[Any, Any]:
     import pocketllm
-    from pocketllm.model import load_dense, need_tokenizer
+    from pocketllm.source import load_dense, need_tokenizer
 
     placed = "cuda" if probe.device == "cuda" else None
     if probe.mode != DENSE:

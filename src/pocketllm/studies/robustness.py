@@ -75,7 +75,7 @@ def _compressed(setup: Setup, key: str, progress: Progress) -> dict[str, Any]:
     """Compress, measure, and keep the figures alone."""
     import shutil
 
-    from pocketllm.model import read_report
+    from pocketllm.format import read_report
 
     folder = coded(setup, key, settings(setup)[key], lambda share: progress(0.7 * share))
     report = read_report(folder)

@@ -68,15 +68,15 @@ def run_study(
             `output.partial`.
         ExtraError: matplotlib is not installed.
     """
-    from pocketllm.model import resolve_local
-    from pocketllm.model.workspace import check_apart, check_output
+    from pocketllm.format.workspace import check_not_nested, check_output
     from pocketllm.report import need_matplotlib
+    from pocketllm.source import resolve_local
 
     study, output = load(name), Path(output)
     need_matplotlib("studies")
     check_output(output, overwrite, f"{name}.svg", f"a study of {name!r}")
     if (folder := resolve_local(model)) is not None:
-        check_apart(output, folder)
+        check_not_nested(output, folder)
     setup = _setup(study, model, output, quick, seed, device, texts)
     result = _measured(study, setup, output, progress)
     progress("", 1.0)
@@ -85,7 +85,7 @@ def run_study(
 
 def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> dict[str, Any]:
     """Run the steps that are not done yet and put the finished folder in its place; the contents of result.json."""
-    from pocketllm.model.workspace import Workspace, locked, output_error
+    from pocketllm.format.workspace import Workspace, locked, output_error
 
     asked, steps = _asked(study, setup), study.steps(setup)
     try:

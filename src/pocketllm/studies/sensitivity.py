@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pocketllm.config import CodecConfig, CompressConfig, preset
-from pocketllm.model import possible_bpw
+from pocketllm.plan import possible_bpw
 from pocketllm.studies import sensitivity_page as page
 from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.scored import scores
@@ -114,8 +114,8 @@ def tasks() -> list[str]:
 def _measure(setup: Setup, path: str, groups: Groups, progress: Progress) -> dict[str, Any]:
     """Perplexity and divergence with each group of matrices compressed and the rest dense."""
     from pocketllm.evaluate import text_divergence
-    from pocketllm.model import Matrices
     from pocketllm.report import read_model
+    from pocketllm.runtime import Matrices
 
     folder = coded(setup, path, configs(setup)[path], lambda share: progress(share / 2))
     chosen = groups(read_model(folder, check=False).matrices)
@@ -150,8 +150,8 @@ def _dense_tasks(setup: Setup, progress: Progress) -> dict[str, Any]:
 
 def _tasks(setup: Setup, path: str, groups: Groups, progress: Progress) -> dict[str, Any]:
     """Zero-shot tasks with each group of matrices compressed and the rest dense."""
-    from pocketllm.model import Matrices
     from pocketllm.report import read_model
+    from pocketllm.runtime import Matrices
 
     folder = coded(setup, path, configs(setup)[path])
     chosen = groups(read_model(folder, check=False).matrices)

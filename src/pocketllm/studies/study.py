@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pocketllm.model import DenseCheckpoint
+    from pocketllm.source import DenseCheckpoint
 
 Results = Mapping[str, Mapping[str, Any]]
 """Step key -> the values it returned, as they come back from JSON; a number that was not finite is None."""
@@ -75,7 +75,8 @@ class Setup:
         Raises:
             SourceError: it is missing or in a form that is not read. ConfigError: it is compressed itself.
         """
-        from pocketllm.model import check_dense, open_dense, resolve
+        from pocketllm.format import check_dense
+        from pocketllm.source import open_dense, resolve
 
         folder = resolve(self.model)
         check_dense(folder, self.model)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.codec import EncodedMatrix, MatrixCodec, TrainingStep, fit, subvectors_per_row
+from pocketllm.codec import EncodedMatrix, MatrixCodec, TrainingStep, fit, fold, subvectors_per_row
 from pocketllm.config import CodecConfig, CompressConfig, Safeguards
 from pocketllm.errors import SourceError
-from pocketllm.model import CODEWORD_BITS, ROW_SCALE_BITS, Matrix, Spec, classify, fold
+from pocketllm.plan import CODEWORD_BITS, ROW_SCALE_BITS, Matrix, Spec, classify
 from pocketllm.studies.study import Progress, Setup
 
 PUBLISHED = CodecConfig(vector_len=8, decoder="row", init="normal", epochs=50, learning_rate=1.6e-2)

@@ -13,9 +13,10 @@ import torch
 
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
-from pocketllm.model import Matrices, positions_of, weighted_mean
+from pocketllm.format import weighted_mean
+from pocketllm.runtime import Matrices
 from pocketllm.studies.study import Progress, Setup, Text
-from pocketllm.text import default_text, read_calibration
+from pocketllm.text import default_text, positions_of, read_calibration
 
 _STAGES = {"measure": (0.0, 0.2), "fit": (0.2, 0.4), "encode": (0.4, 1.0)}
 """Share of a compression that a stage begins and ends at, roughly: progress only."""
@@ -28,7 +29,8 @@ def coded(setup: Setup, name: str, config: CompressConfig, progress: Progress = 
         PocketError: as `pocketllm.compress`.
     """
     from pocketllm import compress
-    from pocketllm.model import REPORT_NAME, Event
+    from pocketllm.compression import Event
+    from pocketllm.format import REPORT_NAME
 
     def told(event: Event) -> None:
         begin, end = _STAGES.get(event.stage, (0.0, 0.0))
@@ -90,7 +92,7 @@ def check_texts(setup: Setup, context: int, windows: int) -> None:
     Raises:
         SourceError: no tokenizer, or a text cannot be read. ConfigError: a text is too short.
     """
-    from pocketllm.model import need_tokenizer, resolve
+    from pocketllm.source import need_tokenizer, resolve
 
     tokenizer, wanted = need_tokenizer(resolve(setup.model)), windows * fitting(setup, context)
     for text in setup.evaluation_texts():
@@ -108,7 +110,8 @@ def fitting(setup: Setup, context: int) -> int:
 
 def dense_model(setup: Setup) -> tuple[Any, Any]:
     """(model, tokenizer): as it is before compression, in the dtype the machine is fastest in."""
-    from pocketllm.model import fast_dtype, load_dense, need_tokenizer, resolve
+    from pocketllm.calibrate import fast_dtype
+    from pocketllm.source import load_dense, need_tokenizer, resolve
 
     folder = resolve(setup.model)
     model = load_dense(folder, fast_dtype(setup.device))
@@ -118,7 +121,7 @@ def dense_model(setup: Setup) -> tuple[Any, Any]:
 def compressed_model(setup: Setup, folder: Path) -> tuple[Any, Any]:
     """(model, tokenizer): of a compressed folder, in the dtype that `dense_model` has."""
     import pocketllm
-    from pocketllm.model import fast_dtype
+    from pocketllm.calibrate import fast_dtype
 
     model, tokenizer = pocketllm.load(folder, dtype=fast_dtype(setup.device))
     return model.to(setup.device), tokenizer

@@ -6,4 +6,5 @@ from .read import (
     read_calibration as read_calibration,
     read_text as read_text,
 )
+from .vocabulary import positions_of as positions_of
 from .windows import calibration_windows as calibration_windows, token_windows as token_windows

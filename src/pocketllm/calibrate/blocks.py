@@ -1,0 +1,251 @@
+"""The blocks of a dense model, one in memory at a time, and the activations between them.
+
+A block is called with what the model itself would call it with: the arguments are recorded, block by block,
+while stand-ins hand the embedded text on from one to the next. So blocks may differ in kind (sliding windows,
+position embeddings of their own), as long as each takes the output of the one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pocketllm.calibrate.autocast import autocast
+from pocketllm.calibrate.input_hessians import Collector, Inputs
+from pocketllm.errors import ConfigError
+from pocketllm.plan.matrices import Matrix
+from pocketllm.source.dense_checkpoint import DenseCheckpoint
+
+_BATCH_TOKENS = 4096
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block beside the activations
+_Tell = Callable[[int, Tensor, _Call], Any]
+
+
+class BlockStream:
+    """The blocks of a dense model, loaded one after another, and the activations between them.
+
+    Args:
+        source: the dense model. windows: [N, context] token ids.
+        device: where blocks run; activations between them are float32.
+        batch: windows that run together; 0 takes about 4096 tokens.
+        weights: of parameters outside the blocks, to use instead of the dense ones.
+    """
+
+    def __init__(
+        self,
+        source: DenseCheckpoint,
+        windows: Tensor,
+        device: str = "cpu",
+        batch: int = 0,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.source, self.device = source, device
+        self.model = source.skeleton()
+        # Experts one by one, so that the inputs of each are seen.
+        self.model.set_experts_implementation("eager")
+        for module in self.model.modules():
+            for leaf, value in module._buffers.items():
+                module._buffers[leaf] = None if value is None else value.to(device)
+        self.path, self.blocks = block_list(self.model)
+        outside = [name for name in source.names() if not name.startswith(f"{self.path}.")]
+        head = self.model.get_output_embeddings()
+        for name in outside:
+            if head is None or self.model.get_submodule(name.rpartition(".")[0]) is not head:
+                self._load(name, (weights or {}).get(name, source.read(name)))
+        self.batch = batch or max(1, _BATCH_TOKENS // windows.shape[1])
+        batches = windows.split(self.batch)
+        self.calls: list[list[_Call]] = []  # by block, then by batch
+        self.hidden: list[Tensor] = []
+        self.as_tuple = False
+        if not self._capture(batches):
+            self.as_tuple = True
+            if not self._capture(batches):
+                raise ConfigError(
+                    f"calibration: the blocks of {type(self.model).__name__} do not simply follow each other; "
+                    "use a preset without calibration (lookup-8x)"
+                )
+        self.current = self.calls[0]  # arguments of the block that is loaded
+
+    def _load(self, name: str, value: Tensor) -> None:
+        parent, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(parent)
+        value = value.to(self.device, torch.float32)
+        if leaf in module._buffers:
+            module._buffers[leaf] = value
+        else:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    @torch.no_grad()
+    def _capture(self, batches: tuple[Tensor, ...]) -> bool:
+        """Run what lies before the blocks, and keep the arguments of every block.
+
+        Returns whether each block was given what the one before it put out.
+        """
+        self.calls, self.hidden = [[] for _ in self.blocks], []
+        passed: list[Tensor] = []
+
+        def record(number: int, hidden: Tensor, call: _Call) -> Any:
+            if number == 0:
+                self.hidden.append(hidden)
+            self.calls[number].append(call)
+            passed.append(hidden)
+            if number == len(self.blocks) - 1:
+                raise _CaughtError
+            return self._output(hidden)
+
+        with self._standing_in(record):
+            for batch in batches:
+                passed.clear()
+                with suppress(_CaughtError):
+                    self._text_model(batch.to(self.device), use_cache=False)
+                handed_on = all(hidden is passed[0] for hidden in passed)
+                if len(passed) != len(self.blocks) or not handed_on or passed[0].ndim != 3:
+                    return False
+        return True
+
+    @property
+    def _text_model(self) -> nn.Module:
+        """The part that runs the blocks, from token ids to the final norm."""
+        return self.model.get_submodule(self.path.rpartition(".")[0])
+
+    @contextmanager
+    def _standing_in(self, tell: _Tell) -> Iterator[None]:
+        """Let stand-ins take the blocks' places."""
+        real = list(self.blocks)
+        for number, block in enumerate(real):
+            self.blocks[number] = _StandIn(block, number, tell)
+        try:
+            yield
+        finally:
+            for number, block in enumerate(real):
+                self.blocks[number] = block
+
+    def _output(self, hidden: Tensor) -> Any:
+        """Activations in the form in which the model's blocks return them."""
+        return (hidden,) if self.as_tuple else hidden
+
+    def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
+        """(path, block) with dense weights, one block in memory at a time.
+
+        The caller puts encoded weights into the block, then sets `hidden` to what it puts out.
+        """
+        for number in range(len(self.blocks)):
+            with self.loaded(number) as entry:
+                yield entry
+
+    @contextmanager
+    def loaded(self, number: int) -> Iterator[tuple[str, nn.Module]]:
+        """(path, block) with its dense weights, which are dropped afterwards."""
+        path, block = f"{self.path}.{number}", self.blocks[number]
+        self.current = self.calls[number]
+        for name in self.source.names():
+            if name.startswith(f"{path}."):
+                self._load(name, self.source.read(name))
+        yield path, block
+        for module in block.modules():  # buffers that no file holds stay
+            for leaf, value in module._parameters.items():
+                if value is not None:
+                    module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head's weight is the embedding's."""
+        return any(target in self.source.parts for target in self.source.tied.values())
+
+    def load_head(self) -> None:
+        """Load the output head, or tie it to the embedding."""
+        head = self.model.get_output_embeddings()
+        for name in self.source.names():
+            if self.model.get_submodule(name.rpartition(".")[0]) is head:
+                self._load(name, self.source.read(name))
+        if head.weight.is_meta:
+            head._parameters["weight"] = self.model.get_input_embeddings().weight
+
+    def after_blocks(self, hidden: Tensor) -> Tensor:
+        """What the head gets to see for an output of the last block [1, context, C]: the final norm."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        with self._standing_in(lambda number, start, call: self._output(hidden)), autocast(self.device):
+            out = self._text_model(ids, use_cache=False).last_hidden_state
+        assert isinstance(out, Tensor)
+        return out.float()
+
+    def set_weight(self, name: str, value: Tensor) -> None:
+        """Put another weight into the model."""
+        self._load(name, value)
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+        """Outputs of the loaded block for activations, batch by batch."""
+        return [self.call(block, batch, number) for number, batch in enumerate(hidden)]
+
+    def call(self, block: Callable[..., Any], hidden: Tensor, number: int) -> Tensor:
+        """Output of the loaded block (or of a function in its place) for an input of batch `number`."""
+        args, kwargs = self.current[number]
+        with autocast(self.device):
+            result = block(hidden, *args, **kwargs)
+        out = result[0] if isinstance(result, tuple) else result
+        assert isinstance(out, Tensor)
+        return out.float()
+
+    def inputs(
+        self, block: nn.Module, matrices: list[Matrix], token_weights: Mapping[str, Tensor] | None = None
+    ) -> Inputs:
+        """What the loaded block's matrices get to see, for the activations in `hidden`.
+
+        Args:
+            token_weights: [N, context] that inputs of a matrix are multiplied by, by name.
+        """
+        collector, given = Collector(self.model, matrices), token_weights or {}
+        own = {m.name: given[m.name].to(self.device) for m in matrices if m.name in given}
+        with torch.no_grad(), collector.watching():
+            for number, hidden in enumerate(self.hidden):
+                some = slice(number * self.batch, (number + 1) * self.batch)
+                with collector.batch({name: weights[some].flatten() for name, weights in own.items()}):
+                    self.call(block, hidden, number)
+        return collector.inputs(self.device)
+
+
+class _StandIn(nn.Module):
+    """Has the attributes of a block, and calls `tell` with (number, hidden, other arguments) instead."""
+
+    def __init__(self, block: nn.Module, number: int, tell: _Tell) -> None:
+        super().__init__()
+        self.__dict__.update({k: v for k, v in block.__dict__.items() if not k.startswith("_")})
+        self._modules.update(block._modules)
+        self.__dict__["tell"] = lambda hidden, call: tell(number, hidden, call)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["tell"](hidden, (args, kwargs))
+
+
+class _CaughtError(Exception):
+    """The last block was reached."""
+
+
+def find_blocks(model: Any) -> tuple[str, nn.ModuleList] | None:
+    """The blocks of a model, with their path: its longest list of modules, lists within lists left out."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    outer = [
+        (name, m) for name, m in lists if not any(name.startswith(f"{o}.") for o, _ in lists if o != name)
+    ]
+    return max(outer, key=lambda found: len(found[1]), default=None)
+
+
+def block_list(model: Any) -> tuple[str, nn.ModuleList]:
+    """The blocks of a model that is calibrated, with their path.
+
+    Raises:
+        ConfigError: a model without such a list.
+    """
+    found = find_blocks(model)
+    if found is None:
+        raise ConfigError(
+            f"calibration: {type(model).__name__} has no blocks in one list; "
+            "use a preset without calibration (lookup-8x)"
+        )
+    return found

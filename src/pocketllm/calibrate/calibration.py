@@ -1,0 +1,194 @@
+"""Calibration: the text as tokens, what an error in each matrix costs on it, and where such things are kept.
+
+Measurements are kept in a folder and found there again by a key of all that they depend on: model, text,
+settings, device, threads, version. By default that is the cache folder; a folder of the user's own also keeps
+the inputs of the dense model's blocks, where they are used (`sequential` off).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pocketllm
+from pocketllm.cache import cache_folder
+from pocketllm.calibrate.input_hessians import regularized_hessian
+from pocketllm.calibrate.sensitivity import Sensitivity, measure
+from pocketllm.config import CompressConfig
+from pocketllm.errors import SourceError, reason_of
+from pocketllm.plan.matrices import classify
+from pocketllm.source.dense_checkpoint import DenseCheckpoint
+from pocketllm.source.folder import read_tokenizer
+from pocketllm.text.read import default_text, read_calibration
+from pocketllm.text.vocabulary import positions_of
+from pocketllm.text.windows import calibration_windows
+
+_HUB_CHARACTERS_PER_TOKEN = 32  # of a data set of the hub: several times what the windows need
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """windows: [N, context] token ids.
+
+    kept: folder of the inputs of the dense model's blocks, None without. outputs: folder of the Hessians of
+    layers' outputs, None without. token_weights: [N, context] by matrix, 0 where they were not measured.
+    """
+
+    windows: Tensor
+    sensitivity: Sensitivity
+    kept: Path | None
+    outputs: Path | None
+    token_weights: dict[str, Tensor]
+
+
+def calibrate(
+    source: DenseCheckpoint,
+    windows: Tensor,
+    config: CompressConfig,
+    device: str,
+    folder: Path | None = None,
+    scratch: Path | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Calibration:
+    """What an error in each matrix costs; measured now, or by an earlier run on the same model and text.
+
+    Args:
+        windows: [N, context] token ids; see `read_windows`. progress: called with the share that is measured.
+        folder: where measurements are kept; None keeps small ones in the cache folder.
+        scratch: where large ones are kept without it; None where they are not wanted.
+    """
+    settings = config.calibration
+    assert settings is not None
+    matrices, _ = classify(source, config)
+    widest = max(m.columns for m in matrices)
+    if windows.numel() < widest:
+        logger.warning(
+            "calibration: %d tokens are fewer than the widest layer has inputs (%d); its Hessian is filled up "
+            "with uncorrelated inputs. Give more text",
+            *(windows.numel(), widest),
+        )
+    two_sided = settings.two_sided
+    count = max(1, settings.sensitivity_tokens // windows.shape[1])
+    measured = torch.arange(0, len(windows), max(1, len(windows) // count))[:count]
+    chosen = windows[measured]
+    names = [m.name for m in matrices]
+    key = _key(source, chosen, device, settings.damping, config.seed, two_sided, settings.weigh_tokens, names)
+    path = (folder or cache_folder()) / f"sensitivity-{key}.safetensors"
+    place = folder or scratch
+    outputs = place / f"outputs-{key}" if place is not None and two_sided else None
+    if not path.is_file() or (outputs is not None and not outputs.is_dir()):
+        with _whole(outputs) as made:
+            measure(
+                *(source, chosen, matrices, settings.damping, config.seed, device, progress),
+                two_sided=two_sided,
+                weigh_tokens=settings.weigh_tokens,
+                outputs=made,
+            ).save(path)
+    kept = None
+    if folder is not None and not settings.sequential:
+        inside = [m.name for m in matrices if m.in_blocks]
+        kept = folder / f"inputs-{_key(source, windows, device, inside, key)}"
+    found, tokens = Sensitivity.load(path), chosen.numel()
+    if tokens < len(found.head_hessian):
+        found = replace(found, head_hessian=regularized_hessian(found.head_hessian * tokens, tokens))
+    weights = {}
+    for name, known in found.token_weights.items():
+        weights[name] = torch.zeros(windows.shape)
+        weights[name][measured] = known.float()
+    return Calibration(windows, found, kept, outputs, weights)
+
+
+@contextmanager
+def _whole(folder: Path | None) -> Iterator[Path | None]:
+    """A folder to fill, which gets its name when that is done, unless another process was faster."""
+    if folder is None:
+        yield None
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    filled = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    for left in folder.parent.glob(f"{folder.name}.*.partial"):
+        if not _is_running(int(left.name.split(".")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
+    filled.mkdir()
+    try:
+        yield filled
+        try:
+            filled.replace(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(filled, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is, and somebody else's
+        return True
+    return True
+
+
+def _key(source: DenseCheckpoint, windows: Tensor, device: str, *facts: object) -> str:
+    asked = (source.fingerprint(), pocketllm.__version__, device, torch.get_num_threads(), *facts)
+    return hashlib.sha256(repr(asked).encode() + windows.numpy().tobytes()).hexdigest()[:16]
+
+
+def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | None:
+    """The calibration text: [N, context] token ids, or None without calibration.
+
+    Raises:
+        SourceError: a text or the tokenizer cannot be read, or does not fit the model; too little text.
+    """
+    settings = config.calibration
+    if settings is None:
+        return None
+    tokenizer = _tokenizer(source)
+    characters = _HUB_CHARACTERS_PER_TOKEN * settings.tokens
+    texts = [read_calibration(place, characters) for place in settings.texts] or [default_text()]
+    positions = positions_of(source.model.config) or settings.context
+    context = min(settings.context, positions)
+    windows = calibration_windows(tokenizer, texts, settings.tokens, context, config.seed)
+    rows = source.model.get_input_embeddings().weight.shape[0]
+    if int(windows.max()) >= rows:
+        raise SourceError(
+            f"{source.folder}: the tokenizer makes token {int(windows.max())}, the model's embedding has {rows} "
+            "rows; the tokenizer belongs to another model"
+        )
+    return windows
+
+
+def _tokenizer(source: DenseCheckpoint) -> Any:
+    def unusable(reason: str) -> SourceError:
+        return SourceError(
+            f"{source.folder}: calibration needs the model's tokenizer, which cannot be read ({reason}); "
+            "add its files (tokenizer.json), or use a preset without calibration (lookup-8x)"
+        )
+
+    try:
+        made = read_tokenizer(source.folder, source.trust_remote_code)
+    except SourceError as error:
+        raise unusable(reason_of(error.__cause__ or error)) from error
+    # Some classes make one without tokens of files that lack them.
+    if made is None or not set(made.get_vocab()) - set(made.all_special_tokens):
+        raise unusable("it has no tokens")
+    return made
+
+
+def text_identity(windows: Tensor | None) -> str | None:
+    """Identity of a calibration text."""
+    return None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,255 @@
+"""What the layers of a block get to see: the Hessian H = E[x x^T] of the inputs of each of its matrices.
+
+Linear layers are watched by hooks. Fused experts, one 3-D parameter for all experts of a block, are watched
+where their slices are multiplied; all experts of a parameter are encoded with one Hessian, the mean over every
+pair of a token and an expert that it was sent to.
+
+A Hessian of fewer tokens than it has columns is blind in some directions, where errors would look free. The
+tokens that are missing are made up: from the mean of its siblings (the same layer of the other experts of the
+block) if there are any, else from uncorrelated inputs. An expert that no token came to so gets the mean
+of its siblings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pocketllm.errors import SourceError
+from pocketllm.format.workspace import keep_tensors
+from pocketllm.plan.matrices import Matrix
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of the matrices of a block.
+
+    hessians: [columns, columns] float32 by matrix name; matrices with the same inputs share one tensor.
+    tokens: that each was taken from; 0 where no input was seen. unseen_experts: of each fused parameter, the
+    experts that no token came to.
+    """
+
+    hessians: dict[str, Tensor]
+    tokens: dict[str, int]
+    unseen_experts: dict[str, int]
+
+    def save(self, path: Path) -> None:
+        """Write to a temporary name and then rename; shared Hessians are stored once.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        owner = {id(hessian): name for name, hessian in reversed(self.hessians.items())}
+        facts = {
+            "same": {name: owner[id(hessian)] for name, hessian in self.hessians.items()},
+            "tokens": self.tokens,
+            "unseen_experts": self.unseen_experts,
+        }
+        tensors = {name: self.hessians[name].cpu().contiguous() for name in owner.values()}
+        keep_tensors(path, tensors, facts)
+
+    @classmethod
+    def load(cls, path: Path, device: str) -> Inputs:
+        """Inverse of `save`."""
+        with safe_open(str(path), framework="pt", device=device) as handle:
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            facts = json.loads(handle.metadata()["facts"])
+        hessians = {name: tensors[owner] for name, owner in facts["same"].items()}
+        return cls(hessians, facts["tokens"], facts["unseen_experts"])
+
+
+def add_square(total: Tensor, x: Tensor) -> None:
+    """total [C, C] += x^T x for x [tokens, C] float32, in place."""
+    if x.device.type == "cpu":
+        # numpy sees that both sides are the same and computes one triangle.
+        array = x.contiguous().numpy()
+        with np.errstate(over="ignore", invalid="ignore"):  # found and named when all is summed
+            total += torch.from_numpy(array.T @ array)
+    else:
+        total.addmm_(x.T, x)
+
+
+def regularized_hessian(total: Tensor, tokens: int, filler: Tensor | None = None) -> Tensor:
+    """H [C, C] from the sum of x x^T over `tokens` inputs; those missing to C are made up.
+
+    Args:
+        filler: [C, C], the Hessian of the inputs that are made up; None for uncorrelated inputs.
+    """
+    columns = total.shape[0]
+    if tokens >= columns:
+        return total / tokens
+    if filler is None:
+        mean = float(total.diagonal().double().mean()) / max(1, tokens)
+        filler = torch.eye(columns, device=total.device) * (mean if mean > 0 else 1.0)
+    return (total + (columns - tokens) * filler) / columns
+
+
+@dataclass
+class Collector:
+    """Sums x^T x of the inputs of matrices while a block runs inside `watching`.
+
+    model: the model that the block belongs to. matrices: of the block.
+    """
+
+    model: nn.Module
+    matrices: list[Matrix]
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    by_expert: dict[str, list[int]] = field(default_factory=dict)
+    unseen: set[str] = field(default_factory=set)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def batch(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """One run of the block, which ends as soon as every matrix has seen its inputs.
+
+        Args:
+            weights: [tokens of the batch] that inputs are multiplied by, for matrices that have them.
+        """
+        self.unseen, self.weights = {m.name for m in self.matrices}, weights
+        with suppress(_AllSeenError):
+            yield
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Collect from whatever runs inside, each run of the block inside a `batch`."""
+        fused = [m for m in self.matrices if len(m.shape) == 3]
+        self.by_expert = {m.name: [0] * m.shape[0] for m in fused}
+        latest: list[tuple[Tensor, str]] = []  # the latest input and the first matrix that read it
+        handles = [
+            self.model.get_submodule(m.name.rpartition(".")[0]).register_forward_pre_hook(
+                self._hook(m, latest)
+            )
+            for m in self.matrices
+            if len(m.shape) == 2
+        ]
+        try:
+            if fused:
+                with _Products(self._slices(fused), self._add_expert):
+                    yield
+            else:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(
+        self, matrix: Matrix, latest: list[tuple[Tensor, str]]
+    ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def collect(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0]
+            if matrix.name in self.weights:
+                self._add(matrix.name, x, self.weights[matrix.name])
+            elif latest and latest[0][0] is x:
+                self.sums[matrix.name] = self.sums[latest[0][1]]
+                self.tokens[matrix.name] = self.tokens[latest[0][1]]
+            else:
+                latest[:] = [(x, matrix.name)]
+                self._add(matrix.name, x)
+            self.unseen.discard(matrix.name)
+            if not self.unseen:  # the product of the last one is not needed
+                raise _AllSeenError
+
+        return collect
+
+    def _slices(self, fused: list[Matrix]) -> dict[int, tuple[Matrix, int]]:
+        """Address of every expert's slice -> (matrix, number of the expert)."""
+        found = {}
+        for matrix in fused:
+            weight = self.model.get_parameter(matrix.name)
+            step = weight.stride(0) * weight.element_size()
+            found.update({weight.data_ptr() + step * n: (matrix, n) for n in range(matrix.shape[0])})
+        return found
+
+    def _add_expert(self, matrix: Matrix, expert: int, x: Tensor) -> None:
+        self.by_expert[matrix.name][expert] += x.numel() // x.shape[-1]
+        self._add(matrix.name, x)
+
+    @torch.no_grad()
+    def _add(self, name: str, x: Tensor, weights: Tensor | None = None) -> None:
+        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        if weights is not None and len(weights) == len(flat):
+            there = weights > 0
+            flat = flat[there] * weights[there, None]
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
+        add_square(self.sums[name], flat)
+        self.tokens[name] = self.tokens.get(name, 0) + len(flat)
+
+    def inputs(self, device: torch.device | str) -> Inputs:
+        """What was seen; every matrix has a Hessian.
+
+        Raises:
+            SourceError: inputs are not finite.
+        """
+        fillers = self._fillers()
+        made: dict[int, Tensor] = {}
+        hessians: dict[str, Tensor] = {}
+        for name, seen in self.sums.items():
+            if not bool(seen.isfinite().all()):
+                raise SourceError(
+                    f"{name}: the inputs of this layer overflow on the calibration text (NaN or Inf); "
+                    "the model does not work on it as it is stored"
+                )
+        for matrix in self.matrices:
+            filler = fillers.get((matrix.kind, matrix.columns))
+            total = self.sums.get(matrix.name)
+            if total is None:  # siblings of the same kind share what stands for inputs not seen
+                total = torch.zeros(matrix.columns, matrix.columns, device=device)
+                key = id(filler) if filler is not None else -matrix.columns
+            else:
+                key = id(total)
+            if key not in made:
+                made[key] = regularized_hessian(total, self.tokens.get(matrix.name, 0), filler)
+            hessians[matrix.name] = made[key]
+        tokens = {m.name: self.tokens.get(m.name, 0) for m in self.matrices}
+        return Inputs(hessians, tokens, {name: seen.count(0) for name, seen in self.by_expert.items()})
+
+    def _fillers(self) -> dict[tuple[str, int], Tensor]:
+        """Mean Hessian of siblings, by kind and columns, where one of them saw too few tokens."""
+        kinds: dict[tuple[str, int], list[Matrix]] = defaultdict(list)
+        for matrix in self.matrices:
+            kinds[matrix.kind, matrix.columns].append(matrix)
+        found = {}
+        for key, members in kinds.items():
+            seen = [m.name for m in members if m.name in self.sums]
+            enough = all(self.tokens.get(m.name, 0) >= m.columns for m in members)
+            if len(members) > 1 and seen and not enough:
+                total = torch.stack([self.sums[name] for name in seen]).sum(dim=0)
+                found[key] = regularized_hessian(total, sum(self.tokens[name] for name in seen))
+        return found
+
+
+class _AllSeenError(Exception):
+    """Every matrix of the block has seen its inputs."""
+
+
+class _Products(TorchFunctionMode):
+    """Tells of every product x @ slice^T with a slice of a watched parameter."""
+
+    def __init__(
+        self, slices: Mapping[int, tuple[Matrix, int]], tell: Callable[[Matrix, int, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self.slices, self.tell = slices, tell
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.linear:
+            x, weight = args[:2]
+            found = self.slices.get(weight.data_ptr())
+            if found is not None and tuple(weight.shape) == found[0].shape[1:]:
+                self.tell(*found, x)
+        return func(*args, **(kwargs or {}))

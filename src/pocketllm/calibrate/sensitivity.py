@@ -1,0 +1,251 @@
+"""What an error in each matrix costs the model: measured on the dense model before anything is encoded.
+
+If every weight of a matrix W is off by independent noise of variance v, the KL divergence between the outputs
+of the dense and the noisy model grows by v / 2 * F, with F the trace of the Fisher information of W: the mean
+over tokens of |d log p(token) / dW|^2, the tokens drawn from the model's own distribution. Error feedback
+shapes the noise of an encoded matrix by the Hessian H of its inputs and lowers that by the factor
+
+    feedback gain = mean of 1 / U_jj^2, over mean of H_jj        (H^-1 = U^T U; see codec/feedback.py)
+
+so a matrix encoded with a given nmse costs  nmse * |W|^2 / (rows * columns) * F / 2 * gain.
+
+Where a few tokens have gradients far above those of the others, what errors cost is what they do to these
+tokens: key and value projections at the first tokens of a text, which all others attend to. The inputs of
+such a matrix are weighted by the size of the gradient at its output (`gradients.py`).
+
+The same gradients give the Hessian of each layer's outputs, G = E[g g^T], with g the gradient at an output of
+the loss of tokens drawn from the model's own distribution. Feedback from strip to strip of rows lowers the
+cost by another such factor; shorter strips gain more by it, but paths on a trellis lose more (the first rows
+of a strip have few codewords to choose from). The length of the least product is taken.
+
+One pass forward and one backward, one block of the model in memory at a time; what each block is fed waits on
+disk for the pass backward.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pocketllm.calibrate.blocks import BlockStream
+from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
+from pocketllm.calibrate.input_hessians import regularized_hessian
+from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factorize
+from pocketllm.codec.rotation import rotate_hessian
+from pocketllm.codec.subvectors import fold
+from pocketllm.config.constants import OUTPUT_DAMPING, SHORTEST_STRIPS, STRIP_START_LOSS, UNSEEN_ROW_SHARE
+from pocketllm.format.workspace import keep_tensors
+from pocketllm.plan.matrices import Matrix
+from pocketllm.source.dense_checkpoint import DenseCheckpoint
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the measurement finds.
+
+    importance: loss (nats a token) per unit of nmse, by matrix. head_hessian: [C, C] of the inputs of the
+    output head. head_share: of the loss that errors in embedding or head cause as the head, by matrix.
+    row_importance: [rows] for embedding and head, by matrix: what an error in a row costs, mean 1.
+    strip_rows: of the paths of matrices whose rows make up for each other, by matrix.
+    token_weights: [N, context] float16 of matrices whose inputs are to be weighted.
+    """
+
+    importance: dict[str, float]
+    head_hessian: Tensor
+    head_share: dict[str, float]
+    row_importance: dict[str, Tensor]
+    strip_rows: dict[str, int]
+    token_weights: dict[str, Tensor]
+
+    @property
+    def for_plan(self) -> tuple[dict[str, float], dict[str, int]]:
+        """What `make_plan` wants of it."""
+        return self.importance, self.strip_rows
+
+    def save(self, path: Path) -> None:
+        """Write to a temporary name, then rename.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        rows = {f"rows|{name}": value for name, value in self.row_importance.items()}
+        tokens = {f"tokens|{name}": value for name, value in self.token_weights.items()}
+        tensors = {"head_hessian": self.head_hessian.contiguous(), **rows, **tokens}
+        kept = ("importance", "head_share", "strip_rows")
+        keep_tensors(path, tensors, {name: getattr(self, name) for name in kept})
+
+    @classmethod
+    def load(cls, path: Path) -> Sensitivity:
+        """Inverse of `save`."""
+        with safe_open(str(path), framework="pt") as handle:
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            facts = json.loads(handle.metadata()["facts"])
+        hessian = tensors.pop("head_hessian")
+
+        def named(what: str) -> dict[str, Tensor]:
+            return {k.removeprefix(what): value for k, value in tensors.items() if k.startswith(what)}
+
+        return cls(
+            importance=facts["importance"],
+            head_hessian=hessian,
+            head_share=facts["head_share"],
+            row_importance=named("rows|"),
+            strip_rows=facts["strip_rows"],
+            token_weights=named("tokens|"),
+        )
+
+
+def measure(
+    source: DenseCheckpoint,
+    windows: Tensor,
+    matrices: list[Matrix],
+    damping: float,
+    seed: int,
+    device: str = "cpu",
+    progress: Callable[[float], None] = lambda share: None,
+    *,
+    two_sided: bool = False,
+    weigh_tokens: bool = True,
+    outputs: Path | None = None,
+) -> Sensitivity:
+    """Measure a dense model.
+
+    Args:
+        windows: [N, context] token ids. matrices: that are to be encoded. damping: of the Hessians of inputs.
+        seed: of the tokens that the model draws. progress: called with the share that is done.
+        two_sided: whether rows will make up for each other. weigh_tokens: whether inputs will be weighted.
+        outputs: folder in which the Hessians of outputs are left, a file for each block; see `output_hessians`.
+            What blocks are fed waits there too, and without it in the system's folder for temporary files.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    stream = BlockStream(source, windows, device, batch=1)
+    tokens = windows.numel()
+    energy: dict[str, float] = {}
+    gains: dict[str, float] = {}
+    strip_rows: dict[str, int] = {}
+    weights: dict[str, Tensor] = {}
+    if outputs is not None:
+        outputs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="inputs-", dir=outputs) as scratch:
+        spool = ActivationSpool(Path(scratch), device)
+        for number, (_, block) in enumerate(stream):
+            spool.write(number, stream.hidden)
+            stream.hidden = stream.run(block, stream.hidden)
+            progress(0.3 * (number + 1) / len(stream.blocks))
+        head = Head(stream, seed)
+        gradients = [head.backward(n) for n in range(len(windows))]
+        for number in reversed(range(len(stream.blocks))):
+            with stream.loaded(number) as (path, block):
+                inside = [m for m in matrices if m.name.startswith(f"{path}.")]
+                stream.hidden = spool.pop(number)
+                gains |= _input_gains(inside, stream.inputs(block, inside).hessians, damping)
+                gradients, after = block_backward(stream, block, inside, gradients, energy)
+            squares = after.squares if two_sided else {}
+            if weigh_tokens:
+                weights |= after.token_weights(len(windows))
+            for name, square in squares.items():
+                scaled = regularized_hessian(square, tokens)
+                scaled /= scaled.diagonal().mean()
+                rotated = rotate_hessian(scaled, 1)
+                strip_rows[name], gain = strips_for(factorize(rotated, 1, OUTPUT_DAMPING))
+                gains[name] *= gain
+                squares[name] = scaled.half().cpu()
+            if outputs is not None:
+                keep_tensors(outputs / f"{path}.safetensors", squares, {})
+            progress(0.4 + 0.6 * (len(stream.blocks) - number) / len(stream.blocks))
+    importance = {}
+    for matrix in matrices:
+        if matrix.in_blocks:
+            scale = _mean_square(source, matrix) / 2 / tokens
+            importance[matrix.name] = scale * energy.get(matrix.name, 0.0) * gains[matrix.name]
+    embedded = torch.zeros(_vocabulary(stream.model))
+    for ids, gradient in zip(windows, gradients, strict=True):
+        embedded.index_add_(0, ids, gradient[0].square().sum(dim=1).cpu())
+    ends = _Ends(head.rows.cpu(), embedded, _gain(head.hessian / tokens, damping))
+    rows: dict[str, Tensor] = {}
+    share: dict[str, float] = {}
+    for matrix in matrices:
+        if not matrix.in_blocks:
+            cost, rows[matrix.name], share[matrix.name] = ends.of(stream, matrix)
+            importance[matrix.name] = _mean_square(source, matrix) / 2 / tokens * cost
+    floor = 1e-9 * max(importance.values(), default=1.0)
+    importance = {name: max(value, floor) for name, value in importance.items()}
+    return Sensitivity(importance, (head.hessian / tokens).cpu(), share, rows, strip_rows, weights)
+
+
+def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, Tensor]:
+    """Hessians [rows, rows] float32 of a block's outputs as `measure` left them, scaled, by matrix."""
+    if outputs is None:
+        return {}
+    with safe_open(str(outputs / f"{path}.safetensors"), framework="pt") as handle:
+        return {name: handle.get_tensor(name).float().to(device) for name in handle.keys()}  # noqa: SIM118
+
+
+def _vocabulary(model: Any) -> int:
+    """Rows of the input embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _input_gains(matrices: list[Matrix], hessians: dict[str, Tensor], damping: float) -> dict[str, float]:
+    """Gain of feedback along the inputs, by matrix; 1 where no inputs were seen."""
+    found: dict[int, float] = {}
+    for hessian in hessians.values():
+        if id(hessian) not in found:
+            found[id(hessian)] = _gain(hessian, damping)
+    return {m.name: found[id(hessians[m.name])] if m.name in hessians else 1.0 for m in matrices}
+
+
+def _gain(hessian: Tensor, damping: float) -> float:
+    """See the module's docstring; of the rotated Hessian."""
+    factor = factorize(rotate_hessian(hessian, 1), 1, damping)
+    conditional = factor.upper.diagonal().double().square().reciprocal().mean()
+    return float(conditional / factor.hessian.diagonal().double().mean())
+
+
+def strips_for(factor: HessianFactor) -> tuple[int, float]:
+    """Rows of a strip, and the factor by which feedback between such strips lowers the loss.
+
+    Args:
+        factor: of a Hessian of outputs, rotated.
+    """
+    mean = float(factor.hessian.diagonal().mean())
+    gains = {rows: float(conditional_diagonal(factor, rows).mean()) / mean for rows in SHORTEST_STRIPS}
+    best = min(gains, key=lambda rows: gains[rows] * (1 + STRIP_START_LOSS / rows))
+    return best, gains[best]
+
+
+def _mean_square(source: DenseCheckpoint, matrix: Matrix) -> float:
+    return float(fold(source.read(matrix.name), matrix.transposed).float().square().mean())
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """head: [rows] squared gradients of the head's rows; embedded: of the embedding's; gain: of the head."""
+
+    head: Tensor
+    embedded: Tensor
+    gain: float
+
+    def of(self, stream: BlockStream, matrix: Matrix) -> tuple[float, Tensor, float]:
+        """(Fisher trace with feedback, importance of rows with mean 1, share of the head) of a matrix."""
+        module = stream.model.get_submodule(matrix.name.rpartition(".")[0])
+        is_input = module is stream.model.get_input_embeddings()
+        is_head = not is_input or stream.is_tied
+        head = self.head if is_head else torch.zeros_like(self.head)
+        embedded = self.embedded if is_input else torch.zeros_like(self.head)
+        rows = head + embedded
+        share = float(head.sum() / rows.sum().clamp(min=1e-30))
+        cost = float(head.sum()) * self.gain + float(embedded.sum())
+        # Tokens that the text happens not to hold still matter.
+        rows = rows + UNSEEN_ROW_SHARE * rows.mean() + 1e-30
+        return cost, rows / rows.mean(), share

@@ -1,0 +1,203 @@
+"""The order in which error feedback encodes a matrix: strips of rows, each some columns behind the one above it.
+
+All active strips are encoded at once. `ColumnFeedback` carries the error of a column of subvectors to
+the columns after it, `RowFeedback` that of a strip to the strips below; feedback.py has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LAG = 2  # columns between a strip and the next: one to be encoded after the other, one to look ahead
+_GROUP = 128  # columns whose feedback is applied to the rest of the row at once
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where coding stands: the strips under way, and the column of subvectors that each is at.
+
+    strips: which of all. numbers, columns: of each, [active] int64. step: number of the place.
+    last: number of the last column.
+    """
+
+    strips: slice
+    numbers: Tensor
+    columns: Tensor
+    step: int
+    last: int
+
+    @property
+    def has_next(self) -> Tensor:
+        """[active] whether there is a column after it."""
+        return self.columns < self.last
+
+    @property
+    def next(self) -> Place:
+        """The same strips a column further; those without one stay."""
+        return Place(
+            self.strips, self.numbers, (self.columns + 1).clamp(max=self.last), self.step + 1, self.last
+        )
+
+
+class Strips:
+    """Rows as strips of one length [strips, longest]; the shorter ones are filled up.
+
+    Args:
+        lengths: rows of each. columns: of subvectors. in_turn: whether strips wait for those above them.
+    """
+
+    def __init__(self, lengths: list[int], columns: int, in_turn: bool, device: torch.device) -> None:
+        self.lengths, self.columns, self.lag = lengths, columns, _LAG if in_turn else 0
+        sizes = torch.tensor(lengths, device=device)
+        self.inside = torch.arange(max(lengths), device=device) < sizes[:, None]
+        self.last = sizes - 1  # row of each strip
+
+    def __iter__(self) -> Iterator[Place]:
+        """Every place in turn."""
+        count = len(self.lengths)
+        for step in range(self.columns + self.lag * (count - 1)):
+            strips = slice(0, count)
+            if self.lag:
+                first = max(0, -(-(step - self.columns + 1) // self.lag))
+                strips = slice(first, min(count, step // self.lag + 1))
+            numbers = torch.arange(strips.start, strips.stop, device=self.last.device)
+            yield Place(strips, numbers, step - self.lag * numbers, step, self.columns - 1)
+
+    def pad(self, values: Tensor) -> Tensor:
+        """[rows, ...] -> [strips, longest, ...]; filled up with ones, which can be divided by."""
+        out = values.new_ones(*self.inside.shape, *values.shape[1:])
+        out[self.inside] = values
+        return out
+
+
+class ColumnFeedback:
+    """What is left to code, each strip shifted by its lag, so that all stand at one place.
+
+    Feedback is applied within a group of columns at once, to those beyond it when it ends.
+
+    Args:
+        weight: [rows, columns]. upper: U of the Hessian of the inputs; None for no feedback.
+        d: columns of a subvector.
+    """
+
+    def __init__(self, strips: Strips, weight: Tensor, upper: Tensor | None, d: int) -> None:
+        padded = strips.pad(weight)
+        count, longest, columns = padded.shape
+        self.d, self.shift = d, strips.lag * d
+        self.edge = self.shift * (count - 1)
+        self.left = weight.new_zeros(count, longest, columns + self.edge + d)
+        for number in range(count):
+            begin = number * self.shift
+            self.left[number, :, begin : begin + columns] = padded[number]
+        self.first = self.left.clone() if self.shift else self.left
+        self.end = columns + self.edge
+        self.group = max(d, _GROUP // d * d)
+        self.errors = weight.new_zeros(count, longest, self.group)
+        self.upper, self.metric = None, torch.eye(d, device=weight.device).expand(columns // d, d, d)
+        if upper is not None:
+            blocks = [upper[j : j + d, j : j + d] for j in range(0, columns, d)]
+            self.metric = torch.linalg.inv(torch.stack(blocks))  # U_JJ^-1 of every column [n, d, d]
+            edges = (self.edge, self.edge + d) * 2
+            self.upper = torch.nn.functional.pad(upper, edges)
+
+    def wanted(self, at: Place) -> Tensor:
+        """What is left of the columns of a place: [active, longest, d]."""
+        return self.left[at.strips, :, at.step * self.d : (at.step + 1) * self.d]
+
+    def target(self, at: Place) -> Tensor:
+        """The weights of the columns of a place, where strips take turns: [active, longest, d]."""
+        return self.first[at.strips, :, at.step * self.d : (at.step + 1) * self.d]
+
+    def feed(self, at: Place, error: Tensor) -> None:
+        """Carry errors e [active, longest, d] to the right."""
+        if self.upper is None:
+            return
+        here = at.step * self.d
+        begin, after = here // self.group * self.group, here + self.d
+        end = min(begin + self.group, self.end)
+        self.errors[at.strips, :, here - begin : after - begin] = error
+        if after < end:
+            self.left[at.strips, :, after:end] -= error @ self._upper(at.strips, here, after, after, end)
+        elif end < self.end:
+            everywhere = slice(0, len(self.left))
+            carried = self._upper(everywhere, begin, end, end, self.end)
+            self.left[:, :, end : self.end] -= self.errors[:, :, : end - begin] @ carried
+            self.errors.zero_()
+
+    def _upper(self, strips: slice, top: int, bottom: int, begin: int, end: int) -> Tensor:
+        """U of rows top:bottom and columns begin:end, each strip's shifted: [active, rows, columns]."""
+        assert self.upper is not None
+        if self.shift == 0:
+            return self.upper[top:bottom, begin:end]
+        pitch, back = self.upper.shape[1], self.edge - (strips.stop - 1) * self.shift
+        size = strips.stop - strips.start, bottom - top, end - begin
+        # From the last strip to the first, since strides cannot be negative.
+        stride = self.shift * (pitch + 1), pitch, 1
+        return self.upper.as_strided(size, stride, (top + back) * pitch + begin + back).flip(0)
+
+
+class RowFeedback:
+    """What strips have to make up for the errors of those above them.
+
+    Strips nearby hand on their errors column by column. Those further up have by then finished the group of
+    columns that comes next, and hand all of it on in one product.
+
+    diagonal: [strips, longest] what is left of G's diagonal then.
+
+    Args:
+        upper: V of the Hessian of the outputs [rows, rows]. d: columns of a subvector.
+    """
+
+    def __init__(self, strips: Strips, upper: Tensor, d: int) -> None:
+        (count, longest), device = strips.inside.shape, upper.device
+        place = strips.inside.reshape(-1).nonzero()[:, 0]
+        full = torch.eye(count * longest, device=device)
+        full[place[:, None], place] = upper
+        blocks = full.reshape(count, longest, count, longest)
+        number = torch.arange(count, device=device)
+        inverse = torch.linalg.inv(blocks[number, :, number])
+        self.diagonal = inverse.square().sum(dim=2)
+        self.whiten = inverse.transpose(1, 2).contiguous()  # V_SS^-T
+        self.lag, self.count, self.longest = strips.lag, count, longest
+        # A column reads `near` strips for each strip, and a group of lag * near columns all strips once.
+        self.near = max(1, round(count**0.5 / 2))
+        self.upper = torch.nn.functional.pad(full, (0, 0, self.near * longest, 0))  # none above the first
+        self.nearby = torch.stack([self._above(s, s, s + self.near) for s in range(count)])
+        self.kept = torch.zeros(strips.columns, len(self.upper), d, device=device)
+        self.from_afar = torch.zeros(strips.columns, count, longest, d, device=device)
+
+    def shift(self, at: Place, rows: int | None = None) -> Tensor:
+        """What the first rows of the strips are to add in their columns, but for the sign: [active, rows, d]."""
+        handed = self.kept[at.columns[:, None], self._rows(at.numbers, self.near)]
+        return self.from_afar[at.columns, at.numbers, :rows] + self.nearby[at.strips, :rows] @ handed
+
+    def feed(self, at: Place, error: Tensor) -> None:
+        """Note Z of the columns of a place, given T - decoded [active, longest, d]."""
+        self.kept[at.columns[:, None], self._rows(at.numbers + self.near, 1)] = self.whiten[at.strips] @ error
+        if at.step % self.lag == 0:
+            # Strips that stand `lag` columns before a group, which those above strip - near have finished.
+            for group, strip in enumerate(range(at.step // self.lag + 1, self.near, -self.near)):
+                if strip < self.count:
+                    self._gather(strip, group)
+
+    def _gather(self, strip: int, group: int) -> None:
+        """What comes from afar into a group of a strip's columns."""
+        size = self.lag * self.near
+        columns, rows = slice(group * size, (group + 1) * size), slice(self.near * self.longest, None)
+        errors = self.kept[columns, rows][:, : (strip - self.near) * self.longest]
+        count, _, d = errors.shape
+        carried = self._above(strip, self.near, strip) @ errors.transpose(0, 1).flatten(1)
+        self.from_afar[columns, strip] = carried.reshape(self.longest, count, d).transpose(0, 1)
+
+    def _above(self, strip: int, first: int, end: int) -> Tensor:
+        """V_TS^T of a strip S and strips T, counted from `near` above the first: [longest, rows of T]."""
+        here = slice(strip * self.longest, (strip + 1) * self.longest)
+        return self.upper[first * self.longest : end * self.longest, here].T
+
+    def _rows(self, first: Tensor, strips: int) -> Tensor:
+        """Rows of `kept` of runs of strips, counted from `near` above the first: [active, rows]."""
+        return first[:, None] * self.longest + torch.arange(strips * self.longest, device=first.device)

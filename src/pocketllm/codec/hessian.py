@@ -1,0 +1,99 @@
+"""Hessians of a layer's inputs and of the gradients at its outputs, rotated and factorized for error feedback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pocketllm.codec.rotation import rotate_hessian
+from pocketllm.codec.subvectors import subvectors_per_row
+from pocketllm.errors import WeightError
+
+
+@dataclass(frozen=True)
+class HessianFactor:
+    """What assignment needs of a Hessian, shared by the matrices that read the same inputs.
+
+    hessian: [C, C] float32, damped and padded to whole subvectors. upper: U with hessian^-1 = U^T U.
+    columns: before padding.
+    """
+
+    hessian: Tensor
+    upper: Tensor
+    columns: int
+
+
+def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> HessianFactor:
+    """Damp, pad and factorize a Hessian for `assign`.
+
+    Args:
+        hessian: [columns, columns] symmetric, positive semidefinite.
+        damping: share of the mean diagonal that is added to the diagonal; doubled until H can be factorized.
+
+    Returns:
+        H as it was factorized, damped, and its factor.
+
+    Raises:
+        WeightError: H holds NaN or Inf.
+    """
+    if not bool(hessian.isfinite().all()):
+        raise WeightError(
+            "Hessian: holds NaN or Inf; activations or gradients of the model overflow on this text"
+        )
+    columns = hessian.shape[0]
+    padding = subvectors_per_row(columns, vector_len) * vector_len - columns
+    hessian = hessian.double()
+    mean = float(hessian.diagonal().mean())
+    if not mean > 0:
+        hessian, mean = torch.eye(columns, dtype=torch.float64, device=hessian.device), 1.0
+    hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))  # errors there cost nothing
+    while True:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return HessianFactor(damped.float(), upper.float(), columns)
+        damping *= 2
+
+
+def conditional_diagonal(factor: HessianFactor, block: int) -> Tensor:
+    """What is left of a Hessian's diagonal once errors in earlier blocks have been made up for: [C] float32.
+
+    Args:
+        block: size of the blocks; inside one nothing is made up for.
+    """
+    parts = []
+    for begin in range(0, len(factor.upper), block):
+        inverse = torch.linalg.inv(factor.upper[begin : begin + block, begin : begin + block])
+        parts.append(inverse.square().sum(dim=1))
+    return torch.cat(parts)[: factor.columns]
+
+
+class Hessian:
+    """H = E[x x^T] of a layer's inputs, or G of the gradients at its outputs, for `MatrixCodec.encode`.
+
+    It is rotated as the matrix is, and factorized, when that is asked for; once for all matrices that share it.
+
+    Args:
+        matrix: [columns, columns] symmetric, positive semidefinite. damping: see `factorize`.
+    """
+
+    def __init__(self, matrix: Tensor, damping: float = 0.01) -> None:
+        self.matrix, self.damping = matrix, damping
+        self._factors: dict[tuple[int | None, int], HessianFactor] = {}
+
+    def factor(self, seed: int | None, vector_len: int) -> HessianFactor:
+        """Its factor, rotated with a seed (None: not at all), padded to whole subvectors.
+
+        Raises:
+            WeightError: it holds NaN or Inf.
+        """
+        key = seed, vector_len
+        if key not in self._factors:
+            rotated = self.matrix if seed is None else rotate_hessian(self.matrix, seed)
+            self._factors[key] = factorize(rotated, vector_len, self.damping)
+        return self._factors[key]

@@ -1,0 +1,123 @@
+"""The hot loops in torch, on any device: what every other kernel has to agree with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pocketllm.codec.subvectors import cut, join
+
+_CHUNK_DISTANCES = 1 << 26  # computed at once: 256 MiB of float32
+
+
+@dataclass(frozen=True)
+class PathProblem:
+    """One column of some strips; tensors are contiguous and on one device.
+
+    points: [n, d] float32, those of each strip followed by some that are not put out. weights: [n] float32.
+    tables: [C, d, 2^width] float32, over bit-reversed states. halves: [C, 2^width], |c|^2 / 2.
+    which, after: [strips] int64, the table of a strip's own points, and of those that follow.
+    start, stop: [strips] int64, the state before the first point, and the one to end in (-1: any).
+    lengths, lookahead: of each strip, how many points are its own, and how many follow.
+    width, stride: of the trellis.
+    """
+
+    points: Tensor
+    weights: Tensor
+    tables: Tensor
+    halves: Tensor
+    which: Tensor
+    after: Tensor
+    start: Tensor
+    stop: Tensor
+    lengths: list[int]
+    lookahead: list[int]
+    width: int
+    stride: int
+
+    @property
+    def kept(self) -> int:
+        """Bits that a state shares with the one before."""
+        return self.width - self.stride
+
+
+def cheapest_paths(problem: PathProblem) -> Tensor:
+    """States [rows] int64 of the cheapest paths; strips of equal length at once."""
+    lengths, lookahead, device = problem.lengths, problem.lookahead, problem.points.device
+    out = torch.empty(sum(lengths), dtype=torch.int64, device=device)
+    sizes = list(zip(lengths, lookahead, strict=True))
+    firsts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    skipped = torch.tensor([0, *lookahead]).cumsum(0)[:-1]
+    for length, ahead in dict.fromkeys(sizes):
+        chosen = torch.tensor([n for n, size in enumerate(sizes) if size == (length, ahead)])
+        into = (firsts[chosen][:, None] + torch.arange(length)).to(device)
+        rows = ((firsts + skipped)[chosen][:, None] + torch.arange(length + ahead)).to(device)
+        out[into] = _equal_strips(problem, rows, chosen.to(device), length)[:, :length]
+    return out
+
+
+def _equal_strips(problem: PathProblem, rows: Tensor, chosen: Tensor, own: int) -> Tensor:
+    """States [B, T] of strips of one length.
+
+    Args:
+        rows: [B, T] of the problem's points, the first `own` of each strip its own. chosen: [B] strips.
+    """
+    points, weights = problem.points[rows], problem.weights[rows]
+    tables = [(problem.tables[n], problem.halves[n]) for n in (problem.which[chosen], problem.after[chosen])]
+    start, stop = problem.start[chosen], problem.stop[chosen]
+    kept, choices = problem.kept, 1 << problem.stride
+    table, half = tables[0]
+    batch, length, d = points.shape
+    scaled = points * weights[..., None]
+    cost = torch.full((batch, half.shape[1]), torch.inf, device=points.device)
+    cost.scatter_(1, start[:, None], 0.0)
+    back = torch.empty(length, batch, 1 << kept, dtype=torch.uint8, device=points.device)
+    for t in range(length):
+        if t == own:
+            table, half = tables[1]
+        previous = cost.reshape(batch, choices, 1 << kept)
+        least = previous.amin(dim=1)
+        # The first of equals wins on every device.
+        back[t] = (previous == least[:, None]).to(torch.uint8).argmax(dim=1)
+        branch = half * weights[:, t, None]
+        for i in range(d):
+            branch = branch - scaled[:, t, i, None] * table[:, i]
+        cost = least.repeat_interleave(choices, dim=1) + branch
+        if t % 16 == 15:  # keep magnitudes small
+            cost = cost - cost.amin(dim=1, keepdim=True)
+    state = torch.where(stop < 0, cost.argmin(dim=1), stop)
+    out = torch.empty(batch, length, dtype=torch.int64, device=points.device)
+    for t in range(length - 1, -1, -1):
+        out[:, t] = state
+        group = state >> problem.stride
+        state = (back[t].gather(1, group[:, None])[:, 0].long() << kept) | group
+    return out
+
+
+def gather(table: Tensor, indices: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """scale * table[indices], joined to rows: [K, d], [rows, n] integer, [rows] -> [rows, columns] float32."""
+    return join(table[indices.long()] * scale[:, None, None], columns)
+
+
+def scatter(table: Tensor, indices: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Transpose of `gather`: gradient [rows, columns] -> gradients of table [K, d] and scale [rows]."""
+    pieces, flat = cut(grad, table.shape[1]), indices.long()
+    scale_grad = (pieces * table[flat]).sum(dim=(1, 2))
+    scaled = (pieces * scale[:, None, None]).reshape(-1, table.shape[1])
+    return torch.zeros_like(table).index_add_(0, flat.reshape(-1), scaled), scale_grad
+
+
+def nearest(points: Tensor, codebook: Tensor) -> Tensor:
+    """[N, d], [K, d] float32 -> [N] int64, the nearest codewords, by matrix products in chunks."""
+    half_norms = codebook.square().sum(dim=1) / 2
+    rows = max(1, _CHUNK_DISTANCES // codebook.shape[0])
+    found = []
+    for chunk in points.split(rows):
+        # |x - c|^2 / 2 without |x|^2 / 2, which does not change the order.
+        distances = torch.addmm(half_norms, chunk, codebook.T, alpha=-1)
+        least = distances.amin(dim=1, keepdim=True)
+        # argmax of a mask returns the first maximum: the lower index wins a tie on every device.
+        found.append((distances == least).to(torch.uint8).argmax(dim=1))
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=points.device)

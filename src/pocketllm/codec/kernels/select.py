@@ -1,0 +1,150 @@
+"""Which kernel does a hot loop: the fastest that runs on the device, and agrees with the reference.
+
+Every kernel but the reference is tried once a process, on a small problem, before it is used; one that finds
+something else is left out with a warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from pocketllm.codec.kernels import cpu, reference
+from pocketllm.codec.kernels.reference import PathProblem
+from pocketllm.errors import reason_of
+
+logger = logging.getLogger(__name__)
+
+
+def cheapest_paths(problem: PathProblem) -> Tensor:
+    """States [rows] int64 of the cheapest paths through a trellis."""
+    if cpu.searches(problem) and _agrees("C++", _paths_of(cpu), problem.points.device):
+        return cpu.cheapest_paths(problem)
+    triton = _triton(problem.points.device)
+    if triton is not None and _agrees("Triton", _paths_of(triton), problem.points.device):
+        return triton.cheapest_paths(problem)
+    return reference.cheapest_paths(problem)
+
+
+class Searcher:
+    """Nearest codeword of one codebook [K, d], many times: the table is laid out once.
+
+    On a CPU faiss for many points, C++ for few; torch on a GPU. All find the same up to rounding; ties go to the
+    lower index.
+    """
+
+    def __init__(self, codebook: Tensor) -> None:
+        self.codebook = codebook.detach().float()
+        device, d = self.codebook.device, codebook.shape[1]
+        compiled = (
+            device.type == "cpu" and cpu.searches_nearest(d) and _agrees("C++", _nearest_differs, device)
+        )
+        self.table = cpu.Table(self.codebook) if compiled else None
+
+    def nearest(self, points: Tensor) -> Tensor:
+        """Index of the nearest codeword in Euclidean distance: [N, d] float -> [N] int64 in [0, K)."""
+        points = points.detach().float()
+        if self.table is not None and points.numel() < cpu.FUSED_NUMBERS:
+            return self.table.nearest(points)
+        kernel = cpu.nearest_faiss if points.device.type == "cpu" else reference.nearest
+        return kernel(points, self.codebook)
+
+
+def gather(table: Tensor, indices: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """scale * table[indices], joined to rows: [K, d], [rows, n] integer, [rows] -> [rows, columns] float32."""
+    kernel = cpu if decodes(table, scale) else reference
+    return kernel.gather(table, indices, scale, columns)
+
+
+def scatter(table: Tensor, indices: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Transpose of `gather`: gradient [rows, columns] -> gradients of table [K, d] and scale [rows]."""
+    kernel = cpu if decodes(table, scale, grad) else reference
+    return kernel.scatter(table, indices, scale, grad)
+
+
+def decodes(*tensors: Tensor) -> bool:
+    """Whether the compiled loops over a matrix (`gather`, `scatter`, `rotate_`) take these tensors."""
+    return cpu.decodes(*tensors) and _agrees("C++", _decoding_differs, tensors[0].device)
+
+
+@functools.cache
+def _triton(device: torch.device) -> ModuleType | None:
+    if device.type != "cuda":
+        return None
+    try:
+        return importlib.import_module("pocketllm.codec.kernels.triton")
+    except ImportError:  # it comes with torch's CUDA builds
+        return None
+
+
+@functools.cache
+def _agrees(language: str, differs: Callable[[torch.device], str], device: torch.device) -> bool:
+    """Whether a kernel does what the reference does; warns once where it does not."""
+    try:
+        wrong = differs(device)
+    except Exception as error:  # whatever a compiler or a driver may say
+        wrong = reason_of(error)
+    if wrong:
+        logger.warning(
+            "a kernel in %s is not used on %s (%s); torch does it, slower", language, device, wrong
+        )
+    return not wrong
+
+
+@functools.cache
+def _paths_of(kernel: ModuleType) -> Callable[[torch.device], str]:
+    return functools.partial(paths_differ, kernel.cheapest_paths)
+
+
+def paths_differ(search: Callable[[PathProblem], Tensor], device: torch.device) -> str:
+    """What is wrong with a path search, tried on a few points; empty if it finds what the reference finds."""
+    generator = torch.Generator().manual_seed(0)
+    points, tables = (torch.randn(size, generator=generator).to(device) for size in ((61, 2), (2, 2, 256)))
+    which = torch.tensor([0, 1], device=device)
+    problem = PathProblem(
+        points=points,
+        weights=points.square().sum(dim=1),
+        tables=tables,
+        halves=tables.square().sum(dim=1) / 2,
+        which=which,
+        after=1 - which,
+        start=torch.zeros_like(which),
+        stop=torch.full_like(which, -1),
+        lengths=[40, 17],
+        lookahead=[4, 0],
+        width=8,
+        stride=3,
+    )
+    same = torch.equal(search(problem), reference.cheapest_paths(problem))
+    return "" if same else "it finds other paths"
+
+
+def _nearest_differs(device: torch.device) -> str:
+    generator = torch.Generator().manual_seed(0)
+    points, codebook = torch.randn(50, 3, generator=generator), torch.randn(40, 3, generator=generator)
+    same = torch.equal(cpu.Table(codebook).nearest(points), reference.nearest(points, codebook))
+    return "" if same else "it finds other codewords"
+
+
+def _decoding_differs(device: torch.device) -> str:
+    generator = torch.Generator().manual_seed(0)
+    table, scale, grad = (torch.randn(size, generator=generator) for size in ((16, 3), (5,), (5, 7)))
+    indices = torch.randint(16, (5, 3), generator=generator)
+    decoded = torch.equal(cpu.gather(table, indices, scale, 7), reference.gather(table, indices, scale, 7))
+    pairs = zip(
+        cpu.scatter(table, indices, scale, grad), reference.scatter(table, indices, scale, grad), strict=True
+    )
+    close = all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in pairs)
+    half, signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5, torch.tensor([1.0, -1, 1, 1, -1, 1])
+    mixer = torch.linalg.qr(torch.randn(3, 3, generator=generator))[0]
+    mixer = mixer @ mixer.diag().sign().diag() @ mixer.T  # symmetric
+    x = torch.randn(5, 6, generator=generator)
+    rotated = cpu.rotate_(x.clone(), signs, mixer, columns=False, inverse=False)
+    close = close and torch.allclose(rotated, (x * signs) @ torch.kron(half, mixer), rtol=1e-4, atol=1e-5)
+    return "" if decoded and close else "it decodes to other values"

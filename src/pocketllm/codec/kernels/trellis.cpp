@@ -1,0 +1,138 @@
+// Cheapest paths through a bitshift trellis (Viterbi). Built by cpu.py with the system's compiler;
+// reference.py holds the search in torch, which does the same operations in the same order (no fused ones).
+//
+// points [n, d]; weights [n]; tables [C, d, 2^width], halves [C, 2^width] = |c|^2 / 2, both over bit-reversed
+// states; which [strips], the table of each; start, stop [strips]; lengths [strips]; out [rows].
+// A strip's points are followed by `ahead` more, of the column after it and with the table `next`: the path
+// goes on through them, so that it ends where the next one can begin well, but they are not put out.
+// The bits a state keeps are its low `kept` ones after a step, so that the 2^stride states that can precede one
+// lie 2^kept apart.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+static const int LANES = 16;
+
+static inline Lanes load(const float* from) {
+    Lanes value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+static inline void store(float* to, Lanes value) { memcpy(to, &value, sizeof value); }
+
+template <int STRIDE>
+static inline Lanes spread(const float* least, int64_t state) {
+    // least[(state + lane) >> STRIDE] for every lane
+    if (STRIDE >= 4) return Lanes{} + least[state >> STRIDE];
+    const Ints lane = {0 >> STRIDE, 1 >> STRIDE, 2 >> STRIDE,  3 >> STRIDE,  4 >> STRIDE,  5 >> STRIDE,
+                       6 >> STRIDE, 7 >> STRIDE, 8 >> STRIDE,  9 >> STRIDE,  10 >> STRIDE, 11 >> STRIDE,
+                       12 >> STRIDE, 13 >> STRIDE, 14 >> STRIDE, 15 >> STRIDE};
+    return __builtin_shuffle(load(least + (state >> STRIDE)), lane);
+}
+
+template <int STRIDE, int D>
+static void path(const float* points, const float* weights, const float* table, const float* half,
+                 const float* next_table, const float* next_half, int64_t start, int64_t stop,
+                 int64_t length, int64_t ahead, int64_t width, int64_t* out, float* cost, float* least,
+                 uint8_t* back) {
+    const int64_t states = int64_t(1) << width, kept = width - STRIDE, groups = int64_t(1) << kept;
+    for (int64_t state = 0; state < states; ++state) cost[state] = __builtin_inff();
+    cost[start] = 0;
+    for (int64_t t = 0; t < length + ahead; ++t) {
+        if (t == length) table = next_table, half = next_half;
+        for (int64_t group = 0; group < groups; group += LANES) {
+            Lanes best = load(cost + group);
+            Ints where = Ints{};
+            for (int choice = 1; choice < (1 << STRIDE); ++choice) {
+                Lanes value = load(cost + choice * groups + group);
+                Ints closer = value < best;
+                best = closer ? value : best;
+                where = closer ? (Ints{} + choice) : where;
+            }
+            store(least + group, best);
+            Bytes narrow = __builtin_convertvector(where, Bytes);
+            memcpy(back + t * groups + group, &narrow, sizeof narrow);
+        }
+        Lanes scaled[D];
+        const Lanes weight = Lanes{} + weights[t];
+        for (int i = 0; i < D; ++i) scaled[i] = Lanes{} + points[t * D + i] * weights[t];
+        for (int64_t state = 0; state < states; state += LANES) {
+            Lanes branch = load(half + state) * weight;
+            for (int i = 0; i < D; ++i) branch -= scaled[i] * load(table + i * states + state);
+            store(cost + state, spread<STRIDE>(least, state) + branch);
+        }
+        if (t % 16 == 15) {  // keep magnitudes small
+            Lanes low = load(cost);
+            for (int64_t state = LANES; state < states; state += LANES) {
+                Lanes value = load(cost + state);
+                low = value < low ? value : low;
+            }
+            float lowest = low[0];
+            for (int lane = 1; lane < LANES; ++lane) lowest = low[lane] < lowest ? low[lane] : lowest;
+            for (int64_t state = 0; state < states; state += LANES)
+                store(cost + state, load(cost + state) - lowest);
+        }
+    }
+    int64_t state = stop;
+    if (state < 0) {
+        state = 0;
+        for (int64_t other = 1; other < states; ++other)
+            if (cost[other] < cost[state]) state = other;
+    }
+    for (int64_t t = length + ahead - 1; t >= 0; --t) {
+        if (t < length) out[t] = state;
+        int64_t group = state >> STRIDE;
+        state = (int64_t(back[t * groups + group]) << kept) | group;
+    }
+}
+
+extern "C" int trellis_search(const float* points, const float* weights, const float* tables, const float* halves,
+                              const int64_t* which, const int64_t* next, const int64_t* start,
+                              const int64_t* stop, const int64_t* lengths, const int64_t* lookahead,
+                              int64_t strips, int64_t width, int64_t stride, int64_t d, int64_t threads,
+                              int64_t* out) {
+    const int64_t states = int64_t(1) << width, groups = states >> stride;
+    int64_t longest = 0;
+    for (int64_t strip = 0; strip < strips; ++strip)
+        longest = lengths[strip] + lookahead[strip] > longest ? lengths[strip] + lookahead[strip] : longest;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        // One vector more than needed: `spread` reads whole vectors.
+        float* cost = (float*)aligned_alloc(64, (states + groups + 2 * LANES) / LANES * LANES * sizeof(float));
+        uint8_t* back = (uint8_t*)aligned_alloc(64, (longest * groups + 127) / 64 * 64);
+        if (!cost || !back) failed = 2;
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+        for (int64_t strip = 0; strip < strips; ++strip) {
+            if (failed == 2) continue;
+            int64_t first = 0, skipped = 0;
+            for (int64_t before = 0; before < strip; ++before)
+                first += lengths[before], skipped += lookahead[before];
+            bool done = false;
+#define CASE(S, D) \
+    if (stride == S && d == D) { \
+        path<S, D>(points + (first + skipped) * D, weights + first + skipped, \
+                   tables + which[strip] * D * states, halves + which[strip] * states, \
+                   tables + next[strip] * D * states, halves + next[strip] * states, start[strip], \
+                   stop[strip], lengths[strip], lookahead[strip], width, out + first, cost, cost + states, \
+                   back); \
+        done = true; \
+    }
+#define STRIDES(D) CASE(1, D) CASE(2, D) CASE(3, D) CASE(4, D) CASE(5, D) CASE(6, D) CASE(7, D) CASE(8, D)
+            STRIDES(1) STRIDES(2) STRIDES(3) STRIDES(4)
+#undef STRIDES
+#undef CASE
+            if (!done) failed = 1;
+        }
+        free(cost);
+        free(back);
+    }
+    return failed;
+}

@@ -1,0 +1,2 @@
+# What is public here and the module that defines it; __init__.py imports a name when it is used.
+from .pipeline import Event as Event

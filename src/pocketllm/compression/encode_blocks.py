@@ -1,0 +1,165 @@
+"""Encode a model with calibration: embedding and head first, then block after block for the inputs of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from pocketllm.calibrate.autocast import run_parallel
+from pocketllm.calibrate.blocks import BlockStream, block_list
+from pocketllm.calibrate.input_hessians import Inputs
+from pocketllm.calibrate.sensitivity import Sensitivity, output_hessians
+from pocketllm.codec.hessian import Hessian
+from pocketllm.compression.matrix_encoder import MatrixEncoder
+from pocketllm.config.constants import OUTPUT_DAMPING
+from pocketllm.plan.matrices import Matrix, Plan
+
+Progress = Callable[[float, str], None]
+
+
+def encode_calibrated(
+    encoder: MatrixEncoder,
+    windows: Tensor,
+    sensitivity: Sensitivity,
+    progress: Progress,
+    kept: Path | None = None,
+    token_weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Encode embedding and head, then block after block for its inputs.
+
+    Args:
+        windows: [N, context] token ids of the calibration text.
+        token_weights: [N, context] by matrix, see `BlockStream.inputs`.
+        kept: folder in which an earlier run left what blocks of the dense model see; see `_on_dense_inputs`.
+    """
+    settings = encoder.plan.config.calibration
+    assert settings is not None
+    for matrix in encoder.plan.matrices:
+        if not matrix.in_blocks:
+            progress(encoder.share, matrix.name)
+            _encode_end(encoder, matrix, sensitivity)
+    if settings.sequential:
+        _on_compressed_inputs(encoder, windows, progress, settings.refine_epochs > 0, token_weights)
+    else:
+        _on_dense_inputs(encoder, windows, progress, settings.refine_epochs > 0, kept, token_weights)
+
+
+def _on_compressed_inputs(
+    encoder: MatrixEncoder,
+    windows: Tensor,
+    progress: Progress,
+    refines: bool,
+    token_weights: Mapping[str, Tensor] | None,
+) -> None:
+    """Every block for the inputs that it gets from the encoded ones before it."""
+    ends = {m.name: encoder.decoded(m) for m in encoder.plan.matrices if not m.in_blocks}
+    stream = BlockStream(encoder.source, windows, encoder.device, weights=ends)
+    targets = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
+    for number, (path, block) in enumerate(stream):
+        inside = _inside(encoder.plan, path)
+        see = partial(stream.inputs, block, inside, token_weights)
+        _encode_block(encoder, path, inside, see, progress)
+        if refines:
+            targets = stream.run(block, targets)
+            progress(encoder.share, f"{path}: refinement")
+            encoder.refine(number, f"{path}.", block, inside, stream, targets)
+        encoder.install(number, inside, stream)
+        stream.hidden = stream.run(block, stream.hidden)
+
+
+def _on_dense_inputs(
+    encoder: MatrixEncoder,
+    windows: Tensor,
+    progress: Progress,
+    refines: bool,
+    kept: Path | None,
+    token_weights: Mapping[str, Tensor] | None,
+) -> None:
+    """Every block for the inputs that it has in the dense model.
+
+    What blocks see then depends on model and text alone. It is kept in the folder `kept`; a run at another
+    target finds it there and need not run the model at all, unless it refines.
+    """
+    list_path, blocks = block_list(encoder.source.model)
+    files = {}
+    if kept is not None:
+        files = {f"{list_path}.{n}": kept / f"{list_path}.{n}.safetensors" for n in range(len(blocks))}
+
+    def see(path: str, measured: Callable[[], Inputs]) -> Inputs:
+        if path in files and files[path].is_file():
+            return Inputs.load(files[path], encoder.device)
+        found = measured()
+        if path in files:
+            found.save(files[path])
+        return found
+
+    if files and not refines and all(file.is_file() for file in files.values()):
+        for path, file in files.items():
+            inside = _inside(encoder.plan, path)
+            _encode_block(encoder, path, inside, partial(Inputs.load, file, encoder.device), progress)
+        return
+    stream = BlockStream(encoder.source, windows, encoder.device)
+    for number, (path, block) in enumerate(stream):
+        inside = _inside(encoder.plan, path)
+        seen = partial(see, path, partial(stream.inputs, block, inside, token_weights))
+        _encode_block(encoder, path, inside, seen, progress)
+        outputs = stream.run(block, stream.hidden)
+        if refines:
+            progress(encoder.share, f"{path}: refinement")
+            encoder.refine(number, f"{path}.", block, inside, stream, outputs)
+        stream.hidden = outputs
+
+
+def _inside(plan: Plan, path: str) -> list[Matrix]:
+    return [m for m in plan.matrices if m.name.startswith(f"{path}.")]
+
+
+def _encode_block(
+    encoder: MatrixEncoder, path: str, inside: list[Matrix], see: Callable[[], Inputs], progress: Progress
+) -> None:
+    """Encode the matrices of a block; `see` returns their inputs, and is not called if all are encoded already."""
+    if all(encoder.done(m) for m in inside):
+        encoder.passed += sum(m.weights for m in inside)
+        return
+    progress(encoder.share, f"{path}: inputs")
+    inputs = see()
+    after = output_hessians(encoder.outputs, path, encoder.device)
+
+    hessians = _input_hessians(inside, inputs, encoder.plan)
+
+    def encode(matrix: Matrix) -> None:
+        found = after.get(matrix.name)
+        outputs = None if found is None else Hessian(found, OUTPUT_DAMPING)
+        encoder.encode(matrix, hessians[matrix.name], outputs, inputs=inputs)
+
+    jobs = [partial(encode, matrix) for matrix in inside]
+    for number, _ in enumerate(run_parallel(jobs, encoder.device)):
+        progress(encoder.share, inside[number].name)
+        encoder.passed += inside[number].weights
+
+
+def _encode_end(encoder: MatrixEncoder, matrix: Matrix, sensitivity: Sensitivity) -> None:
+    """Embedding or head: errors cost what the head makes of them, and the same everywhere where rows are looked up."""
+    head, share = sensitivity.head_hessian.to(encoder.device), sensitivity.head_share[matrix.name]
+    hessian = share * head / head.diagonal().mean()
+    hessian.diagonal().add_(1 - share)
+    settings, rows = encoder.plan.config.calibration, sensitivity.row_importance[matrix.name]
+    assert settings is not None
+    encoder.encode(matrix, Hessian(hessian, settings.damping), row_importance=rows.to(encoder.device))
+
+
+def _input_hessians(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> dict[str, Hessian]:
+    """The Hessian of each matrix's inputs, one for all that share them.
+
+    They are factorized here, before matrices are encoded in parallel: with all threads, and in a fixed order.
+    """
+    settings, shared = plan.config.calibration, dict[int, Hessian]()
+    assert settings is not None
+    for matrix in matrices:
+        hessian = inputs.hessians[matrix.name]
+        made = shared.setdefault(id(hessian), Hessian(hessian, settings.damping))
+        made.factor(plan.rotation(matrix)[1], plan.specs[matrix.name].vector_len)
+    return {m.name: shared[id(inputs.hessians[m.name])] for m in matrices}

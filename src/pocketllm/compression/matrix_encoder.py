@@ -1,0 +1,200 @@
+"""Encode the matrices of a model, and keep each finished one in the workspace.
+
+`encode_blocks.py` has the order in which calibration takes them, and the inputs that each is encoded for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pocketllm.calibrate.blocks import BlockStream
+from pocketllm.calibrate.input_hessians import Inputs
+from pocketllm.codec.hessian import Hessian
+from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
+from pocketllm.codec.rotation import rotate_matrix
+from pocketllm.codec.subvectors import fold, unfold
+from pocketllm.compression.refine import EncodedParameter, refine_block
+from pocketllm.compression.units import matrix_unit, refined_unit
+from pocketllm.errors import WeightError
+from pocketllm.format.workspace import Workspace
+from pocketllm.plan.matrices import Matrix, Plan
+from pocketllm.source.dense_checkpoint import DenseCheckpoint
+
+CodecOf = Callable[[Matrix], MatrixCodec]
+
+
+class MatrixEncoder:
+    """Encodes matrices of one model into a workspace; what is there already is not encoded again."""
+
+    def __init__(
+        self,
+        work: Workspace,
+        source: DenseCheckpoint,
+        plan: Plan,
+        codec_of: CodecOf,
+        device: str,
+        outputs: Path | None = None,
+    ) -> None:
+        self.work, self.source, self.plan = work, source, plan
+        self.codec_of, self.device = codec_of, device
+        self.outputs = outputs  # folder of the Hessians of layers' outputs
+        self.by_name = {m.name: m for m in plan.matrices}
+        self.scales: dict[str, Tensor] = {}  # refined row scales
+        self.passed = 0  # weights of the matrices that are dealt with
+
+    @property
+    def share(self) -> float:
+        """Share of the weights that is dealt with."""
+        return self.passed / self.plan.weights
+
+    def encode(
+        self,
+        matrix: Matrix,
+        hessian: Hessian | None = None,
+        outputs: Hessian | None = None,
+        *,
+        inputs: Inputs | None = None,
+        row_importance: Tensor | None = None,
+    ) -> None:
+        """Encode a matrix and keep it, unless it is encoded already.
+
+        Args:
+            hessian, outputs, row_importance: see `MatrixCodec.encode`.
+            inputs: that the Hessian was taken from, for the report.
+        """
+        if self.done(matrix):
+            return
+        settings = self.plan.config.calibration
+        weight = fold(self.source.read(matrix.name), matrix.transposed).to(self.device)
+        encoded = self.codec_of(matrix).encode(
+            weight,
+            hessian,
+            outputs,
+            form=matrix.form(self.plan.specs[matrix.name]),
+            rotation=self.plan.rotation(matrix),
+            row_importance=row_importance,
+            passes=settings.passes if settings else 0,
+        )
+        self._keep(matrix, weight, encoded, hessian, inputs)
+
+    def refine(
+        self,
+        number: int,
+        prefix: str,
+        block: nn.Module,
+        matrices: list[Matrix],
+        stream: BlockStream,
+        targets: list[Tensor],
+    ) -> None:
+        """Tune a block whose matrices are all encoded; see `refine_block`."""
+        if self.work.has(refined_unit(number)):
+            return
+        settings = self.plan.config.calibration
+        assert settings is not None
+        encoded = {m.name: self._for_refinement(m) for m in matrices}
+        found = refine_block(block, prefix, encoded, stream.hidden, targets, stream.call, settings)
+        tensors = {f"row_scale|{name}": value for name, value in found.row_scale.items()}
+        for name, pair in found.decoders.items():
+            tensors |= {f"up|{name}": pair[0], f"down|{name}": pair[1]}
+        for name, value in found.vectors.items():
+            tensors[f"vector|{name}"] = value.to(self.source.dtype(name))
+        self.work.save(refined_unit(number), tensors, {"before": found.before, "after": found.after})
+
+    def install(self, number: int, matrices: list[Matrix], stream: BlockStream) -> None:
+        """Put what will be stored into the block: decoded matrices, refined vectors."""
+        if self.work.has(refined_unit(number)):
+            tensors, _ = self.work.load(refined_unit(number))
+            for key, value in tensors.items():
+                kind, _, name = key.partition("|")
+                if kind == "vector":
+                    stream.set_weight(name, value)
+                elif kind == "row_scale":
+                    self.scales[name] = value
+                elif kind == "up":
+                    self.codec_of(self.by_name[name]).decoder.set_weights(value, tensors[f"down|{name}"])
+        for matrix in matrices:
+            stream.set_weight(matrix.name, unfold(self.decoded(matrix), matrix))
+
+    def _for_refinement(self, matrix: Matrix) -> EncodedParameter:
+        encoded, codec = self._encoded(matrix), self.codec_of(matrix)
+        shared = [m for m in self.plan.matrices if self.plan.decoder_key(m) == self.plan.decoder_key(matrix)]
+        return EncodedParameter(
+            indices=encoded.indices(codec.config.vector_len),
+            row_scale=encoded.row_scale.float(),
+            codec=codec,
+            tunes_decoder=len(shared) == 1,
+            columns=matrix.columns,
+            rotation=encoded.rotation,
+            unfold=partial(unfold, entry=matrix),
+        )
+
+    def decoded(self, matrix: Matrix) -> Tensor:
+        """What an encoded matrix will be when it is loaded: [rows, columns] float32."""
+        return self.codec_of(matrix).decode(self._encoded(matrix))
+
+    def _encoded(self, matrix: Matrix) -> EncodedMatrix:
+        """A finished matrix, with its refined scale if there is one."""
+        tensors, _ = self.work.load(matrix_unit(self.plan, matrix))
+        return EncodedMatrix(
+            tensors["indices"].to(self.device),
+            self.scales.get(matrix.name, tensors["row_scale"]).to(self.device),
+            matrix.columns,
+            matrix.form(self.plan.specs[matrix.name]),
+            self.plan.rotation(matrix),
+        )
+
+    def done(self, matrix: Matrix) -> bool:
+        """Whether a matrix is encoded already."""
+        return self.work.has(matrix_unit(self.plan, matrix))
+
+    def _keep(
+        self,
+        matrix: Matrix,
+        weight: Tensor,
+        encoded: EncodedMatrix,
+        hessian: Hessian | None,
+        inputs: Inputs | None,
+    ) -> None:
+        """Write an encoded matrix, its errors and the use of its codewords into the workspace."""
+        codec, rotation = self.codec_of(matrix), encoded.rotation
+        rotated = rotate_matrix(weight, rotation)
+        error = rotated - codec.decode(encoded, rotated=True)
+        facts: dict[str, float] = {"nmse": _ratio(_energy(error), _energy(rotated))}
+        if not math.isfinite(facts["nmse"]):
+            raise WeightError(
+                f"{matrix.name}: decodes to non-finite values (beyond what float16 holds); "
+                "store a row scale, or leave the matrix dense"
+            )
+        if hessian is not None:
+            factor = hessian.factor(rotation[1], codec.config.vector_len)
+            h = factor.hessian[: matrix.columns, : matrix.columns]
+            loss, energy = (((x @ h) * x).sum() for x in (error, rotated))
+            facts["proxy_error"] = _ratio(loss, energy)
+        if inputs is not None:
+            facts["input_tokens"] = inputs.tokens[matrix.name]
+            facts["unseen_experts"] = inputs.unseen_experts.get(matrix.name, 0)
+        indices = encoded.indices(codec.config.vector_len).reshape(-1)
+        tensors = {
+            "indices": encoded.stream,
+            "row_scale": encoded.row_scale,
+            "counts": torch.bincount(indices, minlength=encoded.form.codebook_size).to(torch.int32),
+        }
+        if not self.plan.config.codec.row_scale:
+            del tensors["row_scale"]
+        self.work.save(matrix_unit(self.plan, matrix), tensors, facts)
+
+
+def _energy(x: Tensor) -> Tensor:
+    """Sum of squares; in float64 where those of tiny numbers vanish in float32."""
+    total = x.square().sum()
+    return total if total > torch.finfo(torch.float32).tiny else x.double().square().sum()
+
+
+def _ratio(part: Tensor, total: Tensor) -> float:
+    return 0.0 if float(total) == 0 else float(part.double() / total.double())

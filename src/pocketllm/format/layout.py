@@ -1,0 +1,251 @@
+"""The layout of a compressed model: everything about its stored form that is not a tensor.
+
+It is the body of `quantization_config` in config.json. FORMAT.md specifies it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from pocketllm.codec.index_form import IndexForm, form_for
+from pocketllm.codec.subvectors import subvectors_per_row
+from pocketllm.config import CodecConfig
+from pocketllm.errors import ConfigError, FormatError
+
+FORMAT_VERSION = 2
+_MAX_SIZE, _MAX_VECTOR_LEN = 1 << 20, 64  # K and d of a codebook
+STORE = "pocketllm"
+PARTS = ("indices", "row_scale", "weight", "up", "down")  # of a matrix, a codebook, a decoder
+
+
+@dataclass(frozen=True)
+class MatrixEntry:
+    """How one parameter is stored.
+
+    shape: as the model holds it. transposed: stored rows are the parameter's columns (Conv1D).
+    codebook, decoder: numbers in the store. stride: bits that each index adds on a trellis, 0 for independent
+    indices. strip_rows: about how many rows a strip of a path has. rotation: seeds of the rotations of its
+    columns (each `rows` long) and of its rows, None where that side is not rotated. crc32: of indices then
+    row_scale, in hex.
+    """
+
+    shape: tuple[int, ...]
+    transposed: bool
+    codebook: int
+    decoder: int
+    stride: int
+    strip_rows: int
+    rotation: tuple[int | None, int | None]
+    crc32: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        _integers("shape", self.shape, 1)
+        _boolean("transposed", self.transposed)
+        _checksum(self.crc32)
+        if len(self.shape) not in (2, 3) or (self.transposed and len(self.shape) != 2):
+            raise ValueError(f"shape {list(self.shape)} with transposed {self.transposed}")
+        _integers("codebook, decoder and stride", (self.codebook, self.decoder, self.stride), 0)
+        _integers("strip_rows", [self.strip_rows], 1)
+        _integers("rotation", [seed for seed in self.rotation if seed is not None], 0)
+
+    def form(self, codebook_size: int) -> IndexForm:
+        """How its indices are stored.
+
+        Raises:
+            ValueError: the stride does not fit the codebook.
+        """
+        return form_for(codebook_size, self.stride, self.strip_rows)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the stored matrix."""
+        if self.transposed:
+            return self.shape[1]
+        rows = 1
+        for size in self.shape[:-1]:
+            rows *= size
+        return rows
+
+    @property
+    def columns(self) -> int:
+        """Columns of the stored matrix."""
+        return self.shape[0] if self.transposed else self.shape[-1]
+
+
+@dataclass(frozen=True)
+class CodebookEntry:
+    """Size of a codebook [size, vector_len], the CRC-32 of its bytes, and the seed it is drawn from.
+
+    seed: None for a codebook that is stored; one that is drawn is not.
+    """
+
+    size: int
+    vector_len: int
+    seed: int | None
+    crc32: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        _integers("codebook's K", [self.size], 2, _MAX_SIZE)
+        _integers("codebook's d", [self.vector_len], 1, _MAX_VECTOR_LEN)
+        _integers("seed", [] if self.seed is None else [self.seed], 0)
+        _checksum(self.crc32)
+
+
+@dataclass(frozen=True)
+class DecoderEntry:
+    """Settings of a decoder and the CRC-32 of `up` then `down`."""
+
+    codec: CodecConfig
+    crc32: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        _checksum(self.crc32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything about the stored form that is not a tensor: the body of `quantization_config`."""
+
+    matrices: dict[str, MatrixEntry]
+    codebooks: tuple[CodebookEntry, ...]
+    decoders: tuple[DecoderEntry, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "matrices": {
+                name: [getattr(entry, field.name) for field in fields(MatrixEntry)]
+                for name, entry in self.matrices.items()
+            },
+            "codebooks": [[e.size, e.vector_len, e.seed, e.crc32] for e in self.codebooks],
+            "decoders": [
+                {
+                    "vector_len": e.codec.vector_len,
+                    "hidden": e.codec.hidden,
+                    "depth": e.codec.depth,
+                    "form": e.codec.decoder,
+                    "norm": e.codec.norm,
+                    "row_scale": e.codec.row_scale,
+                    "crc32": e.crc32,
+                }
+                for e in self.decoders
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> Layout:
+        """Inverse of `to_dict`.
+
+        Raises:
+            FormatError: unknown version or key, or a malformed entry.
+        """
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise FormatError(
+                f"{where}: format_version is {version!r}, this version reads {FORMAT_VERSION}; "
+                + ("compress the model again" if version == 1 else "update pocketllm-codec")
+            )
+        known = {"format_version", "matrices", "codebooks", "decoders"}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise FormatError(f"{where}: unknown key {unknown[0]!r} in quantization_config")
+        try:
+            matrices = {}
+            for name, stored in values["matrices"].items():
+                entry = dict(zip((field.name for field in fields(MatrixEntry)), stored, strict=True))
+                of_columns, of_rows = entry["rotation"]
+                entry |= {"shape": tuple(entry["shape"]), "rotation": (of_columns, of_rows)}
+                matrices[name] = MatrixEntry(**entry)
+            codebooks = tuple(CodebookEntry(*entry) for entry in values["codebooks"])
+            decoders = tuple(_decoder_entry(entry) for entry in values["decoders"])
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+            raise FormatError(f"{where}: malformed quantization_config ({error!r})") from error
+        layout = cls(matrices, codebooks, decoders)
+        for name in matrices:
+            problem = layout._contradiction(name)
+            if problem:
+                raise FormatError(f"{where}: {name}: {problem}")
+        return layout
+
+    def _contradiction(self, name: str) -> str:
+        """What of a matrix does not fit together, or ''."""
+        entry = self.matrices[name]
+        if entry.codebook >= len(self.codebooks) or entry.decoder >= len(self.decoders):
+            return "names a codebook or decoder that does not exist"
+        codebook, codec = self.codebooks[entry.codebook], self.decoders[entry.decoder].codec
+        if codebook.vector_len != codec.vector_len:
+            return f"its codebook has vector_len {codebook.vector_len}, its decoder {codec.vector_len}"
+        try:
+            entry.form(codebook.size)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def checksums(self) -> dict[str, str]:
+        """CRC-32 of what is stored together, by the common part of the tensors' names."""
+        found = {name: entry.crc32 for name, entry in self.matrices.items()}
+        found |= {f"{STORE}.codebooks.{n}": entry.crc32 for n, entry in enumerate(self.codebooks)}
+        return found | {f"{STORE}.decoders.{n}": entry.crc32 for n, entry in enumerate(self.decoders)}
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Every stored tensor that the layout speaks of, in writing order: name -> (dtype, shape)."""
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for name, entry in self.matrices.items():
+            codebook = self.codebooks[entry.codebook]
+            per_row = subvectors_per_row(entry.columns, codebook.vector_len)
+            nbytes = entry.form(codebook.size).nbytes(entry.rows, per_row)
+            found[f"{name}.indices"] = torch.uint8, (nbytes,)
+            if self.decoders[entry.decoder].codec.row_scale:
+                found[f"{name}.row_scale"] = torch.bfloat16, (entry.rows,)
+        for number, codebook in enumerate(self.codebooks):
+            if codebook.seed is None:
+                size = codebook.size, codebook.vector_len
+                found[f"{STORE}.codebooks.{number}.weight"] = torch.float16, size
+        for number, decoder in enumerate(self.decoders):
+            for part, net_shape in zip(("up", "down"), decoder.codec.network_shapes, strict=True):
+                found[f"{STORE}.decoders.{number}.{part}"] = torch.float16, net_shape
+        return found
+
+
+def _decoder_entry(entry: Mapping[str, Any]) -> DecoderEntry:
+    unknown = sorted(set(entry) - {"vector_len", "hidden", "depth", "form", "norm", "row_scale", "crc32"})
+    if unknown:
+        raise ValueError(f"unknown decoder key {unknown[0]!r}")
+    _integers("decoder's vector_len", [entry["vector_len"]], 1, _MAX_VECTOR_LEN)
+    _integers("decoder's hidden and depth", (entry["hidden"], entry["depth"]), 0)
+    _boolean("decoder's row_scale", entry["row_scale"])
+    codec = CodecConfig(
+        vector_len=entry["vector_len"],
+        hidden=entry["hidden"],
+        depth=entry["depth"],
+        decoder=entry["form"],
+        norm=entry["norm"],
+        row_scale=entry["row_scale"],
+        init="normal",  # has no part in decoding; `kmeans` would bound `hidden`
+    )
+    return DecoderEntry(codec, entry["crc32"])
+
+
+def _integers(what: str, values: Iterable[Any], least: int, most: int = (1 << 63) - 1) -> None:
+    for value in values:
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{what}: got {value!r}, wanted an integer from {least} to {most}")
+
+
+def _boolean(what: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{what}: got {value!r}, wanted true or false")
+
+
+def _checksum(value: Any) -> None:
+    if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value)):
+        raise ValueError(f"crc32: got {value!r}, wanted 8 lower-case hexadecimal digits")

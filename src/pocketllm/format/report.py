@@ -1,0 +1,250 @@
+"""What a compression did, in numbers: bytes on disk, ratios, bits, errors."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any
+
+RUN_FACTS = ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")  # of a Report; not stored
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One compressed matrix.
+
+    bpw: its stored bits with its share of codebook and decoder, per weight. nmse: of the decoded weights.
+    proxy_error: tr(E H E^T) / tr(W H W^T) where it was calibrated.
+    columns: weights in a row as it is coded: the layer's inputs.
+    input_tokens: that its Hessian was taken from, where it was calibrated; 0: no input was seen.
+    unseen_experts: of fused experts, how many no token came to.
+    stride: bits that each index adds on a trellis, None for independent indices.
+    codebook_utilization: share of its codebook's codewords used by all matrices that share the codebook.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bpw: float
+    nmse: float
+    proxy_error: float | None
+    codebook_utilization: float
+    codebook_perplexity: float
+    vector_len: int
+    codebook_size: int
+    stride: int | None = None
+    columns: int = 0
+    input_tokens: int | None = None
+    unseen_experts: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compression did: sizes in bytes; ratios are dense bytes over stored bytes.
+
+    bytes_on_disk: every file of the output folder. ratio_files_*: whole folders, tokenizer and all.
+    ratio_matrices_*: the compressed matrices with their codebooks, decoders and scales.
+    bpw_blocks: linear weights of the blocks, those left dense included; bpw_all: every parameter of the model.
+    bytes_by_part: indices, row_scales, codebooks, decoders, dense, other_files (tokenizer and the like),
+        headers (of the weight files, config.json and the report).
+    fits: of each codebook, the sample's nmse by decoder before and after training, and how it went.
+    seconds, peak_memory_bytes, peak_gpu_memory_bytes: of the run that made it. They are not stored, since the
+        same arguments give the same bytes; a report read from a folder has None.
+    is_plan: from a dry run; nmse is predicted, utilization unknown.
+    """
+
+    model: str
+    bytes_on_disk: int
+    ratio_files_bf16: float
+    ratio_files_fp32: float
+    ratio_matrices_bf16: float
+    ratio_matrices_fp32: float
+    bpw_blocks: float
+    bpw_matrices: float
+    bpw_all: float
+    bytes_by_part: dict[str, int]
+    dense_model_bytes_bf16: int
+    matrices: tuple[MatrixReport, ...]
+    skipped: tuple[dict[str, Any], ...]
+    codebook_scope: str
+    config: dict[str, Any]
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    peak_gpu_memory_bytes: int | None = None
+    fits: tuple[dict[str, Any], ...] = ()
+    versions: dict[str, str] | None = None
+    is_plan: bool = False
+
+    def of_run(self, started: float, device: str) -> Report:
+        """The report with what the run took that ends now.
+
+        Args:
+            started: `time.monotonic()` when it began. device: where it ran, `cpu` or `cuda`.
+        """
+        resident, on_gpu = peak_memory_bytes(device)
+        return replace(
+            self,
+            seconds=time.monotonic() - started,
+            peak_memory_bytes=resident,
+            peak_gpu_memory_bytes=on_gpu,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """From the JSON of a compressed model; keys that are not a report's are left out."""
+        fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        fields["matrices"] = tuple(MatrixReport(**m) for m in values["matrices"])
+        fields["skipped"] = tuple(values["skipped"])
+        return cls(**fields)
+
+
+_MEASURED = ("nmse", "proxy_error", "codebook_utilization", "codebook_perplexity")  # null where unknown
+_JSON_TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "dict": dict,
+    "tuple": (list, tuple),
+}
+
+
+def check_report(values: Mapping[str, Any]) -> None:
+    """See that the JSON of a report has every key that a report must have, in its type.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    _check_fields(Report, values, "")
+    for number, matrix in enumerate(values["matrices"]):
+        _check_fields(MatrixReport, matrix, f"matrices[{number}].")
+        if not all(isinstance(size, int) for size in matrix["shape"]):
+            raise ValueError(f"matrices[{number}].shape: got {matrix['shape']!r}")
+    for number, entry in enumerate(values["skipped"]):
+        if not all(isinstance(_at(entry, key), str) for key in ("name", "reason")):
+            raise ValueError(f"skipped[{number}]: wanted name and reason")
+    for part, nbytes in values["bytes_by_part"].items():
+        if not isinstance(nbytes, int):
+            raise ValueError(f"bytes_by_part.{part}: got {nbytes!r}")
+
+
+def _check_fields(cls: type[Report] | type[MatrixReport], values: Any, where: str) -> None:
+    for field in fields(cls):
+        value = _at(values, field.name)
+        if value is None and (field.default is not MISSING or field.name in _MEASURED):
+            continue
+        wanted = _JSON_TYPES[re.split(r"\W", str(field.type))[0]]
+        if not isinstance(value, wanted):
+            raise ValueError(f"{where}{field.name}: got {value!r}, wanted {field.type}")
+
+
+def _at(values: Any, key: str) -> Any:
+    return values.get(key) if isinstance(values, Mapping) else None
+
+
+def warnings_of(report: Mapping[str, Any]) -> list[str]:
+    """What a person should know about how matrices of a report were calibrated."""
+    matrices = [m for m in report["matrices"] if m.get("input_tokens") is not None]
+    unseen = [m["name"] for m in matrices if m["input_tokens"] == 0]
+    experts = [m for m in matrices if m.get("unseen_experts")]
+    thin = [m for m in matrices if 0 < m["input_tokens"] < m["columns"]]
+    found = []
+    if unseen:
+        found.append(
+            f"no input of {_some(unseen)} was seen (no token of the calibration text came there, or the layer is "
+            "not a linear one as known here): coded for the mean inputs of the other experts of the block, or "
+            "where there are none for inputs that are all alike"
+        )
+    if experts:
+        count = sum(m["unseen_experts"] for m in experts)
+        found.append(
+            f"no token of the calibration text came to {count} experts in {_some([m['name'] for m in experts])}"
+            ": coded for the mean inputs of the other experts of the block"
+        )
+    if thin:
+        least = min(thin, key=lambda m: m["input_tokens"] / m["columns"])
+        found.append(
+            f"fewer tokens than inputs in {_some([m['name'] for m in thin])} (at worst {least['input_tokens']:,} "
+            f"tokens for {least['columns']:,} inputs): their Hessians were filled up; give more text"
+        )
+    return found
+
+
+def weighted_mean(values: Iterable[tuple[float | None, int]]) -> float | None:
+    """Mean of a figure of several matrices; None if one is unknown or not finite, or there are none.
+
+    Args:
+        values: (figure, number of the matrix's weights, by which it counts).
+    """
+    total, weights = 0.0, 0
+    for value, count in values:
+        if value is None or not math.isfinite(value):
+            return None
+        total += value * count
+        weights += count
+    return total / weights if weights else None
+
+
+def rounded(value: float) -> float:
+    """Six significant digits, as reports keep them; what is below 1e-9 is 0."""
+    return 0.0 if abs(value) < 1e-9 else float(f"{value:.6g}")
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} matrices ({names[0]} and others)"
+
+
+def peak_memory_bytes(device: str = "cpu") -> tuple[int | None, int | None]:
+    """Most memory that this process has held so far: resident, and on the GPU where that is the device."""
+    gpu = None
+    if device != "cpu":
+        import torch
+
+        gpu = torch.cuda.max_memory_allocated()
+    try:
+        import resource
+        import sys
+    except ImportError:  # not on Windows
+        return None, gpu
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, gpu
+
+
+def is_linear_weight_of_a_block(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is what `bpw_blocks` counts."""
+    return len(shape) >= 2 and re.search(r"\.\d+\.", name) is not None
+
+
+def counting_adapter(report: Mapping[str, Any], nbytes: int) -> dict[str, Any]:
+    """The report with the bytes of an adapter counted in every size: they serve all matrices.
+
+    Args:
+        report: as stored in `pocketllm.json`.
+    """
+    matrices = [(m, math.prod(m["shape"])) for m in report["matrices"]]
+    coded = sum(weights for _, weights in matrices)
+    blocks = sum(
+        math.prod(m["shape"])
+        for m in (*report["matrices"], *report["skipped"])
+        if is_linear_weight_of_a_block(m["name"], m["shape"])
+    )
+    bits, disk = 8 * nbytes, report["bytes_on_disk"]
+    changed: dict[str, Any] = {
+        "bytes_on_disk": disk + nbytes,
+        "bytes_by_part": {**report["bytes_by_part"], "adapter": nbytes},
+        "bpw_all": rounded(report["bpw_all"] + bits / (report["dense_model_bytes_bf16"] / 2)),
+        "bpw_matrices": rounded(report["bpw_matrices"] + bits / coded),
+        "bpw_blocks": rounded(report["bpw_blocks"] + bits / blocks) if blocks else report["bpw_blocks"],
+    }
+    for dtype, dense_bits in (("bf16", 16), ("fp32", 32)):
+        stored = dense_bits * coded / report[f"ratio_matrices_{dtype}"]
+        changed[f"ratio_matrices_{dtype}"] = rounded(dense_bits * coded / (stored + bits))
+        changed[f"ratio_files_{dtype}"] = rounded(report[f"ratio_files_{dtype}"] * disk / (disk + nbytes))
+    return {**report, **changed}

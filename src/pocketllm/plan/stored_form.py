@@ -1,0 +1,122 @@
+"""The stored form that a plan leads to: every tensor in writing order, config.json, the files copied along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+import pocketllm
+from pocketllm.config import CodecConfig
+from pocketllm.format.layout import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
+from pocketllm.plan.matrices import KEPT_END, Dense, Matrix, Plan
+from pocketllm.source.dense_checkpoint import DenseCheckpoint
+
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
+# config.json is written anew; the rest belongs to weights, to an adapter, or is a record of ours.
+_NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json", "pocketllm*.json")
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """What a plan over a dense source stores. Nothing here depends on what the fit finds but the checksums."""
+
+    source: DenseCheckpoint
+    plan: Plan
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Every stored tensor in writing order: dense ones, encoded ones, codebooks, decoders."""
+        sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for dense in self.plan.dense:
+            sizes[dense.name] = self.dense_dtype(dense), dense.shape
+        sizes.update(self.layout(self.no_checksums()).tensors())
+        return sizes
+
+    def dense_dtype(self, dense: Dense) -> torch.dtype:
+        """In which a tensor that is left dense is stored: its own; kept embeddings in at most 16 bits."""
+        own = self.source.dtype(dense.name)
+        return torch.bfloat16 if dense.reason == KEPT_END and own.itemsize > 2 else own
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all tensors that are left dense."""
+        return sum(torch.Size(d.shape).numel() * self.dense_dtype(d).itemsize for d in self.plan.dense)
+
+    @property
+    def codebooks_are_stored(self) -> bool:
+        """False where they are drawn from a seed."""
+        return self.plan.config.codec.codebook_source == "fit"
+
+    def _codebook_shape(self, group: list[Matrix]) -> tuple[int, int]:
+        spec = self.plan.specs[group[0].name]
+        return spec.codebook_size, spec.vector_len
+
+    @cached_property
+    def _decoders(self) -> dict[str, CodecConfig]:
+        """Decoder key -> codec settings, group by group: the order of the store."""
+        return {
+            self.plan.decoder_key(m): self.plan.config.codec_for(self.plan.specs[m.name].vector_len)
+            for group in self.plan.groups().values()
+            for m in group
+        }
+
+    def copied_files(self) -> list[Path]:
+        """Tokenizer, generation settings, licence: small files that belong to the model."""
+        folder = self.source.folder
+        found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
+        return sorted(path for path in found if not any(path.match(other) for other in _NOT_COPIED))
+
+    def layout(self, crcs: Mapping[str, str]) -> Layout:
+        """The stored form, given the checksum of each matrix, `codebook N` and `decoder N`."""
+        groups = self.plan.groups()
+        codebook_of = {m.name: n for n, group in enumerate(groups.values()) for m in group}
+        decoder_of = {key: n for n, key in enumerate(self._decoders)}
+        return Layout(
+            {
+                m.name: MatrixEntry(
+                    m.shape,
+                    m.transposed,
+                    codebook_of[m.name],
+                    decoder_of[self.plan.decoder_key(m)],
+                    self.plan.specs[m.name].stride,
+                    m.strip_rows,
+                    self.plan.rotation(m),
+                    crcs[m.name],
+                )
+                for m in self.plan.matrices
+            },
+            tuple(
+                CodebookEntry(
+                    *self._codebook_shape(group),
+                    None if self.codebooks_are_stored else self.plan.config.seed,
+                    crcs[f"codebook {n}"],
+                )
+                for n, group in enumerate(groups.values())
+            ),
+            tuple(
+                DecoderEntry(codec, crcs[f"decoder {n}"]) for n, codec in enumerate(self._decoders.values())
+            ),
+        )
+
+    def config_text(self, crcs: Mapping[str, str]) -> str:
+        """The body of config.json."""
+        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = {
+            "quant_method": STORE,
+            "producer": f"pocketllm-codec {pocketllm.__version__}",
+            "mode": "dense",
+            **self.layout(crcs).to_dict(),
+        }
+        return json.dumps(config, ensure_ascii=False) + "\n"
+
+    def no_checksums(self) -> dict[str, str]:
+        """Checksums of the right width for counting bytes."""
+        names = [m.name for m in self.plan.matrices]
+        names += [f"codebook {n}" for n in range(len(self.plan.groups()))]
+        names += [f"decoder {n}" for n in range(len(self._decoders))]
+        return dict.fromkeys(names, "0" * 8)

@@ -1,0 +1,93 @@
+"""Decode single matrices of a compressed model, without building the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pocketllm.errors import FormatError
+from pocketllm.format.checkpoint import STORE, Layout, read_layout
+from pocketllm.runtime.layers import PackedMatrix, Store
+
+
+@dataclass
+class Matrices:
+    """The matrices of a compressed model; memory is that of one matrix at a time.
+
+    Example:
+        >>> matrices = Matrices.open(Path("smol-8x"))
+        >>> matrices.read("model.layers.0.mlp.up_proj.weight").shape
+        torch.Size([1536, 576])
+    """
+
+    layout: Layout
+    store: Store
+    _files: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Matrices:
+        """Read the codebooks and decoders of a compressed model.
+
+        Raises:
+            FormatError: not a compressed model, a file that cannot be read, or a tensor that is missing.
+        """
+        layout = read_layout(folder)
+        files: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                handle = safe_open(str(path), framework="pt").__enter__()
+            except (SafetensorError, OSError) as error:
+                raise FormatError(f"{path}: not a readable safetensors file ({error})") from error
+            files.update(dict.fromkeys(handle.keys(), handle))
+        with torch.device("meta"):
+            matrices = cls(layout, Store(layout), files)
+        matrices._fill(matrices.store, STORE)
+        return matrices
+
+    def read(self, name: str) -> Tensor:
+        """A decoded parameter in float32, in the shape the model holds it.
+
+        Raises:
+            FormatError: its tensors are missing or of another size than the layout says.
+        """
+        return self._packed(name)()
+
+    def indices(self, name: str) -> Tensor:
+        """[rows, n] int32: the codeword of every subvector of a matrix.
+
+        Raises:
+            FormatError: as `read`.
+        """
+        return self._packed(name).unpacked()
+
+    def names(self) -> Iterable[str]:
+        """Names of the compressed parameters."""
+        return self.layout.matrices
+
+    def _packed(self, name: str) -> PackedMatrix:
+        with torch.device("meta"):
+            packed = PackedMatrix(self.layout.matrices[name], self.store, torch.float32)
+        self._fill(packed, name)
+        return packed
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Give a module on the meta device its stored buffers."""
+        for path, owner in module.named_modules():
+            for key, buffer in list(owner._buffers.items()):
+                name = ".".join(part for part in (prefix, path, key) if part)
+                if name not in self._files:
+                    raise FormatError(f"{name}: no file holds it; fetch the model again")
+                stored = self._files[name].get_tensor(name)
+                assert buffer is not None
+                if stored.shape != buffer.shape or stored.dtype != buffer.dtype:
+                    raise FormatError(
+                        f"{name}: stored as {stored.dtype} {tuple(stored.shape)}, wanted {buffer.dtype} "
+                        f"{tuple(buffer.shape)}; fetch the model again"
+                    )
+                owner._buffers[key] = stored

@@ -1,0 +1,238 @@
+"""transformers plug-in: `AutoModelForCausalLM.from_pretrained` reads and `save_pretrained` writes our format.
+
+Two ways to run a model: `dense` decodes every weight once at load into ordinary layers (full speed, dense
+memory); `packed` keeps indices packed in memory and decodes a layer's weight each time it runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError
+from pocketllm.format import checkpoint as ckpt
+from pocketllm.runtime.layers import (
+    Codebook,
+    PackedMatrix,
+    Store,
+    attach_tied,
+    compute_weights,
+    decode_in_place,
+    initialize_buffers,
+    packed_matrices,
+    replace_parameters,
+)
+from pocketllm.source.folder import read_tokenizer
+
+MODES = ("dense", "packed")
+
+
+@register_quantization_config(ckpt.STORE)
+class PocketQuantizationConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compressed model; see FORMAT.md for its keys."""
+
+    def __init__(
+        self, mode: str = "dense", producer: str = "", quant_method: str = ckpt.STORE, **layout: Any
+    ) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.mode = mode
+        self.producer = producer
+        ckpt.Layout.from_dict(layout)
+        self.__dict__.update(layout)
+
+    def layout(self) -> ckpt.Layout:
+        """The typed form."""
+        own = ("quant_method", "mode", "producer")
+        return ckpt.Layout.from_dict({k: v for k, v in self.__dict__.items() if k not in own})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Everything; there is no default layout to compare with."""
+        return self.to_dict()
+
+
+@register_quantizer(ckpt.STORE)
+class PocketQuantizer(HfQuantizer):
+    """Swaps parameters for packed ones before loading, verifies and (mode `dense`) decodes them after."""
+
+    quantization_config: PocketQuantizationConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._tied: dict[str, str] = {}
+        self._decoded: tuple[dict[str, PackedMatrix], Store] | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Only models that are compressed already can be loaded."""
+        if not self.pre_quantized:
+            raise ConfigError("a dense model is not compressed while loading; use pocketllm.compress first")
+        places = kwargs.get("device_map")
+        if "disk" in (places.values() if isinstance(places, dict) else ()):
+            raise ConfigError("device_map: offloading to disk is not supported; leave `disk` out")
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """`save_pretrained` works in both modes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Fine-tuning through the Trainer is not offered on packed layers."""
+        return False
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        layout = self.quantization_config.layout()
+        check_shapes(model, layout)
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        with torch.device("meta"):
+            replace_parameters(model, layout, dtype)
+        tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self._tied = {name: source for name, source in tied.items() if source in layout.matrices}
+        for name, source in self._tied.items():
+            attach_tied(model, name, source)
+        if tied:
+            model.all_tied_weights_keys = {n: s for n, s in tied.items() if n not in self._tied}
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        store = getattr(model, ckpt.STORE)
+        verify_loaded(model, self.quantization_config.layout())
+        initialize_buffers(model)
+        if self.quantization_config.mode == "dense":
+            self._decoded = decode_in_place(model), store
+            model.all_tied_weights_keys = {**(model.all_tied_weights_keys or {}), **self._tied}
+        else:
+            compute_weights(model)
+        return model
+
+    def packed(self, model: Any) -> dict[str, PackedMatrix]:
+        """The packed matrices by parameter name; in mode `dense` those its weights were decoded from."""
+        return packed_matrices(model) if self._decoded is None else self._decoded[0]
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """What `save_pretrained` writes: the packed form, in mode `dense`, too."""
+        if self._decoded is None:
+            return None, {}
+        state = dict(model.state_dict())
+        packed, store = self._decoded
+        for name, matrix in packed.items():
+            current = state.pop(name)
+            if not torch.equal(matrix().to(current.device, current.dtype), current):
+                raise OutputError(
+                    f"{name}: was changed since it was decoded, the packed form would lose that; "
+                    "delete model.hf_quantizer and model.config.quantization_config to save it dense"
+                )
+            state[f"{name}.indices"] = _buffer(matrix, "indices")
+            if "row_scale" in matrix._buffers:
+                state[f"{name}.row_scale"] = _buffer(matrix, "row_scale")
+        for name in self._tied:
+            state.pop(name, None)
+        for name, value in store.state_dict().items():
+            state[f"{ckpt.STORE}.{name}"] = value
+        return state, {}
+
+
+def _buffer(module: nn.Module, name: str) -> Tensor:
+    buffer = module.get_buffer(name)
+    assert isinstance(buffer, Tensor)
+    return buffer
+
+
+def check_shapes(model: nn.Module, layout: ckpt.Layout) -> None:
+    """The layout names parameters this model has, in their shapes.
+
+    Raises:
+        FormatError: naming the parameter.
+    """
+    for name, entry in layout.matrices.items():
+        try:
+            shape = tuple(model.get_parameter(name).shape)
+        except AttributeError as error:
+            raise FormatError(
+                f"config.json: {name} is compressed there, but the model has no such parameter"
+            ) from error
+        if shape != entry.shape:
+            raise FormatError(f"config.json: {name} has shape {entry.shape} there, the model wants {shape}")
+
+
+def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
+    """The packed tensors in memory are those the layout describes.
+
+    Raises:
+        LoadError: a layer is not compressed, or was not filled.
+        FormatError: the bytes differ from those written.
+    """
+    packed = packed_matrices(model)
+    missing = sorted(set(layout.matrices) - set(packed))
+    if missing:
+        raise LoadError(f"{missing[0]}: did not load compressed ({len(missing)} of {len(layout.matrices)})")
+    store = getattr(model, ckpt.STORE)
+    expected: list[tuple[str, nn.Module, str]]
+    expected = [(name, m, layout.matrices[name].crc32) for name, m in packed.items()]
+    for n, codebook in enumerate(layout.codebooks):
+        expected.append((f"{ckpt.STORE}.codebooks.{n}", store.codebooks[n], codebook.crc32))
+    for n, decoder in enumerate(layout.decoders):
+        expected.append((f"{ckpt.STORE}.decoders.{n}", store.decoders[n], decoder.crc32))
+    for name, module, crc32 in expected:
+        buffers = [module.value()] if isinstance(module, Codebook) else list(module.buffers(recurse=False))
+        if any(buffer.is_meta for buffer in buffers):
+            raise LoadError(f"{name}: no value was loaded; the files lack it")
+        if ckpt.checksum(*buffers) != crc32:
+            raise FormatError(f"{name}: altered (CRC-32 differs from config.json); fetch the model again")
+
+
+def load(
+    path: str | Path,
+    *,
+    mode: str = "dense",
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a compressed model the safe way: files verified first, layers verified afterwards.
+
+    Args:
+        path: folder of a compressed model, or a hub id of one.
+        mode: `dense` (decoded at load, full speed) or `packed` (decoded layer by layer as it runs).
+        dtype: to compute in; `auto` is the checkpoint's.
+        device_map: as in transformers.
+        trust_remote_code: let transformers run code that the folder contains.
+
+    Returns:
+        (model, tokenizer); the model in eval mode, its weights not trainable. The tokenizer is None where the
+        folder holds none.
+
+    Raises:
+        FormatError: damaged, altered, or not a compressed model.
+        LoadError: the layers did not load compressed.
+        SourceError: the tokenizer cannot be read, or nothing is found at `path`.
+        ConfigError: unknown mode.
+
+    Example:
+        >>> model, tokenizer = pocketllm.load("smol-8x", mode="packed")
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
+    folder = Path(path)
+    if not folder.is_dir():
+        from pocketllm.source.dense_checkpoint import resolve
+
+        folder = resolve(str(path))
+    ckpt.verify(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config.quantization_config["mode"] = mode
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    )
+    if not isinstance(getattr(model, "hf_quantizer", None), PocketQuantizer):
+        raise LoadError(
+            f"{folder}: transformers loaded it without pocketllm; its weights are not the model's"
+        )
+    return model.eval().requires_grad_(False), read_tokenizer(folder, trust_remote_code)

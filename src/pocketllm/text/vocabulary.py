@@ -1,0 +1,66 @@
+"""What bounds the text a model can be given: its positions, and the vocabulary that two models must share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pocketllm.errors import ConfigError
+
+
+def name_of(model: Any) -> str:
+    """Where a transformers model was loaded from, for messages."""
+    return model.config.name_or_path or "the model"
+
+
+def positions_of(config: Any) -> int | None:
+    """Most tokens of a window, by a model's (transformers) configuration; None where it sets no bound."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_positions(config: Any, context: int, name: str) -> None:
+    """A model has as many positions as a window has tokens.
+
+    Args:
+        config: its transformers configuration. context: tokens. name: of the model, for the message.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    positions = positions_of(config)
+    if positions is not None and context > positions:
+        raise ConfigError(f"context: got {context}, {name} has {positions} positions; lower it")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a model. name: of the model. size: logits per position.
+
+    ids: number of each token; None where no tokenizer is known.
+    """
+
+    name: str
+    size: int
+    ids: Mapping[str, int] | None = None
+
+
+def check_vocabularies(own: Vocabulary, dense: Vocabulary) -> None:
+    """Two models can be compared token by token only if a token means the same to both.
+
+    Raises:
+        ConfigError: naming both models, and how their vocabularies differ.
+    """
+    advice = f"name the dense model that {own.name} was compressed from"
+    if own.size != dense.size:
+        raise ConfigError(
+            f"{dense.name} has a vocabulary of {dense.size} tokens, {own.name} one of {own.size}; {advice}"
+        )
+    if own.ids is None or dense.ids is None or own.ids == dense.ids:
+        return
+    token = next(token for token in {**own.ids, **dense.ids} if own.ids.get(token) != dense.ids.get(token))
+    numbers = (ids.get(token, "missing") for ids in (dense.ids, own.ids))
+    raise ConfigError(
+        f"{dense.name} and {own.name} have as many tokens, but other ones "
+        f"({token!r} is {' and '.join(map(str, numbers))}); {advice}"
+    )
