@@ -20,6 +20,7 @@ PACKAGES = (
     "pocketllm",
     "pocketllm.config",
     "pocketllm.errors",
+    "pocketllm.text",
     "pocketllm.codec",
     "pocketllm.text",
     "pocketllm.source",

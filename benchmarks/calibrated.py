@@ -22,7 +22,8 @@ from common import RESULTS, data_file, quiet, save
 
 import pocketllm
 from pocketllm.config import CompressConfig
-from pocketllm.evaluate.perplexity import perplexity, read_text
+from pocketllm.evaluate.perplexity import perplexity
+from pocketllm.text.read import read_text
 
 MODEL = "builtin:smollm2-135m"
 CONTEXT, WINDOWS = 1024, 16

@@ -31,7 +31,8 @@ def child(mode: str, folder: str, text_file: str) -> None:
 
     import pocketllm
     from pocketllm.evaluate.generate import generate
-    from pocketllm.evaluate.perplexity import perplexity, read_text
+    from pocketllm.evaluate.perplexity import perplexity
+    from pocketllm.text.read import read_text
 
     pocketllm.load  # noqa: B018 - import what loading imports before the clock starts
 

@@ -17,7 +17,8 @@ from typing import Any
 from common import RESULTS, data_file, quiet, save
 
 import pocketllm
-from pocketllm.evaluate.perplexity import perplexity, read_text
+from pocketllm.evaluate.perplexity import perplexity
+from pocketllm.text.read import read_text
 
 MODEL = "builtin:smollm2-135m"
 CONTEXT, WINDOWS = 1024, 16
@@ -57,8 +58,8 @@ def dense(text: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pocketllm.source.builtin import fetch
     from pocketllm.format.checkpoint import folder_bytes
+    from pocketllm.source.builtin import fetch
 
     folder = fetch(MODEL)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -29,7 +29,7 @@ from common import RESULTS, data_file, save
 from pocketllm.evaluate.results import folder_digest
 from pocketllm.format.checkpoint import REPORT_NAME, folder_bytes, read_report
 from pocketllm.recover.adapter import RECORD_NAME, check_adapter
-from pocketllm.recover.setting import identity
+from pocketllm.recover.base_model import identity
 
 MODEL = "builtin:smollm2-135m"
 CONTEXT, WINDOWS, DTYPE = 1024, 16, "bfloat16"

@@ -19,8 +19,9 @@ import torch
 from settings import CONTEXT, MODEL, WINDOWS
 from torch import Tensor
 
-from pocketllm.evaluate.perplexity import perplexity, read_text
+from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.source.builtin import fetch
+from pocketllm.text.read import read_text
 
 ROWS_AT_ONCE = 256  # of [tokens, vocabulary] float32
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from settings import MODEL, SAMPLE_TOKENS, SAMPLES, SEED
 
-from pocketllm.evaluate.perplexity import read_text, token_windows
 from pocketllm.source.builtin import fetch
+from pocketllm.text.read import read_text
+from pocketllm.text.windows import token_windows
 
 
 def main() -> None:

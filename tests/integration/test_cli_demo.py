@@ -58,9 +58,8 @@ def test_demo_takes_the_windows_that_the_text_has(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And says before the work begins that it has none."""
-    from pocketllm.evaluate import texts
-
-    monkeypatch.setattr(texts, "evaluation_text", lambda: ("a short text", "a short text. " * 10))
+    short = ("a short text", "a short text. " * 10)
+    monkeypatch.setattr("pocketllm.text.read.evaluation_text", lambda: short)
     options = ["demo", "--model", source, "-o", tmp_path / "demo", "--bpw", "7", "--no-calibration"]
     options += ["--prompt", "hello"]
     code, _, err = run(*options, "--context", "64", "--windows", "1000")
@@ -73,7 +72,7 @@ def test_demo_takes_the_windows_that_the_text_has(
 
 def test_the_demo_of_the_readme_has_text_to_measure_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's own text, in characters: about 4 to a token, and less than 5 windows would say little."""
-    from pocketllm.evaluate.texts import evaluation_text
+    from pocketllm.text.read import evaluation_text
 
     monkeypatch.delenv("POCKETLLM_DATA", raising=False)
     name, text = evaluation_text()

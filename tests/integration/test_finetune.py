@@ -17,7 +17,7 @@ from pocketllm.errors import ConfigError, FormatError, OutputError, ResumeError,
 from pocketllm.format.checkpoint import folder_bytes, read_report
 from pocketllm.format.rewrite import stored_sizes
 from pocketllm.format.workspace import locked
-from pocketllm.recover.distillation import Distillation
+from pocketllm.recover.distill_task import Distillation
 from pocketllm.recover.loop import Loop
 from pocketllm.recover.teacher import LiveTeacher, open_teacher
 from tests import tiny
@@ -71,7 +71,7 @@ def test_distillation_lowers_the_divergence_and_keeps_bytes_and_indices(made: Pa
 def test_the_reported_divergence_is_that_of_the_loaded_model(made: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from pocketllm.recover.distill import training_windows
+    from pocketllm.recover.distill_task import training_windows
 
     settings = config(made, steps=2)
     done = pocketllm.distill(made / "c", tmp_path / "o", settings)
@@ -112,18 +112,18 @@ def test_overlapping_indices_are_distilled(source: str, made: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("step", [1, 4, 8])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(step: int, made: Path, tmp_path: Path) -> None:
-    whole = pocketllm.distill(made / "c", tmp_path / "whole", config(made))
+def test_an_interrupted_run_resumes_to_the_same_bytes(step: int, made: Path, tmp_path: Path) -> None:
+    direct = pocketllm.distill(made / "c", tmp_path / "direct", config(made))
     with pytest.raises(KeyboardInterrupt):
         pocketllm.distill(made / "c", tmp_path / "o", config(made), progress=stop_at(step))
     assert not (tmp_path / "o").exists()
-    told: list[str] = []
+    details: list[str] = []
     done = pocketllm.distill(
-        made / "c", tmp_path / "o", config(made), progress=lambda e: told.append(e.detail)
+        made / "c", tmp_path / "o", config(made), progress=lambda e: details.append(e.detail)
     )
-    assert digest(tmp_path / "o") == digest(tmp_path / "whole")
-    assert (done.kl_before, done.loss_best) == (whole.kl_before, whole.loss_best)
-    assert not any(f"step {step - step % 3} " in line for line in told)  # before the last checkpoint
+    assert digest(tmp_path / "o") == digest(tmp_path / "direct")
+    assert (done.kl_before, done.loss_best) == (direct.kl_before, direct.loss_best)
+    assert not any(f"step {step - step % 3} " in line for line in details)  # before the last checkpoint
 
 
 def test_other_arguments_do_not_continue_a_run(made: Path, tmp_path: Path) -> None:

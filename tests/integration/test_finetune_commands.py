@@ -14,7 +14,7 @@ import pytest
 
 import pocketllm
 from pocketllm.format.checkpoint import folder_bytes, read_report
-from pocketllm.recover.chain import compress_and_distill
+from pocketllm.recover.compress_then_distill import compress_and_distill
 from tests import tiny
 from tests.commands import digest
 from tests.recovery import config, make
@@ -59,9 +59,9 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
 
 
-def test_killed_on_the_command_line_it_goes_on_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
-    whole = run(finetune(made, tmp_path / "whole", "--json"))
-    assert whole.returncode == 0, whole.stderr
+def test_a_killed_command_resumes_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    direct = run(finetune(made, tmp_path / "direct", "--json"))
+    assert direct.returncode == 0, direct.stderr
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         finetune(made, tmp_path / "o"), stderr=subprocess.DEVNULL, env=environment
@@ -72,7 +72,7 @@ def test_killed_on_the_command_line_it_goes_on_to_the_same_bytes(made: Path, tmp
     assert not (tmp_path / "o").exists()
     again = run(finetune(made, tmp_path / "o", "--json"))
     assert again.returncode == 0, again.stderr
-    assert digest(tmp_path / "o") == digest(tmp_path / "whole")
+    assert digest(tmp_path / "o") == digest(tmp_path / "direct")
     values = json.loads(again.stdout)
     assert values["kl_stored"] < values["kl_before"]
     assert "step 12 of 12" in again.stderr

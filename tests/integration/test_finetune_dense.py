@@ -45,6 +45,6 @@ def test_they_are_tuned_and_no_byte_is_added(made: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("lr_dense", [1e-3, 0.0])
 def test_a_dry_run_counts_what_is_trained(lr_dense: float, made: Path, tmp_path: Path) -> None:
     done = pocketllm.distill(made / "c", tmp_path / "o", config(made, lr_dense=lr_dense))
-    told = dry_run_distill(made / "c", config(made, lr_dense=lr_dense))["trained_parameters"]
-    assert told == {name: count for name, count in done.trained_parameters.items() if count}
-    assert ("dense matrices" in told) == (lr_dense > 0)
+    planned = dry_run_distill(made / "c", config(made, lr_dense=lr_dense))["trained_parameters"]
+    assert planned == {name: count for name, count in done.trained_parameters.items() if count}
+    assert ("dense matrices" in planned) == (lr_dense > 0)

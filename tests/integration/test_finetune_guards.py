@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm.errors import ConfigError, OutputError, ResumeError, SourceError
-from pocketllm.recover.chain import compress_and_distill
+from pocketllm.recover.compress_then_distill import compress_and_distill
 from pocketllm.recover.distill import dry_run_distill
 from tests import tiny
 from tests.commands import digest
@@ -94,8 +94,8 @@ def test_stopped_between_record_and_result_both_are_there_afterwards(
 @pytest.mark.parametrize("name", ["checkpoint.safetensors", "state.json", "teacher-ids.npy"])
 def test_damaged_half_done_runs_say_which_file(name: str, made: Path, tmp_path: Path) -> None:
     folder = half_done(made, tmp_path / "o", teacher_top_k=4)
-    whole = (folder / name).read_bytes()
-    (folder / name).write_bytes(whole[: len(whole) // 3])
+    complete = (folder / name).read_bytes()
+    (folder / name).write_bytes(complete[: len(complete) // 3])
     with pytest.raises(ResumeError, match=rf"{name}: damaged .*delete .*o.partial to start anew"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made, teacher_top_k=4))
 
@@ -150,7 +150,9 @@ def test_a_chain_spares_what_is_not_its_own(made: Path, tmp_path: Path) -> None:
     kept = tmp_path / "o.plain"
     shutil.copytree(made / "c", kept)
     before = digest(kept)
-    with pytest.raises(OutputError, match=r"o.plain: exists and is not what this command makes"):
+    with pytest.raises(
+        OutputError, match=r"o.plain: exists and was not created by an earlier run of this command"
+    ):
         compress_and_distill(made / "m", tiny.settings(vector_len=3), config(made), tmp_path / "o")
     assert digest(kept) == before
 

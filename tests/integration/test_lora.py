@@ -18,8 +18,8 @@ from pocketllm.format.checkpoint import folder_bytes, read_report
 from pocketllm.format.report import counting_adapter
 from pocketllm.format.workspace import locked
 from pocketllm.recover.adapter import attach_adapter, check_adapter, merged
+from pocketllm.recover.base_model import open_base
 from pocketllm.recover.lora import dry_run_lora
-from pocketllm.recover.setting import open_base
 from pocketllm.report import Comparison, Evaluation, compare, picture
 from tests import tiny
 from tests.commands import digest
@@ -135,9 +135,7 @@ def test_reencoding_says_what_it_costs(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "o-dense" / "config.json").is_file()
 
 
-def test_a_merge_that_was_stopped_goes_on(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_merge_resumes(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(event: Any) -> None:
         if event.stage == "encode" and event.share > 0.4:
             raise KeyboardInterrupt
@@ -203,7 +201,19 @@ def test_plain_text_and_conv1d(made: Path, tmp_path: Path) -> None:
     pocketllm.merge(tmp_path / "c", tmp_path / "a", tmp_path / "dense")
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["dense", "packed"])
+def test_an_adapter_on_the_head_is_trained(mode: str, made: Path, tmp_path: Path) -> None:
+    """Though it computes nothing at first, and the loss is taken at the head."""
+    from safetensors.torch import load_file
+
+    pocketllm.compress(tiny.save(tmp_path / "m", "qwen3"), tiny.settings(), tmp_path / "c")
+    pocketllm.lora(tmp_path / "c", tmp_path / "a", config(made, targets=("lm_head", "q_proj"), mode=mode))
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    trained = {name for name, value in tensors.items() if ".lora_B." in name and value.any()}
+    assert len(trained) == 3 and any("lm_head" in name for name in trained)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
     def stop(event: Any) -> None:
         if "step 3 " in event.detail:
             raise KeyboardInterrupt
@@ -269,10 +279,10 @@ def test_a_damaged_adapter_is_named_before_the_model_is_loaded(
     """content: of the file instead of its own; None: no file; a number: its first bytes."""
     shutil.copytree(made / "a", tmp_path / "a")
     path = tmp_path / "a" / name
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     path.unlink()
     if content is not None:
-        path.write_bytes(whole[:content] if isinstance(content, int) else content)
+        path.write_bytes(complete[:content] if isinstance(content, int) else content)
     with pytest.raises(FormatError, match=rf"{name}: {words}.*; fetch or train the adapter again"):
         check_adapter(tmp_path / "a", made / "c")
 
@@ -330,10 +340,10 @@ def test_bytes_of_the_adapter_count_in_every_size(made: Path) -> None:
     assert sum(found["bytes_by_part"].values()) == found["bytes_on_disk"]
     ratio = report["bytes_on_disk"] / found["bytes_on_disk"]
     assert found["ratio_files_bf16"] == pytest.approx(ratio * report["ratio_files_bf16"], rel=1e-5)
-    coded = sum(m["shape"][0] * m["shape"][1] for m in report["matrices"])
-    blocks = coded - 96 * 36  # the embedding
-    every = coded + 5 * 36  # norms
-    for key, weights in (("bpw_matrices", coded), ("bpw_blocks", blocks), ("bpw_all", every)):
+    encoded = sum(m["shape"][0] * m["shape"][1] for m in report["matrices"])
+    blocks = encoded - 96 * 36  # the embedding
+    every = encoded + 5 * 36  # norms
+    for key, weights in (("bpw_matrices", encoded), ("bpw_blocks", blocks), ("bpw_all", every)):
         assert found[key] - report[key] == pytest.approx(8 * nbytes / weights, rel=1e-4)
     assert found["ratio_matrices_fp32"] == pytest.approx(32 / found["bpw_matrices"], rel=1e-4)
     side = compare([made / "c"], adapters=[made / "a"]).models

@@ -91,6 +91,6 @@ def test_an_adapter_of_another_model(run: Run, folder: Path, tmp_path: Path) -> 
     assert code == 2 and not out and "name the base it belongs to" in err  # before --ppl is looked at
     with pytest.raises(ConfigError, match="was trained on"):
         html_report(folder / "other", tmp_path / "x.html", adapter=folder / "tuned")
-    with pytest.raises(FormatError, match="wanted an adapter in PEFT's form"):
+    with pytest.raises(FormatError, match="wanted an adapter in PEFT's format"):
         html_report(folder / "small", tmp_path / "x.html", adapter=folder / "other")
     assert not list(tmp_path.iterdir())

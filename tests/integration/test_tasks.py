@@ -21,8 +21,8 @@ import pocketllm
 from pocketllm.config import EvalConfig
 from pocketllm.errors import ConfigError, ExtraError, SourceError, WeightError
 from pocketllm.evaluate import harness, results, tasks
-from pocketllm.evaluate.compare import average, compare
 from pocketllm.evaluate.local_tasks import local_task_digest
+from pocketllm.evaluate.paired_accuracy import average, compare
 from tests import tiny
 
 CONFIG = EvalConfig(batch_tokens=256)
@@ -173,16 +173,16 @@ def test_results_are_those_of_lm_eval(name: str, model: Any, data: Path) -> None
 def test_results_are_kept(model: Any, data: Path) -> None:
     names = ["piqa", "boolq"]
     first = tasks.evaluate_tasks(names, subject(model), CONFIG, data, hub=False)
-    told: list[tuple[str, float]] = []
+    seen: list[tuple[str, float]] = []
     again = tasks.evaluate_tasks(
         names,
         tasks.Subject("a", "float32", no_model),
         CONFIG,
         data,
         hub=False,
-        progress=lambda task, share: told.append((task, share)),
+        progress=lambda task, share: seen.append((task, share)),
     )
-    assert all(result.cached for result in again.values()) and told == [("piqa", 1.0), ("boolq", 1.0)]
+    assert all(result.cached for result in again.values()) and seen == [("piqa", 1.0), ("boolq", 1.0)]
     assert {n: dataclasses.replace(r, cached=False) for n, r in again.items()} == first
     assert "scores" not in again["piqa"].to_dict()
 
@@ -208,7 +208,7 @@ def test_other_settings_are_measured_anew(change: str, model: Any, data: Path, t
     assert found.n == {"limit": 5, "data": 7}.get(change, 12)
 
 
-def test_a_stopped_evaluation_goes_on(model: Any, data: Path) -> None:
+def test_an_interrupted_evaluation_resumes(model: Any, data: Path) -> None:
     def stop(task: str, share: float) -> None:
         if task == "boolq":
             raise KeyboardInterrupt
@@ -295,10 +295,12 @@ def test_the_digest_of_a_task_is_that_of_its_files(tmp_path: Path) -> None:
 def test_missing_data(data: Path) -> None:
     who = tasks.Subject("a", "", no_model)
     with pytest.raises(
-        SourceError, match=r"openbookqa: .* holds no openbookqa/test.jsonl or .*form: one JSON"
+        SourceError, match=r"openbookqa: .* holds no openbookqa/test.jsonl or .*format: one JSON"
     ):
         tasks.evaluate_tasks(["piqa", "openbookqa"], who, CONFIG, data, hub=False)
-    with pytest.raises(SourceError, match=r"hellaswag: not on the hub .*no data folder is given \(--data\)"):
+    with pytest.raises(
+        SourceError, match=r"hellaswag: the hub lookup failed, .*no data folder is given \(--data\)"
+    ):
         tasks.evaluate_tasks(["hellaswag"], who, CONFIG)
 
 
@@ -325,7 +327,7 @@ def test_lm_evals_other_tasks(
     for who in (subject(tiny.model(), "b"), subject(model)):
         again = tasks.run_tasks(sources, who, CONFIG, cache=False)
     assert again["second"].scores == found["second"].scores and again["second"].n == found["second"].n
-    with pytest.raises(ConfigError, match=r"unknown task 'frist'; near it: first.*from local files: arc_ch"):
+    with pytest.raises(ConfigError, match=r"unknown task 'frist'; similar: first.*from local files: arc_ch"):
         tasks.evaluate_tasks(["frist"], subject(model), CONFIG)
 
 

@@ -1,4 +1,4 @@
-"""Gradients of coded layers and of the divergence, against autograd through the plain formulas in float64."""
+"""Gradients of encoded layers and of the divergence, against autograd through the plain formulas in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pocketllm.codec.kernels import cpu as compiled
 from pocketllm.codec.reconstruct import lookup, lookup_gradients
 from pocketllm.codec.rotation import rotate_matrix, unrotate_matrix
 from pocketllm.codec.subvectors import join
-from pocketllm.recover.divergence import divergence, head_divergence, logits_divergence
+from pocketllm.recover.kl_loss import head_kl, kl_loss, logits_kl
 from pocketllm.recover.trainable import make_trainable
 from tests import tiny
 
@@ -72,14 +72,14 @@ def test_compiled_rotation_does_what_torch_does(
 def test_divergence_and_gradient_are_those_of_the_formula(
     in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pocketllm.recover.divergence._LOGITS_IN_CACHE", in_cache)
+    monkeypatch.setattr("pocketllm.recover.kl_loss._LOGITS_IN_CACHE", in_cache)
     student = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(7, 11, dtype=torch.float64)
     log_q = student.log_softmax(1)
     wanted = torch.nn.functional.kl_div(log_q, teacher.log_softmax(1), reduction="sum", log_target=True)
     wanted_grad = torch.autograd.grad(wanted * 0.25, student)[0]
     logits, target = student.detach().float(), teacher.float()
-    total, grad = divergence(logits, target, 0.25)
+    total, grad = kl_loss(logits, target, 0.25)
     assert torch.equal(logits, student.float()) and torch.equal(target, teacher.float())
     torch.testing.assert_close(total, wanted.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-4, atol=1e-6)
@@ -89,7 +89,7 @@ def test_divergence_and_gradient_are_those_of_the_formula(
 def test_divergence_of_the_most_likely_tokens_is_that_of_grouped_outcomes(
     k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pocketllm.recover.divergence._LOGITS_IN_CACHE", 33)
+    monkeypatch.setattr("pocketllm.recover.kl_loss._LOGITS_IN_CACHE", 33)
     student = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
     log_p, ids = torch.randn(7, 11, dtype=torch.float64).log_softmax(1).topk(k, dim=1)
     q = student.softmax(1)
@@ -98,7 +98,7 @@ def test_divergence_of_the_most_likely_tokens_is_that_of_grouped_outcomes(
     q_all = torch.cat([inside, 1 - inside.sum(1, keepdim=True)], dim=1)
     wanted = (p_all * (p_all / q_all).log()).sum()
     wanted_grad = torch.autograd.grad(wanted, student)[0]
-    total, grad = divergence(student.detach().float(), (ids, log_p.float()), 1.0)
+    total, grad = kl_loss(student.detach().float(), (ids, log_p.float()), 1.0)
     torch.testing.assert_close(total, wanted.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-3, atol=1e-5)
 
@@ -106,7 +106,7 @@ def test_divergence_of_the_most_likely_tokens_is_that_of_grouped_outcomes(
 @pytest.mark.parametrize("k", [0, 4])
 def test_labels_are_mixed_in(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """w (-log q_label) + (1 - w) KL, w another one at every position."""
-    monkeypatch.setattr("pocketllm.recover.divergence._LOGITS_IN_CACHE", 33)
+    monkeypatch.setattr("pocketllm.recover.kl_loss._LOGITS_IN_CACHE", 33)
     student = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(7, 11, dtype=torch.float64).log_softmax(1)
     ids, weights = torch.randint(0, 11, (7,)), torch.tensor([0.0, 0.3, 1.0, 0.5, 0.1, 0.9, 0.0]).double()
@@ -122,7 +122,7 @@ def test_labels_are_mixed_in(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ((1 - weights) * kl - weights * log_q.gather(1, ids[:, None])[:, 0]).sum()
     wanted_grad = torch.autograd.grad(wanted * 0.5, student)[0]
     target = (top, log_p.float()) if k else teacher.float()
-    total, grad = divergence(student.detach().float(), target, 0.5, (ids, weights.float()))
+    total, grad = kl_loss(student.detach().float(), target, 0.5, (ids, weights.float()))
     torch.testing.assert_close(total, wanted.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-3, atol=1e-5)
 
@@ -131,11 +131,11 @@ def test_chunked_head_gives_what_whole_logits_give(monkeypatch: pytest.MonkeyPat
     hidden, weight, bias = torch.randn(10, 6), torch.randn(11, 6), torch.randn(11)
     teacher = torch.randn(10, 11)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
-    whole = logits_divergence(torch.nn.functional.linear(*leaves), lambda part: teacher[part].clone(), 0.1)
+    whole = logits_kl(torch.nn.functional.linear(*leaves), lambda part: teacher[part].clone(), 0.1)
     wanted = torch.autograd.grad(whole, leaves)
-    monkeypatch.setattr("pocketllm.recover.divergence._LOGITS_AT_ONCE", 33)  # three positions at a time
+    monkeypatch.setattr("pocketllm.recover.kl_loss._LOGITS_AT_ONCE", 33)  # three positions at a time
     parts = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
-    chunked = head_divergence(*parts, lambda part: teacher[part].clone(), torch.float32, 0.1)
+    chunked = head_kl(*parts, lambda part: teacher[part].clone(), torch.float32, 0.1)
     torch.testing.assert_close(chunked, whole)
     for one, other in zip(torch.autograd.grad(chunked, parts), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

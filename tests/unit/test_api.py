@@ -18,6 +18,7 @@ import pocketllm
 SOURCE = Path(pocketllm.__file__).parent
 LAZY = (
     "pocketllm",
+    "pocketllm.text",
     "pocketllm.codec",
     "pocketllm.text",
     "pocketllm.source",
@@ -117,6 +118,12 @@ def test_what_is_not_public_is_refused() -> None:
         ("pocketllm.studies.page", "write"),
     ):
         assert not refused(own, module, name)
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "text").glob("*.py")), ids=lambda p: p.name)
+def test_reading_text_depends_on_nothing_above_it(path: Path) -> None:
+    for module, _ in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        assert module.startswith(("pocketllm.text.", "pocketllm.config", "pocketllm.errors")), module
 
 
 def test_the_infrastructure_is_documented() -> None:

@@ -12,7 +12,8 @@ import torch
 
 from pocketllm.errors import ConfigError, WeightError
 from pocketllm.evaluate.kl import standard_error, text_divergence
-from pocketllm.evaluate.perplexity import perplexity, token_windows
+from pocketllm.evaluate.perplexity import perplexity
+from pocketllm.text.windows import token_windows
 from tests import tiny
 
 TEXT = "numbers from two models over one text, compared position by position. " * 8

@@ -1,17 +1,16 @@
-"""Perplexity equals its definition; bad texts and windows are refused."""
+"""Perplexity equals its definition; generation continues a prompt; bad input is refused."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pocketllm.errors import ConfigError, SourceError, WeightError
+from pocketllm.errors import ConfigError, WeightError
 from pocketllm.evaluate import generate as generation
-from pocketllm.evaluate.perplexity import perplexity, read_text, token_windows
+from pocketllm.evaluate.perplexity import perplexity
 from tests import tiny
 
 TEXT = "Some text, long enough to fill a few windows of tokens; and then some more of it. " * 3
@@ -48,12 +47,6 @@ def test_progress_ends_at_one(model: Any, tokenizer: Any) -> None:
     assert shares == [0.25, 0.5, 0.75, 1.0]
 
 
-@pytest.mark.parametrize(("context", "windows"), [(1, None), (20, 0), (20, 10_000), (10_000, None)])
-def test_impossible_windows(context: int, windows: int | None, tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match=r"context|windows"):
-        token_windows(tokenizer, TEXT, context, windows)
-
-
 def test_context_beyond_the_model(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="the model has 64 positions"):
         perplexity(tiny.model("gpt2"), tokenizer, TEXT, 65)
@@ -70,31 +63,6 @@ def test_logits_that_are_not_finite(bad: float, tokenizer: Any) -> None:
         damaged.lm_head.bias[4] = bad
     with pytest.raises(WeightError, match=r"folder/damaged: its logits are not finite .* torch.float32"):
         perplexity(damaged, tokenizer, TEXT, 20)
-
-
-def test_texts(tmp_path: Path) -> None:
-    good = tmp_path / "good.txt"
-    good.write_text("gr\u00fc\u00dfe\n", encoding="utf-8")
-    assert read_text(good) == "gr\u00fc\u00dfe\n"
-    with pytest.raises(SourceError, match="no such file"):
-        read_text(tmp_path / "nowhere")
-    with pytest.raises(SourceError, match="a folder"):
-        read_text(tmp_path)
-    (tmp_path / "latin").write_bytes("gr\u00fc\u00dfe".encode("latin-1"))
-    with pytest.raises(SourceError, match=r"not UTF-8 \(byte 2\)"):
-        read_text(tmp_path / "latin")
-    (tmp_path / "empty").write_text(" \n")
-    with pytest.raises(SourceError, match="holds no text"):
-        read_text(tmp_path / "empty")
-
-
-def test_unreadable_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "read_bytes", refused)
-    with pytest.raises(SourceError, match="Permission denied"):
-        read_text(tmp_path / "secret")
 
 
 def test_generation(model: Any, tokenizer: Any) -> None:

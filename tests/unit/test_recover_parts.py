@@ -1,4 +1,4 @@
-"""Parts of recovery: items, windows, the order of steps, the log, rewriting a folder."""
+"""Parts of recovery: items, the order of steps, the record of a run, rewriting a folder."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from pocketllm.config import DistillConfig, LoopConfig
-from pocketllm.errors import ConfigError, ExtraError, ShapeError, SourceError
 from pocketllm.calibrate.blocks import find_blocks
+from pocketllm.config import DistillConfig, LoopConfig
+from pocketllm.errors import ConfigError, ExtraError, ShapeError
 from pocketllm.format.rewrite import rewrite
 from pocketllm.format.workspace import Workspace
 from pocketllm.recover.adapter import need_peft
-from pocketllm.recover.distillation import training_windows
-from pocketllm.recover.instructions import prompt_of, read_instructions
-from pocketllm.recover.items import read_items
-from pocketllm.recover.log import RunLog
+from pocketllm.recover.base_model import compute_dtype
+from pocketllm.recover.distill_task import training_windows
 from pocketllm.recover.loop import Group, Loop
-from pocketllm.recover.setting import compute_dtype
-from pocketllm.recover.text import read_text, split, windows_of
+from pocketllm.recover.lora_task import read_items
+from pocketllm.recover.run_log import RunLog
 from tests import tiny
 
 
@@ -42,39 +40,6 @@ def test_blocks_are_the_longest_list_that_lies_in_no_other() -> None:
     model = torch.nn.ModuleDict({"layers": layers, "few": torch.nn.ModuleList([torch.nn.Identity()])})
     assert find_blocks(model) == ("layers", layers)
     assert find_blocks(torch.nn.Identity()) is None
-
-
-def test_alpaca_prompt() -> None:
-    with_input = prompt_of({"instruction": "Add.", "input": "1 2", "output": "3"})
-    assert with_input is not None
-    assert with_input[0].endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
-    assert with_input[1] == "3"
-    without = prompt_of({"instruction": "Hi", "input": "", "output": "Ho"})
-    assert without is not None
-    assert "### Input" not in without[0]
-    assert "paired" not in without[0]
-    assert prompt_of({"text": "no instruction"}) is None
-
-
-def test_instructions_are_told_from_text(tmp_path: Path) -> None:
-    lines, mixed, text, broken = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.json"))
-    lines.write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
-    assert read_instructions(lines) == [("p", "r")]
-    mixed.write_text(lines.read_text() + '{"text": "x"}\n')
-    with pytest.raises(SourceError, match="row 2 is no instruction"):
-        read_instructions(mixed)
-    text.write_text('{"text": "x"}\n')
-    assert read_instructions(text) is None
-    for row in ({"instruction": "a", "output": None}, {"prompt": ["p"], "response": "r"}):
-        broken.write_text(json.dumps([row] * 2))  # not one is whole: no reason to take them for plain text
-        with pytest.raises(SourceError, match=r"row 1 is no instruction; wanted .* as strings in every row"):
-            read_instructions(broken)
-    broken.write_text("{")
-    with pytest.raises(SourceError, match="not JSON"):
-        read_instructions(broken)
-    broken.write_text("3")
-    with pytest.raises(SourceError, match="wanted a list"):
-        read_instructions(broken)
 
 
 def test_items_learn_the_answer_and_its_end(tmp_path: Path) -> None:
@@ -105,65 +70,25 @@ def test_instructions_that_do_not_fit_are_not_left_out_in_silence(
         read_items(tiny.tokenizer(), (str(path),), 30)
 
 
-def test_texts_are_read_by_their_form(tmp_path: Path) -> None:
-    tokenizer = tiny.tokenizer()
-    (tmp_path / "a.json").write_text(json.dumps([{"prompt": "abcd", "response": "ef"}] * 2))
-    windows = windows_of(tokenizer, (str(tmp_path / "a.json"),), 3)
-    assert "".join(tokenizer.batch_decode(windows)) == "abcdef<unk><unk>abcd"
-    plain = tmp_path / "plain.json"  # its strings, not its brackets
-    plain.write_text(json.dumps([{"text": "abc", "n": 1}, "de"]))
-    assert read_text(plain) == "abc\n\nde"
-    plain.write_text(json.dumps({"text": ["abc", "de"]}))
-    with pytest.raises(SourceError, match="wanted a list of rows"):
-        read_text(plain)
-    plain.unlink()
-    (tmp_path / "b.md").write_text("xy")  # too short by itself, but not with its neighbour
-    assert len(windows_of(tokenizer, (str(tmp_path),), 18)) == 1
-    with pytest.raises(ConfigError, match=r"the text \(.*\) has 18 tokens, not one window of 19"):
-        windows_of(tokenizer, (str(tmp_path),), 19)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match=r"no \*\.txt, .* file in this folder"):
-        windows_of(tokenizer, (str(tmp_path / "empty"),), 3)
-    assert len(windows_of(tokenizer, (), 512)) > 100
-
-
-def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text("abcdef" * 10)
-    monkeypatch.chdir(tmp_path)
-    for text in ("", " "):
-        with pytest.raises(SourceError, match="got an empty name"):
-            windows_of(tiny.tokenizer(), (text,), 3)
-
-
-def test_validating_on_what_is_trained_on_is_told(
+def test_validating_on_training_text_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("abcdef" * 10)
     monkeypatch.chdir(tmp_path)
 
-    def told(texts: str, validation: str) -> list[str]:
+    def warnings(texts: str, validation: str) -> list[str]:
         caplog.clear()
         training_windows(
             tiny.tokenizer(), DistillConfig(texts=(texts,), validation_text=validation, context=3)
         )
         return caplog.messages
 
-    assert told("a.txt", "b.txt") == []
-    assert told("a.txt", "./a.txt") == told(str(tmp_path), "a.txt") != []
-    assert told("a.txt", str(tmp_path))[0].endswith(
-        "is trained on and validated on; name another --validation-text"
+    assert warnings("a.txt", "b.txt") == []
+    assert warnings("a.txt", "./a.txt") == warnings(str(tmp_path), "a.txt") != []
+    assert warnings("a.txt", str(tmp_path))[0].endswith(
+        "is used for both training and validation; name another --validation-text"
     )
-
-
-def test_split_keeps_windows_apart() -> None:
-    windows = torch.arange(60).reshape(30, 2)
-    train, validation = split(windows, 16, seed=0)
-    assert (len(train), len(validation)) == (27, 3)
-    assert torch.equal(torch.cat([train, validation]).sort(0).values, windows)
-    assert len(split(windows[:2], 16, seed=0)[1]) == 1
-    with pytest.raises(ConfigError, match="wanted at least two"):
-        split(windows[:1], 16, seed=0)
 
 
 class Square:
@@ -199,11 +124,11 @@ def loop_of(task: Any, tmp_path: Path, **settings: Any) -> Loop:
 
 def test_every_epoch_sees_every_item_once(tmp_path: Path) -> None:
     task = Square()
-    told: list[int] = []
-    at = loop_of(task, tmp_path).run(lambda t: told.append(t.step))
+    steps: list[int] = []
+    at = loop_of(task, tmp_path).run(lambda t: steps.append(t.step))
     flat = [number for batch in task.seen for number in batch]
     assert all(sorted(flat[n : n + 5]) == [0, 1, 2, 3, 4] for n in range(0, 40, 5))
-    assert told == list(range(1, 21))
+    assert steps == list(range(1, 21))
     assert [step for step, _ in at.history] == [0, 5, 10, 15, 20]
     assert at.best_loss == min(loss for _, loss in at.history)
     assert float((task.value.detach() - 2).square()) == pytest.approx(at.best_loss)

@@ -1,4 +1,4 @@
-"""Calibration text: where it comes from, what is wrong with it, and the windows cut from it."""
+"""Reading text: files, folders, data sets of the hub, instructions; what is wrong with them is said."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pocketllm.errors import ExtraError, SourceError
-from pocketllm.text.read import calibration_windows, default_text, read_calibration
-from tests import tiny
+from pocketllm.text.instructions import prompt_of, read_instructions
+from pocketllm.text.read import default_text, read_calibration, read_text
 
 
 def write(path: Path, text: str) -> Path:
@@ -137,38 +136,64 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
         read_calibration("owner/name")
 
 
-def windows(texts: list[str], tokens: int, context: int = 8) -> list[str]:
-    """Each window as text; the tokenizer makes a token of every character."""
-    tokenizer = tiny.tokenizer()
-    found = calibration_windows(tokenizer, texts, tokens, context, seed=0)
-    assert found.dtype == torch.int64
-    return [tokenizer.decode(window) for window in found]
+def test_text_files(tmp_path: Path) -> None:
+    good = tmp_path / "good.txt"
+    good.write_text("gr\u00fc\u00dfe\n", encoding="utf-8")
+    assert read_text(good) == "gr\u00fc\u00dfe\n"
+    with pytest.raises(SourceError, match="no such file"):
+        read_text(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match="a folder"):
+        read_text(tmp_path)
+    (tmp_path / "latin").write_bytes("gr\u00fc\u00dfe".encode("latin-1"))
+    with pytest.raises(SourceError, match=r"not UTF-8 \(byte 2\)"):
+        read_text(tmp_path / "latin")
+    (tmp_path / "empty").write_text(" \n")
+    with pytest.raises(SourceError, match="holds no text"):
+        read_text(tmp_path / "empty")
 
 
-def test_windows_are_random_pieces_in_order() -> None:
-    text = "".join(f"window{n:02d}" for n in range(20))
-    found = windows([text], 48)
-    assert len(found) == 6 and found == sorted(found) and set(found) <= {f"window{n:02d}" for n in range(20)}
-    assert found != [f"window{n:02d}" for n in range(6)]
-    assert windows([text], 48) == found
-    assert windows([text], 10_000) == [f"window{n:02d}" for n in range(20)]
+def test_unreadable_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(SourceError, match="Permission denied"):
+        read_text(tmp_path / "secret")
 
 
-def test_every_text_gives_alike_and_a_small_one_what_it_has() -> None:
-    long, other, short = "a" * 800, "b" * 800, "c" * 17
-    assert sorted(windows([long, other], 80)) == ["a" * 8] * 5 + ["b" * 8] * 5
-    assert sorted(windows([long, short, other], 80)) == ["a" * 8] * 4 + ["b" * 8] * 4 + ["c" * 8] * 2
+def test_alpaca_prompt() -> None:
+    with_input = prompt_of({"instruction": "Add.", "input": "1 2", "output": "3"})
+    assert with_input is not None
+    assert with_input[0].endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
+    assert with_input[1] == "3"
+    without = prompt_of({"instruction": "Hi", "input": "", "output": "Ho"})
+    assert without is not None
+    assert "### Input" not in without[0]
+    assert "paired" not in without[0]
+    assert prompt_of({"text": "no instruction"}) is None
 
 
-def test_texts_shorter_than_a_window_are_joined() -> None:
-    assert windows(["abcde", "x" * 16, "fghijkl"], 1000) == ["xxxxxxxx", "xxxxxxxx", "abcdefgh"]
-    assert windows(["abc", "de"], 1000) == ["abcde"]  # not one window: a shorter one
-
-
-@pytest.mark.parametrize("texts", [["a"], ["", ""], []])
-def test_no_text_at_all(texts: list[str]) -> None:
-    with pytest.raises(SourceError, match=r"the texts have [01] tokens"):
-        windows(texts, 100)
+def test_instructions_are_recognized(tmp_path: Path) -> None:
+    lines, mixed, text, broken = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.json"))
+    lines.write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
+    assert read_instructions(lines) == [("p", "r")]
+    mixed.write_text(lines.read_text() + '{"text": "x"}\n')
+    with pytest.raises(SourceError, match="row 2 is not an instruction"):
+        read_instructions(mixed)
+    text.write_text('{"text": "x"}\n')
+    assert read_instructions(text) is None
+    for row in ({"instruction": "a", "output": None}, {"prompt": ["p"], "response": "r"}):
+        broken.write_text(json.dumps([row] * 2))  # not one is valid: no reason to read them as plain text
+        with pytest.raises(
+            SourceError, match=r"row 1 is not an instruction; wanted .* as strings in every row"
+        ):
+            read_instructions(broken)
+    broken.write_text("{")
+    with pytest.raises(SourceError, match="not JSON"):
+        read_instructions(broken)
+    broken.write_text("3")
+    with pytest.raises(SourceError, match="wanted a list"):
+        read_instructions(broken)
 
 
 def test_the_default_text_does_not_hold_what_is_measured_on() -> None:

@@ -29,8 +29,9 @@ from pocketllm.errors import SourceError, reason_of
 from pocketllm.plan.matrices import classify
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.folder import read_tokenizer
-from pocketllm.text.read import calibration_windows, default_text, read_calibration
+from pocketllm.text.read import default_text, read_calibration
 from pocketllm.text.vocabulary import positions_of
+from pocketllm.text.windows import calibration_windows
 
 _HUB_CHARACTERS_PER_TOKEN = 32  # of a data set of the hub: several times what the windows need
 

@@ -200,9 +200,9 @@ def compress(
     settle(device, threads)
     import pocketllm
     from pocketllm.cli.measured import Text, perplexity_table
-    from pocketllm.evaluate.perplexity import read_text
     from pocketllm.format.checkpoint import read_report
-    from pocketllm.recover.chain import check_recovery
+    from pocketllm.recover.compress_then_distill import check_recovery
+    from pocketllm.text.read import read_text
 
     text = None if ppl is None else Text(str(ppl), read_text(ppl), context, windows or None)
     found: dict[str, Any] = {}
@@ -241,7 +241,7 @@ def compress(
 def _chain(recovery: DistillConfig | None, made: Callable[[str, Path], None]) -> Callable[..., Report]:
     """Compress, or compress and distill; calls `made` with each finished model, returns its report."""
     from pocketllm.compression.pipeline import compress
-    from pocketllm.recover.chain import compress_and_distill
+    from pocketllm.recover.compress_then_distill import compress_and_distill
 
     def run(model: str, config: CompressConfig, output: Path, **how: Any) -> Report:
         if recovery is not None:

@@ -73,16 +73,16 @@ def demo_text(model: str, context: int, windows: int, progress: Progress) -> Tex
     Raises:
         ConfigError: the text has none. SourceError: no model, or no tokenizer. Both before anything is done.
     """
-    from pocketllm.evaluate import texts
-    from pocketllm.evaluate.perplexity import token_windows
     from pocketllm.source.dense_checkpoint import resolve
     from pocketllm.source.folder import read_tokenizer
+    from pocketllm.text.read import evaluation_text
+    from pocketllm.text.windows import token_windows
 
     folder = resolve(model, lambda message: progress("fetch", 0.0, message))
     tokenizer = read_tokenizer(folder, trust_remote_code=False)
     if tokenizer is None:
         raise SourceError(f"{folder}: holds no tokenizer, which the demo needs; add its files")
-    name, text = texts.evaluation_text()
+    name, text = evaluation_text()
     return Text(name, text, context, min(windows, len(token_windows(tokenizer, text, context))))
 
 
@@ -144,7 +144,7 @@ def _recovered(model: str, recovery: DistillConfig, base: Path, progress: Progre
     """Its recovered form beside it, made unless it is there already."""
     import pocketllm
     from pocketllm.format.checkpoint import REPORT_NAME, read_report, verify
-    from pocketllm.recover.setting import identity
+    from pocketllm.recover.base_model import identity
 
     output = base.with_name(base.name + "-recovered")
     if (output / REPORT_NAME).is_file():

@@ -75,9 +75,9 @@ def evaluate(
     """Perplexity, divergence from the dense model, and zero-shot tasks, side by side with the dense model."""
     from pocketllm.cli.eval_tables import eval_tables
     from pocketllm.evaluate.measure import Model, TaskOptions, measure
-    from pocketllm.evaluate.perplexity import read_text
     from pocketllm.evaluate.tasks import check_installed, task_names
     from pocketllm.source.dense_checkpoint import resolve
+    from pocketllm.text.read import read_text
 
     if ppl is None and tasks is None:
         raise ConfigError("nothing to measure: give --ppl FILE, --tasks NAMES or both")

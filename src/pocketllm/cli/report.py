@@ -216,9 +216,10 @@ def _measured(
     Raises:
         ConfigError, SourceError: as `perplexity` and `read_text`. ExtraError: an adapter, but no PEFT.
     """
-    from pocketllm.evaluate.perplexity import perplexity, read_text
+    from pocketllm.evaluate.perplexity import perplexity
     from pocketllm.recover.adapter import need_peft
     from pocketllm.report import Evaluation
+    from pocketllm.text.read import read_text
 
     if any(adapter for _, adapter in models):
         need_peft()

@@ -1,7 +1,7 @@
-"""How good a model is: perplexity, divergence from the dense model, zero-shot tasks, what it writes.
+"""Evaluate a model: perplexity, divergence from the dense model, zero-shot tasks, generated text.
 
-Public is what `__all__` names (docs/api.md says what each is); `perplexity`, `generate` and `measure` stand in
-`pocketllm` itself. The modules within may change without notice.
+The public names are those in `__all__`; docs/api.md describes them. `perplexity`, `generate` and `measure` are in
+`pocketllm` itself. The modules may change without notice.
 """
 
 from __future__ import annotations

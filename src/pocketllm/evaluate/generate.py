@@ -1,4 +1,4 @@
-"""Continue a text with a model, and say how fast it went."""
+"""Continue a prompt with a model, and measure the speed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pocketllm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model wrote.
+    """Generated text.
 
-    text: prompt and continuation. tokens: new ones. tokens_per_second: new tokens over wall time.
+    text: prompt and continuation. tokens: number of new tokens. tokens_per_second: new tokens per second of wall time.
     """
 
     text: str
@@ -35,10 +35,10 @@ def generate(
     """Continue `prompt`; greedy at temperature 0.
 
     Args:
-        chat: put the prompt through the tokenizer's chat template first.
+        chat: apply the tokenizer's chat template to the prompt.
 
     Raises:
-        ConfigError: an empty prompt, a temperature below 0, no token to make, or no chat template.
+        ConfigError: an empty prompt, a temperature below 0, fewer than 1 new token, or no chat template.
     """
     if not prompt.strip():
         raise ConfigError("prompt: is empty; give some text to continue")
@@ -71,4 +71,4 @@ def generate(
     seconds = time.perf_counter() - started
     new = out.shape[1] - ids.shape[1]
     text = tokenizer.decode(out[0], skip_special_tokens=True)
-    return Generation(text, new, new / seconds)
+    return Generation(text=text, tokens=new, tokens_per_second=new / seconds)

@@ -1,7 +1,7 @@
-"""lm-eval, run on a model in memory: a language model adapter that suits CPUs, and one task at a time.
+"""Run lm-eval on a model in memory: a language model adapter that suits CPUs, and one task at a time.
 
-lm-eval's own adapter makes [batch, tokens, vocabulary] logits of whole prompts. Only the answers' positions
-are scored, so here only they are given logits (`logits_to_keep`), in batches of about equal cost: a number
+lm-eval's own adapter computes [batch, tokens, vocabulary] logits of entire prompts. Only the positions of answers
+are scored, so here logits are computed for those alone (`logits_to_keep`), in batches of about equal cost: a number
 of tokens, not of rows. Scores agree with lm-eval's adapter; softmax is always in float32.
 
 Imported lazily: it needs the extra `eval`.
@@ -25,7 +25,7 @@ from pocketllm.evaluate.kl import standard_error
 from pocketllm.evaluate.perplexity import check_likelihood
 from pocketllm.text.vocabulary import positions_of
 
-_LOGITS_BYTES = 1 << 29  # most bytes of a batch's logits; bounds the batch where the vocabulary is large
+_LOGITS_BYTES = 1 << 29  # at most, for the logits of a batch; limits it if the vocabulary is large
 Progress = Callable[[float], None]
 _Request = tuple[Any, list[int], list[int]]  # (texts, context tokens, continuation tokens)
 
@@ -34,10 +34,10 @@ class PocketLM(HFLM):  # type: ignore[misc]
     """A causal language model for lm-eval, compressed or dense.
 
     Args:
-        model, tokenizer: as from `pocketllm.load`.
-        batch_tokens: tokens of a batch, padding counted.
+        model, tokenizer: as returned by `pocketllm.load`.
+        batch_tokens: tokens per batch, including padding.
         max_length: longest prompt with its answer; longer ones lose their beginning.
-        progress: called with the share of a task's tokens that are done.
+        progress: called with the finished share of a task's tokens.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class PocketLM(HFLM):  # type: ignore[misc]
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Scores of (context, continuation) texts; no bar of its own."""
+        """Scores of (context, continuation) texts, without a progress bar."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: list[_Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log likelihood, whether greedy decoding gives it) of each continuation, in the requests' order.
+        """(log likelihood, whether greedy decoding gives it) of each continuation, in the order of requests.
 
-        Requests whose input is the same (answers of one token) share one row.
+        Requests with the same input (answers of one token) share one row.
 
         Raises:
             WeightError: as `check_likelihood`.
@@ -92,7 +92,7 @@ class PocketLM(HFLM):  # type: ignore[misc]
         return answers
 
     def _batches(self, rows: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-        """Rows, longest first, in batches of at most `batch_tokens` tokens (one row at least)."""
+        """Rows, given longest first, in batches of at most `batch_tokens` tokens (at least one row)."""
         budget = min(self.batch_tokens, _LOGITS_BYTES // (4 * self.model.config.get_text_config().vocab_size))
         start = 0
         while start < len(rows):
@@ -120,10 +120,10 @@ class PocketLM(HFLM):  # type: ignore[misc]
 
 
 def _score(log_probabilities: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Of a continuation that ends where the rows end.
+    """(log likelihood, whether greedy decoding gives it) of a continuation that ends at the last position.
 
     Args:
-        log_probabilities: [positions, vocabulary], positions at least the continuation's length.
+        log_probabilities: [positions, vocabulary], at least as many positions as the continuation has tokens.
     """
     rows = log_probabilities[-len(continuation) :]
     wanted = torch.tensor(continuation, device=rows.device)
@@ -133,7 +133,7 @@ def _score(log_probabilities: Tensor, continuation: list[int]) -> tuple[float, b
 
 @contextlib.contextmanager
 def _tied_already(model: Any) -> Iterator[None]:
-    """lm-eval ties weights anew; loading has done it, and packed ones, being computed, do not allow it."""
+    """Keep lm-eval from tying weights again: loading has done it, and packed weights do not allow it."""
     model.__dict__["tie_weights"] = lambda: None
     try:
         yield
@@ -143,7 +143,7 @@ def _tied_already(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval and datasets without bars and log lines."""
+    """Silence the progress bars and log lines of lm-eval and datasets."""
     import datasets
     import lm_eval.api.task
 
@@ -165,14 +165,14 @@ def quiet() -> Iterator[None]:
 
 
 def load_tasks(spec: str, registry: bool = False) -> list[Any]:
-    """lm-eval's tasks of one spec: several where it names a group.
+    """Load lm-eval's tasks for a spec; several if it names a group.
 
     Args:
-        spec: path of a task YAML; with `registry` a task, group or tag name of lm-eval's.
+        spec: path of a task YAML; with `registry`, lm-eval's name of a task, group or tag.
 
     Raises:
-        ConfigError: lm-eval knows no such name.
-        SourceError: the data cannot be had.
+        ConfigError: lm-eval does not know the name.
+        SourceError: the data cannot be loaded.
     """
     from lm_eval.tasks import TaskManager
 
@@ -183,27 +183,27 @@ def load_tasks(spec: str, registry: bool = False) -> list[Any]:
         try:
             return list(manager.load([spec])["tasks"].values())
         except (OSError, ValueError, RuntimeError) as error:
-            raise SourceError(f"{spec}: its data cannot be had ({reason_of(error)})") from error
+            raise SourceError(f"{spec}: its data cannot be loaded ({reason_of(error)})") from error
 
 
 def unknown_task(name: str, known: Sequence[str]) -> str:
-    """The message for a name that is no task."""
+    """The error message for an unknown name."""
     import difflib
 
     from pocketllm.evaluate.local_tasks import local_tasks
 
     near = difflib.get_close_matches(name, [*local_tasks(), *known], 5)
-    hint = f"near it: {', '.join(near)}; " if near else ""
+    hint = f"similar: {', '.join(near)}; " if near else ""
     return f"unknown task {name!r}; {hint}from local files: {', '.join(local_tasks())}"
 
 
 def run_task(lm: PocketLM, task: Any, limit: int | None) -> dict[str, Any]:
-    """Score one of lm-eval's tasks, with no examples in the prompt unless the task sets some.
+    """Score one of lm-eval's tasks, without examples in the prompt unless the task sets some.
 
     Returns:
         n; metrics {name: (value, standard error or None)}; scores {acc, acc_norm: 0 or 1 per document;
-        choice_probability: as the function gives it}; chance: what guessing gets; version; truncated. Chance is
-        None, and there are no choice probabilities, where answers are not chosen from a list.
+        choice_probability: as the function of that name}; chance: accuracy of guessing; version; truncated. If
+        answers are not chosen from a list, chance is None and there are no choice probabilities.
     """
     from lm_eval.evaluator import evaluate
 
@@ -241,12 +241,13 @@ def run_task(lm: PocketLM, task: Any, limit: int | None) -> dict[str, Any]:
 
 
 def choice_probability(task: Any, sample: Mapping[str, Any]) -> float:
-    """Of the right answer among the choices: softmax of their log likelihoods.
+    """Probability of the right answer among the choices: softmax of their log likelihoods.
 
-    Accuracy moves only where the likeliest answer becomes another; this moves with every change of a model.
+    Accuracy changes only if another answer becomes the most likely; this changes with every change of the model.
 
     Args:
-        task: one of lm-eval's multiple-choice tasks. sample: one of its documents with the model's answers.
+        task: one of lm-eval's multiple-choice tasks.
+        sample: one of its documents with the model's answers.
     """
     document = sample["doc"]
     choices = task.doc_to_choice(document)
@@ -258,7 +259,7 @@ def choice_probability(task: Any, sample: Mapping[str, Any]) -> float:
 
 
 def _stderr(metric: str, value: float, values: list[Any]) -> float | None:
-    """Standard error of a metric from its value per document; None where it is no mean of those."""
+    """Standard error of a metric from its value per document; None if it is not their mean."""
     if not all(isinstance(v, int | float) for v in values):
         return None
     spread = standard_error([float(v) for v in values])

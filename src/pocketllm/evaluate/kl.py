@@ -1,11 +1,10 @@
-"""How far a compressed model's next-token distribution is from the dense model's, on the same text.
+"""Distance between the next-token distributions of a compressed and the dense model, on the same text.
 
     kl = mean over positions of KL(dense || compressed) = sum over tokens p_dense · (log p_dense − log p)
 
-in nats, over the windows that perplexity is measured on, and the share of positions at which both models'
-most likely token is the same. Both tell small damage apart where perplexity does not: perplexity can stay
-when errors cancel, these cannot. Positions of one window depend on each other, so standard errors are taken
-over windows.
+in nats, over the windows that perplexity is measured on, and the share of positions at which both models have the
+same most likely token. Both show small damage that perplexity hides: perplexity can stay the same when errors
+cancel, these cannot. Positions of one window depend on each other, so standard errors are taken over windows.
 """
 
 from __future__ import annotations
@@ -18,20 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.evaluate.perplexity import check_likelihood, exp_mean, token_windows
+from pocketllm.evaluate.perplexity import check_likelihood, exp_mean
 from pocketllm.text.vocabulary import Vocabulary, check_positions, check_vocabularies, name_of
+from pocketllm.text.windows import token_windows
 
-_LOGITS_AT_ONCE = 128  # positions whose float32 distributions are held at the same time
+_LOGITS_AT_ONCE = 128  # positions whose float32 distributions are held at once
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A model beside a reference, per token.
+    """Divergence of a model from a reference, per token.
 
-    perplexity, reference_perplexity: of the two models. kl: mean KL(reference || model) in nats.
-    top1_agreement: share of positions with the same most likely token. *_stderr: over windows, None where
-    there is only one. context: tokens per window. windows, tokens: scored. window_kl: kl of each window, so that
-    two models are compared window by window.
+    perplexity, reference_perplexity: of the model and of the reference. kl: mean KL(reference || model) in nats.
+    top1_agreement: share of positions with the same most likely token. *_stderr: standard errors over windows,
+    None for a single window. context: tokens per window. windows, tokens: number of scored ones. window_kl: kl of
+    each window, for comparing two models window by window.
     """
 
     perplexity: float
@@ -58,8 +58,8 @@ def text_divergence(
 ) -> Divergence:
     """KL divergence, top-1 agreement and both perplexities, in one pass over the text.
 
-    Memory beside the models: one window's logits [context, vocabulary] of each, and float32 distributions
-    of 128 positions.
+    Besides the models, memory holds the logits [context, vocabulary] of one window of each, and the float32
+    distributions of 128 positions.
 
     Args:
         model, reference: transformers causal language models with the same vocabulary.
@@ -67,7 +67,7 @@ def text_divergence(
         progress: called with the finished share.
 
     Raises:
-        ConfigError: as `token_windows`; a context longer than a model's positions; other sizes of logits.
+        ConfigError: as `token_windows`; a context longer than a model's positions; vocabularies of different size.
         WeightError: as `check_likelihood`, of either model.
     """
     for each in (model, reference):
@@ -101,11 +101,11 @@ def text_divergence(
 
 
 def _window_sums(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-    """float64 [4]: negative log likelihoods of both, KL, agreements, summed over positions.
+    """float64 [4]: negative log likelihoods of model and reference, KL, agreements; summed over positions.
 
     Args:
         logits, reference: [positions, vocabulary].
-        targets: [positions] the tokens that follow.
+        targets: [positions] next tokens.
     """
     total = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(targets), _LOGITS_AT_ONCE):

@@ -1,8 +1,8 @@
-"""lm-eval tasks on local files, for machines that reach no hub.
+"""lm-eval tasks on local files, for machines without access to the hub.
 
-Each YAML under `task_files/` names one of lm-eval's own tasks, the files it can be read from and their form.
-Rows are rewritten to the field names that lm-eval's task expects, kept in the cache, and a task YAML that
-includes lm-eval's own and points at them is written beside; it works with lm-eval's `--tasks FILE`, too.
+Each YAML under `task_files/` names one of lm-eval's own tasks, the files it can be read from and their format.
+Rows are rewritten to the field names that lm-eval's task expects and stored in the cache, together with a task YAML
+that includes lm-eval's own and points at them; it also works with lm-eval's `--tasks FILE`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LocalTask:
     """One of lm-eval's tasks, readable from a local file.
 
     include: its YAML, relative to lm-eval's tasks. files: (path in the data folder, split), best first.
-    reader: name of the function that rewrites a row. form: what a file must hold, in words.
+    reader: name of the function that rewrites a row. form: description of what a file must hold.
     """
 
     name: str
@@ -45,9 +45,9 @@ class LocalTask:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task that is ready to run. yaml: for lm-eval. source, split: where its rows come from.
+    """A task that is ready to run. yaml: its file for lm-eval. source, split: where its rows come from.
 
-    sha256: of the rows, as far as they are known before running.
+    sha256: digest of the rewritten rows.
     """
 
     yaml: Path
@@ -67,22 +67,22 @@ def local_tasks() -> dict[str, LocalTask]:
             values = yaml.safe_load(entry.read_text(encoding="utf-8"))
             local = values["local"]
             found[values["task"]] = LocalTask(
-                values["task"],
-                values["include"],
-                tuple(local["files"].items()),
-                local["reader"],
-                local["form"],
+                name=values["task"],
+                include=values["include"],
+                files=tuple(local["files"].items()),
+                reader=local["reader"],
+                form=local["form"],
             )
     return dict(sorted(found.items()))
 
 
 def local_task_names(data: Path | None) -> list[str]:
-    """The tasks whose files a data folder holds, by their lm-eval names; none where there is no folder."""
+    """lm-eval names of the tasks whose files a data folder holds; none if there is no folder."""
     return [task.name for task in local_tasks().values() if task.find(data)]
 
 
 def local_task_digest(name: str, data: Path | None) -> str:
-    """Of what a local task is read from, labels in a file of their own included.
+    """Digest of the files that a local task is read from, including a separate file of labels.
 
     Raises:
         SourceError: the data folder does not hold it.
@@ -98,7 +98,7 @@ def prepare(task: LocalTask, file: Path, split: str) -> Prepared:
     """Rewrite a local file for lm-eval, in the cache.
 
     Raises:
-        SourceError: the file cannot be read or a row does not have the form; names file and line.
+        SourceError: the file cannot be read, or a row has another format; names file and line.
     """
     import lm_eval.tasks
     import yaml
@@ -126,11 +126,11 @@ def prepare(task: LocalTask, file: Path, split: str) -> Prepared:
     path = rows.with_name(f"{rows.stem}-{split}.yaml")
     _write(rows, body)
     _write(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
-    return Prepared(path, "/".join(file.parts[-2:]), split, digest)
+    return Prepared(yaml=path, source="/".join(file.parts[-2:]), split=split, sha256=digest)
 
 
 def _write(path: Path, body: bytes) -> None:
-    """Whole or not at all, and not again where it is there."""
+    """Write a file atomically, unless it exists with this content."""
     if path.is_file() and path.read_bytes() == body:
         return
     temporary = path.with_name(f".{path.name}.tmp")
@@ -148,7 +148,7 @@ def _rows(task: LocalTask, file: Path) -> Iterator[Row]:
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if labels is not None and len(labels) != len(numbered):
         raise SourceError(
-            f"{file}: has {len(numbered)} rows, its labels file {len(labels)}; the two do not belong together"
+            f"{file}: has {len(numbered)} rows, its labels file {len(labels)}; the two do not match"
         )
     for position, (number, line) in enumerate(numbered):
         try:
@@ -162,7 +162,7 @@ def _rows(task: LocalTask, file: Path) -> Iterator[Row]:
 
 
 def _labels(file: Path) -> list[str] | None:
-    """Labels that lie in a file of their own (PIQA's), or None."""
+    """Labels from a separate file (PIQA's), or None."""
     path = file.with_name(f"{file.stem}-labels.lst")
     return path.read_text(encoding="utf-8").split() if path.is_file() else None
 
@@ -173,7 +173,7 @@ def _piqa(row: Row) -> Row:
 
 def _winogrande(row: Row) -> Row:
     texts = _texts(row, "sentence", "option1", "option2")
-    texts["sentence"].index("_")  # ValueError where the blank is missing
+    texts["sentence"].index("_")  # ValueError if the blank is missing
     return {**texts, "answer": str(_choice(int(row["answer"]) - 1, 2) + 1)}
 
 
@@ -186,7 +186,7 @@ def _openbookqa(row: Row) -> Row:
 
 
 def _question(row: Row, name: str) -> str:
-    """The question alone, from a flat row, an AI2 row (`stem`), or one whose prompt is written out."""
+    """The bare question, from a flat row, an AI2 row (`stem`), or a row that holds the full prompt."""
     if "query" in row:
         return str(row["query"]).removeprefix("Question: ").removesuffix("\nAnswer:")
     question = row["question"] if name not in row else row[name]
@@ -194,7 +194,7 @@ def _question(row: Row, name: str) -> str:
 
 
 def _choices(row: Row) -> Row:
-    """`choices` and `answerKey` of the three forms in use."""
+    """`choices` and `answerKey` from any of the three formats in use."""
     nested = row.get("question")
     choices = nested["choices"] if isinstance(nested, dict) else row["choices"]
     if isinstance(choices, dict):
@@ -204,7 +204,7 @@ def _choices(row: Row) -> Row:
     else:
         texts, labels = [c["text"] for c in choices], [str(c["label"]) for c in choices]
     answer = labels[_choice(row["gold"], len(labels))] if "gold" in row else str(row["answerKey"]).strip()
-    labels.index(answer)  # ValueError where the answer is none of the labels
+    labels.index(answer)  # ValueError if the answer is none of the labels
     return {"choices": {"text": texts, "label": labels}, "answerKey": answer}
 
 
@@ -231,10 +231,10 @@ def _texts(row: Row, *names: str) -> Row:
 
 
 def _choice(value: Any, count: int) -> int:
-    """The number of a choice.
+    """The number of one of `count` choices.
 
     Raises:
-        ValueError: it is none of `count` choices; caught where file and line are known.
+        ValueError: out of range; the caller adds file and line.
     """
     number = int(value)
     if not 0 <= number < count:

@@ -1,4 +1,4 @@
-"""Everything `pocketllm eval` measures of a model, beside another where there is one, as plain values."""
+"""Everything that `pocketllm eval` measures of a model, alone or against another one, as plain values."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.config import EvalConfig
-from pocketllm.evaluate.compare import average, compare
 from pocketllm.evaluate.kl import Divergence, text_divergence
+from pocketllm.evaluate.paired_accuracy import average, compare
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.evaluate.results import folder_digest
 from pocketllm.evaluate.tasks import Subject, TaskSource, find_tasks, run_tasks
@@ -24,21 +24,22 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that a compressed model is measured with. attach: puts it into the loaded model."""
+    """An adapter to measure a compressed model with. attach: puts it into the loaded model."""
 
     folder: Path
     attach: Callable[[Any], None]
 
 
 class Model:
-    """A model to measure: loaded when it is first needed, and verified then if it is a compressed one.
+    """A model to measure; loaded when it is first needed, and then verified if it is a compressed one.
 
     Args:
-        name: to show. folder: of its files.
+        name: as shown to the user.
+        folder: holds its files.
         setting: dtype, mode and device, as part of the identity of its results.
-        load: gives (model, tokenizer).
-        adapter: attached once the model is verified; its bytes are counted.
-        trust_remote_code: run code that comes with the model, where its vocabulary is read.
+        load: returns (model, tokenizer).
+        adapter: attached after the model is verified; its bytes are counted.
+        trust_remote_code: run code that ships with the model when its vocabulary is read.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Model:
         """(model, tokenizer), the same each time.
 
         Raises:
-            LoadError: it should be compressed and is not.
+            LoadError: its folder is that of a compressed model, but it is not compressed in memory.
         """
         if self._loaded is None:
             model, tokenizer = self._load()
@@ -75,14 +76,14 @@ class Model:
         return (self.folder / REPORT_NAME).is_file()
 
     def described(self) -> dict[str, Any]:
-        """What is measured.
+        """Description of what is measured.
 
         Returns:
-            model, adapter, compressed, matrices (verified in memory; None where dense), adapter_bytes,
+            model, adapter, compressed, matrices (number verified in memory; None if dense), adapter_bytes,
             bytes_on_disk (model and adapter).
         """
         if self.is_compressed():
-            self.load()  # so that it is said of layers that were looked at
+            self.load()  # so that the number is that of verified layers
         added = 0 if self.adapter is None else folder_bytes(self.adapter.folder)
         return {
             "model": self.name,
@@ -94,7 +95,7 @@ class Model:
         }
 
     def vocabulary(self) -> Vocabulary:
-        """Its tokens, without loading its weights.
+        """Its vocabulary, without loading its weights.
 
         Raises:
             SourceError: its configuration cannot be read.
@@ -102,17 +103,17 @@ class Model:
         return read_vocabulary(self.folder, self.name, self.trust_remote_code)
 
     def identity(self) -> str:
-        """Changes with any bit of model and adapter."""
+        """Identity of model and adapter: changes with any bit of them."""
         own = folder_digest(self.folder)
         return own if self.adapter is None else f"{own}+{folder_digest(self.adapter.folder)}"
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Which tasks to run, on what.
+    """Which tasks to run, and on which data.
 
-    names: of the tasks. data: folder with local files. hub: may be asked for what `data` lacks.
-    cache: take earlier results, and keep new ones.
+    names: of the tasks. data: folder with local files. hub: use it for tasks that `data` lacks.
+    cache: use earlier results, and store new ones.
     """
 
     names: tuple[str, ...]
@@ -129,13 +130,13 @@ def measure(
     config: EvalConfig,
     progress: Progress = lambda stage, share: None,
 ) -> dict[str, Any]:
-    """Measure a model; every key is there always, None where it was not asked for.
+    """Measure a model; the result always has every key, with None for what was not requested.
 
-    Tasks, their data and the vocabularies are looked at before anything is measured.
+    Tasks, their data and the vocabularies are checked before anything is measured.
 
     Args:
-        other: usually the dense model.
-        text: for perplexity and, beside `other`, divergence.
+        other: model to compare with, usually the dense one.
+        text: for perplexity and, with `other`, divergence.
 
     Returns:
         model, adapter, compressed, matrices, adapter_bytes, bytes_on_disk; perplexity, context, windows,
@@ -143,7 +144,7 @@ def measure(
         of `other`; difference: as `compare`.
 
     Raises:
-        ConfigError: another vocabulary, windows that do not fit.
+        ConfigError: vocabularies that differ, or windows that do not fit.
         ConfigError, ExtraError, SourceError: as `find_tasks`.
         LoadError: a compressed model is not compressed in memory.
         WeightError: a model's logits are not finite.
@@ -172,11 +173,17 @@ def _on_text(
     if text is None:
         return values
     model, tokenizer = own.load()
-    size = (config.context, config.windows, lambda share: progress("text", share))
+    found: Any
+    how: dict[str, Any] = {
+        "context": config.context,
+        "windows": config.windows,
+        "progress": lambda share: progress("text", share),
+    }
     if other is None:
-        return values | dataclasses.asdict(perplexity(model, tokenizer, text, *size))
-    reference, _ = other.load()
-    return values | dataclasses.asdict(text_divergence(model, reference, tokenizer, text, *size))
+        found = perplexity(model, tokenizer, text, **how)
+    else:
+        found = text_divergence(model, other.load()[0], tokenizer, text, **how)
+    return values | dataclasses.asdict(found)
 
 
 def _on_tasks(
@@ -186,7 +193,7 @@ def _on_tasks(
         return None
     return run_tasks(
         sources,
-        Subject(model.identity(), model.setting, model.load),
+        Subject(fingerprint=model.identity(), setting=model.setting, load=model.load),
         config,
         cache=cache,
         progress=lambda task, share: progress(f"{task}, {model.name}", share),

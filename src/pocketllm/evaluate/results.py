@@ -1,4 +1,4 @@
-"""What was measured before, kept in the cache: an evaluation that was stopped goes on with the next task."""
+"""Results of tasks in the cache, so that an interrupted evaluation resumes with the next task."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pocketllm.cache import cache_folder
 from pocketllm.files import sha256_file, write_json
 from pocketllm.format.checkpoint import REPORT_NAME
 
-RESULT_VERSION = 1  # raised when results of earlier versions must not be taken
+RESULT_VERSION = 1  # raised when results of earlier versions must not be used
 
 
 def folder_digest(folder: Path) -> str:
     """Identity of a model: SHA-256 over the names and contents of its files.
 
-    A compressed model's own list of checksums is taken (`pocketllm.load` verifies it); a dense model's files
-    are read in full, since a fine-tuned model can differ from another in the middle of a file alone.
+    For a compressed model its own list of checksums is used (`pocketllm.load` verifies it). The files of a dense
+    model are read in full, since a fine-tuned model may differ from another only in the middle of a file.
     """
     digest = hashlib.sha256()
     report = folder / REPORT_NAME
@@ -40,16 +40,16 @@ def _path(identity: Mapping[str, Any]) -> Path:
 
 
 def recall(identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result kept under this identity, or None."""
+    """The cached result for this identity, or None."""
     try:
         kept = json.loads(_path(identity).read_text(encoding="utf-8"))
         return dict(kept["result"]) if kept["identity"] == dict(identity) else None
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # none, or not whole: measured again
+        return None  # none, or damaged: measured again
 
 
 def keep(identity: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    """Keep a result under everything it depends on."""
+    """Cache a result under its identity: everything it depends on."""
     path = _path(identity)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"identity": dict(identity), "result": dict(result)})

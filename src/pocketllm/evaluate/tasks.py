@@ -1,8 +1,8 @@
 """Zero-shot tasks through lm-eval: by its names from the hub, or from local files with the same prompts.
 
-Results are kept per task, so that a stopped evaluation goes on, and with every document's score, so that two
-models are compared document by document: the standard error of their difference is then much smaller than
-that of either.
+Results are cached per task, so that an interrupted evaluation resumes, and hold the score of every document, so that
+two models are compared document by document: the standard error of their difference is then much smaller than that
+of either.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from pocketllm.evaluate import results
 from pocketllm.evaluate.local_tasks import LocalTask, local_task_names, local_tasks, prepare
 
 PAPER_TASKS = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
-"""Whose mean accuracy the paper reports (arXiv 2511.17637, zero-shot results)."""
+"""The tasks whose mean accuracy the paper reports (arXiv 2511.17637, zero-shot results)."""
 _ALIASES = {"lambada": "lambada_openai"}
 METRICS = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task. acc_norm: the answer chosen by likelihood per character. *_stderr: over documents.
+    """Result of one task. acc_norm: accuracy when the answer is chosen by likelihood per character.
 
-    n: documents scored. limit: as asked for, None all. chance: accuracy of guessing. split, data: what was
-    read. seconds: it took when it was measured. versions: of lm-eval, its task, torch and transformers.
-    truncated: requests that lost their beginning to the longest prompt. other: further metrics, as
-    {name: {value, stderr}}. cached: measured earlier. scores: each document's, by metric.
+    *_stderr: standard errors over documents. n: documents scored. limit: as requested, None means all.
+    chance: accuracy of guessing. split, data: what was read. seconds: duration of the measurement.
+    versions: of lm-eval, its task, torch and transformers. truncated: requests that lost their beginning to the
+    limit on prompts. other: further metrics, {name: {value, stderr}}. scores: one per document, by metric.
+    cached: taken from the cache.
     """
 
     task: str
@@ -55,7 +56,7 @@ class TaskResult:
     cached: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, without the scores of single documents."""
+        """Plain JSON types, without the scores of documents."""
         values = asdict(self)
         del values["scores"]
         return values
@@ -63,7 +64,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class TaskSource:
-    """A task to run. rows: identity of its data. load: makes lm-eval's task."""
+    """A task to run. rows: identity of its data. load: returns lm-eval's task."""
 
     name: str
     split: str
@@ -74,9 +75,9 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that tasks are run on. fingerprint: of its files. setting: what else its scores depend on (dtype …).
+    """The model that tasks are run on. fingerprint: identity of its files. setting: what else its scores depend on.
 
-    load: gives (model, tokenizer); called only when something has to be measured.
+    load: returns (model, tokenizer); called only if something has to be measured.
     """
 
     fingerprint: str
@@ -85,16 +86,16 @@ class Subject:
 
 
 def check_installed() -> None:
-    """Raises ExtraError where lm-eval is missing."""
+    """Raises ExtraError if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ExtraError("tasks need lm-eval, which is not installed: pip install 'pocketllm-codec[eval]'")
 
 
 def task_names(wanted: Iterable[str], data: Path | None) -> list[str]:
-    """Names asked for, without repetition; `paper` stands for the paper's five, `local` for all in `data`.
+    """The names requested, without repetition; `paper` stands for the paper's five, `local` for all in `data`.
 
     Raises:
-        ConfigError: none is left.
+        ConfigError: no task at all.
     """
     names: list[str] = []
     for name in wanted:
@@ -112,12 +113,12 @@ def task_names(wanted: Iterable[str], data: Path | None) -> list[str]:
 
 
 def find_tasks(names: Iterable[str], data: Path | None, hub: bool = True) -> list[TaskSource]:
-    """The tasks of these names, their data at hand; nothing is run.
+    """Find the tasks of these names and their data; nothing is run.
 
     Args:
-        names: as `task_names` gives them; lm-eval's groups count by their members.
+        names: as returned by `task_names`; a group of lm-eval's stands for its members.
         data: folder with local files.
-        hub: whether what `data` lacks may come from the hub.
+        hub: whether to use the hub for tasks that `data` lacks.
 
     Raises:
         ExtraError: lm-eval is not installed.
@@ -138,7 +139,7 @@ def evaluate_tasks(
     cache: bool = True,
     progress: Callable[[str, float], None] = lambda task, share: None,
 ) -> dict[str, TaskResult]:
-    """`find_tasks`, then `run_tasks`: every task's data is looked at before the first is run."""
+    """`find_tasks`, then `run_tasks`: the data of every task is checked before the first one runs."""
     return run_tasks(find_tasks(names, data, hub), subject, config, cache=cache, progress=progress)
 
 
@@ -150,14 +151,14 @@ def run_tasks(
     cache: bool = True,
     progress: Callable[[str, float], None] = lambda task, share: None,
 ) -> dict[str, TaskResult]:
-    """Measure a model on tasks, each kept as soon as it is done.
+    """Measure a model on tasks; each result is cached as soon as it is complete.
 
     Args:
-        cache: take earlier results, and keep new ones.
-        progress: told a task's name and its finished share.
+        cache: use earlier results, and store new ones.
+        progress: called with a task's name and its finished share.
 
     Raises:
-        WeightError: the model's logits are not finite; nothing of that task is kept.
+        WeightError: the model's logits are not finite; nothing of that task is cached.
     """
     found: dict[str, TaskResult] = {}
     for source in sources:
@@ -174,7 +175,7 @@ def run_tasks(
 
 
 def _kept(identity: dict[str, Any]) -> TaskResult | None:
-    """The result kept under this identity, if it is whole."""
+    """The cached result for this identity, if there is a valid one."""
     kept = results.recall(identity)
     try:
         return None if kept is None else replace(TaskResult(**kept), cached=True)
@@ -238,10 +239,15 @@ def _sources(name: str, data: Path | None, hub: bool) -> list[TaskSource]:
         return [_from_hub(loaded) for loaded in harness.load_tasks(name, registry=True)]
     place = task.find(data)
     if place is not None:
-        ready = prepare(task, *place)
+        file, split = place
+        ready = prepare(task, file, split)
         return [
             TaskSource(
-                name, ready.split, ready.source, ready.sha256, lambda: harness.load_tasks(str(ready.yaml))[0]
+                name=name,
+                split=ready.split,
+                data=ready.source,
+                rows=ready.sha256,
+                load=lambda: harness.load_tasks(str(ready.yaml))[0],
             )
         ]
     if not hub:
@@ -252,15 +258,17 @@ def _sources(name: str, data: Path | None, hub: bool) -> list[TaskSource]:
     try:
         return [_from_hub(loaded) for loaded in harness.load_tasks(str(stock))]
     except SourceError as error:
-        raise SourceError(f"{name}: not on the hub as seen from here, and {_wanted(task, data)}") from error
+        raise SourceError(f"{name}: the hub lookup failed, and {_wanted(task, data)}") from error
 
 
 def _from_hub(task: Any) -> TaskSource:
-    """A task that lm-eval has loaded, with its data."""
-    return TaskSource(task.config.task, "", f"hub: {task.DATASET_PATH}", "hub", lambda: task)
+    """A task that lm-eval has loaded together with its data."""
+    return TaskSource(
+        name=task.config.task, split="", data=f"hub: {task.DATASET_PATH}", rows="hub", load=lambda: task
+    )
 
 
 def _wanted(task: LocalTask, data: Path | None) -> str:
     files = " or ".join(file for file, _ in task.files)
     where = f"{data} holds no {files}" if data else f"no data folder is given (--data) with {files}"
-    return f"{where}; the form: {task.form}"
+    return f"{where}; the format: {task.form}"

@@ -1,4 +1,4 @@
-"""Whether a model in memory really is the compressed one, so that the right model is measured."""
+"""Check that a model in memory is the compressed one, so that the right model is measured."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _DECODED_AGAIN = 8
 
 
 def verify_compressed(model: Any, sample: int = _DECODED_AGAIN) -> int:
-    """How many matrices of a loaded model are compressed: all that its layout names.
+    """Check that every matrix in a model's layout is compressed in memory; returns their number.
 
     Args:
-        model: as from `pocketllm.load`, in either mode.
-        sample: so many of them, evenly spread, are decoded again and compared with what the layers compute
-            with.
+        model: as returned by `pocketllm.load`, in either mode.
+        sample: number of matrices, evenly spread, that are decoded again and compared with the weights that the
+            layers use.
 
     Raises:
-        LoadError: the model is not compressed, a matrix is not, or a layer computes with something else.
+        LoadError: the model or a matrix is not compressed, or a layer uses another weight.
     """
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if not hasattr(quantizer, "packed"):

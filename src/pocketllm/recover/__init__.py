@@ -1,7 +1,7 @@
-"""Get the accuracy back: distillation into the compressed form, and LoRA beside it.
+"""Recover accuracy: distillation into the compressed form, and LoRA adapters on top of it.
 
-Public is what `__all__` names (docs/api.md says what each is); `distill`, `lora` and `merge` stand in `pocketllm`
-itself. The modules within may change without notice.
+The public names are those in `__all__`; docs/api.md describes them. `distill`, `lora` and `merge` are in `pocketllm`
+itself. The modules may change without notice.
 """
 
 from __future__ import annotations

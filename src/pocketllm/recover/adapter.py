@@ -1,7 +1,7 @@
-"""Adapters on disk: which base one belongs to, running it, and merging it into its base.
+"""Adapters on disk: which base an adapter belongs to, running it, and merging it into its base.
 
-PEFT's own `merge_and_unload` on a model in mode `packed` drops the adapter without a word, since it adds to a
-weight that was decoded for the moment. So a merge is done here on the decoded model, and logits are compared.
+PEFT's own `merge_and_unload` on a model in mode `packed` silently drops the adapter: it adds to a weight that was
+only decoded for that moment. So merging is done here on the decoded model, and logits are compared.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from safetensors import SafetensorError, safe_open
 
 from pocketllm.errors import ConfigError, ExtraError, FormatError, LoadError, reason_of
 from pocketllm.format import checkpoint as ckpt
-from pocketllm.recover.setting import Base, identity
+from pocketllm.recover.base_model import Base, identity
 
 RECORD_NAME, SETTINGS_NAME = "pocketllm-adapter.json", "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_TOLERANCE = 1e-3  # of logits, relative to their spread
+_TOLERANCE = 1e-3  # on logits, relative to their standard deviation
 
 
 def need_peft() -> None:
-    """PEFT is an extra.
+    """Check that PEFT, an optional package, is installed.
 
     Raises:
-        ExtraError: it is not installed.
+        ExtraError: it is not.
     """
     try:
         import peft  # noqa: F401
@@ -37,15 +37,15 @@ def need_peft() -> None:
 
 
 def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
-    """PEFT's settings of an adapter that is whole and belongs to this compressed model.
+    """Check that an adapter is complete and belongs to this compressed model; returns PEFT's settings of it.
 
     Raises:
-        FormatError: no adapter there, or a damaged one (names the file), or no compressed model.
+        FormatError: no adapter in the folder, a damaged one (names the file), or `base` is not a compressed model.
         ConfigError: it was trained on another base.
     """
     report = ckpt.read_report(base)
     if not (adapter / SETTINGS_NAME).is_file():
-        raise FormatError(f"{adapter}: no {SETTINGS_NAME}; wanted an adapter in PEFT's form")
+        raise FormatError(f"{adapter}: no {SETTINGS_NAME}; wanted an adapter in PEFT's format")
     settings = _read_object(adapter / SETTINGS_NAME, ("peft_type",))
     _stored_names(adapter)
     record = read_record(adapter)
@@ -58,7 +58,7 @@ def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
 
 
 def read_record(adapter: Path) -> dict[str, Any] | None:
-    """What `lora` notes beside an adapter: its base, and how it was trained. None: it was trained elsewhere.
+    """The record that `lora` stores with an adapter: its base and its training. None: trained elsewhere.
 
     Raises:
         FormatError: damaged.
@@ -68,10 +68,10 @@ def read_record(adapter: Path) -> dict[str, Any] | None:
 
 
 def _read_object(path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
-    """The object in a JSON file of an adapter.
+    """Read the object in a JSON file of an adapter. wanted: keys whose values must be strings.
 
     Raises:
-        FormatError: not a JSON object, or one without these strings.
+        FormatError: not a JSON object, or one that lacks such a string.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ def _read_object(path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _stored_names(adapter: Path) -> set[str]:
-    """Names of the adapter's tensors. Looked for here, since PEFT asks the hub for a file that is missing.
+    """Names of the adapter's tensors. Checked here because PEFT asks the hub for a file that is missing.
 
     Raises:
         FormatError: the weight file is missing, truncated, or of another kind.
@@ -104,9 +104,9 @@ def _stored_names(adapter: Path) -> set[str]:
 
 
 def attach_adapter(model: Any, base: Path, adapter: Path) -> Any:
-    """Put an adapter into a model loaded from the compressed folder `base`; the PeftModel around it.
+    """Put an adapter into a model loaded from the compressed folder `base`; returns the PeftModel around it.
 
-    The model itself computes with the adapter afterwards, too.
+    The model itself then computes with the adapter as well.
 
     Raises:
         FormatError: as `check_adapter`; PEFT cannot read the settings, or the weight file lacks a tensor.
@@ -123,13 +123,13 @@ def attach_adapter(model: Any, base: Path, adapter: Path) -> Any:
             f"{adapter}: made for {settings.get('base_model_name_or_path')}, does not fit {base} "
             f"({reason_of(error)})"
         ) from error
-    except (TypeError, KeyError, AttributeError) as error:  # what PEFT makes of settings it does not expect
+    except (TypeError, KeyError, AttributeError) as error:  # what PEFT raises for settings it does not expect
         raise FormatError(
             f"{adapter / SETTINGS_NAME}: PEFT cannot read it ({error!r}); fetch or train the adapter again"
         ) from error
     wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     lacking = sorted(wanted - _stored_names(adapter))
-    if lacking:  # PEFT warns of it and leaves them as they were initialized
+    if lacking:  # PEFT only warns, and leaves them as initialized
         raise FormatError(
             f"{adapter / WEIGHTS_NAME}: lacks {lacking[0]} ({len(lacking)} of {len(wanted)} tensors); "
             "fetch or train the adapter again"
@@ -139,7 +139,7 @@ def attach_adapter(model: Any, base: Path, adapter: Path) -> Any:
 
 @torch.no_grad()
 def merged(base: Base, adapter: Path, device: Any = "cpu") -> Any:
-    """A dense float32 model that computes what base and adapter compute together.
+    """Merge an adapter into its base; returns a dense float32 model.
 
     Raises:
         LoadError: the logits after merging differ.

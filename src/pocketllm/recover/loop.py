@@ -1,7 +1,7 @@
 """The training loop of every recovery method: steps, validation, checkpoints, log.
 
-A step is a function of the seed and its number, so a run that is killed goes on from its last checkpoint to
-the same bytes. Launched by `accelerate launch`, processes share each batch and add up their gradients.
+A step is a function of the seed and its number, so an interrupted run resumes from its last checkpoint to the
+same bytes. Processes launched by `accelerate launch` share each batch and add up their gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pocketllm.compression.pipeline import Event
 from pocketllm.config import LoopConfig
 from pocketllm.errors import ConfigError, TrainingError
 from pocketllm.format.workspace import Workspace
-from pocketllm.recover.log import RunLog
+from pocketllm.recover.run_log import RunLog
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -48,7 +48,7 @@ class Task(Protocol):
         """Trained parameters."""
 
     def weight(self, numbers: Tensor) -> float:
-        """How much these items count, usually their scored tokens."""
+        """Weight of these items in the loss, usually their scored tokens."""
 
     def backward(self, numbers: Tensor, scale: float) -> float:
         """Add the gradient of scale * (loss summed over these items); returns that value."""
@@ -59,9 +59,9 @@ class Task(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run stands. history: (step, validation loss). waited: validations since the best one.
+    """State of a run. history: (step, validation loss). waited: validations since the best one.
 
-    seconds: of all steps and validations, those before a resumption included.
+    seconds: duration of all steps and validations, including those before a resumption.
     """
 
     step: int = 0
@@ -75,7 +75,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepDone:
-    """What the caller hears: step of steps, training and latest validation loss, seconds of the step."""
+    """A finished step, for progress: its number of `steps`, training and latest validation loss, its duration."""
 
     step: int
     steps: int
@@ -88,7 +88,8 @@ class Loop:
     """Trains a task for a number of steps.
 
     Args:
-        work: where checkpoints lie; the run goes on from one that is there. log: gets a line per step.
+        work: holds checkpoints; a run resumes from the one that is there.
+        log: gets a line per step.
         state: this process among those launched together.
     """
 
@@ -106,7 +107,7 @@ class Loop:
         )
         self.best: list[Tensor] = []
         self.at = Progress()
-        self._kept: int | None = None  # step of the checkpoint
+        self._saved_step: int | None = None  # of the checkpoint
 
     def trained(self) -> dict[str, int]:
         """Number of trained parameters by name of the group."""
@@ -115,7 +116,7 @@ class Loop:
             counts[group.name] = counts.get(group.name, 0) + sum(p.numel() for p in group.parameters)
         return counts
 
-    def run(self, progress: Callable[[StepDone], None]) -> Progress:
+    def run(self, on_progress: Callable[[StepDone], None]) -> Progress:
         """Train; afterwards the parameters are those of the best validation.
 
         Raises:
@@ -142,7 +143,7 @@ class Loop:
             )
             if step == self.steps or self.at.stopped_early:
                 self._save()
-            progress(StepDone(step, self.steps, loss, latest, seconds))
+            on_progress(StepDone(step=step, steps=self.steps, loss=loss, validation=latest, seconds=seconds))
         with torch.no_grad():
             for parameter, value in zip(self.parameters, self.best, strict=True):
                 parameter.copy_(value)
@@ -151,7 +152,7 @@ class Loop:
     def _step(self) -> tuple[float, float]:
         """One step of the optimizer; returns loss and gradient norm.
 
-        The state before it is kept when its turn has come, once it has turned out to give a finite loss.
+        If a checkpoint is due, the state before the step is saved, once its loss has turned out to be finite.
         """
         config, number = self.config, self.at.step
         torch.manual_seed(hash((config.seed, number)) & 0x7FFFFFFF)
@@ -179,21 +180,19 @@ class Loop:
         return loss, norm
 
     def _stop(self, reason: str, step: int) -> NoReturn:
-        """Give up at a step; 0 is the model as it came."""
+        """Raise TrainingError for a step; 0 is before the first one."""
         if step == 0:
-            raise TrainingError(
-                f"{reason} before the first step; the model, its teacher or the text is at fault"
-            )
+            raise TrainingError(f"{reason} before the first step; check the model, its teacher and the text")
         kept = "no checkpoint was due before it in"
-        if self._kept is not None:
-            kept = f"the last good state, after step {self._kept}, is kept in"
+        if self._saved_step is not None:
+            kept = f"the last good state, after step {self._saved_step}, is kept in"
         raise TrainingError(
-            f"step {step}: {reason}; stopped, {kept} {self.work.folder}. Delete that folder and start anew "
+            f"step {step}: {reason}; stopped, {kept} {self.work.folder}. Delete that folder and start again "
             "with lower learning rates, or in float32"
         )
 
     def _agree(self, loss: float) -> tuple[float, float]:
-        """Add up losses and gradients of all processes; the gradient's norm."""
+        """Add up losses and gradients of all processes; returns the loss and the gradient's norm."""
         if self.state.num_processes > 1:
             for parameter in self.parameters:
                 if parameter.grad is None:
@@ -203,14 +202,14 @@ class Loop:
         return loss, float(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
 
     def _rate(self, number: int) -> float:
-        """Factor of the learning rates in a step: linear warm-up, then a cosine to 0."""
+        """Factor on the learning rates in a step: linear warm-up, then a cosine to 0."""
         warmup = math.ceil(self.config.warmup * self.steps)
         if number < warmup:
             return (number + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (number - warmup) / max(1, self.steps - warmup)))
 
     def _batch(self, number: int) -> Tensor:
-        """Items of a step: every epoch goes through all of them in another order."""
+        """Items of a step: every epoch takes all of them in another order."""
         size, items = self.config.batch_size, self.task.items
         wanted = torch.arange(number * size, (number + 1) * size)
         orders = {
@@ -222,7 +221,7 @@ class Loop:
         return torch.stack([orders[g // items][g % items] for g in wanted.tolist()])
 
     def _validate(self) -> None:
-        """Measure, and keep the parameters if they are the best so far."""
+        """Validate, and keep the parameters if they are the best so far."""
         loss = self.task.validate()
         if self.state.num_processes > 1:
             loss = float(reduce(torch.tensor(loss, device=self.state.device), "mean"))
@@ -246,12 +245,12 @@ class Loop:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{n}"] = value
         self.work.save(CHECKPOINT, tensors, dict(vars(self.at)))
-        self._kept = self.at.step
+        self._saved_step = self.at.step
 
     def _restore(self) -> None:
         tensors, facts = self.work.load(CHECKPOINT)
         self.at = Progress(**facts)
-        self._kept = self.at.step
+        self._saved_step = self.at.step
         self.at.history = [(step, loss) for step, loss in facts["history"]]
         device = self.parameters[0].device
         self.best = [tensors[f"best.{n}"].to(device) for n in range(len(self.parameters))]
@@ -269,13 +268,13 @@ class Loop:
 
 
 def _timed(act: Callable[[], None]) -> float:
-    """Seconds that a call takes."""
+    """Duration of a call in seconds."""
     started = time.monotonic()
     act()
     return time.monotonic() - started
 
 
 def step_event(done: StepDone) -> Event:
-    """A step, as the caller's progress shows it."""
+    """A finished step as a progress event."""
     detail = f"step {done.step} of {done.steps}, loss {done.loss:.4g}, validation {done.validation:.4g}"
     return Event("train", done.step / done.steps, f"{detail}, {done.seconds:.1f} s a step")

@@ -1,7 +1,7 @@
-"""LoRA on a compressed base: the paper's recovery. The base is frozen, an adapter is trained beside it.
+"""LoRA on a compressed base, the paper's recovery: the base is frozen, an adapter is trained on top of it.
 
-Through PEFT, and saved in its form: `PeftModel.from_pretrained(pocketllm.load(DIR)[0], ADAPTER)` runs it. The
-adapter is stored in bfloat16; its bytes come on top of the base and are counted in every size.
+PEFT makes the adapter and saves it in its format: `PeftModel.from_pretrained(pocketllm.load(DIR)[0], ADAPTER)` runs
+it. The adapter is stored in bfloat16; its bytes come on top of the base and are counted in every size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from pocketllm.compression.pipeline import Event, ProgressCallback
@@ -24,27 +23,22 @@ from pocketllm.files import write_json
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.report import rounded
 from pocketllm.format.workspace import system_errors
-from pocketllm.recover.adaptation import (
-    Adaptation,
-    items_digest,
-    number_of_steps,
-    training_items,
-    with_adapter,
-)
 from pocketllm.recover.adapter import RECORD_NAME, SETTINGS_NAME, need_peft
-from pocketllm.recover.log import check_places
+from pocketllm.recover.base_model import Base, check_context, open_base
 from pocketllm.recover.loop import Loop, step_event
-from pocketllm.recover.setting import Base, check_context, compute_dtype, open_base, publish, started
+from pocketllm.recover.lora_task import Item, LoraTask, number_of_steps, training_items, with_adapter
+from pocketllm.recover.run_log import check_places, open_run
 from pocketllm.source.folder import copy_file_mode
+from pocketllm.text.windows import token_digest
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """What a LoRA run did.
+class LoraResult:
+    """Result of a LoRA run.
 
     loss_*: mean negative log likelihood of the validation items' scored tokens, in nats: before, at the best
-    step, and as stored. bytes_on_disk: base and adapter together. seconds: of all steps and validations,
-    those before a resumption included.
+    step, and as stored. bytes_on_disk: base and adapter together. steps: taken. best_step: the step whose
+    parameters are kept. seconds: duration of all steps and validations, including those before a resumption.
     """
 
     output: str
@@ -72,12 +66,12 @@ def lora(
     device: str = "cpu",
     overwrite: bool = False,
     trust_remote_code: bool = False,
-) -> Adapted:
+) -> LoraResult:
     """Train an adapter on a compressed model.
 
     Args:
         folder: the compressed model; only read.
-        output: folder to make, in PEFT's form. A half-done one of the same arguments is continued.
+        output: folder to create, in PEFT's format. A half-done run with the same arguments is resumed.
         progress: called after every step.
 
     Raises:
@@ -88,53 +82,61 @@ def lora(
     """
     config, folder, output = config or LoraTuneConfig(), Path(folder), Path(output)
     need_peft()
-    check_places(output, overwrite, RECORD_NAME, "an adapter")
+    check_places(output, overwrite, marker=RECORD_NAME, what="an adapter")
     base = open_base(folder, output, trust_remote_code)
     check_context(base, config.context)
     items = training_items(base.tokenizer, config)
     steps = number_of_steps(config, len(items[0]))
-    state = PartialState(cpu=device == "cpu")
-    dtype = compute_dtype(config.loop.dtype, state.device)
-    arguments = {"method": "lora", "text": items_digest(items), **config.to_dict()}
-    with started(output, arguments, base, dtype, state) as (work, log):
-        model, adapted = with_adapter(base, config, state.device)
-        task = Adaptation(model, items, config, dtype)
-        loop = Loop(task, config.loop, steps, work, log, state)
+    tokens = torch.cat([item.ids for part in items for item in part])
+    arguments = {"method": "lora", "text": token_digest(tokens), **config.to_dict()}
+    with open_run(output, base, arguments, config.loop, device) as run:
+        model, adapted = with_adapter(base, config, run.state.device)
+        task = LoraTask(model, items, config, run.dtype)
+        loop = Loop(task, config.loop, steps, work=run.work, log=run.log, state=run.state)
         at = loop.run(lambda done: progress(step_event(done)))
         with torch.no_grad():
             for parameter in loop.parameters:
                 parameter.copy_(parameter.bfloat16())
         loss_stored = task.validate()
-        facts = _record(base, config, at.step, at.best_step, at.history[0][1], loss_stored)
-        if state.is_main_process:
-            _save(adapted, loop.parameters, work.folder / "final", facts)
-        state.wait_for_everyone()
-        sizes = int(base.report["bytes_on_disk"]), ckpt.folder_bytes(work.folder / "final")
-        done = Adapted(
-            output=str(output),
-            base_bytes=sizes[0],
-            adapter_bytes=sizes[1],
-            bytes_on_disk=sum(sizes),
-            steps=at.step,
-            best_step=at.best_step,
-            stopped_early=at.stopped_early,
-            loss_before=at.history[0][1],
-            loss_best=at.best_loss,
-            loss_stored=loss_stored,
-            trained_parameters=sum(p.numel() for p in loop.parameters),
-            training_items=len(items[0]),
-            validation_items=len(items[1]),
-            seconds=round(at.seconds, 3),
-        )
-        figures = f"{done.loss_before:.4g} -> {loss_stored:.4g}"
+        facts = _record(base, config, at.step, at.best_step, before=at.history[0][1], after=loss_stored)
+        final = run.write(lambda place: _save(adapted, loop.parameters, place, facts))
+        result = _result(base, output, final, loop, items, loss_stored)
+        figures = f"{result.loss_before:.4g} -> {loss_stored:.4g}"
         legend = {
             "title": f"LoRA on {folder.name}: loss {figures} nats per token",
             "loss_name": "loss (nats per token)",
         }
-        log.finish({**vars(done), **legend, "recover": facts}, at.history)
-        publish(work, log, output, state)
+        run.finish({**vars(result), **legend, "recover": facts}, at.history)
     progress(Event("train", 1.0, str(output)))
-    return done
+    return result
+
+
+def _result(
+    base: Base,
+    output: Path,
+    final: Path,
+    loop: Loop,
+    items: tuple[list[Item], list[Item]],
+    loss_stored: float,
+) -> LoraResult:
+    """The result of a finished loop. final: folder it was written to."""
+    at, base_bytes, adapter_bytes = loop.at, int(base.report["bytes_on_disk"]), ckpt.folder_bytes(final)
+    return LoraResult(
+        output=str(output),
+        base_bytes=base_bytes,
+        adapter_bytes=adapter_bytes,
+        bytes_on_disk=base_bytes + adapter_bytes,
+        steps=at.step,
+        best_step=at.best_step,
+        stopped_early=at.stopped_early,
+        loss_before=at.history[0][1],
+        loss_best=at.best_loss,
+        loss_stored=loss_stored,
+        trained_parameters=sum(p.numel() for p in loop.parameters),
+        training_items=len(items[0]),
+        validation_items=len(items[1]),
+        seconds=round(at.seconds, 3),
+    )
 
 
 def dry_run_lora(
@@ -147,21 +149,23 @@ def dry_run_lora(
 ) -> dict[str, Any]:
     """What `lora` would do: steps, tokens, trained parameters, bytes; nothing is trained.
 
-    adapter_bytes: as they will lie on disk, but for the digits of the losses in the record.
+    adapter_bytes: size on disk, exact except for the digits of the losses in the record.
 
     Raises:
-        As `lora` before its first step; what concerns the output only if it is named.
+        As `lora` before its first step; the output is checked only if it is given.
     """
     need_peft()
     if output is not None:
-        check_places(Path(output), overwrite, RECORD_NAME, "an adapter")
+        check_places(Path(output), overwrite, marker=RECORD_NAME, what="an adapter")
     base = open_base(Path(folder), None if output is None else Path(output), trust_remote_code)
     check_context(base, config.context)
     train, validation = training_items(base.tokenizer, config)
     steps = number_of_steps(config, len(train))
     model, adapted = with_adapter(base, config, "cpu")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapter_bytes = _planned_bytes(adapted, _record(base, config, steps, steps, math.pi, math.pi))
+    adapter_bytes = _planned_bytes(
+        adapted, _record(base, config, steps, steps, before=math.pi, after=math.pi)
+    )
     base_bytes = int(base.report["bytes_on_disk"])
     return {
         "steps": steps,
@@ -178,7 +182,7 @@ def dry_run_lora(
 def _record(
     base: Base, config: LoraTuneConfig, steps: int, best_step: int, before: float, after: float
 ) -> dict[str, Any]:
-    """What lies beside the adapter: its base, and how it was trained. before, after: losses."""
+    """The record stored with the adapter: its base, and how it was trained. before, after: losses."""
     return {
         "base": str(base.folder),
         "base_identity": base.identity,
@@ -192,7 +196,7 @@ def _record(
 
 
 def _planned_bytes(adapted: Any, facts: dict[str, Any]) -> int:
-    """Bytes of the adapter's folder: the small files are written for a moment, weights are counted."""
+    """Bytes of the adapter's folder: the small files are written to a temporary folder, weights are counted."""
     from peft import get_peft_model_state_dict
 
     tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -210,7 +214,7 @@ def _save(
     facts: dict[str, Any],
     state: dict[str, Tensor] | None = None,
 ) -> None:
-    """PEFT's own files, in bfloat16, and our record of the base beside them. state: instead of the model's."""
+    """Write PEFT's files in bfloat16, and the record of the base. state: tensors to store, None the model's."""
     for parameter in parameters:
         parameter.data = parameter.data.bfloat16()
     shutil.rmtree(final, ignore_errors=True)
@@ -219,7 +223,7 @@ def _save(
     copy_file_mode(final, SETTINGS_NAME)
     (final / "README.md").unlink(missing_ok=True)
     settings = json.loads((final / SETTINGS_NAME).read_text(encoding="utf-8"))
-    if isinstance(settings["target_modules"], list):  # in an order that changes from run to run
+    if isinstance(settings["target_modules"], list):  # their order changes from run to run
         settings["target_modules"].sort()
     write_json(final / SETTINGS_NAME, settings)
     write_json(final / RECORD_NAME, facts)

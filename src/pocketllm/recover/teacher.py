@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pocketllm.calibrate.blocks import find_blocks
+from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.format.workspace import damaged
-from pocketllm.recover.divergence import Target, position_slices
-from pocketllm.recover.readout import Readout
+from pocketllm.recover.kl_loss import Target, position_slices
+from pocketllm.recover.lm_head import LmHead
+from pocketllm.recover.run_log import Run
 from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.source.folder import load_dense
 
@@ -25,7 +27,7 @@ class Teacher(Protocol):
     """What distillation learns from."""
 
     def target(self, numbers: Tensor, ids: Tensor) -> Target:
-        """The distributions at all positions of windows `ids` [B, T], which are those of these numbers."""
+        """The distributions at all positions of windows `ids` [B, T]; numbers [B] are those of the windows."""
 
 
 class LiveTeacher:
@@ -33,21 +35,21 @@ class LiveTeacher:
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.readout = Readout.of(model)
+        self.head = LmHead.of(model)
 
     @torch.no_grad()
     def target(self, numbers: Tensor, ids: Tensor) -> Target:
-        """Logits; held for some positions at a time where the head is plain."""
-        if not self.readout.is_plain:
-            logits = self.readout.logits(ids)
+        """Logits; if the head is plain, they are computed for some positions at a time."""
+        if not self.head.is_plain:
+            logits = self.head.logits(ids)
             return lambda part: logits[part]
-        hidden = self.readout.hidden(ids)
-        weight, bias = self.readout.head()
+        hidden = self.head.hidden(ids)
+        weight, bias = self.head.parameters()
         return lambda part: linear(hidden[part].to(weight.dtype), weight, bias)
 
 
 class CachedTeacher:
-    """The k most likely tokens at every position of every window, computed once and kept in two files.
+    """The k most likely tokens at every position of every window, computed once and stored in two files.
 
     Args:
         folder: holds `teacher-ids.npy` [windows, T, k] int32 and `teacher-log-p.npy` float32.
@@ -61,7 +63,7 @@ class CachedTeacher:
 
     @staticmethod
     def is_made(folder: Path) -> bool:
-        """Whether the files are whole."""
+        """Whether the files are complete."""
         return (folder / _LOG_P).is_file()
 
     @classmethod
@@ -69,7 +71,7 @@ class CachedTeacher:
     def make(
         cls, folder: Path, teacher: LiveTeacher, windows: Tensor, k: int, progress: Callable[[float], None]
     ) -> None:
-        """Run the teacher over all windows."""
+        """Run the teacher on all windows and store its k most likely tokens."""
         shape = (*windows.shape, k)
         device = teacher.model.device
         names = folder / _IDS, folder / "teacher-log-p.tmp.npy"
@@ -104,6 +106,31 @@ def _mapped(path: Path) -> Any:
         raise damaged(path, path.parent, error) from error
 
 
+def make_teacher(
+    load: Callable[[], Any], run: Run, windows: tuple[Tensor, Tensor], top_k: int, progress: ProgressCallback
+) -> Teacher:
+    """The dense model on every batch, or its `top_k` most likely tokens, computed once per run.
+
+    Args:
+        load: loads the dense model; called only if it has to run.
+        windows: (training, validation).
+        top_k: 0 runs the model on every batch.
+    """
+    if not top_k:
+        return LiveTeacher(load())
+    folder = run.work.folder
+    if run.state.is_main_process and not CachedTeacher.is_made(folder):
+        CachedTeacher.make(
+            folder,
+            teacher=LiveTeacher(load()),
+            windows=torch.cat(windows),
+            k=top_k,
+            progress=lambda share: progress(Event("teacher", share, f"{top_k} most likely tokens")),
+        )
+    run.state.wait_for_everyone()
+    return CachedTeacher(folder)
+
+
 def open_teacher(
     folder: Path,
     dtype: torch.dtype,
@@ -111,11 +138,11 @@ def open_teacher(
     trust_remote_code: bool = False,
     scratch: Path | None = None,
 ) -> Any:
-    """The dense model of a folder.
+    """Load the dense model of a folder.
 
     Args:
-        scratch: leave its blocks on the disk and read each of them when it is run; weights that are stored in
-            another form than they are used in are put here. None holds the model in memory.
+        scratch: leave its blocks on disk and read each of them when it runs; weights that are stored in another
+            form than they are used in are written here. None holds the model in memory.
 
     Raises:
         SourceError: it cannot be loaded.
@@ -128,7 +155,7 @@ def open_teacher(
 
 
 def _blocks_on_disk(folder: Path, device: Any, trust_remote_code: bool) -> dict[str, Any]:
-    """A device map that leaves the blocks on the disk, and holds what is outside of them."""
+    """A device map that leaves the blocks on disk, and holds everything else on the device."""
     module: Any = open_dense(folder, trust_remote_code).model
     device = torch.device(device)
     device = "cpu" if device.type == "cpu" else str(device)  # as safetensors calls it

@@ -1,9 +1,9 @@
 """The trainable form of a compressed model: indices fixed; codebooks, decoders, row scales, norms trained.
 
-`make_trainable` takes a model loaded in mode `packed` and lets its layers decode with gradients. A linear
-layer keeps its input alone for the backward pass and decodes its weight again there; its dense gradient
-exists while it is reduced to that of table and scale, and no longer. Any other module that reads a coded
-weight (embeddings, fused experts) gets a differentiable weight.
+`make_trainable` takes a model loaded in mode `packed` and lets its layers decode with gradients. A linear layer
+keeps only its input for the backward pass and decodes its weight again there; its dense gradient exists only until
+it is reduced to the gradients of table and scale. Any other module that reads an encoded weight (embeddings, fused
+experts) gets a differentiable weight.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pocketllm.runtime.layers import Codebook, Decoder, PackedMatrix, Store
 
 
 class TrainableStore(nn.Module):
-    """Codebooks and decoders as float32 parameters, and the tables made of them."""
+    """Codebooks and decoders as float32 parameters, and the tables computed from them."""
 
     codecs: list[CodecConfig]
     seeds: list[int | None]
@@ -38,13 +38,13 @@ class TrainableStore(nn.Module):
         self.ups = nn.ParameterList(nn.Parameter(net.up.float()) for net in nets)
         self.downs = nn.ParameterList(nn.Parameter(net.down.float()) for net in nets)
         for codebook, seed in zip(self.codebooks, self.seeds, strict=True):
-            codebook.requires_grad_(seed is None)  # what is drawn from a seed is not stored
+            codebook.requires_grad_(seed is None)  # codebooks drawn from a seed are not stored
         self.pairs: set[tuple[int, int]] = set()
         self._cache: dict[tuple[int, int, bool], tuple[Tensor, ...]] = {}
         self._weights: dict[int, Tensor] = {}
 
     def stored(self) -> dict[str, nn.Parameter]:
-        """Stored tensor name -> parameter: codebooks that are not drawn from a seed, and decoders."""
+        """Stored tensor name -> parameter, for decoders and for codebooks that are not drawn from a seed."""
         kept = [n for n, seed in enumerate(self.seeds) if seed is None]
         found = {f"{STORE}.codebooks.{n}.weight": self.codebooks[n] for n in kept}
         found |= {f"{STORE}.decoders.{n}.up": up for n, up in enumerate(self.ups)}
@@ -52,30 +52,30 @@ class TrainableStore(nn.Module):
         return found
 
     def refresh(self) -> None:
-        """Forget what was computed from earlier parameters; to be called before each forward pass.
+        """Recompute the tables from the current parameters; to be called before each forward pass.
 
-        Tables are made at once: inside a checkpointed layer they would be taken for its activations.
+        Tables are computed here, not on demand: a checkpointed layer would take them for its activations.
         """
         self._cache.clear()
         self._weights.clear()
         self._prepare()
 
     def shared(self, codebook: int, decoder: int) -> tuple[Tensor, ...]:
-        """What decodes the indices: (table [K, d],) in the look-up form, else (codebook, up, down)."""
+        """Tensors that decode the indices: (table [K, d],) in the look-up form, else (codebook, up, down)."""
         key = codebook, decoder, torch.is_grad_enabled()
         if key not in self._cache:
             self._prepare()
         return self._cache[key]
 
     def _prepare(self) -> None:
-        """Tables alike in shape are computed together: starting an operation takes longer than running it."""
-        alike: dict[tuple[CodecConfig, torch.Size], list[tuple[int, int]]] = defaultdict(list)
+        """Compute tables of one shape together: launching an operation takes longer than running it."""
+        same_shape: dict[tuple[CodecConfig, torch.Size], list[tuple[int, int]]] = defaultdict(list)
         for pair in sorted(self.pairs):
             parts = self.codebooks[pair[0]], self.ups[pair[1]], self.downs[pair[1]]
             self._cache[*pair, torch.is_grad_enabled()] = parts
             if self.codecs[pair[1]].decoder == "lookup":
-                alike[self.codecs[pair[1]], parts[0].shape].append(pair)
-        for (codec, _), pairs in alike.items():
+                same_shape[self.codecs[pair[1]], parts[0].shape].append(pair)
+        for (codec, _), pairs in same_shape.items():
             keys = [(*pair, torch.is_grad_enabled()) for pair in pairs]
             stacked = [torch.stack(part) for part in zip(*(self._cache[key] for key in keys), strict=True)]
             with torch.autocast(stacked[0].device.type, enabled=False):
@@ -84,9 +84,9 @@ class TrainableStore(nn.Module):
 
 
 class TrainableMatrix(PackedMatrix):
-    """A coded parameter that decodes with gradients.
+    """An encoded parameter that decodes with gradients.
 
-    row scale = `scale` * exp(`gain`): a step of the optimizer is relative to each row's own size.
+    row scale = `scale` * exp(`gain`), so that an optimizer step is relative to each row's own size.
     """
 
     indices: Tensor
@@ -108,17 +108,17 @@ class TrainableMatrix(PackedMatrix):
         self.uses = 1
 
     def shared(self) -> tuple[Tensor, ...]:
-        """See `TrainableStore.shared`."""
+        """Tensors that decode the indices; see `TrainableStore.shared`."""
         return self._trained[0].shared(self.entry.codebook, self.entry.decoder)
 
     def matrix(self, gain: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
-        """[rows, columns] float32; autograd goes through it in the row form only."""
+        """[rows, columns] float32; differentiable by autograd in the row form only."""
         scale = self.scale * gain.exp()
         decode = shared[0] if len(shared) == 1 else row_decoder(self.codec, *shared)
         return reconstruct(self.indices, decode, scale, self.entry.columns, self.entry.rotation)
 
     def gradients(self, grad: Tensor, gain: Tensor, shared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Gradients of gain and of `shared`, given that of the matrix [rows, columns]."""
+        """Gradients of `gain` and `shared` from the gradient of the matrix [rows, columns]."""
         if len(shared) == 1:
             scale = self.scale * gain.exp()
             table_grad, scale_grad = reconstruct_gradients(
@@ -131,7 +131,7 @@ class TrainableMatrix(PackedMatrix):
             return torch.autograd.grad(value, inputs, grad)
 
     def forward(self) -> Tensor:
-        """The parameter, differentiable; decoded once per forward pass where several modules read it."""
+        """The parameter, differentiable; decoded once per forward pass if several modules read it."""
         store = self._trained[0]
         if self.uses == 1 or not torch.is_grad_enabled():
             return unfold(_Decode.apply(self, self.gain, *self.shared()), self.entry)
@@ -140,7 +140,7 @@ class TrainableMatrix(PackedMatrix):
         return store._weights[id(self)]
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., columns] -> x W^T + b [..., rows], computed in autocast's dtype where that is on."""
+        """x [..., columns] -> x W^T + b [..., rows], computed in autocast's dtype if that is on."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         y = _Linear.apply(self, x.to(dtype), self.gain, *self.shared())
@@ -148,7 +148,7 @@ class TrainableMatrix(PackedMatrix):
 
 
 class _Decode(torch.autograd.Function):
-    """(gain, shared) -> matrix; keeps nothing dense."""
+    """(gain, shared) -> matrix; saves nothing dense."""
 
     @staticmethod
     def forward(ctx, matrix, gain, *shared):  # type: ignore[no-untyped-def]
@@ -163,7 +163,7 @@ class _Decode(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T; keeps x alone, decodes W again on the way back."""
+    """x W^T; saves only x, and decodes W again in the backward pass."""
 
     @staticmethod
     def forward(ctx, matrix, x, gain, *shared):  # type: ignore[no-untyped-def]
@@ -189,10 +189,10 @@ def make_trainable(model: Any, dense: bool = False) -> dict[str, TrainableMatrix
     """Turn a model loaded in mode `packed` into its trainable form, in place.
 
     Args:
-        dense: let matrices that are not coded require gradients, too; norms, biases and other vectors always do.
+        dense: train matrices that are stored dense as well; norms, biases and other vectors always are.
 
     Returns:
-        The coded parameters by name.
+        The encoded parameters by name.
     """
     store = TrainableStore(getattr(model, STORE))
     delattr(model, STORE)
@@ -222,7 +222,7 @@ def make_trainable(model: Any, dense: bool = False) -> dict[str, TrainableMatrix
 
 
 def _fast_linear(module: nn.Module) -> None:
-    """Let nn.Linear and Conv1D, whose forward is known, keep their input alone."""
+    """Let nn.Linear and Conv1D, whose forward is known, save only their input."""
     from transformers.pytorch_utils import Conv1D
 
     plain = getattr(type(module), "_dense_class", None)
@@ -237,10 +237,10 @@ def _linear_forward(module: Any, x: Tensor) -> Tensor:
 
 
 def stored_tensors(model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Everything trained, rounded as it is stored, by stored name.
+    """All trained tensors, rounded as they are stored, by stored name.
 
     Args:
-        dtypes: stored dtype of the tensors that are not coded; those absent are left out.
+        dtypes: stored dtype of the tensors that are stored dense; those absent are left out.
     """
     store: TrainableStore = getattr(model, STORE)
     found = {name: value.detach().half() for name, value in store.stored().items()}

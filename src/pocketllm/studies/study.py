@@ -58,7 +58,7 @@ class Setup:
         Raises:
             SourceError: a file cannot be read.
         """
-        from pocketllm.evaluate import evaluation_text, evaluation_texts, read_text
+        from pocketllm.text import evaluation_text, evaluation_texts, read_text
 
         if not self.texts:
             found = evaluation_texts() if self.several else [evaluation_text()]

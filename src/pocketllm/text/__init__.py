@@ -1,6 +1,6 @@
-"""Text: read it, cut it into windows of tokens, and what bounds the text that a model takes.
+"""Reading text: files, folders, Hub data sets and instructions, and cutting their tokens into windows.
 
-Public is what `__all__` names (docs/api.md describes each name). The modules within may change without notice.
+The public names are those in `__all__`; docs/api.md describes them. Everything else may change without notice.
 """
 
 from __future__ import annotations

@@ -1,60 +1,67 @@
-"""Calibration text: where it comes from, and the windows of tokens that are cut from it."""
+"""Read text from files, folders and Hub data sets, and the texts that are used where none is named."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pocketllm.errors import ExtraError, SourceError, reason_of
-from pocketllm.evaluate.perplexity import read_text
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".md", ".raw")
-ROW_SUFFIXES = (".jsonl", ".json")  # of those, the ones that hold rows
+ROW_SUFFIXES = (".jsonl", ".json")  # the suffixes among them whose files hold rows
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
-_HUB_CHARACTERS = 1 << 25  # data sets of the hub have no end
+_HUB_CHARACTERS = 1 << 25  # Hub data sets can be endless
+_OTHER_TEXTS = {
+    "C4 (part)": "c4/c4_prefix_completion.jsonl",
+    "TinyStories (sample)": "tinystories/exllamav3_cal_tiny.txt",
+}
 
 
-def default_text(held_out: bool = False) -> str:
-    """English that every Python brings along: four in five topics of its own documentation (about 0.4 MB).
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 text file.
 
-    held_out: the fifth, which is for measuring. Topics repeat parts of each other; what the fifth holds is left
-        out of the others.
+    Raises:
+        SourceError: missing, a folder, unreadable, not UTF-8, or empty.
     """
-    from pydoc_data.topics import topics
-
-    keys = sorted(topics)
-    measured = [paragraph for key in keys[4::5] for paragraph in topics[key].split("\n\n")]
-    if held_out:
-        return "\n\n".join(measured)
-    known = {" ".join(paragraph.split()) for paragraph in measured}
-    others = (
-        paragraph for n, key in enumerate(keys) if n % 5 != 4 for paragraph in topics[key].split("\n\n")
-    )
-    return "\n\n".join(paragraph for paragraph in others if " ".join(paragraph.split()) not in known)
+    path = Path(path)
+    if path.is_dir():
+        raise SourceError(f"{path}: a folder; wanted a UTF-8 text file")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        raise SourceError(f"{path}: no such file; wanted a UTF-8 text file") from error
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from error
+    if not text.strip():
+        raise SourceError(f"{path}: holds no text")
+    return text
 
 
 def read_calibration(place: str | Path, characters: int = _HUB_CHARACTERS) -> str:
-    """Text of a UTF-8 file, a JSON list or JSON lines, all such files in a folder, or a data set of the hub.
+    """Read a UTF-8 file, a JSON list or JSON lines, all such files in a folder, or a Hub data set.
 
-    Of each row of JSON and data sets the field `text` is taken, or all its strings if it has none.
+    From each row of JSON or of a data set the field `text` is taken, or all its strings if it has none.
 
     Args:
-        place: file, folder, or `OWNER/NAME[:CONFIG[:SPLIT]]` on the hub; SPLIT is `train` unless given.
-        characters: of a data set, about; it is streamed from its beginning.
+        place: file, folder, or `OWNER/NAME[:CONFIG[:SPLIT]]` on the Hub; SPLIT defaults to `train`.
+        characters: approximate number of characters to stream from the beginning of a data set.
 
     Raises:
-        SourceError: unnamed, missing, not UTF-8, malformed, or no text in it. ExtraError: a data set of the hub, and
-            the package that reads it is not installed.
+        SourceError: an empty name, missing, not UTF-8, malformed, or no text in it.
+        ExtraError: a Hub data set, and the package that reads it is not installed.
     """
-    path = named(place)
+    path = _named(place)
     if path.is_dir():
-        return "\n\n".join(read_calibration(file) for file in text_files(path))
+        return "\n\n".join(read_calibration(file) for file in text_paths(path))
     if not path.exists() and _HUB_ID.fullmatch(str(place)) and path.suffix not in SUFFIXES:
         return _read_hub(str(place), characters)
     if path.suffix not in ROW_SUFFIXES:
@@ -65,34 +72,33 @@ def read_calibration(place: str | Path, characters: int = _HUB_CHARACTERS) -> st
     return text
 
 
-def named(place: str | Path) -> Path:
-    """The path that somebody gave.
+def text_paths(place: str | Path) -> list[Path]:
+    """Paths of the text files at a place: the file itself, or every text file below a folder, sorted.
 
     Raises:
-        SourceError: an empty name, which would be the current folder.
+        SourceError: an empty name, or a folder without text files.
     """
+    path = _named(place)
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+    if not files:
+        raise SourceError(f"{path}: no {', '.join(f'*{s}' for s in SUFFIXES)} file in this folder")
+    return files
+
+
+def _named(place: str | Path) -> Path:
+    """The path of a place; an empty name would be the current folder, and raises SourceError."""
     if not str(place).strip():
         raise SourceError("text: got an empty name, wanted a file, a folder or OWNER/NAME")
     return Path(place)
 
 
-def text_files(folder: Path) -> list[Path]:
-    """The texts in a folder and in those within it.
-
-    Raises:
-        SourceError: none.
-    """
-    files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES)
-    if not files:
-        raise SourceError(f"{folder}: no {', '.join(f'*{s}' for s in SUFFIXES)} file in this folder")
-    return files
-
-
 def read_rows(path: Path) -> list[Any]:
-    """The list that a JSON file holds, or what the lines of a JSON-lines file hold.
+    """Read the list in a JSON file, or one value per line of a JSON-lines file.
 
     Raises:
-        SourceError: missing, not UTF-8, malformed, or JSON that is no list.
+        SourceError: missing, not UTF-8, malformed, or JSON that is not a list.
     """
     text = read_text(path)
     rows: Any = []
@@ -103,8 +109,8 @@ def read_rows(path: Path) -> list[Any]:
             raise SourceError(f"{path}: not JSON ({error})") from error
         if not isinstance(rows, list):
             raise SourceError(
-                f"{path}: wanted a list of rows; write its text as one, or move the file out of the folder if "
-                "it is none (such as a config.json)"
+                f"{path}: wanted a list of rows; store its text as one, or move the file out of the folder if "
+                "it is not a text (such as a config.json)"
             )
         return rows
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: strings may hold other separators
@@ -134,7 +140,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _read_hub(name: str, characters: int) -> str:
-    """The beginning of a data set of the hub."""
+    """Stream the beginning of a Hub data set."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -151,7 +157,7 @@ def _read_hub(name: str, characters: int) -> str:
             characters -= len(texts[-1])
             if characters <= 0:
                 break
-    except Exception as error:  # every backend of the hub has errors of its own
+    except Exception as error:  # every Hub backend has errors of its own
         raise SourceError(
             f"{name}: neither a local file or folder nor a data set the hub delivers ({reason_of(error)}); "
             "check the path, or the name (OWNER/NAME:CONFIG:SPLIT), your login and the connection"
@@ -162,42 +168,60 @@ def _read_hub(name: str, characters: int) -> str:
     return text
 
 
-def calibration_windows(tokenizer: Any, texts: list[str], tokens: int, context: int, seed: int) -> Tensor:
-    """[windows, context] int64: random windows, about `tokens` tokens together, alike many of each text.
+def default_text(held_out: bool = False) -> str:
+    """English text that ships with every Python: four in five topics of its documentation (about 0.4 MB).
 
-    Texts shorter than a window are joined. Where all of them together do not fill one, the window is shorter.
+    Topics repeat parts of each other; paragraphs of the held-out fifth are removed from the others.
 
-    Raises:
-        SourceError: the texts have fewer than two tokens.
+    Args:
+        held_out: return the remaining fifth, which is for evaluation.
     """
-    read = [
-        tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0].long()
-        for text in texts
-    ]
-    sequences = [ids for ids in read if len(ids) >= context]
-    short = torch.cat([*(ids for ids in read if len(ids) < context), torch.empty(0, dtype=torch.int64)])
-    if len(short) >= context or not sequences:
-        sequences.append(short)
-        context = min(context, len(short))
-    if context < 2:
-        raise SourceError(
-            f"calibration: the texts have {context} tokens, wanted thousands and at least two; give more text"
+    from pydoc_data.topics import topics
+
+    keys = sorted(topics)
+    measured = [paragraph for key in keys[4::5] for paragraph in topics[key].split("\n\n")]
+    if held_out:
+        return "\n\n".join(measured)
+    known = {" ".join(paragraph.split()) for paragraph in measured}
+    others = (
+        paragraph for n, key in enumerate(keys) if n % 5 != 4 for paragraph in topics[key].split("\n\n")
+    )
+    return "\n\n".join(paragraph for paragraph in others if " ".join(paragraph.split()) not in known)
+
+
+def named_default(held_out: bool = False) -> tuple[str, str]:
+    """(name, text) of `default_text`."""
+    name = "Python's own documentation"
+    return f"{name} (held-out topics)" if held_out else name, default_text(held_out)
+
+
+def evaluation_text() -> tuple[str, str]:
+    """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, else Python's own documentation."""
+    file = _data_file("wikitext2/wiki.test.raw")
+    if file is None:
+        return named_default(held_out=True)
+    return "WikiText-2 raw test", read_text(file)
+
+
+def evaluation_texts() -> list[tuple[str, str]]:
+    """`evaluation_text` and those of other kinds (web pages, stories) that `POCKETLLM_DATA` has."""
+    found = {name: _data_file(path) for name, path in _OTHER_TEXTS.items()}
+    others = [(name, read_calibration(file)) for name, file in found.items() if file is not None]
+    return [evaluation_text(), *others]
+
+
+def _data_file(path: str) -> Path | None:
+    """A file below `POCKETLLM_DATA`, if it exists."""
+    data = os.environ.get("POCKETLLM_DATA")
+    file = Path(data) / path if data else None
+    return file if file is not None and file.is_file() else None
+
+
+def warn_of_shared(texts: tuple[str, ...], validation: str) -> None:
+    """Log a warning where the validation text is also trained on: its loss then says little about other text."""
+    trained = {path.resolve() for text in texts for path in text_paths(text)}
+    shared = [path for path in text_paths(validation) if path.resolve() in trained]
+    if shared:
+        logger.warning(
+            "%s is used for both training and validation; name another --validation-text", shared[0]
         )
-    generator = torch.Generator().manual_seed(seed)
-    cut = [ids[: len(ids) // context * context].reshape(-1, context) for ids in sequences]
-    chosen = []
-    for windows, share in zip(
-        cut, _shares([len(part) for part in cut], max(1, tokens // context)), strict=True
-    ):
-        order = torch.randperm(len(windows), generator=generator)[:share]
-        chosen.append(windows[order.sort().values])
-    return torch.cat(chosen)
-
-
-def _shares(available: list[int], wanted: int) -> list[int]:
-    """How many windows each text gives: alike, and where one has fewer, the others more."""
-    shares = [0] * len(available)
-    order = sorted(range(len(available)), key=available.__getitem__)
-    for done, position in enumerate(order):
-        shares[position] = min(available[position], (wanted - sum(shares)) // (len(order) - done))
-    return shares

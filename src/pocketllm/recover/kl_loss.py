@@ -3,10 +3,10 @@
 A part of the loss may be the negative log likelihood of the text's own next token ("hard labels", Hinton et al.,
 arXiv 1503.02531): w (-log q_label) + (1 - w) KL.
 
-With [4096, 49152] float32 logits of two models 1.6 GB would be needed before softmax begins. Here the head
-runs on some positions at a time: logits of both models, divergence and gradient; only the gradients of hidden
-states and head weight are kept. What is done to single numbers is done to a few positions at a time, which
-stay in the processor's cache. Source of the idea: chunked linear cross-entropy, as in Liger Kernel.
+[4096, 49152] float32 logits of two models would take 1.6 GB before the softmax. Here the head runs on some
+positions at a time (logits of both models, loss and gradient), and only the gradients of hidden states and head
+weight are kept. Elementwise work is done on a few positions at a time, which stay in the processor's cache.
+Source of the idea: chunked linear cross-entropy, as in Liger Kernel.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-_LOGITS_AT_ONCE = 1 << 24  # of each model, for the products with the head
-_LOGITS_IN_CACHE = 1 << 20  # in float32
+_LOGITS_AT_ONCE = 1 << 24  # logits per model held during the products with the head
+_LOGITS_IN_CACHE = 1 << 20  # float32 logits that fit the processor's cache
 
 Labels = tuple[Tensor, Tensor]
 """Next tokens [N] int64, and the weight w [N] float32 of their likelihood in the loss."""
@@ -27,21 +27,23 @@ Target = Callable[[slice], "Tensor | tuple[Tensor, Tensor]"]
 
 
 def position_slices(positions: int, vocabulary: int, at_once: int = 0) -> list[slice]:
-    """Parts of the positions whose logits (`at_once` numbers, by default those of a product) fit."""
+    """Slices of the positions with at most `at_once` logits each (default: as many as a product may take)."""
     step = max(1, (at_once or _LOGITS_AT_ONCE) // vocabulary)
     return [slice(begin, min(begin + step, positions)) for begin in range(0, positions, step)]
 
 
-def divergence(
+def kl_loss(
     student: Tensor, target: Tensor | tuple[Tensor, Tensor], scale: float, labels: Labels | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum over positions of KL(teacher || student), or of the loss with labels, and `scale` times its gradient.
 
-    With the k largest of the teacher only, the other tokens count as one: a lower bound of the divergence, but
-    for the rounding of 1 minus their sum.
+    If only the teacher's k most likely tokens are known, all others count as one token: a lower bound of the
+    divergence, up to the rounding of 1 minus their sum.
 
     Args:
-        student: [n, V] logits. target: as a `Target` gives it. labels: of these positions.
+        student: [n, V] logits.
+        target: the teacher at these positions, as a `Target` returns it.
+        labels: next tokens at these positions, if they are part of the loss.
 
     Returns:
         sum (float64 scalar), gradient [n, V] in the dtype of `student`.
@@ -49,33 +51,33 @@ def divergence(
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     gradient = torch.empty_like(student)
     in_cache = student.numel() if student.device.type != "cpu" else _LOGITS_IN_CACHE
-    for part in position_slices(len(student), student.shape[1], in_cache):
+    for part in position_slices(len(student), student.shape[1], at_once=in_cache):
         logits = student[part].to(torch.float32, copy=True)
         known = _labels_at(labels, part)
         if isinstance(target, tuple):
-            found, gradient[part] = _partial(logits, target[0][part], target[1][part], scale, known)
+            found, gradient[part] = _top_k(logits, target[0][part], target[1][part], scale, known)
         else:
-            found, gradient[part] = _whole(logits, target[part].to(torch.float32, copy=True), scale, known)
+            found, gradient[part] = _full(logits, target[part].to(torch.float32, copy=True), scale, known)
         total += found
     return total, gradient
 
 
 def _labels_at(labels: Labels | None, part: slice) -> Labels | None:
-    """Those of some positions, if there are any."""
+    """The labels at some positions."""
     return None if labels is None else (labels[0][part], labels[1][part])
 
 
-def _whole(
+def _full(
     student: Tensor, target: Tensor, scale: float, labels: Labels | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`divergence` of float32 logits; both are overwritten."""
+    """`kl_loss` of float32 logits of both models; both are overwritten."""
     log_z = student.logsumexp(dim=1, keepdim=True)
     log_p = target.sub_(target.logsumexp(dim=1, keepdim=True))
     log_q = student.sub_(log_z)
     difference = log_p - log_q
     teacher = log_p.exp_()
     losses = difference.mul_(teacher).sum(dim=1)
-    if labels is not None:  # the gradient is that towards a mixture of the teacher and the label
+    if labels is not None:  # the gradient is the one towards a mixture of teacher and label
         losses = _mixed(losses, log_q, labels)
         teacher.mul_(1 - labels[1][:, None]).scatter_add_(1, labels[0][:, None], labels[1][:, None])
     return losses.double().sum(), log_q.exp_().sub_(teacher).mul_(scale)
@@ -87,10 +89,10 @@ def _mixed(losses: Tensor, log_q: Tensor, labels: Labels) -> Tensor:
     return losses.lerp(-log_q.gather(1, ids[:, None])[:, 0], weight)
 
 
-def _partial(
+def _top_k(
     student: Tensor, ids: Tensor, log_p: Tensor, scale: float, labels: Labels | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`divergence` over k tokens and the rest of the vocabulary taken together; `student` is overwritten."""
+    """`kl_loss` over k tokens and the rest of the vocabulary as one token; `student` is overwritten."""
     log_q = student.sub_(student.logsumexp(dim=1, keepdim=True))
     chosen, p = log_q.gather(1, ids).exp(), log_p.exp()
     rest_p = (1 - p.sum(dim=1, keepdim=True)).clamp(min=1e-9)
@@ -107,7 +109,7 @@ def _partial(
     return losses.double().sum(), gradient.scatter_add_(1, labels[0][:, None], -weight).mul_(scale)
 
 
-class _HeadDivergence(torch.autograd.Function):
+class _HeadKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, dtype, scale, labels):  # type: ignore[no-untyped-def]
         low, low_weight = hidden.detach().to(dtype), weight.detach().to(dtype)
@@ -119,7 +121,7 @@ class _HeadDivergence(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for part in position_slices(len(hidden), len(weight)):
             logits = linear(low[part], low_weight, low_bias)
-            found, gradient = divergence(logits, target(part), scale, _labels_at(labels, part))
+            found, gradient = kl_loss(logits, target(part), scale, _labels_at(labels, part))
             total += found
             if hidden_grad is not None:
                 hidden_grad[part] = gradient @ low_weight
@@ -140,7 +142,7 @@ class _HeadDivergence(torch.autograd.Function):
         return *(None if g is None else g * grad.to(g.dtype) for g in grads), None, None, None, None
 
 
-def head_divergence(
+def head_kl(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -149,26 +151,29 @@ def head_divergence(
     scale: float,
     labels: Labels | None = None,
 ) -> Tensor:
-    """`scale` times the summed divergence of the student whose logits are hidden W^T + b.
+    """`scale` times the summed loss of the student whose logits are hidden W^T + b.
 
     Args:
-        hidden: [N, h]. weight: [V, h]. target: the teacher. dtype: of the matrix products. labels: of the N
-            positions, if they are part of the loss.
+        hidden: [N, h] inputs of the head.
+        weight: [V, h]. bias: [V] or None.
+        target: the teacher at the N positions.
+        dtype: of the matrix products.
+        labels: next tokens at the N positions, if they are part of the loss.
 
     Returns:
         float64 scalar with gradients to hidden, weight and bias.
     """
-    return _HeadDivergence.apply(hidden, weight, bias, target, dtype, scale, labels)
+    return _HeadKL.apply(hidden, weight, bias, target, dtype, scale, labels)
 
 
-class _LogitsDivergence(torch.autograd.Function):
+class _LogitsKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, scale, labels):  # type: ignore[no-untyped-def]
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         ctx.gradient = torch.empty_like(logits)
-        for part in position_slices(*logits.shape):
+        for part in position_slices(positions=len(logits), vocabulary=logits.shape[1]):
             known = _labels_at(labels, part)
-            found, ctx.gradient[part] = divergence(logits[part], target(part), scale, known)
+            found, ctx.gradient[part] = kl_loss(logits[part], target(part), scale, known)
             total += found
         return total * scale
 
@@ -178,6 +183,6 @@ class _LogitsDivergence(torch.autograd.Function):
         return gradient * grad.to(gradient.dtype), None, None, None
 
 
-def logits_divergence(logits: Tensor, target: Target, scale: float, labels: Labels | None = None) -> Tensor:
-    """The same for a model whose logits are not simply hidden W^T + b: logits [N, V] are held."""
-    return _LogitsDivergence.apply(logits, target, scale, labels)
+def logits_kl(logits: Tensor, target: Target, scale: float, labels: Labels | None = None) -> Tensor:
+    """`head_kl` for a model whose logits are not simply hidden W^T + b: all logits [N, V] are held."""
+    return _LogitsKL.apply(logits, target, scale, labels)

@@ -1,4 +1,4 @@
-"""Averages over tasks, and two models side by side."""
+"""Mean accuracy over tasks, and the paired difference of two models."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pocketllm.evaluate.tasks import METRICS, PAPER_TASKS, TaskResult
 def average(found: Mapping[str, TaskResult]) -> dict[str, Any]:
     """Mean accuracies: `paper` over the paper's tasks that were measured, `all` over every task.
 
-    Each: acc, stderr (tasks are independent), chance, tasks, open (those whose answers are not chosen from a
-    list: guessing among all words gets about 0, which is what counts as their chance); `paper` also names the
-    missing ones. None where no task has an accuracy.
+    Returns:
+        For `paper` and `all`, or None if no task has an accuracy: acc; stderr (tasks are independent); chance;
+        tasks; open, the tasks whose answers are not chosen from a list (guessing among all words is right about
+        never, so their chance counts as 0). `paper` also lists the tasks that are missing.
     """
     scored = {name: result for name, result in found.items() if result.acc is not None}
     paper = _mean([scored[name] for name in PAPER_TASKS if name in scored])
@@ -39,13 +40,13 @@ def _mean(found: Sequence[TaskResult]) -> dict[str, Any] | None:
 
 
 def compare(found: Mapping[str, TaskResult], reference: Mapping[str, TaskResult]) -> dict[str, Any]:
-    """A model minus a reference.
+    """Differences of a model from a reference, paired by document.
 
     Returns:
         tasks: {task: {metric: {difference, stderr, combined_stderr, margin_kept}}}; average: {paper, all:
-        {difference, stderr, margin_kept} or None}. stderr: of the difference, paired by document.
-        combined_stderr: as if both had been measured on different documents. margin_kept: share of the
-        reference's margin over chance.
+        {difference, stderr, margin_kept} or None}. difference: model minus reference. stderr: standard error of
+        the paired difference. combined_stderr: standard error as if the two had been measured on different
+        documents. margin_kept: share of the reference's margin over chance that the model keeps.
     """
     tasks = {
         name: {

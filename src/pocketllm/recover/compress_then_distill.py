@@ -1,4 +1,4 @@
-"""Compress and recover in one go."""
+"""Compress a model and distill the result, as one resumable run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pocketllm.config import CompressConfig, DistillConfig
 from pocketllm.errors import OutputError
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.report import Report
-from pocketllm.recover.distill import Distilled, distill
-from pocketllm.recover.distillation import training_windows
-from pocketllm.recover.log import check_places
+from pocketllm.recover.distill import DistillResult, distill
+from pocketllm.recover.distill_task import training_windows
+from pocketllm.recover.run_log import check_places
 from pocketllm.source.dense_checkpoint import resolve
 from pocketllm.source.folder import need_tokenizer, read_config
 from pocketllm.text.vocabulary import check_positions
@@ -32,26 +32,27 @@ def compress_and_distill(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     calibration_folder: str | Path | None = None,
-) -> tuple[Report, Distilled]:
-    """`compress`, then `distill` on its result. Killed and started again, it goes on where it was.
+) -> tuple[Report, DistillResult]:
+    """`compress`, then `distill` on its result; an interrupted run resumes when it is called again.
 
     Args:
-        output: the recovered model; the one before recovery lies in `OUTPUT.plain` meanwhile.
-        made: called with each model that is finished, `compressed` and `recovered`, and its folder.
+        output: folder of the recovered model; until it is finished, `OUTPUT.plain` is the model before recovery.
+        made: called with `compressed` or `recovered` and the folder, when that model is finished.
 
     Returns:
-        The report of the recovered model, and what the distillation did.
+        The report of the recovered model, and the result of the distillation.
 
     Raises:
-        As `compress` and `distill`; what concerns the recovery before anything is compressed.
+        As `compress` and `distill`; the inputs of the recovery are checked before anything is compressed.
+        OutputError: `OUTPUT.plain` exists and was not made by this call.
     """
     output, started = Path(output), time.monotonic()
     check_places(output, overwrite)
     plain = output.with_name(output.name + ".plain")
     if plain.exists() and not is_made(plain, str(model), config):
         raise OutputError(
-            f"{plain}: exists and is not what this command makes on its way; move it away, or choose another "
-            "output folder"
+            f"{plain}: exists and was not created by an earlier run of this command; move it away, or choose "
+            "another output folder"
         )
     check_recovery(model, recovery, trust_remote_code)
     if not plain.exists():
@@ -81,10 +82,11 @@ def compress_and_distill(
 
 
 def check_recovery(model: str | Path, recovery: DistillConfig, trust_remote_code: bool = False) -> None:
-    """Whether a recovery of what this dense model is compressed to can begin.
+    """Check the inputs of a recovery before its dense model is compressed.
 
     Raises:
-        SourceError, ConfigError: a text cannot be read, or is too short; a window is longer than the model takes.
+        SourceError: a text cannot be read.
+        ConfigError: a text is too short, or a window is longer than the model's positions.
     """
     dense = resolve(str(model))
     check_positions(read_config(dense, trust_remote_code), recovery.context, str(model))

@@ -1,4 +1,4 @@
-"""Instructions with answers, read from a file: the Alpaca form, or `prompt` and `response`.
+"""Read instructions with answers: the Alpaca form, or `prompt` and `response`.
 
 A JSON file (a list of objects) or a JSON-lines file is instruction data if its objects have `instruction` and
 `output` (and perhaps `input`), or `prompt` and `response`; all of them strings. Template: tatsu-lab/stanford_alpaca.
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import SourceError
-from pocketllm.text.read import ROW_SUFFIXES, read_rows
+from pocketllm.text.read import ROW_SUFFIXES, read_calibration, read_rows
 
 _HEAD = (
     "Below is an instruction that describes a task{}. "
@@ -38,10 +38,10 @@ def prompt_of(row: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def read_instructions(path: Path) -> list[tuple[str, str]] | None:
-    """All instructions of a file, or None if it holds plain text.
+    """Read (prompt, answer) pairs from a file; None if it holds plain text.
 
     Raises:
-        SourceError: malformed JSON, or an object is no instruction where others have the fields of one.
+        SourceError: malformed JSON, or an object is not an instruction where others have the fields of one.
     """
     if path.suffix not in ROW_SUFFIXES:
         return None
@@ -51,7 +51,17 @@ def read_instructions(path: Path) -> list[tuple[str, str]] | None:
     found = [prompt_of(row) for row in rows]
     if None in found:
         raise SourceError(
-            f"{path}: row {found.index(None) + 1} is no instruction; wanted `instruction` and `output` (and "
+            f"{path}: row {found.index(None) + 1} is not an instruction; wanted `instruction` and `output` (and "
             "perhaps `input`), or `prompt` and `response`, as strings in every row"
         )
     return [pair for pair in found if pair is not None]
+
+
+def read_training(path: Path) -> str:
+    """Read a file as training text; instructions are written out as each prompt followed by its answer.
+
+    Raises:
+        SourceError: as `read_calibration` and `read_instructions`.
+    """
+    pairs = read_instructions(path)
+    return read_calibration(path) if pairs is None else "\n\n".join(map("".join, pairs))
