@@ -95,7 +95,7 @@ def test_eval_beside_the_dense_model(
     [
         (["SMALL"], 2, "nothing to measure"),
         (["SMALL", "--tasks", "piqa", "--limit", "-1"], 2, "--limit"),
-        (["SMALL", "--tasks", "piqa", "--batch-tokens", "0"], 2, "batch_tokens"),
+        (["SMALL", "--tasks", "piqa", "--set", "batch_tokens=0"], 2, "batch_tokens: got 0"),
         (["SMALL", "--tasks", "piqa", "--data", "nowhere"], 1, "nowhere is no folder"),
         (["SMALL", "--tasks", "arc_easy", "--data", "DATA"], 1, "holds no arc_easy/test.jsonl"),
         (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "OTHER"], 2, "'z' is missing and"),

@@ -91,17 +91,21 @@ class Bars:
     output: Output
     progress: Progress
     tasks: dict[str, TaskID] = field(default_factory=dict)
-    told: dict[str, int] = field(default_factory=dict)
+    shown: dict[str, int] = field(default_factory=dict)
     first: dict[str, tuple[float, float]] = field(default_factory=dict)
 
+    def on_event(self, event: Any) -> None:
+        """The progress callback of the library: an event has stage, share and detail."""
+        self.update(event.stage, event.share, event.detail)
+
     def update(self, stage: str, share: float, detail: str = "") -> None:
-        """A stage has come to `share` (0 to 1)."""
+        """A stage has reached `share` (0 to 1)."""
         key = f"{stage} {detail}" if stage == "fit" else stage
         if self.progress.disable:
             tenth = int(share * 10)
             begun, from_share = self.first.setdefault(key, (time.monotonic(), share))
-            if tenth > self.told.get(key, -1):
-                self.told[key] = tenth
+            if tenth > self.shown.get(key, -1):
+                self.shown[key] = tenth
                 left = ""
                 if from_share < share < 1:
                     left = _left((time.monotonic() - begun) * (1 - share) / (share - from_share))
