@@ -14,7 +14,7 @@ import pocketllm
 from pocketllm import cli
 from pocketllm.cli.removed_options import REMOVED
 from pocketllm.config import (
-    METHODS,
+    FINETUNE_METHODS,
     CalibrationConfig,
     DistillConfig,
     EvalConfig,
@@ -77,7 +77,7 @@ def test_compress_lines_mean_what_they_did(line: dict[str, Any], monkeypatch: py
 @pytest.mark.parametrize("line", FINETUNE, ids=lambda line: line["now"])
 def test_finetune_lines_mean_what_they_did(line: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config, _ = configured(["finetune", "f", "-o", "out", *shlex.split(line["now"])], monkeypatch)
-    assert flat(config.to_dict()) == {**flat(METHODS[line["start"]].to_dict()), **line["changes"]}
+    assert flat(config.to_dict()) == {**flat(FINETUNE_METHODS[line["start"]].to_dict()), **line["changes"]}
     options = finetune_as_options(config)
     assert configured(["finetune", "f", "-o", "out", *options], monkeypatch)[0] == config
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pocketllm.config import (
-    METHODS,
+    FINETUNE_METHODS,
     CompressConfig,
     EvalConfig,
     FinetuneOptions,
@@ -131,7 +131,7 @@ def test_values_are_laid_over_nested_settings() -> None:
 
 ALL = {
     "compress": compress_settings(),
-    **{method: finetune_settings(method) for method in METHODS},
+    **{method: finetune_settings(method) for method in FINETUNE_METHODS},
     "eval": settings_of(EvalConfig()),
 }
 
@@ -146,7 +146,7 @@ def test_every_setting_has_help_and_its_default_is_what_its_text_means(command: 
 def test_every_field_of_a_configuration_has_a_key() -> None:
     config = preset("calibrated-8x")
     assert set(settings_of(config)) == set(flat(config.to_dict())) - {"overrides"}
-    for method, default in METHODS.items():
+    for method, default in FINETUNE_METHODS.items():
         assert set(finetune_settings(method)) == set(flat(default.to_dict()))
 
 
@@ -154,7 +154,7 @@ def test_settings_of_finetune() -> None:
     options = FinetuneOptions(settings=("loop.batch_size=2", "lr_scale=0.5"), steps=3, texts=("a",), seed=1)
     found = options.config()
     wanted = {"steps": 3, "texts": ("a",), "loop.batch_size": 2, "lr_scale": 0.5, "loop.seed": 1}
-    assert found == replaced(METHODS["distill"], wanted)
+    assert found == replaced(FINETUNE_METHODS["distill"], wanted)
 
 
 @pytest.mark.parametrize(

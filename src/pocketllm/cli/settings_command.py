@@ -15,8 +15,8 @@ from pocketllm.config import (
     COMPRESS_OPTIONS,
     DEFAULT_PRESET,
     EVAL_OPTIONS,
+    FINETUNE_METHODS,
     FINETUNE_OPTIONS,
-    METHODS,
     EvalConfig,
     Setting,
     compress_settings,
@@ -60,7 +60,7 @@ def listing(preset: str = DEFAULT_PRESET) -> dict[str, list[dict[str, Any]]]:
         ConfigError: unknown preset.
     """
     found = {"compress": _rows(compress_settings(preset), COMPRESS_OPTIONS)}
-    for method in METHODS:
+    for method in FINETUNE_METHODS:
         found[f"finetune --method {method}"] = _rows(finetune_settings(method), FINETUNE_OPTIONS)
     return {**found, "eval": _rows(settings_of(EvalConfig()), EVAL_OPTIONS)}
 

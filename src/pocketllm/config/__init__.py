@@ -8,7 +8,12 @@ from pocketllm.config.compress_config import SCOPES, TARGET_OPTIONS, Calibration
 from pocketllm.config.compress_options import COMPRESS_OPTIONS, CompressOptions, compress_settings
 from pocketllm.config.difference import as_options, finetune_as_options, left_out
 from pocketllm.config.eval_config import EVAL_OPTIONS, EvalConfig, eval_config
-from pocketllm.config.finetune_options import FINETUNE_OPTIONS, METHODS, FinetuneOptions, finetune_settings
+from pocketllm.config.finetune_options import (
+    FINETUNE_METHODS,
+    FINETUNE_OPTIONS,
+    FinetuneOptions,
+    finetune_settings,
+)
 from pocketllm.config.presets import (
     DEFAULT_PRESET,
     DEMO_RECOVERY,
@@ -28,8 +33,8 @@ __all__ = [
     "DEMO_RECOVERY",
     "DEMO_TOKENS",
     "EVAL_OPTIONS",
+    "FINETUNE_METHODS",
     "FINETUNE_OPTIONS",
-    "METHODS",
     "PLAIN_PRESET",
     "PLAIN_SETTINGS",
     "PRESETS",

@@ -6,7 +6,7 @@ import dataclasses
 
 from pocketllm.config.compress_config import TARGET_OPTIONS, CompressConfig
 from pocketllm.config.compress_options import COMPRESS_OPTIONS
-from pocketllm.config.finetune_options import FINETUNE_OPTIONS, METHODS
+from pocketllm.config.finetune_options import FINETUNE_METHODS, FINETUNE_OPTIONS
 from pocketllm.config.presets import DEFAULT_PRESET, PLAIN_PRESET, PLAIN_SETTINGS, PRESETS
 from pocketllm.config.recover_config import DistillConfig, LoraTuneConfig
 from pocketllm.config.settings import settings_of, text_of
@@ -42,7 +42,7 @@ def finetune_as_options(config: DistillConfig | LoraTuneConfig) -> list[str]:
     """The fewest `pocketllm finetune` options that give this configuration."""
     method = "lora" if isinstance(config, LoraTuneConfig) else "distill"
     words = ["--method", method] if method == "lora" else []
-    before = settings_of(METHODS[method])
+    before = settings_of(FINETUNE_METHODS[method])
     for key, setting in settings_of(config).items():
         value, option = setting.default, FINETUNE_OPTIONS.get(key)
         if value == before[key].default:

@@ -8,7 +8,10 @@ from pocketllm.config.recover_config import DistillConfig, LoraTuneConfig
 from pocketllm.config.settings import Setting, parse_settings, refuse_options, replaced, settings_of
 from pocketllm.errors import ConfigError
 
-METHODS: dict[str, DistillConfig | LoraTuneConfig] = {"distill": DistillConfig(), "lora": LoraTuneConfig()}
+FINETUNE_METHODS: dict[str, DistillConfig | LoraTuneConfig] = {
+    "distill": DistillConfig(),
+    "lora": LoraTuneConfig(),
+}
 """The methods and their default settings."""
 FINETUNE_OPTIONS = {
     "texts": "--text",
@@ -22,7 +25,7 @@ FINETUNE_OPTIONS = {
 
 def finetune_settings(method: str) -> dict[str, Setting]:
     """The settings of a method of fine-tuning."""
-    return settings_of(METHODS[method])
+    return settings_of(FINETUNE_METHODS[method])
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,12 @@ class FinetuneOptions:
         Raises:
             ConfigError: unknown method or key, a key or option of the other method, or a value out of range.
         """
-        if self.method not in METHODS:
-            raise ConfigError(f"--method: got {self.method!r}, wanted {' or '.join(METHODS)}")
+        if self.method not in FINETUNE_METHODS:
+            raise ConfigError(f"--method: got {self.method!r}, wanted {' or '.join(FINETUNE_METHODS)}")
         own = finetune_settings(self.method)
-        every = {key: one for method in METHODS for key, one in finetune_settings(method).items()} | own
+        every = {
+            key: one for method in FINETUNE_METHODS for key, one in finetune_settings(method).items()
+        } | own
         values = parse_settings(self.settings, every, "pocketllm settings finetune")
         refuse_options(values, FINETUNE_OPTIONS)
         options = {"steps": self.steps, "context": self.context, "validation_text": self.validation_text}
@@ -55,4 +60,6 @@ class FinetuneOptions:
             if key not in own:
                 name = FINETUNE_OPTIONS.get(key, key)
                 raise ConfigError(f"{name} has no meaning with --method {self.method}; leave it out")
-        return replaced(METHODS[self.method], {**values, "texts": self.texts, "loop.seed": self.seed})
+        return replaced(
+            FINETUNE_METHODS[self.method], {**values, "texts": self.texts, "loop.seed": self.seed}
+        )
