@@ -80,7 +80,7 @@ class Demo:
 
     @property
     def titles(self) -> list[str]:
-        """Of the models that are measured."""
+        """The models that are measured."""
         return ["dense", "compressed", *(["recovered"] if self.recover_steps else [])]
 
     def read_text(self, context: int, windows: int) -> EvalText:

@@ -165,5 +165,5 @@ def data_folder(given: Path | None) -> Path | None:
     named = os.environ.get("POCKETLLM_DATA")
     folder = given or (Path(named) if named else None)
     if folder is not None and not folder.is_dir():
-        raise SourceError(f"{'--data' if given else 'POCKETLLM_DATA'}: {folder} is no folder")
+        raise SourceError(f"{'--data' if given else 'POCKETLLM_DATA'}: {folder} is not a folder")
     return folder

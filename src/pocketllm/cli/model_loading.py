@@ -39,14 +39,13 @@ def load_any(
     if adapter is not None:
         return _load_with(adapter, model, mode, dtype, device, trust_remote_code)
     import pocketllm
-    from pocketllm.model import checkpoint
-    from pocketllm.model.folder import load_dense, no_tokenizer, read_tokenizer
-    from pocketllm.model.source import open_dense, resolve
+    from pocketllm.model import folder_bytes, is_compressed, load_dense, open_dense, resolve
+    from pocketllm.model.folder import no_tokenizer, read_tokenizer
 
     folder = resolve(model)
     where = {"": device}
-    is_compressed = checkpoint.is_compressed(folder)
-    if is_compressed:
+    compressed = is_compressed(folder)
+    if compressed:
         loaded, tokenizer = pocketllm.load(
             folder,
             mode=mode,
@@ -60,18 +59,18 @@ def load_any(
         tokenizer = read_tokenizer(folder, trust_remote_code)
     if tokenizer is None:
         raise no_tokenizer(folder)
-    facts = {"compressed": is_compressed, "bytes_on_disk": checkpoint.folder_bytes(folder)}
+    facts = {"compressed": compressed, "bytes_on_disk": folder_bytes(folder)}
     return loaded.eval(), tokenizer, facts
 
 
 def _load_with(
     adapter: Path, model: str, mode: str, dtype: str, device: str, trust_remote_code: bool
 ) -> tuple[Any, Any, dict[str, Any]]:
-    from pocketllm.model import checkpoint
-    from pocketllm.recover.adapter import attach_adapter, check_adapter
+    from pocketllm.model import folder_bytes
+    from pocketllm.recover import attach_adapter, check_adapter
 
     check_adapter(adapter, Path(model))
     loaded, tokenizer, facts = load_any(model, mode, dtype, device, trust_remote_code)
     attach_adapter(loaded, Path(model), adapter)
-    nbytes = facts["bytes_on_disk"] + checkpoint.folder_bytes(adapter)
+    nbytes = facts["bytes_on_disk"] + folder_bytes(adapter)
     return loaded, tokenizer, {**facts, "bytes_on_disk": nbytes, "adapter": str(adapter)}

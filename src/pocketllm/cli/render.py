@@ -23,7 +23,7 @@ from pocketllm.model.report import warnings_of
 
 
 def _console(stderr: bool) -> Console:
-    """A console; wide enough for the tables where there is no terminal to ask."""
+    """A console; wide enough for the tables if there is no terminal."""
     console = Console(stderr=stderr, highlight=False)
     return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=140)
 
@@ -86,7 +86,7 @@ class _Notes(logging.Handler):
 
 @dataclass
 class Bars:
-    """Progress of stages; lines instead of bars where stderr is no terminal."""
+    """Progress of stages; lines instead of bars if stderr is not a terminal."""
 
     output: Output
     progress: Progress
@@ -173,11 +173,11 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
     table.add_column(justify="right")
     table.add_row("bytes on disk, all files", size(report["bytes_on_disk"]))
     table.add_row(
-        "smaller, whole files, than bf16 / fp32",
+        "smaller than bf16 / fp32, all files",
         f"{report['ratio_files_bf16']:.2f}x / {report['ratio_files_fp32']:.2f}x",
     )
     table.add_row(
-        "smaller, compressed matrices, than bf16 / fp32",
+        "smaller than bf16 / fp32, compressed matrices",
         f"{report['ratio_matrices_bf16']:.2f}x / {report['ratio_matrices_fp32']:.2f}x",
     )
     table.add_row("bits per weight: matrices", f"{report['bpw_matrices']:.3f}")

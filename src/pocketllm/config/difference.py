@@ -33,7 +33,7 @@ def as_options(config: CompressConfig) -> list[str]:
 
 
 def left_out(config: CompressConfig) -> tuple[str, ...]:
-    """Settings that no option gives: a target_bpw that no preset has, beside the codebook_size it is unused with."""
+    """Settings that no option gives: a target_bpw that no preset has, where codebook_size replaces it."""
     targets = [_target(entry.config) for entry in PRESETS.values()]
     return () if config.codebook_size is None or _target(config) in targets else ("target_bpw",)
 

@@ -56,7 +56,7 @@ def _calibrated(bpw: float) -> CompressConfig:
 
 
 def _lookup(bpw: float) -> CompressConfig:
-    """Their successor: look-up decoder, every block compressed."""
+    """Look-up decoder, independent indices, every block compressed."""
     return CompressConfig(target_bpw=bpw)
 
 

@@ -48,7 +48,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Tune what is stored beside the indices until the next-token distributions match the dense model's.
+    """Tune everything stored except the indices until the next-token distributions match the dense model's.
 
     Learning rates of codebooks, row scales, norms and dense matrices are relative to the size of the tuned
     numbers (norms of one model differ a hundredfold); a rate of 0 leaves its group unchanged.
