@@ -83,7 +83,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exac
 
 @app.command(
     cls=SettingsCommand,
-    epilog="Examples:\n\n  pocketllm compress builtin:smollm2-135m -o smol-8x\n\n"
+    epilog="Examples:\n\n  pocketllm compress builtin:smollm2-135m -o smol-8x --preset calibrated-8x\n\n"
     "  pocketllm compress ./my-model -o small --bpw 3 --dry-run\n\n"
     "  pocketllm compress ./my-model -o small --size 60MB --calibration my-texts/\n\n"
     "  pocketllm compress ./my-model -o small --ratio 6 --override '*.v_proj.weight=5'\n\n"
