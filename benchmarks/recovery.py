@@ -8,7 +8,7 @@ results/recovery.json.
 NAME is what the table calls the compressed model in FOLDER. Each run is `pocketllm finetune` in a process of
 its own, into WORK/NAME-METHOD; stopped and started again, it goes on. `--run NAME:METHOD=FOLDER` names another
 folder; a finished run in it is not repeated: its settings and its time are read from its report and its log.
-`distill-labels` is distillation with `--label-weight 0.3`. Trained on text that is not test text and validated
+`distill-labels` is distillation with `label_weight=0.3`. Trained on text that is not test text and validated
 on WikiText-2's validation text; measured on WikiText-2 raw test, context 1024, first 16 windows, in bfloat16.
 What was measured before and did not change is kept.
 """
@@ -49,7 +49,7 @@ def options(method: str) -> list[str]:
     texts = INSTRUCTIONS if method == "lora" else TEXTS
     found = [part for text in texts for part in ("--text", str(data_file(*text)))]
     if method.startswith("distill"):
-        labels = ["--label-weight", "0.3"] if method == "distill-labels" else []
+        labels = ["--set", "label_weight=0.3"] if method == "distill-labels" else []
         return [*found, "--method", "distill", "--validation-text", str(data_file(*VALIDATION)), *labels]
     # The paper's recipe is three epochs; of the plain text as many tokens as the distillation sees.
     return [*found, "--method", "lora", *(["--steps", "100"] if method == "lora-text" else [])]

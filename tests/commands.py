@@ -12,8 +12,8 @@ import pytest
 
 from pocketllm import cli
 
-SETTINGS = ["--vector-len", "5", "--codebook-size", "32", "--codebook-scope", "kind"]
-SETTINGS += ["--epochs", "1", "--threads", "1"]
+SETTINGS = ["--set", "vector_len=5", "--set", "codebook_size=32", "--set", "codebook_scope=kind"]
+SETTINGS += ["--set", "codec.epochs=1", "--threads", "1"]
 SIZES = {  # keys of a report that others rely on
     "bytes_on_disk",
     "ratio_files_bf16",

@@ -49,7 +49,7 @@ def test_dry_run_writes_nothing_and_is_exact(run: Run, source: Path, tmp_path: P
 
 def test_info_shows_and_verifies(run: Run, small: Path, tmp_path: Path) -> None:
     code, out, _ = run("info", small)
-    assert code == 0 and "all checksums good" in out
+    assert code == 0 and "checksums OK" in out
     import shutil
 
     shutil.copytree(small, tmp_path / "copy")
@@ -112,7 +112,7 @@ def test_export_deletes_nothing_beside_its_output(name: str, run: Run, small: Pa
         ),
         (["compress", "SOURCE", "-o", "OUT", "--ratio", "90", "--no-calibration"], 2, "error: --ratio: 90 ("),
         (["compress", "SOURCE", "-o", "OUT", "--device", "tpu"], 2, "--device"),
-        (["compress", "SOURCE", "-o", "OUT", "--codebook-size", "8"], 2, "without vector_len"),
+        (["compress", "SOURCE", "-o", "OUT", "--set", "codebook_size=8"], 2, "without vector_len"),
         (["compress", "./nowhere", "-o", "OUT"], 1, "no such folder"),
         (["compress", "SOURCE"], 2, "Missing option"),
         (["eval", "SMALL", "--ppl", "TEXT", "--context", "1"], 2, "context"),
@@ -162,6 +162,8 @@ def test_errors_as_json(run: Run, tmp_path: Path) -> None:
         (["compress", "m", "-o", "OUT", "--fast"], "NoSuchOption", "--fast"),
         (["compress", "m", "-o", "OUT", "--seed", "x"], "BadParameter", "--seed"),
         (["compress", "m", "-o", "OUT", "--bpw", "0"], "ConfigError", "--bpw: got 0"),
+        (["compress", "m", "-o", "OUT", "--hidden", "8"], "ConfigError", "use --set codec.hidden=8"),
+        (["compress", "m", "-o", "OUT", "--set", "codec.hiden=8"], "ConfigError", "closest: codec.hidden"),
         (["frobnicate"], "UsageError", "frobnicate"),
     ],
 )
@@ -180,17 +182,17 @@ def test_ctrl_c(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(compress, "fit", interrupted)
     code, out, err = run("compress", source, "-o", tmp_path / "out", *SETTINGS)
-    assert code == 130 and "interrupted; compress" in err and not out and "Traceback" not in err
+    assert code == 130 and "interrupted; rerun the command" in err and not out and "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_where_no_bar_is_shown(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pocketllm.cli import evaluate
+    from pocketllm.cli import generate_command
 
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "load_any", interrupted)
+    monkeypatch.setattr(generate_command, "load_any", interrupted)
     code, out, err = run("generate", small, "--prompt", "hello")
     assert code == 130 and "interrupted" in err and not out and "Traceback" not in err
     code, out, _ = run("generate", small, "--prompt", "hello", "--json")
@@ -211,7 +213,8 @@ def test_ctrl_c_while_starting(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_real_ctrl_c(source: Path, tmp_path: Path) -> None:
     """SIGINT to a process that trains."""
     command = [sys.executable, "-m", "pocketllm", "compress", str(source), "-o", str(tmp_path / "out")]
-    command += ["--vector-len", "5", "--codebook-size", "32", "--batch-size", "2", "--epochs", "1000"]
+    command += ["--set", "vector_len=5", "--set", "codebook_size=32"]
+    command += ["--set", "codec.batch_size=2", "--set", "codec.epochs=1000"]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -237,7 +240,22 @@ def test_no_gpu_is_said(run: Run, source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["compress", "info", "eval", "generate", "export", "demo", "finetune", "merge", "compare"]
+    "command",
+    [
+        *(
+            "compress",
+            "settings",
+            "info",
+            "eval",
+            "generate",
+            "export",
+            "demo",
+            "finetune",
+            "merge",
+            "report",
+        ),
+        *("compare", "study"),
+    ],
 )
 def test_help_has_an_example(command: str, run: Run) -> None:
     code, out, _ = run(command, "--help")
@@ -255,7 +273,7 @@ def test_help_in_a_process_of_its_own() -> None:
     assert "compress" in done.stdout and "export" in done.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["study"]])
+@pytest.mark.parametrize("command", [[], ["study"], ["compress"], ["finetune"], ["eval"], ["settings"]])
 def test_help_is_light(command: list[str]) -> None:
     code = (
         "import atexit, sys\nfrom pocketllm.cli import main\n"

@@ -20,7 +20,7 @@ def text(source: Path) -> Path:
 
 
 def test_keys(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
-    options = [*SETTINGS, "--calibration", text, "--calibration-tokens", "1024"]
+    options = [*SETTINGS, "--calibration", text, "--set", "calibration.tokens=1024"]
     options += ["--calibration-cache", tmp_path / "measured"]
     planned = run.json("compress", source, "-o", tmp_path / "out", *options, "--dry-run")
     report = run.json("compress", source, "-o", tmp_path / "out", *options)
@@ -39,18 +39,16 @@ def test_keys(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_options_reach_the_settings(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
-    options = [
-        *SETTINGS,
-        "--calibration",
-        text,
-        "--calibration",
-        text,
-        "--refine",
-        "--passes",
-        "1",
-        "--one-sided",
+    given = [
+        "refine_epochs=2",
+        "passes=1",
+        "two_sided=false",
+        "rotate=false",
+        "sequential=false",
+        "tokens=512",
     ]
-    options += ["--no-rotate", "--no-sequential", "--calibration-tokens", "512"]
+    options = [*SETTINGS, "--calibration", text, "--calibration", text]
+    options += [word for setting in given for word in ("--set", f"calibration.{setting}")]
     options += ["--calibration-cache", tmp_path / "measured"]
     report = run.json("compress", source, "-o", tmp_path / "out", *options)
     found = report["config"]["calibration"]
@@ -58,7 +56,9 @@ def test_options_reach_the_settings(run: Run, source: Path, text: Path, tmp_path
     assert found["refine_epochs"] > 0 and found["passes"] == 1
     assert not found["rotate"] and not found["sequential"] and not found["two_sided"]
     assert len(list((tmp_path / "measured").glob("inputs-*/*.safetensors"))) == 2
-    again = run.json("compress", source, "-o", tmp_path / "two", *options, "--no-refine")
+    again = run.json(
+        "compress", source, "-o", tmp_path / "two", *options, "--set", "calibration.refine_epochs=0"
+    )
     assert again["config"]["calibration"]["refine_epochs"] == 0
 
 
@@ -84,9 +84,21 @@ def test_little_text_is_told(run: Run, source: Path, tmp_path: Path) -> None:
         (["--ratio", "200"], 2, "possible are"),
         (["--override", "x"], 2, "wanted PATTERN=BITS"),
         (["--override", "nothing.*=4"], 2, "'nothing.*': fits no matrix"),
-        (["--preset", "lookup-8x", "--refine"], 2, "the preset does not calibrate"),
-        (["--no-calibration", "--no-rotate"], 2, "--no-calibration excludes --rotate"),
-        ([*SETTINGS, "--calibration", "TEXT", "--calibration-tokens", "1"], 2, "calibration tokens"),
+        (
+            ["--preset", "lookup-8x", "--set", "calibration.refine_epochs=2"],
+            2,
+            "the preset does not calibrate",
+        ),
+        (
+            ["--no-calibration", "--set", "calibration.rotate=false"],
+            2,
+            "--no-calibration excludes calibration.rotate",
+        ),
+        (
+            [*SETTINGS, "--calibration", "TEXT", "--set", "calibration.tokens=1"],
+            2,
+            "calibration.tokens: got 1",
+        ),
         ([*SETTINGS, "--calibration", "nowhere.txt"], 1, "no such file"),
         ([*SETTINGS, "--calibration", "owner/nothing-here"], 1, "nor a data set the hub delivers"),
         ([*SETTINGS, "--calibration", "BINARY"], 1, "not UTF-8"),
@@ -118,7 +130,7 @@ def test_the_plan_of_the_default_preset(run: Run, tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "vocab_size": 512}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     source = tiny.save(tmp_path / "dense", **sizes, **heads)
-    cache = ["--calibration-cache", tmp_path / "measured", "--calibration-tokens", "4096", "--dry-run"]
+    cache = ["--calibration-cache", tmp_path / "measured", "--set", "calibration.tokens=4096", "--dry-run"]
     found = run.json("compress", source, "-o", tmp_path / "out", "--size", "600kB", *cache)
     assert 0.99 * 600_000 <= found["bytes_on_disk"] <= 600_000
     found = run.json("compress", source, "-o", tmp_path / "out", "--ratio", "3.5", *cache)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
-from pocketllm.config import DistillConfig
 from tests import tiny
 from tests.commands import SETTINGS, Run
 
@@ -34,9 +32,9 @@ def test_demo(run: Run, source: Path, tmp_path: Path) -> None:
     assert values["text"].startswith("hello")
     code, out, err = run(*options)  # finds what is there
     assert code == 0 and "perplexity" in out and "> hello" in out and "recovered by distill" in out
-    assert err.count("is there already") == 2
+    assert err.count("exists already") == 2
     code, out, err = run(*options[:-1], "3")  # other steps: only that part is made again
-    assert code == 0 and err.count("is there already") == 1 and "step 3 of 3" in err
+    assert code == 0 and err.count("exists already") == 1 and "step 3 of 3" in err
     assert "recovered" not in run.json(*options[:-1], "0")
 
 
@@ -51,15 +49,15 @@ def test_demo_does_not_take_up_another_model(run: Run, source: Path, tmp_path: P
     values = run.json("demo", "--model", other, *options, "--overwrite")
     assert values["report"]["model"] == str(other)
     code, _, err = run("demo", "--model", other, *options, "--overwrite")
-    assert code == 0 and "is there already" in err  # the same one is not made again
+    assert code == 0 and "exists already" in err  # the same one is not made again
 
 
 def test_demo_takes_the_windows_that_the_text_has(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And says before the work begins that it has none."""
-    short = ("a short text", "a short text. " * 10)
-    monkeypatch.setattr("pocketllm.text.read.evaluation_text", lambda: short)
+    text = ("a short text", "a short text. " * 10)
+    monkeypatch.setattr("pocketllm.text.evaluation_text", lambda: text)
     options = ["demo", "--model", source, "-o", tmp_path / "demo", "--bpw", "7", "--no-calibration"]
     options += ["--prompt", "hello"]
     code, _, err = run(*options, "--context", "64", "--windows", "1000")
@@ -82,13 +80,8 @@ def test_the_demo_of_the_readme_has_text_to_measure_on(monkeypatch: pytest.Monke
 def test_the_stages_in_one_command(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
     options = ["compress", source, "-o", tmp_path / "out", *SETTINGS, "--ppl", text, "--context", "32"]
     options += ["--windows", "3"]
-    recover = ["--recover", "distill", "--recover-text", text, "--recover-steps", "2", "--overwrite"]
-    with pytest.MonkeyPatch.context() as patch:
-        quick = dataclasses.replace(DistillConfig(), context=32)
-        patch.setattr(
-            "pocketllm.cli.settings.DistillConfig", lambda **given: dataclasses.replace(quick, **given)
-        )
-        found = run.json(*options, *recover)
+    recover = ["--recover", "distill", "--recover-text", text, "--overwrite"]
+    found = run.json(*options, *recover, "--set", "recover.steps=2", "--set", "recover.context=32")
     assert set(found["measured"]) == {"dense", "compressed", "recovered"}
     assert found["recover"]["steps"] == 2
     for title, folder in (("dense", source), ("recovered", tmp_path / "out")):
@@ -96,7 +89,7 @@ def test_the_stages_in_one_command(run: Run, source: Path, text: Path, tmp_path:
         assert found["measured"][title]["perplexity"] == pytest.approx(wanted)
     code, out, _ = run(*options, "--overwrite")
     assert code == 0 and "compressed" in out and "recovered" not in out
-    code, _, err = run(*options, "--recover-steps", "2", "--overwrite")
-    assert code == 2 and "need --recover distill" in err
+    code, _, err = run(*options, "--set", "recover.steps=2", "--overwrite")
+    assert code == 2 and "needs --recover distill" in err
     code, _, err = run(*options, "--recover", "lora", "--overwrite")
     assert code == 2 and "wanted distill" in err

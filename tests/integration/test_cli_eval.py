@@ -95,8 +95,8 @@ def test_eval_beside_the_dense_model(
     [
         (["SMALL"], 2, "nothing to measure"),
         (["SMALL", "--tasks", "piqa", "--limit", "-1"], 2, "--limit"),
-        (["SMALL", "--tasks", "piqa", "--batch-tokens", "0"], 2, "batch_tokens"),
-        (["SMALL", "--tasks", "piqa", "--data", "nowhere"], 1, "nowhere is no folder"),
+        (["SMALL", "--tasks", "piqa", "--set", "batch_tokens=0"], 2, "batch_tokens: got 0"),
+        (["SMALL", "--tasks", "piqa", "--data", "nowhere"], 1, "nowhere is not a folder"),
         (["SMALL", "--tasks", "arc_easy", "--data", "DATA"], 1, "holds no arc_easy/test.jsonl"),
         (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "OTHER"], 2, "'z' is missing and"),
         (["SMALL", "--tasks", "piqa", "--data", "DATA", "--against", "OTHER"], 2, "but other ones"),
@@ -132,7 +132,7 @@ def test_a_folder_that_the_environment_names_is_there(
 ) -> None:
     monkeypatch.setenv("POCKETLLM_DATA", "/nowhere")
     code, _, err = run("eval", small, "--tasks", "local")
-    assert code == 1 and "POCKETLLM_DATA: /nowhere is no folder" in err
+    assert code == 1 and "POCKETLLM_DATA: /nowhere is not a folder" in err
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,9 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def finetune(made: Path, output: Path, *more: str) -> list[str]:
-    text = ("--text", str(made / "t.txt"), "--context", "24", "--steps", "12", "--batch-size", "2")
-    return command("finetune", made / "c", "-o", output, *text, "--checkpoint-every", "1", *more)
+    text = ("--text", str(made / "t.txt"), "--context", "24", "--steps", "12")
+    loop = ("--set", "loop.batch_size=2", "--set", "loop.checkpoint_every=1")
+    return command("finetune", made / "c", "-o", output, *text, *loop, *more)
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -81,8 +82,8 @@ def test_a_killed_command_resumes_to_the_same_bytes(made: Path, tmp_path: Path) 
 @pytest.mark.parametrize("method", ["distill", "lora"])
 def test_two_processes_do_what_one_does(method: str, made: Path, tmp_path: Path) -> None:
     """As `accelerate launch` starts them on GPUs; here on the CPU, each with one thread."""
-    text = ("--text", made / "t.txt", "--context", "24", "--steps", "4", "--batch-size", "4")
-    asked = ("finetune", made / "c", *text, "--dtype", "float32", "--method", method, "--json", "-o")
+    text = ("--text", made / "t.txt", "--context", "24", "--steps", "4", "--set", "loop.batch_size=4")
+    asked = ("finetune", made / "c", *text, "--set", "loop.dtype=float32", "--method", method, "--json", "-o")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--main_process_port", "0", "--no_python"]
@@ -106,9 +107,13 @@ def test_command_line_says_what_is_wrong(made: Path, tmp_path: Path) -> None:
     assert (values["steps"], values["tokens"], values["bytes_added_to_weights"]) == (12, 12 * 2 * 24, 0)
     report = read_report(made / "c")
     assert values["trained_parameters"]["row scales"] * 2 == report["bytes_by_part"]["row_scales"]
-    wrong = run(finetune(made, tmp_path / "o", "--rank", "4"))
+    wrong = run(finetune(made, tmp_path / "o", "--set", "rank=4"))
     assert wrong.returncode == 2
-    assert "--rank has no meaning with --method distill" in wrong.stderr
+    assert "rank has no meaning with --method distill" in wrong.stderr
+    for option in ("--teacher=x", "--teacher-on-disk"):
+        wrong = run(command("finetune", made / "c", "-o", tmp_path / "o", "--method", "lora", option))
+        assert wrong.returncode == 2
+        assert f"{option.partition('=')[0]} has no meaning with --method lora" in wrong.stderr
     unnamed = run(finetune(made, tmp_path / "o", "--validation-text", ""))
     assert unnamed.returncode == 1
     assert "got an empty name" in unnamed.stderr

@@ -61,7 +61,7 @@ def test_report(run: Run, folder: Path, tmp_path: Path) -> None:
     text = folder / "text.txt"
     found = run.json("report", folder / "small", "-o", output, "--ppl", text, *MEASURE)
     assert found["output"] == str(output) and found["bytes"] == output.stat().st_size
-    assert not found["absent"] and found["missing"] and found["command"].startswith("pocketllm compress ")
+    assert not found["absent"] and not found["missing"] and found["command"].startswith("pocketllm compress ")
     compressed, dense = found["evaluations"]
     assert compressed["compressed"] and not dense["compressed"] and dense["perplexity"] > 1
     assert [path.name for path in output.parent.iterdir()] == ["page.html"]

@@ -42,7 +42,8 @@ def test_base_and_adapter_on_one_page(run: Run, folder: Path) -> None:
     assert page.index(">compressed, with adapter<") < page.index(">compressed<")
     assert page.count("of the base alone") == 3  # bits, errors, weights
     assert found["adapter_command"].startswith("pocketllm finetune small -o tuned --method lora ")
-    assert "loop.warmup" in found["missing"] and '<th scope="row">config.rank</th>' in page
+    assert "--set loop.warmup=" in found["adapter_command"] and not found["missing"]
+    assert '<th scope="row">config.rank</th>' in page
 
 
 def test_its_bytes_are_counted_as_in_a_comparison(folder: Path, tmp_path: Path) -> None:

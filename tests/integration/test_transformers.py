@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import pocketllm
 from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, SourceError
-from pocketllm.runtime import transformers_plugin as plugin
 from pocketllm.format.checkpoint import read_report
+from pocketllm.runtime import transformers_plugin as plugin
 from tests import tiny
 
 TOKENS = torch.arange(3, 40)[None]
@@ -170,7 +170,7 @@ def test_a_model_loaded_without_the_plugin_is_refused(
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     """Loads; what needs a tokenizer says so."""
-    from pocketllm.cli.options import load_any
+    from pocketllm.cli.model_loading import load_any
     from pocketllm.runtime.export import export
 
     tiny.model().save_pretrained(tmp_path / "dense")

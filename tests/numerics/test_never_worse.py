@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from pocketllm.codec.trellis import Trellis, strip_lengths
 from torch import Tensor
 
 from pocketllm.codec.codebook import nearest_torch, seeded_codebook
-from pocketllm.codec.hessian import HessianFactor, factorize
 from pocketllm.codec.feedback import assign
-from pocketllm.codec.trellis import Trellis, strip_lengths
+from pocketllm.codec.hessian import HessianFactor, factorize
 from tests.numerics.test_calibrated import proxy
 
 

@@ -130,8 +130,8 @@ def test_the_paper_s_presets_stay_as_they_are(name: str, bpw: float, vector_len:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"tokens": 100}, "calibration tokens"),
-        ({"context": 1, "tokens": 1}, "calibration context"),
+        ({"tokens": 100}, "tokens: got 100, wanted at least 512"),
+        ({"context": 1, "tokens": 1}, "context: got 1, wanted at least 2"),
         ({"passes": -1}, "passes"),
         ({"refine_epochs": -1}, "refine_epochs"),
         ({"refine_rate": 0.0}, "refine_rate"),

@@ -6,7 +6,7 @@ import json
 import sys
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
-_ADVICE = "interrupted; compress and finetune, started again, go on where they were"
+_ADVICE = "interrupted; rerun the command to resume compress, finetune or study"
 
 
 def main() -> None:
@@ -16,17 +16,17 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:  # before typer has taken over
-        tell_interrupted()
+        print_interrupted()
         raise SystemExit(INTERRUPTED) from None
 
 
-def tell_interrupted() -> None:
-    """Say that Ctrl-C has ended it, and how to go on."""
+def print_interrupted() -> None:
+    """Say that Ctrl-C ended the command, and how to resume."""
     print(_ADVICE, file=sys.stderr)
-    tell_json(KeyboardInterrupt.__name__, _ADVICE)
+    print_json_error(KeyboardInterrupt.__name__, _ADVICE)
 
 
-def tell_json(kind: str, message: str) -> None:
-    """What went wrong as one JSON object on stdout, where the command line asks for that."""
+def print_json_error(kind: str, message: str) -> None:
+    """The error as one JSON object on stdout, if the command line has --json."""
     if "--json" in sys.argv:
         print(json.dumps({"error": {"type": kind, "message": message}}))

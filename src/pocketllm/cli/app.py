@@ -1,7 +1,8 @@
-"""The command `pocketllm`. Each command parses its options, calls the library, and hands the result on."""
+"""The command `pocketllm`. Each command parses its options, calls the library, and renders the result."""
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated
 
@@ -9,15 +10,20 @@ import typer
 
 from pocketllm.cli import (
     INTERRUPTED,
-    compress,
-    demo,
-    evaluate,
-    finetune,
-    info,
-    report,
-    study,
-    tell_interrupted,
-    tell_json,
+    compare_command,
+    compress_command,
+    demo_command,
+    eval_command,
+    export_command,
+    finetune_command,
+    generate_command,
+    info_command,
+    merge_command,
+    print_interrupted,
+    print_json_error,
+    report_command,
+    settings_command,
+    study_command,
 )
 from pocketllm.config import TARGET_OPTIONS
 from pocketllm.errors import ConfigError, PocketError
@@ -31,23 +37,36 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (compress, info, evaluate, finetune, report, study, demo):
+for group in (
+    compress_command,
+    settings_command,
+    info_command,
+    eval_command,
+    generate_command,
+    export_command,
+    finetune_command,
+    merge_command,
+    report_command,
+    compare_command,
+    study_command,
+    demo_command,
+):
     app.registered_commands += group.app.registered_commands
 
 
 def run() -> None:
-    """Run the command line; exit code 0 good, 1 failed, 2 wrong use, 130 interrupted."""
+    """Run the command line. Exit codes: 0 success, 1 failure, 2 wrong use, 130 interrupted."""
     try:
         app(standalone_mode=True)
     except PocketError as error:
         _fail(error)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            tell_interrupted()
-        wrong_use = stop.__context__  # typer has shown it already
+            print_interrupted()
+        wrong_use = stop.__context__  # typer has printed it already
         describe = getattr(wrong_use, "format_message", None)
         if describe is not None:
-            tell_json(type(wrong_use).__name__, describe())
+            print_json_error(type(wrong_use).__name__, describe())
         raise
 
 
@@ -55,8 +74,8 @@ def _fail(error: PocketError) -> None:
     message = str(error)
     if isinstance(error, ConfigError):
         for setting, option in TARGET_OPTIONS.items():
-            message = message.replace(setting, option)
-    tell_json(type(error).__name__, message)
+            message = re.sub(rf"(?<!--set ){setting}\b", option, message)
+    print_json_error(type(error).__name__, message)
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2 if isinstance(error, ConfigError) else 1)
 

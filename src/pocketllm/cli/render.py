@@ -23,7 +23,7 @@ from pocketllm.format.report import warnings_of
 
 
 def _console(stderr: bool) -> Console:
-    """A console; wide enough for the tables where there is no terminal to ask."""
+    """A console; wide enough for the tables if there is no terminal."""
     console = Console(stderr=stderr, highlight=False)
     return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=140)
 
@@ -86,22 +86,26 @@ class _Notes(logging.Handler):
 
 @dataclass
 class Bars:
-    """Progress of stages; lines instead of bars where stderr is no terminal."""
+    """Progress of stages; lines instead of bars if stderr is not a terminal."""
 
     output: Output
     progress: Progress
     tasks: dict[str, TaskID] = field(default_factory=dict)
-    told: dict[str, int] = field(default_factory=dict)
+    shown: dict[str, int] = field(default_factory=dict)
     first: dict[str, tuple[float, float]] = field(default_factory=dict)
 
+    def on_event(self, event: Any) -> None:
+        """The progress callback of the library: an event has stage, share and detail."""
+        self.update(event.stage, event.share, event.detail)
+
     def update(self, stage: str, share: float, detail: str = "") -> None:
-        """A stage has come to `share` (0 to 1)."""
+        """A stage has reached `share` (0 to 1)."""
         key = f"{stage} {detail}" if stage == "fit" else stage
         if self.progress.disable:
             tenth = int(share * 10)
             begun, from_share = self.first.setdefault(key, (time.monotonic(), share))
-            if tenth > self.told.get(key, -1):
-                self.told[key] = tenth
+            if tenth > self.shown.get(key, -1):
+                self.shown[key] = tenth
                 left = ""
                 if from_share < share < 1:
                     left = _left((time.monotonic() - begun) * (1 - share) / (share - from_share))
@@ -169,11 +173,11 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
     table.add_column(justify="right")
     table.add_row("bytes on disk, all files", size(report["bytes_on_disk"]))
     table.add_row(
-        "smaller, whole files, than bf16 / fp32",
+        "smaller than bf16 / fp32, all files",
         f"{report['ratio_files_bf16']:.2f}x / {report['ratio_files_fp32']:.2f}x",
     )
     table.add_row(
-        "smaller, compressed matrices, than bf16 / fp32",
+        "smaller than bf16 / fp32, compressed matrices",
         f"{report['ratio_matrices_bf16']:.2f}x / {report['ratio_matrices_fp32']:.2f}x",
     )
     table.add_row("bits per weight: matrices", f"{report['bpw_matrices']:.3f}")

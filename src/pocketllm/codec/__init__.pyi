@@ -14,7 +14,6 @@ from .feedback import assign as assign
 from .hessian import Hessian as Hessian, HessianFactor as HessianFactor, factorize as factorize
 from .index_form import (
     Independent as Independent,
-    IndexForm as IndexForm,
     Trellis as Trellis,
     predicted_nmse as predicted_nmse,
 )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pocketllm.config.checks import flat
-from pocketllm.config.codec import CodecConfig, Safeguards
-from pocketllm.config.compress import (
-    REFINE_EPOCHS,
-    SCOPES,
-    TARGET_OPTIONS,
-    CalibrationConfig,
-    CompressConfig,
+from pocketllm.config.codec_config import CodecConfig, Safeguards
+from pocketllm.config.compress_config import SCOPES, TARGET_OPTIONS, CalibrationConfig, CompressConfig
+from pocketllm.config.compress_options import COMPRESS_OPTIONS, CompressOptions, compress_settings
+from pocketllm.config.difference import as_options, finetune_as_options, left_out
+from pocketllm.config.eval_config import EVAL_OPTIONS, EvalConfig, eval_config
+from pocketllm.config.finetune_options import (
+    FINETUNE_METHODS,
+    FINETUNE_OPTIONS,
+    FinetuneOptions,
+    finetune_settings,
 )
-from pocketllm.config.evaluate import EvalConfig
 from pocketllm.config.presets import (
     DEFAULT_PRESET,
     DEMO_RECOVERY,
@@ -22,27 +24,43 @@ from pocketllm.config.presets import (
     Preset,
     preset,
 )
-from pocketllm.config.recover import DistillConfig, LoopConfig, LoraTuneConfig
+from pocketllm.config.recover_config import DistillConfig, LoopConfig, LoraTuneConfig
+from pocketllm.config.settings import Setting, replaced, settings_of, text_of
 
 __all__ = [
+    "COMPRESS_OPTIONS",
     "DEFAULT_PRESET",
     "DEMO_RECOVERY",
     "DEMO_TOKENS",
+    "EVAL_OPTIONS",
+    "FINETUNE_METHODS",
+    "FINETUNE_OPTIONS",
     "PLAIN_PRESET",
     "PLAIN_SETTINGS",
     "PRESETS",
-    "REFINE_EPOCHS",
     "SCOPES",
     "TARGET_OPTIONS",
     "CalibrationConfig",
     "CodecConfig",
     "CompressConfig",
+    "CompressOptions",
     "DistillConfig",
     "EvalConfig",
+    "FinetuneOptions",
     "LoopConfig",
     "LoraTuneConfig",
     "Preset",
     "Safeguards",
+    "Setting",
+    "as_options",
+    "compress_settings",
+    "eval_config",
+    "finetune_as_options",
+    "finetune_settings",
     "flat",
+    "left_out",
     "preset",
+    "replaced",
+    "settings_of",
+    "text_of",
 ]

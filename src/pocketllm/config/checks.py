@@ -1,4 +1,4 @@
-"""What all settings share: how a value is checked, and plain JSON types."""
+"""Checks of values, and settings in plain JSON types."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pocketllm.errors import ConfigError
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ConfigError where a setting has none of the values that it may have."""
+    """Raises ConfigError where a value is not one of those allowed."""
     if value not in allowed:
         raise ConfigError(f"{name}: got {value!r}, wanted one of {', '.join(allowed)}")
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """Raises ConfigError where a setting is too small, or no finite number."""
+    """Raises ConfigError where a value is below `least`, or not finite."""
     if not least <= value < math.inf:
         raise ConfigError(f"{name}: got {value}, wanted at least {least}")
 
 
 def positive(name: str, value: float) -> None:
-    """Raises ConfigError where a setting is not above 0, or not finite."""
+    """Raises ConfigError where a value is not above 0, or not finite."""
     if not 0 < value < math.inf:
         raise ConfigError(f"{name}: got {value}, wanted more than 0")
 
@@ -36,7 +36,7 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings within settings as one mapping: `{"loop": {"seed": 0}}` becomes `{"loop.seed": 0}`."""
+    """Nested settings as one mapping with dotted keys: `{"loop": {"seed": 0}}` becomes `{"loop.seed": 0}`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pocketllm.config.codec import CodecConfig
-from pocketllm.config.compress import CalibrationConfig, CompressConfig
-from pocketllm.config.recover import DistillConfig, LoopConfig
+from pocketllm.config.codec_config import CodecConfig
+from pocketllm.config.compress_config import CalibrationConfig, CompressConfig
+from pocketllm.config.recover_config import DistillConfig, LoopConfig
 from pocketllm.errors import ConfigError
 
 DEMO_TOKENS = 16384
-"""Calibration tokens in the demo: half the default, for the sake of time."""
+"""Calibration tokens of the demo: half the default, to save time."""
 DEMO_RECOVERY = DistillConfig(
     steps=12,
     context=256,
@@ -22,7 +22,7 @@ DEMO_RECOVERY = DistillConfig(
     lr_decoder=1e-4,
     loop=LoopConfig(batch_size=4, eval_every=6, checkpoint_every=6),
 )
-"""Distillation in the demo: so few steps want small ones."""
+"""Distillation in the demo: few steps need low learning rates."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _calibrated(bpw: float) -> CompressConfig:
 
 
 def _lookup(bpw: float) -> CompressConfig:
-    """Their successor: look-up decoder, every block compressed."""
+    """Look-up decoder, independent indices, every block compressed."""
     return CompressConfig(target_bpw=bpw)
 
 
@@ -78,19 +78,19 @@ PRESETS: dict[str, Preset] = {
 DEFAULT_PRESET = "calibrated-10x"
 """The preset where none is named."""
 PLAIN_PRESET = "lookup-8x"
-"""The preset where none is named, and calibration is not wanted or one of `PLAIN_SETTINGS` is set."""
+"""The preset where none is named, and calibration is off or one of `PLAIN_SETTINGS` is given."""
 PLAIN_SETTINGS = (
     "codebook_size",
-    "decoder",
-    "norm",
-    "init",
-    "loss",
-    "hidden",
-    "depth",
-    "epochs",
-    "row_scale",
+    "codec.decoder",
+    "codec.norm",
+    "codec.init",
+    "codec.loss",
+    "codec.hidden",
+    "codec.depth",
+    "codec.epochs",
+    "codec.row_scale",
 )
-"""Settings of networks and of independent indices, without meaning on a trellis."""
+"""Settings of networks and of independent indices, which have no meaning on a trellis."""
 
 
 def preset(name: str) -> CompressConfig:

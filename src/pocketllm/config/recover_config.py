@@ -13,13 +13,16 @@ from pocketllm.errors import ConfigError
 class LoopConfig:
     """How fine-tuning steps, whatever the method.
 
-    batch_size: items per step. micro_batch: items at once, their gradients added up; 0 takes all.
-    eval_every: steps between validations. patience: validations without a better one before it stops; 0
-        never stops early. checkpoint_every: steps between checkpoints.
-    warmup: share of the steps with a rising rate; a cosine follows. max_grad_norm: gradients are scaled down
-        to it; 0 is off.
-    gradient_checkpointing: compute activations again on the way back instead of keeping them.
-    dtype: of the matrix products; auto is bfloat16 where the machine has it, else float32.
+    batch_size: Windows or instructions per step.
+    micro_batch: Windows or instructions at once, to save memory; gradients add up. 0 takes all.
+    eval_every: Steps between validations.
+    patience: Validations without improvement before training stops; 0 never stops early.
+    checkpoint_every: Steps between checkpoints.
+    warmup: Share of the steps with a rising learning rate; a cosine schedule follows.
+    max_grad_norm: Largest norm of the gradients; 0 is off.
+    gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+    dtype: Type of the matrix products: float32, bfloat16, or auto (bfloat16 where the machine supports it).
+    seed: Seed of every random choice.
     """
 
     batch_size: int = 8
@@ -45,17 +48,25 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Tune what is stored beside the indices until the next-token distributions match the dense model's.
+    """Tune everything stored except the indices until the next-token distributions match the dense model's.
 
-    texts: files or folders; none takes the text that comes with Python. context: tokens per window.
-    validation_windows: kept out of training. validation_text: take them from here instead.
-    lr_codebook, lr_scale, lr_norm, lr_dense: of codebooks, of row scales, of norms, biases and other vectors, and
-        of matrices that are stored dense (embedding and head where they are kept), each relative to the size of
-        what is tuned (norms of one model differ a hundredfold). lr_decoder: of decoders. A rate of 0 leaves its
-        group as it is.
-    teacher_top_k: keep the teacher's k most likely tokens, computed once; 0 runs it on every batch.
-    label_weight: w in the loss w (-log q) + (1 - w) KL, q of the text's own next token; 0 is the divergence alone.
-        With it the model learns the text, too, and comes less close to the dense one.
+    Learning rates of codebooks, row scales, norms and dense matrices are relative to the size of the tuned
+    numbers (norms of one model differ a hundredfold); a rate of 0 leaves its group unchanged.
+
+    steps: Training steps.
+    context: Tokens per window.
+    texts: Files or folders to train on; the default is the text that comes with Python.
+    validation_windows: Windows of the text kept for validation.
+    validation_text: File or folder to validate on, instead of a part of the training text.
+    lr_codebook: Learning rate of codebooks, relative.
+    lr_decoder: Learning rate of decoders.
+    lr_scale: Learning rate of row scales, relative.
+    lr_norm: Learning rate of norms, biases and other vectors, relative.
+    lr_dense: Learning rate of matrices that are stored dense (embedding and head where they are kept), relative.
+    teacher_top_k: Compute the teacher's k most likely tokens once; 0 runs the teacher on every batch.
+    label_weight: w in the loss w (-log q) + (1 - w) KL, q of the text's own next token; 0 is the divergence
+        alone. Above 0 the model also learns the text, and matches the dense model less closely.
+    loop: How it steps.
     """
 
     steps: int = 200
@@ -90,11 +101,18 @@ class DistillConfig:
 class LoraTuneConfig:
     """Train a low-rank adapter on a frozen compressed base; defaults are the paper's recipe.
 
-    rank, alpha, dropout, targets: as in PEFT; targets is `all-linear` or names of layers.
-    epochs: over the text; steps sets the number of steps instead.
-    texts: instruction data (JSON or JSON lines) or plain text; none takes the text that comes with Python.
-    context: tokens per window of plain text, and the most that are kept of an instruction with its answer.
-    mode: how the base is held, `dense` (fast) or `packed` (small).
+    rank: Rank of the adapter, as in PEFT.
+    alpha: Scale of the adapter, as in PEFT: alpha / rank.
+    dropout: Dropout of the adapter's inputs.
+    targets: Names of layers to adapt, or all-linear.
+    epochs: Passes over the text.
+    steps: Training steps, instead of epochs; none trains for epochs.
+    learning_rate: Learning rate.
+    context: Tokens per window of plain text, and the most that are kept of an instruction with its answer.
+    texts: Instruction data (JSON or JSON lines) or plain text; the default is the text that comes with Python.
+    validation_items: Windows or instructions kept for validation.
+    mode: How the base is held: dense (fast) or packed (small).
+    loop: How it steps.
     """
 
     rank: int = 32

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketllm.cli.options import Device, Json, Quiet, Seed, Threads, settle
+from pocketllm.cli.process import setup_process
 from pocketllm.cli.render import Output
+from pocketllm.cli.shared_options import Device, Json, Overwrite, Quiet, Seed, Threads
 from pocketllm.studies.registry import STUDIES, check_name
 
 app = typer.Typer()
@@ -23,28 +24,32 @@ _NAMES = "\n\n".join(f"  {name}: {title}" for name, title in STUDIES.items())
     "  pocketllm study overfit builtin:smollm2-135m -o overfit --dry-run"
 )
 def study(
-    name: Annotated[str, typer.Argument(help="Which; they are listed below.")],
-    model: Annotated[str, typer.Argument(help="Folder, hub id, or builtin:smollm2-135m.")],
+    name: Annotated[str, typer.Argument(help="Name of the study, as listed below.")],
+    model: Annotated[str, typer.Argument(help="Folder, Hub id, or builtin:smollm2-135m.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to make; the study's name by default.")
+        Path | None, typer.Option("--output", "-o", help="Folder to create. Default: the name of the study.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A small version, within three minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run a small version: less than three minutes.")
+    ] = False,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="UTF-8 text to measure on; robustness takes several, so repeat it there."),
+        typer.Option(
+            help="UTF-8 text to measure on; repeatable for the study robustness, which takes several."
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the steps, measure nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the steps; measure nothing.")] = False,
+    overwrite: Overwrite = False,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = 0,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure one of the paper's claims: result.json, a page in Markdown, a picture."""
+    """Measure one of the paper's claims; writes result.json, a Markdown page and a picture."""
     check_name(name)
     show = Output(json, quiet)
-    settle(device, threads)
+    setup_process(device, threads)
     from pocketllm import studies
 
     how: dict[str, Any] = {"quick": quick, "seed": seed, "device": device, "texts": text}

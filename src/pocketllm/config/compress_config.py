@@ -8,33 +8,35 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pocketllm.config.checks import at_least, one_of, plain, positive
-from pocketllm.config.codec import CodecConfig
+from pocketllm.config.codec_config import CodecConfig
 from pocketllm.errors import ConfigError
 
 SCOPES = ("matrix", "kind", "model")
 """What may share a codebook or a decoder."""
 TARGET_OPTIONS = {"target_bpw": "--bpw", "target_ratio": "--ratio", "target_bytes": "--size"}
-"""The settings that say how small a model shall be, and their options on the command line."""
-REFINE_EPOCHS = 2
-"""Of refinement, where it is asked for without a number."""
+"""The settings that set the size of a model, and their options on the command line."""
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How indices are chosen for what layers do to their inputs.
+    """How indices are chosen to preserve the outputs of layers on a calibration text.
 
-    tokens, context: of the calibration text, and per window. sensitivity_tokens: of these, for the
-    measurement of what an error in each matrix costs. damping: share of the mean
-    diagonal added to each Hessian. weigh_tokens: weigh the inputs of a matrix by the loss's gradients at its
-    outputs where those of a few tokens are far above the others. two_sided: weigh errors by the loss's
-    gradients at a layer's outputs, too, so that rows make up for each other; else by its inputs alone.
-    passes: of coordinate descent after error feedback. rotate: rotate both sides of matrices.
-    sequential: code each block for the inputs it gets from the coded blocks before it; else for those it has
-        in the dense model, which can be kept and used again.
-    refine_epochs, refine_rate: passes over the text, and learning rate, of tuning each coded block; 0 passes
-        leave it as it was coded.
-    texts: files, folders or data sets of the hub (OWNER/NAME[:CONFIG[:SPLIT]]); none takes the text that comes
-        with Python.
+    tokens: Number of calibration tokens.
+    context: Tokens per calibration window.
+    sensitivity_tokens: Number of calibration tokens that measure what an error in each matrix costs.
+    damping: Share of the mean diagonal that is added to each Hessian.
+    weigh_tokens: Weight the inputs of a matrix by the gradients of the loss at its outputs where those of a few
+        tokens are far above the others.
+    two_sided: Weight errors by the gradients of the loss at a layer's outputs as well, so that rows compensate
+        for each other; false uses the layer's inputs alone.
+    passes: Passes of coordinate descent over the indices after error feedback; needs two_sided=false.
+    rotate: Rotate both sides of each matrix.
+    sequential: Encode each block for the inputs that the compressed blocks before it produce; false uses those
+        of the dense model, which can be cached.
+    refine_epochs: Passes over the text that tune each encoded block; 0 is off.
+    refine_rate: Learning rate of that tuning.
+    texts: Files, folders or data sets of the Hub (OWNER/NAME[:CONFIG[:SPLIT]]); the default is the text that
+        comes with Python.
     """
 
     tokens: int = 32768
@@ -51,11 +53,11 @@ class CalibrationConfig:
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        at_least("calibration tokens (--calibration-tokens)", self.tokens, self.context)
-        at_least("calibration context", self.context, 2)
+        at_least("tokens", self.tokens, self.context)
+        at_least("context", self.context, 2)
         at_least("passes", self.passes, 0)
         if self.passes and self.two_sided:
-            raise ConfigError("passes: coordinate descent needs two_sided=False (--one-sided)")
+            raise ConfigError("passes: coordinate descent needs two_sided=False")
         at_least("refine_epochs", self.refine_epochs, 0)
         positive("refine_rate", self.refine_rate)
         positive("damping", self.damping)
@@ -63,24 +65,26 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """What `pocketllm.compress` does with a model.
+    """Settings of a compression.
 
-    codec: settings of every codec; `vector_len` is overridden where the planner chooses it.
-    target_bpw: stored bits per weight over all compressed matrices, everything counted.
-    target_bytes: of the whole output folder, instead. target_ratio: of the whole bf16 checkpoint to the whole
-        output folder, instead.
-    vector_len: fixes d for the blocks; None lets the planner choose.
-    codebook_size: fixes K (then `vector_len` must be set too and `target_bpw` is not used).
-    codebook_scope, decoder_scope: what shares one: `matrix`, `kind` (of projection) or `model`;
-        codebook_scope `auto` takes the one with the least predicted error at the target.
-    dense_first, dense_last: blocks left dense at either end (the authors: 3 and 2).
-    keep_embeddings: leave embedding and head dense, in 16 bit.
-    embedding_extra_bits: bits per weight by which embedding and head are coded finer than the blocks.
-    max_index_bits: bound on log2 K, for the sake of time.
-    calibration: how to calibrate; None codes for the error of the weights alone.
-    overrides: (pattern, bits per weight) pairs for matrices whose name fits the pattern (as in a shell);
+    codec: Settings of every codec.
+    target_bpw: Stored bits per weight over all compressed matrices, everything counted.
+    target_bytes: Bytes of the output folder, instead of target_bpw.
+    target_ratio: Size of the bf16 checkpoint divided by that of the output folder, instead of target_bpw.
+    vector_len: Weights per index (d) in the blocks; none lets the planner choose.
+    codebook_size: Codewords of a codebook (K); needs vector_len and replaces the target (target_bpw is not used).
+    codebook_scope: What shares a codebook: matrix, kind (of projection) or model; auto takes the one with the
+        least predicted error at the target.
+    decoder_scope: What shares a decoder: matrix, kind (of projection) or model.
+    dense_first: Blocks left dense at the start (the authors: 3).
+    dense_last: Blocks left dense at the end (the authors: 2).
+    keep_embeddings: Leave embedding and head dense, in 16 bit.
+    embedding_extra_bits: Bits per weight that embedding and head get above the blocks.
+    max_index_bits: Largest log2 K, to bound the time.
+    calibration: Settings of calibration; None minimizes the error of the weights alone.
+    overrides: (pattern, bits per weight) pairs for matrices whose name matches the pattern (as in a shell);
         16 leaves them dense.
-    seed: of every random choice.
+    seed: Seed of every random choice.
     """
 
     codec: CodecConfig = field(default_factory=CodecConfig)

@@ -1,4 +1,4 @@
-"""Perplexities beside one another, as `demo` and `compress --ppl` show them."""
+"""Perplexity of several models on one text, as `compress --ppl` and `demo` show it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketllm.cli.options import load_any
+from pocketllm.cli.model_loading import load_any
 from pocketllm.cli.render import size
 
 
 @dataclass(frozen=True)
-class Text:
-    """What is measured on. windows: first ones, None all."""
+class EvalText:
+    """A text to measure on. context: tokens per window. windows: from the start, None takes all."""
 
     name: str
     text: str
@@ -28,24 +28,35 @@ class Text:
         device: str = "cpu",
         trust_remote_code: bool = False,
     ) -> dict[str, Any]:
-        """perplexity and windows of a model, compressed or dense, with what is known of its size.
+        """Perplexity and windows of a model, compressed or dense, and facts about its size.
 
         Raises:
             ConfigError: as `perplexity`.
         """
-        from pocketllm.evaluate.perplexity import perplexity
+        from pocketllm import perplexity
 
         loaded, tokenizer, facts = load_any(str(model), "dense", "auto", device, trust_remote_code)
 
-        def told(share: float) -> None:
+        def on_progress(share: float) -> None:
             progress(f"eval {title}", share, "")
 
-        found = perplexity(loaded, tokenizer, self.text, self.context, self.windows, told)
+        found = perplexity(loaded, tokenizer, self.text, self.context, self.windows, on_progress)
         return {**facts, "perplexity": found.perplexity, "windows": found.windows}
 
 
-def perplexity_table(text: Text, models: Mapping[str, Mapping[str, Any]]) -> Any:
-    """The models by title, as `Text.measure` gives them."""
+def read_eval_text(path: Path, context: int, windows: int | None) -> EvalText:
+    """The text in a file.
+
+    Raises:
+        SourceError: as `read_text`.
+    """
+    from pocketllm.text import read_text
+
+    return EvalText(str(path), read_text(path), context, windows)
+
+
+def perplexity_table(text: EvalText, models: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The models by title, as `EvalText.measure` gives them."""
     from rich.table import Table
 
     windows = next(iter(models.values()))["windows"]

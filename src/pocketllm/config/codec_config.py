@@ -11,21 +11,26 @@ from pocketllm.errors import ConfigError
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """The codec on one group of matrices; how it is built and trained.
+    """Settings of the codec of one group of matrices: its form, and how it is trained.
 
-    vector_len: d, weights per index.
-    hidden, depth: width and number of MLP blocks in encoder and decoder (the authors: 16 and 3). hidden 0
-        makes each block an affine map; depth 0 leaves the networks out, so that codewords are weights.
-    norm: inside the networks; `rln` as published, `ln` and `none` are ablations.
-    decoder: `row` as published (norm inside, row context) or `lookup` (no norm inside, exact table).
-    row_scale: store one scale per matrix row (counted). Without it the rows of a matrix must share one.
-    init: `kmeans` (identity networks, k-means codebook) or `normal` as published.
-    loss: `mse` or `rmse`. vq_weight: the paper's lambda. commitment_weight: 0 is off.
-    epochs, learning_rate, batch_size (subvectors): Adam with a cosine schedule.
-    kmeans_iterations: Lloyd rounds of the initialization.
-    sample_per_codeword, max_sample: bounds on the subvectors that a codebook and its networks are fitted to.
-    trellis_width: bits of an index on a trellis, where indices overlap; None for independent indices.
-    codebook_source: `fit`, or `seed`: Gaussian numbers drawn from a seed, so that no codebook is stored.
+    vector_len: Weights per index (d); `vector_len` of the compression, or its planner, overrides it.
+    hidden: Width of the MLP blocks of encoder and decoder (the authors: 16); 0 makes each block an affine map.
+    depth: Number of MLP blocks (the authors: 3); 0 leaves the networks out, so that codewords are weights.
+    norm: Norm inside the networks: rln (as published), ln or none.
+    decoder: row (as published: norm inside, row context) or lookup (no norm inside, exact table).
+    row_scale: Store one scale per matrix row (counted). Without it the rows of a matrix must share one.
+    init: kmeans (identity networks, k-means codebook) or normal (as published).
+    loss: Reconstruction loss: mse or rmse.
+    vq_weight: Weight of the codebook loss, the paper's lambda.
+    commitment_weight: Weight of the commitment loss; 0 is off.
+    epochs: Training passes over the sample.
+    learning_rate: Adam learning rate; a cosine schedule follows.
+    batch_size: Subvectors per training step.
+    kmeans_iterations: Lloyd iterations of the initialization.
+    sample_per_codeword: Most subvectors per codeword that a codebook and its networks are fitted to.
+    max_sample: Most subvectors that a codebook and its networks are fitted to.
+    trellis_width: Bits of an index on a trellis, where indices overlap; none for independent indices.
+    codebook_source: fit, or seed: Gaussian numbers drawn from a seed, so that no codebook is stored.
     """
 
     vector_len: int = 4
@@ -99,10 +104,10 @@ class CodecConfig:
 
 @dataclass(frozen=True)
 class Safeguards:
-    """What keeps the training of a codec on its way; off only where a study asks what happens without.
+    """What keeps the training of a codec stable; off only where a study measures training without it.
 
-    max_grad_norm: gradients are scaled down to it; infinite is off.
-    revive: move codewords that an epoch never used.
+    max_grad_norm: Largest norm of the gradients; infinite is off.
+    revive: Move codewords that an epoch never used.
     """
 
     max_grad_norm: float = 1.0

@@ -1,0 +1,254 @@
+"""`pocketllm compress`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pocketllm.cli.process import setup_process
+from pocketllm.cli.removed_options import SettingsCommand
+from pocketllm.cli.render import Bars, Output, kinds_table, parse_size, skipped_table, summary_table
+from pocketllm.cli.shared_options import (
+    Context,
+    Device,
+    Json,
+    OutputFolder,
+    Overwrite,
+    Ppl,
+    Quiet,
+    Seed,
+    Threads,
+    Trust,
+    Windows,
+    count,
+    set_option,
+)
+from pocketllm.cli.text_perplexity import EvalText, perplexity_table, read_eval_text
+from pocketllm.config import PRESETS, CompressConfig, CompressOptions, DistillConfig, EvalConfig
+from pocketllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pocketllm import Report
+
+app = typer.Typer()
+
+_PRESETS = "\n\n".join(f"  {name}: {entry.summary}" for name, entry in PRESETS.items())
+PresetName = Annotated[
+    str | None,
+    typer.Option("--preset", help="Named configuration; 'pocketllm compress --help' lists them at its end."),
+]
+Bpw = Annotated[
+    float | None, typer.Option(help="Stored bits per weight of the compressed matrices, everything counted.")
+]
+Ratio = Annotated[
+    float | None, typer.Option(help="Size of the bf16 checkpoint divided by that of the output folder.")
+]
+Size = Annotated[str | None, typer.Option(help="Bytes of the output folder, as 30MB or 30MiB.")]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Calibration text: file, folder, or OWNER/NAME[:CONFIG[:SPLIT]] on the Hub; repeatable."
+    ),
+]
+NoCalibration = Annotated[
+    bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone.")
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for calibration measurements, reused for other targets of the same model and text."
+    ),
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=BITS",
+        help="Bits per weight of matrices by name, as 'model.layers.0.*=4'; 16 leaves them dense; of several "
+        "patterns that match, the last one counts; repeatable.",
+    ),
+]
+KeepEmbeddings = Annotated[bool, typer.Option("--keep-embeddings", help="Leave embedding and head dense.")]
+Recover = Annotated[
+    str | None, typer.Option(help="distill: recover accuracy afterwards, as `pocketllm finetune` does.")
+]
+RecoverText = Annotated[
+    list[Path] | None,
+    typer.Option(help="Text for the recovery; repeatable. The default is the calibration text."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exact sizes; fit nothing.")]
+
+
+@app.command(
+    cls=SettingsCommand,
+    epilog="Examples:\n\n  pocketllm compress builtin:smollm2-135m -o smol-8x --preset calibrated-8x\n\n"
+    "  pocketllm compress ./my-model -o small --bpw 3 --dry-run\n\n"
+    "  pocketllm compress ./my-model -o small --size 60MB --calibration my-texts/\n\n"
+    "  pocketllm compress ./my-model -o small --ratio 6 --override '*.v_proj.weight=5'\n\n"
+    "  pocketllm compress ./my-model -o small --set calibration.tokens=65536 --set dense_first=1\n\n"
+    "  pocketllm compress owner/name -o small --preset paper-16x --set codec.hidden=32 --json\n\n"
+    "  pocketllm compress ./my-model -o small --bpw 2.5 --recover distill --recover-text my-texts/ --ppl test.txt"
+    f"\n\nPresets:\n\n{_PRESETS}",
+)
+def compress(
+    model: Annotated[str, typer.Argument(help="Folder, Hub id, or builtin:smollm2-135m.")],
+    output: OutputFolder,
+    preset: PresetName = None,
+    bpw: Bpw = None,
+    ratio: Ratio = None,
+    size: Size = None,
+    calibration: Calibration = None,
+    no_calibration: NoCalibration = False,
+    calibration_cache: Cache = None,
+    override: Override = None,
+    keep_embeddings: KeepEmbeddings = False,
+    settings: Annotated[list[str] | None, set_option("compress")] = None,
+    recover: Recover = None,
+    recover_text: RecoverText = None,
+    ppl: Ppl = None,
+    context: Context = EvalConfig.context,
+    windows: Windows = 0,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compress a model: plan, fit, encode, write. Rerun the command to resume.
+
+    With --recover accuracy is recovered afterwards; with --ppl the dense model and every result are measured.
+    """
+    show = Output(json, quiet)
+    options = CompressOptions(
+        preset=preset,
+        bpw=bpw,
+        ratio=ratio,
+        size=None if size is None else parse_size(size),
+        calibration=tuple(calibration or ()),
+        no_calibration=no_calibration,
+        keep_embeddings=keep_embeddings,
+        overrides=parse_overrides(override or []),
+        seed=seed,
+        settings=tuple(settings or ()),
+    )
+    config, number = options.config(), count("--windows", windows)
+    recovery = recovery_of(options, recover, recover_text or [])
+    setup_process(device, threads)
+    text = None if ppl is None else read_eval_text(ppl, context, number)
+    place = _Place(device=device, trust_remote_code=trust_remote_code, calibration_folder=calibration_cache)
+    job = _Job(model, config, output, recovery=recovery, text=text, place=place)
+    with show.bars() as bars:
+        report, measured = (job.plan(bars), {}) if dry_run else job.make(bars, overwrite)
+    _show(show, report.to_dict(), measured, job)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where and how it runs, as the keywords of `pocketllm.compress`."""
+
+    device: str
+    trust_remote_code: bool
+    calibration_folder: Path | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to make, and the text that every result is measured on."""
+
+    model: str
+    config: CompressConfig
+    output: Path
+    recovery: DistillConfig | None
+    text: EvalText | None
+    place: _Place
+
+    def plan(self, bars: Bars) -> Report:
+        """The plan and exact sizes."""
+        import pocketllm
+        from pocketllm.recover import check_recovery
+
+        if self.recovery is not None:
+            check_recovery(self.model, self.recovery, self.place.trust_remote_code)
+        return pocketllm.dry_run(self.model, self.config, **self._how(bars))
+
+    def make(self, bars: Bars, overwrite: bool) -> tuple[Report, dict[str, Any]]:
+        """The report of the compressed or recovered model, and measurements by title."""
+        import pocketllm
+        from pocketllm.recover import compress_and_distill
+
+        found: dict[str, Any] = {}
+
+        def measure(title: str, model: str | Path) -> None:
+            if self.text is not None:
+                found[title] = self.text.measure(
+                    title, model, bars.update, self.place.device, self.place.trust_remote_code
+                )
+
+        measure("dense", self.model)
+        how = {**self._how(bars), "overwrite": overwrite}
+        if self.recovery is None:
+            report = pocketllm.compress(self.model, self.config, self.output, **how)
+            measure("compressed", self.output)
+            return report, found
+        report, _ = compress_and_distill(
+            self.model, self.config, self.recovery, self.output, made=measure, **how
+        )
+        return report, found
+
+    def _how(self, bars: Bars) -> dict[str, Any]:
+        return {**vars(self.place), "progress": bars.on_event}
+
+
+def _show(show: Output, report: dict[str, Any], measured: dict[str, Any], job: _Job) -> None:
+    if report.get("is_plan"):
+        title = f"plan for {job.model} (nothing was fitted)"
+        show.result(report, summary_table(report, title), kinds_table(report), skipped_table(report))
+        return
+    if job.recovery is not None:
+        from pocketllm.format import read_report
+
+        report["recover"] = read_report(job.output)["recover"]
+    tables = [kinds_table(report), summary_table(report, f"{job.model} -> {job.output}")]
+    if job.text is not None:
+        report["measured"] = measured
+        tables.append(perplexity_table(job.text, measured))
+    show.result(report, *tables)
+
+
+def parse_overrides(options: list[str]) -> tuple[tuple[str, float], ...]:
+    """(pattern, bits per weight) of each PATTERN=BITS.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    found = []
+    for option in options:
+        pattern, _, bits = option.rpartition("=")
+        try:
+            found.append((pattern, float(bits)))
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise ConfigError(f"--override: got {option!r}, wanted PATTERN=BITS, as 'model.layers.0.*=4'")
+    return tuple(found)
+
+
+def recovery_of(options: CompressOptions, method: str | None, texts: list[Path]) -> DistillConfig | None:
+    """The settings of the recovery, None where there is none.
+
+    Raises:
+        ConfigError: another method than distill, or settings or texts of a recovery without --recover.
+    """
+    if method is None:
+        given = [*(["--recover-text"] if texts else []), *options.recovery_keys]
+        if given:
+            raise ConfigError(f"{', '.join(given)}: needs --recover distill")
+        return None
+    if method != "distill":
+        raise ConfigError(f"--recover: got {method!r}, wanted distill (for lora use pocketllm finetune)")
+    return options.recovery(tuple(map(str, texts)))

@@ -1,0 +1,158 @@
+"""`pocketllm demo`: compress, recover, load back, compare with the dense model, generate."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pocketllm.cli.compress_command import Bpw, NoCalibration, PresetName
+from pocketllm.cli.model_loading import load_any
+from pocketllm.cli.process import setup_process
+from pocketllm.cli.render import Bars, Output, kinds_table, summary_table
+from pocketllm.cli.shared_options import Json, Overwrite, Quiet, Threads
+from pocketllm.cli.text_perplexity import EvalText, perplexity_table
+from pocketllm.config import DEMO_RECOVERY, DEMO_TOKENS, CompressConfig, CompressOptions, replaced
+from pocketllm.errors import SourceError
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example:\n\n  pocketllm demo")
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the compressed model.")] = Path(
+        "pocketllm-demo"
+    ),
+    model: Annotated[str, typer.Option(help="Model to compress.")] = "builtin:smollm2-135m",
+    preset: PresetName = None,
+    bpw: Bpw = None,
+    no_calibration: NoCalibration = False,
+    recover_steps: Annotated[
+        int, typer.Option(min=0, help="Distillation steps after the compression; 0 skips it.")
+    ] = DEMO_RECOVERY.steps,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The three primary colors are",
+    context: Annotated[int, typer.Option(min=2, help="Tokens per measured window.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Most windows to measure; a short text has fewer.")] = 8,
+    overwrite: Overwrite = False,
+    threads: Threads = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress the built-in model, recover it, measure it against the dense one, and generate text."""
+    show = Output(json, quiet)
+    config = demo_config(preset, bpw, no_calibration)
+    setup_process(threads=threads)
+    with show.bars() as bars:
+        run = Demo(model, config, output, recover_steps, overwrite, bars)
+        text = run.read_text(context, windows)
+        values = run.run(text, prompt)
+    measured = {title: values[title] for title in run.titles}
+    show.result(
+        values,
+        kinds_table(values["report"]),
+        summary_table(values["report"], values["output"]),
+        perplexity_table(text, measured),
+        f"> {values['text']}",
+    )
+
+
+def demo_config(preset: str | None, bpw: float | None, no_calibration: bool) -> CompressConfig:
+    """The settings of the compression: those of `compress`, with fewer calibration tokens."""
+    config = CompressOptions(preset=preset, bpw=bpw, no_calibration=no_calibration).config()
+    if config.calibration is None:
+        return config
+    return replaced(config, {"calibration.tokens": DEMO_TOKENS})
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The stages of the demo. recover_steps: 0 leaves recovery out."""
+
+    model: str
+    config: CompressConfig
+    output: Path
+    recover_steps: int
+    overwrite: bool
+    bars: Bars
+
+    @property
+    def titles(self) -> list[str]:
+        """The models that are measured."""
+        return ["dense", "compressed", *(["recovered"] if self.recover_steps else [])]
+
+    def read_text(self, context: int, windows: int) -> EvalText:
+        """The text to measure on: as many windows as it has, at most `windows`. Nothing is compressed before.
+
+        Raises:
+            ConfigError: the text has no window. SourceError: no model, or no tokenizer.
+        """
+        from pocketllm.source import resolve
+        from pocketllm.source.folder import read_tokenizer
+        from pocketllm.text import evaluation_text, token_windows
+
+        folder = resolve(self.model, lambda message: self.bars.update("fetch", 0.0, message))
+        tokenizer = read_tokenizer(folder, trust_remote_code=False)
+        if tokenizer is None:
+            raise SourceError(f"{folder}: holds no tokenizer, which the demo needs; add its files")
+        name, text = evaluation_text()
+        return EvalText(name, text, context, min(windows, len(token_windows(tokenizer, text, context))))
+
+    def run(self, text: EvalText, prompt: str) -> dict[str, Any]:
+        """Everything the demo shows, as plain values."""
+        from pocketllm import generate
+        from pocketllm.format import read_report
+
+        folders: dict[str, str | Path] = {"dense": self.model, "compressed": self._compressed()}
+        last = self.output
+        if self.recover_steps:
+            last = folders["recovered"] = self._recovered()
+        measured = {title: text.measure(title, model, self.bars.update) for title, model in folders.items()}
+        loaded, tokenizer, _ = load_any(str(last), "dense", "auto", "cpu", trust_remote_code=False)
+        written = generate(loaded, tokenizer, prompt)
+        return {
+            "text_name": text.name,
+            "context": text.context,
+            "output": str(last),
+            **measured,
+            "text": written.text,
+            "tokens_per_second": written.tokens_per_second,
+            "report": read_report(last),
+        }
+
+    def _compressed(self) -> Path:
+        """The compressed model, made unless it exists already."""
+        import pocketllm
+        from pocketllm.compression.pipeline import is_made
+        from pocketllm.format import verify
+
+        if is_made(self.output, self.model, self.config):
+            verify(self.output)
+            self.bars.update("compress", 1.0, f"{self.output} exists already")
+        else:
+            pocketllm.compress(
+                self.model, self.config, self.output, progress=self.bars.on_event, overwrite=self.overwrite
+            )
+        return self.output
+
+    def _recovered(self) -> Path:
+        """The recovered model in a folder next to it, made unless it exists already."""
+        import pocketllm
+        from pocketllm.format import REPORT_NAME, read_report, verify
+        from pocketllm.recover.base_model import identity
+
+        output = self.output.with_name(self.output.name + "-recovered")
+        recovery = dataclasses.replace(DEMO_RECOVERY, steps=self.recover_steps)
+        if (output / REPORT_NAME).is_file():
+            facts = read_report(output).get("recover", {})
+            wanted = (identity(read_report(self.output)), recovery.to_dict())
+            if (facts.get("base"), facts.get("config")) == wanted:
+                verify(output)
+                self.bars.update("train", 1.0, f"{output} exists already")
+                return output
+        pocketllm.distill(
+            self.output, output, recovery, teacher=self.model, overwrite=True, progress=self.bars.on_event
+        )
+        return output

@@ -1,0 +1,169 @@
+"""`pocketllm eval`."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pocketllm.cli.model_loading import dtype_of, load_any
+from pocketllm.cli.process import setup_process
+from pocketllm.cli.removed_options import SettingsCommand
+from pocketllm.cli.render import Output
+from pocketllm.cli.shared_options import (
+    Adapter,
+    Device,
+    Dtype,
+    Json,
+    Mode,
+    Ppl,
+    Quiet,
+    Runnable,
+    Threads,
+    Trust,
+    count,
+    set_option,
+)
+from pocketllm.config import EvalConfig, eval_config
+from pocketllm.errors import ConfigError, SourceError
+
+if TYPE_CHECKING:
+    from pocketllm.evaluate import Model, TaskOptions
+
+app = typer.Typer()
+
+Against = Annotated[
+    str | None, typer.Option(help="Dense model to compare with; with --ppl also KL divergence from it.")
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="lm-eval tasks, separated by commas; `paper`: the paper's five; `local`: all that --data holds."
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with local task files, see docs/evaluation.md. Default: $POCKETLLM_DATA, and the Hub for "
+        "what it lacks."
+    ),
+]
+
+
+@app.command(
+    name="eval",
+    cls=SettingsCommand,
+    epilog="Examples:\n\n  pocketllm eval smol-8x --ppl wiki.test.raw --context 1024 --windows 16\n\n"
+    "  pocketllm eval smol-8x --against builtin:smollm2-135m --ppl wiki.test.raw\n\n"
+    "  pocketllm eval smol-8x --against builtin:smollm2-135m --tasks piqa,arc_easy --data ./data --limit 400\n\n"
+    "  pocketllm eval smol-8x --tasks paper --set batch_tokens=4096",
+)
+def evaluate(
+    model: Runnable,
+    adapter: Adapter = None,
+    ppl: Ppl = None,
+    against: Against = None,
+    tasks: Tasks = None,
+    data: Data = None,
+    limit: Annotated[int, typer.Option(help="Number of documents of each task; 0 takes all.")] = 0,
+    context: Annotated[int, typer.Option(help="Tokens per window.")] = EvalConfig.context,
+    windows: Annotated[int, typer.Option(help="Number of windows; 0 takes all.")] = 0,
+    settings: Annotated[list[str] | None, set_option("eval")] = None,
+    cache: Annotated[bool, typer.Option(help="Reuse earlier results of a task, and keep new ones.")] = True,
+    mode: Mode = "dense",
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    threads: Threads = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure perplexity, divergence from the dense model, and zero-shot tasks, also of the dense model."""
+    from pocketllm import measure
+    from pocketllm.cli.eval_tables import eval_tables
+    from pocketllm.text import read_text
+
+    if ppl is None and tasks is None:
+        raise ConfigError("nothing to measure: give --ppl FILE, --tasks NAMES or both")
+    config = eval_config(context, count("--windows", windows), count("--limit", limit), tuple(settings or ()))
+    show = Output(json, quiet)
+    text = None if ppl is None else read_text(ppl)
+    options = task_options(tasks, data, cache)
+    setup_process(device, threads)
+    subjects = _Subjects(dtype, device, trust_remote_code)
+    other = None if against is None else subjects.named(against, "dense")
+    with show.bars() as bars:
+        values = measure(subjects.named(model, mode, adapter), other, text, options, config, bars.update)
+    values |= {"text": None if ppl is None else str(ppl), "dtype": str(dtype_of(dtype, device))}
+    show.result(values, *eval_tables(values))
+
+
+@dataclass(frozen=True)
+class _Subjects:
+    """The models to measure, and how they run."""
+
+    dtype: str
+    device: str
+    trust_remote_code: bool
+
+    def named(self, name: str, mode: str, adapter: Path | None = None) -> Model:
+        """A model as the user named it."""
+        from pocketllm.evaluate import Model
+        from pocketllm.source import resolve
+
+        def load() -> tuple[Any, Any]:
+            return load_any(name, mode, self.dtype, self.device, self.trust_remote_code)[:2]
+
+        folder = resolve(name)
+        return Model(
+            name,
+            folder,
+            setting=f"{dtype_of(self.dtype, self.device)}, {mode}, {self.device}",
+            load=load,
+            adapter=None if adapter is None else _adapter(adapter, folder),
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def _adapter(adapter: Path, base: Path) -> Any:
+    from pocketllm.evaluate import Adapter as MeasuredAdapter
+    from pocketllm.recover import attach_adapter, check_adapter
+
+    check_adapter(adapter, base)
+    return MeasuredAdapter(adapter, lambda model: attach_adapter(model, base, adapter))
+
+
+def task_options(tasks: str | None, data: Path | None, cache: bool) -> TaskOptions | None:
+    """Which tasks run, and where their data is; None where none are asked for.
+
+    Raises:
+        SourceError: no such folder. Others as `task_names`.
+    """
+    from pocketllm.evaluate import TaskOptions, task_names
+    from pocketllm.evaluate.tasks import check_installed
+
+    if tasks is None:
+        if data is not None:
+            data_folder(data)
+        return None
+    folder = data_folder(data)
+    check_installed()
+    names = task_names([name for name in re.split(r"[,\s]+", tasks) if name], folder)
+    return TaskOptions(tuple(names), folder, hub=data is None, cache=cache)
+
+
+def data_folder(given: Path | None) -> Path | None:
+    """Folder of local task files: --data, else what POCKETLLM_DATA names, if anything.
+
+    Raises:
+        SourceError: no such folder.
+    """
+    named = os.environ.get("POCKETLLM_DATA")
+    folder = given or (Path(named) if named else None)
+    if folder is not None and not folder.is_dir():
+        raise SourceError(f"{'--data' if given else 'POCKETLLM_DATA'}: {folder} is not a folder")
+    return folder

@@ -1,0 +1,142 @@
+"""`pocketllm finetune`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pocketllm.cli.process import setup_process
+from pocketllm.cli.removed_options import SettingsCommand
+from pocketllm.cli.render import Output
+from pocketllm.cli.result_table import result_table
+from pocketllm.cli.shared_options import (
+    Compressed,
+    Device,
+    Json,
+    OutputFolder,
+    Overwrite,
+    Quiet,
+    Seed,
+    Threads,
+    Trust,
+    set_option,
+)
+from pocketllm.config import DistillConfig, FinetuneOptions, LoraTuneConfig
+from pocketllm.errors import ConfigError
+
+app = typer.Typer()
+
+Method = Annotated[
+    str,
+    typer.Option(
+        help="distill: tune the compressed form itself towards the dense model; no byte is added. "
+        "lora: train an adapter on the frozen base."
+    ),
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Training text: file, folder or JSON lines; repeatable. The default is Python's own text."
+    ),
+]
+Teacher = Annotated[
+    str | None, typer.Option(help="distill: dense model; the default is the one that was compressed.")
+]
+TeacherOnDisk = Annotated[
+    bool, typer.Option("--teacher-on-disk", help="distill: read the teacher's blocks from disk on every run.")
+]
+ValidationText = Annotated[
+    str | None, typer.Option(help="distill: validate on this text instead of a part of the training text.")
+]
+
+
+@app.command(
+    cls=SettingsCommand,
+    epilog="Examples:\n\n  pocketllm finetune smol-2bit -o smol-2bit-tuned --text my-texts/\n\n"
+    "  pocketllm finetune smol-2bit -o tuned --text a.txt --text b.jsonl --steps 100 --dry-run\n\n"
+    "  pocketllm finetune smol-2bit -o tuned --set lr_scale=2e-3 --set loop.batch_size=4\n\n"
+    "  pocketllm finetune smol-2bit -o smol-adapter --method lora --text alpaca.json --set rank=16\n\n"
+    "  accelerate launch --no-python pocketllm finetune big-2bit -o tuned --device cuda --text my-texts/",
+)
+def finetune(
+    folder: Compressed,
+    output: OutputFolder,
+    method: Method = "distill",
+    text: Text = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    settings: Annotated[list[str] | None, set_option("finetune")] = None,
+    teacher: Teacher = None,
+    teacher_on_disk: TeacherOnDisk = False,
+    validation_text: ValidationText = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done; train nothing.")
+    ] = False,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Recover the accuracy of a compressed model. Rerun the command to resume."""
+    config = FinetuneOptions(
+        method=method,
+        texts=tuple(text or ()),
+        steps=steps,
+        context=context,
+        validation_text=validation_text,
+        seed=seed,
+        settings=tuple(settings or ()),
+    ).config()
+    teaching = _teaching(method, teacher, teacher_on_disk)
+    show = Output(json, quiet)
+    setup_process(device, threads)
+    from accelerate import PartialState
+
+    is_main = PartialState(cpu=device == "cpu").is_main_process
+    show.quiet = show.quiet or not is_main
+    how = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    with show.bars() as bars:
+        if dry_run:
+            values = _plan(folder, config, output=output, **teaching, **how)
+        else:
+            values = _train(folder, output, config, progress=bars.on_event, device=device, **teaching, **how)
+    if is_main:
+        title = f"plan for {folder} (nothing was trained)" if dry_run else f"{folder} -> {output}"
+        show.result(values, result_table(values, title))
+
+
+def _teaching(method: str, teacher: str | None, on_disk: bool) -> dict[str, Any]:
+    """The arguments of distillation that are no settings.
+
+    Raises:
+        ConfigError: one is given with another method.
+    """
+    if method == "distill":
+        return {"teacher": teacher, "teacher_on_disk": on_disk}
+    for name, value in (("--teacher", teacher), ("--teacher-on-disk", on_disk or None)):
+        if value is not None:
+            raise ConfigError(f"{name} has no meaning with --method {method}; leave it out")
+    return {}
+
+
+def _plan(folder: Path, config: DistillConfig | LoraTuneConfig, **how: Any) -> dict[str, Any]:
+    from pocketllm.recover import dry_run_distill, dry_run_lora
+
+    how.pop("teacher_on_disk", None)
+    if isinstance(config, DistillConfig):
+        return dry_run_distill(folder, config, **how)
+    return dry_run_lora(folder, config, **how)
+
+
+def _train(folder: Path, output: Path, config: DistillConfig | LoraTuneConfig, **how: Any) -> dict[str, Any]:
+    import pocketllm
+
+    if isinstance(config, DistillConfig):
+        return dataclasses.asdict(pocketllm.distill(folder, output, config, **how))
+    return dataclasses.asdict(pocketllm.lora(folder, output, config, **how))

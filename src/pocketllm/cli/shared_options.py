@@ -1,0 +1,57 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.models import OptionInfo
+
+from pocketllm.errors import ConfigError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder contains.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (float32 on a CPU).")]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Adapter that was trained on the compressed model; its bytes are counted.")
+]
+Against = Annotated[
+    str | None, typer.Option(help="Dense model: folder, Hub id or builtin:…; detected if it is local.")
+]
+Evaluations = Annotated[
+    list[Path] | None, typer.Option(help="File with the output of 'pocketllm eval --json'; repeatable.")
+]
+Check = Annotated[bool, typer.Option(help="Verify the checksum of every file first.")]
+Ppl = Annotated[Path | None, typer.Option(help="UTF-8 text file to measure perplexity on.")]
+Context = Annotated[int, typer.Option(help="Tokens per window, with --ppl.")]
+Windows = Annotated[int, typer.Option(help="Number of windows, with --ppl; 0 takes all.")]
+Mode = Annotated[
+    str, typer.Option(help="dense (decode at load, full speed) or packed (decode layer by layer).")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
+OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]
+Compressed = Annotated[Path, typer.Argument(help="Compressed model.")]
+Runnable = Annotated[str, typer.Argument(help="Compressed or dense model.")]
+
+
+def set_option(command: str) -> OptionInfo:
+    """`--set KEY=VALUE` of a command."""
+    text = f"Any other setting, as listed by 'pocketllm settings {command}'; repeatable."
+    option: OptionInfo = typer.Option("--set", metavar="KEY=VALUE", help=text)
+    return option
+
+
+def count(name: str, number: int) -> int | None:
+    """A number of which 0 means all, as None.
+
+    Raises:
+        ConfigError: below 0.
+    """
+    if number < 0:
+        raise ConfigError(f"{name}: got {number}, wanted 0 (all) or more")
+    return number or None

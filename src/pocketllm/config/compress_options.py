@@ -1,0 +1,140 @@
+"""From the options of `pocketllm compress` to settings: a preset, with what was given laid over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pocketllm.config.compress_config import TARGET_OPTIONS, CalibrationConfig, CompressConfig
+from pocketllm.config.presets import DEFAULT_PRESET, PLAIN_PRESET, PLAIN_SETTINGS, preset
+from pocketllm.config.recover_config import DistillConfig
+from pocketllm.config.settings import Setting, parse_settings, refuse_options, replaced, settings_of
+from pocketllm.errors import ConfigError
+
+COMPRESS_OPTIONS = {
+    **TARGET_OPTIONS,
+    "keep_embeddings": "--keep-embeddings",
+    "seed": "--seed",
+    "calibration.texts": "--calibration",
+    "recover.texts": "--recover-text",
+    "recover.loop.seed": "--seed",
+}
+"""Settings that have an option of their own on the command line, which `--set` refuses."""
+_RECOVER = "recover."
+
+
+def compress_settings(chosen: str = DEFAULT_PRESET) -> dict[str, Setting]:
+    """The settings of `pocketllm compress`, with their values in a preset.
+
+    Raises:
+        ConfigError: unknown preset.
+    """
+    return settings_of(preset(chosen)) | settings_of(DistillConfig(), _RECOVER)
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """The options of `pocketllm compress` that define the result.
+
+    size: bytes of the output folder. calibration: texts. overrides: as in CompressConfig.
+    settings: KEY=VALUE words of `--set`.
+    """
+
+    preset: str | None = None
+    bpw: float | None = None
+    ratio: float | None = None
+    size: int | None = None
+    calibration: tuple[str, ...] = ()
+    no_calibration: bool = False
+    keep_embeddings: bool = False
+    overrides: tuple[tuple[str, float], ...] = ()
+    seed: int = 0
+    settings: tuple[str, ...] = ()
+
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """Values of `settings` by key.
+
+        Raises:
+            ConfigError: an unknown key, one with an option of its own, or a value of another type.
+        """
+        found = parse_settings(self.settings, compress_settings(), "pocketllm settings compress")
+        refuse_options(found, COMPRESS_OPTIONS)
+        return found
+
+    def config(self) -> CompressConfig:
+        """The preset, with these options laid over it.
+
+        Settings of the networks and of independent indices have no meaning on a trellis: where no preset is
+        named they start from the preset without calibration, as `no_calibration` does.
+
+        Raises:
+            ConfigError: unknown preset, a value out of range, or options that exclude each other.
+        """
+        targets = {"--bpw": self.bpw, "--ratio": self.ratio, "--size": self.size}
+        _at_most_one({"--preset": self.preset, **targets})
+        _at_most_one({**targets, "codebook_size": self.given.get("codebook_size")})
+        given = {key: value for key, value in self.given.items() if not key.startswith(_RECOVER)}
+        is_plain = self.no_calibration or any(given.get(key) is not None for key in PLAIN_SETTINGS)
+        base = preset(self.preset or (PLAIN_PRESET if is_plain else DEFAULT_PRESET))
+        if self.calibration:
+            given["calibration.texts"] = self.calibration
+        return replaced(base, {**given, **self._options(), **self._calibration(base, given)})
+
+    def recovery(self, texts: tuple[str, ...] = ()) -> DistillConfig:
+        """Settings of the distillation that follows a compression.
+
+        Args:
+            texts: to train on; without any, the calibration texts.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        given = {key.removeprefix(_RECOVER): self.given[key] for key in self.recovery_keys}
+        try:
+            own = {"texts": texts or self.calibration, "loop.seed": self.seed}
+            return replaced(DistillConfig(), {**given, **own})
+        except ConfigError as error:
+            raise ConfigError(f"{_RECOVER}{error}") from error
+
+    @property
+    def recovery_keys(self) -> list[str]:
+        """The keys given that are settings of the recovery."""
+        return [key for key in self.given if key.startswith(_RECOVER)]
+
+    def _options(self) -> dict[str, Any]:
+        """What other options than `settings` and those of calibration change."""
+        values: dict[str, Any] = {"seed": self.seed}
+        targets = {"target_bpw": self.bpw, "target_ratio": self.ratio, "target_bytes": self.size}
+        if any(value is not None for value in targets.values()):
+            values |= targets
+        if self.keep_embeddings:
+            values["keep_embeddings"] = True
+        if self.overrides:
+            values["overrides"] = self.overrides
+        return values
+
+    def _calibration(self, base: CompressConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Calibration switched off, or on where the preset has none and texts or tokens are given."""
+        keys = [key for key in given if key.startswith("calibration.")]
+        named = ", ".join("--calibration" if key == "calibration.texts" else key for key in keys)
+        if self.no_calibration:
+            if keys:
+                raise ConfigError(f"--no-calibration excludes {named}")
+            return {"calibration": None}
+        if base.calibration is not None or not keys:
+            return {}
+        if {"calibration.texts", "calibration.tokens"}.isdisjoint(keys):
+            raise ConfigError(
+                f"{named}: the preset does not calibrate; give --calibration TEXT or --set calibration.tokens=N, "
+                "or choose another preset"
+            )
+        return {"calibration": CalibrationConfig()}
+
+
+def _at_most_one(options: Mapping[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other; give one")
