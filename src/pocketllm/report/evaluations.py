@@ -14,6 +14,8 @@ from pocketllm.model import resolve_local
 
 _OUTPUT = "the output of 'pocketllm eval --json'"
 
+Setting = tuple[str, int, int, int]  # text, context, windows, tokens
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -31,30 +33,29 @@ class Evaluation:
     adapter: str = ""
 
     @property
-    def setting(self) -> tuple[str, int, int, int]:
+    def setting(self) -> Setting:
         """Two perplexities may be compared only if this is the same."""
         return Path(self.text).name, self.context, self.windows, self.tokens
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "evaluation") -> Evaluation:
-        """From the JSON of `pocketllm eval`; keys it does not know are left out.
+        """From the JSON of `pocketllm eval`; unknown keys are ignored.
 
         Raises:
-            SourceError: a key that is needed is missing, or one is of another type; names it.
+            SourceError: a required key is missing, or one is of another type; names it.
         """
         known = {key: values[key] for key in cls.__dataclass_fields__ if values.get(key) is not None}
-        for key in _FIELDS:
-            needed = key in ("perplexity", "model", "compressed")
-            what, fits = _FIELDS[key]
-            if (needed or key in known) and not fits(known.get(key)):
+        for key, (wanted, fits) in _FIELDS.items():
+            required = key in ("perplexity", "model", "compressed")
+            if (required or key in known) and not fits(known.get(key)):
                 got = repr(values.get(key))
                 got = got if len(got) <= 60 else f"{got[:60]}…"
-                raise SourceError(f"{where}: {key} is {got}, wanted {what}, as in {_OUTPUT}")
+                raise SourceError(f"{where}: {key} is {got}, wanted {wanted}, as in {_OUTPUT}")
         return cls(**known)
 
 
 def _is_perplexity(value: Any) -> bool:
-    """Above 0; one that is not finite is shown as it is. An integer that no float holds is none."""
+    """Above 0, also one that is not finite; an integer that no float can hold is refused."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         return False
     try:
@@ -85,13 +86,8 @@ _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "perplexity": ("a number above 0", _is_perplexity),
     "model": _TEXT,
     "compressed": ("true or false", lambda value: isinstance(value, bool)),
-    "text": _TEXT,
-    "context": _COUNT,
-    "windows": _COUNT,
-    "tokens": _COUNT,
-    "dtype": _TEXT,
-    "bytes_on_disk": _COUNT,
-    "adapter": _TEXT,
+    **dict.fromkeys(("text", "dtype", "adapter"), _TEXT),
+    **dict.fromkeys(("context", "windows", "tokens", "bytes_on_disk"), _COUNT),
 }
 
 
@@ -120,7 +116,7 @@ def read_evaluations(path: Path) -> list[Evaluation]:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names are of one model, as far as can be told here: they are alike, or lead to one place."""
+    """Whether two names are known to be of one model: they are equal, or lead to one place."""
     return one == other or _place(one) == _place(other)
 
 

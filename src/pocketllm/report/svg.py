@@ -24,7 +24,7 @@ WIDTH = 330  # points; a phone of 360 pixels shows them about one to one
 
 
 def need_matplotlib(extra: str = "report") -> None:
-    """Refuse early where there is nothing to draw with.
+    """Refuse early where matplotlib is missing. Provisional.
 
     Args:
         extra: the one to name that brings it.
@@ -42,7 +42,7 @@ def need_matplotlib(extra: str = "report") -> None:
 
 @contextmanager
 def drawing(ink: str = INK, muted: str = MUTED) -> Iterator[None]:
-    """The settings that every picture is drawn under.
+    """The matplotlib settings of every picture. Provisional.
 
     Raises:
         ExtraError: matplotlib is not installed.

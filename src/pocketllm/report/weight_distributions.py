@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pocketllm.errors import SourceError
 from pocketllm.model import DenseCheckpoint, Matrices, open_dense, resolve, resolve_local
-from pocketllm.report.collect import MatrixFacts, ModelFacts, spread
+from pocketllm.report.model_facts import MatrixFacts, ModelFacts, grouped, spread
 
 BINS = 41
 WIDTH = 4.0  # histograms end at this many times the rms of the original weights
-_AT_ONCE = 1 << 24  # weights that are turned into float64 at the same time
+_AT_ONCE = 1 << 24  # weights converted to float64 at a time
 
 Progress = Callable[[float, str], None]
 
@@ -53,52 +53,35 @@ class Moments:
         return self.sums[3] / self.count / second**2 if second else 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Distribution:
     """Weights of one kind of matrix.
 
     edges: of the bins. original, decoded: shares of the weights per bin, those beyond the ends in the
-    outermost bins. nmse: found here, by matrix. of: how many matrices of this kind the model has.
+    outermost bins. nmse: measured here, by matrix. of: how many matrices of this kind the model has.
     """
 
     kind: str
     edges: list[float]
     original: list[float]
     decoded: list[float]
-    moments: tuple[Moments, Moments]
+    original_moments: Moments
+    decoded_moments: Moments
     nmse: dict[str, float]
     of: int
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Distributions of every kind; empty, with the reason, where there is nothing to compare with.
+    """Distributions of every kind; empty, with the reason, where there is no dense model to compare with.
 
-    source: the dense model, as it was named. mismatch: set where the errors found are not the stored ones.
+    source: the dense model, as it was named. mismatch: set where the errors measured are not the stored ones.
     """
 
     kinds: tuple[Distribution, ...] = ()
     source: str = ""
     absent: str = ""
     mismatch: str = ""
-
-
-def dense_folder(model: ModelFacts, against: str | None) -> tuple[Path | None, str]:
-    """The dense model's folder, or None and why.
-
-    Args:
-        against: dense model that the user named; None looks for the one that was compressed, locally.
-
-    Raises:
-        SourceError: the named one is not found.
-    """
-    if against is not None:
-        return resolve(against), ""
-    name = str(model.report["model"])
-    folder = resolve_local(name)
-    if folder is None:
-        return None, f"The dense model ({name}) is not on this machine; name it with --against."
-    return folder, ""
 
 
 def compare_weights(
@@ -110,16 +93,19 @@ def compare_weights(
     """Distributions of original and decoded weights, up to 8 matrices of each kind.
 
     Args:
-        model: the compressed model. against: the dense one; None looks for it where it was compressed from.
-        progress: called with the finished share and the matrix at work.
+        model: the compressed model.
+        against: the dense one; None looks for the one that was compressed, on this machine only.
+        trust_remote_code: let transformers run code that the dense model's folder contains.
+        progress: called with the finished share and the name of the matrix in progress.
 
     Raises:
         SourceError: the model named by `against` is missing, or not the one that was compressed.
         FormatError: the compressed model is damaged.
     """
-    folder, reason = dense_folder(model, against)
+    name = str(model.report["model"])
+    folder = resolve_local(name) if against is None else resolve(against)
     if folder is None:
-        return Weights(absent=reason)
+        return Weights(absent=f"The dense model ({name}) is not on this machine; name it with --against.")
     try:
         source = open_dense(folder, trust_remote_code)
         _check_same(model, source, folder)
@@ -128,18 +114,22 @@ def compare_weights(
             raise
         return Weights(absent=f"The dense model cannot be used: {error}. Name it with --against.")
     decoded = Matrices.open(model.folder)
-    chosen = _chosen(model.matrices)
-    total = sum(len(matrices) for matrices, _ in chosen.values())
-    done, found = 0, []
-    for kind, (matrices, of) in chosen.items():
-
-        def told(number: int, name: str, before: int = done) -> None:
-            progress((before + number) / total, name)
-
-        found.append(_distribution(kind, [m.name for m in matrices], of, source, decoded, told))
-        done += len(matrices)
+    kinds = grouped(model.matrices, lambda m: m.kind)
+    chosen = {kind: spread(matrices) for kind, matrices in kinds.items()}
+    names = [m.name for matrices in chosen.values() for m in matrices]
+    found = tuple(
+        _distribution(
+            kind,
+            [m.name for m in matrices],
+            of=len(kinds[kind]),
+            source=source,
+            decoded=decoded,
+            progress=lambda name: progress(names.index(name) / len(names), name),
+        )
+        for kind, matrices in chosen.items()
+    )
     progress(1.0, "")
-    return Weights(tuple(found), against or str(model.report["model"]), mismatch=_mismatch(model, found))
+    return Weights(found, against or name, mismatch=_mismatch(model.matrices, found))
 
 
 def _check_same(model: ModelFacts, source: DenseCheckpoint, folder: Path) -> None:
@@ -152,54 +142,55 @@ def _check_same(model: ModelFacts, source: DenseCheckpoint, folder: Path) -> Non
     for matrix in model.matrices:
         found = source.shape(matrix.name) if matrix.name in stored else None
         if found != matrix.shape:
+            got = f"no {matrix.name}" if found is None else f"{matrix.name} of shape {found}"
             raise SourceError(
-                f"{folder}: has {'no ' if found is None else ''}{matrix.name}"
-                f"{'' if found is None else f' of shape {found}'}, the compressed model has it in shape "
-                f"{matrix.shape}; this is not the model that was compressed"
+                f"{folder}: has {got}, the compressed model has it in shape {matrix.shape}; "
+                "this is not the model that was compressed"
             )
-
-
-def _chosen(matrices: Iterable[MatrixFacts]) -> dict[str, tuple[list[MatrixFacts], int]]:
-    """Kind -> (matrices spread over the depth, how many there are)."""
-    kinds: dict[str, list[MatrixFacts]] = {}
-    for matrix in matrices:
-        kinds.setdefault(matrix.kind, []).append(matrix)
-    return {kind: (spread(members), len(members)) for kind, members in kinds.items()}
 
 
 def _distribution(
     kind: str,
     names: list[str],
+    *,
     of: int,
     source: DenseCheckpoint,
     decoded: Matrices,
-    progress: Callable[[int, str], None],
+    progress: Callable[[str], None],
 ) -> Distribution:
     """One kind; originals are read twice, since the bins follow from all of them."""
-    original, restored = Moments(), Moments()
+    before, after, nmse = Moments(), Moments(), {}
     for name in names:
-        original.add(source.read(name).float().flatten())
-    bound = WIDTH * original.rms or 1.0
+        before.add(source.read(name).float().flatten())
+    bound = WIDTH * before.rms or 1.0
     counts = torch.zeros(2, BINS, dtype=torch.float64)
-    nmse = {}
-    for number, name in enumerate(names):
-        progress(number, name)
-        both = source.read(name).float().flatten(), decoded.read(name).flatten()
-        restored.add(both[1])
-        for n, values in enumerate(both):
+    for name in names:
+        progress(name)
+        original, restored = source.read(name).float().flatten(), decoded.read(name).flatten()
+        after.add(restored)
+        for n, values in enumerate((original, restored)):
             counts[n] += torch.histc(values.clamp(-bound, bound), BINS, -bound, bound).double()
-        energy = float(both[0].square().sum(dtype=torch.float64))
-        error = float((both[0] - both[1]).square().sum(dtype=torch.float64))
+        energy = float(original.square().sum(dtype=torch.float64))
+        error = float((original - restored).square().sum(dtype=torch.float64))
         nmse[name] = error / energy if energy else 0.0
     shares = (counts / counts.sum(dim=1, keepdim=True)).tolist()
-    edges = torch.linspace(-bound, bound, BINS + 1, dtype=torch.float64).tolist()
-    return Distribution(kind, edges, shares[0], shares[1], (original, restored), nmse, of)
+    return Distribution(
+        kind=kind,
+        edges=torch.linspace(-bound, bound, BINS + 1, dtype=torch.float64).tolist(),
+        original=shares[0],
+        decoded=shares[1],
+        original_moments=before,
+        decoded_moments=after,
+        nmse=nmse,
+        of=of,
+    )
 
 
-def _mismatch(model: ModelFacts, found: list[Distribution]) -> str:
-    """A sentence where an error is not the stored one: then this is another model, or it was tuned since."""
-    stored = {m.name: m.nmse for m in model.matrices}
-    for name, nmse in ((name, nmse) for distribution in found for name, nmse in distribution.nmse.items()):
+def _mismatch(matrices: tuple[MatrixFacts, ...], found: tuple[Distribution, ...]) -> str:
+    """A sentence where a measured error is not the stored one, '' where all agree."""
+    measured = {name: nmse for distribution in found for name, nmse in distribution.nmse.items()}
+    stored = {m.name: m.nmse for m in matrices}
+    for name, nmse in measured.items():
         known = stored[name]
         if known is not None and abs(nmse - known) > 0.05 * known + 1e-4:
             return (
