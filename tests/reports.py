@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pocketllm
 from pocketllm import LoraTuneConfig
@@ -10,7 +13,18 @@ from pocketllm.config import CalibrationConfig
 from tests import tiny
 from tests.recovery import quick_loop
 
+if TYPE_CHECKING:
+    from pocketllm.report.sections import Section
+
 MEASURE = ["--context", "32", "--windows", "2"]
+
+
+def paragraphs(section: Section) -> list[str]:
+    """The text above the charts and tables of a section, as a reader sees it."""
+    from pocketllm.report.rendering import render_section
+
+    above = re.split('<div class="(?:charts|scroll)"|<details', render_section(section))[0]
+    return [html.unescape(" ".join(text.split())) for text in re.findall("<p>(.*?)</p>", above, re.DOTALL)]
 
 
 def make(folder: Path) -> Path:

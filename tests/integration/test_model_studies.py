@@ -13,7 +13,7 @@ from pocketllm.evaluate.kl import text_divergence
 from pocketllm.model.checkpoint import read_report
 from pocketllm.model.decode import Matrices
 from pocketllm.model.target import planned
-from pocketllm.report.collect import read_model
+from pocketllm.report.model_facts import read_model
 from pocketllm.studies import (
     codebook,
     decoder,
