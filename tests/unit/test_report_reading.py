@@ -21,8 +21,7 @@ from pocketllm.model import builtin
 from pocketllm.model.decode import Matrices
 from pocketllm.model.source import resolve_local
 from pocketllm.report import weight_distributions
-from pocketllm.report.codebook_usage import count_usage
-from pocketllm.report.codebooks_section import codebooks_section
+from pocketllm.report.codebook_usage import codebooks_section, count_usage
 from pocketllm.report.command import Command
 from pocketllm.report.model_facts import block_of, mean, read_model
 from pocketllm.report.recipe import recipe_section

@@ -71,8 +71,7 @@ class Bars:
         for row, label, value, note in zip(rows, self.labels, self.values, self.notes, strict=True):
             axes.text(0, row - 0.3, label, va="bottom", ha="left")
             axes.text(value + 0.01 * most, row, f" {note}", va="center", ha="left")
-        axes.set_xlim(0, most * 1.6)
-        axes.set_ylim(len(self.labels) - 0.5, -0.85)
+        axes.set(xlim=(0, most * 1.6), ylim=(len(self.labels) - 0.5, -0.85))
         axes.set_axis_off()
 
 
@@ -95,14 +94,13 @@ class Histogram:
         line: dict[str, Any] = {"color": svg.FIRST, "linewidth": 1.6, "linestyle": (0, (3, 1.5))}
         axes.stairs(self.original, self.edges, fill=True, label="original", **area)
         axes.stairs(self.decoded, self.edges, label="decoded", **line)
-        axes.set_ylim(0, 1.28 * max(*self.original, *self.decoded))
-        axes.set_xlim(self.edges[0], self.edges[-1])
+        most = max(*self.original, *self.decoded)
+        axes.set(xlim=(self.edges[0], self.edges[-1]), ylim=(0, 1.28 * most))
+        axes.set(xlabel="weight", ylabel="share in a bin")
+        axes.xaxis.set_major_locator(MaxNLocator(5, symmetric=True))
         axes.yaxis.set_major_locator(MaxNLocator(5, symmetric=False))
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-        axes.set_ylabel("share in a bin")
-        axes.xaxis.set_major_locator(MaxNLocator(5, symmetric=True))
         axes.tick_params(axis="x", pad=7)  # clear of the lowest label of the other axis
-        axes.set_xlabel("weight")
         axes.legend(loc="upper left", frameon=False, ncols=2, borderpad=0, borderaxespad=0.2)
 
 
@@ -123,17 +121,10 @@ class Curves:
         return 230 + 17 * (len(self.series) + 1)
 
     def draw(self, figure: Any, axes: Any) -> None:
-        styles: list[tuple[str, Any]] = [
-            (svg.FIRST, "solid"),
-            (svg.SECOND, (0, (5, 1.5))),
-            (svg.INK, (0, (1.5, 1.2))),
-        ]
+        styles = {svg.FIRST: "solid", svg.SECOND: (0, (5, 1.5)), svg.INK: (0, (1.5, 1.2))}
         axes.plot([0, 100], [0, 100], color=svg.MUTED, linewidth=0.8, label=self.diagonal)
-        for (label, values), (colour, dash) in zip(self.series.items(), styles, strict=False):
+        for (label, values), (colour, dash) in zip(self.series.items(), styles.items(), strict=False):
             x = [100 * k / (len(values) - 1) for k in range(len(values))]
             axes.plot(x, values, color=colour, linestyle=dash, linewidth=1.8, label=label)
-        axes.set_xlabel(self.x_label)
-        axes.set_ylabel(self.y_label)
-        axes.set_xlim(0, 100)
-        axes.set_ylim(0, 100)
+        axes.set(xlabel=self.x_label, ylabel=self.y_label, xlim=(0, 100), ylim=(0, 100))
         figure.legend(loc="outside upper left", frameon=False, handlelength=2.6)  # lines may go anywhere

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,14 +57,10 @@ class Evaluation:
 
 
 def _is_perplexity(value: Any) -> bool:
-    """Above 0, also one that is not finite; an integer that no float can hold is refused."""
+    """Above 0, perhaps not finite; an integer must fit a float."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         return False
-    try:
-        float(value)
-    except OverflowError:
-        return False
-    return True
+    return isinstance(value, float) or value <= sys.float_info.max
 
 
 def _is_count(value: Any) -> bool:
@@ -70,14 +68,8 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """A string that can be written, and be the name of a file."""
-    if not isinstance(value, str) or "\0" in value:
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a pair, which JSON can hold
-        return False
-    return True
+    """A string that can be encoded, and be the name of a file: no zero, no half of a pair, which JSON can hold."""
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
 _COUNT = ("an integer from 0 on", _is_count)

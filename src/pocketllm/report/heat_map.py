@@ -33,13 +33,8 @@ def heat_chart(
     title: str,
     unit: str,
     value: Callable[[MatrixFacts], float | None],
-    caption: str = "",
 ) -> Chart | None:
-    """Depth × kind; None where no matrix in a block has the value.
-
-    Args:
-        unit: what the numbers are. caption: of the table, the title by default.
-    """
+    """Depth × kind; None where no matrix in a block has the value. unit: what the numbers are."""
     grid = model.grid(value)
     cells = [
         Cell(cell, block, kind)
@@ -51,7 +46,7 @@ def heat_chart(
     if not panels:
         return None
     rows = [(str(block), *map(short, row)) for block, row in enumerate(grid)]
-    table = Table(f"{caption or title}, by block and kind", ("block", *model.kinds), rows)
+    table = Table(f"{title}, by block and kind", ("block", *model.kinds), rows)
     facts = {"unit": unit, "blocks": model.blocks, "kinds": len(model.kinds)}
     facts |= {"least": min(cells), "most": max(cells)}
     drawings = {f"heat-{name}-{n * _KINDS_AT_ONCE}": panel for n, panel in enumerate(panels)}

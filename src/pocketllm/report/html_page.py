@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pocketllm
 from pocketllm.errors import ConfigError
 from pocketllm.recover import check_adapter
-from pocketllm.report.codebook_usage import CodebookUsage, count_usage
-from pocketllm.report.codebooks_section import codebooks_section
+from pocketllm.report.codebook_usage import CodebookUsage, codebooks_section, count_usage
 from pocketllm.report.evaluations import Evaluation
 from pocketllm.report.model_facts import ModelFacts, mean, read_model, with_adapter
 from pocketllm.report.output_files import check_target, only_read, write_atomically
@@ -89,18 +89,13 @@ def html_report(
     """Write an HTML file about a compressed model, or about one and its adapter together.
 
     Args:
-        folder: the compressed model.
-        output: file to write; None takes the folder's name with `.html`, beside the folder.
+        folder: the compressed model. output: file to write; None takes `default_output`.
         adapter: trained on the model; its bytes are counted in every size.
         against: the dense model, as for `pocketllm.compress`; None looks for it where it was compressed
             from, on this machine only.
         evaluations: perplexities to show; see `read_evaluations`.
-        check: compare every file with its checksum first.
-        trust_remote_code: let transformers run code that the dense model's folder contains.
+        check: compare every file with its checksum first. trust_remote_code: as for `pocketllm.compress`.
         progress: called with the stage (`check`, `indices`, `weights`, `write`), its finished share, a detail.
-
-    Returns:
-        What was written, and what is absent from it.
 
     Raises:
         FormatError: not a compressed model, or damaged; or no adapter.
@@ -123,11 +118,9 @@ def html_report(
     progress("check", 1.0, str(folder))
     if adapter is not None:
         model = with_adapter(model, adapter)
-    usages = count_usage(model, lambda share, detail: progress("indices", share, detail))
+    usages = count_usage(model, partial(progress, "indices"))
     progress("indices", 1.0, "")
-    weights = compare_weights(
-        model, against, trust_remote_code, lambda share, detail: progress("weights", share, detail)
-    )
+    weights = compare_weights(model, against, trust_remote_code, partial(progress, "weights"))
     progress("write", 0.0, "charts")
     page = _write(target, model, usages, weights, list(dict.fromkeys(evaluations)))
     progress("write", 1.0, str(target))

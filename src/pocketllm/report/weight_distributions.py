@@ -26,31 +26,29 @@ class Moments:
     """Sums over weights, in float64, from which the figures of a distribution follow."""
 
     count: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))  # of powers 1 to 4
     largest: float = 0.0
 
     def add(self, values: Tensor) -> None:
         """values: float32 [n]."""
         self.count += values.numel()
         for part in values.split(_AT_ONCE):
-            power = part.double()
-            for n in range(4):
-                self.sums[n] += float((power if n == 0 else power ** (n + 1)).sum())
+            self.sums += torch.stack([(part.double() ** power).sum() for power in (1, 2, 3, 4)])
         self.largest = max(self.largest, float(values.abs().max()))
 
     @property
     def mean(self) -> float:
-        return self.sums[0] / self.count
+        return float(self.sums[0]) / self.count
 
     @property
     def rms(self) -> float:
-        return math.sqrt(self.sums[1] / self.count)
+        return math.sqrt(float(self.sums[1]) / self.count)
 
     @property
     def kurtosis(self) -> float:
         """Fourth moment over the square of the second; 3 for a Gaussian, 0 where all weights are 0."""
-        second = self.sums[1] / self.count
-        return self.sums[3] / self.count / second**2 if second else 0.0
+        second, fourth = float(self.sums[1]) / self.count, float(self.sums[3]) / self.count
+        return fourth / second**2 if second else 0.0
 
 
 @dataclass(frozen=True)
