@@ -121,19 +121,19 @@ def test_perplexities_side_by_side() -> None:
 def test_an_evaluation_of_another_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def minds(e: Evaluation, *dense: str) -> list[str]:
         subject = Subject(tmp_path / "small", 5, dense or ("dense",))
-        return [p for p in paragraphs(perplexity_section([e], "", subject)) if p.startswith("Mind: ")]
+        return [p for p in paragraphs(perplexity_section([e], "", subject)) if p.startswith("Note: ")]
 
     monkeypatch.chdir(tmp_path)
     for name in ("small", "./small", "../" + tmp_path.name + "/small", str(tmp_path / "small")):
         assert not minds(Evaluation(2.0, name, True, bytes_on_disk=5))
     for name in ("other", "/nowhere/small", "~nobody/small", "owner/small", "x" * 300, "builtin:nothing"):
         (said,) = minds(Evaluation(2.0, name, True, bytes_on_disk=5))
-        assert f"the evaluation is of {name}, which from here is not the folder of this model" in said
+        assert f"the evaluation is of {name}, which is not the folder of this model" in said
     for name in ("dense", "./dense", str(tmp_path / "dense")):
         assert not minds(Evaluation(2.0, name, False))
         assert not minds(Evaluation(2.0, name, False), "builtin:old", "dense")
     (said,) = minds(Evaluation(2.0, "second", False), "dense", "")
-    assert said == "Mind: the dense figure is of second, this model was compressed from dense."
+    assert said == "Note: the dense figure is of second, this model was compressed from dense."
 
 
 # --- comparing
@@ -177,7 +177,7 @@ def test_compare_takes_one_figure_of_a_model(small: Path, source: Path, copy: Pa
 def test_compare_notes_a_dense_figure_of_another_model(small: Path, source: Path, copy: Path) -> None:
     found = compare([small, copy], [Evaluation(2.0, "another", False)])
     assert found.notes == (
-        f"Mind: the dense figure is of another; what is compared was compressed from {source}.",
+        f"Note: the dense figure is of another; the models were compressed from {source}.",
     )
     assert found.to_dict()["notes"] == found.notes and found.dense_perplexity == 2.0
     assert not compare([small, copy], [Evaluation(2.0, str(source), False)]).notes

@@ -132,7 +132,10 @@ def test_fine_tuning_is_told(copy: Path) -> None:
     section = recipe_section(read_model(copy, check=False), Command("command", ("depth",)), Command())
     table = next(t for t in section.tables if t.caption == "Fine-tuning")
     assert list(table.rows) == [("steps", "3"), ("loss.kl", "0.5")]
-    assert "leaves out: depth" in paragraphs(section)[1] and "fine-tuned" in paragraphs(section)[2]
+    assert (
+        "missing from the command below: depth" in paragraphs(section)[1]
+        and "fine-tuned" in paragraphs(section)[2]
+    )
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def _evenness_chart(members: Members, usages: Sequence[CodebookUsage]) -> Chart 
         series=lines,
         x_label="most used codewords, % of the codebook",
         y_label="indices that point to them, %",
-        diagonal="all used alike",
+        diagonal="all used equally",
     )
     rows = [(f"{n}%", *(f"{values[n]:.1f}%" for values in lines.values())) for n in range(0, _STEPS, 10)]
     caption = "Share of the indices by most used codewords"

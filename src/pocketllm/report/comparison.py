@@ -115,7 +115,7 @@ def _notes(dense: Evaluation | None, sources: Sequence[str]) -> tuple[str, ...]:
     if dense is None or any(same_model(dense.model, source) for source in sources):
         return ()
     named = ", ".join(dict.fromkeys(sources))
-    return (f"Mind: the dense figure is of {dense.model}; what is compared was compressed from {named}.",)
+    return (f"Note: the dense figure is of {dense.model}; the models were compressed from {named}.",)
 
 
 def _key(folder: Path, adapter: Path | None) -> _Key:

@@ -54,7 +54,7 @@ def recipe_section(model: ModelFacts, command: Command, training: Command) -> Se
         "command": command,
         "training": training,
     }
-    return Section("making", "How it was made", tables=tables, values=values)
+    return Section("recipe", "How it was made", tables=tables, values=values)
 
 
 def _training(adapter: AdapterFacts) -> Mapping[str, Any]:
