@@ -22,7 +22,7 @@ _Key = tuple[Path, Path | None]  # what an evaluation is of: model and adapter
 
 @dataclass(frozen=True)
 class Compared:
-    """One model, perhaps with an adapter, whose bytes are counted in all sizes. ratio_files_*: of entire folders.
+    """One model, perhaps with an adapter, whose bytes are counted in all sizes. ratio_files_*: of all files.
 
     nmse: mean by weights, nmse_blocks the same without embedding and head; proxy_error: mean by weights over
     the matrices that have one. None where there is none, or where perplexity was not measured; all three with an
@@ -46,9 +46,9 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models in the order given.
+    """Several compressed models, in the order given.
 
-    dense_perplexity: of the dense model in the same setting, if measured. notes: what to mind, in words.
+    dense_perplexity: of the dense model in the same setting, if measured. notes: caveats, in words.
     """
 
     models: tuple[Compared, ...]
@@ -68,12 +68,12 @@ def compare(
     progress: Callable[[float, str], None] = lambda share, detail: None,
     adapters: Sequence[str | Path] = (),
 ) -> Comparison:
-    """Read several compressed models.
+    """Compare the sizes, errors and perplexities of several compressed models.
 
     Args:
         folders: the compressed models. evaluations: of these folders and of their dense model, all in one
-            setting. check: compare every file with its checksum. progress: finished share, folder at work.
-        adapters: trained on models among the folders; each gives a row of its own after its base.
+            setting. check: compare every file with its checksum. progress: called with the finished share and the folder in progress.
+        adapters: trained on models among the folders; each adds a row after its base.
 
     Raises:
         FormatError: one is not a compressed model, or damaged; or not an adapter.

@@ -29,14 +29,14 @@ class _Panel:
 
 
 def check_picture(output: Path, only_read: Iterable[str | Path] = ()) -> tuple[Path, Path]:
-    """The files (PNG, SVG) that a picture is written to. Provisional.
+    """The two files of a picture, PNG and SVG, checked before any work. Provisional.
 
     Args:
-        output: a name that ends in .png or .svg; the other one lies beside it.
-        only_read: folders that they must not lie in: those of the models and adapters.
+        output: a name that ends in .png or .svg; both files are written.
+        only_read: folders that they must not be in: those of the models and adapters.
 
     Raises:
-        ConfigError: another suffix. OutputError: one of the two cannot be written, or lies in a model.
+        ConfigError: another suffix. OutputError: one of the two cannot be written, or is in a model.
         ExtraError: matplotlib is not installed.
     """
     svg.need_matplotlib()

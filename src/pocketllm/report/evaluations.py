@@ -21,7 +21,7 @@ Setting = tuple[str, int, int, int]  # text, context, windows, tokens
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One measured perplexity and what it was measured on. windows, tokens: 0 where it is not said."""
+    """One measured perplexity and what it was measured on. windows, tokens: 0 if unknown."""
 
     perplexity: float
     model: str

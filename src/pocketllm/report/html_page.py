@@ -35,8 +35,8 @@ Progress = Callable[[str, float, str], None]
 class Page:
     """A written report.
 
-    command: that compresses the model again; adapter_command: that trains its adapter again, '' where that is not
-    known or there is none; missing: settings that they cannot carry.
+    command: compresses the model again. adapter_command: trains its adapter again; '' if unknown or if there is none.
+    missing: settings that no option of theirs sets.
     absent: section -> why there is nothing to show. mismatch: why the dense model may be another one, or ''.
     """
 
@@ -51,10 +51,10 @@ class Page:
 
 
 def check_html(output: Path, folders: Iterable[str | Path] = ()) -> None:
-    """Refuse an output that is no HTML file or cannot be written, before the work that makes it. Provisional.
+    """Check before any work that the output is an HTML file that can be written. Provisional.
 
     Args:
-        folders: that it must not lie in: the model's and its adapter's.
+        folders: that it must not be in: the model's and its adapter's.
 
     Raises:
         ConfigError: another suffix. OutputError: as `check_target`.
@@ -67,9 +67,9 @@ def check_html(output: Path, folders: Iterable[str | Path] = ()) -> None:
 
 
 def default_output(folder: Path, adapter: Path | None = None) -> Path:
-    """`smol-8x.html` beside the folder `smol-8x`; not inside, whose bytes are counted. Provisional.
+    """`smol-8x.html` next to the folder `smol-8x`, outside of what is counted. Provisional.
 
-    With the adapter `tuned` it is `smol-8x-with-tuned.html`, so that the page of the base stays.
+    With the adapter `tuned` it is `smol-8x-with-tuned.html`, so that the page of the base is kept.
     """
     folder = folder.resolve()
     return folder.with_name(f"{folder.name}{f'-with-{adapter.resolve().name}' if adapter else ''}.html")

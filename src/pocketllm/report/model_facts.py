@@ -1,4 +1,4 @@
-"""What a compressed model says of itself, in `pocketllm.json` and `config.json`."""
+"""What is stored about a compressed model, in `pocketllm.json` and `config.json`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BLOCK = re.compile(r"^.*?\.(\d+)\..+$")
 
 @dataclass(frozen=True)
 class MatrixFacts:
-    """One compressed matrix; None stands for what the report does not say. Provisional.
+    """One compressed matrix; None where the report does not say. Provisional.
 
     block: its number, None outside the blocks (embedding, head). codebook, decoder: numbers in the store.
     stride: bits that each index adds on a trellis, 0 for independent indices.
@@ -127,7 +127,7 @@ def spread(matrices: Sequence[MatrixFacts]) -> list[MatrixFacts]:
 
 
 def read_model(folder: Path, check: bool = True) -> ModelFacts:
-    """Read what a compressed model says of itself. Provisional.
+    """Read what is stored about a compressed model. Provisional.
 
     Args:
         folder: a compressed model. check: compare every file with its checksum.

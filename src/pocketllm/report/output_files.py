@@ -13,10 +13,10 @@ from pocketllm.model.workspace import check_apart, check_parent
 
 
 def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
-    """Refuse a file that could not be written, before the work that makes it.
+    """Check before any work that a file can be written.
 
     Args:
-        only_read: folders that it must not lie in.
+        only_read: folders that it must not be in.
 
     Raises:
         OutputError: a folder of that name, a parent that is a file, or one that cannot be written or is only read.

@@ -14,7 +14,7 @@ from pocketllm.report.tables import megabytes, percent, short, thousands
 
 
 def need_templates() -> None:
-    """Refuse early where a page cannot be made.
+    """Check before any work that what renders a page is installed.
 
     Raises:
         ExtraError: Jinja2 or matplotlib is not installed.
