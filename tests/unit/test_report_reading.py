@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from itertools import pairwise
@@ -23,7 +24,7 @@ from pocketllm.model.source import resolve_local
 from pocketllm.report import weight_distributions
 from pocketllm.report.codebook_usage import codebooks_section, count_usage
 from pocketllm.report.command import Command
-from pocketllm.report.model_facts import block_of, mean, read_model
+from pocketllm.report.model_facts import AdapterFacts, block_of, mean, read_model
 from pocketllm.report.recipe import recipe_section
 from pocketllm.report.rendering import render_section
 from pocketllm.report.sections import error_section
@@ -136,6 +137,33 @@ def test_fine_tuning_is_told(copy: Path) -> None:
         "missing from the command below: depth" in paragraphs(section)[1]
         and "fine-tuned" in paragraphs(section)[2]
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "training", "words"),
+    [
+        ("a", "b", ["The commands that make it again, the model and then the adapter:"]),
+        (
+            "a",
+            "",
+            ["does not know the settings that it was trained with.", "The command that makes it again:"],
+        ),
+        ("", "b", ["does not know its settings;", "The command that makes the adapter again:"]),
+        ("", "", ["does not know the settings that it was trained with.", "does not know its settings;"]),
+    ],
+)
+def test_commands_that_are_known_are_introduced(
+    command: str, training: str, words: list[str], small: Path, tmp_path: Path
+) -> None:
+    adapter = AdapterFacts(tmp_path / "tuned", bytes=5, settings={}, record={"config": {"rank": 4}})
+    model = dataclasses.replace(read_model(small, check=False), adapter=adapter)
+    section = recipe_section(model, Command(command), Command(training, ("loop.warmup",)))
+    said = paragraphs(section)
+    assert said[1] == "The adapter tuned was trained on it afterwards; the compressed model was not changed."
+    found = [word for word in words if not any(word in text for text in said)]
+    assert not found and ("missing from its command: loop.warmup" in " ".join(said)) == bool(training)
+    assert render_section(section).count("<pre>") == bool(command) + bool(training)
+    assert len(said) == 2 + len(words) + bool(training)
 
 
 @pytest.mark.parametrize(

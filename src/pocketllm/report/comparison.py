@@ -71,8 +71,9 @@ def compare(
     """Compare the sizes, errors and perplexities of several compressed models.
 
     Args:
-        folders: the compressed models. evaluations: of these folders and of their dense model, all in one
-            setting. check: compare every file with its checksum. progress: called with the finished share and the folder in progress.
+        folders: the compressed models. check: compare every file with its checksum.
+        evaluations: of these folders and of their dense model, all in one setting.
+        progress: called with the finished share and the folder in progress.
         adapters: trained on models among the folders; each adds a row after its base.
 
     Raises:
