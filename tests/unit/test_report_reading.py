@@ -225,7 +225,7 @@ def test_distributions(small: Path, source: Path) -> None:
     weights = torch.cat(
         [t.flatten() for n, t in load_file(source / "model.safetensors").items() if "up_proj" in n]
     )
-    moments = up.original_moments
+    moments = up.moments["original"]
     assert moments.count == len(weights) and moments.largest == float(weights.abs().max())
     assert moments.rms == pytest.approx(float(weights.double().square().mean().sqrt()))
     fourth = float((weights.double() ** 4).mean())
@@ -245,11 +245,11 @@ def test_the_bins_are_those_of_all_matrices(small: Path, monkeypatch: pytest.Mon
     found = weight_distributions._distribution(
         "kind", names, of=3, source=pretended, decoded=pretended, progress=lambda name: None
     )
-    rms = found.original_moments.rms
+    rms = found.moments["original"].rms
     assert found.edges[-1] == pytest.approx(weight_distributions.WIDTH * rms) and rms == pytest.approx(
         (2 / 3) ** 0.5, rel=0.05
     )
-    assert found.original_moments.count == found.decoded_moments.count == 3 * 2000
+    assert found.moments["original"].count == found.moments["decoded"].count == 3 * 2000
     assert found.original[0] + found.original[-1] < 0.01
     assert found.nmse == dict.fromkeys(names, 0.0)
 

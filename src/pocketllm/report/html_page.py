@@ -122,18 +122,20 @@ def html_report(
     progress("indices", 1.0, "")
     weights = compare_weights(model, against, trust_remote_code, partial(progress, "weights"))
     progress("write", 0.0, "charts")
-    page = _write(target, model, usages, weights, list(dict.fromkeys(evaluations)))
+    page = _write(target, model=model, usages=usages, weights=weights, evaluations=evaluations)
     progress("write", 1.0, str(target))
     return page
 
 
 def _write(
     target: Path,
+    *,
     model: ModelFacts,
     usages: Sequence[CodebookUsage],
     weights: Weights,
     evaluations: Sequence[Evaluation],
 ) -> Page:
+    evaluations = list(dict.fromkeys(evaluations))
     command, training = commands_of(model)
     sections = [
         size_section(model),

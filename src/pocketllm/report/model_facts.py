@@ -146,7 +146,7 @@ def read_model(folder: Path, check: bool = True) -> ModelFacts:
     matrices = tuple(_facts(entries[name], layout) for name in layout.matrices)
     names = [*layout.matrices, *(str(entry["name"]) for entry in report["skipped"])]
     blocks = max((n for n in map(block_of, names) if n is not None), default=-1) + 1
-    return ModelFacts(folder, matrices, blocks, layout, report)
+    return ModelFacts(folder=folder, matrices=matrices, blocks=blocks, layout=layout, report=report)
 
 
 def with_adapter(model: ModelFacts, adapter: Path) -> ModelFacts:
@@ -155,8 +155,12 @@ def with_adapter(model: ModelFacts, adapter: Path) -> ModelFacts:
     Raises:
         FormatError, ConfigError: as `check_adapter`.
     """
-    settings = check_adapter(adapter, model.folder)
-    facts = AdapterFacts(adapter, folder_bytes(adapter), settings, read_record(adapter))
+    facts = AdapterFacts(
+        folder=adapter,
+        settings=check_adapter(adapter, model.folder),
+        bytes=folder_bytes(adapter),
+        record=read_record(adapter),
+    )
     return replace(model, report=counting_adapter(model.report, facts.bytes), adapter=facts)
 
 

@@ -54,15 +54,15 @@ KIND: Columns[Sequence[MatrixFacts]] = {
     "nmse": lambda group: short(mean(group, lambda m: m.nmse)),
     "proxy error": lambda group: short(mean(group, lambda m: m.proxy_error)),
 }
-MOMENTS: Columns[tuple[Distribution, bool]] = {
+MOMENTS: Columns[tuple[Distribution, str, Moments]] = {
     "kind": lambda row: row[0].kind,
-    "weights": lambda row: "decoded" if row[1] else "original",
+    "weights": lambda row: row[1],
     "matrices": lambda row: f"{len(row[0].nmse)} of {row[0].of}",
-    "mean": lambda row: short(_moments(*row).mean),
-    "rms": lambda row: short(_moments(*row).rms),
-    "largest": lambda row: short(_moments(*row).largest),
-    "kurtosis": lambda row: short(_moments(*row).kurtosis),
-    "nmse found": lambda row: short(sum(row[0].nmse.values()) / len(row[0].nmse) if row[1] else None),
+    "mean": lambda row: short(row[2].mean),
+    "rms": lambda row: short(row[2].rms),
+    "largest": lambda row: short(row[2].largest),
+    "kurtosis": lambda row: short(row[2].kurtosis),
+    "nmse found": lambda row: short(row[0].mean_nmse if row[1] == "decoded" else None),
 }
 
 
@@ -91,7 +91,7 @@ def bits_section(model: ModelFacts) -> Section:
     )
     kinds = grouped(model.matrices, lambda m: m.kind).values()
     table = Table.of("By kind of matrix; means are weighted by size", KIND, kinds)
-    return Section("bits", "Bits per weight", _known(chart), [table], {"model": model})
+    return Section("bits", "Bits per weight", charts=_known(chart), tables=[table], values={"model": model})
 
 
 def error_section(model: ModelFacts) -> Section:
@@ -104,7 +104,7 @@ def error_section(model: ModelFacts) -> Section:
     tables = [outside] if model.outside else []
     tables.append(Table.of("Every compressed matrix", MATRIX, model.matrices))
     values = {"model": model, "has_proxy": proxy is not None}
-    return Section("errors", "Errors", _known(nmse, proxy), tables, values)
+    return Section("errors", "Errors", charts=_known(nmse, proxy), tables=tables, values=values)
 
 
 def weights_section(model: ModelFacts, weights: Weights) -> Section:
@@ -113,8 +113,8 @@ def weights_section(model: ModelFacts, weights: Weights) -> Section:
     if weights.absent:
         return Section("weights", title, absent=weights.absent)
     charts = [_histogram(number, distribution) for number, distribution in enumerate(weights.kinds)]
-    rows = [(distribution, decoded) for distribution in weights.kinds for decoded in (False, True)]
-    caption = "Figures of the distributions (the kurtosis of a Gaussian is 3)"
+    rows = [(d, label, moments) for d in weights.kinds for label, moments in d.moments.items()]
+    table = Table.of("Figures of the distributions (the kurtosis of a Gaussian is 3)", MOMENTS, rows, words=2)
     values = {
         "model": model,
         "weights": weights,
@@ -122,7 +122,7 @@ def weights_section(model: ModelFacts, weights: Weights) -> Section:
         "seen": sum(len(d.nmse) for d in weights.kinds),
         "total": sum(d.of for d in weights.kinds),
     }
-    return Section("weights", title, charts, [Table.of(caption, MOMENTS, rows, words=2)], values)
+    return Section("weights", title, charts=charts, tables=[table], values=values)
 
 
 def skipped_section(model: ModelFacts) -> Section:
@@ -146,10 +146,6 @@ def _histogram(number: int, distribution: Distribution) -> Chart:
     table = Table(caption, ("centre of bin", "original", "decoded"), rows, words=0)
     drawing = Histogram(d.edges, d.original, d.decoded)
     return Chart(name, d.kind, {name: drawing}, table, {"distribution": d})
-
-
-def _moments(distribution: Distribution, decoded: bool) -> Moments:
-    return distribution.decoded_moments if decoded else distribution.original_moments
 
 
 def _known(*charts: Chart | None) -> list[Chart]:

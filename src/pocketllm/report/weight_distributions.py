@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,17 +56,21 @@ class Distribution:
     """Weights of one kind of matrix.
 
     edges: of the bins. original, decoded: shares of the weights per bin, those beyond the ends in the
-    outermost bins. nmse: measured here, by matrix. of: how many matrices of this kind the model has.
+    outermost bins. moments: of both, by these names. nmse: measured here, by matrix. of: how many matrices of
+    this kind the model has.
     """
 
     kind: str
     edges: list[float]
     original: list[float]
     decoded: list[float]
-    original_moments: Moments
-    decoded_moments: Moments
+    moments: Mapping[str, Moments]
     nmse: dict[str, float]
     of: int
+
+    @property
+    def mean_nmse(self) -> float:
+        return sum(self.nmse.values()) / len(self.nmse)
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def compare_weights(
         for kind, matrices in chosen.items()
     )
     progress(1.0, "")
-    return Weights(found, against or name, mismatch=_mismatch(model.matrices, found))
+    return Weights(kinds=found, source=against or name, mismatch=_mismatch(model.matrices, found))
 
 
 def _check_same(model: ModelFacts, source: DenseCheckpoint, folder: Path) -> None:
@@ -177,8 +181,7 @@ def _distribution(
         edges=torch.linspace(-bound, bound, BINS + 1, dtype=torch.float64).tolist(),
         original=shares[0],
         decoded=shares[1],
-        original_moments=before,
-        decoded_moments=after,
+        moments={"original": before, "decoded": after},
         nmse=nmse,
         of=of,
     )
