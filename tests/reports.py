@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pocketllm
 from pocketllm import LoraTuneConfig
@@ -10,7 +13,18 @@ from pocketllm.config import CalibrationConfig
 from tests import tiny
 from tests.recovery import quick_loop
 
+if TYPE_CHECKING:
+    from pocketllm.report.sections import Section
+
 MEASURE = ["--context", "32", "--windows", "2"]
+
+
+def paragraphs(section: Section) -> list[str]:
+    """The text above the charts and tables of a section, as a reader sees it."""
+    from pocketllm.report.rendering import render_section
+
+    above = re.split('<div class="(?:charts|scroll)"|<details', render_section(section))[0]
+    return [html.unescape(" ".join(text.split())) for text in re.findall("<p>(.*?)</p>", above, re.DOTALL)]
 
 
 def make(folder: Path) -> Path:
@@ -44,11 +58,13 @@ def full_page(folder: Path, adapter: Path | None = None) -> Path:
     """The page of the model `small` with everything on it, perplexities included."""
     from pocketllm.report import Evaluation, html_report
 
-    evaluations = [
-        Evaluation(20.5, "small", True, "text.txt", 32, 2, 62),
-        Evaluation(10.25, "dense", False, "text.txt", 32, 2, 62),
+    setting = {"text": "text.txt", "context": 32, "windows": 2, "tokens": 62}
+    measured = [
+        {"perplexity": 20.5, "model": "small", "compressed": True},
+        {"perplexity": 10.25, "model": "dense", "compressed": False},
     ]
     if adapter is not None:
-        evaluations.insert(0, Evaluation(15.5, "small", True, "text.txt", 32, 2, 62, adapter=str(adapter)))
+        measured.insert(0, {**measured[0], "perplexity": 15.5, "adapter": str(adapter)})
+    evaluations = [Evaluation.from_dict({**setting, **values}) for values in measured]
     output = folder / ("page.html" if adapter is None else "page-with-adapter.html")
     return html_report(folder / "small", output, adapter=adapter, evaluations=evaluations).output

@@ -20,7 +20,7 @@ from pocketllm.format.workspace import locked
 from pocketllm.recover.adapter import attach_adapter, check_adapter, merged
 from pocketllm.recover.base_model import open_base
 from pocketllm.recover.lora import dry_run_lora
-from pocketllm.report import Comparison, Evaluation, compare, picture
+from pocketllm.report import Comparison, Evaluation, compare, draw
 from tests import tiny
 from tests.commands import digest
 from tests.recovery import quick_loop
@@ -357,7 +357,7 @@ def test_bytes_of_the_adapter_count_in_every_size(made: Path) -> None:
 
 def picture_of(found: Comparison) -> str:
     """Its SVG, with text as text."""
-    return picture.draw(found)[1].decode()
+    return draw(found)[1].decode()
 
 
 def test_compare_finds_the_base_and_its_evaluations(made: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pocketllm
 from pocketllm.evaluate.kl import text_divergence
 from pocketllm.format.checkpoint import read_report
 from pocketllm.plan.target import planned
-from pocketllm.report.collect import read_model
+from pocketllm.report.model_facts import read_model
 from pocketllm.runtime.decode import Matrices
 from pocketllm.studies import (
     codebook,

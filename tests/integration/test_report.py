@@ -117,10 +117,10 @@ def test_evaluations_of_other_models_are_told(run: Run, folder: Path, tmp_path: 
     files = [word for name in ("own", "dense") for word in ("--evaluation", tmp_path / f"{name}.json")]
     assert run("report", small, "-o", tmp_path / "x.html", *files)[0] == 0
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
-    assert "Mind: the evaluation is of elsewhere/small, which from here is not the folder" in page
-    assert f"Mind: the dense figure is of {folder / 'moe-dense'}, this model was compressed from" in page
+    assert "Note: the evaluation is of elsewhere/small, which is not the folder" in page
+    assert f"Note: the dense figure is of {folder / 'moe-dense'}, this model was compressed from" in page
     code, _, err = run("compare", small, *files[2:])
-    assert code == 0 and f"Mind: the dense figure is of {folder / 'moe-dense'};" in " ".join(err.split())
+    assert code == 0 and f"Note: the dense figure is of {folder / 'moe-dense'};" in " ".join(err.split())
     for command in ("report", "compare"):
         code, out, err = run(command, small, "--evaluation", tmp_path / "bad.json")
         assert code == 1 and not out and "bad.json: tokens is [1], wanted an integer from 0 on" in err

@@ -38,7 +38,7 @@ def test_base_and_adapter_on_one_page(run: Run, folder: Path) -> None:
     assert both["perplexity"] != base["perplexity"]
     page = output.read_text(encoding="utf-8")
     assert "<h1>small + tuned</h1>" in page and "together with the adapter tuned" in page
-    assert f"{both['perplexity']:.4g}" in page and f"{base['perplexity']:.4g}" in page and "Mind:" not in page
+    assert f"{both['perplexity']:.4g}" in page and f"{base['perplexity']:.4g}" in page and "Note:" not in page
     assert page.index(">compressed, with adapter<") < page.index(">compressed<")
     assert page.count("of the base alone") == 3  # bits, errors, weights
     assert found["adapter_command"].startswith("pocketllm finetune small -o tuned --method lora ")
@@ -67,7 +67,7 @@ def test_evaluations_of_base_and_adapter(run: Run, folder: Path, tmp_path: Path)
     options = ["--adapter", tuned, "--evaluation"]
     run.json("report", small, "-o", tmp_path / "own.html", *options, paths[0])
     page = (tmp_path / "own.html").read_text(encoding="utf-8")
-    assert f"{small} + tuned" in page and "Mind:" not in page
+    assert f"{small} + tuned" in page and "Note:" not in page
     run.json("report", small, "-o", tmp_path / "other.html", *options, paths[1])
     assert "is with the adapter elsewhere/other, not with tuned" in (tmp_path / "other.html").read_text()
     run.json("report", small, "-o", tmp_path / "base.html", "--evaluation", paths[0])

@@ -20,9 +20,12 @@ from pocketllm.errors import (
     SourceError,
 )
 from pocketllm.report import Evaluation, check_html, check_picture, compare, read_evaluations
-from pocketllm.report.charts import Table, bars, heat_map, histogram, short, short_kinds
-from pocketllm.report.files import check_target, write_whole
-from pocketllm.report.measured import Subject, perplexity_section
+from pocketllm.report.charts import Bars, Histogram, picture
+from pocketllm.report.heat_map import Grid, heat_panels, short_kinds
+from pocketllm.report.output_files import check_target, write_atomically
+from pocketllm.report.perplexity_section import Subject, perplexity_section
+from pocketllm.report.tables import Table, short
+from tests.reports import paragraphs
 
 # --- evaluations
 
@@ -107,30 +110,30 @@ def test_a_perplexity_that_is_not_finite_is_shown(tmp_path: Path) -> None:
 def test_perplexities_side_by_side() -> None:
     compressed = Evaluation(20.0, "small", True, "t", 8, 1, 7)
     section = perplexity_section([compressed, Evaluation(10.0, "dense", False, "t", 8, 1, 7)], "", SUBJECT)
-    assert section.charts[0].table.rows[0][-1] == "2.000×" and len(section.paragraphs) == 1
+    assert section.charts[0].table.rows[0][-1] == "2.000×" and len(paragraphs(section)) == 1
     section = perplexity_section([compressed, Evaluation(10.0, "dense", False, "t", 9, 1, 8)], "", SUBJECT)
-    assert section.charts[0].table.rows[0][-1] == "–" and "no figure of the dense" in section.paragraphs[1]
+    assert section.charts[0].table.rows[0][-1] == "–" and "no figure of the dense" in paragraphs(section)[1]
     other = Evaluation(math.inf, "small", True, bytes_on_disk=7)
     section = perplexity_section([other], "", SUBJECT)
-    assert not section.charts and "of 7 bytes, this model has 5" in section.paragraphs[-1]
+    assert not section.charts and "of 7 bytes, this model has 5" in paragraphs(section)[-1]
 
 
 def test_an_evaluation_of_another_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def minds(e: Evaluation, *dense: str) -> list[str]:
         subject = Subject(tmp_path / "small", 5, dense or ("dense",))
-        return [p for p in perplexity_section([e], "", subject).paragraphs if p.startswith("Mind: ")]
+        return [p for p in paragraphs(perplexity_section([e], "", subject)) if p.startswith("Note: ")]
 
     monkeypatch.chdir(tmp_path)
     for name in ("small", "./small", "../" + tmp_path.name + "/small", str(tmp_path / "small")):
         assert not minds(Evaluation(2.0, name, True, bytes_on_disk=5))
     for name in ("other", "/nowhere/small", "~nobody/small", "owner/small", "x" * 300, "builtin:nothing"):
         (said,) = minds(Evaluation(2.0, name, True, bytes_on_disk=5))
-        assert f"the evaluation is of {name}, which from here is not the folder of this model" in said
+        assert f"the evaluation is of {name}, which is not the folder of this model" in said
     for name in ("dense", "./dense", str(tmp_path / "dense")):
         assert not minds(Evaluation(2.0, name, False))
         assert not minds(Evaluation(2.0, name, False), "builtin:old", "dense")
     (said,) = minds(Evaluation(2.0, "second", False), "dense", "")
-    assert said == "Mind: the dense figure is of second, this model was compressed from dense."
+    assert said == "Note: the dense figure is of second, this model was compressed from dense."
 
 
 # --- comparing
@@ -174,7 +177,7 @@ def test_compare_takes_one_figure_of_a_model(small: Path, source: Path, copy: Pa
 def test_compare_notes_a_dense_figure_of_another_model(small: Path, source: Path, copy: Path) -> None:
     found = compare([small, copy], [Evaluation(2.0, "another", False)])
     assert found.notes == (
-        f"Mind: the dense figure is of another; what is compared was compressed from {source}.",
+        f"Note: the dense figure is of another; the models were compressed from {source}.",
     )
     assert found.to_dict()["notes"] == found.notes and found.dense_perplexity == 2.0
     assert not compare([small, copy], [Evaluation(2.0, str(source), False)]).notes
@@ -209,29 +212,31 @@ def test_short_kinds() -> None:
     assert short_kinds([]) == [] and short_kinds(["a", "a"]) == ["a", "a"]
 
 
+def heat_map(grid: Grid, kinds: list[str]) -> list[str]:
+    return [picture(panel, "h") for panel in heat_panels(grid, kinds, "nmse")]
+
+
 def test_a_heat_map_of_many_kinds_is_cut() -> None:
     kinds = [f"kind{n}" for n in range(17)]
-    pictures = heat_map("h", [[0.1 * n + 0.01 for n in range(17)], [None] * 17], kinds, "nmse")
+    pictures = heat_map([[0.1 * n + 0.01 for n in range(17)], [None] * 17], kinds)
     assert len(pictures) == 3 and "kind16" in pictures[2] and "–" in pictures[0]
-    assert heat_map("h", [[None]], ["kind"], "nmse") == []
-    assert "nmse, thousandths" in heat_map("h", [[5e-4, 0.2]], ["a", "b"], "nmse")[0]
-    assert heat_map("h", [[0.0, 0.0]], ["a", "b"], "nmse") and heat_map(
-        "h", [[1e-5, 1.0]], ["a", "b"], "nmse"
-    )
+    assert heat_map([[None]], ["kind"]) == []
+    assert "nmse, thousandths" in heat_map([[5e-4, 0.2]], ["a", "b"])[0]
+    assert heat_map([[0.0, 0.0]], ["a", "b"]) and heat_map([[1e-5, 1.0]], ["a", "b"])
 
 
 def test_a_scale_of_colours_says_how_it_runs() -> None:
-    (linear,) = heat_map("h", [[0.5, 0.9]], ["a", "b"], "nmse")
+    (linear,) = heat_map([[0.5, 0.9]], ["a", "b"])
     assert "logarithmic" not in linear
     assert all(f">{tick}<" in linear for tick in ("0.50", "0.60", "0.70", "0.80", "0.90"))
-    (wide,) = heat_map("h", [[0.01, 100.0]], ["a", "b"], "nmse")
+    (wide,) = heat_map([[0.01, 100.0]], ["a", "b"])
     assert "nmse; logarithmic scale" in wide
     assert all(f">{tick}<" in wide for tick in ("0.010", "0.10", "1.0", "10", "100"))
 
 
 def test_a_histogram_has_axes() -> None:
-    picture = histogram("h", [-1.0, 0.0, 1.0], [0.25, 0.75], [0.5, 0.5])
-    assert ">weight<" in picture and ">share in a bin<" in picture and ">40 %<" in picture
+    drawn = picture(Histogram([-1.0, 0.0, 1.0], [0.25, 0.75], [0.5, 0.5]), "h")
+    assert ">weight<" in drawn and ">share in a bin<" in drawn and ">40 %<" in drawn
 
 
 def test_tables_know_how_wide_they_are() -> None:
@@ -247,9 +252,9 @@ def test_tables_know_how_wide_they_are() -> None:
 
 
 def test_text_in_a_picture_is_text() -> None:
-    picture = bars("b", ["<script>$x$</script>"], [0.0], ["a & b"])
-    assert "&lt;script&gt;$x$&lt;/script&gt;" in picture and "a &amp; b" in picture
-    assert "var(--first)" in picture and "#0102" not in picture
+    drawn = picture(Bars(["<script>$x$</script>"], [0.0], ["a & b"]), "b")
+    assert "&lt;script&gt;$x$&lt;/script&gt;" in drawn and "a &amp; b" in drawn
+    assert "var(--first)" in drawn and "#0102" not in drawn
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
@@ -321,6 +326,6 @@ def test_a_write_that_fails_leaves_nothing(
     (tmp_path / "x.html").write_text("before")
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OutputError, match=words):
-        write_whole(tmp_path / "x.html", b"after")
+        write_atomically(tmp_path / "x.html", b"after")
     assert [p.name for p in tmp_path.iterdir()] == ["x.html"]
     assert (tmp_path / "x.html").read_text() == "before"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from itertools import pairwise
@@ -17,17 +18,19 @@ from pocketllm.errors import (
     FormatError,
     SourceError,
 )
-from pocketllm.report import weights
-from pocketllm.report.collect import block_of, mean, read_model
+from pocketllm.report import weight_distributions
+from pocketllm.report.codebook_usage import codebooks_section, count_usage
 from pocketllm.report.command import Command
-from pocketllm.report.making import making_section
+from pocketllm.report.model_facts import AdapterFacts, block_of, mean, read_model
+from pocketllm.report.recipe import recipe_section
+from pocketllm.report.rendering import render_section
 from pocketllm.report.sections import error_section
-from pocketllm.report.use import count_use, use_section
-from pocketllm.report.weights import compare_weights
+from pocketllm.report.weight_distributions import compare_weights
 from pocketllm.runtime.decode import Matrices
 from pocketllm.source import builtin
 from pocketllm.source.dense_checkpoint import resolve_local
 from tests import tiny
+from tests.reports import paragraphs
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -58,7 +61,7 @@ def test_matrices_on_a_trellis(source_of_codebook: str, source: Path, tmp_path: 
     expected, _ = pocketllm.load(tmp_path / "out", dtype=torch.float32)
     matrices, model = Matrices.open(tmp_path / "out"), read_model(tmp_path / "out")
     assert all(torch.equal(matrices.read(n), expected.get_parameter(n)) for n in matrices.names())
-    assert model.matrices[-1].stride > 0 and sum(use.covered[-1] for use in count_use(model)) > 0
+    assert model.matrices[-1].stride > 0 and sum(usage.covered[-1] for usage in count_usage(model)) > 0
     assert error_section(model).tables[-1].headers[4] == "stride"
 
 
@@ -119,18 +122,48 @@ def test_new_keys_and_missing_values_do_no_harm(copy: Path) -> None:
     edit(copy, change)
     model = read_model(copy)
     section = error_section(model)
-    assert not section.charts and "without calibration" in section.paragraphs[1]
-    section = use_section(model, [])
+    assert not section.charts and "without calibration" in paragraphs(section)[1]
+    section = codebooks_section(model, [])
     assert not section.charts and section.tables
-    assert len(making_section(model, Command()).tables) == 1
+    assert len(recipe_section(model, Command(), Command()).tables) == 1
 
 
 def test_fine_tuning_is_told(copy: Path) -> None:
     edit(copy, lambda values: values.update(recover={"steps": 3, "loss": {"kl": 0.5}}))
-    section = making_section(read_model(copy, check=False), Command("command", ("depth",)))
+    section = recipe_section(read_model(copy, check=False), Command("command", ("depth",)), Command())
     table = next(t for t in section.tables if t.caption == "Fine-tuning")
     assert list(table.rows) == [("steps", "3"), ("loss.kl", "0.5")]
-    assert "leaves out: depth" in section.paragraphs[1] and "fine-tuned" in section.paragraphs[2]
+    assert (
+        "missing from the command below: depth" in paragraphs(section)[1]
+        and "fine-tuned" in paragraphs(section)[2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "training", "words"),
+    [
+        ("a", "b", ["The commands that make it again, the model and then the adapter:"]),
+        (
+            "a",
+            "",
+            ["does not know the settings that it was trained with.", "The command that makes it again:"],
+        ),
+        ("", "b", ["does not know its settings;", "The command that makes the adapter again:"]),
+        ("", "", ["does not know the settings that it was trained with.", "does not know its settings;"]),
+    ],
+)
+def test_commands_that_are_known_are_introduced(
+    command: str, training: str, words: list[str], small: Path, tmp_path: Path
+) -> None:
+    adapter = AdapterFacts(tmp_path / "tuned", bytes=5, settings={}, record={"config": {"rank": 4}})
+    model = dataclasses.replace(read_model(small, check=False), adapter=adapter)
+    section = recipe_section(model, Command(command), Command(training, ("loop.warmup",)))
+    said = paragraphs(section)
+    assert said[1] == "The adapter tuned was trained on it afterwards; the compressed model was not changed."
+    found = [word for word in words if not any(word in text for text in said)]
+    assert not found and ("missing from its command: loop.warmup" in " ".join(said)) == bool(training)
+    assert render_section(section).count("<pre>") == bool(command) + bool(training)
+    assert len(said) == 2 + len(words) + bool(training)
 
 
 @pytest.mark.parametrize(
@@ -159,17 +192,19 @@ def test_a_dense_model_is_no_compressed_one(source: Path) -> None:
 def test_use_is_counted_in_the_indices(source: Path, tmp_path: Path) -> None:
     pocketllm.compress(source, tiny.settings(codebook_scope="matrix"), tmp_path / "out")
     model = read_model(tmp_path / "out")
-    uses = count_use(model)
-    assert len(uses) == len(model.matrices)
-    for use in uses:
-        matrix = next(m for m in model.matrices if m.codebook == use.codebook)
-        assert use.used == pytest.approx(matrix.utilization, rel=1e-5)
-        assert use.covered[0] == 0 and use.covered[-1] == pytest.approx(1)
-        steps = [b - a for a, b in pairwise(use.covered)]
-        assert all(b <= a + 1e-12 for a, b in pairwise(steps)) and use.covered[50] >= 0.5
-    section = use_section(model, uses)
+    usages = count_usage(model)
+    assert len(usages) == len(model.matrices)
+    for usage in usages:
+        matrix = next(m for m in model.matrices if m.codebook == usage.codebook)
+        assert usage.used == pytest.approx(matrix.utilization, rel=1e-5)
+        assert usage.covered[0] == 0 and usage.covered[-1] == pytest.approx(1)
+        steps = [b - a for a, b in pairwise(usage.covered)]
+        assert all(b <= a + 1e-12 for a, b in pairwise(steps)) and usage.covered[50] >= 0.5
+    section = codebooks_section(model, usages)
     assert [len(chart.table.rows) for chart in section.charts] == [15, 11]
-    assert "Heat map" in section.charts[0].description and "Of 15 codebooks" in section.charts[1].note
+    page = render_section(section)
+    assert 'aria-label="Heat map of codewords in use' in page and "<p>Counted in" in page
+    assert "Of 15 codebooks: " in page.split("evenness-caption", 1)[1]
 
 
 # --- weights
@@ -190,7 +225,7 @@ def test_distributions(small: Path, source: Path) -> None:
     weights = torch.cat(
         [t.flatten() for n, t in load_file(source / "model.safetensors").items() if "up_proj" in n]
     )
-    moments = up.moments[0]
+    moments = up.moments["original"]
     assert moments.count == len(weights) and moments.largest == float(weights.abs().max())
     assert moments.rms == pytest.approx(float(weights.double().square().mean().sqrt()))
     fourth = float((weights.double() ** 4).mean())
@@ -207,12 +242,14 @@ def test_the_bins_are_those_of_all_matrices(small: Path, monkeypatch: pytest.Mon
 
     pretended: Any = Pretended()
     names = ["first", "second", "third"]
-    found = weights._distribution("kind", names, 3, pretended, pretended, lambda number, name: None)
-    rms = found.moments[0].rms
-    assert found.edges[-1] == pytest.approx(weights.WIDTH * rms) and rms == pytest.approx(
+    found = weight_distributions._distribution(
+        "kind", names, of=3, source=pretended, decoded=pretended, progress=lambda name: None
+    )
+    rms = found.moments["original"].rms
+    assert found.edges[-1] == pytest.approx(weight_distributions.WIDTH * rms) and rms == pytest.approx(
         (2 / 3) ** 0.5, rel=0.05
     )
-    assert found.moments[0].count == found.moments[1].count == 3 * 2000
+    assert found.moments["original"].count == found.moments["decoded"].count == 3 * 2000
     assert found.original[0] + found.original[-1] < 0.01
     assert found.nmse == dict.fromkeys(names, 0.0)
 

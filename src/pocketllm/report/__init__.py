@@ -1,15 +1,15 @@
-"""Pictures of compressed models: one HTML file about a model, or a table and a picture of several."""
+"""Reports about compressed models: one HTML file about a model, or a table and a picture of several."""
 
 from __future__ import annotations
 
-from pocketllm.report.charts import short
-from pocketllm.report.collect import MatrixFacts, ModelFacts, block_of, read_model
-from pocketllm.report.compare import Compared, Comparison, base_of, compare
+from pocketllm.report.comparison import Compared, Comparison, base_of, compare
+from pocketllm.report.comparison_plot import check_picture, draw, save_picture
 from pocketllm.report.evaluations import Evaluation, read_evaluations
-from pocketllm.report.files import only_read
-from pocketllm.report.html import Page, check_html, default_output, html_report
-from pocketllm.report.picture import check_picture, draw, save_picture
+from pocketllm.report.html_page import Page, check_html, default_output, html_report
+from pocketllm.report.model_facts import MatrixFacts, ModelFacts, block_of, read_model
+from pocketllm.report.output_files import only_read
 from pocketllm.report.svg import drawing, need_matplotlib
+from pocketllm.report.tables import short
 
 __all__ = [
     "Compared",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,12 @@ from pocketllm.source import resolve_local
 
 _OUTPUT = "the output of 'pocketllm eval --json'"
 
+Setting = tuple[str, int, int, int]  # text, context, windows, tokens
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One measured perplexity and what it was measured on. windows, tokens: 0 where it is not said."""
+    """One measured perplexity and what it was measured on. windows, tokens: 0 if unknown."""
 
     perplexity: float
     model: str
@@ -31,37 +35,32 @@ class Evaluation:
     adapter: str = ""
 
     @property
-    def setting(self) -> tuple[str, int, int, int]:
+    def setting(self) -> Setting:
         """Two perplexities may be compared only if this is the same."""
         return Path(self.text).name, self.context, self.windows, self.tokens
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "evaluation") -> Evaluation:
-        """From the JSON of `pocketllm eval`; keys it does not know are left out.
+        """From the JSON of `pocketllm eval`; unknown keys are ignored.
 
         Raises:
-            SourceError: a key that is needed is missing, or one is of another type; names it.
+            SourceError: a required key is missing, or one is of another type; names it.
         """
         known = {key: values[key] for key in cls.__dataclass_fields__ if values.get(key) is not None}
-        for key in _FIELDS:
-            needed = key in ("perplexity", "model", "compressed")
-            what, fits = _FIELDS[key]
-            if (needed or key in known) and not fits(known.get(key)):
+        for key, (wanted, fits) in _FIELDS.items():
+            required = key in ("perplexity", "model", "compressed")
+            if (required or key in known) and not fits(known.get(key)):
                 got = repr(values.get(key))
                 got = got if len(got) <= 60 else f"{got[:60]}…"
-                raise SourceError(f"{where}: {key} is {got}, wanted {what}, as in {_OUTPUT}")
+                raise SourceError(f"{where}: {key} is {got}, wanted {wanted}, as in {_OUTPUT}")
         return cls(**known)
 
 
 def _is_perplexity(value: Any) -> bool:
-    """Above 0; one that is not finite is shown as it is. An integer that no float holds is none."""
+    """Above 0, perhaps not finite; an integer must fit a float."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         return False
-    try:
-        float(value)
-    except OverflowError:
-        return False
-    return True
+    return isinstance(value, float) or value <= sys.float_info.max
 
 
 def _is_count(value: Any) -> bool:
@@ -69,14 +68,8 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """A string that can be written, and be the name of a file."""
-    if not isinstance(value, str) or "\0" in value:
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a pair, which JSON can hold
-        return False
-    return True
+    """A string that can be encoded, and be the name of a file: no zero, no half of a pair, which JSON can hold."""
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
 _COUNT = ("an integer from 0 on", _is_count)
@@ -85,13 +78,8 @@ _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "perplexity": ("a number above 0", _is_perplexity),
     "model": _TEXT,
     "compressed": ("true or false", lambda value: isinstance(value, bool)),
-    "text": _TEXT,
-    "context": _COUNT,
-    "windows": _COUNT,
-    "tokens": _COUNT,
-    "dtype": _TEXT,
-    "bytes_on_disk": _COUNT,
-    "adapter": _TEXT,
+    **dict.fromkeys(("text", "dtype", "adapter"), _TEXT),
+    **dict.fromkeys(("context", "windows", "tokens", "bytes_on_disk"), _COUNT),
 }
 
 
@@ -120,7 +108,7 @@ def read_evaluations(path: Path) -> list[Evaluation]:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names are of one model, as far as can be told here: they are alike, or lead to one place."""
+    """Whether two names are known to be of one model: they are equal, or lead to one place."""
     return one == other or _place(one) == _place(other)
 
 

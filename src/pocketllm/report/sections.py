@@ -1,221 +1,156 @@
-"""What a report says, part by part: text, charts and tables, without any HTML."""
+"""The sections of a page: title, charts and table columns. Their words are in `templates/NAME.html.j2`."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from pocketllm.report import charts
-from pocketllm.report.charts import Chart, Table, short
-from pocketllm.report.collect import MatrixFacts, ModelFacts, mean
-
-Value = Callable[[MatrixFacts], float | None]
+from pocketllm.report.charts import Bars, Chart, Histogram
+from pocketllm.report.heat_map import heat_chart
+from pocketllm.report.model_facts import MatrixFacts, ModelFacts, grouped, mean
+from pocketllm.report.tables import Columns, Table, megabytes, percent, short, thousands
+from pocketllm.report.weight_distributions import WIDTH, Distribution, Moments, Weights
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page. absent: why there is nothing to show. commands: for a shell, shown as such."""
+    """One part of the page.
+
+    name: of its template and anchor. values: what the template needs. absent: why there is nothing to show.
+    """
 
     name: str
     title: str
-    paragraphs: list[str] = field(default_factory=list)
-    charts: list[Chart] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    commands: tuple[str, ...] = ()
+    charts: Sequence[Chart] = ()
+    tables: Sequence[Table] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
     absent: str = ""
 
 
-def megabytes(nbytes: float) -> str:
-    """Bytes as MB (10^6), or kB where that says more."""
-    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:,.1f} kB"
-
-
-def of_the_base(model: ModelFacts, what: str) -> list[str]:
-    """A paragraph that says what is shown without the adapter; none where there is no adapter.
-
-    Args:
-        what: is shown, with its verb.
-    """
-    if model.adapter is None:
-        return []
-    return [f"{what} of the base alone: the adapter changes what is computed, not what is coded."]
+ERRORS: Columns[MatrixFacts] = {
+    "bits per weight": lambda m: short(m.bpw),
+    "nmse": lambda m: short(m.nmse),
+    "proxy error": lambda m: short(m.proxy_error),
+}
+MATRIX: Columns[MatrixFacts] = {
+    "matrix": lambda m: m.name,
+    "shape": lambda m: " × ".join(map(str, m.shape)),
+    "d": lambda m: str(m.vector_len or "–"),
+    "K": lambda m: str(m.codebook_size or "–"),
+    "stride": lambda m: str(m.stride or "–"),
+    "codebook": lambda m: str(m.codebook),
+    **ERRORS,
+    "used": lambda m: percent(m.utilization),
+}
+KIND: Columns[Sequence[MatrixFacts]] = {
+    "kind": lambda group: group[0].kind,
+    "matrices": lambda group: str(len(group)),
+    "weights": lambda group: thousands(sum(m.weights for m in group)),
+    "d": lambda group: _distinct(m.vector_len for m in group),
+    "K": lambda group: _distinct(m.codebook_size for m in group),
+    "bits per weight": lambda group: short(mean(group, lambda m: m.bpw)),
+    "nmse": lambda group: short(mean(group, lambda m: m.nmse)),
+    "proxy error": lambda group: short(mean(group, lambda m: m.proxy_error)),
+}
+MOMENTS: Columns[tuple[Distribution, str, Moments]] = {
+    "kind": lambda row: row[0].kind,
+    "weights": lambda row: row[1],
+    "matrices": lambda row: f"{len(row[0].nmse)} of {row[0].of}",
+    "mean": lambda row: short(row[2].mean),
+    "rms": lambda row: short(row[2].rms),
+    "largest": lambda row: short(row[2].largest),
+    "kurtosis": lambda row: short(row[2].kurtosis),
+    "nmse found": lambda row: short(row[0].mean_nmse if row[1] == "decoded" else None),
+}
 
 
 def size_section(model: ModelFacts) -> Section:
     """Bytes on disk by part."""
-    report = model.report
-    total = report["bytes_on_disk"]
-    parts = {part.replace("_", " "): int(n) for part, n in report["bytes_by_part"].items()}
-    shown = sorted(((n, part) for part, n in parts.items() if n), reverse=True)
+    total = model.report["bytes_on_disk"]
+    parts = {part.replace("_", " "): int(n) for part, n in model.report["bytes_by_part"].items()}
     shares = {part: f"{n / max(1, total):.1%}" for part, n in parts.items()}
-    picture = charts.bars(
-        "size",
-        [part for _, part in shown],
-        [float(n) for n, _ in shown],
-        [f"{megabytes(n)}, {shares[part]}" for n, part in shown],
+    shown = [part for n, part in sorted(((n, part) for part, n in parts.items() if n), reverse=True)]
+    bars = Bars(
+        labels=shown,
+        values=[float(parts[part]) for part in shown],
+        notes=[f"{megabytes(parts[part])}, {shares[part]}" for part in shown],
     )
-    largest = f"the largest is {shown[0][1]} with {shares[shown[0][1]]}" if shown else "none has any bytes"
-    table = Table(
-        "Bytes on disk by part",
-        ("part", "bytes", "share"),
-        [(part, f"{n:,}", shares[part]) for part, n in parts.items()] + [("all files", f"{total:,}", "100%")],
-    )
-    description = f"Bar chart of {len(shown)} parts; {largest}."
-    dense = report["dense_model_bytes_bf16"]
-    return Section(
-        "size",
-        "Size by part",
-        [
-            f"All files together have {total:,} bytes ({megabytes(total)}); the dense weights in bf16 alone "
-            f"would have {dense:,} ({megabytes(dense)}).",
-            "Dense are the tensors that were not compressed, headers the descriptions in the weight files, "
-            "config.json and pocketllm.json; other files are the tokenizer and the like.",
-            *_counted(model),
-        ],
-        [Chart("size", "Bytes on disk", description, [picture], table)],
-    )
-
-
-def _counted(model: ModelFacts) -> list[str]:
-    """That the adapter is counted, where there is one."""
-    if model.adapter is None:
-        return []
-    base = model.report["bytes_on_disk"] - model.adapter.bytes
-    return [
-        f"The adapter {model.adapter.name} is counted with every file of its folder, {model.adapter.bytes:,} bytes "
-        f"beside the {base:,} of the base; so it is in the ratios and the bits per weight."
-    ]
-
-
-def heat_chart(model: ModelFacts, name: str, title: str, unit: str, value: Value) -> Chart | None:
-    """Depth × kind; None where no matrix in a block has the value."""
-    grid = model.grid(value)
-    pictures = charts.heat_map(f"heat-{name}", grid, model.kinds, unit)
-    if not pictures:
-        return None
-    table = Table(
-        f"{title}, by block and kind",
-        ("block", *model.kinds),
-        [(str(block), *(short(cell) for cell in row)) for block, row in enumerate(grid)],
-    )
-    cells = [
-        (cell, block, kind)
-        for block, row in enumerate(grid)
-        for kind, cell in zip(model.kinds, row, strict=True)
-        if cell is not None
-    ]
-    (low, low_block, low_kind), (high, high_block, high_kind) = min(cells), max(cells)
-    description = (
-        f"Heat map of {unit} over {model.blocks} blocks and {len(model.kinds)} kinds of matrices. "
-        f"The least is {short(low)} ({low_kind}, block {low_block}), "
-        f"the most {short(high)} ({high_kind}, block {high_block})."
-    )
-    return Chart(name, title, description, pictures, table)
+    rows = [(part, thousands(n), shares[part]) for part, n in parts.items()]
+    rows.append(("all files", thousands(total), "100%"))
+    table = Table("Bytes on disk by part", ("part", "bytes", "share"), rows)
+    chart = Chart("size", "Bytes on disk", {"size": bars}, table, {"parts": shown, "shares": shares})
+    return Section("size", "Size by part", charts=[chart], values={"model": model})
 
 
 def bits_section(model: ModelFacts) -> Section:
     """Bits per weight over depth and kind."""
-    report = model.report
-    chart = heat_chart(model, "bpw", "Bits per weight", "bits per weight", lambda m: m.bpw)
-    return Section(
-        "bits",
-        "Bits per weight",
-        [
-            f"{short(report['bpw_matrices'])} bits per weight over all compressed matrices, "
-            f"{short(report['bpw_blocks'])} over those in the blocks, {short(report['bpw_all'])} over every "
-            "parameter. Everything stored is counted: indices, scales, and a matrix's share of its codebook "
-            f"and decoder{', and the adapter, which serves all' if model.adapter else ''}. A dash marks what is not "
-            "compressed.",
-            *of_the_base(model, "The bits of single matrices and kinds are"),
-        ],
-        [chart] if chart else [],
-        [kinds_table(model)],
+    chart = heat_chart(
+        model, name="bpw", title="Bits per weight", unit="bits per weight", value=lambda m: m.bpw
     )
-
-
-def kinds_table(model: ModelFacts) -> Table:
-    """One row for each kind of matrix, those outside the blocks included."""
-    kinds: dict[str, list[MatrixFacts]] = defaultdict(list)
-    for matrix in model.matrices:
-        kinds[matrix.kind].append(matrix)
-    rows = [
-        (
-            kind,
-            str(len(members)),
-            f"{sum(m.weights for m in members):,}",
-            _several(m.vector_len for m in members),
-            _several(m.codebook_size for m in members),
-            short(mean(members, lambda m: m.bpw)),
-            short(mean(members, lambda m: m.nmse)),
-            short(mean(members, lambda m: m.proxy_error)),
-        )
-        for kind, members in kinds.items()
-    ]
-    headers = ("kind", "matrices", "weights", "d", "K", "bits per weight", "nmse", "proxy error")
-    return Table("By kind of matrix; means are weighted by size", headers, rows)
+    kinds = grouped(model.matrices, lambda m: m.kind).values()
+    table = Table.of("By kind of matrix; means are weighted by size", KIND, kinds)
+    return Section("bits", "Bits per weight", charts=_known(chart), tables=[table], values={"model": model})
 
 
 def error_section(model: ModelFacts) -> Section:
     """nmse, and proxy_error where the model was calibrated."""
-    found = [
-        heat_chart(model, "nmse", "Error of the weights", "nmse", lambda m: m.nmse),
-        heat_chart(model, "proxy", "Error of the outputs", "proxy error", lambda m: m.proxy_error),
-    ]
-    paragraphs = [
-        "nmse is the squared error of the weights over their squared size: 0 is perfect, 1 is as bad as all "
-        "zeros."
-    ]
-    if found[1] is not None:
-        paragraphs.append(
-            "The proxy error is the same for what a layer puts out on the calibration text, the error that "
-            "the model feels."
-        )
-    else:
-        paragraphs.append("There is no proxy error: the model was compressed without calibration.")
-    paragraphs += of_the_base(model, "These errors are")
-    outside = [(m.name, short(m.bpw), short(m.nmse), short(m.proxy_error)) for m in model.outside]
-    headers = ("matrix", "bits per weight", "nmse", "proxy error")
-    tables = [Table("Outside the blocks", headers, outside)] if outside else []
-    return Section("errors", "Errors", paragraphs, [c for c in found if c], [*tables, _every_matrix(model)])
-
-
-def _every_matrix(model: ModelFacts) -> Table:
-    rows = [
-        (
-            m.name,
-            " × ".join(map(str, m.shape)),
-            str(m.vector_len or "–"),
-            str(m.codebook_size or "–"),
-            str(m.stride or "–"),
-            str(m.codebook),
-            short(m.bpw),
-            short(m.nmse),
-            short(m.proxy_error),
-            percent(m.utilization),
-        )
-        for m in model.matrices
-    ]
-    headers = (
-        "matrix",
-        "shape",
-        "d",
-        "K",
-        "stride",
-        "codebook",
-        "bits per weight",
-        "nmse",
-        "proxy error",
-        "used",
+    nmse = heat_chart(model, name="nmse", title="Error of the weights", unit="nmse", value=lambda m: m.nmse)
+    proxy = heat_chart(
+        model, name="proxy", title="Error of the outputs", unit="proxy error", value=lambda m: m.proxy_error
     )
-    return Table("Every compressed matrix", headers, rows)
+    outside = Table.of("Outside the blocks", {"matrix": lambda m: m.name, **ERRORS}, model.outside)
+    tables = [outside] if model.outside else []
+    tables.append(Table.of("Every compressed matrix", MATRIX, model.matrices))
+    values = {"model": model, "has_proxy": proxy is not None}
+    return Section("errors", "Errors", charts=_known(nmse, proxy), tables=tables, values=values)
 
 
-def _several(values: Any) -> str:
+def weights_section(model: ModelFacts, weights: Weights) -> Section:
+    """Original and decoded weights, kind by kind."""
+    title = "Distribution of the weights"
+    if weights.absent:
+        return Section("weights", title, absent=weights.absent)
+    charts = [_histogram(number, distribution) for number, distribution in enumerate(weights.kinds)]
+    rows = [(d, label, moments) for d in weights.kinds for label, moments in d.moments.items()]
+    table = Table.of("Figures of the distributions (the kurtosis of a Gaussian is 3)", MOMENTS, rows, words=2)
+    values = {
+        "model": model,
+        "weights": weights,
+        "width": f"{WIDTH:g}",
+        "seen": sum(len(d.nmse) for d in weights.kinds),
+        "total": sum(d.of for d in weights.kinds),
+    }
+    return Section("weights", title, charts=charts, tables=[table], values=values)
+
+
+def skipped_section(model: ModelFacts) -> Section:
+    """What was left dense or not stored, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for entry in model.report["skipped"]:
+        reasons.setdefault(str(entry.get("reason", "not said")), []).append(str(entry["name"]))
+    rows = [(reason, names[0], str(len(names))) for reason, names in reasons.items()]
+    table = Table("Not compressed, by reason", ("reason", "for example", "tensors"), rows, words=2)
+    return Section("dense", "Not compressed", tables=[table] if rows else [])
+
+
+def _histogram(number: int, distribution: Distribution) -> Chart:
+    d, name = distribution, f"weights-{number}"
+    centres = [(low + high) / 2 for low, high in pairwise(d.edges)]
+    rows = [
+        (short(centre), f"{original:.2%}", f"{decoded:.2%}")
+        for centre, original, decoded in zip(centres, d.original, d.decoded, strict=True)
+    ]
+    caption = f"{d.kind}: share of the weights in each bin"
+    table = Table(caption, ("centre of bin", "original", "decoded"), rows, words=0)
+    drawing = Histogram(d.edges, d.original, d.decoded)
+    return Chart(name, d.kind, {name: drawing}, table, {"distribution": d})
+
+
+def _known(*charts: Chart | None) -> list[Chart]:
+    return [chart for chart in charts if chart is not None]
+
+
+def _distinct(values: Iterable[int | None]) -> str:
     return ", ".join(str(value) for value in sorted({v for v in values if v is not None})) or "–"
-
-
-def percent(share: float | None) -> str:
-    """A share as per cent, or a dash."""
-    return "–" if share is None else f"{100 * share:.1f}%"

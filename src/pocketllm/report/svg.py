@@ -1,4 +1,4 @@
-"""matplotlib figures as SVG that may stand inside a page: its colours, its fonts, no id twice.
+"""matplotlib figures as SVG inside a page: with its colours, its fonts and unique ids.
 
 Charts are drawn in stand-in colours (`INK`, `MUTED`, …), which become CSS variables; so they follow the
 page's light or dark mode.
@@ -24,10 +24,10 @@ WIDTH = 330  # points; a phone of 360 pixels shows them about one to one
 
 
 def need_matplotlib(extra: str = "report") -> None:
-    """Refuse early where there is nothing to draw with.
+    """Check before any work that matplotlib is installed. Provisional.
 
     Args:
-        extra: the one to name that brings it.
+        extra: the extra to name, which installs it.
 
     Raises:
         ExtraError: matplotlib is not installed.
@@ -42,7 +42,7 @@ def need_matplotlib(extra: str = "report") -> None:
 
 @contextmanager
 def drawing(ink: str = INK, muted: str = MUTED) -> Iterator[None]:
-    """The settings that every picture is drawn under.
+    """The matplotlib settings of every picture. Provisional.
 
     Raises:
         ExtraError: matplotlib is not installed.
@@ -79,7 +79,7 @@ def new_figure(height: float) -> Figure:
 
 
 def inline(figure: Figure, name: str) -> str:
-    """The figure as the inside of a page: `<svg viewBox=…>` with ids that begin with `name`."""
+    """The figure as an element of a page: `<svg viewBox=…>` with ids that begin with `name`."""
     raw = io.BytesIO()
     figure.savefig(raw, format="svg", metadata={"Date": None, "Creator": None})
     text = raw.getvalue().decode()

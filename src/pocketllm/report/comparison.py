@@ -1,4 +1,4 @@
-"""Several compressed models side by side: sizes, errors, perplexities."""
+"""Sizes, errors and perplexities of several compressed models."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from typing import Any
 
 from pocketllm.errors import ConfigError
 from pocketllm.recover import check_adapter
-from pocketllm.report.collect import ModelFacts, mean, read_model, with_adapter
 from pocketllm.report.evaluations import Evaluation, same_model
+from pocketllm.report.model_facts import ModelFacts, mean, read_model, with_adapter
 
-_ALIKE = 1e-4  # two ways to measure one model, and other numbers of threads, round otherwise
+_SAME = 1e-4  # relative; ways to measure one model and numbers of threads differ in rounding
+
+_SIZES = ("bytes_on_disk", "ratio_files_bf16", "ratio_files_fp32", "bpw_matrices", "bpw_all")
+_SETTING = ("text", "context", "windows", "tokens")
+_Key = tuple[Path, Path | None]  # what an evaluation is of: model and adapter
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One model, perhaps with an adapter, whose bytes are counted in all sizes. ratio_files_*: whole folders.
+    """One model, perhaps with an adapter, whose bytes are counted in all sizes. ratio_files_*: of all files.
 
     nmse: mean by weights, nmse_blocks the same without embedding and head; proxy_error: mean by weights over
     the matrices that have one. None where there is none, or where perplexity was not measured; all three with an
@@ -42,9 +46,9 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models in the order given.
+    """Several compressed models, in the order given.
 
-    dense_perplexity: of the dense model in the same setting, if measured. notes: what to mind, in words.
+    dense_perplexity: of the dense model in the same setting, if measured. notes: caveats, in words.
     """
 
     models: tuple[Compared, ...]
@@ -64,12 +68,13 @@ def compare(
     progress: Callable[[float, str], None] = lambda share, detail: None,
     adapters: Sequence[str | Path] = (),
 ) -> Comparison:
-    """Read several compressed models.
+    """Compare the sizes, errors and perplexities of several compressed models.
 
     Args:
-        folders: the compressed models. evaluations: of these folders and of their dense model, all in one
-            setting. check: compare every file with its checksum. progress: finished share, folder at work.
-        adapters: trained on models among the folders; each gives a row of its own after its base.
+        folders: the compressed models. check: compare every file with its checksum.
+        evaluations: of these folders and of their dense model, all in one setting.
+        progress: called with the finished share and the folder in progress.
+        adapters: trained on models among the folders; each adds a row after its base.
 
     Raises:
         FormatError: one is not a compressed model, or damaged; or not an adapter.
@@ -87,24 +92,23 @@ def compare(
     for path, place in zip(paths, places, strict=True):
         if places.count(place) > 1:
             raise ConfigError(f"{path}: given twice; name every model once")
-    added = [(path, Path(adapter)) for adapter in adapters for path in [base_of(Path(adapter), paths)]]
-    perplexities, dense = _by_place(
-        [_key(path, adapter) for path, adapter in [*((path, None) for path in paths), *added]], evaluations
-    )
-    names = _names(paths)
+    bases: dict[Path, list[Path | None]] = {path: [None] for path in paths}
+    for adapter in map(Path, adapters):
+        bases[base_of(adapter, paths)].append(adapter)
+    keys = [_key(path, adapter) for path, added in bases.items() for adapter in added]
+    perplexities, dense = _perplexities(keys, evaluations)
     rows = []
-    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+    for number, (path, added) in enumerate(bases.items()):
         progress(number / len(paths), str(path))
-        model = read_model(path, check)
-        for adapter in (None, *(adapter for base, adapter in added if base == path)):
-            rows.append(_row(model, name, adapter, perplexities.get(_key(path, adapter))))
+        model, name = read_model(path, check), _name(path, paths)
+        rows += [_row(model, name, adapter, perplexities.get(_key(path, adapter))) for adapter in added]
     progress(1.0, "")
-    setting = None
-    if evaluations:
-        text, context, windows, tokens = evaluations[0].setting
-        setting = {"text": text, "context": context, "windows": windows, "tokens": tokens}
-    figure = None if dense is None else dense.perplexity
-    return Comparison(tuple(rows), figure, setting, _notes(dense, [row.model for row in rows]))
+    return Comparison(
+        models=tuple(rows),
+        dense_perplexity=None if dense is None else dense.perplexity,
+        setting=dict(zip(_SETTING, evaluations[0].setting, strict=True)) if evaluations else None,
+        notes=_notes(dense, [row.model for row in rows]),
+    )
 
 
 def _notes(dense: Evaluation | None, sources: Sequence[str]) -> tuple[str, ...]:
@@ -112,19 +116,15 @@ def _notes(dense: Evaluation | None, sources: Sequence[str]) -> tuple[str, ...]:
     if dense is None or any(same_model(dense.model, source) for source in sources):
         return ()
     named = ", ".join(dict.fromkeys(sources))
-    return (f"Mind: the dense figure is of {dense.model}; what is compared was compressed from {named}.",)
-
-
-_Key = tuple[Path, Path | None]
+    return (f"Note: the dense figure is of {dense.model}; the models were compressed from {named}.",)
 
 
 def _key(folder: Path, adapter: Path | None) -> _Key:
-    """What an evaluation is of."""
     return folder.resolve(), adapter and adapter.resolve()
 
 
 def base_of(adapter: Path, folders: Sequence[Path]) -> Path:
-    """The folder that an adapter was trained on.
+    """The folder that an adapter was trained on. Provisional.
 
     Raises:
         FormatError: not an adapter. ConfigError: none of the folders.
@@ -140,7 +140,7 @@ def base_of(adapter: Path, folders: Sequence[Path]) -> Path:
     raise ConfigError(f"{adapter}: an adapter of none of the models to compare; {problems[0]}")
 
 
-def _by_place(
+def _perplexities(
     keys: Sequence[_Key], evaluations: Sequence[Evaluation]
 ) -> tuple[dict[_Key, float], Evaluation | None]:
     """(model -> perplexity, the dense model's evaluation)."""
@@ -154,21 +154,21 @@ def _by_place(
             )
         if not e.compressed:
             if dense is not None:
-                _check_alike(dense, e, same_model(dense.model, e.model))
+                _check_equal(dense, e, same_model(dense.model, e.model))
             dense = dense or e
             continue
         key = _key(Path(e.model), Path(e.adapter) if e.adapter else None)
         if key not in keys:
             what = f"{e.model} with {e.adapter}" if e.adapter else e.model
             raise ConfigError(f"{what}: there is an evaluation of it, but it is not among the models")
-        _check_alike(found.setdefault(key, e), e)
+        _check_equal(found.setdefault(key, e), e)
     return {key: e.perplexity for key, e in found.items()}, dense
 
 
-def _check_alike(first: Evaluation, second: Evaluation, one_model: bool = True) -> None:
+def _check_equal(first: Evaluation, second: Evaluation, one_model: bool = True) -> None:
     """Raises ConfigError where only one of two figures can be the model's."""
     a, b = first.perplexity, second.perplexity
-    if one_model and (first == second or math.isclose(a, b, rel_tol=_ALIKE)):
+    if one_model and (first == second or math.isclose(a, b, rel_tol=_SAME)):
         return
     what = "the same model" if one_model else "one dense model"
     dtypes = [f", {e.dtype}" if e.dtype else "" for e in (first, second)]
@@ -178,31 +178,25 @@ def _check_alike(first: Evaluation, second: Evaluation, one_model: bool = True) 
     )
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Folder names; the whole path where two are alike."""
-    short_names = [path.resolve().name for path in paths]
-    return [
-        name if short_names.count(name) == 1 else str(path)
-        for path, name in zip(paths, short_names, strict=True)
-    ]
+def _name(path: Path, paths: Sequence[Path]) -> str:
+    """The folder's name; the full path where another folder has the same name."""
+    name = path.resolve().name
+    return name if [other.resolve().name for other in paths].count(name) == 1 else str(path)
 
 
 def _row(model: ModelFacts, name: str, adapter: Path | None, perplexity: float | None) -> Compared:
     report = (model if adapter is None else with_adapter(model, adapter)).report
-    coded = model.matrices if adapter is None else ()  # what an adapter adds, no error of coding tells of
-    blocks = [m for m in coded if m.block is not None]
+    encoded = model.matrices if adapter is None else ()  # their errors do not include what an adapter adds
+    blocks = [m for m in encoded if m.block is not None]
+    calibrated = [m for m in encoded if m.proxy_error is not None]
     return Compared(
         name=name if adapter is None else f"{name} + {adapter.resolve().name}",
         adapter=str(adapter or ""),
         folder=str(model.folder),
         model=str(report["model"]),
-        bytes_on_disk=report["bytes_on_disk"],
-        ratio_files_bf16=report["ratio_files_bf16"],
-        ratio_files_fp32=report["ratio_files_fp32"],
-        bpw_matrices=report["bpw_matrices"],
-        bpw_all=report["bpw_all"],
-        nmse=mean(coded, lambda m: m.nmse),
+        **{key: report[key] for key in _SIZES},
+        nmse=mean(encoded, lambda m: m.nmse),
         nmse_blocks=mean(blocks, lambda m: m.nmse),
-        proxy_error=mean([m for m in coded if m.proxy_error is not None], lambda m: m.proxy_error),
+        proxy_error=mean(calibrated, lambda m: m.proxy_error),
         perplexity=perplexity,
     )

@@ -1,4 +1,4 @@
-"""What is known of a compressed model, from its own files alone: `pocketllm.json` and `config.json`."""
+"""What is stored about a compressed model, in `pocketllm.json` and `config.json`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pocketllm.errors import FormatError
 from pocketllm.format import (
@@ -23,12 +23,13 @@ from pocketllm.format import (
 from pocketllm.recover import check_adapter, read_record
 
 PER_KIND = 8  # matrices of a kind that are decoded, spread over the depth
+K = TypeVar("K")
 _BLOCK = re.compile(r"^.*?\.(\d+)\..+$")
 
 
 @dataclass(frozen=True)
 class MatrixFacts:
-    """One compressed matrix; None stands for what the report does not say.
+    """One compressed matrix; None where the report does not say. Provisional.
 
     block: its number, None outside the blocks (embedding, head). codebook, decoder: numbers in the store.
     stride: bits that each index adds on a trellis, 0 for independent indices.
@@ -70,9 +71,10 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A compressed model. blocks: how many the model has.
+    """A compressed model and perhaps an adapter trained on it. Provisional.
 
-    report: the JSON as stored; with an adapter, its bytes are counted in every size. matrices: without it.
+    blocks: how many the model has. matrices: without the adapter. report: the JSON as stored; with an adapter,
+    its bytes are counted in every size.
     """
 
     folder: Path
@@ -99,13 +101,18 @@ class ModelFacts:
 
     def grid(self, value: Callable[[MatrixFacts], float | None]) -> list[list[float | None]]:
         """[blocks][kinds]: the mean of `value` by weights; None where nothing is compressed."""
-        cells: dict[tuple[int, str], list[MatrixFacts]] = {}
-        for matrix in self.matrices:
-            if matrix.block is not None:
-                cells.setdefault((matrix.block, matrix.kind), []).append(matrix)
+        cells = grouped(self.matrices, lambda m: (m.block, m.kind))
         return [
             [mean(cells.get((block, kind), []), value) for kind in self.kinds] for block in range(self.blocks)
         ]
+
+
+def grouped(matrices: Iterable[MatrixFacts], key: Callable[[MatrixFacts], K]) -> dict[K, list[MatrixFacts]]:
+    """Key -> the matrices that have it, both in the order of the matrices."""
+    groups: dict[K, list[MatrixFacts]] = {}
+    for matrix in matrices:
+        groups.setdefault(key(matrix), []).append(matrix)
+    return groups
 
 
 def mean(matrices: Iterable[MatrixFacts], value: Callable[[MatrixFacts], float | None]) -> float | None:
@@ -120,7 +127,7 @@ def spread(matrices: Sequence[MatrixFacts]) -> list[MatrixFacts]:
 
 
 def read_model(folder: Path, check: bool = True) -> ModelFacts:
-    """Read what a compressed model says of itself.
+    """Read what is stored about a compressed model. Provisional.
 
     Args:
         folder: a compressed model. check: compare every file with its checksum.
@@ -130,17 +137,16 @@ def read_model(folder: Path, check: bool = True) -> ModelFacts:
     """
     report = read_report(folder)
     layout = verify(folder) if check else read_layout(folder)
-    found = {entry["name"]: entry for entry in report["matrices"]}
-    absent = [name for name in layout.matrices if name not in found]
-    if absent:
-        raise FormatError(
-            f"{folder / REPORT_NAME}: damaged (says nothing of {absent[0]}); fetch the model again"
-        )
-    matrices = tuple(_facts(found[name], layout) for name in layout.matrices)
-    skipped = [str(entry["name"]) for entry in report["skipped"]]
-    numbers = [block_of(name) for name in [*layout.matrices, *skipped]]
-    blocks = max((n for n in numbers if n is not None), default=-1) + 1
-    return ModelFacts(folder, matrices, blocks, layout, report)
+    entries = {entry["name"]: entry for entry in report["matrices"]}
+    for name in layout.matrices:
+        if name not in entries:
+            raise FormatError(
+                f"{folder / REPORT_NAME}: damaged (says nothing of {name}); fetch the model again"
+            )
+    matrices = tuple(_facts(entries[name], layout) for name in layout.matrices)
+    names = [*layout.matrices, *(str(entry["name"]) for entry in report["skipped"])]
+    blocks = max((n for n in map(block_of, names) if n is not None), default=-1) + 1
+    return ModelFacts(folder=folder, matrices=matrices, blocks=blocks, layout=layout, report=report)
 
 
 def with_adapter(model: ModelFacts, adapter: Path) -> ModelFacts:
@@ -149,13 +155,17 @@ def with_adapter(model: ModelFacts, adapter: Path) -> ModelFacts:
     Raises:
         FormatError, ConfigError: as `check_adapter`.
     """
-    settings = check_adapter(adapter, model.folder)
-    facts = AdapterFacts(adapter, folder_bytes(adapter), settings, read_record(adapter))
+    facts = AdapterFacts(
+        folder=adapter,
+        settings=check_adapter(adapter, model.folder),
+        bytes=folder_bytes(adapter),
+        record=read_record(adapter),
+    )
     return replace(model, report=counting_adapter(model.report, facts.bytes), adapter=facts)
 
 
 def block_of(name: str) -> int | None:
-    """Number of the block a tensor belongs to: the first number in its name."""
+    """Number of the block a tensor belongs to: the first number in its name. Provisional."""
     match = _BLOCK.match(name)
     return int(match[1]) if match else None
 
@@ -173,11 +183,8 @@ def _facts(entry: Mapping[str, Any], layout: Layout) -> MatrixFacts:
         stride=stored.stride,
         vector_len=entry.get("vector_len"),
         codebook_size=entry.get("codebook_size"),
-        bpw=_number(entry.get("bpw")),
-        nmse=_number(entry.get("nmse")),
-        proxy_error=_number(entry.get("proxy_error")),
         utilization=_number(entry.get("codebook_utilization")),
-        codebook_perplexity=_number(entry.get("codebook_perplexity")),
+        **{key: _number(entry.get(key)) for key in ("bpw", "nmse", "proxy_error", "codebook_perplexity")},
     )
 
 

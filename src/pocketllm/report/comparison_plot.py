@@ -1,33 +1,42 @@
-"""The picture of a comparison, as PNG and SVG."""
+"""A comparison as a picture, in PNG and SVG."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import ConfigError
 from pocketllm.report import svg
-from pocketllm.report.charts import short
-from pocketllm.report.compare import Comparison
-from pocketllm.report.files import check_target, write_whole
+from pocketllm.report.comparison import Comparison
+from pocketllm.report.output_files import check_target, write_atomically
+from pocketllm.report.tables import short
 
 _INK, _GREY, _BLUE = "#1b1c20", "#c6cad2", "#0b5fa5"
 
-Panel = tuple[str, list[float | None], Callable[[float], str]]
+
+@dataclass(frozen=True)
+class _Panel:
+    """A value of every model, None where there is none, and how it is written."""
+
+    title: str
+    values: Sequence[float | None]
+    text: Callable[[float], str] = short
 
 
 def check_picture(output: Path, only_read: Iterable[str | Path] = ()) -> tuple[Path, Path]:
-    """The files (PNG, SVG) that a picture is written to.
+    """The two files of a picture, PNG and SVG, checked before any work. Provisional.
 
     Args:
-        output: a name that ends in .png or .svg; the other one lies beside it.
-        only_read: folders that they must not lie in: those of the models and adapters.
+        output: a name that ends in .png or .svg; both files are written.
+        only_read: folders that they must not be in: those of the models and adapters.
 
     Raises:
-        ConfigError: another suffix. OutputError: one of the two cannot be written, or lies in a model.
+        ConfigError: another suffix. OutputError: one of the two cannot be written, or is in a model.
         ExtraError: matplotlib is not installed.
     """
     svg.need_matplotlib()
@@ -51,12 +60,12 @@ def save_picture(comparison: Comparison, output: str | Path) -> tuple[Path, Path
     folders = [place for m in comparison.models for place in (m.folder, m.adapter) if place]
     files = check_picture(Path(output), folders)
     for path, data in zip(files, draw(comparison), strict=True):
-        write_whole(path, data)
+        write_atomically(path, data)
     return files
 
 
 def draw(comparison: Comparison) -> tuple[bytes, bytes]:
-    """The picture as (PNG, SVG).
+    """The picture of a comparison as (PNG, SVG).
 
     Raises:
         ExtraError: matplotlib is not installed.
@@ -70,60 +79,56 @@ def draw(comparison: Comparison) -> tuple[bytes, bytes]:
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
         every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, panel in zip(every, panels, strict=True):
-            _draw_panel(axes, *panel)
+            _draw_panel(axes, panel)
         every[0].set_yticks(range(len(models)), [m.name for m in models])
         every[0].set_ylim(len(models) - 0.5, -0.5)
         dense = comparison.dense_perplexity
         if dense is not None and math.isfinite(dense):
             every[-1].axvline(dense, color=_INK, linestyle="--", linewidth=1, zorder=0)
             every[-1].set_xlabel(f"dashed line: dense, {short(dense, 4)}")
-        return _saved(figure, "png"), _saved(figure, "svg")
+        return _saved(figure, "png", None), _saved(figure, "svg", {"Date": None})
 
 
-def _panels(comparison: Comparison) -> list[Panel]:
+def _panels(comparison: Comparison) -> list[_Panel]:
     models = comparison.models
-    in_blocks = all(m.nmse_blocks is not None for m in models if m.nmse is not None)
-    panels: list[Panel] = [
-        ("MB on disk", [m.bytes_on_disk / 1e6 for m in models], short),
-        (
-            "nmse of the blocks" if in_blocks else "nmse",
-            [m.nmse_blocks if in_blocks else m.nmse for m in models],
-            short,
-        ),
-    ]
-    if any(m.perplexity is not None for m in models) or comparison.dense_perplexity is not None:
-        panels.append(("perplexity", [m.perplexity for m in models], lambda value: short(value, 4)))
-    return panels
+    sizes = _Panel("MB on disk", [m.bytes_on_disk / 1e6 for m in models])
+    if all(m.nmse_blocks is not None for m in models if m.nmse is not None):
+        errors = _Panel("nmse of the blocks", [m.nmse_blocks for m in models])
+    else:
+        errors = _Panel("nmse", [m.nmse for m in models])
+    perplexities = [m.perplexity for m in models]
+    if comparison.dense_perplexity is None and all(value is None for value in perplexities):
+        return [sizes, errors]
+    return [sizes, errors, _Panel("perplexity", perplexities, partial(short, digits=4))]
 
 
-def _draw_panel(axes: Any, title: str, values: Sequence[float | None], text: Callable[[float], str]) -> None:
-    """A dot for each model, its number beside it; a logarithmic axis where one is needed, and said so."""
-    known = [v for v in values if v is not None and math.isfinite(v) and v > 0]
-    if known and max(known) / min(known) > 20:
+def _draw_panel(axes: Any, panel: _Panel) -> None:
+    """A dot for each model, its number next to it; the title says where the axis is logarithmic."""
+    known = [v for v in panel.values if v is not None and math.isfinite(v) and v > 0]
+    logarithmic = bool(known) and max(known) / min(known) > 20
+    if logarithmic:
         axes.set_xscale("log")
         axes.set_xlim(min(known) / 2, max(known) * (max(known) / min(known)) ** 0.5)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(lambda value, _: "")
-        title += " (logarithmic)"
     else:
         axes.set_xlim(0, 1.4 * max(known, default=1.0))
-    for row, value in enumerate(values):
+    for row, value in enumerate(panel.values):
         if value is None or not math.isfinite(value):
-            words = "not measured" if value is None else text(value)
+            words = "not measured" if value is None else panel.text(value)
             axes.text(0.03, row, words, transform=axes.get_yaxis_transform(), va="center")
             continue
         axes.plot([value], [row], marker="o", color=_BLUE, linestyle="none")
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
         place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center_baseline"}
-        axes.annotate(text(value), (value, row), bbox=box, **place)
-    axes.set_title(title, fontsize=10)
+        axes.annotate(panel.text(value), (value, row), bbox=box, **place)
+    axes.set_title(f"{panel.title} (logarithmic)" if logarithmic else panel.title, fontsize=10)
     axes.grid(axis="y", color=_GREY, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
 
 
-def _saved(figure: Any, form: str) -> bytes:
+def _saved(figure: Any, form: str, metadata: dict[str, None] | None) -> bytes:
     raw = io.BytesIO()
-    metadata = {"Date": None} if form == "svg" else None
     figure.savefig(raw, format=form, dpi=160, metadata=metadata)
     return raw.getvalue()

@@ -1,4 +1,4 @@
-"""Write a result whole or not at all."""
+"""Where results may be written, and writing them atomically."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pocketllm.source import resolve_local
 
 
 def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
-    """Refuse a file that could not be written, before the work that makes it.
+    """Check before any work that a file can be written.
 
     Args:
-        only_read: folders that it must not lie in.
+        only_read: folders that it must not be in.
 
     Raises:
         OutputError: a folder of that name, a parent that is a file, or one that cannot be written or is only read.
@@ -29,13 +29,13 @@ def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
 
 
 def only_read(models: Sequence[Path], adapters: Sequence[Path | None], against: str | None) -> list[Path]:
-    """Folders that a result is made from; the dense model's where it was named and is on this machine."""
+    """Folders that a result is made from, the dense model's if it is named and on this machine. Provisional."""
     dense = None if against is None else resolve_local(against)
     return [path for path in (*models, *adapters, dense) if path is not None]
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write under a temporary name beside `path`, then rename; folders on the way are made.
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write under a temporary name in the same folder, then rename; missing folders are made.
 
     Raises:
         OutputError: the disk is full, no permission, or another refusal of the system.
