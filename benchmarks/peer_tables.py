@@ -39,7 +39,7 @@ def headline() -> str:
     for base in recovered["bases"].values():
         run = base["runs"].get("distill")
         if run is not None:
-            title = f"**PocketLLM --bpw {base['bpw_blocks']:.2f} --recover distill**"
+            title = f"**PocketLLM, {base['bpw_blocks']:.2f}, distilled**"
             rows.append((base["bpw_blocks"], title, run["perplexity"], run["kl"]))
     rows.sort(key=lambda row: (-row[0], -row[2]))
     shown = [[title, f"{bpw:.2f}", f"{ppl:.2f}", f"{kl:.3f}"] for bpw, title, ppl, kl in rows]
