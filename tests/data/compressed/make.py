@@ -16,16 +16,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tests import tiny
 
 import pocketllm
-from tests import tiny
 
 HERE = Path(__file__).resolve().parent
 
 
 def settings() -> dict[str, tuple[str, dict[str, int], pocketllm.CompressConfig]]:
     """Architecture, sizes and settings by name: each form of decoder, index, rotation and codebook."""
-    published = dataclasses.replace(pocketllm.preset("paper-16x"), dense_first=0, dense_last=0, target_bpw=9.0)
+    published = dataclasses.replace(
+        pocketllm.preset("paper-16x"), dense_first=0, dense_last=0, target_bpw=9.0
+    )
     calibrated = dataclasses.replace(tiny.on_trellis(calibration={"two_sided": True}), seed=3)
     drawn = dataclasses.replace(calibrated.codec, codebook_source="seed")
     assert calibrated.calibration is not None
