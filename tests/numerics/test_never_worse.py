@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from pocketllm.codec.codebook import seeded_codebook
-from pocketllm.codec.feedback import HessianFactor, assign, factorize
+from pocketllm.codec.feedback import assign
+from pocketllm.codec.hessian import HessianFactor, factorize
 from pocketllm.codec.index_form import Independent, IndexForm, Trellis, strip_lengths
 from pocketllm.codec.kernels import reference
 from tests.numerics.test_calibrated import proxy

@@ -11,8 +11,8 @@ from torch import Tensor
 from pocketllm.codec import feedback_schedule as strips_module
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign
-from pocketllm.codec.hessian import conditional_diagonal, factorize
 from pocketllm.codec.feedback_schedule import ColumnFeedback, RowFeedback, Strips
+from pocketllm.codec.hessian import conditional_diagonal, factorize
 from pocketllm.codec.index_form import Independent, IndexForm, Trellis
 from tests.numerics.test_calibrated import correlated
 

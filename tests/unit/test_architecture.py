@@ -20,10 +20,10 @@ ROOMS = (
     *("integrations", "evaluate", "recover", "report", "studies", "cli"),
 )
 EXEMPT = ("pocketllm", "pocketllm.__main__")
-UPWARD = {"pocketllm.text.read imports pocketllm.evaluate.perplexity"}  # moves; then this is set()
-TWICE = set(
-    ["codebook", "compare", "compress", "evaluate", "files", "measured", "report", "sensitivity", "study"]
-)  # the same
+# Imports that go up until what they want has moved; then this is set().
+UPWARD = {"pocketllm.text.read imports pocketllm.evaluate.perplexity"}
+# Names that occur twice until their rooms are done; then this is set(), too.
+TWICE = {"codebook", "compare", "compress", "evaluate", "files", "measured", "report", "sensitivity", "study"}
 
 MODULES = {
     ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
