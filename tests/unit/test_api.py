@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, UnionType
+from types import ModuleType
 
 import pytest
 
@@ -43,9 +43,8 @@ def test_every_public_name_is_there(package: str) -> None:
     for name in module.__all__:
         value = getattr(module, name)
         assert not isinstance(value, ModuleType), f"{package}.{name} is a module"
-        for part in value.__args__ if isinstance(value, UnionType) else (value,):
-            home = getattr(part, "__module__", "pocketllm")
-            assert home.startswith("pocketllm"), f"{package}.{name} comes from {home}"
+        home = getattr(value, "__module__", "pocketllm")
+        assert home.startswith("pocketllm"), f"{package}.{name} comes from {home}"
     assert set(module.__all__) <= set(dir(module))
 
 
