@@ -22,7 +22,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import RESULTS
-from pocketllm.codec.trellis import Trellis
 from torch import Tensor
 
 import pocketllm
@@ -31,6 +30,7 @@ from pocketllm.calibrate.sensitivity import OUTPUT_DAMPING, strips_for
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign
 from pocketllm.codec.hessian import factorize
+from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate, rotate_hessian, rotate_matrix, unrotate_matrix
 from pocketllm.config import DEFAULT_PRESET
@@ -132,7 +132,7 @@ def code_block(setting: Setting) -> dict[str, Any]:
             trellis = Trellis(width, setting.bpw * VECTOR_LEN, strip_rows)
             with clock.step("indices"):
                 start = row_rms(weight)
-                indices, scale = assign(weight, factor, table, start, 0, trellis, outputs=outputs)
+                indices, scale = assign(weight, factor, table, start, trellis, outputs=outputs)
             with clock.step("decoding"):
                 unit = table[indices].reshape(rows, -1)[:, :columns] * scale[:, None]
                 unrotate_matrix(unit, (0, 1))

@@ -39,7 +39,7 @@ def kmeans_nmse(d: int, size: int) -> dict[str, float]:
     from pocketllm.codec.codebook import nearest
     from pocketllm.codec.normalization import divide_rows, row_rms
     from pocketllm.codec.subvectors import cut, join
-    from pocketllm.plan.matrices import make_plan
+    from pocketllm.plan.bit_allocation import make_plan
     from pocketllm.source.dense_checkpoint import open_dense, resolve
 
     source = open_dense(resolve(MODEL))

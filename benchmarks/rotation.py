@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 from common import data_file, quiet, save
-from pocketllm.codec.trellis import Trellis
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -21,6 +20,7 @@ from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign
 from pocketllm.codec.hessian import factorize
+from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate_hessian, rotate_matrix
 from pocketllm.config import CompressConfig
@@ -62,7 +62,7 @@ def proxy_error(rotated: Rotated) -> float:
     weight, hessian = rotated
     factor = factorize(hessian, VECTOR_LEN)
     table = seeded_codebook(1 << TRELLIS.width, VECTOR_LEN, 0).float()
-    indices, scale = assign(weight, factor, table, row_rms(weight), 0, TRELLIS)
+    indices, scale = assign(weight, factor, table, row_rms(weight), TRELLIS, passes=0)
     error = weight - table[indices].reshape(weight.shape) * scale[:, None]
     loss, energy = (((x @ factor.hessian) * x).sum() for x in (error, weight))
     return float(loss / energy)

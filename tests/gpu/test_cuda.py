@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import pocketllm
-from pocketllm.codec import viterbi as paths
-from pocketllm.codec.codebook import nearest, nearest_torch
+from pocketllm.codec.codebook import nearest
+from pocketllm.codec.kernels import reference, select
 from pocketllm.evaluate.kl import text_divergence
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.studies import probe
@@ -21,22 +21,34 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 def test_nearest_codeword() -> None:
     points, codebook = torch.randn(5000, 8), torch.randn(4096, 8)
     found = nearest(points.cuda(), codebook.cuda()).cpu()
-    assert (found == nearest_torch(points, codebook)).float().mean() > 0.999
+    assert (found == reference.nearest(points, codebook)).float().mean() > 0.999
 
 
 def test_paths_in_triton() -> None:
     """Triton comes with torch's CUDA builds: it is used, and finds what torch finds."""
     device = torch.device("cuda")
-    search = paths._on_gpu(device)
-    assert search is not None
+    kernel = select._triton(device)
+    assert kernel is not None and select.paths_differ(kernel.cheapest_paths, device) == ""
     lengths, lookahead = [64] * 9 + [63], [4] * 10
     points, tables = torch.randn(sum(lengths) + sum(lookahead), 2).cuda(), torch.randn(10, 2, 4096).cuda()
     which = torch.arange(10).cuda()
-    problem = paths.PathProblem(
-        *(points, points.square().sum(dim=1), tables, tables.square().sum(dim=1) / 2, which, which.flip(0)),
-        *(torch.zeros_like(which), torch.full_like(which, -1), lengths, lookahead, 12, 4),
+    problem = reference.PathProblem(
+        points=points,
+        weights=points.square().sum(dim=1),
+        tables=tables,
+        halves=tables.square().sum(dim=1) / 2,
+        which=which,
+        after=which.flip(0),
+        start=torch.zeros_like(which),
+        stop=torch.full_like(which, -1),
+        lengths=lengths,
+        lookahead=lookahead,
+        width=12,
+        stride=4,
     )
-    assert torch.equal(search(problem), paths.in_torch(problem))
+    expected = reference.cheapest_paths(problem)
+    assert torch.equal(kernel.cheapest_paths(problem), expected)
+    assert torch.equal(select.cheapest_paths(problem), expected)
 
 
 def test_compress_and_load(tmp_path: Path) -> None:

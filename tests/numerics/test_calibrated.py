@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocketllm.codec.codebook import kmeans_codebook, nearest_faiss, nearest_torch
+from pocketllm.codec.codebook import Searcher, kmeans_codebook
 from pocketllm.codec.feedback import assign
 from pocketllm.codec.hessian import factorize
-from pocketllm.codec.kernels import cpu as compiled
+from pocketllm.codec.index_form import Independent
+from pocketllm.codec.kernels import cpu, reference
 from pocketllm.codec.rotation import hartley, rotate, rotate_hessian, signs, unrotate
 from pocketllm.errors import ConfigError
 
@@ -69,10 +70,10 @@ def test_feedback_beats_nearest_codewords_in_every_row(columns: int, d: int) -> 
     damped = factor.hessian[:columns, :columns]
     scale = weight.square().mean(dim=1).sqrt()
     padded = torch.nn.functional.pad(weight / scale[:, None], (0, -columns % d)).reshape(-1, d)
-    plain = nearest_torch(padded, table).reshape(24, -1)
+    plain = reference.nearest(padded, table).reshape(24, -1)
     before = proxy(weight, plain, scale, table, damped)
-    after = proxy(weight, *assign(weight, factor, table, scale, passes=0), table, damped)
-    better = proxy(weight, *assign(weight, factor, table, scale, passes=2), table, damped)
+    after = proxy(weight, *assign(weight, factor, table, scale, Independent(64), passes=0), table, damped)
+    better = proxy(weight, *assign(weight, factor, table, scale, Independent(64), passes=2), table, damped)
     assert (after <= before * 1.0001).all()
     assert (better <= after * 1.0001).all()
     if columns > d:
@@ -82,8 +83,9 @@ def test_feedback_beats_nearest_codewords_in_every_row(columns: int, d: int) -> 
 def test_without_correlation_the_nearest_codewords_are_chosen() -> None:
     weight = torch.randn(10, 32)
     table = kmeans_codebook(torch.randn(2000, 4), 32, 5, 0)
-    indices, scale = assign(weight, factorize(torch.eye(32), 4), table, torch.ones(10), passes=0)
-    assert torch.equal(indices, nearest_torch(weight.reshape(-1, 4), table).reshape(10, -1))
+    factor = factorize(torch.eye(32), 4)
+    indices, scale = assign(weight, factor, table, torch.ones(10), Independent(32), passes=0)
+    assert torch.equal(indices, reference.nearest(weight.reshape(-1, 4), table).reshape(10, -1))
     unit = table[indices].reshape(10, -1)
     assert torch.allclose(scale, (weight * unit).sum(1) / (unit * unit).sum(1), rtol=1e-4)
 
@@ -91,13 +93,14 @@ def test_without_correlation_the_nearest_codewords_are_chosen() -> None:
 @pytest.mark.parametrize("hessian", [torch.zeros(16, 16), torch.ones(16, 16)])
 def test_degenerate_hessians(hessian: Tensor) -> None:
     table = kmeans_codebook(torch.randn(2000, 4), 32, 5, 0)
-    indices, scale = assign(torch.randn(6, 16), factorize(hessian, 4), table, torch.ones(6))
+    indices, scale = assign(torch.randn(6, 16), factorize(hessian, 4), table, torch.ones(6), Independent(32))
     assert indices.shape == (6, 4) and torch.isfinite(scale).all()
 
 
 def test_zero_rows_are_no_trouble() -> None:
     table = kmeans_codebook(torch.randn(2000, 4), 32, 5, 0)
-    _, scale = assign(torch.zeros(3, 16), factorize(correlated(16), 4), table, torch.zeros(3))
+    factor = factorize(correlated(16), 4)
+    _, scale = assign(torch.zeros(3, 16), factor, table, torch.zeros(3), Independent(32))
     assert torch.equal(scale, torch.zeros(3))
 
 
@@ -105,32 +108,30 @@ def test_zero_rows_are_no_trouble() -> None:
     ("count", "size", "d"), [(1, 1, 1), (5, 7, 3), (1000, 300, 4), (333, 1000, 8), (50, 65, 16)]
 )
 def test_compiled_search_finds_what_torch_finds(count: int, size: int, d: int) -> None:
-    if not compiled.available(d):
+    if not cpu.searches_nearest(d):
         pytest.skip("no C++ compiler here")
     points, codebook = torch.randn(count, d), torch.randn(size, d)
-    assert torch.equal(compiled.Table(codebook).nearest(points), nearest_torch(points, codebook))
-    assert torch.equal(nearest_faiss(points, codebook), nearest_torch(points, codebook))
+    assert torch.equal(cpu.Table(codebook).nearest(points), reference.nearest(points, codebook))
+    assert torch.equal(cpu.nearest_faiss(points, codebook), reference.nearest(points, codebook))
 
 
 def test_compiled_search_gives_ties_to_the_lower_index() -> None:
-    if not compiled.available(3):
+    if not cpu.searches_nearest(3):
         pytest.skip("no C++ compiler here")
     points, codebook = torch.randint(-2, 3, (500, 3)).float(), torch.randint(-2, 3, (200, 3)).float()
     distances = (points[:, None] - codebook).square().sum(dim=2)
     lowest = torch.where(distances == distances.amin(1, keepdim=True), torch.arange(200), 200).amin(1)
-    assert torch.equal(compiled.Table(codebook).nearest(points), lowest)
-    assert torch.equal(nearest_torch(points, codebook), lowest)
+    assert torch.equal(cpu.Table(codebook).nearest(points), lowest)
+    assert torch.equal(reference.nearest(points, codebook), lowest)
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pocketllm.codec.codebook import Searcher
-
     monkeypatch.setenv("POCKETLLM_COMPILE", "0")
-    compiled._library.cache_clear()
+    cpu._library.cache_clear()
     try:
-        assert not compiled.available(4)
+        assert not cpu.searches_nearest(4)
         points, codebook = torch.randn(50, 4), torch.randn(20, 4)
-        assert torch.equal(Searcher(codebook).nearest(points), nearest_torch(points, codebook))
+        assert torch.equal(Searcher(codebook).nearest(points), reference.nearest(points, codebook))
     finally:
         monkeypatch.undo()
-        compiled._library.cache_clear()
+        cpu._library.cache_clear()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from pocketllm.codec.trellis import Trellis, strip_lengths
 from torch import Tensor
 
-from pocketllm.codec.codebook import nearest_torch, seeded_codebook
+from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign
 from pocketllm.codec.hessian import HessianFactor, factorize
+from pocketllm.codec.index_form import Independent, IndexForm, Trellis, strip_lengths
+from pocketllm.codec.kernels import reference
 from tests.numerics.test_calibrated import proxy
 
 
@@ -39,11 +40,11 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
     return weight, x.T @ x / tokens, d
 
 
-def nearest(weight: Tensor, table: Tensor, scale: Tensor, trellis: Trellis | None) -> tuple[Tensor, Tensor]:
+def nearest(weight: Tensor, table: Tensor, scale: Tensor, form: IndexForm) -> tuple[Tensor, Tensor]:
     """Nearest codewords, or the nearest path: what error feedback finds where inputs are all alike."""
     d = table.shape[1]
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % d))
-    return assign(padded, factorize(torch.eye(padded.shape[1]), d), table, scale, 0, trellis)
+    return assign(padded, factorize(torch.eye(padded.shape[1]), d), table, scale, form, passes=0)
 
 
 def losses(
@@ -69,8 +70,8 @@ def test_independent_indices(problem: tuple[Tensor, Tensor, int], passes: int) -
     rows, columns = weight.shape
     scale = weight.square().mean(dim=1).sqrt().clamp(min=1e-12)
     padded = torch.nn.functional.pad(weight / scale[:, None], (0, -columns % d)).reshape(-1, d)
-    plain = nearest_torch(padded, table).reshape(rows, -1), scale
-    found = assign(weight, factor, table, scale, passes)
+    plain = reference.nearest(padded, table).reshape(rows, -1), scale
+    found = assign(weight, factor, table, scale, Independent(32), passes=passes)
     strips = [1] * rows
     one, other = (losses(weight, each, table, factor, strips) for each in (found, plain))
     assert below(one, other, weight, factor)
@@ -86,20 +87,20 @@ def test_indices_on_a_trellis(
     table = seeded_codebook(1 << trellis.width, d, 3).float()
     scale = weight.square().mean(dim=1).sqrt().clamp(min=1e-12)
     plain = nearest(weight, table, scale, trellis)
-    found = assign(weight, factor, table, scale, passes, trellis)
+    found = assign(weight, factor, table, scale, trellis, passes=passes)
     strips = strip_lengths(len(weight), trellis.strip_rows)
     one, other = (losses(weight, each, table, factor, strips) for each in (found, plain))
     assert below(one, other, weight, factor)
 
 
-@pytest.mark.parametrize("trellis", [None, Trellis(6, 3)])
-def test_a_tall_matrix_of_many_strips(trellis: Trellis | None) -> None:
+@pytest.mark.parametrize("form", [Independent(64), Trellis(6, 3)])
+def test_a_tall_matrix_of_many_strips(form: IndexForm) -> None:
     weight = torch.randn(700, 50) * torch.linspace(0.1, 3, 700)[:, None]
     x = torch.randn(400, 50) @ torch.randn(50, 50)
     table, factor = seeded_codebook(64, 3, 3).float(), factorize(x.T @ x / 400, 3)
     scale = weight.square().mean(dim=1).sqrt()
-    plain = nearest(weight, table, scale, trellis)
-    found = assign(weight, factor, table, scale, 0, trellis)
-    strips = strip_lengths(700, 256) if trellis else [1] * 700
+    plain = nearest(weight, table, scale, form)
+    found = assign(weight, factor, table, scale, form, passes=0)
+    strips = strip_lengths(700, 256) if isinstance(form, Trellis) else [1] * 700
     one, other = (losses(weight, each, table, factor, strips) for each in (found, plain))
     assert below(one, other, weight, factor) and float(one.sum()) < 0.8 * float(other.sum())

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import pocketllm
-from pocketllm.codec.kernels import cpu as compiled
-from pocketllm.codec.reconstruct import lookup, lookup_gradients
+from pocketllm.codec.kernels import cpu
+from pocketllm.codec.reconstruct import reconstruct, reconstruct_gradients
 from pocketllm.codec.rotation import rotate_matrix, unrotate_matrix
 from pocketllm.codec.subvectors import join
 from pocketllm.recover.kl_loss import head_kl, kl_loss, logits_kl
@@ -29,7 +29,7 @@ def orthogonal(size: int, seed: int | None) -> Tensor:
 
 
 def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "decodes", lambda *tensors: False)
+    monkeypatch.setattr(cpu, "decodes", lambda *tensors: False)
 
 
 @pytest.mark.parametrize("path", ["compiled", "torch"])
@@ -48,8 +48,9 @@ def test_lookup_gradients_are_those_of_the_formula(
     grad = torch.randn(rows, columns, dtype=torch.float64)
     wanted_grads = torch.autograd.grad(wanted, (table, scale), grad)
     low = table.detach().float(), scale.detach().float()
-    torch.testing.assert_close(lookup(indices, *low, columns, seeds).double(), wanted, rtol=1e-4, atol=1e-5)
-    found = lookup_gradients(grad.float(), indices, *low, seeds)
+    decoded = reconstruct(indices, *low, columns, seeds)
+    torch.testing.assert_close(decoded.double(), wanted, rtol=1e-4, atol=1e-5)
+    found = reconstruct_gradients(grad.float(), indices, *low, seeds)
     for one, other in zip(found, wanted_grads, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 

@@ -22,7 +22,7 @@ def test_the_hessian_of_outputs_is_that_of_the_gradients(
 ) -> None:
     """Against one backward pass of the whole model, for targets that are always the likeliest token."""
     monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: p.argmax(dim=-1, keepdim=True))
-    monkeypatch.setattr(gradients, "LOUDEST", 1e9)
+    monkeypatch.setattr(gradients, "LOUDEST_GRADIENT", 1e9)
     source = open_dense(tiny.save(tmp_path / "dense"))
     config = tiny.on_trellis(calibration={"two_sided": True})
     windows = read_windows(source, config)

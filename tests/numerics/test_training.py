@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec.codebook import kmeans_codebook, nearest
+from pocketllm.codec.index_form import Independent
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.normalization import TypicalRow, divide_rows, reshaped_layer_norm, row_rms
 from pocketllm.codec.subvectors import cut, join
@@ -30,7 +31,7 @@ def sample(rows: int = 96, columns: int = 64) -> Tensor:
 @pytest.mark.parametrize("loss", ["mse", "rmse"])
 def test_training_never_makes_it_worse(decoder: str, norm: str, loss: str) -> None:
     config = CodecConfig(decoder=decoder, norm=norm, loss=loss, commitment_weight=0.25, **QUICK)
-    result = fit({"a": [sample()], "b": [sample(32, 40), sample(16, 20)]}, config, 64, seed=0)
+    result = fit({"a": [sample()], "b": [sample(32, 40), sample(16, 20)]}, config, Independent(64), seed=0)
     assert all(result.final_nmse[key] <= result.start_nmse[key] < 1 for key in ("a", "b"))
     assert result.utilization == 1.0
     assert len(result.curve) == 2 and all(math.isfinite(value) for value in result.curve)
@@ -38,7 +39,7 @@ def test_training_never_makes_it_worse(decoder: str, norm: str, loss: str) -> No
 
 
 def test_training_improves_on_k_means() -> None:
-    result = fit({"a": [sample(256)]}, CodecConfig(**{**QUICK, "epochs": 6}), 64, seed=0)
+    result = fit({"a": [sample(256)]}, CodecConfig(**{**QUICK, "epochs": 6}), Independent(64), seed=0)
     assert result.final_nmse["a"] < 0.9999 * result.start_nmse["a"]
 
 
@@ -51,21 +52,23 @@ def test_at_most_k_means_error(decoder: str) -> None:
     table = kmeans_codebook(points, 128, 10, seed=3)
     floor = float((table[nearest(points, table)] - points).square().sum() / points.square().sum())
     config = CodecConfig(decoder=decoder, **{**QUICK, "kmeans_iterations": 10})
-    codec = fit({"a": [weight]}, config, 128, seed=3).codecs["a"]
+    codec = fit({"a": [weight]}, config, Independent(128), seed=3).codecs["a"]
     decoded = divide_rows(codec.decode(codec.encode(weight)), row_rms(weight))
     assert float((decoded - unit).square().sum() / unit.square().sum()) <= floor
 
 
 def test_the_published_start_trains() -> None:
     config = CodecConfig(decoder="row", init="normal", **{**QUICK, "epochs": 10, "learning_rate": 1.6e-2})
-    result = fit({"a": [sample(256)]}, config, 64, seed=0)
+    result = fit({"a": [sample(256)]}, config, Independent(64), seed=0)
     assert result.final_nmse["a"] < 0.7 * result.start_nmse["a"]
 
 
 @pytest.mark.parametrize("init", ["kmeans", "normal"])
 def test_same_seed_same_codec(init: str) -> None:
     config = CodecConfig(init=init, **QUICK)
-    states = [fit({"a": [sample()]}, config, 32, seed).codecs["a"].state_dict() for seed in (5, 5, 6)]
+    states = [
+        fit({"a": [sample()]}, config, Independent(32), seed).codecs["a"].state_dict() for seed in (5, 5, 6)
+    ]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not all(torch.equal(states[0][key], states[2][key]) for key in states[0])
 
@@ -73,19 +76,19 @@ def test_same_seed_same_codec(init: str) -> None:
 def test_dead_codewords_are_revived() -> None:
     """Random codewords far from random latents: most are dead at first."""
     config = CodecConfig(init="normal", **{**QUICK, "epochs": 8})
-    result = fit({"a": [sample(256)]}, config, 256, seed=0)
+    result = fit({"a": [sample(256)]}, config, Independent(256), seed=0)
     assert result.revived > 0
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_constant_sample(value: float) -> None:
     weight = torch.full((8, 32), value)
-    codec = fit({"a": [weight]}, CodecConfig(**QUICK), 4, seed=0).codecs["a"]
+    codec = fit({"a": [weight]}, CodecConfig(**QUICK), Independent(4), seed=0).codecs["a"]
     assert torch.allclose(codec.decode(codec.encode(weight)), weight, rtol=0.01)
 
 
 def test_as_many_codewords_as_subvectors() -> None:
-    result = fit({"a": [sample(4, 16)]}, CodecConfig(**QUICK), 16, seed=0)
+    result = fit({"a": [sample(4, 16)]}, CodecConfig(**QUICK), Independent(16), seed=0)
     assert result.final_nmse["a"] < 1e-6
 
 
@@ -103,9 +106,10 @@ def test_look_up_decoding_is_a_table(columns: int, row_scale: bool) -> None:
     made = codec(row_scale=row_scale)
     weight = sample(7, columns)
     encoded = made.encode(weight)
-    assert encoded.indices.shape == (7, -(-columns // 4)) and encoded.row_scale.dtype == torch.bfloat16
+    indices = encoded.indices(4)
+    assert indices.shape == (7, -(-columns // 4)) and encoded.row_scale.dtype == torch.bfloat16
     table = made.decoded_codebook()
-    expected = join(table[encoded.indices], columns) * encoded.row_scale.float()[:, None]
+    expected = join(table[indices], columns) * encoded.row_scale.float()[:, None]
     assert torch.equal(made.decode(encoded), expected)
     if not row_scale:
         assert torch.equal(encoded.row_scale, torch.ones(7, dtype=torch.bfloat16))
@@ -120,7 +124,7 @@ def test_large_matrices_are_coded_in_chunks(decoder: str, monkeypatch: pytest.Mo
     whole = made.encode(weight)
     monkeypatch.setattr(matrix_codec, "_CHUNK_WEIGHTS", 36)
     parts = made.encode(weight)
-    assert torch.equal(whole.indices, parts.indices) and torch.equal(whole.row_scale, parts.row_scale)
+    assert torch.equal(whole.indices(4), parts.indices(4)) and torch.equal(whole.row_scale, parts.row_scale)
     assert torch.allclose(made.decode(parts), made.decode(whole), atol=1e-6)
 
 
@@ -144,8 +148,8 @@ def test_a_typical_row_normalizes_as_rln_where_rows_are_alike() -> None:
 def test_an_observer_sees_every_step_and_changes_nothing() -> None:
     seen: list[TrainingStep] = []
     config = CodecConfig(**QUICK)
-    watched = fit({"a": [sample()]}, config, 64, seed=0, observer=seen.append)
-    alone = fit({"a": [sample()]}, config, 64, seed=0)
+    watched = fit({"a": [sample()]}, config, Independent(64), seed=0, observer=seen.append)
+    alone = fit({"a": [sample()]}, config, Independent(64), seed=0)
     assert watched.facts() == alone.facts()
     subvectors, batches = 96 * 16, 2
     assert [step.epoch for step in seen] == [0] * batches + [1] * batches
@@ -160,7 +164,11 @@ def test_gradients_are_cut_unless_told_otherwise() -> None:
     ends = []
     for most, steps in seen.items():
         guards = Safeguards(max_grad_norm=most, revive=False)
-        ends.append(fit({"a": [sample()]}, config, 64, 0, safeguards=guards, observer=steps.append).curve[-1])
+        ends.append(
+            fit(
+                {"a": [sample()]}, config, Independent(64), 0, safeguards=guards, observer=steps.append
+            ).curve[-1]
+        )
     assert seen[1.0][0].grad_norm == seen[math.inf][0].grad_norm > 1
     assert ends[0] != ends[1]
 
@@ -168,14 +176,15 @@ def test_gradients_are_cut_unless_told_otherwise() -> None:
 def test_dead_codewords_are_left_where_they_are_if_told_so() -> None:
     config = CodecConfig(decoder="row", init="normal", **QUICK)
     moved = [
-        fit({"a": [sample()]}, config, 128, 0, safeguards=Safeguards(revive=r)).revived for r in (True, False)
+        fit({"a": [sample()]}, config, Independent(128), 0, safeguards=Safeguards(revive=r)).revived
+        for r in (True, False)
     ]
     assert moved[0] > 0 == moved[1]
 
 
 def test_training_that_diverges_ends_with_the_best_state() -> None:
     config = CodecConfig(decoder="row", norm="none", init="normal", learning_rate=1e12, **QUICK)
-    result = fit({"a": [sample()]}, config, 64, 0, safeguards=Safeguards(math.inf, revive=False))
+    result = fit({"a": [sample()]}, config, Independent(64), 0, safeguards=Safeguards(math.inf, revive=False))
     assert len(result.curve) < config.epochs
     assert math.isfinite(result.final_nmse["a"]) and result.final_nmse["a"] <= result.start_nmse["a"]
     assert all(bool(torch.isfinite(p).all()) for p in result.codecs["a"].parameters())

@@ -6,23 +6,14 @@ import itertools
 
 import pytest
 import torch
-from pocketllm.codec.trellis import (
-    PathSearch,
-    Trellis,
-    pack_paths,
-    reversed_bits,
-    strip_lengths,
-    train_codebook,
-    trellis_bytes,
-    unpack_paths,
-)
 from torch import Tensor
 
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign
 from pocketllm.codec.hessian import factorize
-from pocketllm.codec.index_form import IndexForm
-from pocketllm.codec.kernels import cpu as compiled
+from pocketllm.codec.index_form import Independent, Trellis, form_for, strip_lengths
+from pocketllm.codec.kernels import cpu
+from pocketllm.codec.viterbi import PathSearch, reversed_bits
 from pocketllm.errors import FormatError
 from tests.numerics.test_calibrated import correlated, proxy
 
@@ -60,19 +51,20 @@ def test_paths_survive_packing(rows: int, width: int, stride: int, strip: int) -
         for length in lengths
     ]
     indices = torch.cat(columns)
-    stream = pack_paths(indices, trellis)
-    assert stream.dtype == torch.uint8 and len(stream) == trellis_bytes(rows, 5, trellis)
-    assert torch.equal(unpack_paths(stream, trellis, rows, 5), indices)
+    stream = trellis.pack(indices)
+    assert stream.dtype == torch.uint8 and len(stream) == trellis.nbytes(rows, 5)
+    assert torch.equal(trellis.unpack(stream, rows, 5), indices)
     with pytest.raises(FormatError, match="unpack"):
-        unpack_paths(stream[:-1], trellis, rows, 5)
+        trellis.unpack(stream[:-1], rows, 5)
 
 
 def test_index_forms_agree_on_their_size() -> None:
-    for form in (IndexForm(64, 3), IndexForm(100), IndexForm(4096, 5)):
+    for form in (form_for(64, 3), form_for(100, 0), form_for(4096, 5)):
         indices = torch.zeros(30, 7, dtype=torch.int64)
         assert len(form.pack(indices)) == form.nbytes(30, 7)
         assert torch.equal(form.unpack(form.pack(indices), 30, 7).long(), indices)
-    assert IndexForm(4096, 5).bits == 5 and IndexForm(4096).bits == 12
+    assert form_for(4096, 5).bits == 5 and form_for(4096, 0).bits == 12
+    assert form_for(4096, 5, 16) == Trellis(12, 5, 16) and form_for(100, 0, 16) == Independent(100, 16)
 
 
 def cheapest(points: Tensor, weights: Tensor, table: Tensor, trellis: Trellis, start: int) -> float:
@@ -93,7 +85,7 @@ def test_no_path_is_cheaper(width: int, stride: int, d: int) -> None:
     points, weights = torch.randn(5, d), torch.rand(5) + 0.5
     table = torch.randn(1 << width, d)
     for start in (0, 3):
-        search = PathSearch(trellis, CPU)
+        search = PathSearch(trellis.width, trellis.stride, CPU)
         first, ordered = torch.tensor([start]), search.ordered(table[None])
         found = search.search(points, weights, ordered, torch.tensor([0]), [5], first)
         cost = (weights * (points - table[found]).square().sum(dim=1)).sum()
@@ -108,9 +100,9 @@ def test_no_path_is_cheaper(width: int, stride: int, d: int) -> None:
 def test_compiled_search_finds_exactly_what_torch_finds(
     width: int, stride: int, d: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not compiled.trellis_available(d, stride, width - stride):
+    if cpu._library("trellis") is None:
         pytest.skip("no C++ compiler here")
-    search, lengths, lookahead = PathSearch(Trellis(width, stride), CPU), [200, 199, 60], [4, 0, 4]
+    search, lengths, lookahead = PathSearch(width, stride, CPU), [200, 199, 60], [4, 0, 4]
     rows, last = sum(lengths), torch.tensor(lengths).cumsum(0) - 1
     points, weights = torch.randn(rows + 8, d), torch.rand(rows + 8) + 0.5
     tables = search.ordered(torch.randn(3, 1 << width, d))
@@ -120,21 +112,21 @@ def test_compiled_search_finds_exactly_what_torch_finds(
         count = rows + sum(lookahead or [])
         which = torch.tensor([1, 2, 0])
         given = points[:count] * scale, weights[:count]
-        return search.search(*given, tables, which, lengths, start, end, lookahead)
+        return search.search(*given, tables, which, lengths, start, end=end, lookahead=lookahead)
 
     free = run(1.0, None, None)
     cases = [(1.0, None, None), (1.1, free[last], None), (1.0, None, lookahead)]
     found = [run(*case) for case in cases]
     assert torch.equal(found[1][last], free[last]) and all(len(one) == rows for one in found)
-    monkeypatch.setattr(compiled, "trellis_available", lambda *sizes: False)
+    monkeypatch.setattr(cpu, "searches", lambda problem: False)
     for case, expected in zip(cases, found, strict=True):
         assert torch.equal(run(*case), expected)
 
 
 def test_a_path_that_looks_ahead_ends_where_the_next_column_begins_well() -> None:
     trellis, generator = Trellis(10, 4), torch.Generator().manual_seed(0)
-    table, _, _ = train_codebook(torch.randn(1 << 13, 2, generator=generator), trellis, 4, 0)
-    search = PathSearch(trellis, CPU)
+    table = trellis.fit_codebook(torch.randn(1 << 13, 2, generator=generator), 4, 0).table
+    search = PathSearch(trellis.width, trellis.stride, CPU)
     tables, none = search.ordered(table[None]), torch.zeros(20, dtype=torch.int64)
     columns = torch.randn(12, 20, 16, 2, generator=generator)
     error = {}
@@ -143,7 +135,7 @@ def test_a_path_that_looks_ahead_ends_where_the_next_column_begins_well() -> Non
         for now, after in itertools.pairwise(columns):
             points = torch.cat([now, after[:, :ahead]], dim=1).reshape(-1, 2)
             weights = torch.ones(len(points))
-            found = search.search(points, weights, tables, none, [16] * 20, before, None, [ahead] * 20)
+            found = search.search(points, weights, tables, none, [16] * 20, before, lookahead=[ahead] * 20)
             found = found.reshape(20, 16)
             before, total = found[:, -1], total + float((now - table[found]).square().sum())
         error[ahead] = total
@@ -160,10 +152,10 @@ def test_trellis_beats_independent_indices_at_equal_bits() -> None:
     """2 bits per weight on a Gaussian: Lloyd-Max gives 0.1175, Shannon's bound is 0.0625; width 8 gets under
     0.09 (0.082 to 0.085 with long strips)."""
     points = torch.randn(1 << 15, 2, generator=torch.Generator().manual_seed(1))
-    _, used, errors = train_codebook(points, Trellis(8, 4), 8, 0)
-    assert 0.0625 < errors[-1] < 0.09
-    assert errors == sorted(errors, reverse=True)
-    assert used > 0.99
+    fitted = Trellis(8, 4).fit_codebook(points, 8, 0)
+    assert 0.0625 < fitted.errors[-1] < 0.09
+    assert list(fitted.errors) == sorted(fitted.errors, reverse=True)
+    assert fitted.utilization > 0.99
 
 
 @pytest.mark.parametrize(("columns", "d"), [(64, 2), (31, 2), (9, 1)])
@@ -174,19 +166,20 @@ def test_feedback_on_a_trellis_never_ends_above_the_nearest_path(columns: int, d
     factor = factorize(hessian, d)
     damped = factor.hessian[:columns, :columns]
     scale = weight.square().mean(dim=1).sqrt()
-    nearest, nearest_scale = assign(weight, factorize(torch.eye(columns), d), table, scale, 0, trellis)
+    unaware = factorize(torch.eye(columns), d)
+    nearest, nearest_scale = assign(weight, unaware, table, scale, trellis, passes=0)
     before = proxy(weight, nearest, nearest_scale, table, damped)
-    indices, fitted = assign(weight, factor, table, scale, 0, trellis)
+    indices, fitted = assign(weight, factor, table, scale, trellis, passes=0)
     after = proxy(weight, indices, fitted, table, damped)
-    descended, refitted = assign(weight, factor, table, scale, 2, trellis)
+    descended, refitted = assign(weight, factor, table, scale, trellis, passes=2)
     better = proxy(weight, descended, refitted, table, damped)
     assert float(after.sum()) <= 1.0001 * float(before.sum())
     assert float(better.sum()) <= 1.0001 * float(after.sum())
     assert float(after.sum()) < 0.7 * float(before.sum())
-    packed = pack_paths(indices, trellis)  # columns of a strip form one path
-    assert torch.equal(unpack_paths(packed, trellis, *indices.shape).long(), indices)
-    repacked = pack_paths(descended, trellis)
-    assert torch.equal(unpack_paths(repacked, trellis, *descended.shape).long(), descended)
+    packed = trellis.pack(indices)  # columns of a strip form one path
+    assert torch.equal(trellis.unpack(packed, *indices.shape).long(), indices)
+    repacked = trellis.pack(descended)
+    assert torch.equal(trellis.unpack(repacked, *descended.shape).long(), descended)
 
 
 def test_row_weights_shift_precision() -> None:
@@ -195,7 +188,9 @@ def test_row_weights_shift_precision() -> None:
     importance = torch.ones(256)
     importance[::2] = 20.0
     factor = factorize(torch.eye(32), 2)
-    indices, scale = assign(weight, factor, table, torch.ones(256), 0, Trellis(8, 3), importance)
+    indices, scale = assign(
+        weight, factor, table, torch.ones(256), Trellis(8, 3), row_importance=importance, passes=0
+    )
     error = proxy(weight, indices, scale, table, torch.eye(32))
     assert float(error[::2].sum()) < 0.7 * float(error[1::2].sum())
 

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from pocketllm.codec.trellis import Trellis, pack_paths, unpack_paths
 from torch import Tensor
 
 from pocketllm.codec import feedback_schedule as strips_module
@@ -14,6 +13,7 @@ from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign
 from pocketllm.codec.feedback_schedule import ColumnFeedback, RowFeedback, Strips
 from pocketllm.codec.hessian import conditional_diagonal, factorize
+from pocketllm.codec.index_form import Independent, IndexForm, Trellis
 from tests.numerics.test_calibrated import correlated
 
 CPU = torch.device("cpu")
@@ -30,33 +30,32 @@ def loss(weight: Tensor, guess: Tensor, outer: Tensor, inner: Tensor) -> float:
     return float(torch.trace(error.T @ outer.double() @ error @ inner.double()))
 
 
-@pytest.mark.parametrize("trellis", [Trellis(8, 4, 8), Trellis(8, 3, 7), Trellis(7, 7, 8), None])
+@pytest.mark.parametrize("form", [Trellis(8, 4, 8), Trellis(8, 3, 7), Trellis(7, 7, 8), Independent(256, 8)])
 @pytest.mark.parametrize(("rows", "columns", "d"), [(96, 64, 2), (50, 31, 2), (40, 9, 1)])
-def test_rows_make_up_for_each_other(trellis: Trellis | None, rows: int, columns: int, d: int) -> None:
-    weight, size = torch.randn(rows, columns), 256 if trellis is None else 1 << trellis.width
-    table, scale = seeded_codebook(size, d, 5).float(), weight.square().mean(dim=1).sqrt()
+def test_rows_make_up_for_each_other(form: IndexForm, rows: int, columns: int, d: int) -> None:
+    weight = torch.randn(rows, columns)
+    table, scale = seeded_codebook(form.codebook_size, d, 5).float(), weight.square().mean(dim=1).sqrt()
     factor, outputs = factorize(correlated(columns), d), factorize(correlated(rows), 1)
     inner, outer = factor.hessian[:columns, :columns], outputs.hessian
-    alone = decoded(assign(weight, factor, table, scale, 0, trellis), table, columns)
-    found = assign(weight, factor, table, scale, 0, trellis, None, outputs, 8)
+    alone = decoded(assign(weight, factor, table, scale, form, passes=0), table, columns)
+    found = assign(weight, factor, table, scale, form, outputs=outputs, passes=0)
     both = decoded(found, table, columns)
     assert loss(weight, both, outer, inner) < 0.93 * loss(weight, alone, outer, inner)
-    if trellis is not None:
-        packed = pack_paths(found[0], trellis)
-        assert torch.equal(unpack_paths(packed, trellis, *found[0].shape).long(), found[0])
+    packed = form.pack(found[0])
+    assert torch.equal(form.unpack(packed, *found[0].shape).long(), found[0])
 
 
-@pytest.mark.parametrize("trellis", [None, Trellis(6, 3, 16)])
+@pytest.mark.parametrize("form", [Independent(64, 16), Trellis(6, 3, 16)])
 @pytest.mark.parametrize("seed", range(4))
-def test_never_worse_than_nearest(trellis: Trellis | None, seed: int) -> None:
+def test_never_worse_than_nearest(form: IndexForm, seed: int) -> None:
     """Even where the Hessians are of a single token, or the weights all alike."""
     torch.manual_seed(seed)
     weight = torch.full((40, 12), 0.3) if seed == 3 else torch.randn(40, 12) ** 3
     x, g = torch.randn(1 if seed < 2 else 100, 12), torch.randn(1 if seed % 2 else 100, 40)
     factor, outputs = factorize(x.T @ x, 2), factorize(g.T @ g, 1)
     table, scale = seeded_codebook(64, 2, 3).float(), weight.square().mean(dim=1).sqrt()
-    plain = assign(weight, factorize(torch.eye(12), 2), table, scale, 0, trellis)
-    found = assign(weight, factor, table, scale, 0, trellis, None, outputs, 16)
+    plain = assign(weight, factorize(torch.eye(12), 2), table, scale, form, passes=0)
+    found = assign(weight, factor, table, scale, form, outputs=outputs, passes=0)
     one, other = (
         loss(weight, decoded(each, table, 12), outputs.hessian, factor.hessian) for each in (found, plain)
     )
@@ -67,7 +66,8 @@ def test_row_scales_minimize_the_loss() -> None:
     weight = torch.randn(30, 16)
     factor, outputs = factorize(correlated(16), 2), factorize(correlated(30), 1)
     table = seeded_codebook(16, 2, 3).float()
-    indices, scale = assign(weight, factor, table, torch.ones(30), 0, Trellis(4, 2, 16), None, outputs)
+    form = Trellis(4, 2, 16)
+    indices, scale = assign(weight, factor, table, torch.ones(30), form, outputs=outputs, passes=0)
     scale = scale.double().requires_grad_()
     error = weight.double() - table.double()[indices].reshape(30, -1) * scale[:, None]
     total = ((outputs.hessian.double() @ error @ factor.hessian.double()) * error).sum()

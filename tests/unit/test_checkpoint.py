@@ -84,7 +84,7 @@ LAYOUT_DAMAGE: dict[str, Callable[[Any], Any]] = {
     "malformed": lambda q: q.pop("codebooks"),
     "malformed.*twist": lambda q: q["decoders"][0].update(twist=1),
     "malformed.*norm": lambda q: q["decoders"][0].update(norm="batch"),
-    "malformed.*unpack": lambda q: q["matrices"].update(x=[1]),
+    "malformed.*x: got 1 values, wanted 8": lambda q: q["matrices"].update(x=[1]),
     "does not exist": lambda q: q["matrices"][EMBEDDING].__setitem__(2, 77),
     "malformed.*codebook, decoder and stride": lambda q: q["matrices"][EMBEDDING].__setitem__(2, "0"),
     "malformed.*got -1": lambda q: q["matrices"][EMBEDDING].__setitem__(3, -1),
@@ -269,7 +269,7 @@ def test_json_is_renamed_when_whole(tmp_path: Path) -> None:
 
 def test_the_hub_delivers_every_file_that_is_checked() -> None:
     """What is copied beside the weights is in the list of files; a download must bring it."""
-    from pocketllm.compression import write
+    from pocketllm.plan import stored_form
     from pocketllm.source import dense_checkpoint as source
 
-    assert set(write._COPIED) <= set(source._HUB_PATTERNS)
+    assert set(stored_form._COPIED) <= set(source._HUB_PATTERNS)

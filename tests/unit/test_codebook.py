@@ -15,10 +15,10 @@ from pocketllm.codec.codebook import (
     codebook_utilization,
     kmeans_codebook,
     nearest,
-    nearest_torch,
     normal_codebook,
     straight_through,
 )
+from pocketllm.codec.kernels import reference
 
 SIZES = [(1, 1, 1), (3, 4, 2), (19, 7, 3), (21, 64, 4), (500, 300, 6), (1000, 1024, 8), (64, 50, 33)]
 
@@ -33,7 +33,7 @@ def first_least(distances: Tensor) -> Tensor:
     return (distances == distances.amin(dim=1, keepdim=True)).to(torch.uint8).argmax(dim=1)
 
 
-@pytest.mark.parametrize("search", [nearest, nearest_torch])
+@pytest.mark.parametrize("search", [nearest, reference.nearest])
 @pytest.mark.parametrize(("count", "size", "d"), SIZES)
 def test_nearest_on_random_data(
     search: Callable[[Tensor, Tensor], Tensor], count: int, size: int, d: int
@@ -59,10 +59,10 @@ def test_ties_go_to_the_lower_index(grid: int, count: int, size: int, d: int) ->
     codebook = torch.randint(-grid, grid + 1, (size, d)).float()
     expected = first_least(squared_distances(points, codebook))
     assert torch.equal(nearest(points, codebook), expected)
-    assert torch.equal(nearest_torch(points, codebook), expected)
+    assert torch.equal(reference.nearest(points, codebook), expected)
 
 
-@pytest.mark.parametrize("search", [nearest, nearest_torch])
+@pytest.mark.parametrize("search", [nearest, reference.nearest])
 def test_of_duplicated_codewords_the_first_wins(search: Callable[[Tensor, Tensor], Tensor]) -> None:
     codebook = torch.randn(37, 4).repeat(3, 1)
     found = search(codebook.clone(), codebook)
@@ -72,9 +72,9 @@ def test_of_duplicated_codewords_the_first_wins(search: Callable[[Tensor, Tensor
 def test_nearest_takes_bfloat16_strided_and_empty_points() -> None:
     codebook = torch.randn(16, 4)
     points = torch.randn(4, 40).bfloat16().T
-    assert torch.equal(nearest(points, codebook), nearest_torch(points.float().contiguous(), codebook))
+    assert torch.equal(nearest(points, codebook), reference.nearest(points.float().contiguous(), codebook))
     assert nearest(torch.empty(0, 4), codebook).shape == (0,)
-    assert nearest_torch(torch.empty(0, 4), codebook).shape == (0,)
+    assert reference.nearest(torch.empty(0, 4), codebook).shape == (0,)
 
 
 def test_centroids_are_means_and_leave_unused_codewords() -> None:

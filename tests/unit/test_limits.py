@@ -8,12 +8,12 @@ import pytest
 import transformers
 
 from pocketllm.errors import ConfigError, SourceError
+from pocketllm.source.folder import read_vocabulary
 from pocketllm.text.vocabulary import (
     Vocabulary,
     check_positions,
     check_vocabularies,
     positions_of,
-    read_vocabulary,
 )
 from tests import tiny
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import pocketllm
-from pocketllm.compression.write import Checkpoint
+from pocketllm.codec import predicted_nmse
 from pocketllm.errors import ConfigError
 from pocketllm.plan.bit_allocation import make_plan
-from pocketllm.plan.matrices import Matrix, predicted_nmse
+from pocketllm.plan.matrices import Matrix
+from pocketllm.plan.sizes import PlannedModel
 from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense
 from tests import tiny
 
@@ -41,7 +42,7 @@ def test_target_is_met_from_below(bpw: float, source: DenseCheckpoint) -> None:
 @pytest.mark.parametrize("scope", ["matrix", "kind", "model"])
 def test_bits_are_those_of_the_tensors_written(scope: str, source: DenseCheckpoint) -> None:
     plan = make_plan(source, tiny.settings(codebook_scope=scope, decoder_scope="matrix"))
-    sizes = Checkpoint(source, plan, "model").sizes
+    sizes = PlannedModel(source, plan, "model").form.tensors
     dense = {entry.name for entry in plan.dense}
     stored = sum(
         8 * torch.Size(shape).numel() * dtype.itemsize

@@ -159,9 +159,11 @@ class Layout:
         if unknown:
             raise FormatError(f"{where}: unknown key {unknown[0]!r} in quantization_config")
         try:
-            matrices = {}
+            matrices, keys = {}, [field.name for field in fields(MatrixEntry)]
             for name, stored in values["matrices"].items():
-                entry = dict(zip((field.name for field in fields(MatrixEntry)), stored, strict=True))
+                if len(stored) != len(keys):
+                    raise ValueError(f"{name}: got {len(stored)} values, wanted {len(keys)}")
+                entry = dict(zip(keys, stored, strict=True))
                 of_columns, of_rows = entry["rotation"]
                 entry |= {"shape": tuple(entry["shape"]), "rotation": (of_columns, of_rows)}
                 matrices[name] = MatrixEntry(**entry)

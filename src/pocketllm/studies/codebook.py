@@ -7,8 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from pocketllm.codec import predicted_nmse
 from pocketllm.config import CodecConfig, CompressConfig
-from pocketllm.plan import Matrix, predicted_nmse
+from pocketllm.plan import Matrix
 from pocketllm.studies import codebook_page as page
 from pocketllm.studies.registry import STUDIES
 from pocketllm.studies.study import Progress, Setup, Step, Study

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.codec import EncodedMatrix, MatrixCodec, TrainingStep, fit, fold, subvectors_per_row
+from pocketllm.codec import (
+    EncodedMatrix,
+    Independent,
+    MatrixCodec,
+    TrainingStep,
+    fit,
+    fold,
+    subvectors_per_row,
+)
 from pocketllm.config import CodecConfig, CompressConfig, Safeguards
 from pocketllm.errors import SourceError
 from pocketllm.plan import CODEWORD_BITS, ROW_SCALE_BITS, Matrix, Spec, classify
@@ -145,7 +153,10 @@ def train(
     _check_size("the matrix under study", rows, columns, config.vector_len, codebook_size)
     steps: list[TrainingStep] = []
     started = time.monotonic()
-    fitted = fit({"": [weight]}, config, codebook_size, seed, progress, safeguards, steps.append)
+    form = Independent(codebook_size)
+    fitted = fit(
+        {"": [weight]}, config, form, seed, progress=progress, safeguards=safeguards, observer=steps.append
+    )
     codec = as_stored(fitted.codecs[""])
     encoded = codec.encode(weight)
     mse = mean_square_error(weight, codec, encoded)
@@ -160,7 +171,7 @@ def train(
         curve=fitted.curve,
         steps=steps,
         epoch_counts=used,
-        counts=torch.bincount(encoded.indices.reshape(-1).cpu(), minlength=codebook_size),
+        counts=torch.bincount(encoded.indices(config.vector_len).reshape(-1).cpu(), minlength=codebook_size),
         codec=codec,
         wanted_epochs=config.epochs,
         seconds=time.monotonic() - started,

@@ -1,0 +1,202 @@
+"""Kernels: each finds what the torch reference finds, on odd sizes, too; one that does not is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pocketllm.codec.codebook import Searcher
+from pocketllm.codec.kernels import cpu, reference, select
+from pocketllm.codec.kernels.reference import PathProblem
+from pocketllm.codec.rotation import rotate_matrix, unrotate_matrix
+
+CPU = torch.device("cpu")
+compiled = pytest.mark.skipif(
+    any(cpu._library(name) is None for name in ("nearest", "trellis", "matrix")),
+    reason="no C++ compiler here",
+)
+
+
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """No kernel has been tried yet, and none will have been afterwards."""
+    for cached in (select._agrees, select._paths_of):
+        cached.cache_clear()
+    yield
+    for cached in (select._agrees, select._paths_of):
+        cached.cache_clear()
+
+
+def paths(width: int = 8, stride: int = 3, d: int = 2, lengths: tuple[int, ...] = (40, 17)) -> PathProblem:
+    """Random strips; the last one ends in a given state, the others look ahead."""
+    lookahead = [4] * (len(lengths) - 1) + [0]
+    points = torch.randn(sum(lengths) + sum(lookahead), d)
+    tables = torch.randn(3, d, 1 << width)
+    which = torch.arange(len(lengths)) % 3
+    stop = torch.full_like(which, -1)
+    if lengths[-1] * stride >= width:  # any state can be reached
+        stop[-1] = 5
+    return PathProblem(
+        points=points,
+        weights=torch.rand(len(points)) + 0.5,
+        tables=tables,
+        halves=tables.square().sum(dim=1) / 2,
+        which=which,
+        after=(which + 1) % 3,
+        start=torch.randint(1 << width, (len(lengths),)),
+        stop=stop,
+        lengths=list(lengths),
+        lookahead=lookahead,
+        width=width,
+        stride=stride,
+    )
+
+
+@compiled
+@pytest.mark.parametrize("lengths", [(1,), (2, 1), (17, 16, 16), (255, 3)])
+@pytest.mark.parametrize(
+    ("width", "stride", "d"), [(6, 2, 1), (5, 1, 3), (9, 5, 4), (12, 8, 2), (8, 3, 2), (7, 2, 3)]
+)
+def test_paths(width: int, stride: int, d: int, lengths: tuple[int, ...]) -> None:
+    problem = paths(width, stride, d, lengths)
+    expected = reference.cheapest_paths(problem)
+    assert cpu.searches(problem)
+    assert torch.equal(cpu.cheapest_paths(problem), expected)
+    assert torch.equal(select.cheapest_paths(problem), expected)
+
+
+@pytest.mark.parametrize(("width", "stride", "d"), [(8, 3, 5), (12, 9, 2), (6, 3, 2)])
+def test_paths_that_no_kernel_was_written_for(width: int, stride: int, d: int) -> None:
+    problem = paths(width, stride, d)
+    assert not cpu.searches(problem)
+    assert torch.equal(select.cheapest_paths(problem), reference.cheapest_paths(problem))
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("count", "size", "d"), [(0, 3, 2), (1, 1, 1), (31, 33, 5), (257, 1023, 7), (1000, 31, 16)]
+)
+def test_nearest_codewords(count: int, size: int, d: int) -> None:
+    points, codebook = torch.randn(count, d), torch.randn(size, d)
+    expected = reference.nearest(points, codebook)
+    assert torch.equal(cpu.Table(codebook).nearest(points), expected)
+    assert torch.equal(Searcher(codebook).nearest(points), expected)
+    if count:
+        assert torch.equal(cpu.nearest_faiss(points, codebook), expected)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("rows", "columns", "d"), [(1, 1, 1), (7, 13, 4), (48, 40, 5), (3, 3, 8), (129, 65, 2)]
+)
+def test_decoding(rows: int, columns: int, d: int) -> None:
+    table, scale, grad = torch.randn(11, d), torch.rand(rows), torch.randn(rows, columns)
+    indices = torch.randint(11, (rows, -(-columns // d)))
+    expected = reference.gather(table, indices, scale, columns)
+    assert torch.equal(cpu.gather(table, indices, scale, columns), expected)
+    assert torch.equal(select.gather(table, indices, scale, columns), expected)
+    sums = reference.scatter(table, indices, scale, grad)
+    for found in (cpu.scatter(table, indices, scale, grad), select.scatter(table, indices, scale, grad)):
+        for one, other in zip(found, sums, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def raises(*arguments: Any, **keywords: Any) -> Any:
+    raise RuntimeError("illegal instruction")
+
+
+def altered(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but for one value."""
+
+    def off(*arguments: Any, **keywords: Any) -> Any:
+        found = kernel(*arguments, **keywords)
+        (found[0] if isinstance(found, tuple) else found).reshape(-1)[0] += 1
+        return found
+
+    return off
+
+
+def find_paths() -> tuple[Tensor, Tensor]:
+    problem = paths()
+    return select.cheapest_paths(problem), reference.cheapest_paths(problem)
+
+
+def find_nearest() -> tuple[Tensor, Tensor]:
+    points, codebook = torch.randn(50, 3), torch.randn(20, 3)
+    return Searcher(codebook).nearest(points), reference.nearest(points, codebook)
+
+
+def decode() -> tuple[Tensor, Tensor]:
+    table, scale, indices = torch.randn(16, 3), torch.rand(5), torch.randint(16, (5, 4))
+    return select.gather(table, indices, scale, 10), reference.gather(table, indices, scale, 10)
+
+
+def take_gradients() -> tuple[Tensor, Tensor]:
+    table, scale, indices, grad = (
+        torch.randn(16, 3),
+        torch.rand(5),
+        torch.randint(16, (5, 4)),
+        torch.randn(5, 10),
+    )
+    return (
+        select.scatter(table, indices, scale, grad)[0],
+        reference.scatter(table, indices, scale, grad)[0],
+    )
+
+
+def rotate() -> tuple[Tensor, Tensor]:
+    weight = torch.randn(20, 36)
+    return unrotate_matrix(rotate_matrix(weight, (1, 2)), (1, 2)), weight
+
+
+KERNELS: dict[str, tuple[Any, str, Callable[[], tuple[Tensor, Tensor]], str]] = {
+    "paths": (cpu, "cheapest_paths", find_paths, "it finds other paths"),
+    "nearest": (cpu.Table, "nearest", find_nearest, "it finds other codewords"),
+    "gather": (cpu, "gather", decode, "it decodes to other values"),
+    "scatter": (cpu, "scatter", take_gradients, "it decodes to other values"),
+    "rotate": (cpu, "rotate_", rotate, "it decodes to other values"),
+}
+
+
+@compiled
+@pytest.mark.parametrize("fault", ["wrong", "raises"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_at_fault_is_left_out(
+    name: str,
+    fault: str,
+    untried: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Results are the reference's, and one warning says which kernel, where, and why."""
+    owner, attribute, use, words = KERNELS[name]
+    broken = raises if fault == "raises" else altered(getattr(owner, attribute))
+    monkeypatch.setattr(owner, attribute, broken)
+    reason = "illegal instruction" if fault == "raises" else words
+    for _ in range(2):
+        found, expected = use()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"a kernel in C++ is not used on cpu ({reason}); torch does it, slower"
+    ]
+
+
+@compiled
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_good_kernel_is_used(
+    name: str, untried: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    owner, attribute, use, _ = KERNELS[name]
+    use()  # it is tried here
+    assert not caplog.records
+    monkeypatch.setattr(owner, attribute, raises)
+    with pytest.raises(RuntimeError, match="illegal instruction"):
+        use()
+
+
+def test_without_a_gpu_there_is_no_triton() -> None:
+    assert select._triton(CPU) is None
