@@ -1,0 +1,114 @@
+"""The same training on one matrix from several seeds, and what is told of them together."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pocketllm.codec import TrainingStep, codebook_perplexity
+from pocketllm.config import CodecConfig, Safeguards
+from pocketllm.studies.definition import Progress, Step
+from pocketllm.studies.measure.significance import mean
+from pocketllm.studies.measure.trials import Sample, Trial, binned, digits, settings, train
+
+_BINS = 40
+EXPLODED = 10.0
+"""A gradient has exploded at so many times the norm of the first step's."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained: everything but the matrix and the seed."""
+
+    config: CodecConfig
+    guards: Safeguards
+    codebook_size: int
+
+
+def step_over_seeds(key: str, chosen: Callable[[], Sample], training: Training, seeds: Sequence[int]) -> Step:
+    """A step that trains on `chosen()` from each seed.
+
+    Its values: matrix, settings, codebook_size, seeds; steps, of a training; and one for each seed:
+    start_nmse, end_nmse (of unit rows, indices as `compress` chooses them; None where training broke off),
+    latent_nmse (of the last epoch, nearest latents), nmse and rmse (of the matrix coded with the best state
+    met), first_, peak_ and last_gradient, perplexity_of_use (last epoch); gradient: over training,
+    lowest, median and highest of the seeds in each bin.
+    """
+    return Step(key, partial(_run, chosen, training, tuple(seeds)))
+
+
+def _run(
+    chosen: Callable[[], Sample], training: Training, seeds: Sequence[int], progress: Progress
+) -> dict[str, Any]:
+    matrix, trials = chosen(), []
+    for number, seed in enumerate(seeds):
+        told = partial(part, progress, number, len(seeds))
+        trials.append(
+            train(matrix.weight, training.config, training.codebook_size, seed, training.guards, told)
+        )
+    return {
+        "matrix": matrix.facts(),
+        "codebook_size": training.codebook_size,
+        "settings": settings(training.config, training.guards),
+        "seeds": list(seeds),
+        **_facts(trials),
+    }
+
+
+def part(progress: Progress, number: int, count: int, share: float) -> None:
+    """Tell of the share of a whole, of which one of `count` equal parts is at work."""
+    progress((number + share) / count)
+
+
+def _facts(trials: Sequence[Trial]) -> dict[str, Any]:
+    norms = [t.grad_norms for t in trials]
+    series = [binned(values, _BINS, highest=True) for values in norms]
+    columns = list(zip(*(values[: min(map(len, series))] for values in series), strict=True))
+    return {
+        "steps": max(map(len, norms)),
+        "end_nmse": [digits(t.end) for t in trials],
+        "start_nmse": [digits(t.start) for t in trials],
+        "latent_nmse": [digits(_by_latent(t.steps)) for t in trials],
+        "nmse": [digits(t.nmse) for t in trials],
+        "rmse": [digits(t.mse**0.5) for t in trials],
+        "first_gradient": [digits(values[0]) for values in norms],
+        "peak_gradient": [digits(max(values)) for values in norms],
+        "last_gradient": [digits(values[-1]) for values in norms],
+        "perplexity_of_use": [digits(codebook_perplexity(t.epoch_counts[-1])) for t in trials],
+        "gradient": {
+            "low": [min(column) for column in columns],
+            "middle": [digits(statistics.median(column)) for column in columns],
+            "high": [max(column) for column in columns],
+        },
+    }
+
+
+def _by_latent(steps: Sequence[TrainingStep]) -> float:
+    last = [step.reconstruction for step in steps if step.epoch == steps[-1].epoch]
+    return sum(last) / len(last)
+
+
+def over_entries(entries: Sequence[Any], key: str) -> list[float | None]:
+    """For each seed the mean over several steps' values of that key."""
+    return [mean([entry[key][n] for entry in entries]) for n in range(len(entries[0][key]))]
+
+
+def exploded(entries: Sequence[Any]) -> tuple[int, int]:
+    """(trainings whose gradient grew past `EXPLODED` times its first norm or was not finite, trainings)."""
+    count = 0
+    for entry in entries:
+        ends = zip(entry["first_gradient"], entry["peak_gradient"], entry["end_nmse"], strict=True)
+        count += sum(
+            end is None or first is None or peak is None or peak > EXPLODED * first
+            for first, peak, end in ends
+        )
+    return count, sum(len(entry["end_nmse"]) for entry in entries)
+
+
+def highest(entries: Sequence[Any], key: str) -> float | None:
+    """Over all steps and seeds; None where one was not finite."""
+    values = [value for entry in entries for value in entry[key]]
+    return None if None in values else max(values)
