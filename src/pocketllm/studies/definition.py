@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,10 +97,6 @@ class Step:
         assert re.fullmatch(r"[\w.-]+", self.key), self.key
 
 
-Note = Callable[..., str]
-"""A section of a study's prose by name, with values filled in (`show.prose.Prose.text`)."""
-
-
 @dataclass(frozen=True)
 class Table:
     """Figures as text. note: what they are of; stands below the table."""
@@ -109,18 +105,6 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
-
-    @classmethod
-    def of(
-        cls, title: str, entries: Iterable[Any], columns: Mapping[str, Callable[[Any], str]], note: str = ""
-    ) -> Table:
-        """A row for each entry. columns: heading -> the cell of an entry."""
-        rows = [[cell(entry) for cell in columns.values()] for entry in entries]
-        return cls(title, list(columns), rows, note)
-
-    def below(self, first: Sequence[str]) -> Table:
-        """With a row above the others, such as the one of the dense model."""
-        return replace(self, rows=[first, *self.rows])
 
 
 @dataclass(frozen=True)

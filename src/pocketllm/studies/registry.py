@@ -36,7 +36,8 @@ def load(name: str) -> Study:
     """The study of that name.
 
     Put together from measure/NAME_steps.py (MEASUREMENT), claims/NAME_claim.py (`numbers`, which fills the
-    findings in), show/NAME_page.py (`tables`, `picture`) and the prose in show/templates/NAME.md.j2.
+    findings in), show/NAME_page.py (`picture`; `rows`, which
+    fills the tables in) and the prose in show/templates/NAME.md.j2.
 
     Raises:
         ConfigError: there is none.
@@ -52,8 +53,7 @@ def load(name: str) -> Study:
     words = prose(name)
 
     def tables(results: Results) -> list[Table]:
-        found: list[Table] = page.tables(results, words.text)
-        return found
+        return words.tables(results=results, **page.rows(results))
 
     def findings(results: Results) -> list[str]:
         values: Mapping[str, Any] = claim.numbers(results)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -31,9 +31,9 @@ def forms_of(results: Results) -> dict[str, Mapping[str, Any]]:
     return {name: {**v, "tokens": v["decode_flops"] / v["flops"]["one token"]} for name, v in forms.items()}
 
 
-def middle(rounds: Sequence[Mapping[str, Any]], job: str, key: str) -> float:
+def middle(results: Results, device: str, job: str, key: str) -> float:
     """Median over the rounds."""
-    return float(median(values["runs"][job][key] for values in rounds))
+    return float(median(values["runs"][job][key] for values in rounds_of(results, device)))
 
 
 def ratio(results: Results, device: str, job: str, what: str) -> float:
@@ -66,12 +66,12 @@ def _range(results: Results, mode: str, what: str) -> list[float]:
 
 
 def _form(results: Results, device: str, name: str) -> dict[str, Any]:
-    rounds, jobs = rounds_of(results, device), {mode: f"{name}, {shown}" for mode, shown in MODES.items()}
+    jobs = {mode: f"{name}, {shown}" for mode, shown in MODES.items()}
     return {
         "device": "GPU" if device == "cuda" else "CPU",
         "name": name,
-        "load": middle(rounds, jobs["dense"], "load_seconds"),
-        "dense_load": middle(rounds, DENSE, "load_seconds"),
-        "long": rounds[0]["long"],
+        "load": middle(results, device, jobs["dense"], "load_seconds"),
+        "dense_load": middle(results, device, DENSE, "load_seconds"),
+        "long": rounds_of(results, device)[0]["long"],
         **{mode: {what: ratio(results, device, job, what) for what in _TOLD} for mode, job in jobs.items()},
     }

@@ -55,4 +55,4 @@ def _use(results: Results, name: str) -> dict[str, Any]:
     }
     first, last = (mean([series[at] for series in entry["perplexity_over_epochs"]]) for at in (0, -1))
     more = {"first": first, "last": last, "collapsed": collapsed(entry), "nmse": entry["nmse"]}
-    return {"title": SHOWN[name], **means, **more}
+    return {"title": SHOWN[name], "size": entry["codebook_size"], **means, **more}

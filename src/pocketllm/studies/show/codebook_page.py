@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pocketllm.studies.claims.codebook_claim import COUNTS, Point, grid, groups, models
-from pocketllm.studies.definition import Note, Results, Table
-from pocketllm.studies.show.columns import figure, fixed, text
-from pocketllm.studies.show.numbers import number
+from pocketllm.studies.definition import Results
 from pocketllm.studies.show.plot import INK, Axis, Label, Legend, Line, Mark, Panel, Part, Picture, Rule, look
 
-_POINT = {
-    "d": text("vector_len"),
-    "K": text("codebook_size"),
-    **{words: fixed(key) for key, words in COUNTS.items()},
-    "nmse": figure("nmse"),
-    "k-means nmse": figure("kmeans_nmse"),
-    "predicted": figure("predicted_nmse"),
-    "bound": lambda p: number(4.0 ** -p["index_bpw"]),
-}
-_MODEL = {
-    "d": text("vector_len"),
-    "K": text("codebook_size"),
-    "index bits": fixed("index_bpw"),
-    "all bits": fixed("bpw"),
-    "nmse": figure("nmse"),
-    "perplexity": figure("perplexity", 4),
-}
 
-
-def tables(results: Results, note: Note) -> list[Table]:
-    """Equal bits of indices, equal K, compressed models."""
-    points, dense = grid(results), results["model.dense"]
-    bits = [point for same in groups(points, "index_bpw").values() for point in same]
-    sizes = [
-        point
-        for same in groups(points, "codebook_size").values()
-        for point in sorted(same, key=lambda p: p["vector_len"])
-    ]
-    whole = Table.of("The whole model, not calibrated", models(results), _MODEL, note("Models", dense=dense))
-    return [
-        Table.of("At equal bits of indices", bits, _POINT, note("Equal bits", point=points[0])),
-        Table.of("At equal K", sizes, _POINT, note("Equal K")),
-        whole.below(["dense", "", "", "", "", number(dense["perplexity"], 4)]),
-    ]
+def rows(results: Results) -> dict[str, Any]:
+    """For the tables: equal bits of indices, equal K, compressed models."""
+    points = grid(results)
+    return {
+        "counts": COUNTS,
+        "points": points,
+        "equal_bits": groups(points, "index_bpw"),
+        "equal_size": groups(points, "codebook_size"),
+        "models": models(results),
+    }
 
 
 def picture(results: Results) -> Picture:

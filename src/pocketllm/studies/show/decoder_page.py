@@ -3,49 +3,26 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 from pocketllm.studies.claims.decoder_claim import CALIBRATED, REFERENCE, divergence, keys_of
-from pocketllm.studies.definition import Note, Results, Table
+from pocketllm.studies.definition import Results
 from pocketllm.studies.measure.significance import CONFIDENCE
-from pocketllm.studies.show.columns import figure, on, text
-from pocketllm.studies.show.numbers import number, with_error
+from pocketllm.studies.show.numbers import number
 from pocketllm.studies.show.plot import COLOURS, Axis, Bars, Panel, Part, Picture
 
-_STORED = {
-    "K": text("codewords"),
-    "bytes of codebooks + decoders": lambda v: f"{v['codebook_bytes']} + {v['decoder_bytes']}",
-    "bpw": figure("bpw", 5),
-    "nmse": figure("nmse", 4),
-    "nmse of the sample, by training": lambda v: (
-        f"{number(v['start_nmse'], 4)} → {number(v['trained_nmse'], 4)}"
-    ),
-}
 
-
-def tables(results: Results, note: Note) -> list[Table]:
-    """Plain coding; calibrated coding, where there is any."""
-    titles = {False: "Plain coding", True: "Calibrated coding"}
-    return [
-        _table(results, keys, title, note)
-        for calibrated, title in titles.items()
-        if (keys := keys_of(results, calibrated))
-    ]
-
-
-def _table(results: Results, keys: list[str], title: str, note: Note) -> Table:
-    entries = [
-        {"key": key, "values": results[key], **{when: results[key][when] for when in ("before", "after")}}
-        for key in keys
-    ]
-    columns = {
-        "decoder": lambda e: _shown(results, e["key"]),
-        **on("values", _STORED),
-        "KL": lambda e: with_error(divergence(results, e["key"], "before")),
-        **on("before", {"perplexity": figure("perplexity", 4)}),
-        "KL, distilled": lambda e: with_error(divergence(results, e["key"], "after")),
-        **on("after", {"perplexity, distilled": figure("perplexity", 4)}),
+def rows(results: Results) -> dict[str, Any]:
+    """For the tables: the variants of plain coding, and of calibrated coding where there is any."""
+    return {
+        "groups": {
+            "Plain coding": keys_of(results, calibrated=False),
+            "Calibrated coding": keys_of(results, calibrated=True),
+        },
+        "shown": partial(_shown, results),
+        "divergence": partial(divergence, results),
     }
-    return Table.of(title, entries, columns, note("Variants", first=results[keys[0]]))
 
 
 def _shown(results: Results, key: str) -> str:

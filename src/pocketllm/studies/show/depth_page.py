@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from pocketllm.studies.claims.depth_claim import group, start_of
-from pocketllm.studies.definition import Note, Results, Table
+from pocketllm.studies.definition import Results
 from pocketllm.studies.measure.depth_steps import DEPTHS
 from pocketllm.studies.measure.over_seeds import exploded
-from pocketllm.studies.measure.significance import mean
 from pocketllm.studies.measure.trials import TRAINING_TICKS, TRAININGS
-from pocketllm.studies.show.columns import on, seeds, text
-from pocketllm.studies.show.numbers import number
 from pocketllm.studies.show.plot import DASHES, Axis, Line, Panel, Part, Picture, look, mean_points
 
-_ENDS = {
-    "nmse at the end": seeds("end_nmse"),
-    "by latent": seeds("latent_nmse"),
-    "start": lambda entry: number(mean(entry["start_nmse"])),
-    "exploded": lambda entry: "{} of {}".format(*exploded([entry])),
-    "perplexity of use": seeds("perplexity_of_use"),
-}
 _GUARDED = "published start, guarded"
 
 
-def tables(results: Results, note: Note) -> list[Table]:
-    """Where training starts, widths, learning rates and lengths."""
-    starts = [
-        (words, depth, start_of(results, name, depth))
-        for name, words in TRAININGS.items()
-        for depth in DEPTHS
-    ]
-    widths = sorted((int(width), int(depth), e) for (depth, width), e in group(results, "hidden").items())
-    lengths = sorted(
-        ((int(length), float(rate), int(depth)), rate, e)
-        for (depth, length, rate), e in group(results, "tuned").items()
-    )
-    tuned = [(e["steps"], rate, place[2], e) for place, rate, e in lengths]
-    columns = {"steps": text(0), "learning rate": text(1), "blocks": text(2), **on(3, _ENDS)}
-    about = note("Starts", three=results["published.3"], ours=results["ours.3"])
-    return [
-        Table.of("By start", starts, {"training": text(0), "blocks": text(1), **on(2, _ENDS)}, about),
-        Table.of(f"By width, {_GUARDED}", widths, {"hidden": text(0), "blocks": text(1), **on(2, _ENDS)}),
-        Table.of(f"By length and learning rate, {_GUARDED}", tuned, columns),
-    ]
+def rows(results: Results) -> dict[str, Any]:
+    """For the tables: where training starts, widths, learning rates and lengths, in order."""
+    widths, tuned = group(results, "hidden").items(), group(results, "tuned").items()
+    return {
+        "trainings": TRAININGS,
+        "depths": DEPTHS,
+        "start_of": partial(start_of, results),
+        "exploded": exploded,
+        "widths": sorted((int(width), int(depth), entry) for (depth, width), entry in widths),
+        "tuned": sorted(
+            (int(times), float(rate), int(depth), entry) for (depth, times, rate), entry in tuned
+        ),
+    }
 
 
 def picture(results: Results) -> Picture:

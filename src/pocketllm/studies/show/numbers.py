@@ -16,8 +16,9 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def with_error(found: Difference, digits: int = 3) -> str:
-    """`value ± standard error`, the value alone where the error is not known."""
-    return number(found.value, digits) + (f" ± {number(found.error, 2)}" if found.known else "")
+    """`value ± standard error`, the value alone where the error is not known or the value not finite."""
+    known = found.known and math.isfinite(found.value)
+    return number(found.value, digits) + (f" ± {number(found.error, 2)}" if known else "")
 
 
 def mean_spread(values: Sequence[float | None], digits: int = 3) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from pocketllm.studies.claims.overfit_claim import Point, first_below, over_bound, points, sizes
-from pocketllm.studies.definition import Note, Results, Table
+from pocketllm.studies.definition import Results
 from pocketllm.studies.measure.overfit_steps import TARGET, TARGETS
 from pocketllm.studies.measure.trials import TRAININGS
-from pocketllm.studies.show.columns import figure, fixed, text
-from pocketllm.studies.show.numbers import number
 from pocketllm.studies.show.plot import (
     COLOURS,
     INK,
@@ -24,70 +23,20 @@ from pocketllm.studies.show.plot import (
     look,
 )
 
-_SIZE = {"d": text("vector_len"), "K": text("codebook_size")}
-_TRAINING = {
-    **_SIZE,
-    "training": text("training"),
-    "steps": text("steps"),
-    "index bits": fixed("index_bpw"),
-    "nmse": figure("nmse"),
-    "MSE": figure("mse"),
-    "RMSE": lambda p: number(p["mse"] ** 0.5),
-    "MSE, ours = 1": lambda p: f"{p['mse'] / p['ours']['mse']:.3f}",
-    "over the bound": lambda p: f"{p['mse'] / p['bound_mse']:.2f}",
-}
-_RATE = {
-    **_SIZE,
-    "index bits": fixed("index_bpw"),
-    "all bits": fixed("bpw"),
-    "k-means MSE": figure("kmeans_mse"),
-    "codec MSE": figure("mse"),
-    "codec RMSE": lambda p: number(p["mse"] ** 0.5),
-    "codec nmse": figure("nmse"),
-    "over the bound, index bits": lambda p: f"{p['mse'] / p['bound_mse']:.2f}",
-    "over the bound, all bits": fixed("over"),
-}
-_TWIN = {
-    **_SIZE,
-    "Gaussian, MSE": figure("mse"),
-    "weights, MSE": lambda p: number(p["own"]["kmeans_mse"]) if p["own"] else "",
-    "weights over Gaussian": lambda p: f"{p['own']['kmeans_mse'] / p['mse']:.3f}" if p["own"] else "",
-}
 
-
-def tables(results: Results, note: Note) -> list[Table]:
-    """The targets, the trainings, the rates, the twins."""
-    curves, sweep = points(results, "curve"), points(results, "sweep")
-    trained = [
-        {**c, "training": TRAININGS[name], "ours": curves[f"ours.{size}"]}
-        for name, size, c in ((*key.split("."), c) for key, c in curves.items())
-    ]
-    rates = [
-        {**p, "over": over_bound(results, p)} for p in sorted(sweep.values(), key=lambda p: p["index_bpw"])
-    ]
-    twins = [{**twin, "own": sweep.get(key)} for key, twin in points(results, "twin").items()]
-    return [
-        _targets(results, note),
-        Table.of("Training on it", trained, _TRAINING, note("Trainings")),
-        Table.of("Over the rates", rates, _RATE, note("Rates")),
-        Table.of("A Gaussian matrix with the same row scales, k-means", twins, _TWIN),
-    ]
-
-
-def _targets(results: Results, note: Note) -> Table:
-    square, rows = results["bound"]["matrix"]["mean_square"], []
-    for name, mse in TARGETS.items():
-        needed = results["bound"]["impossible_below_bits"][name]
-        rows.append([f"{name} < {TARGET:g}", number(mse / square), f"{needed:.2f}"])
-        found = first_below(results, mse)
-        if found is None:
-            rows[-1] += ["not reached"] * 4
-            continue
-        size = f"d = {found['vector_len']}, K = {found['codebook_size']}"
-        error = number(found["mse"] if name == "MSE" else found["mse"] ** 0.5)
-        rows[-1] += [size, f"{found['index_bpw']:.2f}", f"{found['bpw']:.2f}", error]
-    header = ["target", "as nmse", "impossible below, bits", "reached first by", "index bits", "all bits"]
-    return Table("Where the target belongs", [*header, "error there"], rows, note("Targets", square=square))
+def rows(results: Results) -> dict[str, Any]:
+    """For the tables: targets, trainings, rates, Gaussian twins, and what the bound says of them."""
+    return {
+        "target": TARGET,
+        "targets": TARGETS,
+        "bound": results["bound"],
+        "trainings": TRAININGS,
+        "curves": points(results, "curve"),
+        "sweep": points(results, "sweep"),
+        "twins": points(results, "twin"),
+        "first_below": partial(first_below, results),
+        "over_bound": partial(over_bound, results),
+    }
 
 
 def picture(results: Results) -> Picture:

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import ExtraError
+from pocketllm.studies.definition import Table
+from pocketllm.studies.measure.significance import mean
 from pocketllm.studies.show.numbers import compared, mean_spread, number, verdict, with_error
 
 _FOLDER = Path(__file__).parent / "templates"
-_FILTERS: dict[str, Callable[..., str]] = {
+_FILTERS: dict[str, Callable[..., Any]] = {
     "number": number,
     "with_error": with_error,
+    "mean": mean,
     "mean_spread": mean_spread,
     "verdict": verdict,
     "compared": compared,
     "fixed": lambda value, places=2: f"{value:.{places}f}",
     "percent": lambda share, places=0: f"{share:.{places}%}",
-    "short": lambda value, digits=6: f"{value:.{digits}g}",
+    "compact": lambda value, digits=6: f"{value:.{digits}g}",
     "sentence": lambda words: words[0].upper() + words[1:],
 }
 """What templates can apply to a value: the functions of `show.numbers`, and formats."""
@@ -45,6 +48,11 @@ class Prose:
         """The items (`- …`) of a section."""
         items = re.split(r"^\s*- ", self._filled(section, values), flags=re.MULTILINE)[1:]
         return [_one_line(item) for item in items]
+
+    def tables(self, **values: Any) -> list[Table]:
+        """The tables of the section `Tables`: under a heading `## Title` rows between bars, and a note."""
+        _, *parts = re.split(r"^## (.+)\n", self._filled("Tables", values), flags=re.MULTILINE)
+        return [_table(title, text) for title, text in zip(parts[::2], parts[1::2], strict=True)]
 
     def _filled(self, section: str, values: dict[str, Any]) -> str:
         text = self.sections.get(section, "")
@@ -83,6 +91,13 @@ def _environment() -> Any:
     made = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     made.filters |= _FILTERS
     return made
+
+
+def _table(title: str, text: str) -> Table:
+    """The first row is the header; a row begins and ends at a bar, on one line or several."""
+    row = re.compile(r"^\s*\|(.*?)\|\s*$", flags=re.MULTILINE | re.DOTALL)
+    header, *rows = ([_one_line(cell) for cell in found.split("|")] for found in row.findall(text))
+    return Table(title, header, rows, _one_line(row.sub("", text)))
 
 
 def _one_line(text: str) -> str:

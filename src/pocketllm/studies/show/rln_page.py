@@ -4,66 +4,34 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from pocketllm.studies.claims.rln_claim import entries_of, learned_nothing, tried
-from pocketllm.studies.definition import Note, Results, Table
+from pocketllm.studies.definition import Results
 from pocketllm.studies.measure.over_seeds import EXPLODED, exploded, highest, over_entries
 from pocketllm.studies.measure.trials import NORMS, TRAINING_TICKS, TRAININGS
-from pocketllm.studies.show.columns import Cell, on, text
-from pocketllm.studies.show.numbers import mean_spread, number
 from pocketllm.studies.show.plot import Axis, Line, Panel, Part, Picture, look, mean_points
 
-
-def _over(key: str, digits: int = 3) -> Cell:
-    return lambda entries: mean_spread(over_entries(entries, key), digits)
-
-
-_ENDS = {
-    "nmse at the end": _over("end_nmse"),
-    "by latent": _over("latent_nmse"),
-    "highest gradient norm": lambda entries: number(highest(entries, "peak_gradient")),
-    "last": _over("last_gradient", 2),
-    "exploded": lambda entries: "{} of {}".format(*exploded(entries)),
-    "perplexity of use": _over("perplexity_of_use"),
-}
-_BEST = {"nmse, best state": _over("nmse"), "RMSE, best state": _over("rmse")}
+_SWEEPS = (
+    ("rate", "Learning rates", "learning rate", "Published start, not guarded"),
+    ("size", "Codebook sizes", "K", "Published start, guarded"),
+)
 
 
-def tables(results: Results, note: Note) -> list[Table]:
-    """All kinds together, each kind by itself, learning rates and codebook sizes."""
-    published, ours = (entries_of(results, training, "rln") for training in ("published", "ours"))
-    together = [
-        (words, title, entries_of(results, training, norm))
-        for training, words in TRAININGS.items()
-        for norm, title in NORMS.items()
-    ]
-    each = [
-        (words, entries[0]["matrix"]["kind"], *(mean_spread(entry["end_nmse"]) for entry in entries))
-        for training, words in TRAININGS.items()
-        for entries in zip(*(entries_of(results, training, norm) for norm in NORMS), strict=True)
-    ]
-    about = {"entry": published[0], "ours": ours[0], "kinds": len(published), "exploded": EXPLODED}
-    columns = {"training": text(0), "norm": text(1), **on(2, {**_ENDS, **_BEST})}
-    matrices = [entry["matrix"] for entry in published]
-    return [
-        Table.of("All kinds", together, columns, note("All kinds", **about)),
-        Table("Each kind", ["training", "kind", *NORMS.values()], each, note("Each kind", matrices=matrices)),
-        _sweep(results, note, "Learning rates", "learning rate", "rate"),
-        _sweep(results, note, "Codebook sizes", "K", "size"),
-    ]
-
-
-def _sweep(results: Results, note: Note, title: str, first: str, what: str) -> Table:
-    """Learning rates or codebook sizes on one matrix."""
-    values = tried(results, what)
-    entries = [
-        (value, words, [results[f"{what}.{norm}.{value}"]])
-        for value in values
-        for norm, words in NORMS.items()
-    ]
-    columns = {first: text(0), "norm": text(1), **on(2, _ENDS)}
-    return Table.of(title, entries, columns, note(title, entry=results[f"{what}.rln.{values[0]}"]))
+def rows(results: Results) -> dict[str, Any]:
+    """For the tables: the entries of a training and a norm, what was tried, and figures over the seeds."""
+    return {
+        "trainings": TRAININGS,
+        "norms": NORMS,
+        "entries": partial(entries_of, results),
+        "sweeps": _SWEEPS,
+        "tried": partial(tried, results),
+        "over": over_entries,
+        "highest": highest,
+        "exploded": exploded,
+        "limit": EXPLODED,
+    }
 
 
 def picture(results: Results) -> Picture:

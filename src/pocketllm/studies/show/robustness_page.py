@@ -8,11 +8,9 @@ from typing import Any
 
 from pocketllm.studies.claims import robustness_claim as claim
 from pocketllm.studies.claims.robustness_claim import dense_perplexities, factor, keys_of
-from pocketllm.studies.definition import Note, Results, Table
+from pocketllm.studies.definition import Results
 from pocketllm.studies.measure.significance import Difference
 from pocketllm.studies.measure.task_scores import able, accuracy, counted_tasks
-from pocketllm.studies.show.columns import Columns, figure, on, text
-from pocketllm.studies.show.numbers import number, with_error
 from pocketllm.studies.show.plot import (
     COLOURS,
     GREY,
@@ -27,63 +25,18 @@ from pocketllm.studies.show.plot import (
     Rule,
 )
 
-_SIZES: Columns = {
-    "bpw": figure("bpw_matrices"),
-    "x smaller: matrices, fp32 / files, bf16": lambda v: (
-        f"{number(v['ratio_matrices_fp32'])} / {number(v['ratio_files_bf16'])}"
-    ),
-    "MB": figure("bytes_on_disk", times=1e-6),
-    "nmse": figure("nmse"),
-}
 
-
-def tables(results: Results, note: Note) -> list[Table]:
-    """Perplexities; zero-shot tasks, where there are any."""
-    dense = results["dense"]
-    entries = [(key, results[key], results[key]["perplexity"]) for key in keys_of(results)]
-    columns = {
-        "": text(0),
-        **on(1, _SIZES),
-        **on(2, {name: figure(name, 4) for name in dense["perplexity"]}),
-        "times dense": lambda entry: number(factor(results, entry[0])),
+def rows(results: Results) -> dict[str, Any]:
+    """For the tables: the compressions, and what each loses."""
+    return {
+        "keys": keys_of(results),
+        "counted": counted_tasks(results["dense"]["tasks"]),
+        "able": able,
+        "accuracy": accuracy,
+        "factor": partial(factor, results),
+        "lost": partial(claim.lost, results),
+        "likely_lost": partial(claim.likely_lost, results),
     }
-    own = [number(value, 4) for value in dense["perplexity"].values()]
-    found = Table.of("Perplexity", entries, columns, note("Perplexity", dense=dense))
-    perplexities = found.below(["dense", "16", "2 / 1", "", "", *own, "1"])
-    return [perplexities, _tasks(results, note)] if dense["tasks"] else [perplexities]
-
-
-def _tasks(results: Results, note: Note) -> Table:
-    dense, limit = results["dense"]["tasks"], results["dense"]["limit"]
-    counted = counted_tasks(dense)
-    guessed, best = (accuracy(dense, which, counted) for which in ("chance", "acc"))
-
-    def kept(tasks: Any) -> str:
-        """The share of the dense model's margin over guessing."""
-        if best <= guessed:
-            return "none to keep"
-        return f"{number(100 * (accuracy(tasks, names=counted) - guessed) / (best - guessed), 2)} %"
-
-    def likely(key: str) -> str:
-        found = claim.likely_lost(results, key)
-        return "" if found is None else with_error(found, 2)
-
-    scores: Columns = {
-        **{name: lambda tasks, name=name: number(100 * tasks[name]["acc"]) for name in dense},
-        "mean": lambda tasks: number(100 * accuracy(tasks, names=counted)),
-    }
-    entries = [(key, results[key], results[key]["tasks"]) for key in keys_of(results)]
-    columns = {
-        "": text(0),
-        **on(1, {"bpw": figure("bpw_matrices")}),
-        **on(2, scores),
-        "points lost": lambda entry: with_error(claim.lost(results, entry[0]), 2),
-        **on(2, {"margin kept": kept}),
-        "probability lost": lambda entry: likely(entry[0]),
-    }
-    about = note("Tasks", limit=limit, guessed=guessed, counted=counted, able=able(dense))
-    own = [cell(dense) for cell in scores.values()]
-    return Table.of("Zero-shot tasks", entries, columns, about).below(["dense", "16", *own, "", "", ""])
 
 
 def picture(results: Results) -> Picture:

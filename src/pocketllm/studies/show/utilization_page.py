@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pocketllm.studies.claims.utilization_claim import COLLAPSED, SHOWN, collapsed
-from pocketllm.studies.definition import Note, Results, Table
+from pocketllm.studies.definition import Results
 from pocketllm.studies.measure.significance import mean
-from pocketllm.studies.show.columns import on, seeds, text
-from pocketllm.studies.show.numbers import number
 from pocketllm.studies.show.plot import GREY, Axis, Legend, Line, Mark, Panel, Part, Picture, Rule, look
 
-_USE = {
-    "used, last epoch": seeds("trained_used"),
-    "perplexity, last epoch": seeds("trained_perplexity"),
-    "used, coded": seeds("coded_used"),
-    "perplexity, coded": seeds("coded_perplexity"),
-    "nmse, coded": seeds("nmse"),
-    "collapsed": collapsed,
-}
 
-
-def tables(results: Results, note: Note) -> list[Table]:
-    """The ends, and the use by rank over training."""
-    ends = [(words, results[name]) for name, words in SHOWN.items()]
-    about = note("Ends", entry=results["published"], collapsed=COLLAPSED)
-    return [
-        Table.of("Use at the end", ends, {"training": text(0), **on(1, _USE)}, about),
-        _histogram(results, note("Histogram")),
-    ]
-
-
-def _histogram(results: Results, note: str) -> Table:
-    """Use by rank: each epoch that was kept, and the coded matrix."""
+def rows(results: Results) -> dict[str, Any]:
+    """For the tables: the trainings; the places in the histogram of the ranks that are shown."""
     ranks, size = results["published"]["ranks"], results["published"]["codebook_size"]
     wanted = [1, *(round(size * share) for share in (0.01, 0.1, 0.25, 0.5, 0.75)), size]
-    places = [min(range(len(ranks)), key=lambda i: abs(ranks[i] - rank)) for rank in wanted]
-    rows = []
-    for name, words in SHOWN.items():
-        series = {f"epoch {epoch}": use for epoch, use in results[name]["use_by_rank"].items()}
-        for when, use in {**series, "coded": results[name]["coded_use_by_rank"]}.items():
-            rows.append([words, when, *(number(use[place], 2) for place in places)])
-    header = ["training", "when", *(f"rank {ranks[place]}" for place in places)]
-    return Table("Histogram", header, rows, note)
+    return {
+        "shown": SHOWN,
+        "collapsed": collapsed,
+        "limit": COLLAPSED,
+        "places": [min(range(len(ranks)), key=lambda i: abs(ranks[i] - rank)) for rank in wanted],
+    }
 
 
 def picture(results: Results) -> Picture:
