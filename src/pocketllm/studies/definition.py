@@ -21,6 +21,11 @@ Progress = Callable[[float], None]
 """Called with the finished share, 0 to 1."""
 
 
+def portion(progress: Progress, begin: float, end: float) -> Progress:
+    """The progress of a part that begins and ends at these shares of all."""
+    return lambda share: progress(begin * (1 - share) + end * share)
+
+
 @dataclass(frozen=True)
 class Text:
     """A text that models are measured on. name: as results call it."""

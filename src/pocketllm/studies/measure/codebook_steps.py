@@ -9,7 +9,7 @@ from typing import Any
 
 from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.model import Matrix, predicted_nmse
-from pocketllm.studies.definition import Measurement, Progress, Setup, Step
+from pocketllm.studies.definition import Measurement, Progress, Setup, Step, portion
 from pocketllm.studies.measure.trials import (
     Sample,
     check_size,
@@ -38,12 +38,12 @@ _CONTEXT, _WINDOWS, _QUICK_WINDOWS = 512, 16, 4
 
 
 def steps(setup: Setup) -> list[Step]:
-    """One matrix at each size; then the whole model at a few."""
-    from pocketllm.studies.measure.compressed_models import check_texts
+    """One matrix at each size; then the model at a few."""
+    from pocketllm.studies.measure.compressed_models import Extent, check_texts
 
     quick = setup.quick
     matrix, most = up_projection(setup), 1 << 17 if quick else _MOST
-    check_texts(setup, _CONTEXT, _QUICK_WINDOWS if quick else _WINDOWS)
+    check_texts(setup, Extent(_CONTEXT, _QUICK_WINDOWS if quick else _WINDOWS))
     check_size(matrix, most, ((d, 1 << n) for d, n in (QUICK_GRID if quick else GRID)))
     rows = partial(sample, setup, matrix, most)
     shared = _count(setup, matrix)
@@ -112,11 +112,11 @@ def _perplexity(setup: Setup, model: Any, tokenizer: Any, progress: Progress) ->
 
 
 def _model(setup: Setup, d: int, size: int, progress: Progress) -> dict[str, Any]:
-    """The whole model with a codebook for each kind, embedding and head left dense."""
+    """The model with a codebook for each kind, embedding and head left dense."""
     import shutil
 
     from pocketllm.model import Matrices, read_report
-    from pocketllm.studies.measure.compressed_models import coded, dense_model, installed, mean_nmse
+    from pocketllm.studies.measure.compressed_models import compressed, dense_model, installed, mean_nmse
 
     codec = dataclasses.replace(_config(d), sample_per_codeword=64)
     config = CompressConfig(
@@ -127,11 +127,11 @@ def _model(setup: Setup, d: int, size: int, progress: Progress) -> dict[str, Any
         keep_embeddings=True,
         seed=setup.seed,
     )
-    folder = coded(setup, f"model-{d}x{size}", config, lambda share: progress(0.8 * share))
+    folder = compressed(setup, f"model-{d}x{size}", config, portion(progress, 0, 0.8))
     report, matrices = read_report(folder), Matrices.open(folder)
     model, tokenizer = dense_model(setup)
     with installed(model, matrices, [m["name"] for m in report["matrices"]]):
-        measured = _perplexity(setup, model, tokenizer, lambda share: progress(0.8 + 0.2 * share))
+        measured = _perplexity(setup, model, tokenizer, portion(progress, 0.8, 1))
     shutil.rmtree(folder)
     return {
         **measured,

@@ -1,4 +1,4 @@
-"""Whole models in studies: coded once into the scratch folder, put together in memory, measured."""
+"""Compressed models in studies: compressed once into the scratch folder, assembled in memory, measured."""
 
 from __future__ import annotations
 
@@ -6,22 +6,35 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pocketllm.config import CompressConfig
+from pocketllm.config import CompressConfig, preset
 from pocketllm.errors import ConfigError
 from pocketllm.model import Matrices, default_text, positions_of, read_calibration, weighted_mean
 from pocketllm.studies.definition import Progress, Setup, Text
+from pocketllm.studies.measure.task_scores import scores
 
 _STAGES = {"measure": (0.0, 0.2), "fit": (0.2, 0.4), "encode": (0.4, 1.0)}
 """Share of a compression that a stage begins and ends at, roughly: progress only."""
 
 
-def coded(setup: Setup, name: str, config: CompressConfig, progress: Progress = lambda share: None) -> Path:
-    """The model compressed into the scratch folder, now or by an earlier step.
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured: windows of so many tokens of each text, the first `limit` documents of each task."""
+
+    context: int
+    windows: int
+    limit: int = 0
+
+
+def compressed(
+    setup: Setup, name: str, config: CompressConfig, progress: Progress = lambda share: None
+) -> Path:
+    """The folder of the model compressed into the scratch folder, now or by an earlier step.
 
     Raises:
         PocketError: as `pocketllm.compress`.
@@ -29,14 +42,14 @@ def coded(setup: Setup, name: str, config: CompressConfig, progress: Progress = 
     from pocketllm import compress
     from pocketllm.model import REPORT_NAME, Event
 
-    def told(event: Event) -> None:
+    def on_event(event: Event) -> None:
         begin, end = _STAGES.get(event.stage, (0.0, 0.0))
         if end:
             progress(begin + (end - begin) * event.share)
 
     folder = setup.work / name
     if not (folder / REPORT_NAME).is_file():
-        compress(setup.model, config, folder, device=setup.device, progress=told)
+        compress(setup.model, config, folder, device=setup.device, progress=on_event)
     return folder
 
 
@@ -45,6 +58,13 @@ def calibration_texts() -> tuple[str, ...]:
     folder = data_folder()
     file = folder / "wikitext2" / "wiki.train.first_part.txt" if folder else None
     return (str(file),) if file is not None and file.is_file() else ()
+
+
+def calibrated(preset_name: str, **changes: Any) -> CompressConfig:
+    """A calibrated preset on the texts of this machine. changes: of its calibration, to take less time."""
+    config = preset(preset_name)
+    assert config.calibration is not None
+    return replace(config, calibration=replace(config.calibration, texts=calibration_texts(), **changes))
 
 
 def inputs(tasks: Sequence[str] | None = None) -> dict[str, Any]:
@@ -80,18 +100,16 @@ def task_names() -> list[str]:
     return local_task_names(data_folder())
 
 
-def check_texts(setup: Setup, context: int, windows: int) -> None:
+def check_texts(setup: Setup, extent: Extent) -> None:
     """See that every text has as many windows, before hours are spent on what is measured on it.
-
-    Args:
-        context: as many tokens or, where they are fewer, as the model has positions.
 
     Raises:
         SourceError: no tokenizer, or a text cannot be read. ConfigError: a text is too short.
     """
     from pocketllm.model import need_tokenizer, resolve
 
-    tokenizer, wanted = need_tokenizer(resolve(setup.model)), windows * fitting(setup, context)
+    tokenizer, windows = need_tokenizer(resolve(setup.model)), extent.windows
+    wanted = windows * fitting(setup, extent.context)
     for text in setup.evaluation_texts():
         count = len(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"])
         if count < wanted:
@@ -101,7 +119,7 @@ def check_texts(setup: Setup, context: int, windows: int) -> None:
 
 
 def fitting(setup: Setup, context: int) -> int:
-    """So many tokens, or as many as the model has positions."""
+    """So many tokens; fewer where the model has fewer positions."""
     return min(context, positions_of(setup.source().model.config) or context)
 
 
@@ -124,7 +142,7 @@ def compressed_model(setup: Setup, folder: Path) -> tuple[Any, Any]:
 
 
 def mean_nmse(report: Mapping[str, Any]) -> float:
-    """Of a compressed model's matrices, each counted by its weights; nan if one is unknown. report: as stored."""
+    """nmse of a compressed model's matrices, weighted by their sizes; NaN if one is unknown. report: as stored."""
     found = weighted_mean((m["nmse"], math.prod(m["shape"])) for m in report["matrices"])
     return math.nan if found is None else found
 
@@ -143,19 +161,29 @@ def installed(model: Any, matrices: Matrices, names: Iterable[str]) -> Iterator[
             model.get_parameter(name).copy_(value)
 
 
-def tasks_of(setup: Setup, load: Any, names: list[str], limit: int, progress: Progress) -> Any:
-    """Zero-shot results by task, of a model that `load` gives; nothing is kept in the cache.
+def task_results(
+    model: tuple[Any, Any], names: list[str], limit: int, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Zero-shot results as `task_scores.scores` keeps them; {} without names. Nothing is kept in the cache.
 
     Args:
-        load: () -> (model, tokenizer). names: as `task_names`. limit: first documents of each task.
+        model: (model, tokenizer). names: as `task_names`. limit: first documents of each task.
     """
     from pocketllm.config import EvalConfig
     from pocketllm.evaluate import Subject, evaluate_tasks
 
-    def told(task: str, share: float) -> None:
+    def on_share(task: str, share: float) -> None:
         progress((names.index(task) + share) / len(names))
 
-    subject = Subject("a study's", "", load)
-    return evaluate_tasks(
-        names, subject, EvalConfig(limit=limit), data_folder(), hub=False, cache=False, progress=told
+    if not names:
+        return {}
+    found = evaluate_tasks(
+        names,
+        Subject("a study's", "", lambda: model),
+        EvalConfig(limit=limit),
+        data_folder(),
+        hub=False,
+        cache=False,
+        progress=on_share,
     )
+    return scores(found)

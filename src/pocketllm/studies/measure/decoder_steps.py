@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pocketllm.config import CodecConfig, CompressConfig, DistillConfig, LoopConfig, preset
-from pocketllm.studies.definition import Measurement, Progress, Setup, Step
+from pocketllm.config import CodecConfig, CompressConfig, DistillConfig, LoopConfig
+from pocketllm.studies.definition import Measurement, Progress, Setup, Step, portion
 from pocketllm.studies.measure.compressed_models import (
+    Extent,
+    calibrated,
     calibration_texts,
     check_texts,
-    coded,
+    compressed,
     compressed_model,
     dense_model,
     fitting,
@@ -51,7 +52,9 @@ class Variant:
 
 
 def size_of(setup: Setup) -> Size:
-    return Size(2, 256, 4, 2, 128, 1) if setup.quick else Size(6, 1024, 16, 4, 128, 8)
+    if setup.quick:
+        return Size(blocks=2, codewords=256, steps=4, batch=2, context=128, windows=1)
+    return Size(blocks=6, codewords=1024, steps=16, batch=4, context=128, windows=8)
 
 
 def variants(setup: Setup) -> dict[str, Variant]:
@@ -88,20 +91,22 @@ def variants(setup: Setup) -> dict[str, Variant]:
     width = (budget - codebook) // (count * 2 * base.codec.depth * d * FLOAT16_BYTES)
     if width >= 2 * d:  # the least that can start as the identity
         add("mlp-matrix", f"MLP (width {width}) per matrix, one codebook", "model", "matrix", hidden=width)
-    add("none-model", "none; one codebook", "model", "model", False, depth=0)
+    add("none-model", "none; one codebook", "model", "model", equal=False, depth=0)
     return found
 
 
-def calibrated(setup: Setup) -> dict[str, Variant]:
+def calibrated_variants(setup: Setup) -> dict[str, Variant]:
     """The same question on the calibrated path, where decoders start as the identity and are trained later."""
-    size = size_of(setup)
-    base, own = preset("calibrated-16x"), _base(setup, size)
-    assert base.calibration is not None
-    text = replace(base.calibration, tokens=8192, sensitivity_tokens=1024, texts=calibration_texts())
-    shared: dict[str, Any] = {"keep_embeddings": True, "seed": setup.seed, "calibration": text}
-    shared |= {"dense_first": own.dense_first, "dense_last": own.dense_last}
-    none = replace(base, codec=replace(base.codec, depth=0), decoder_scope="model", **shared)
-    mlp = replace(base, decoder_scope="matrix", **shared)
+    own = _base(setup, size_of(setup))
+    base = replace(
+        calibrated("calibrated-16x", tokens=8192, sensitivity_tokens=1024),
+        keep_embeddings=True,
+        seed=setup.seed,
+        dense_first=own.dense_first,
+        dense_last=own.dense_last,
+    )
+    none = replace(base, codec=replace(base.codec, depth=0), decoder_scope="model")
+    mlp = replace(base, decoder_scope="matrix")
     return {
         "calibrated-none": Variant("none; one codebook", none, True),
         "calibrated-mlp": Variant("MLP per matrix, one codebook", mlp, True),
@@ -133,26 +138,54 @@ def _count_blocks(setup: Setup) -> int:
 
 
 def steps(setup: Setup) -> list[Step]:
+    """A step for each variant."""
     size = size_of(setup)
-    check_texts(setup, 4 * size.context, size.windows)
+    check_texts(setup, Extent(4 * size.context, size.windows))
     chosen = variants(setup)
     if setup.quick:
         chosen = {key: chosen[key] for key in _QUICK if key in chosen}
     else:
-        chosen |= calibrated(setup)
+        chosen |= calibrated_variants(setup)
     return [Step(key, partial(_variant, setup, key, variant)) for key, variant in chosen.items()]
 
 
 def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> dict[str, Any]:
-    """Code, measure, distil, measure."""
-    from pocketllm import distill
+    """Compress, measure, distil, measure."""
     from pocketllm.model import read_report
 
     size = size_of(setup)
     size = replace(size, context=fitting(setup, size.context))
-    folder = coded(setup, key, variant.config, lambda share: progress(0.4 * share))
-    report = read_report(folder)
+    folder = compressed(setup, key, variant.config, portion(progress, 0, 0.4))
+    report, before = read_report(folder), _measured(setup, folder)
     tuned = folder.with_name(f"{key}-tuned")
+    distilled = _distilled(setup, size, folder, tuned, portion(progress, 0.5, 0.9))
+    parts = report["bytes_by_part"]
+    return {
+        "shown": variant.shown,
+        "equal": variant.equal,
+        "codebook_bytes": parts["codebooks"],
+        "decoder_bytes": parts["decoders"],
+        "codewords": report["matrices"][0]["codebook_size"],
+        "bpw": report["bpw_matrices"],
+        "nmse": mean_nmse(report),
+        "start_nmse": _mean([_mean(list(fit["start_nmse"].values())) for fit in report["fits"]]),
+        "trained_nmse": _mean([fit["curve"][-1] for fit in report["fits"]]),  # kept or not
+        "before": before,
+        "after": _measured(setup, tuned),
+        "distilled": distilled,
+        "config": asdict(size),
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _distilled(setup: Setup, size: Size, folder: Path, tuned: Path, progress: Progress) -> dict[str, Any]:
+    """Distil a compressed model into the folder `tuned`; what is reported of it."""
+    from pocketllm import distill
+    from pocketllm.model import Event
+
     loop = LoopConfig(
         batch_size=size.batch,
         eval_every=max(2, size.steps // 4),
@@ -166,41 +199,13 @@ def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> di
         validation_windows=8,
         loop=loop,
     )
-    before = _measured(setup, folder)
-    done = distill(
-        folder,
-        tuned,
-        config,
-        device=setup.device,
-        overwrite=True,
-        progress=lambda event: progress(0.5 + 0.4 * event.share if event.stage == "train" else 0.5),
-    )
-    own = report["matrices"]
-    parts = report["bytes_by_part"]
-    return {
-        "shown": variant.shown,
-        "equal": variant.equal,
-        "codebook_bytes": parts["codebooks"],
-        "decoder_bytes": parts["decoders"],
-        "codewords": own[0]["codebook_size"],
-        "bpw": report["bpw_matrices"],
-        "nmse": mean_nmse(report),
-        "start_nmse": _pooled(report["fits"], "start_nmse"),
-        "trained_nmse": _pooled(report["fits"], "curve"),
-        "before": before,
-        "after": _measured(setup, tuned),
-        "distilled": {k: v for k, v in asdict(done).items() if k != "output"},
-        "config": json.loads(json.dumps(asdict(size))),
-    }
 
+    def on_event(event: Event) -> None:
+        if event.stage == "train":
+            progress(event.share)
 
-def _pooled(fits: list[dict[str, Any]], key: str) -> float:
-    """Mean over the codebooks: of the sample's nmse at the start, or at the end of training, kept or not."""
-    found = []
-    for fit in fits:
-        values = fit[key] if key == "curve" else list(fit[key].values())
-        found.append(values[-1] if key == "curve" else sum(values) / len(values))
-    return sum(found) / len(found)
+    done = distill(folder, tuned, config, device=setup.device, overwrite=True, progress=on_event)
+    return {key: value for key, value in asdict(done).items() if key != "output"}
 
 
 def _measured(setup: Setup, folder: Path) -> dict[str, Any]:

@@ -1,16 +1,15 @@
-"""The same training on one matrix from several seeds, and what is told of them together."""
+"""The same training on one matrix from several seeds, and figures of all of them together."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pocketllm.codec import TrainingStep, codebook_perplexity
 from pocketllm.config import CodecConfig, Safeguards
-from pocketllm.studies.definition import Progress, Step
+from pocketllm.studies.definition import Progress, Step, portion
 from pocketllm.studies.measure.significance import mean
 from pocketllm.studies.measure.trials import Sample, Trial, binned, digits, settings, train
 
@@ -27,43 +26,54 @@ class Training:
     guards: Safeguards
     codebook_size: int
 
+    def having(self, codebook_size: int | None = None, **changes: Any) -> Training:
+        """With another codebook size, or other settings of the codec."""
+        config = replace(self.config, **changes)
+        return Training(config, self.guards, codebook_size or self.codebook_size)
 
-def step_over_seeds(key: str, chosen: Callable[[], Sample], training: Training, seeds: Sequence[int]) -> Step:
-    """A step that trains on `chosen()` from each seed.
 
-    Its values: matrix, settings, codebook_size, seeds; steps, of a training; and one for each seed:
+def step_over_seeds(
+    key: str,
+    rows: Callable[[], Sample],
+    training: Training,
+    seeds: Sequence[int],
+    figures: Callable[[Sequence[Trial]], dict[str, Any]] | None = None,
+) -> Step:
+    """A step that trains on `rows()` from each seed.
+
+    Its values: matrix, settings, codebook_size, seeds, and the `figures` of the trials; by default
+    steps, of a training; and one for each seed:
     start_nmse, end_nmse (of unit rows, indices as `compress` chooses them; None where training broke off),
     latent_nmse (of the last epoch, nearest latents), nmse and rmse (of the matrix coded with the best state
     met), first_, peak_ and last_gradient, perplexity_of_use (last epoch); gradient: over training,
     lowest, median and highest of the seeds in each bin.
     """
-    return Step(key, partial(_run, chosen, training, tuple(seeds)))
+
+    def run(progress: Progress) -> dict[str, Any]:
+        matrix, size = rows(), training.codebook_size
+        trials = [
+            train(
+                matrix.weight,
+                training.config,
+                size,
+                seed,
+                training.guards,
+                portion(progress, number / len(seeds), (number + 1) / len(seeds)),
+            )
+            for number, seed in enumerate(seeds)
+        ]
+        return {
+            "matrix": matrix.facts(),
+            "codebook_size": size,
+            "settings": settings(training.config, training.guards),
+            "seeds": list(seeds),
+            **(figures or _figures)(trials),
+        }
+
+    return Step(key, run)
 
 
-def _run(
-    chosen: Callable[[], Sample], training: Training, seeds: Sequence[int], progress: Progress
-) -> dict[str, Any]:
-    matrix, trials = chosen(), []
-    for number, seed in enumerate(seeds):
-        told = partial(part, progress, number, len(seeds))
-        trials.append(
-            train(matrix.weight, training.config, training.codebook_size, seed, training.guards, told)
-        )
-    return {
-        "matrix": matrix.facts(),
-        "codebook_size": training.codebook_size,
-        "settings": settings(training.config, training.guards),
-        "seeds": list(seeds),
-        **_facts(trials),
-    }
-
-
-def part(progress: Progress, number: int, count: int, share: float) -> None:
-    """Tell of the share of a whole, of which one of `count` equal parts is at work."""
-    progress((number + share) / count)
-
-
-def _facts(trials: Sequence[Trial]) -> dict[str, Any]:
+def _figures(trials: Sequence[Trial]) -> dict[str, Any]:
     norms = [t.grad_norms for t in trials]
     series = [binned(values, _BINS, highest=True) for values in norms]
     columns = list(zip(*(values[: min(map(len, series))] for values in series), strict=True))

@@ -6,10 +6,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pocketllm.config import CodecConfig, CompressConfig, preset
+from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.studies.definition import Measurement, Progress, Setup, Step
 from pocketllm.studies.measure import probe
-from pocketllm.studies.measure.compressed_models import calibration_texts, coded, fitting, inputs
+from pocketllm.studies.measure.compressed_models import calibrated, compressed, fitting, inputs
 from pocketllm.studies.measure.probe import DENSE
 
 if TYPE_CHECKING:
@@ -77,10 +77,8 @@ def forms(setup: Setup) -> dict[str, CompressConfig]:
     found = {"lookup": lookup, "row": replace(lookup, codec=replace(codec, decoder="row"))}
     if setup.quick:
         return found
-    calibrated = preset("calibrated-10x")
-    assert calibrated.calibration is not None
-    little = replace(calibrated.calibration, tokens=2048, sensitivity_tokens=512, texts=calibration_texts())
-    found["calibrated"] = replace(calibrated, calibration=little, seed=setup.seed)
+    little = calibrated("calibrated-10x", tokens=2048, sensitivity_tokens=512)
+    found["calibrated"] = replace(little, seed=setup.seed)
     return found
 
 
@@ -101,7 +99,7 @@ def _form(setup: Setup, name: str, progress: Progress) -> dict[str, Any]:
     """Code the model in a form; bytes and operations."""
     from pocketllm.model import read_layout, read_report
 
-    folder = coded(setup, name, forms(setup)[name], progress)
+    folder = compressed(setup, name, forms(setup)[name], progress)
     report = read_report(folder)
     flops = decode_flops(read_layout(folder))
     return {
@@ -123,7 +121,7 @@ def _round(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
     long = fitting(setup, long + 1) - 1
     jobs = {DENSE: (resolve(setup.model), DENSE)}
     for name, config in forms(setup).items():
-        folder = coded(setup, name, config)
+        folder = compressed(setup, name, config)
         jobs |= {f"{name}, {shown}": (folder, mode) for mode, shown in MODES.items()}
     runs: dict[str, dict[str, float]] = {}
     for job, (folder, mode) in jobs.items():

@@ -1,10 +1,9 @@
-"""Is reshaped layer normalization needed? RLN, LayerNorm and no norm, trained alike on matrices of each kind."""
+"""Is reshaped layer normalization needed? RLN, LayerNorm and no norm, trained on matrices of each kind."""
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 from pocketllm.studies.definition import Measurement, Setup, Step
 from pocketllm.studies.measure.over_seeds import Training, step_over_seeds
@@ -30,10 +29,6 @@ def _training(name: str, quick: bool) -> Training:
     return Training(dataclasses.replace(config, batch_size=_BATCH), guards, _SIZE)
 
 
-def _with(training: Training, size: int = _SIZE, **changes: Any) -> Training:
-    return Training(dataclasses.replace(training.config, **changes), training.guards, size)
-
-
 def steps(setup: Setup) -> list[Step]:
     """Each training, norm and kind of matrix; then learning rates and codebook sizes on one matrix."""
     quick, matrices = setup.quick, middle_kinds(setup)
@@ -45,7 +40,7 @@ def steps(setup: Setup) -> list[Step]:
     made = []
     for name in TRAININGS:
         for norm in NORMS:
-            training = _with(_training(name, quick), norm=norm)
+            training = _training(name, quick).having(norm=norm)
             for matrix in matrices:
                 check_size(matrix, _MOST, [(PUBLISHED.vector_len, _SIZE)])
                 rows = partial(sample, setup, matrix, _MOST)
@@ -53,10 +48,10 @@ def steps(setup: Setup) -> list[Step]:
     up, published = partial(sample, setup, middle, _MOST), _training("published", quick)
     for norm in NORMS:
         for rate in (1.6e-2, 1.6e-1) if quick else (1.6e-3, 1.6e-2, 5e-2, 1.6e-1, 5e-1):
-            training = _with(published, norm=norm, learning_rate=rate)
+            training = published.having(norm=norm, learning_rate=rate)
             made.append(step_over_seeds(f"rate.{norm}.{rate:g}", up, training, seeds[:3]))
         for size in (_SIZE // 4, _SIZE) if quick else (_SIZE // 4, _SIZE, 4 * _SIZE):
-            training = _with(_training("guarded", quick), size, norm=norm)
+            training = _training("guarded", quick).having(size, norm=norm)
             made.append(step_over_seeds(f"size.{norm}.{size}", up, training, seeds[:3]))
     return made
 

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pocketllm.config import CodecConfig, CompressConfig, preset
+from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.model import possible_bpw
-from pocketllm.studies.definition import Measurement, Progress, Setup, Step
+from pocketllm.studies.definition import Measurement, Progress, Setup, Step, portion
 from pocketllm.studies.measure.compressed_models import (
-    calibration_texts,
+    Extent,
+    calibrated,
     check_texts,
-    coded,
+    compressed,
     dense_model,
     fitting,
     inputs,
     installed,
     task_names,
-    tasks_of,
+    task_results,
 )
-from pocketllm.studies.measure.task_scores import scores
 
 if TYPE_CHECKING:
     from pocketllm.report import MatrixFacts
 
 
 Groups = Callable[[Sequence["MatrixFacts"]], Mapping[str, list["MatrixFacts"]]]
+Model = tuple[Any, Any]
+"""Model and tokenizer."""
+Measure = Callable[[Model, list["MatrixFacts"], Progress], dict[str, Any]]
 _TASKS = ("arc_easy", "piqa")
 ALL, FFN, ATTENTION, ENDS = "everything", "FFN", "attention", "embedding and head"
 """Names of groups of matrices."""
@@ -35,21 +38,12 @@ DENSE, BLOCKS = "dense-tasks", "plain-block-tasks"
 """Keys of steps."""
 
 
-@dataclass(frozen=True)
-class _Size:
-    """context, windows: of the text, cut to the positions that the model has. limit: documents of a task."""
-
-    context: int
-    windows: int
-    limit: int
-
-
-def _size(setup: Setup) -> _Size:
-    return _Size(256, 2, 0) if setup.quick else _Size(512, 8, 200)
+def _extent(setup: Setup) -> Extent:
+    return Extent(context=256, windows=2) if setup.quick else Extent(context=512, windows=8, limit=200)
 
 
 def configs(setup: Setup) -> dict[str, CompressConfig]:
-    """Every matrix at the same bits: 4 a weight plain, 3 calibrated (where the whole model loses about alike)."""
+    """Every matrix at the same bits: 4 a weight plain, 3 calibrated (where the two lose about as much)."""
     codec = CodecConfig(epochs=0, kmeans_iterations=8, sample_per_codeword=64)
     d, size = (2, 256) if setup.quick else (3, 4096)
     plain = CompressConfig(
@@ -57,12 +51,10 @@ def configs(setup: Setup) -> dict[str, CompressConfig]:
     )
     if setup.quick:
         return {"plain": plain}
-    base = preset("calibrated-10x")
-    assert base.calibration is not None
-    text = replace(base.calibration, tokens=16384, texts=calibration_texts())
-    calibrated = replace(base, calibration=text, overrides=(("*", 3.0),), seed=setup.seed)
-    _, all_bits = possible_bpw(setup.source(), calibrated)  # 3 of indices, and what lies beside them
-    return {"plain": plain, "calibrated": replace(calibrated, target_bpw=all_bits)}
+    base = calibrated("calibrated-10x", tokens=16384)
+    chosen = replace(base, overrides=(("*", 3.0),), seed=setup.seed)
+    _, all_bits = possible_bpw(setup.source(), chosen)  # 3 of indices, and what lies beside them
+    return {"plain": plain, "calibrated": replace(chosen, target_bpw=all_bits)}
 
 
 def part_of(matrix: MatrixFacts) -> str:
@@ -94,17 +86,17 @@ def saved_bytes(matrices: Iterable[MatrixFacts]) -> float:
 
 
 def steps(setup: Setup) -> list[Step]:
-    size = _size(setup)
-    check_texts(setup, size.context, size.windows)
-    steps = []
-    for path in configs(setup):
-        steps.append(Step(f"{path}-parts", partial(_measure, setup, path, parts)))
-    steps.append(Step("plain-blocks", partial(_measure, setup, "plain", blocks)))
-    if size.limit and tasks():
-        steps.append(Step(DENSE, partial(_dense_tasks, setup)))
-        steps += [Step(f"{path}-tasks", partial(_tasks, setup, path, parts)) for path in configs(setup)]
-        steps.append(Step(BLOCKS, partial(_tasks, setup, "plain", blocks)))
-    return steps
+    """Losses on text by part and by block; then on tasks, where there are any."""
+    extent = _extent(setup)
+    check_texts(setup, extent)
+    paths = list(configs(setup))
+    made = [Step(f"{path}-parts", partial(_on_text, setup, path, parts)) for path in paths]
+    made.append(Step("plain-blocks", partial(_on_text, setup, "plain", blocks)))
+    if extent.limit and tasks():
+        made.append(Step(DENSE, partial(_dense_on_tasks, setup)))
+        made += [Step(f"{path}-tasks", partial(_on_tasks, setup, path, parts)) for path in paths]
+        made.append(Step(BLOCKS, partial(_on_tasks, setup, "plain", blocks)))
+    return made
 
 
 def tasks() -> list[str]:
@@ -112,62 +104,64 @@ def tasks() -> list[str]:
     return [name for name in task_names() if name in _TASKS]
 
 
-def _measure(setup: Setup, path: str, groups: Groups, progress: Progress) -> dict[str, Any]:
-    """Perplexity and divergence with each group of matrices compressed and the rest dense."""
+def _by_group(
+    setup: Setup,
+    path: str,
+    groups: Groups,
+    progress: Progress,
+    measure: Measure,
+) -> dict[str, dict[str, Any]]:
+    """Group -> what is measured with its matrices compressed and the rest dense."""
+    from pocketllm.model import Matrices
+    from pocketllm.report import read_model
+
+    folder = compressed(setup, path, configs(setup)[path], portion(progress, 0, 0.5))
+    chosen = groups(read_model(folder, check=False).matrices)
+    model, matrices, found = dense_model(setup), Matrices.open(folder), {}
+    for number, (name, members) in enumerate(chosen.items()):
+        begin, end = (0.5 + 0.5 * place / len(chosen) for place in (number, number + 1))
+        with installed(model[0], matrices, [m.name for m in members]):
+            found[name] = measure(model, members, portion(progress, begin, end))
+    return found
+
+
+def _on_text(setup: Setup, path: str, groups: Groups, progress: Progress) -> dict[str, Any]:
+    """Perplexity and divergence by group."""
     from pocketllm.evaluate import text_divergence
-    from pocketllm.model import Matrices
-    from pocketllm.report import read_model
 
-    folder = coded(setup, path, configs(setup)[path], lambda share: progress(share / 2))
-    chosen = groups(read_model(folder, check=False).matrices)
-    model, tokenizer = dense_model(setup)
-    reference, _ = dense_model(setup)
-    matrices, size = Matrices.open(folder), _size(setup)
-    context, windows = fitting(setup, size.context), size.windows
-    text = setup.evaluation_texts()[0]
-    found: dict[str, Any] = {}
-    for done, (name, members) in enumerate(chosen.items()):
-        with installed(model, matrices, [m.name for m in members]):
-            seen = text_divergence(model, reference, tokenizer, text.text, context, windows)
-        found[name] = {
-            "weights": sum(m.weights for m in members),
+    extent, text, (reference, _) = _extent(setup), setup.evaluation_texts()[0], dense_model(setup)
+    context, windows = fitting(setup, extent.context), extent.windows
+    dense: list[float] = []
+
+    def measure(model: Model, members: list[MatrixFacts], progress: Progress) -> dict[str, Any]:
+        seen = text_divergence(model[0], reference, model[1], text.text, context, windows)
+        dense.append(seen.reference_perplexity)
+        progress(1.0)
+        weights = sum(m.weights for m in members)
+        return {
+            "weights": weights,
             "saved_bytes": saved_bytes(members),
-            "bpw": sum(m.weights * (m.bpw or 0.0) for m in members) / sum(m.weights for m in members),
-            "perplexity": seen.perplexity,
-            "kl": seen.kl,
-            "kl_stderr": seen.kl_stderr,
-            "window_kl": seen.window_kl,
+            "bpw": sum(m.weights * (m.bpw or 0.0) for m in members) / weights,
+            **{key: getattr(seen, key) for key in ("perplexity", "kl", "kl_stderr", "window_kl")},
         }
-        dense = seen.reference_perplexity
-        progress(0.5 + (done + 1) / len(chosen) / 2)
-    return {"groups": found, "dense": dense, "text": text.name, "context": context, "windows": windows}
+
+    found = _by_group(setup, path, groups, progress, measure)
+    return {"groups": found, "dense": dense[-1], "text": text.name, "context": context, "windows": windows}
 
 
-def _dense_tasks(setup: Setup, progress: Progress) -> dict[str, Any]:
-    loaded = dense_model(setup)
-    names, limit = tasks(), _size(setup).limit
-    return {"tasks": scores(tasks_of(setup, lambda: loaded, names, limit, progress)), "limit": limit}
+def _dense_on_tasks(setup: Setup, progress: Progress) -> dict[str, Any]:
+    limit = _extent(setup).limit
+    return {"tasks": task_results(dense_model(setup), tasks(), limit, progress), "limit": limit}
 
 
-def _tasks(setup: Setup, path: str, groups: Groups, progress: Progress) -> dict[str, Any]:
-    """Zero-shot tasks with each group of matrices compressed and the rest dense."""
-    from pocketllm.model import Matrices
-    from pocketllm.report import read_model
+def _on_tasks(setup: Setup, path: str, groups: Groups, progress: Progress) -> dict[str, Any]:
+    """Zero-shot tasks by group."""
+    names, limit = tasks(), _extent(setup).limit
 
-    folder = coded(setup, path, configs(setup)[path])
-    chosen = groups(read_model(folder, check=False).matrices)
-    loaded, matrices = dense_model(setup), Matrices.open(folder)
-    names, limit = tasks(), _size(setup).limit
-    found: dict[str, Any] = {}
-    for position, (name, members) in enumerate(chosen.items()):
+    def measure(model: Model, members: list[MatrixFacts], progress: Progress) -> dict[str, Any]:
+        return {"saved_bytes": saved_bytes(members), "tasks": task_results(model, names, limit, progress)}
 
-        def told(share: float, position: int = position) -> None:
-            progress((position + share) / len(chosen))
-
-        with installed(loaded[0], matrices, [m.name for m in members]):
-            scored = tasks_of(setup, lambda: loaded, names, limit, told)
-        found[name] = {"saved_bytes": saved_bytes(members), "tasks": scores(scored)}
-    return {"groups": found, "limit": limit}
+    return {"groups": _by_group(setup, path, groups, progress, measure), "limit": limit}
 
 
 MEASUREMENT = Measurement(

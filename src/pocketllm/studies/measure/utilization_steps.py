@@ -1,29 +1,27 @@
-"""Which codewords are used, over training and at the end, by initialization; and a collapse, provoked."""
+"""Which codewords are used, over training and at the end, by initialization; and two provoked collapses."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from pocketllm.codec import codebook_perplexity, codebook_utilization
-from pocketllm.config import CodecConfig, Safeguards
-from pocketllm.studies.definition import Measurement, Progress, Setup, Step
-from pocketllm.studies.measure.over_seeds import part
+from pocketllm.config import Safeguards
+from pocketllm.studies.definition import Measurement, Setup, Step
+from pocketllm.studies.measure.over_seeds import Training, step_over_seeds
 from pocketllm.studies.measure.trials import (
     OURS,
     PUBLISHED,
     UNGUARDED,
-    Sample,
+    Trial,
     check_size,
     digits,
     sample,
-    settings,
-    train,
     up_projection,
 )
 
@@ -44,50 +42,34 @@ def steps(setup: Setup) -> list[Step]:
     batch = dataclasses.replace(PUBLISHED, batch_size=most // PUBLISHED.vector_len // 16)
     published = dataclasses.replace(batch, epochs=_QUICK_EPOCHS if quick else _EPOCHS)
     ours = dataclasses.replace(OURS, batch_size=batch.batch_size, epochs=published.epochs)
-    kinds: dict[str, tuple[CodecConfig, Safeguards]] = {
-        "published": (published, UNGUARDED),
-        "revived": (published, Safeguards(max_grad_norm=math.inf)),
-        "guarded": (published, Safeguards()),
-        "ours": (ours, UNGUARDED),
-        "collapse-norm": (dataclasses.replace(published, norm="none"), UNGUARDED),
-        "collapse-rate": (dataclasses.replace(published, learning_rate=1.6e-1), UNGUARDED),
+    unguarded = Training(published, UNGUARDED, size)
+    kinds = {
+        "published": unguarded,
+        "revived": Training(published, Safeguards(max_grad_norm=math.inf), size),
+        "guarded": Training(published, Safeguards(), size),
+        "ours": Training(ours, UNGUARDED, size),
+        "collapse-norm": unguarded.having(norm="none"),
+        "collapse-rate": unguarded.having(learning_rate=1.6e-1),
     }
-    return [Step(name, partial(_run, rows, *how, size, seeds)) for name, how in kinds.items()]
+    return [step_over_seeds(name, rows, training, seeds, _figures) for name, training in kinds.items()]
 
 
-def _run(
-    chosen: Callable[[], Sample],
-    config: CodecConfig,
-    guards: Safeguards,
-    size: int,
-    seeds: Sequence[int],
-    progress: Progress,
-) -> dict[str, Any]:
-    matrix, trials = chosen(), []
-    for number, seed in enumerate(seeds):
-        told = partial(part, progress, number, len(seeds))
-        trials.append(train(matrix.weight, config, size, seed, guards, told))
-    first = trials[0]
-    epochs = len(first.epoch_counts)
+def _figures(trials: Sequence[Trial]) -> dict[str, Any]:
+    """Use of the codebook: in the last epoch, in the coded matrix, over the epochs, by rank (of the first seed)."""
+    first, by_epoch = trials[0], [t.epoch_counts for t in trials]
+    shown = [round(share * (len(first.epoch_counts) - 1)) for share in _SHOWN]
     return {
-        "matrix": matrix.facts(),
-        "codebook_size": size,
-        "settings": settings(config, guards),
-        "seeds": list(seeds),
         "steps": len(first.steps),
         "end_nmse": [digits(t.end) for t in trials],
         "nmse": [digits(t.nmse) for t in trials],
-        "trained_used": [digits(codebook_utilization(t.epoch_counts[-1])) for t in trials],
-        "trained_perplexity": [digits(codebook_perplexity(t.epoch_counts[-1])) for t in trials],
+        "trained_used": [digits(codebook_utilization(counts[-1])) for counts in by_epoch],
+        "trained_perplexity": [digits(codebook_perplexity(counts[-1])) for counts in by_epoch],
         "coded_used": [digits(codebook_utilization(t.counts)) for t in trials],
         "coded_perplexity": [digits(codebook_perplexity(t.counts)) for t in trials],
-        "used_over_epochs": [[digits(codebook_utilization(c)) for c in t.epoch_counts] for t in trials],
-        "perplexity_over_epochs": [[digits(codebook_perplexity(c)) for c in t.epoch_counts] for t in trials],
-        "ranks": _ranks(size),
-        "use_by_rank": {
-            str(1 + round(share * (epochs - 1))): _by_rank(first.epoch_counts[round(share * (epochs - 1))])
-            for share in _SHOWN
-        },
+        "used_over_epochs": [[digits(codebook_utilization(c)) for c in counts] for counts in by_epoch],
+        "perplexity_over_epochs": [[digits(codebook_perplexity(c)) for c in counts] for counts in by_epoch],
+        "ranks": _ranks(len(first.counts)),
+        "use_by_rank": {str(1 + epoch): _by_rank(first.epoch_counts[epoch]) for epoch in shown},
         "coded_use_by_rank": _by_rank(first.counts),
     }
 
