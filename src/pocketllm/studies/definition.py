@@ -78,7 +78,7 @@ class Setup:
         """The model's dense checkpoint, opened.
 
         Raises:
-            SourceError: it is missing or in a form that is not read. ConfigError: it is compressed itself.
+            SourceError: it is missing or in a form that is not read. ConfigError: it is already compressed.
         """
         from pocketllm.model import check_dense, open_dense, resolve
 

@@ -27,7 +27,7 @@ _CONFIG = ("model", "weights", "quick", "texts", "device", "threads")
 _INPUTS = ("calibration", "tasks")
 _ADMINISTRATIVE = ("state.json", "lock")
 Progress = Callable[[str, float], None]
-"""Called with the step at work and the finished share of the whole study."""
+"""Called with the current step and the finished share of the study."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def run_study(
 
 
 def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> dict[str, Any]:
-    """Run the steps that are not done yet and put the finished folder in its place; the contents of result.json."""
+    """Run the steps that are not done yet and publish the finished folder; returns the contents of result.json."""
     from pocketllm.model.workspace import Workspace, locked, output_error
 
     asked, steps = _asked(study, setup), study.steps(setup)
@@ -227,7 +227,7 @@ def _kept(file: Path) -> dict[str, Any] | None:
 
 
 def _digest(found: Mapping[str, Any]) -> str:
-    """Of what a step has found, in plain JSON types: it is the same when read back, and tells of any damage."""
+    """A digest of a step's values in plain JSON types: the same when read back, another after any damage."""
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 

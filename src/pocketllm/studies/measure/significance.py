@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pocketllm.evaluate import standard_error
 
 CONFIDENCE = 0.95
-"""Of intervals. By chance alone the share 1 - CONFIDENCE of differences that are none lies outside."""
+"""The confidence of intervals: by chance alone 1 - CONFIDENCE of differences that are none lie outside."""
 _QUANTILES = {  # of Student's t at (1 + CONFIDENCE) / 2, by degrees of freedom
     **{1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
     **{10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980},
@@ -34,7 +34,7 @@ class Difference:
 
     @property
     def known(self) -> bool:
-        """Whether there is more than one measurement, so that noise can be told."""
+        """Whether there is more than one measurement, so that its noise is known."""
         return not math.isinf(self.error)
 
     @property
@@ -82,6 +82,6 @@ def by_seed(values: Sequence[float | None], others: Sequence[float | None]) -> D
 
 
 def _quantile(freedom: float) -> float:
-    """Of Student's t; the nearest lower degrees of freedom of the table, which errs towards noise."""
+    """The quantile of Student's t; the nearest lower degrees of freedom of the table, which errs towards noise."""
     below = [count for count in _QUANTILES if count <= freedom]
     return _QUANTILES[max(below)] if below else math.inf

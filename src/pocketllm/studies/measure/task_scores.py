@@ -96,7 +96,7 @@ def _likely(task: Mapping[str, Any]) -> list[float]:
 
 
 def _mean(found: Sequence[Difference]) -> Difference:
-    """Of tasks that are independent of each other."""
+    """The mean over tasks that are independent of each other."""
     error = math.hypot(*(each.error for each in found)) / len(found)
     freedom = min(each.freedom for each in found)  # at least: errs towards noise
     return Difference(sum(each.value for each in found) / len(found), error, freedom)

@@ -30,7 +30,7 @@ UNGUARDED = Safeguards(max_grad_norm=math.inf, revive=False)
 """As the paper states it: nothing is said of cutting gradients or of moving dead codewords."""
 
 TRAININGS = {"published": "published start", "guarded": "published start, guarded", "ours": "our start"}
-"""The trainings that studies hold against each other, and their names on pages."""
+"""The trainings that studies compare, and their names on pages."""
 
 TRAINING_TICKS = ("published\nstart", "the same,\nguarded", "our start")
 """The same on an axis, in the same order."""
@@ -90,7 +90,7 @@ def up_projection(setup: Setup) -> Matrix:
 
 
 def sample(setup: Setup, matrix: Matrix, most: int) -> Sample:
-    """At most about `most` weights of a matrix, as random whole rows."""
+    """At most about `most` weights of a matrix, as complete rows chosen at random."""
     weight = fold(setup.source().read(matrix.name), matrix.transposed).float()
     count = _rows(matrix, most)
     generator = torch.Generator().manual_seed(zlib.crc32(matrix.name.encode(), setup.seed))
@@ -194,7 +194,7 @@ def _check_size(name: str, rows: int, columns: int, d: int, codebook_size: int) 
 
 
 def _rows(matrix: Matrix, most: int) -> int:
-    """Of a sample."""
+    """How many rows a sample of at most about `most` weights has."""
     return min(matrix.rows, max(1, most // matrix.columns))
 
 
@@ -207,7 +207,7 @@ def as_stored(codec: MatrixCodec) -> MatrixCodec:
 
 
 def mean_square_error(weight: Tensor, codec: MatrixCodec, encoded: EncodedMatrix | None = None) -> float:
-    """Of a matrix [rows, columns], coded (unless it is already) and decoded."""
+    """Mean square error of a matrix [rows, columns], encoded (unless it is already) and decoded."""
     decoded = codec.decode(encoded or codec.encode(weight))
     return float((weight - decoded).double().square().mean())
 

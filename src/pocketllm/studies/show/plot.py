@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pocketllm.studies.measure.significance import mean, spread
@@ -112,8 +112,9 @@ Mark = Line | Bars | Rule | Label
 
 @dataclass(frozen=True)
 class Axis:
-    """label: its words. scale: `linear`, `log` or `log2`. minor: whether minor ticks carry numbers, too.
+    """An axis of a panel.
 
+    scale: `linear`, `log` or `log2`; minor: whether minor ticks of a logarithmic one carry numbers, too.
     ticks, names: where the ticks are and what they say. low, high: limits. margin: beyond the marks, as a share.
     """
 
@@ -125,8 +126,10 @@ class Axis:
     high: float | None = None
     margin: float | None = None
     minor: bool = False
-    plain: bool = True
     reverse: bool = False
+
+
+LINEAR = Axis()
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,8 @@ class Panel:
 
     title: str
     marks: Sequence[Mark]
-    x: Axis = Axis()
-    y: Axis = Axis()
+    x: Axis = LINEAR
+    y: Axis = LINEAR
     legend: Style | None = None
     title_size: float | None = None
     small: bool = False
@@ -167,7 +170,7 @@ class Picture:
     width: float
     height: float
     parts: Sequence[Part]
-    heights: Sequence[float] = field(default=())
+    heights: Sequence[float] | None = None
 
 
 def draw(picture: Picture, figure: Any) -> None:
@@ -224,7 +227,7 @@ def _set_axis(axes: Any, which: str, axis: Axis) -> None:
         call("set_{}scale", "log", base=2 if axis.scale == "log2" else 10)
     if axis.ticks is not None:
         call("set_{}ticks", axis.ticks, axis.names)
-    if axis.scale != "linear" and axis.plain:
+    if axis.scale != "linear":
         _plain_ticks(getattr(axes, f"{which}axis"), axis.minor)
     if axis.margin is not None:
         axes.margins(**{which: axis.margin})

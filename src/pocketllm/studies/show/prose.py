@@ -79,7 +79,9 @@ def need_jinja() -> None:
     try:
         import jinja2  # noqa: F401
     except ImportError as error:
-        raise ExtraError("jinja2 is not installed; pip install 'pocketllm-codec[studies]'") from error
+        raise ExtraError(
+            "pages of studies need jinja2; install it with: pip install 'pocketllm-codec[studies]'"
+        ) from error
 
 
 @cache
