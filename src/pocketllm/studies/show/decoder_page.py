@@ -14,11 +14,11 @@ from pocketllm.studies.show.plot import COLOURS, Axis, Bars, Panel, Part, Pictur
 
 
 def rows(results: Results) -> dict[str, Any]:
-    """For the tables: the variants of plain coding, and of calibrated coding where there is any."""
+    """For the tables: the variants of plain compression, and of calibrated coding where there is any."""
     return {
         "groups": {
-            "Plain coding": keys_of(results, calibrated=False),
-            "Calibrated coding": keys_of(results, calibrated=True),
+            "Plain compression": keys_of(results, calibrated=False),
+            "Calibrated compression": keys_of(results, calibrated=True),
         },
         "shown": partial(_shown, results),
         "divergence": partial(divergence, results),
@@ -43,7 +43,7 @@ def _compared_bytes(results: Results, key: str, in_all: bool) -> float:
 
 
 def picture(results: Results) -> Picture:
-    """Error and divergence of every variant, as coded and distilled."""
+    """Error and divergence of every variant, as encoded and distilled."""
     keys = list(results)[::-1]
     errors = Bars(
         [_name(results, key) for key in keys],
@@ -51,11 +51,11 @@ def picture(results: Results) -> Picture:
         {"color": COLOURS[0], "height": 0.6},
     )
     row = [
-        Panel("nmse of the coded matrices", [errors], x=Axis("nmse"), small=True),
+        Panel("nmse of the encoded matrices", [errors], x=Axis("nmse"), small=True),
         Panel(
             "KL to the dense model",
             [
-                _divergences(results, keys, 0.18, "before", {"color": COLOURS[1], "label": "as coded"}),
+                _divergences(results, keys, 0.18, "before", {"color": COLOURS[1], "label": "as encoded"}),
                 _divergences(results, keys, -0.18, "after", {"color": COLOURS[2], "label": "distilled"}),
             ],
             x=Axis(f"nats per token; lines: {CONFIDENCE:.0%} intervals"),

@@ -42,7 +42,7 @@ def picture(results: Results) -> Picture:
     parts = [_parts(results[f"{path}-parts"], path) for path in claim.paths(results)]
     colours = {ATTENTION: "attention", FFN: "FFN", ENDS: ENDS, ALL: "everything (dotted: its cost)"}
     by_part = Legend({"fontsize": 8, "ncols": 4}, [(_colour(name), words) for name, words in colours.items()])
-    words = zip((3, 5), ("left dense by the authors", "coded by them"), strict=True)
+    words = zip((3, 5), ("left dense by the authors", "encoded by them"), strict=True)
     by_block = Legend({"fontsize": 8, "ncols": 2}, [(COLOURS[n], each) for n, each in words])
     top, bottom = Part([parts], legend=by_part), Part([[_blocks(results["plain-blocks"])]], legend=by_block)
     return Picture(9, 7, [top, bottom], (1.35, 1))
