@@ -28,7 +28,7 @@ def test_models_that_cannot_be_studied(model: str, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         SourceError, match=r"have 20 subvectors of 8 weights, wanted at least K = 32; study a larger"
     ):
-        trials.train(torch.randn(10, 16), trials.OURS, 32, 0)
+        trials.train(torch.randn(10, 16), trials.Training(trials.OURS, 32), 0)
     dense = CompressConfig(overrides=(("*", 16.0),))
     monkeypatch.setattr(trials, "CompressConfig", lambda: dense)
     with pytest.raises(SourceError, match="has no linear layer in its blocks"):
@@ -62,7 +62,7 @@ def test_stored_bits_are_those_of_compress(model: str) -> None:
 
 def test_a_trial_measures_what_is_stored(model: str) -> None:
     weight = setup_of(model, WORK).source().read("model.layers.1.mlp.up_proj.weight").float()
-    trial = trials.train(weight, CodecConfig(epochs=2, batch_size=256), 16, 0)
+    trial = trials.train(weight, trials.Training(CodecConfig(epochs=2, batch_size=256), 16), 0)
     assert torch.equal(trial.codec.codebook, trial.codec.codebook.half().float())
     decoded = trial.codec.decode(trial.codec.encode(weight))
     assert trial.mse == pytest.approx(float((weight - decoded).square().mean()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,8 @@ from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.model import Matrix, predicted_nmse
 from pocketllm.studies.definition import Measurement, Progress, Setup, Step, portion
 from pocketllm.studies.measure.trials import (
-    Sample,
+    Rows,
+    Training,
     check_size,
     digits,
     sample,
@@ -69,12 +69,10 @@ def _config(d: int) -> CodecConfig:
     return CompressConfig(codec=base).codec_for(d)
 
 
-def _point(
-    chosen: Callable[[], Sample], d: int, index_bits: int, seed: int, shared: int, progress: Progress
-) -> dict[str, Any]:
+def _point(rows: Rows, d: int, index_bits: int, seed: int, shared: int, progress: Progress) -> dict[str, Any]:
     """One size on one matrix."""
-    matrix, config, size = chosen(), _config(d), 1 << index_bits
-    trial = train(matrix.weight, config, size, seed, progress=progress)
+    matrix, config, size = rows(), _config(d), 1 << index_bits
+    trial = train(matrix.weight, Training(config, size), seed, progress)
     bits, weights = stored_bits(matrix.weight, config, size), matrix.weight.numel()
     own, common = bits["indices"] + bits["row_scales"], bits["codebook"] + bits["decoder"]
     return {

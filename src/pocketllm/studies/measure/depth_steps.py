@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 
-from pocketllm.config import CodecConfig, Safeguards
 from pocketllm.studies.definition import Measurement, Setup, Step
-from pocketllm.studies.measure.over_seeds import Training, step_over_seeds
-from pocketllm.studies.measure.trials import OURS, PUBLISHED, UNGUARDED, check_size, sample, up_projection
+from pocketllm.studies.measure.over_seeds import step_over_seeds
+from pocketllm.studies.measure.trials import (
+    PUBLISHED,
+    TRAININGS,
+    Training,
+    check_size,
+    sample,
+    training_of,
+    up_projection,
+)
 
 DEPTHS = (1, 3, 5)
 _SIZE, _MOST, _BATCH, _LONGER = 256, 1 << 16, 512, 4
@@ -24,22 +30,22 @@ def steps(setup: Setup) -> list[Step]:
     seeds = range(setup.seed, setup.seed + (2 if quick else 5))
     epochs = _QUICK_EPOCHS if quick else _EPOCHS
 
-    def step(key: str, guards: Safeguards, config: CodecConfig) -> Step:
-        config = dataclasses.replace(config, batch_size=_BATCH)
-        return step_over_seeds(key, rows, Training(config, guards, _SIZE), seeds)
+    def step(key: str, training: Training) -> None:
+        made.append(step_over_seeds(key, rows, training, seeds))
 
-    made = []
+    made: list[Step] = []
     for depth in DEPTHS:
-        published = dataclasses.replace(PUBLISHED, depth=depth, epochs=epochs)
-        made.append(step(f"published.{depth}", UNGUARDED, published))
+        published, guarded, ours = (
+            training_of(name, _SIZE, depth=depth, batch_size=_BATCH) for name in TRAININGS
+        )
+        step(f"published.{depth}", published.having(epochs=epochs))
         for hidden in (16, 64) if quick else (16, 32, 64):
-            wide = dataclasses.replace(published, hidden=hidden)
-            made.append(step(f"hidden.{depth}.{hidden}", Safeguards(), wide))
+            step(f"hidden.{depth}.{hidden}", guarded.having(hidden=hidden, epochs=epochs))
         for times in (1,) if quick else (1, _LONGER):
             for rate in (5e-3, 1.6e-2) if quick else (1.6e-3, 5e-3, 1.6e-2, 5e-2):
-                tuned = dataclasses.replace(published, learning_rate=rate, epochs=times * epochs)
-                made.append(step(f"tuned.{depth}.{times}.{rate:g}", Safeguards(), tuned))
-        made.append(step(f"ours.{depth}", Safeguards(), dataclasses.replace(OURS, depth=depth)))
+                tuned = guarded.having(learning_rate=rate, epochs=times * epochs)
+                step(f"tuned.{depth}.{times}.{rate:g}", tuned)
+        step(f"ours.{depth}", ours)
     return made
 
 

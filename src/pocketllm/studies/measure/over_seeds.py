@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from pocketllm.codec import TrainingStep, codebook_perplexity
-from pocketllm.config import CodecConfig, Safeguards
 from pocketllm.studies.definition import Progress, Step, portion
 from pocketllm.studies.measure.significance import mean
-from pocketllm.studies.measure.trials import Sample, Trial, binned, digits, settings, train
+from pocketllm.studies.measure.trials import Rows, Training, Trial, binned, digits, train
 
 _BINS = 40
 EXPLODED = 10.0
 """A gradient has exploded at so many times the norm of the first step's."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """What is trained: everything but the matrix and the seed."""
-
-    config: CodecConfig
-    guards: Safeguards
-    codebook_size: int
-
-    def having(self, codebook_size: int | None = None, **changes: Any) -> Training:
-        """With another codebook size, or other settings of the codec."""
-        config = replace(self.config, **changes)
-        return Training(config, self.guards, codebook_size or self.codebook_size)
-
-
 def step_over_seeds(
     key: str,
-    rows: Callable[[], Sample],
+    rows: Rows,
     training: Training,
     seeds: Sequence[int],
     figures: Callable[[Sequence[Trial]], dict[str, Any]] | None = None,
@@ -50,22 +34,15 @@ def step_over_seeds(
     """
 
     def run(progress: Progress) -> dict[str, Any]:
-        matrix, size = rows(), training.codebook_size
+        matrix, count = rows(), len(seeds)
         trials = [
-            train(
-                matrix.weight,
-                training.config,
-                size,
-                seed,
-                training.guards,
-                portion(progress, number / len(seeds), (number + 1) / len(seeds)),
-            )
+            train(matrix.weight, training, seed, portion(progress, number / count, (number + 1) / count))
             for number, seed in enumerate(seeds)
         ]
         return {
             "matrix": matrix.facts(),
-            "codebook_size": size,
-            "settings": settings(training.config, training.guards),
+            "codebook_size": training.codebook_size,
+            "settings": training.settings,
             "seeds": list(seeds),
             **(figures or _figures)(trials),
         }

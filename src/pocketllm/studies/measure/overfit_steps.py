@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -10,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec import MatrixCodec
-from pocketllm.config import CodecConfig, Safeguards
+from pocketllm.config import CodecConfig
 from pocketllm.studies.definition import Measurement, Progress, Setup, Step
 from pocketllm.studies.measure.rates import bits_for_mse, gaussian_mse, lloyd_max
 from pocketllm.studies.measure.trials import (
     TRAININGS,
+    Rows,
     Sample,
+    Training,
     as_stored,
     check_size,
     digits,
     mean_square_error,
     sample,
-    settings,
     stored_bits,
     train,
     training_of,
@@ -51,25 +51,25 @@ def steps(setup: Setup) -> list[Step]:
     matrix, most = up_projection(setup), 1 << 17 if quick else _MOST
     sizes = (QUICK_CURVES, QUICK_SWEEP, QUICK_TWINS) if quick else (CURVES, SWEEP, TWINS)
     check_size(matrix, most, ((d, size) for tried in sizes for d, size in tried if d > 1))
-    chosen = partial(sample, setup, matrix, most)
-    made = [Step("bound", lambda progress: _bound(chosen()))]
-    for d, size in QUICK_CURVES if quick else CURVES:
+    rows = partial(sample, setup, matrix, most)
+    curves, sweep, twins = sizes
+    made = [Step("bound", lambda progress: _bound(rows()))]
+    for d, size in curves:
         for name in TRAININGS:
-            how = _training(name, d, quick)
-            made.append(Step(f"curve.{name}.{d}x{size}", partial(_curve, chosen, how, size, setup.seed)))
-    for d, size in QUICK_SWEEP if quick else SWEEP:
-        made.append(Step(f"sweep.{d}x{size}", partial(_point, chosen, d, size, setup.seed)))
-    for d, size in QUICK_TWINS if quick else TWINS:
-        made.append(Step(f"twin.{d}x{size}", partial(_twin, chosen, d, size, setup.seed)))
+            run = partial(_curve, rows, _training(name, d, size, quick), setup.seed)
+            made.append(Step(f"curve.{name}.{d}x{size}", run))
+    for d, size in sweep:
+        made.append(Step(f"sweep.{d}x{size}", partial(_point, rows, d, size, setup.seed)))
+    for d, size in twins:
+        made.append(Step(f"twin.{d}x{size}", partial(_twin, rows, d, size, setup.seed)))
     return made
 
 
-def _training(name: str, vector_len: int, quick: bool) -> tuple[CodecConfig, Safeguards]:
-    config, guards = training_of(name)
-    config = dataclasses.replace(config, vector_len=vector_len, batch_size=_BATCH)
+def _training(name: str, d: int, size: int, quick: bool) -> Training:
+    training = training_of(name, size, vector_len=d, batch_size=_BATCH)
     if quick and name != "ours":
-        config = dataclasses.replace(config, epochs=_QUICK_EPOCHS, batch_size=1024)
-    return config, guards
+        return training.having(epochs=_QUICK_EPOCHS, batch_size=1024)
+    return training
 
 
 def _bound(matrix: Sample) -> dict[str, Any]:
@@ -99,30 +99,28 @@ def _rounding(weight: Tensor) -> float:
     return float((step.square() / 12).mean())
 
 
-def _curve(
-    chosen: Any, how: tuple[CodecConfig, Safeguards], size: int, seed: int, progress: Progress
-) -> dict[str, Any]:
+def _curve(rows: Rows, training: Training, seed: int, progress: Progress) -> dict[str, Any]:
     """A training, beside k-means and the bound at the rate of its indices."""
-    matrix, (config, guards) = chosen(), how
-    trial = train(matrix.weight, config, size, seed, guards, progress)
+    matrix = rows()
+    trial = train(matrix.weight, training, seed, progress)
     square = matrix.facts()["mean_square"]
     return {
-        "settings": settings(config, guards),
+        "settings": training.settings,
         "steps": len(trial.steps),
         "mse_over_epochs": [digits(square * value) for value in trial.curve],
-        "unfinished": len(trial.curve) < config.epochs,
-        **_measured(matrix.weight, config, size, trial.mse),
+        "unfinished": len(trial.curve) < training.config.epochs,
+        **_measured(matrix.weight, training, trial.mse),
         "seconds": round(trial.seconds, 1),
     }
 
 
-def _measured(weight: Tensor, config: CodecConfig, size: int, mse: float) -> dict[str, Any]:
-    """What a code of the matrix comes to, in bits and in errors."""
-    bits = stored_bits(weight, config, size)
+def _measured(weight: Tensor, training: Training, mse: float) -> dict[str, Any]:
+    """What the encoded matrix comes to, in bits and in errors."""
+    bits = stored_bits(weight, training.config, training.codebook_size)
     rate = bits["indices"] / weight.numel()
     return {
-        "vector_len": config.vector_len,
-        "codebook_size": size,
+        "vector_len": training.config.vector_len,
+        "codebook_size": training.codebook_size,
         "bits": bits,
         "index_bpw": rate,
         "bpw": sum(bits.values()) / weight.numel(),
@@ -132,39 +130,42 @@ def _measured(weight: Tensor, config: CodecConfig, size: int, mse: float) -> dic
     }
 
 
-def _lookup(d: int, epochs: int) -> CodecConfig:
+def _lookup(d: int, size: int, epochs: int) -> Training:
     """The look-up form without row scales: k-means in the weights' own units, then training."""
-    return CodecConfig(vector_len=d, row_scale=False, kmeans_iterations=10, epochs=epochs, batch_size=_BATCH)
+    config = CodecConfig(
+        vector_len=d, row_scale=False, kmeans_iterations=10, epochs=epochs, batch_size=_BATCH
+    )
+    return Training(config, size)
 
 
-def _point(chosen: Any, d: int, size: int, seed: int, progress: Progress) -> dict[str, Any]:
-    matrix, config = chosen(), _lookup(d, 2)
+def _point(rows: Rows, d: int, size: int, seed: int, progress: Progress) -> dict[str, Any]:
+    """k-means and the codec at one size."""
+    weight, training = rows().weight, _lookup(d, size, epochs=2)
     if d == 1:
-        return _scalar(matrix.weight, size)
-    trial = train(matrix.weight, config, size, seed, progress=progress)
-    kmeans = trial.start * float(matrix.weight.double().square().mean())
-    return {"kmeans_mse": digits(kmeans), **_measured(matrix.weight, config, size, trial.mse)}
+        return _scalar(weight, size)
+    trial = train(weight, training, seed, progress)
+    kmeans = trial.start * float(weight.double().square().mean())
+    return {"kmeans_mse": digits(kmeans), **_measured(weight, training, trial.mse)}
 
 
 def _scalar(weight: Tensor, size: int) -> dict[str, Any]:
     """A scalar quantizer as a codec: networks have nothing to add to numbers that stand alone."""
-    config = _lookup(1, 0)
-    codec = MatrixCodec(config, nn.Parameter(lloyd_max(weight, size)))
+    training = _lookup(1, size, epochs=0)
+    codec = MatrixCodec(training.config, nn.Parameter(lloyd_max(weight, size)))
     for net in (codec.encoder, codec.decoder):
         net.reset("identity", torch.Generator())
         net.to(weight.device)
     kmeans = mean_square_error(weight, codec)
-    measured = _measured(weight, config, size, mean_square_error(weight, as_stored(codec)))
+    measured = _measured(weight, training, mean_square_error(weight, as_stored(codec)))
     return {"kmeans_mse": digits(kmeans), **measured}
 
 
-def _twin(chosen: Any, d: int, size: int, seed: int, progress: Progress) -> dict[str, Any]:
+def _twin(rows: Rows, d: int, size: int, seed: int, progress: Progress) -> dict[str, Any]:
     """k-means of a Gaussian matrix with the same shape and the same scale of each row."""
-    weight = chosen().weight
+    weight, training = rows().weight, _lookup(d, size, epochs=0)
     drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).to(weight.device)
     drawn *= (weight.square().mean(dim=1) / drawn.square().mean(dim=1)).sqrt()[:, None]
-    trial = train(drawn, _lookup(d, 0), size, seed, progress=progress)
-    return _measured(drawn, _lookup(d, 0), size, trial.mse)
+    return _measured(drawn, training, train(drawn, training, seed, progress).mse)
 
 
 MEASUREMENT = Measurement(steps=steps)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 
 from pocketllm.studies.definition import Measurement, Setup, Step
-from pocketllm.studies.measure.over_seeds import Training, step_over_seeds
+from pocketllm.studies.measure.over_seeds import step_over_seeds
 from pocketllm.studies.measure.trials import (
     NORMS,
     PUBLISHED,
     TRAININGS,
+    Training,
     check_size,
     middle_kinds,
     sample,
@@ -23,10 +23,8 @@ _EPOCHS, _QUICK_EPOCHS = 25, 12
 
 
 def _training(name: str, quick: bool) -> Training:
-    config, guards = training_of(name)
-    if name != "ours":
-        config = dataclasses.replace(config, epochs=_QUICK_EPOCHS if quick else _EPOCHS)
-    return Training(dataclasses.replace(config, batch_size=_BATCH), guards, _SIZE)
+    epochs = {} if name == "ours" else {"epochs": _QUICK_EPOCHS if quick else _EPOCHS}
+    return training_of(name, _SIZE, batch_size=_BATCH, **epochs)
 
 
 def steps(setup: Setup) -> list[Step]:

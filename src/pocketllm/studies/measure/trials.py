@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ PUBLISHED = CodecConfig(vector_len=8, decoder="row", init="normal", epochs=50, l
 OURS = CodecConfig(vector_len=8, decoder="row", kmeans_iterations=10, epochs=8)
 """The same networks, beginning as the identity with a k-means codebook, trained at our learning rate."""
 
+GUARDED = Safeguards()
+"""As `compress` trains."""
+
 UNGUARDED = Safeguards(max_grad_norm=math.inf, revive=False)
 """As the paper states it: nothing is said of cutting gradients or of moving dead codewords."""
 
@@ -35,14 +38,33 @@ TRAININGS = {"published": "published start", "guarded": "published start, guarde
 TRAINING_TICKS = ("published\nstart", "the same,\nguarded", "our start")
 """The same on an axis, in the same order."""
 
-
 NORMS = {"rln": "RLN", "ln": "LayerNorm", "none": "no norm"}
 """The norms inside encoder and decoder, and their names on pages."""
 
 
-def training_of(name: str) -> tuple[CodecConfig, Safeguards]:
-    """Settings and safeguards of one of `TRAININGS`."""
-    return OURS if name == "ours" else PUBLISHED, UNGUARDED if name == "published" else Safeguards()
+@dataclass(frozen=True)
+class Training:
+    """How a codec is trained: everything but the matrix and the seed."""
+
+    config: CodecConfig
+    codebook_size: int
+    guards: Safeguards = GUARDED
+
+    def having(self, codebook_size: int | None = None, **changes: Any) -> Training:
+        """With another codebook size, or other settings of the codec."""
+        config = dataclasses.replace(self.config, **changes)
+        return Training(config, codebook_size or self.codebook_size, self.guards)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Config and safeguards as plain values."""
+        return {**dataclasses.asdict(self.config), **dataclasses.asdict(self.guards)}
+
+
+def training_of(name: str, codebook_size: int, **changes: Any) -> Training:
+    """One of `TRAININGS`, with some settings of the codec changed."""
+    config = dataclasses.replace(OURS if name == "ours" else PUBLISHED, **changes)
+    return Training(config, codebook_size, UNGUARDED if name == "published" else GUARDED)
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,7 @@ class Sample:
 
 
 def middle_kinds(setup: Setup) -> list[Matrix]:
-    """The matrices of the middle block that `compress` would code, one of each kind.
+    """The matrices of the middle block that `compress` would encode, one of each kind.
 
     Raises:
         SourceError: the model has none.
@@ -98,15 +120,19 @@ def sample(setup: Setup, matrix: Matrix, most: int) -> Sample:
     return Sample(matrix.name, matrix.kind, weight[rows].to(setup.device), count == matrix.rows)
 
 
+Rows = Callable[[], Sample]
+"""Reads the rows that a study trains on, when a step wants them."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """A training of the codec on one matrix.
 
-    nmse, mse: of the matrix coded and decoded with the best state met, rounded as it is stored, in the
+    nmse, mse: of the matrix encoded and decoded with the best state met, rounded as it is stored, in the
         weights' own units.
     end: nmse of unit rows when training ended, infinite where it broke off; start: before it.
     curve: of unit rows, after each epoch. steps: what was observed. epoch_counts: [epochs][K] index use.
-    counts: [K] index use of the coded matrix.
+    counts: [K] index use of the encoded matrix.
     """
 
     nmse: float
@@ -132,24 +158,18 @@ class Trial:
         return [step.grad_norm for step in self.steps]
 
 
-def train(
-    weight: Tensor,
-    config: CodecConfig,
-    codebook_size: int,
-    seed: int,
-    safeguards: Safeguards | None = None,
-    progress: Progress = lambda share: None,
-) -> Trial:
-    """Fit a codec of its own to a matrix [rows, columns], and code the matrix with it.
+def train(weight: Tensor, training: Training, seed: int, progress: Progress = lambda share: None) -> Trial:
+    """Fit a codec of its own to a matrix [rows, columns], and encode the matrix with it.
 
     Raises:
         SourceError: the matrix has fewer subvectors than the codebook has codewords.
     """
+    config, size = training.config, training.codebook_size
     rows, columns = weight.shape
-    _check_size("the matrix under study", rows, columns, config.vector_len, codebook_size)
+    _check_size("the matrix under study", rows, columns, config.vector_len, size)
     steps: list[TrainingStep] = []
     started = time.monotonic()
-    fitted = fit({"": [weight]}, config, codebook_size, seed, progress, safeguards, steps.append)
+    fitted = fit({"": [weight]}, config, size, seed, progress, training.guards, steps.append)
     codec = as_stored(fitted.codecs[""])
     encoded = codec.encode(weight)
     mse = mean_square_error(weight, codec, encoded)
@@ -164,7 +184,7 @@ def train(
         curve=fitted.curve,
         steps=steps,
         epoch_counts=used,
-        counts=torch.bincount(encoded.indices.reshape(-1).cpu(), minlength=codebook_size),
+        counts=torch.bincount(encoded.indices.reshape(-1).cpu(), minlength=size),
         codec=codec,
         wanted_epochs=config.epochs,
         seconds=time.monotonic() - started,
@@ -223,11 +243,6 @@ def stored_bits(weight: Tensor, config: CodecConfig, codebook_size: int) -> dict
         "codebook": CODEWORD_BITS * codebook_size * config.vector_len,
         "decoder": config.decoder_bits,
     }
-
-
-def settings(config: CodecConfig, safeguards: Safeguards) -> dict[str, Any]:
-    """Everything a training depends on beside matrix, K and seed, as plain values."""
-    return {**dataclasses.asdict(config), **dataclasses.asdict(safeguards)}
 
 
 def binned(values: Sequence[float], bins: int, highest: bool = False) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -13,15 +12,17 @@ from torch import Tensor
 from pocketllm.codec import codebook_perplexity, codebook_utilization
 from pocketllm.config import Safeguards
 from pocketllm.studies.definition import Measurement, Setup, Step
-from pocketllm.studies.measure.over_seeds import Training, step_over_seeds
+from pocketllm.studies.measure.over_seeds import step_over_seeds
 from pocketllm.studies.measure.trials import (
-    OURS,
     PUBLISHED,
+    TRAININGS,
     UNGUARDED,
+    Training,
     Trial,
     check_size,
     digits,
     sample,
+    training_of,
     up_projection,
 )
 
@@ -39,17 +40,15 @@ def steps(setup: Setup) -> list[Step]:
     check_size(matrix, most, [(PUBLISHED.vector_len, size)])
     rows = partial(sample, setup, matrix, most)
     seeds = range(setup.seed, setup.seed + (1 if quick else 3))
-    batch = dataclasses.replace(PUBLISHED, batch_size=most // PUBLISHED.vector_len // 16)
-    published = dataclasses.replace(batch, epochs=_QUICK_EPOCHS if quick else _EPOCHS)
-    ours = dataclasses.replace(OURS, batch_size=batch.batch_size, epochs=published.epochs)
-    unguarded = Training(published, UNGUARDED, size)
+    how = {"batch_size": most // PUBLISHED.vector_len // 16, "epochs": _QUICK_EPOCHS if quick else _EPOCHS}
+    published, guarded, ours = (training_of(name, size, **how) for name in TRAININGS)
     kinds = {
-        "published": unguarded,
-        "revived": Training(published, Safeguards(max_grad_norm=math.inf), size),
-        "guarded": Training(published, Safeguards(), size),
-        "ours": Training(ours, UNGUARDED, size),
-        "collapse-norm": unguarded.having(norm="none"),
-        "collapse-rate": unguarded.having(learning_rate=1.6e-1),
+        "published": published,
+        "revived": Training(published.config, size, Safeguards(max_grad_norm=math.inf)),
+        "guarded": guarded,
+        "ours": Training(ours.config, size, UNGUARDED),
+        "collapse-norm": published.having(norm="none"),
+        "collapse-rate": published.having(learning_rate=1.6e-1),
     }
     return [step_over_seeds(name, rows, training, seeds, _figures) for name, training in kinds.items()]
 
