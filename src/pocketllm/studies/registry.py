@@ -1,4 +1,4 @@
-"""The names of the studies; a study is put together from its rooms when it is wanted."""
+"""The names of the studies; a study is assembled from its modules and its template on request."""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ def check_name(name: str) -> None:
 def load(name: str) -> Study:
     """The study of that name.
 
-    Put together from measure/NAME_steps.py (MEASUREMENT), claims/NAME_claim.py (`numbers`, which fills the
-    findings in), show/NAME_page.py (`picture`; `rows`, which
-    fills the tables in) and the prose in show/templates/NAME.md.j2.
+    Assembled from `measure/NAME_steps.py` (MEASUREMENT), `claims/NAME_claim.py` (`numbers` of the findings),
+    `show/NAME_page.py` (`table_numbers`, `picture`) and `show/templates/NAME.md.j2` (the prose of all sections).
 
     Raises:
         ConfigError: there is none.
@@ -53,13 +52,13 @@ def load(name: str) -> Study:
     words = prose(name)
 
     def tables(results: Results) -> list[Table]:
-        return words.tables(results=results, **page.rows(results))
+        return words.tables(results=results, **page.table_numbers(results))
 
     def findings(results: Results) -> list[str]:
         values: Mapping[str, Any] = claim.numbers(results)
         return words.sentences("Findings", **values)
 
-    def paint(results: Results, figure: Figure) -> None:
+    def draw_picture(results: Results, figure: Figure) -> None:
         draw(page.picture(results), figure)
 
     return Study(
@@ -69,7 +68,7 @@ def load(name: str) -> Study:
         method=words.text("Method"),
         left_out=words.text("Left out"),
         tables=tables,
-        draw=paint,
+        draw=draw_picture,
         findings=findings,
         **vars(steps.MEASUREMENT),
     )

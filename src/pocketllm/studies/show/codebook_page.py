@@ -1,4 +1,4 @@
-"""Tables and picture of the study `codebook`."""
+"""Numbers of the tables and picture of the study `codebook`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pocketllm.studies.definition import Results
 from pocketllm.studies.show.plot import INK, Axis, Label, Legend, Line, Mark, Panel, Part, Picture, Rule, look
 
 
-def rows(results: Results) -> dict[str, Any]:
+def table_numbers(results: Results) -> dict[str, Any]:
     """For the tables: equal bits of indices, equal K, compressed models."""
     points = grid(results)
     return {

@@ -1,4 +1,4 @@
-"""Tables and picture of the study `decoder`."""
+"""Numbers of the tables and picture of the study `decoder`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pocketllm.studies.show.numbers import number
 from pocketllm.studies.show.plot import COLOURS, Axis, Bars, Panel, Part, Picture
 
 
-def rows(results: Results) -> dict[str, Any]:
+def table_numbers(results: Results) -> dict[str, Any]:
     """For the tables: the variants of plain compression, and of calibrated coding where there is any."""
     return {
         "groups": {

@@ -1,4 +1,4 @@
-"""Tables and picture of the study `depth`."""
+"""Numbers of the tables and picture of the study `depth`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pocketllm.studies.show.plot import DASHES, Axis, Line, Panel, Part, Picture
 _GUARDED = "published start, guarded"
 
 
-def rows(results: Results) -> dict[str, Any]:
+def table_numbers(results: Results) -> dict[str, Any]:
     """For the tables: where training starts, widths, learning rates and lengths, in order."""
     widths, tuned = group(results, "hidden").items(), group(results, "tuned").items()
     return {

@@ -1,4 +1,4 @@
-"""Tables and picture of the study `overfit`."""
+"""Numbers of the tables and picture of the study `overfit`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pocketllm.studies.show.plot import (
 )
 
 
-def rows(results: Results) -> dict[str, Any]:
+def table_numbers(results: Results) -> dict[str, Any]:
     """For the tables: targets, trainings, rates, Gaussian twins, and what the bound says of them."""
     return {
         "target": TARGET,

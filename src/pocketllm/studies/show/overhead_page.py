@@ -1,4 +1,4 @@
-"""Tables and picture of the study `overhead`."""
+"""Numbers of the tables and picture of the study `overhead`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pocketllm.studies.show.numbers import number
 from pocketllm.studies.show.plot import COLOURS, Axis, Bars, Panel, Part, Picture
 
 
-def rows(results: Results) -> dict[str, Any]:
+def table_numbers(results: Results) -> dict[str, Any]:
     """For the tables: the forms and devices, medians and ratios over the rounds."""
     return {
         "forms": forms_of(results),

@@ -23,7 +23,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "verdict": verdict,
     "compared": compared,
     "fixed": lambda value, places=2: f"{value:.{places}f}",
-    "percent": lambda share, places=0: f"{share:.{places}%}",
+    "percent": lambda share, places=0: "not finite" if share is None else f"{share:.{places}%}",
     "compact": lambda value, digits=6: f"{value:.{digits}g}",
     "sentence": lambda words: words[0].upper() + words[1:],
 }

@@ -1,4 +1,4 @@
-"""Tables and picture of the study `rln`."""
+"""Numbers of the tables and picture of the study `rln`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SWEEPS = (
 )
 
 
-def rows(results: Results) -> dict[str, Any]:
+def table_numbers(results: Results) -> dict[str, Any]:
     """For the tables: the entries of a training and a norm, what was tried, and figures over the seeds."""
     return {
         "trainings": TRAININGS,

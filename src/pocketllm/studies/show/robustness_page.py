@@ -1,4 +1,4 @@
-"""Tables and picture of the study `robustness`."""
+"""Numbers of the tables and picture of the study `robustness`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pocketllm.studies.show.plot import (
 )
 
 
-def rows(results: Results) -> dict[str, Any]:
+def table_numbers(results: Results) -> dict[str, Any]:
     """For the tables: the compressions, and what each loses."""
     return {
         "keys": keys_of(results),

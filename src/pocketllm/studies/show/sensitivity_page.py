@@ -1,4 +1,4 @@
-"""Tables and picture of the study `sensitivity`."""
+"""Numbers of the tables and picture of the study `sensitivity`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pocketllm.studies.show.plot import COLOURS, INK, Axis, Bars, Legend, Mark, 
 _COST = "KL per saved MB, 10⁻³ nats"
 
 
-def rows(results: Results) -> dict[str, Any]:
+def table_numbers(results: Results) -> dict[str, Any]:
     """For the tables: the paths and the steps of tasks that there are, and what is computed of a group."""
     return {
         "paths": {path: claim.PATHS[path] for path in claim.paths(results)},

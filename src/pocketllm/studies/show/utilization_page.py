@@ -1,4 +1,4 @@
-"""Tables and picture of the study `utilization`."""
+"""Numbers of the tables and picture of the study `utilization`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pocketllm.studies.measure.significance import mean
 from pocketllm.studies.show.plot import GREY, Axis, Legend, Line, Mark, Panel, Part, Picture, Rule, look
 
 
-def rows(results: Results) -> dict[str, Any]:
+def table_numbers(results: Results) -> dict[str, Any]:
     """For the tables: the trainings; the places in the histogram of the ranks that are shown."""
     ranks, size = results["published"]["ranks"], results["published"]["codebook_size"]
     wanted = [1, *(round(size * share) for share in (0.01, 0.1, 0.25, 0.5, 0.75)), size]
