@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.studies import STUDIES, load
-from pocketllm.studies.page import markdown, write
+from pocketllm.studies.show.study_page import markdown, write
 
 FOLDER = Path(__file__).parent.parent / "docs" / "studies"
 INDEX = FOLDER / "README.md"

@@ -87,5 +87,5 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
 
     made = Counting()
     monkeypatch.setitem(STUDIES, "counting", "steps are counted")
-    monkeypatch.setattr("pocketllm.studies.run.load", lambda name: made.study())
+    monkeypatch.setattr("pocketllm.studies.runner.load", lambda name: made.study())
     return made

@@ -8,21 +8,36 @@ from typing import Any
 
 import pytest
 
-from pocketllm.studies import Outcome, codebook, depth, overfit, rln, run_study, utilization
-from pocketllm.studies.study import Setup, Step, Study, Table
+from pocketllm.studies import Outcome, run_study
+from pocketllm.studies.definition import Setup, Step, Study, Table
+from pocketllm.studies.measure import (
+    codebook_steps,
+    depth_steps,
+    overfit_steps,
+    rln_steps,
+    utilization_steps,
+)
 from tests import tiny
 
-CODEC_SIZES: dict[Any, dict[str, Any]] = {
-    rln: {"_SIZE": 16, "_QUICK_EPOCHS": 1},
-    depth: {"_SIZE": 16, "_QUICK_EPOCHS": 1},
-    utilization: {"_QUICK_SIZE": 16, "_QUICK_EPOCHS": 2},
-    overfit: {
+STEPS = {
+    "rln": rln_steps,
+    "depth": depth_steps,
+    "utilization": utilization_steps,
+    "overfit": overfit_steps,
+    "codebook": codebook_steps,
+}
+"""Study of the codec -> the module of its steps."""
+CODEC_SIZES: dict[str, dict[str, Any]] = {
+    "rln": {"_SIZE": 16, "_QUICK_EPOCHS": 1},
+    "depth": {"_SIZE": 16, "_QUICK_EPOCHS": 1},
+    "utilization": {"_QUICK_SIZE": 16, "_QUICK_EPOCHS": 2},
+    "overfit": {
         "QUICK_CURVES": ((8, 16),),
         "_QUICK_EPOCHS": 1,
         "QUICK_SWEEP": ((4, 16), (2, 16), (1, 16), (1, 1024)),
         "QUICK_TWINS": ((4, 16), (2, 16)),
     },
-    codebook: {"QUICK_GRID": ((1, 2), (2, 4), (4, 8), (4, 4)), "QUICK_MODELS": ((1, 2), (2, 4))},
+    "codebook": {"QUICK_GRID": ((1, 2), (2, 4), (4, 8), (4, 4)), "QUICK_MODELS": ((1, 2), (2, 4))},
 }
 """Study of the codec -> what makes it small enough for a tiny model."""
 
@@ -44,25 +59,24 @@ def small_codec_model(factory: pytest.TempPathFactory) -> str:
 
 
 class CodecStudies:
-    """The studies of the codec, by module: each is run once, in its small version, when it is first asked for."""
+    """The studies of the codec, by name: each is run once, in its small version, when it is first asked for."""
 
     def __init__(self, model: str, folder: Path) -> None:
         self.model, self._folder = model, folder
         self._done: dict[str, Outcome] = {}
 
-    def __getitem__(self, module: Any) -> Outcome:
-        name = module.STUDY.name
+    def __getitem__(self, name: str) -> Outcome:
         if name not in self._done:
             with pytest.MonkeyPatch.context() as patch:
                 patch.delenv("POCKETLLM_DATA", raising=False)
-                for size, value in CODEC_SIZES[module].items():
-                    patch.setattr(module, size, value)
+                for size, value in CODEC_SIZES[name].items():
+                    patch.setattr(STEPS[name], size, value)
                 self._done[name] = run_study(name, self.model, self._folder / name, quick=True)
         return self._done[name]
 
-    def results(self, module: Any) -> dict[str, Any]:
+    def results(self, name: str) -> dict[str, Any]:
         """A copy to change."""
-        return copy.deepcopy(self[module].result["results"])
+        return copy.deepcopy(self[name].result["results"])
 
 
 class Counting:

@@ -12,7 +12,7 @@ from pocketllm.codec.codebook import nearest
 from pocketllm.codec.kernels import reference, select
 from pocketllm.evaluate.kl import text_divergence
 from pocketllm.evaluate.perplexity import perplexity
-from pocketllm.studies import probe
+from pocketllm.studies.measure import probe
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")

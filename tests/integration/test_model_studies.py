@@ -14,17 +14,9 @@ from pocketllm.format.checkpoint import read_report
 from pocketllm.plan.target import planned
 from pocketllm.report.model_facts import read_model
 from pocketllm.runtime.decode import Matrices
-from pocketllm.studies import (
-    codebook,
-    decoder,
-    overhead,
-    probe,
-    robustness,
-    run_study,
-    sensitivity,
-    sensitivity_page as sensitive,
-)
-from pocketllm.studies.whole import dense_model, installed
+from pocketllm.studies import load, run_study
+from pocketllm.studies.measure import codebook_steps, decoder_steps, probe, sensitivity_steps as sensitive
+from pocketllm.studies.measure.compressed_models import dense_model, installed
 from tests import tiny
 from tests.studies import setup_of, small_model
 
@@ -39,10 +31,10 @@ def _no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("POCKETLLM_DATA", raising=False)
 
 
-@pytest.mark.parametrize("study", [sensitivity, decoder, overhead, robustness])
-def test_steps_of_both_sizes_have_keys_of_their_own(study: Any, model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("study", ["sensitivity", "decoder", "overhead", "robustness"])
+def test_steps_of_both_sizes_have_keys_of_their_own(study: str, model: str, tmp_path: Path) -> None:
     for quick in (True, False):
-        keys = [step.key for step in study.STUDY.steps(setup_of(model, tmp_path, quick))]
+        keys = [step.key for step in load(study).steps(setup_of(model, tmp_path, quick))]
         assert len(set(keys)) == len(keys) > 1
 
 
@@ -57,7 +49,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_windows_are_cut_to_the_positions_of_the_model(
     study: str, short: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "_QUICK", ("none-kind", "affine-matrix"))
+    monkeypatch.setattr(decoder_steps, "_QUICK", ("none-kind", "affine-matrix"))
     monkeypatch.setattr(probe, "run", probe.measure)
     results = run_study(study, short, tmp_path / "out", quick=True).result["results"]
     found = {
@@ -73,7 +65,7 @@ def test_windows_are_cut_to_the_positions_of_the_model(
 
 def test_the_codebook_study_cuts_its_windows_too(short: str, tmp_path: Path) -> None:
     setup = setup_of(short, tmp_path)
-    assert codebook._perplexity(setup, *dense_model(setup), lambda share: None)["context"] == 64
+    assert codebook_steps._perplexity(setup, *dense_model(setup), lambda share: None)["context"] == 64
 
 
 # sensitivity
@@ -81,7 +73,7 @@ def test_the_codebook_study_cuts_its_windows_too(short: str, tmp_path: Path) -> 
 
 def test_calibrated_sensitivity_codes_everything_alike(model: str, tmp_path: Path) -> None:
     setup = setup_of(model, tmp_path, quick=False)
-    plan = planned(setup.source(), sensitivity.configs(setup)["calibrated"], model).plan
+    plan = planned(setup.source(), sensitive.configs(setup)["calibrated"], model).plan
     assert {spec.index_bpw for spec in plan.specs.values()} == {3.0}
 
 
@@ -89,7 +81,7 @@ def test_the_whole_put_together_is_the_compressed_model(model: str, tmp_path: Pa
     done = run_study("sensitivity", model, tmp_path / "out", quick=True)
     setup = setup_of(model, tmp_path)
     folder = tmp_path / "again"
-    pocketllm.compress(model, sensitivity.configs(setup)["plain"], folder)
+    pocketllm.compress(model, sensitive.configs(setup)["plain"], folder)
     own, tokenizer = pocketllm.load(folder, dtype=dense_model(setup)[0].dtype)
     text = setup.evaluation_texts()[0].text
     seen = text_divergence(own, dense_model(setup)[0], tokenizer, text, 256, 2)
@@ -132,7 +124,7 @@ def test_parts_by_name(tmp_path: Path) -> None:
             tmp_path / f"{architecture}-c",
         )
         facts = read_model(tmp_path / f"{architecture}-c").matrices
-        found = sensitivity.parts(facts)
+        found = sensitive.parts(facts)
         names = {name: {m.kind for m in found[name]} for name in (sensitive.FFN, sensitive.ATTENTION)}
         assert all("attn" in kind for kind in names[sensitive.ATTENTION])
         assert names[sensitive.FFN] and not any("attn" in kind for kind in names[sensitive.FFN])
@@ -175,7 +167,7 @@ def sensitive_results(ratio: float, outer: float) -> dict[str, Any]:
     ],
 )
 def test_sensitivity_says_what_the_figures_say(ratio: float, outer: float, words: tuple[str, ...]) -> None:
-    sentences = " ".join(sensitive.findings(sensitive_results(ratio, outer)))
+    sentences = " ".join(load("sensitivity").findings(sensitive_results(ratio, outer)))
     assert all(word in sentences for word in words), sentences
 
 
@@ -205,12 +197,12 @@ def task_results() -> dict[str, Any]:
 
 def test_zero_shot_losses_are_told_by_part_kind_and_block() -> None:
     results = {**sensitive_results(1.0, 1.0), **task_results()}
-    tables = {table.title: table for table in sensitive.tables(results)}
+    tables = {table.title: table for table in load("sensitivity").tables(results)}
     rows = {row[0]: row for row in tables["Zero-shot tasks (plain)"].rows}
     assert rows["attention"][1:] == ["1.00", "50.0", "38 ± 18", "21 ± 0.19", "20500 ± 189"]
     assert rows["FFN"][3:] == ["0 ± 0", "0 ± 0", "0 ± 0"]
     assert [row[0] for row in tables["Zero-shot tasks by block (plain)"].rows[1:]] == ["0", "1"]
-    parts, block = [text for text in sensitive.findings(results) if text.startswith("Zero-shot")]
+    parts, block = [text for text in load("sensitivity").findings(results) if text.startswith("Zero-shot")]
     assert "(8 documents of quiz): plain FFN 0 ± 0 (0 ± 0 thousandths per MB), attention 21 ± 0.19" in parts
     assert "attention loses 20500 thousandths more than the FFN, beyond noise" in parts, parts
     assert (
@@ -223,15 +215,17 @@ def test_zero_shot_losses_are_told_by_part_kind_and_block() -> None:
 def test_tasks_that_the_dense_model_cannot_do_say_nothing() -> None:
     results = {**sensitive_results(1.0, 1.0), **task_results()}
     results["dense-tasks"]["tasks"]["quiz"] |= {"right": "11000000", "acc": 0.25}
-    assert any(text.startswith("Zero-shot tasks say nothing here") for text in sensitive.findings(results))
-    assert sensitive.tables(results)[1].rows[2][-2:] == ["", ""]
+    assert any(
+        text.startswith("Zero-shot tasks say nothing here") for text in load("sensitivity").findings(results)
+    )
+    assert load("sensitivity").tables(results)[1].rows[2][-2:] == ["", ""]
 
 
 def test_sensitivity_shows_what_is_lost_for_a_megabyte() -> None:
     from matplotlib.figure import Figure
 
     results = sensitive_results(1.0, 1.0)
-    parts, blocks = sensitive.tables(results)
+    parts, blocks = load("sensitivity").tables(results)
     for table, row, figures in (
         (
             parts,
@@ -245,19 +239,23 @@ def test_sensitivity_shows_what_is_lost_for_a_megabyte() -> None:
             "rise per MB, 10^-3",
             "KL per MB, 10^-3",
         ]
-    assert sensitive.findings(results)[-1].startswith("Plain: the losses of the parts add up to 0.500 nats")
-    assert "0.40 more, beyond noise (± 0.094 at 95 %)" in sensitive.findings(results)[-1]
+    assert (
+        load("sensitivity")
+        .findings(results)[-1]
+        .startswith("Plain: the losses of the parts add up to 0.500 nats")
+    )
+    assert "0.40 more, beyond noise (± 0.094 at 95 %)" in load("sensitivity").findings(results)[-1]
     groups = results["plain-parts"]["groups"]
     for group in groups.values():  # of one window
         group |= {"window_kl": group["window_kl"][:1]}
     results["plain-parts"]["windows"] = 1
     groups["FFN"] |= {"kl_stderr": None, "perplexity": None}
-    row = sensitive.tables(results)[0].rows[1]
+    row = load("sensitivity").tables(results)[0].rows[1]
     assert row[4:8] == ["not finite", "not finite", "0.300", "100"]
-    assert "not seen to be more or less" in sensitive.findings(results)[1]
+    assert "not seen to be more or less" in load("sensitivity").findings(results)[1]
     results["plain-parts"]["dense"] = None
-    assert {row[5] for row in sensitive.tables(results)[0].rows} == {"not finite"}
-    sensitive.draw(results, Figure())
+    assert {row[5] for row in load("sensitivity").tables(results)[0].rows} == {"not finite"}
+    load("sensitivity").draw(results, Figure())
 
 
 # decoder
@@ -265,7 +263,7 @@ def test_sensitivity_shows_what_is_lost_for_a_megabyte() -> None:
 
 def test_no_variant_stores_more_than_the_reference(model: str, tmp_path: Path) -> None:
     setup = setup_of(model, tmp_path)
-    found = decoder.variants(setup)
+    found = decoder_steps.variants(setup)
     assert {"affine-matrix", "mlp-matrix", "row-kind", "none-model"} <= set(found)
     stored = {}
     for key, variant in found.items():
@@ -279,8 +277,8 @@ def test_no_variant_stores_more_than_the_reference(model: str, tmp_path: Path) -
 
 
 def test_decoder_study(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "size_of", lambda setup: decoder.Size(2, 64, 3, 2, 32, 2))
-    monkeypatch.setattr(decoder, "_QUICK", ("none-kind", "affine-matrix"))
+    monkeypatch.setattr(decoder_steps, "size_of", lambda setup: decoder_steps.Size(2, 64, 3, 2, 32, 2))
+    monkeypatch.setattr(decoder_steps, "_QUICK", ("none-kind", "affine-matrix"))
     done = run_study("decoder", model, tmp_path / "out", quick=True)
     results = done.result["results"]
     assert results["none-kind"]["decoder_bytes"] == 0
@@ -333,21 +331,21 @@ def test_decoders_are_held_against_noise(kl: float, error: float | None, words: 
     from matplotlib.figure import Figure
 
     results = decoder_results(kl, error)
-    sentences = decoder.STUDY.findings(results)
+    sentences = load("decoder").findings(results)
     assert all(words in sentence for sentence in sentences[1:3]), sentences
     assert "to pay for the decoders' 200 bytes (0.080 % more bytes in all with them)" in sentences[-1]
     told = "of one measurement each" if error is None else "within noise (± 0.064 at 95 %)"
     assert "0.12" in sentences[-1] and f"0.020 higher, {told}" in sentences[-1]
-    plain, calibrated = decoder.STUDY.tables(results)
+    plain, calibrated = load("decoder").tables(results)
     assert [row[0] for row in plain.rows] == ["none", "MLP", "one codebook (90 % fewer bytes)"]
     assert [row[0] for row in calibrated.rows] == ["none", "MLP (0.080 % more bytes in all)"]
     assert plain.rows[0][6] == ("0.300" if error is None else "0.300 ± 0.030")
-    decoder.STUDY.draw(results, Figure())
+    load("decoder").draw(results, Figure())
 
 
 def test_no_decoder_at_equal_bytes() -> None:
     results = {key: v for key, v in decoder_results(0.2, 0.1).items() if key.startswith("none")}
-    assert decoder.STUDY.findings(results)[0].startswith("Did not hold here: no decoder fits")
+    assert load("decoder").findings(results)[0].startswith("Did not hold here: no decoder fits")
 
 
 # overhead

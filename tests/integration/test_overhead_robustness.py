@@ -13,14 +13,10 @@ import torch
 from pocketllm.config import CodecConfig
 from pocketllm.errors import LoadError
 from pocketllm.format.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
-from pocketllm.studies import (
-    overhead,
-    overhead_page,
-    probe,
-    robustness_page as robust,
-    run_study,
-)
-from pocketllm.studies.scored import able, points_lost, probability_lost
+from pocketllm.studies import load, run_study
+from pocketllm.studies.measure import probe
+from pocketllm.studies.measure.overhead_steps import decode_flops
+from pocketllm.studies.measure.task_scores import able, points_lost, probability_lost
 from tests.studies import small_model
 
 
@@ -47,11 +43,11 @@ def test_operations_are_counted() -> None:
         )
 
     network = 3 * (4 * 4 * 8 + 8) + 2 * 4
-    counts = [overhead.decode_flops(layout(codec, (None, None))) for codec in forms]
+    counts = [decode_flops(layout(codec, (None, None))) for codec in forms]
     assert counts[0] == {"networks": 10 * network, "scales": 96, "rotation": 0, "one token": 192}
     assert counts[1]["networks"] == 24 * (network + 2 * 5 * 4)
     assert counts[2]["networks"] == 10 * (2 * 16 + 4)
-    rotated = overhead.decode_flops(layout(lookup, (0, 1)))
+    rotated = decode_flops(layout(lookup, (0, 1)))
     # columns of length 6 = 2 * 3: one round of Hadamard, 3 products and sums, signs; rows of length 8 = 2^3
     assert rotated["rotation"] == 96 * ((1 + 2 * 3 + 1) + (3 + 0 + 1))
 
@@ -91,7 +87,7 @@ def test_ratios_are_those_within_a_round() -> None:
     for number, slow in enumerate((1.0, 3.0, 2.0)):
         runs = {job: {"loaded_bytes": cost, **dict.fromkeys(keys, cost * slow)} for job, cost in jobs.items()}
         results[f"cpu-{number}"] = {"runs": runs, "short": 8, "long": 64, "gpu": None}
-    sentences = overhead_page.findings(results)
+    sentences = load("overhead").findings(results)
     assert "decoding once at load costs 2.0 times the load" in sentences[0]
     assert "4.0 times the work for a token; for a prompt of 64 tokens 4.0 times" in sentences[0]
     assert "loading and decoding takes 4.00 s (dense weights 2.00 s)" in sentences[1]
@@ -146,7 +142,7 @@ def drawn(results: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure()
-    robust.draw(results, figure)
+    load("robustness").draw(results, figure)
     return figure
 
 
@@ -155,7 +151,7 @@ def test_robustness_where_the_dense_model_is_not_finite(lost: tuple[str, ...]) -
     results = robust_results(11.0)
     for text in lost:
         results["dense"]["perplexity"][text] = None
-    sentences, rows = robust.findings(results), robust.tables(results)[0].rows
+    sentences, rows = load("robustness").findings(results), load("robustness").tables(results)[0].rows
     assert rows[0][5:7] == ["not finite", "20.00" if len(lost) == 1 else "not finite"]
     assert rows[1][-1] == ("1.10" if len(lost) == 1 else "not finite")
     assert any("nothing can be compared" in s for s in sentences) is (len(lost) == 2)
@@ -167,13 +163,15 @@ def test_robustness_where_the_dense_model_only_guesses() -> None:
     results = robust_results(11.0)
     guessing = {"acc": 0.25, "chance": 0.25, "right": "11000000", "probability": "0.25 " * 8}
     results["dense"]["tasks"] = {"quiz": guessing}
-    assert {tuple(row[-2:]) for row in robust.tables(results)[1].rows[1:]} == {("none to keep", "")}
-    assert "no better than guessing at any of the tasks" in robust.findings(results)[1]
+    assert {tuple(row[-2:]) for row in load("robustness").tables(results)[1].rows[1:]} == {
+        ("none to keep", "")
+    }
+    assert "no better than guessing at any of the tasks" in load("robustness").findings(results)[1]
 
 
 def test_robustness_without_tasks_says_that_the_claim_is_not_tested() -> None:
     results = {key: {**values, "tasks": {}} for key, values in robust_results(11.0).items()}
-    first = robust.findings(results)[0]
+    first = load("robustness").findings(results)[0]
     assert first.startswith("Not tested: the claim is about zero-shot tasks")
     assert "at best to 1.10 times the dense model's perplexity (plain-8x)" in first
 
@@ -230,11 +228,11 @@ def test_robustness_says_where_it_breaks(plain: float | None, words: str) -> Non
     from matplotlib.figure import Figure
 
     results = robust_results(plain)
-    sentences = robust.findings(results)
+    sentences = load("robustness").findings(results)
     assert any(words in sentence for sentence in sentences), sentences
     assert sentences[0].startswith("Did not hold here, ") and "is lost at plain-8x." in sentences[0]
     assert "plain-8x 50 ± 19 (-0.66)" in sentences[0] and "calibrated-16x 25" in sentences[0]
-    rows = {row[0]: row for row in robust.tables(results)[1].rows}
+    rows = {row[0]: row for row in load("robustness").tables(results)[1].rows}
     assert rows["plain-8x"][-2:] == ["0 %", "35 ± 13"]
     assert "plain-8x 35 ± 13" in sentences[1] and "beyond noise: plain-8x" in sentences[1]
-    robust.draw(results, Figure())
+    load("robustness").draw(results, Figure())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pocketllm.studies.rates import bits_for_mse, gaussian_mse, lloyd_max
+from pocketllm.studies.measure.rates import bits_for_mse, gaussian_mse, lloyd_max
 
 
 @pytest.mark.parametrize("bits", [0.5, 1.0, 2.0, 8.0])

@@ -14,7 +14,7 @@ import torch
 from pocketllm import cli
 from pocketllm.errors import ConfigError, OutputError, SourceError
 from pocketllm.studies import STUDIES, dry_run, registry, run_study
-from pocketllm.studies.study import Setup
+from pocketllm.studies.definition import Setup
 from tests import tiny
 from tests.studies import Counting
 

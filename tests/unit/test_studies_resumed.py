@@ -12,7 +12,7 @@ import torch
 
 from pocketllm.errors import ResumeError
 from pocketllm.studies import run_study
-from pocketllm.studies.whole import inputs
+from pocketllm.studies.measure.compressed_models import inputs
 from tests.studies import Counting
 
 

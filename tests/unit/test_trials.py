@@ -12,8 +12,8 @@ import torch
 import pocketllm
 from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.errors import SourceError
-from pocketllm.studies import noise, trials
-from pocketllm.studies.style import mean_spread
+from pocketllm.studies.measure import significance, trials
+from pocketllm.studies.show.numbers import mean_spread, verdict
 from tests.studies import setup_of, small_codec_model
 
 WORK = Path("unused")
@@ -28,7 +28,7 @@ def test_models_that_cannot_be_studied(model: str, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         SourceError, match=r"have 20 subvectors of 8 weights, wanted at least K = 32; study a larger"
     ):
-        trials.train(torch.randn(10, 16), trials.OURS, 32, 0)
+        trials.train(torch.randn(10, 16), trials.Training(trials.OURS, 32), 0)
     dense = CompressConfig(overrides=(("*", 16.0),))
     monkeypatch.setattr(trials, "CompressConfig", lambda: dense)
     with pytest.raises(SourceError, match="has no linear layer in its blocks"):
@@ -62,7 +62,7 @@ def test_stored_bits_are_those_of_compress(model: str) -> None:
 
 def test_a_trial_measures_what_is_stored(model: str) -> None:
     weight = setup_of(model, WORK).source().read("model.layers.1.mlp.up_proj.weight").float()
-    trial = trials.train(weight, CodecConfig(epochs=2, batch_size=256), 16, 0)
+    trial = trials.train(weight, trials.Training(CodecConfig(epochs=2, batch_size=256), 16), 0)
     assert torch.equal(trial.codec.codebook, trial.codec.codebook.half().float())
     decoded = trial.codec.decode(trial.codec.encode(weight))
     assert trial.mse == pytest.approx(float((weight - decoded).square().mean()))
@@ -88,25 +88,29 @@ def test_spread_is_told_of_several_values_only() -> None:
 
 def test_a_difference_is_held_against_its_noise() -> None:
     """Of two pairs, one degree of freedom: the interval is 12.7 standard errors wide to each side."""
-    gap = noise.by_seed([1.0, 1.2], [0.8, 0.9])
+    gap = significance.by_seed([1.0, 1.2], [0.8, 0.9])
     assert gap is not None and gap.value == pytest.approx(0.25) and gap.error == pytest.approx(0.05)
     assert gap.margin == pytest.approx(12.706 * 0.05) and not gap.clear
-    assert gap.verdict == "within noise (± 0.64 at 95 %)"
-    assert noise.Difference(0.2, 0.1).margin == pytest.approx(0.198)  # very many: 1.96, or a little more
-    assert noise.Difference(0.2, 0.1, 7).verdict == "within noise (± 0.24 at 95 %)"
-    assert noise.Difference(-0.3, 0.1, 7).verdict == "beyond noise (± 0.24 at 95 %)"
-    assert noise.Difference(0.2, 0.1, 13).margin == noise.Difference(0.2, 0.1, 12).margin
-    unknown = noise.paired([1.0], [0.5])
-    assert unknown == noise.Difference(0.5, math.inf, 0) and not unknown.clear and not unknown.known
-    assert unknown.verdict == "of one measurement each, so that noise is not known"
-    assert noise.Difference(2.0, 0.5, 3).times(-2) == noise.Difference(-4.0, 1.0, 3)
-    assert noise.by_seed([None, 1.0], [0.5, 0.5]) is None and noise.by_seed([1.0], [None]) is None
+    assert verdict(gap) == "within noise (± 0.64 at 95 %)"
+    assert significance.Difference(0.2, 0.1).margin == pytest.approx(
+        0.198
+    )  # very many: 1.96, or a little more
+    assert verdict(significance.Difference(0.2, 0.1, 7)) == "within noise (± 0.24 at 95 %)"
+    assert verdict(significance.Difference(-0.3, 0.1, 7)) == "beyond noise (± 0.24 at 95 %)"
+    assert significance.Difference(0.2, 0.1, 13).margin == significance.Difference(0.2, 0.1, 12).margin
+    unknown = significance.paired([1.0], [0.5])
+    assert unknown == significance.Difference(0.5, math.inf, 0) and not unknown.clear and not unknown.known
+    assert verdict(unknown) == "of one measurement each, so that noise is not known"
+    assert significance.Difference(2.0, 0.5, 3).times(-2) == significance.Difference(-4.0, 1.0, 3)
+    assert (
+        significance.by_seed([None, 1.0], [0.5, 0.5]) is None and significance.by_seed([1.0], [None]) is None
+    )
 
 
 def test_quantiles_are_those_of_students_t() -> None:
     """Against the integral of the density."""
-    for freedom, quantile in noise._QUANTILES.items():
+    for freedom, quantile in significance._QUANTILES.items():
         scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
         x = torch.linspace(0, quantile, 20001, dtype=torch.float64)
         share = torch.trapezoid(scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2), x)
-        assert 2 * float(share) == pytest.approx(noise.CONFIDENCE, abs=2e-4)
+        assert 2 * float(share) == pytest.approx(significance.CONFIDENCE, abs=2e-4)

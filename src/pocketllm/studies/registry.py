@@ -1,11 +1,16 @@
-"""The names of the studies; a study's module is imported when it is wanted."""
+"""The names of the studies; a study is assembled from its modules and its template on request."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pocketllm.errors import ConfigError
-from pocketllm.studies.study import Study
+from pocketllm.studies.definition import Results, Study, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STUDIES: dict[str, str] = {
     "rln": "reshaped layer norm against layer norm and none, in training",
@@ -18,7 +23,7 @@ STUDIES: dict[str, str] = {
     "overhead": "what decoding costs at load and at run time",
     "robustness": "8 to 20 times smaller: on several texts and tasks, where it becomes brittle",
 }
-"""Name -> what it asks, in a line. The module `pocketllm.studies.NAME` holds it as STUDY."""
+"""Name -> what it asks, in a line."""
 
 
 def check_name(name: str) -> None:
@@ -30,9 +35,40 @@ def check_name(name: str) -> None:
 def load(name: str) -> Study:
     """The study of that name.
 
+    Assembled from `measure/NAME_steps.py` (MEASUREMENT), `claims/NAME_claim.py` (`numbers` of the findings),
+    `show/NAME_page.py` (`table_numbers`, `picture`) and `show/templates/NAME.md.j2` (the prose of all sections).
+
     Raises:
         ConfigError: there is none.
     """
+    from pocketllm.studies.show.plot import draw
+    from pocketllm.studies.show.prose import prose
+
     check_name(name)
-    found: Study = importlib.import_module(f"pocketllm.studies.{name}").STUDY
-    return found
+    rooms = ("measure", "steps"), ("claims", "claim"), ("show", "page")
+    steps, claim, page = (
+        importlib.import_module(f"pocketllm.studies.{room}.{name}_{kind}") for room, kind in rooms
+    )
+    words = prose(name)
+
+    def tables(results: Results) -> list[Table]:
+        return words.tables(results=results, **page.table_numbers(results))
+
+    def findings(results: Results) -> list[str]:
+        values: Mapping[str, Any] = claim.numbers(results)
+        return words.sentences("Findings", **values)
+
+    def draw_picture(results: Results, figure: Figure) -> None:
+        draw(page.picture(results), figure)
+
+    return Study(
+        name=name,
+        title=STUDIES[name],
+        claim=words.text("Claim"),
+        method=words.text("Method"),
+        left_out=words.text("Left out"),
+        tables=tables,
+        draw=draw_picture,
+        findings=findings,
+        **vars(steps.MEASUREMENT),
+    )

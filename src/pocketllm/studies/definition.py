@@ -1,0 +1,150 @@
+"""What a study is: independent steps that measure, and what is made of their results."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pocketllm.source import DenseCheckpoint
+
+Results = Mapping[str, Mapping[str, Any]]
+"""Step key -> the values it returned, as they come back from JSON; a number that was not finite is None."""
+
+Progress = Callable[[float], None]
+"""Called with the finished share, 0 to 1."""
+
+
+def portion(progress: Progress, begin: float, end: float) -> Progress:
+    """The progress of a part that begins and ends at these shares of all."""
+    return lambda share: progress(begin * (1 - share) + end * share)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that models are measured on. name: as results call it."""
+
+    name: str
+    text: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a study is run on.
+
+    model: folder, hub id or `builtin:smollm2-135m`. quick: a small version that ends in three minutes.
+    seed: of every random choice. device: `cpu` or `cuda`.
+    texts: files to measure perplexity on; None takes the default one (`evaluation_text`).
+    work: a scratch folder for intermediate models, kept until the study is finished.
+    several: whether the default is texts of several kinds (`evaluation_texts`).
+    """
+
+    model: str
+    quick: bool
+    seed: int
+    device: str
+    texts: tuple[str, ...] | None
+    work: Path
+    several: bool = False
+
+    def evaluation_texts(self) -> list[Text]:
+        """The texts to measure on, never none; no two have the same name.
+
+        Raises:
+            SourceError: a file cannot be read.
+        """
+        from pocketllm.text import evaluation_text, evaluation_texts, read_text
+
+        if not self.texts:
+            found = evaluation_texts() if self.several else [evaluation_text()]
+            return [Text(*each) for each in found]
+        names = [Path(path).name for path in self.texts]
+        named = [
+            name if names.count(name) == 1 else path for name, path in zip(names, self.texts, strict=True)
+        ]
+        return [Text(name, read_text(path)) for name, path in zip(named, self.texts, strict=True)]
+
+    def source(self) -> DenseCheckpoint:
+        """The model's dense checkpoint, opened.
+
+        Raises:
+            SourceError: it is missing or in a form that is not read. ConfigError: it is already compressed.
+        """
+        from pocketllm.format import check_dense
+        from pocketllm.source import open_dense, resolve
+
+        folder = resolve(self.model)
+        check_dense(folder, self.model)
+        return open_dense(folder)
+
+
+@dataclass(frozen=True)
+class Step:
+    """An independent unit of measurement.
+
+    key: names it and its file; letters, digits and `._-`.
+    run: measures and returns plain JSON values; reports its progress to the callback.
+    """
+
+    key: str
+    run: Callable[[Progress], dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        assert re.fullmatch(r"[\w.-]+", self.key), self.key
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures as text. note: what they are of; stands below the table."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How a study measures; its fields are those of `Study`."""
+
+    steps: Callable[[Setup], list[Step]]
+    on_text: bool = False
+    several_texts: bool = False
+    inputs: Callable[[Setup], dict[str, Any]] = lambda setup: {}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A claim and how it is put to the test.
+
+    title: one line, as `STUDIES` has it. claim: what the paper says. method: what is measured, in words.
+    steps: in the order they run; an interrupted run resumes at any of them.
+    draw: into an empty matplotlib figure; sets its size itself.
+    findings: plain sentences with numbers, computed from the results; the first says whether the claim held.
+    left_out: what the small version does not do of that, in words.
+    on_text: whether it measures models on text; several_texts: on several kinds of it.
+    inputs: what else its results depend on that is found on this machine, as `compressed_models.inputs` gives it.
+    """
+
+    name: str
+    title: str
+    claim: str
+    method: str
+    steps: Callable[[Setup], list[Step]]
+    tables: Callable[[Results], list[Table]]
+    draw: Callable[[Results, Figure], None]
+    findings: Callable[[Results], list[str]]
+    left_out: str = ""
+    on_text: bool = False
+    several_texts: bool = False
+    inputs: Callable[[Setup], dict[str, Any]] = lambda setup: {}

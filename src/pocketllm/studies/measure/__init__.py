@@ -1,0 +1,1 @@
+"""How the claims are measured: the steps of each study, and what they share."""

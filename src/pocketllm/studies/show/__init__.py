@@ -1,0 +1,1 @@
+"""How results are shown: prose from Markdown templates, tables, pictures, the page of a study."""

@@ -1,0 +1,131 @@
+"""How studies are shown: prose and tables from templates, pictures from data; and which room imports which."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import jinja2
+import pytest
+from matplotlib.figure import Figure
+
+import pocketllm
+from pocketllm.errors import ExtraError
+from pocketllm.studies import STUDIES, load, run_study
+from pocketllm.studies.measure.significance import Difference
+from pocketllm.studies.show import numbers, plot
+from pocketllm.studies.show.prose import Prose, need_jinja, prose
+from tests.studies import Counting
+
+PACKAGE = Path(pocketllm.__file__).parent
+ROOMS = ("measure", "claims", "show")  # each may import the rooms before it
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_template_has_every_section(name: str) -> None:
+    assert list(prose(name).sections) == ["Claim", "Method", "Left out", "Findings", "Tables"]
+
+
+def test_sentences_are_items_and_paragraphs_one_line() -> None:
+    words = Prose(
+        "{% macro twice(x) %}{{ 2 * x }}{% endmacro %}",
+        {"Plain": "some\n words", "Items": "\n- one {{ twice(a) }}\n  of two\n- {{ b | number(2) }} - c"},
+    )
+    assert words.text("Plain") == "some words" and words.text("None") == ""
+    assert words.sentences("Items", a=2, b=None) == ["one 4 of two", "not finite - c"]
+    with pytest.raises(jinja2.UndefinedError, match="'b' is undefined"):
+        words.sentences("Items", a=2)
+
+
+def test_tables_are_rows_between_bars() -> None:
+    text = """## Of {{ n }}
+| a | b, c |
+{% for i in range(n) %}
+| {{ i }}
+  of {{ n }} | |
+{% endfor %}
+
+A note
+on two lines.
+## Empty
+| only | this |
+"""
+    first, second = Prose("", {"Tables": text}).tables(n=2)
+    assert (first.title, first.header) == ("Of 2", ["a", "b, c"])
+    assert first.rows == [["0 of 2", ""], ["1 of 2", ""]] and first.note == "A note on two lines."
+    assert (second.title, second.header, second.rows, second.note) == ("Empty", ["only", "this"], [], "")
+
+
+def test_a_number_that_is_not_finite_has_no_error() -> None:
+    assert numbers.with_error(Difference(0.5, 0.1)) == "0.500 ± 0.10"
+    assert numbers.with_error(Difference(float("nan"), 0.1)) == "not finite"
+    assert numbers.with_error(Difference(0.5, float("inf"))) == "0.500"
+    assert numbers.compared(Difference(-0.3, 0.1, 7)) == "0.30 lower, beyond noise (± 0.24 at 95 %)"
+
+
+def test_without_jinja_nothing_is_measured(
+    counting: Counting, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(
+        ExtraError, match=r"need jinja2; install it with: pip install 'pocketllm-codec\[studies\]'"
+    ):
+        need_jinja()
+    with pytest.raises(ExtraError, match="jinja2"):
+        run_study("counting", str(source), tmp_path / "out")
+    assert not counting.ran and not list(tmp_path.iterdir())
+    assert load("rln").claim.startswith("Inside encoder and decoder")  # words without numbers need none
+
+
+def test_a_picture_is_drawn_as_it_says() -> None:
+    style = plot.look(0)
+    first = plot.Panel(
+        "first",
+        [
+            plot.Line([1, 10], [2.0, 3.0], style, "line", band=([1.0, 2.0], [3.0, 4.0])),
+            plot.mean_points({1.0: [2.0, 4.0], 2.0: [None, 1.0]}, style, "means"),
+            plot.Rule(2.5, {"color": "black"}),
+            plot.Rule(5, {"color": "black"}, upright=True),
+            plot.Label("here", 0.5, 2.5, {"ha": "left"}, across=True),
+        ],
+        x=plot.Axis("x", "log", ticks=[1, 10], reverse=True),
+        y=plot.Axis("y", low=0),
+        legend={"fontsize": 8},
+    )
+    bars = plot.Bars(["a", "b"], [1.0, 2.0], {"whiskers": 2}, errors=[0.1, 0.2], values=numbers.number)
+    second = plot.Panel("second", [bars], small=True)
+    figure = Figure(layout="constrained")
+    part = plot.Part([[first, second]], legend=plot.Legend({"fontsize": 9}, [("red", "patch")]), level=True)
+    plot.draw(plot.Picture(6, 4, [part, plot.Part([[second]])], (2, 1)), figure)
+    assert tuple(figure.get_size_inches()) == (6, 4)
+    top, bottom = figure.subfigs
+    axes, beside = top.axes
+    assert axes.get_title() == "first" and axes.get_xscale() == "log" and axes.xaxis_inverted()
+    assert axes.get_ylim() == beside.get_ylim() and axes.get_ylim()[0] == 0
+    assert [words.get_text() for words in axes.get_legend().get_texts()] == ["line", "means"]
+    assert [words.get_text() for words in top.legends[0].get_texts()] == ["patch"]
+    assert [words.get_text() for words in beside.texts] == [" 1.00", " 2.00"]
+    assert len(bottom.axes) == 1
+
+
+def modules() -> list[Path]:
+    return sorted((PACKAGE / "studies").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if p.parent.name in ROOMS], ids=lambda p: p.name)
+def test_rooms_import_only_rooms_before_them(path: Path) -> None:
+    room = ROOMS.index(path.parent.name)
+    names = [
+        node.module
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module
+    ]
+    later = tuple(f"pocketllm.studies.{name}" for name in ROOMS[room + 1 :])
+    assert [name for name in names if later and name.startswith(later)] == []
+
+
+def test_no_module_of_studies_has_the_name_of_another() -> None:
+    own = [path.name for path in modules() if path.name != "__init__.py"]
+    others = {path.name for path in PACKAGE.rglob("*.py") if path not in modules()}
+    assert len(set(own)) == len(own) and not set(own) & others
