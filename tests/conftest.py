@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 import pocketllm
 from tests import tiny
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from tests.studies import CodecStudies, Counting
 
 torch.set_num_threads(1)
+settings.register_profile("ci", derandomize=True)  # the same examples at every run of CI
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)
