@@ -70,7 +70,7 @@ def test_what_layers_compute_is_closer_than_without_calibration(tmp_path: Path) 
     for name, config in (("calibrated", calibrated), ("plain", plain)):
         compress(source, config, tmp_path / name)
         errors.append(float((logits(load(tmp_path / name, "dense")) - reference).square().mean()))
-    assert errors[0] < 0.7 * errors[1]
+    assert errors[0] < 0.8 * errors[1]
 
 
 def load_dense(folder: Path) -> Any:
