@@ -51,7 +51,7 @@ class FormatError(PocketError):
 
 
 class OutputError(PocketError):
-    """The output cannot be written: it exists and is not ours, no permission, or the disk is full."""
+    """The output cannot be written: it was not created by pocketllm, no permission, or the disk is full."""
 
 
 class ResumeError(PocketError):

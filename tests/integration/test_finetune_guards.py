@@ -96,7 +96,7 @@ def test_damaged_half_done_runs_say_which_file(name: str, made: Path, tmp_path: 
     folder = half_done(made, tmp_path / "o", teacher_top_k=4)
     complete = (folder / name).read_bytes()
     (folder / name).write_bytes(complete[: len(complete) // 3])
-    with pytest.raises(ResumeError, match=rf"{name}: damaged .*delete .*o.partial to start anew"):
+    with pytest.raises(ResumeError, match=rf"{name}: damaged .*delete .*o.partial to start again"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made, teacher_top_k=4))
 
 

@@ -154,11 +154,11 @@ def rotate() -> tuple[Tensor, Tensor]:
 
 
 KERNELS: dict[str, tuple[Any, str, Callable[[], tuple[Tensor, Tensor]], str]] = {
-    "paths": (cpu, "cheapest_paths", find_paths, "it finds other paths"),
-    "nearest": (cpu.Table, "nearest", find_nearest, "it finds other codewords"),
-    "gather": (cpu, "gather", decode, "it decodes to other values"),
-    "scatter": (cpu, "scatter", take_gradients, "it decodes to other values"),
-    "rotate": (cpu, "rotate_", rotate, "it decodes to other values"),
+    "paths": (cpu, "cheapest_paths", find_paths, "its paths differ from torch's"),
+    "nearest": (cpu.Table, "nearest", find_nearest, "its codewords differ from torch's"),
+    "gather": (cpu, "gather", decode, "its values differ from torch's"),
+    "scatter": (cpu, "scatter", take_gradients, "its values differ from torch's"),
+    "rotate": (cpu, "rotate_", rotate, "its values differ from torch's"),
 }
 
 
@@ -181,7 +181,7 @@ def test_a_kernel_at_fault_is_left_out(
         found, expected = use()
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert [record.getMessage() for record in caplog.records] == [
-        f"a kernel in C++ is not used on cpu ({reason}); torch does it, slower"
+        f"the C++ kernel is not used on cpu ({reason}); torch replaces it and is slower"
     ]
 
 

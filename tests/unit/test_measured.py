@@ -54,16 +54,18 @@ def test_measured_again_where_a_part_is_gone(tmp_path: Path) -> None:
 
 
 def test_an_override_has_to_fit_a_matrix(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'\*norm\*': fits no matrix .* names are like 'model\."):
+    with pytest.raises(ConfigError, match=r"'\*norm\*': matches no matrix .* names look like 'model\."):
         compress(tiny.save(tmp_path / "m"), tiny.on_trellis(overrides=(("*norm*", 4.0),)), tmp_path / "out")
 
 
 def test_an_output_inside_the_model_or_around_it(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "dense")
     before = sorted(folder.rglob("*"))
-    with pytest.raises(OutputError, match=r"small: is inside .*dense, which is only read"):
+    with pytest.raises(OutputError, match=r"small: is inside .*dense, which must stay unchanged"):
         compress(folder, tiny.on_trellis(), folder / "small")
-    with pytest.raises(OutputError, match=r": holds .*dense, which is read; choose another output folder"):
+    with pytest.raises(
+        OutputError, match=r": contains .*dense, which must stay unchanged; choose another output folder"
+    ):
         check_not_nested(tmp_path, folder)  # to replace it would remove the model
     assert sorted(folder.rglob("*")) == before
 

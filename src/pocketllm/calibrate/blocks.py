@@ -66,7 +66,7 @@ class BlockStream:
             self.as_tuple = True
             if not self._capture(batches):
                 raise ConfigError(
-                    f"calibration: the blocks of {type(self.model).__name__} do not simply follow each other; "
+                    f"calibration: the blocks of {type(self.model).__name__} do not form a simple chain; "
                     "use a preset without calibration (lookup-8x)"
                 )
         self.current = self.calls[0]  # arguments of the block that is loaded
@@ -245,7 +245,7 @@ def block_list(model: Any) -> tuple[str, nn.ModuleList]:
     found = find_blocks(model)
     if found is None:
         raise ConfigError(
-            f"calibration: {type(model).__name__} has no blocks in one list; "
+            f"calibration: {type(model).__name__} has no single list of blocks; "
             "use a preset without calibration (lookup-8x)"
         )
     return found

@@ -75,7 +75,7 @@ def calibrate(
     widest = max(m.columns for m in matrices)
     if windows.numel() < widest:
         logger.warning(
-            "calibration: %d tokens are fewer than the widest layer has inputs (%d); its Hessian is filled up "
+            "calibration: %d tokens are fewer than the widest layer has inputs (%d); its Hessian is regularized "
             "with uncorrelated inputs. Give more text",
             *(windows.numel(), widest),
         )
@@ -166,7 +166,7 @@ def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | No
     rows = source.model.get_input_embeddings().weight.shape[0]
     if int(windows.max()) >= rows:
         raise SourceError(
-            f"{source.folder}: the tokenizer makes token {int(windows.max())}, the model's embedding has {rows} "
+            f"{source.folder}: the tokenizer produces token {int(windows.max())}, the model's embedding has {rows} "
             "rows; the tokenizer belongs to another model"
         )
     return windows

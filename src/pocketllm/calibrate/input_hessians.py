@@ -200,7 +200,7 @@ class Collector:
             if not bool(seen.isfinite().all()):
                 raise SourceError(
                     f"{name}: the inputs of this layer overflow on the calibration text (NaN or Inf); "
-                    "the model does not work on it as it is stored"
+                    "the stored model does not work on this text"
                 )
         for matrix in self.matrices:
             filler = fillers.get((matrix.kind, matrix.columns))

@@ -55,7 +55,7 @@ for group in (
 
 
 def run() -> None:
-    """Run the command line. Exit codes: 0 success, 1 failure, 2 wrong use, 130 interrupted."""
+    """Run the command line. Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted."""
     try:
         app(standalone_mode=True)
     except PocketError as error:

@@ -96,7 +96,7 @@ class Demo:
         folder = resolve(self.model, lambda message: self.bars.update("fetch", 0.0, message))
         tokenizer = read_tokenizer(folder, trust_remote_code=False)
         if tokenizer is None:
-            raise SourceError(f"{folder}: holds no tokenizer, which the demo needs; add its files")
+            raise SourceError(f"{folder}: has no tokenizer, which the demo needs; add its files")
         name, text = evaluation_text()
         return EvalText(name, text, context, min(windows, len(token_windows(tokenizer, text, context))))
 

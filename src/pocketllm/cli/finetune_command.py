@@ -121,7 +121,7 @@ def _teaching(method: str, teacher: str | None, on_disk: bool) -> dict[str, Any]
         return {"teacher": teacher, "teacher_on_disk": on_disk}
     for name, value in (("--teacher", teacher), ("--teacher-on-disk", on_disk or None)):
         if value is not None:
-            raise ConfigError(f"{name} has no meaning with --method {method}; leave it out")
+            raise ConfigError(f"{name} does not apply to --method {method}; remove it")
     return {}
 
 

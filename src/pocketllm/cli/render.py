@@ -201,7 +201,7 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
 
 def _recovered(facts: Mapping[str, Any]) -> str:
     change = f"{number(facts['kl_before'])} -> {number(facts['kl_after'])}"
-    return f"{facts['steps']} steps, KL to the dense model {change} nats a token"
+    return f"{facts['steps']} steps, KL to the dense model {change} nats per token"
 
 
 def kinds_table(report: Mapping[str, Any]) -> Table:

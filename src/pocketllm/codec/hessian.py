@@ -40,7 +40,7 @@ def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> Hessia
     """
     if not bool(hessian.isfinite().all()):
         raise WeightError(
-            "Hessian: holds NaN or Inf; activations or gradients of the model overflow on this text"
+            "Hessian: contains NaN or Inf; activations or gradients of the model overflow on this text"
         )
     columns = hessian.shape[0]
     padding = subvectors_per_row(columns, vector_len) * vector_len - columns

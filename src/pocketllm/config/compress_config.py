@@ -119,11 +119,13 @@ class CompressConfig:
             if self.vector_len is None:
                 raise ConfigError("codebook_size is set without vector_len; set both, or target_bpw alone")
             if self.target_bytes is not None or self.target_ratio is not None:
-                raise ConfigError("codebook_size fixes the size; it excludes target_bytes and target_ratio")
+                raise ConfigError(
+                    "codebook_size fixes the size; it cannot be combined with target_bytes or target_ratio"
+                )
         else:
             self._check_target()
         if self.codebook_size is not None and self.codec.trellis_width is not None:
-            raise ConfigError("codebook_size and trellis_width exclude each other; K is 2^trellis_width")
+            raise ConfigError("codebook_size and trellis_width cannot be combined; K is 2^trellis_width")
         for pattern, bits in self.overrides:
             if not 0 < bits <= 16:
                 raise ConfigError(

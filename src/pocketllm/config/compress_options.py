@@ -122,7 +122,7 @@ class CompressOptions:
         named = ", ".join("--calibration" if key == "calibration.texts" else key for key in keys)
         if self.no_calibration:
             if keys:
-                raise ConfigError(f"--no-calibration excludes {named}")
+                raise ConfigError(f"--no-calibration cannot be combined with {named}")
             return {"calibration": None}
         if base.calibration is not None or not keys:
             return {}
@@ -137,4 +137,4 @@ class CompressOptions:
 def _at_most_one(options: Mapping[str, Any]) -> None:
     given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} exclude each other; give one")
+        raise ConfigError(f"{' and '.join(given)} cannot be combined; give one")

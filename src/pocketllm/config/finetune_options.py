@@ -59,7 +59,7 @@ class FinetuneOptions:
         for key in values:
             if key not in own:
                 name = FINETUNE_OPTIONS.get(key, key)
-                raise ConfigError(f"{name} has no meaning with --method {self.method}; leave it out")
+                raise ConfigError(f"{name} does not apply to --method {self.method}; remove it")
         return replaced(
             FINETUNE_METHODS[self.method], {**values, "texts": self.texts, "loop.seed": self.seed}
         )

@@ -168,7 +168,7 @@ def check_dense(folder: Path, name: str, option: str = "") -> None:
     except FormatError:
         source = ""
     with_option = f" {option}" if option else ""
-    raise ConfigError(f"{name}: is compressed itself; name the dense model{with_option}{source}")
+    raise ConfigError(f"{name}: is already compressed; name the dense model{with_option}{source}")
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -181,8 +181,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if is_compressed(folder):
             raise FormatError(
-                f"{folder}: no {REPORT_NAME}, as save_pretrained leaves it: pocketllm.load and generate read such a "
-                "folder; for anything else take the one that pocketllm has written"
+                f"{folder}: no {REPORT_NAME} (save_pretrained does not write one): only pocketllm.load and generate "
+                "read such a folder; use the folder that pocketllm wrote"
             )
         raise FormatError(f"{folder}: no {REPORT_NAME}; not a model compressed by pocketllm")
     try:
@@ -210,9 +210,9 @@ def _check_files(files: Any) -> None:
 
 
 def verify(folder: Path) -> Layout:
-    """Check that a compressed model is whole and unaltered.
+    """Check that a compressed model is complete and unaltered.
 
-    Where there is no report, in what `save_pretrained` has written, only the coded tensors have checksums.
+    Without a report, as in folders written by `save_pretrained`, only the encoded tensors have checksums.
 
     Raises:
         FormatError: naming the file, and the tensor where one is to blame.
@@ -256,7 +256,7 @@ def _check_tensors(folder: Path, weights: list[Path], layout: Layout) -> None:
             places.update(dict.fromkeys(handle.keys(), (file, handle)))
         for name, (dtype, shape) in wanted.items():
             if name not in places:
-                raise FormatError(f"{folder}: no *.safetensors file holds {name}; fetch the model again")
+                raise FormatError(f"{folder}: no *.safetensors file contains {name}; fetch the model again")
             file, handle = places[name]
             stored = handle.get_slice(name)
             if (stored.get_dtype(), tuple(stored.get_shape())) != (_DTYPE_NAMES[dtype], shape):

@@ -150,7 +150,7 @@ def _at(values: Any, key: str) -> Any:
 
 
 def warnings_of(report: Mapping[str, Any]) -> list[str]:
-    """What a person should know about how matrices of a report were calibrated."""
+    """Warnings about the calibration of a report's matrices."""
     matrices = [m for m in report["matrices"] if m.get("input_tokens") is not None]
     unseen = [m["name"] for m in matrices if m["input_tokens"] == 0]
     experts = [m for m in matrices if m.get("unseen_experts")]
@@ -158,21 +158,21 @@ def warnings_of(report: Mapping[str, Any]) -> list[str]:
     found = []
     if unseen:
         found.append(
-            f"no input of {_some(unseen)} was seen (no token of the calibration text came there, or the layer is "
-            "not a linear one as known here): coded for the mean inputs of the other experts of the block, or "
-            "where there are none for inputs that are all alike"
+            f"no input of {_some(unseen)} was seen (no calibration token reached the layer, or it is not a linear "
+            "layer of a known kind): encoded for the mean inputs of the other experts of the block, or if there "
+            "are none for inputs of equal strength in every direction"
         )
     if experts:
         count = sum(m["unseen_experts"] for m in experts)
         found.append(
-            f"no token of the calibration text came to {count} experts in {_some([m['name'] for m in experts])}"
-            ": coded for the mean inputs of the other experts of the block"
+            f"no calibration token reached {count} experts in {_some([m['name'] for m in experts])}"
+            ": encoded for the mean inputs of the other experts of the block"
         )
     if thin:
         least = min(thin, key=lambda m: m["input_tokens"] / m["columns"])
         found.append(
             f"fewer tokens than inputs in {_some([m['name'] for m in thin])} (at worst {least['input_tokens']:,} "
-            f"tokens for {least['columns']:,} inputs): their Hessians were filled up; give more text"
+            f"tokens for {least['columns']:,} inputs): their Hessians were regularized; give more text"
         )
     return found
 

@@ -54,7 +54,7 @@ def rewrite(
     for name, value in changed.items():
         if sizes.get(name) != (value.dtype, tuple(value.shape)):
             raise ShapeError(
-                f"{name}: got {value.dtype} {tuple(value.shape)}, wanted what is stored: "
+                f"{name}: got {value.dtype} {tuple(value.shape)}, wanted the stored form: "
                 f"{sizes.get(name, 'no such tensor')}"
             )
     shutil.rmtree(final, ignore_errors=True)

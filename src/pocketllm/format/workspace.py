@@ -48,7 +48,7 @@ def check_output(
         what: it is then, in words.
 
     Raises:
-        OutputError: it exists and is not ours, or is ours and `overwrite` is not set, or cannot be made.
+        OutputError: it was not created by pocketllm, or is ours and `overwrite` is not set, or cannot be made.
     """
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: exists and is a file; choose another output folder")
@@ -58,7 +58,7 @@ def check_output(
         if not (output / marker).is_file():
             raise OutputError(f"{output}: exists and is not {what}; choose another output folder")
         if not overwrite:
-            raise OutputError(f"{output}: {what} is there already; pass --overwrite to replace it")
+            raise OutputError(f"{output}: already contains {what}; pass --overwrite to replace it")
     check_parent(output, "folder")
 
 
@@ -74,9 +74,11 @@ def check_not_nested(output: Path, folder: Path, kind: str = "folder") -> None:
     wanted, read = output.resolve(), folder.resolve()
     if read in (wanted, *wanted.parents):
         where = "the model itself" if wanted == read else f"inside {folder}"
-        raise OutputError(f"{output}: is {where}, which is only read; choose another output {kind}")
+        raise OutputError(f"{output}: is {where}, which must stay unchanged; choose another output {kind}")
     if wanted in read.parents:
-        raise OutputError(f"{output}: holds {folder}, which is read; choose another output {kind}")
+        raise OutputError(
+            f"{output}: contains {folder}, which must stay unchanged; choose another output {kind}"
+        )
 
 
 def check_parent(output: Path, kind: str) -> None:
@@ -149,8 +151,8 @@ def keep_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); make room there, or choose another output folder, "
-            "or one for what is measured by --calibration-cache or POCKETLLM_CACHE"
+            f"{path}: cannot be written ({error.strerror}); free some space there, or choose another output folder, "
+            "or another folder with --calibration-cache or POCKETLLM_CACHE"
         ) from error
 
 
@@ -159,8 +161,8 @@ def output_error(output: Path, error: OSError) -> OutputError:
     where = error.filename or output
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
-            f"{where}: the disk is full; free some space and run the same command again, "
-            f"what is done is kept in {output}.partial"
+            f"{where}: the disk is full; free some space and rerun the command to resume; "
+            f"finished work is kept in {output}.partial"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(f"{where}: no permission to write; choose another output folder")
@@ -219,11 +221,11 @@ class Workspace:
             elif differing:
                 facts = "; ".join(f"{k}: {found.get(k)!r} then, {wanted.get(k)!r} now" for k in differing)
                 raise ResumeError(
-                    f"{folder}: holds a half-done run with other arguments ({facts}); "
-                    "run with the same arguments to go on, or delete that folder to start anew"
+                    f"{folder}: contains an unfinished run with other arguments ({facts}); "
+                    "rerun with the same arguments to resume, or delete that folder to start again"
                 )
         elif folder.exists() and any(path.name != f".{_STATE}.tmp" for path in folder.iterdir()):
-            raise OutputError(f"{folder}: exists and is not ours; move it away")
+            raise OutputError(f"{folder}: was not created by pocketllm; move it away")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(state, wanted)
@@ -284,7 +286,7 @@ class Workspace:
 
 def damaged(path: Path, folder: Path, error: Exception) -> ResumeError:
     """What is said of a file of a half-done run that cannot be read."""
-    return ResumeError(f"{path}: damaged ({reason_of(error)}); delete {folder} to start anew")
+    return ResumeError(f"{path}: damaged ({reason_of(error)}); delete {folder} to start again")
 
 
 def _read_state(path: Path) -> dict[str, Any]:

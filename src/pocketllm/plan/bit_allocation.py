@@ -262,7 +262,7 @@ def _unreachable(target: float, reached: list[float]) -> ConfigError:
         )
     return TargetError(
         f"target_bpw: {target} cannot be met with these settings; "
-        f"possible are {min(reached):.3f} to {max(reached):.3f} bits per weight",
+        f"the possible range is {min(reached):.3f} to {max(reached):.3f} bits per weight",
         min(reached),
         max(reached),
     )

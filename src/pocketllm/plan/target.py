@@ -59,8 +59,8 @@ def planned(
         if config.target_ratio is not None:
             asked = f"target_ratio: {config.target_ratio:g} ({target:,} bytes)"
         raise ConfigError(
-            f"{asked} cannot be met with these settings; possible are {smallest:,} to {largest:,} bytes of the "
-            f"whole folder, {whole / largest:.2f} to {whole / smallest:.2f} times smaller than bf16"
+            f"{asked} cannot be met with these settings; the possible range is {smallest:,} to {largest:,} bytes for "
+            f"all files, {whole / largest:.2f} to {whole / smallest:.2f} times smaller than bf16"
         )
     if target >= largest:
         return ends[1]

@@ -52,7 +52,7 @@ def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
     if record is not None and record["base_identity"] != identity(report):
         raise ConfigError(
             f"{adapter}: was trained on {record['base']} (made from {record['base_model']}), not on "
-            f"{base} (made from {report['model']}); name the base it belongs to"
+            f"{base} (made from {report['model']}); name the base it was trained on"
         )
     return settings
 

@@ -45,10 +45,10 @@ def check_places(
         return
     if not (folder / STEPS_NAME).is_file():
         raise OutputError(
-            f"{folder}: exists and is not the record of a run; move it away, or choose another output folder"
+            f"{folder}: exists and is not the log of a run; move it away, or choose another output folder"
         )
     if not overwrite:
-        raise OutputError(f"{folder}: the record of an earlier run; move it away, or pass --overwrite")
+        raise OutputError(f"{folder}: the log of an earlier run; move it away, or pass --overwrite")
 
 
 class RunLog:

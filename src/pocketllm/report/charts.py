@@ -96,7 +96,7 @@ class Histogram:
         axes.stairs(self.decoded, self.edges, label="decoded", **line)
         most = max(*self.original, *self.decoded)
         axes.set(xlim=(self.edges[0], self.edges[-1]), ylim=(0, 1.28 * most))
-        axes.set(xlabel="weight", ylabel="share in a bin")
+        axes.set(xlabel="weight", ylabel="share per bin")
         axes.xaxis.set_major_locator(MaxNLocator(5, symmetric=True))
         axes.yaxis.set_major_locator(MaxNLocator(5, symmetric=False))
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")

@@ -71,7 +71,7 @@ def _covered(counts: Tensor) -> list[float]:
 def codebooks_section(model: ModelFacts, usages: Sequence[CodebookUsage]) -> Section:
     """How much of each codebook is used, and how evenly."""
     members = dict(sorted(grouped(model.matrices, lambda m: m.codebook).items()))
-    table = Table.of("Use of the codebooks", _columns(model), members.values(), words=2)
+    table = Table.of("Codebook usage", _columns(model), members.values(), words=2)
     used, evenness = _used_chart(model, members, table), _evenness_chart(members, usages)
     return Section(
         "codebooks",

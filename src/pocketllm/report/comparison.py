@@ -137,7 +137,7 @@ def base_of(adapter: Path, folders: Sequence[Path]) -> Path:
             problems.append(error)
         else:
             return folder
-    raise ConfigError(f"{adapter}: an adapter of none of the models to compare; {problems[0]}")
+    raise ConfigError(f"{adapter}: fits none of the models to compare; {problems[0]}")
 
 
 def _perplexities(
@@ -160,7 +160,7 @@ def _perplexities(
         key = _key(Path(e.model), Path(e.adapter) if e.adapter else None)
         if key not in keys:
             what = f"{e.model} with {e.adapter}" if e.adapter else e.model
-            raise ConfigError(f"{what}: there is an evaluation of it, but it is not among the models")
+            raise ConfigError(f"{what}: was evaluated, but is not among the models to compare")
         _check_equal(found.setdefault(key, e), e)
     return {key: e.perplexity for key, e in found.items()}, dense
 
@@ -174,7 +174,7 @@ def _check_equal(first: Evaluation, second: Evaluation, one_model: bool = True) 
     dtypes = [f", {e.dtype}" if e.dtype else "" for e in (first, second)]
     raise ConfigError(
         f"two evaluations, {first.model} (perplexity {a:.6g}{dtypes[0]}) and {second.model} "
-        f"(perplexity {b:.6g}{dtypes[1]}), wanted one figure of {what}; leave one of them out"
+        f"(perplexity {b:.6g}{dtypes[1]}), wanted one value for {what}; omit one of them"
     )
 
 

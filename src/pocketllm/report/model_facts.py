@@ -140,9 +140,7 @@ def read_model(folder: Path, check: bool = True) -> ModelFacts:
     entries = {entry["name"]: entry for entry in report["matrices"]}
     for name in layout.matrices:
         if name not in entries:
-            raise FormatError(
-                f"{folder / REPORT_NAME}: damaged (says nothing of {name}); fetch the model again"
-            )
+            raise FormatError(f"{folder / REPORT_NAME}: damaged ({name} is missing); fetch the model again")
     matrices = tuple(_facts(entries[name], layout) for name in layout.matrices)
     names = [*layout.matrices, *(str(entry["name"]) for entry in report["skipped"])]
     blocks = max((n for n in map(block_of, names) if n is not None), default=-1) + 1

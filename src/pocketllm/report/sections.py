@@ -62,7 +62,7 @@ MOMENTS: Columns[tuple[Distribution, str, Moments]] = {
     "rms": lambda row: short(row[2].rms),
     "largest": lambda row: short(row[2].largest),
     "kurtosis": lambda row: short(row[2].kurtosis),
-    "nmse found": lambda row: short(row[0].mean_nmse if row[1] == "decoded" else None),
+    "nmse measured": lambda row: short(row[0].mean_nmse if row[1] == "decoded" else None),
 }
 
 

@@ -196,7 +196,7 @@ def _mismatch(matrices: tuple[MatrixFacts, ...], found: tuple[Distribution, ...]
         known = stored[name]
         if known is not None and abs(nmse - known) > 0.05 * known + 1e-4:
             return (
-                f"{name}: the nmse found here is {nmse:.4g}, the stored one {known:.4g}. "
-                "Either this is not the model that was compressed, or it was tuned afterwards."
+                f"{name}: the measured nmse is {nmse:.4g}, the stored one {known:.4g}. "
+                "Either this is not the model that was compressed, or the compressed model was fine-tuned afterwards."
             )
     return ""

@@ -82,7 +82,7 @@ class Matrices:
             for key, buffer in list(owner._buffers.items()):
                 name = ".".join(part for part in (prefix, path, key) if part)
                 if name not in self._files:
-                    raise FormatError(f"{name}: no file holds it; fetch the model again")
+                    raise FormatError(f"{name}: no file contains it; fetch the model again")
                 stored = self._files[name].get_tensor(name)
                 assert buffer is not None
                 if stored.shape != buffer.shape or stored.dtype != buffer.dtype:

@@ -73,10 +73,12 @@ class PocketQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Only models that are compressed already can be loaded."""
         if not self.pre_quantized:
-            raise ConfigError("a dense model is not compressed while loading; use pocketllm.compress first")
+            raise ConfigError(
+                "a dense model cannot be compressed while loading; use pocketllm.compress first"
+            )
         places = kwargs.get("device_map")
         if "disk" in (places.values() if isinstance(places, dict) else ()):
-            raise ConfigError("device_map: offloading to disk is not supported; leave `disk` out")
+            raise ConfigError("device_map: offloading to disk is not supported; remove `disk`")
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` works in both modes."""
@@ -126,7 +128,7 @@ class PocketQuantizer(HfQuantizer):
             current = state.pop(name)
             if not torch.equal(matrix().to(current.device, current.dtype), current):
                 raise OutputError(
-                    f"{name}: was changed since it was decoded, the packed form would lose that; "
+                    f"{name}: was changed after decoding, and the packed form would lose the change; "
                     "delete model.hf_quantizer and model.config.quantization_config to save it dense"
                 )
             state[f"{name}.indices"] = _buffer(matrix, "indices")
@@ -156,10 +158,10 @@ def check_shapes(model: nn.Module, layout: ckpt.Layout) -> None:
             shape = tuple(model.get_parameter(name).shape)
         except AttributeError as error:
             raise FormatError(
-                f"config.json: {name} is compressed there, but the model has no such parameter"
+                f"config.json: {name} is listed as compressed, but the model has no such parameter"
             ) from error
         if shape != entry.shape:
-            raise FormatError(f"config.json: {name} has shape {entry.shape} there, the model wants {shape}")
+            raise FormatError(f"config.json: {name} has shape {entry.shape} there, but {shape} in the model")
 
 
 def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
@@ -183,7 +185,7 @@ def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
     for name, module, crc32 in expected:
         buffers = [module.value()] if isinstance(module, Codebook) else list(module.buffers(recurse=False))
         if any(buffer.is_meta for buffer in buffers):
-            raise LoadError(f"{name}: no value was loaded; the files lack it")
+            raise LoadError(f"{name}: was not loaded; the files do not contain it")
         if ckpt.checksum(*buffers) != crc32:
             raise FormatError(f"{name}: altered (CRC-32 differs from config.json); fetch the model again")
 
@@ -233,6 +235,6 @@ def load(
     )
     if not isinstance(getattr(model, "hf_quantizer", None), PocketQuantizer):
         raise LoadError(
-            f"{folder}: transformers loaded it without pocketllm; its weights are not the model's"
+            f"{folder}: transformers loaded it without pocketllm, so its weights are random; load it in a new process"
         )
     return model.eval().requires_grad_(False), read_tokenizer(folder, trust_remote_code)

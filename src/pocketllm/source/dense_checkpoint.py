@@ -96,8 +96,8 @@ class DenseCheckpoint:
         value = self._convert(name, tensors) if parts[0].pattern is not None else tensors[0]
         if tuple(value.shape) != self.shape(name):
             raise WeightError(
-                f"{name}: stored with shape {tuple(value.shape)}, the model wants {self.shape(name)}; "
-                "config.json and weights do not belong together"
+                f"{name}: stored with shape {tuple(value.shape)}, wanted {self.shape(name)} as in the model; "
+                "config.json and the weights do not match"
             )
         return value
 
@@ -186,7 +186,7 @@ def resolve(name: str, progress: Any = None) -> Path:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local:
         raise SourceError(
-            f"{name}: no such folder; wanted a model folder, a hub id (owner/name) or builtin:…"
+            f"{name}: no such folder; wanted a model folder, a Hub id (owner/name) or builtin:…"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -197,14 +197,13 @@ def resolve(name: str, progress: Any = None) -> Path:
         return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns="*/*"))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise SourceError(
-            f"{name}: {local}, and as a hub id it was tried in vain ({reason_of(error)}); "
+            f"{name}: {local}, and the Hub lookup failed ({reason_of(error)}); "
             "check the name, your login and the connection"
         ) from error
     except Exception as error:
         if "httpx" in type(error).__module__ or "requests" in type(error).__module__:
             raise SourceError(
-                f"{name}: {local}, and to try it as a hub id the hub cannot be reached ({error}); "
-                "give a local folder"
+                f"{name}: {local}, and the Hub cannot be reached ({error}); give a local folder"
             ) from error
         raise
 
@@ -265,7 +264,7 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
     missing = [name for name in meta if name not in found and name not in tied]
     if missing:
         raise SourceError(
-            f"{folder}: no file holds {missing[0]} ({len(missing)} parameters missing); "
+            f"{folder}: no file contains {missing[0]} ({len(missing)} parameters missing); "
             "the checkpoint is incomplete, fetch it again"
         )
     stored = {name: found[name] for name in meta if name in found and name not in tied}

@@ -171,7 +171,7 @@ def need_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def no_tokenizer(folder: Path) -> SourceError:
     """What to say of a folder that holds none."""
-    return SourceError(f"{folder}: holds no tokenizer; add its files (tokenizer.json, tokenizer_config.json)")
+    return SourceError(f"{folder}: has no tokenizer; add its files (tokenizer.json, tokenizer_config.json)")
 
 
 def read_vocabulary(folder: Path, name: str, trust_remote_code: bool = False) -> Vocabulary:

@@ -148,9 +148,9 @@ def _setup(
 def _check_texts(study: Study, texts: Sequence[str]) -> None:
     """Raises ConfigError where some of the texts would not be measured on."""
     if texts and not study.on_text:
-        raise ConfigError(f"{study.name}: measures no model on text; leave the texts out")
+        raise ConfigError(f"{study.name}: does not use text; omit the texts")
     if len(texts) > 1 and not study.several_texts:
-        raise ConfigError(f"{study.name}: measures on one text, got {len(texts)}; name one of them")
+        raise ConfigError(f"{study.name}: uses one text, got {len(texts)}; name one of them")
     places = [Path(text).resolve() for text in texts]
     for text, place in zip(texts, places, strict=True):
         if places.count(place) > 1:
@@ -195,9 +195,9 @@ def _check_files(folder: Path, steps: Sequence[Step]) -> None:
     for step in steps:
         file = _file(folder, step)
         if file.exists() and not file.is_file():
-            kind = "a folder" if file.is_dir() else "no file"
+            kind = "a folder" if file.is_dir() else "not a file"
             raise ResumeError(
-                f"{file}: {kind}, wanted the file of a finished step; move it away and run the same command again"
+                f"{file}: {kind}, wanted the file of a finished step; move it away and rerun the command"
             )
 
 

@@ -1,7 +1,7 @@
 """Read instructions with answers: the Alpaca form, or `prompt` and `response`.
 
 A JSON file (a list of objects) or a JSON-lines file is instruction data if its objects have `instruction` and
-`output` (and perhaps `input`), or `prompt` and `response`; all of them strings. Template: tatsu-lab/stanford_alpaca.
+`output` (and `input`), or `prompt` and `response`; all of them strings. Template: tatsu-lab/stanford_alpaca.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def read_instructions(path: Path) -> list[tuple[str, str]] | None:
     found = [prompt_of(row) for row in rows]
     if None in found:
         raise SourceError(
-            f"{path}: row {found.index(None) + 1} is not an instruction; wanted `instruction` and `output` (and "
-            "perhaps `input`), or `prompt` and `response`, as strings in every row"
+            f"{path}: row {found.index(None) + 1} is not an instruction; wanted `instruction` and `output` (optionally "
+            "`input`), or `prompt` and `response`, as strings in every row"
         )
     return [pair for pair in found if pair is not None]
 

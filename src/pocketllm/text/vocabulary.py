@@ -61,6 +61,6 @@ def check_vocabularies(own: Vocabulary, dense: Vocabulary) -> None:
     token = next(token for token in {**own.ids, **dense.ids} if own.ids.get(token) != dense.ids.get(token))
     numbers = (ids.get(token, "missing") for ids in (dense.ids, own.ids))
     raise ConfigError(
-        f"{dense.name} and {own.name} have as many tokens, but other ones "
+        f"{dense.name} and {own.name} have the same number of tokens, but different ones "
         f"({token!r} is {' and '.join(map(str, numbers))}); {advice}"
     )

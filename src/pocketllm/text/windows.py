@@ -72,7 +72,8 @@ def calibration_windows(tokenizer: Any, texts: list[str], tokens: int, context: 
         context = min(context, len(short))
     if context < 2:
         raise SourceError(
-            f"calibration: the texts have {context} tokens, wanted thousands and at least two; give more text"
+            f"calibration: the texts have {context} tokens, wanted at least two and preferably thousands; "
+            "give more text"
         )
     generator = torch.Generator().manual_seed(seed)
     parts = [full_windows(ids, context) for ids in sequences]
@@ -117,7 +118,7 @@ def all_windows(tokenizer: Any, texts: Mapping[str, str], context: int) -> Tenso
     found = torch.cat([full_windows(ids, context) for ids in tokens])
     if not len(found):
         raise ConfigError(
-            f"the text ({', '.join(texts)}) has {sum(map(len, tokens))} tokens, not one window of {context}; "
+            f"the text ({', '.join(texts)}) has {sum(map(len, tokens))} tokens, less than one window of {context}; "
             "give more text or lower the context"
         )
     return found

@@ -92,7 +92,7 @@ def _agrees(language: str, differs: Callable[[torch.device], str], device: torch
         wrong = reason_of(error)
     if wrong:
         logger.warning(
-            "a kernel in %s is not used on %s (%s); torch does it, slower", language, device, wrong
+            "the %s kernel is not used on %s (%s); torch replaces it and is slower", language, device, wrong
         )
     return not wrong
 
@@ -122,14 +122,14 @@ def paths_differ(search: Callable[[PathProblem], Tensor], device: torch.device) 
         stride=3,
     )
     same = torch.equal(search(problem), reference.cheapest_paths(problem))
-    return "" if same else "it finds other paths"
+    return "" if same else "its paths differ from torch's"
 
 
 def _nearest_differs(device: torch.device) -> str:
     generator = torch.Generator().manual_seed(0)
     points, codebook = torch.randn(50, 3, generator=generator), torch.randn(40, 3, generator=generator)
     same = torch.equal(cpu.Table(codebook).nearest(points), reference.nearest(points, codebook))
-    return "" if same else "it finds other codewords"
+    return "" if same else "its codewords differ from torch's"
 
 
 def _decoding_differs(device: torch.device) -> str:
@@ -147,4 +147,4 @@ def _decoding_differs(device: torch.device) -> str:
     x = torch.randn(5, 6, generator=generator)
     rotated = cpu.rotate_(x.clone(), signs, mixer, columns=False, inverse=False)
     close = close and torch.allclose(rotated, (x * signs) @ torch.kron(half, mixer), rtol=1e-4, atol=1e-5)
-    return "" if decoded and close else "it decodes to other values"
+    return "" if decoded and close else "its values differ from torch's"
