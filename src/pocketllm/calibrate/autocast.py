@@ -1,4 +1,4 @@
-"""How to compute fast: the dtype of matrix products of a running model, and jobs side by side."""
+"""Fast computation: the dtype of a model's matrix products, and jobs in parallel."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-_MOST_ABREAST = 4  # each takes memory of its own
+_MOST_ABREAST = 4  # each needs its own memory
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where the machine computes in it at full speed, else float32."""
+    """bfloat16 if the machine computes in it at full speed, otherwise float32."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
@@ -20,16 +20,16 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def autocast(device: torch.device | str) -> torch.autocast:
-    """Matrix products in `fast_dtype`; everything else, and the sums, in float32."""
+    """Compute matrix products in `fast_dtype`; sums and everything else in float32."""
     dtype = fast_dtype(device)
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
 def run_parallel(jobs: Sequence[Callable[[], None]], device: torch.device | str) -> Iterator[None]:
-    """Run jobs that do not depend on each other; yields before each, and ends when all are done.
+    """Run independent jobs; yields before each and returns when all are done.
 
-    On a CPU some run at once and share the threads: jobs of many small operations gain little by threads inside
-    them. What each computes depends on the number of threads alone.
+    On a CPU several run at once and share the threads, because jobs of many small operations gain little from
+    threads of their own. Results depend only on the number of threads.
     """
     threads, jobs = torch.get_num_threads(), [torch.no_grad()(job) for job in jobs]
     workers = min(threads, len(jobs), _MOST_ABREAST)
