@@ -1,4 +1,4 @@
-"""The codebook in latent space: initialization, nearest codeword, how well it is used.
+"""The codebook in latent space: initialization, nearest codeword, usage.
 
 Source: arXiv 2511.17637, section "Method"; k-means by Lloyd's algorithm through faiss on a CPU.
 """
@@ -19,7 +19,7 @@ def normal_codebook(size: int, vector_len: int, generator: torch.Generator) -> T
 
 
 def seeded_codebook(size: int, vector_len: int, seed: int) -> Tensor:
-    """[K, d] float16 of independent normal numbers: a codebook for rotated weights that needs no storing.
+    """[K, d] float16 of independent normal numbers: a codebook for rotated weights that need not be stored.
 
     Component i is the normal quantile of (u + 1/2) / 2^32, with u the upper half of output i of splitmix64.
     """
@@ -57,7 +57,7 @@ def kmeans_codebook(points: Tensor, size: int, iterations: int, seed: int) -> Te
 
 
 def centroids(points: Tensor, indices: Tensor, codebook: Tensor) -> Tensor:
-    """Mean of the points assigned to each codeword; a codeword nobody uses stays where it is.
+    """Mean of the points assigned to each codeword; an unused codeword is unchanged.
 
     Args:
         points: [N, d]; indices: [N] int64; codebook: [K, d].
@@ -69,7 +69,7 @@ def centroids(points: Tensor, indices: Tensor, codebook: Tensor) -> Tensor:
 
 
 def nearest(points: Tensor, codebook: Tensor) -> Tensor:
-    """Indices of the nearest codewords: points [N, d], codebook [K, d] -> [N] int64. Many times: `Searcher`."""
+    """Indices of the nearest codewords: points [N, d], codebook [K, d] -> [N] int64. For repeated use: `Searcher`."""
     return Searcher(codebook).nearest(points)
 
 

@@ -69,13 +69,13 @@ def _mix(x: Tensor) -> Tensor:
     """x [N, n] float32 times Hadamard(2^a) (x) Hartley(m), which is symmetric: its own inverse."""
     left, right = _factors(x.shape[1], x.device)
     a, b, count = len(left), len(right), len(x)
-    with torch.autocast(x.device.type, enabled=False):  # bfloat16 would not do
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 is not accurate enough
         x = (x.reshape(-1, b) @ right).view(count, a, b)
         return torch.bmm(left.expand(count, a, a), x).view(count, -1)
 
 
 def _mix_columns(x: Tensor) -> Tensor:
-    """`_mix` of the columns of x [n, N], without turning it round."""
+    """`_mix` of the columns of x [n, N], without transposing it."""
     left, right = _factors(x.shape[0], x.device)
     a, b, count = len(left), len(right), x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
@@ -107,7 +107,7 @@ def rotate_hessian(hessian: Tensor, seed: int) -> Tensor:
 
 
 Seeds = tuple[int | None, int | None]
-"""Seeds of the rotations of a matrix's columns (length `rows`) and of its rows; None leaves a side as it is."""
+"""Seeds of the rotations of a matrix's columns (length `rows`) and of its rows; None does not rotate a side."""
 
 
 def rotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:

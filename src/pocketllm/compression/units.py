@@ -6,12 +6,12 @@ from pocketllm.plan.matrices import Matrix, Plan
 
 
 def matrix_unit(plan: Plan, matrix: Matrix) -> str:
-    """File name of a encoded matrix in the workspace."""
+    """File name of an encoded matrix in the workspace."""
     return f"matrix-{plan.matrices.index(matrix):05d}.safetensors"
 
 
 def refined_unit(number: int) -> str:
-    """File name of what refinement changed in a block, in the workspace."""
+    """File name of a block's refined tensors in the workspace."""
     return f"refined-{number:05d}.safetensors"
 
 

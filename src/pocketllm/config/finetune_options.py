@@ -20,7 +20,7 @@ FINETUNE_OPTIONS = {
     "validation_text": "--validation-text",
     "loop.seed": "--seed",
 }
-"""Settings that have an option of their own on the command line, which `--set` refuses."""
+"""Settings that have their own command-line option; `--set` refuses them."""
 
 
 def finetune_settings(method: str) -> dict[str, Setting]:
@@ -41,7 +41,7 @@ class FinetuneOptions:
     settings: tuple[str, ...] = ()
 
     def config(self) -> DistillConfig | LoraTuneConfig:
-        """The defaults of the method, with these options laid over them.
+        """The defaults of the method, modified by these options.
 
         Raises:
             ConfigError: unknown method or key, a key or option of the other method, or a value out of range.
