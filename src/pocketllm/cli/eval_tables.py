@@ -1,4 +1,4 @@
-"""What `pocketllm eval` shows: the models, their text figures, their tasks side by side."""
+"""The tables of `pocketllm eval`: the models, perplexity and KL, and their tasks side by side."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _described(entry: Mapping[str, Any]) -> str:
 
 
 def _convention(values: Mapping[str, Any]) -> str:
-    """What the figures of a text depend on."""
+    """The text, context and windows that the values depend on."""
     windows = f"context {values['context']}, {values['windows']} windows, {values['tokens']} tokens"
     return f"{values['text']}: {windows}"
 

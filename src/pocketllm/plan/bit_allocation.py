@@ -1,4 +1,4 @@
-"""Choose the codec of every matrix: the least predicted loss that a budget of bits allows."""
+"""Choose the codec of every matrix: the least predicted loss within a budget of bits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pocketllm.errors import ConfigError, TargetError
 from pocketllm.plan.matrices import Dense, Matrix, Plan, Spec, classify, override
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
-_DEAR = 0.02  # share of the bits from which on codebooks are looked at
-_CLOSE = 0.005  # share of the budget that may be left over
+_DEAR = 0.02  # share of the bits above which fewer codebooks are considered
+_CLOSE = 0.005  # share of the budget that may be left unused
 
 
 def make_plan(
@@ -26,8 +26,8 @@ def make_plan(
 
     Args:
         importance: loss that a matrix causes per unit of its nmse, by name, as measured by calibration. Bits
-            on a trellis go where they lower the summed loss most; without it all weights count equally.
-        strip_rows: of the paths of a matrix, by name, where they are not the usual ones.
+            on a trellis go where they reduce the total loss most; without it all weights count equally.
+        strip_rows: rows of the strips of a matrix, by name, if not the default.
 
     Returns:
         A spec for every matrix, a reason for every other tensor.
@@ -62,8 +62,8 @@ def _by_importance(
 ) -> Plan:
     """Trellis codecs, each matrix with its own number of bits.
 
-    Every codec in use has a codebook. Where those take a good part of the bits, as in small models, fewer may be
-    better.
+    Every codec in use has a codebook. If codebooks take a large share of the bits, as in small models, fewer may
+    be better.
     """
     assert config.target_bpw is not None
     value = {m.name: importance[m.name] if importance else float(m.weights) for m in matrices}
@@ -98,7 +98,7 @@ class _Budget:
 
     @property
     def most(self) -> float:
-        """Bits that may be stored."""
+        """The budget of stored bits."""
         assert self.config.target_bpw is not None
         return self.config.target_bpw * self.weights
 
@@ -118,10 +118,10 @@ class _Budget:
         return sum(self.value[m.name] * specs[m.name].nmse for m in self.matrices)
 
     def best(self, choices: Mapping[str, list[Spec]]) -> dict[str, Spec] | None:
-        """The specs of the least loss that fit; None if none do.
+        """The specs of least loss within the budget; None if there are none.
 
-        For a price per bit every matrix takes the codec of the least importance * nmse + price * bits; the
-        price is bisected until the budget is met, and what is left of it is spent matrix by matrix.
+        For a price per bit every matrix takes the codec with the least importance * nmse + price * bits; the price
+        is bisected until the budget is met, and the remaining bits are spent matrix by matrix.
         """
 
         def at(price: float) -> dict[str, Spec]:
@@ -151,9 +151,9 @@ class _Budget:
             best = spent
 
     def _spend(self, specs: dict[str, Spec], choices: Mapping[str, list[Spec]]) -> dict[str, Spec]:
-        """Raise single matrices to their next codec, the most useful first, while the budget lasts.
+        """Raise single matrices to their next codec, most useful first, while the budget lasts.
 
-        First to codecs that are in use already, which cost no further codebook, then to any.
+        First to codecs already in use, which need no additional codebook, then to any.
         """
         for allowed in (set(specs.values()), None):
             steps = []
@@ -177,7 +177,7 @@ class _Budget:
 
 
 def _fewer(budget: _Budget, choices: Mapping[str, list[Spec]], best: dict[str, Spec]) -> dict[str, Spec]:
-    """Give up codecs in use one by one, as long as the loss falls by what the others can do with the bits."""
+    """Drop codecs in use one by one, as long as the others use the freed bits to lower the loss."""
     while True:
         used = set(best.values())
         tried = [budget.best(_of(choices, used - {spec})) for spec in sorted(used)]
@@ -188,7 +188,7 @@ def _fewer(budget: _Budget, choices: Mapping[str, list[Spec]], best: dict[str, S
 
 
 def _of(choices: Mapping[str, list[Spec]], some: set[Spec]) -> dict[str, list[Spec]]:
-    """Choices among some codecs, where a matrix may take one of them."""
+    """The choices restricted to some codecs, for matrices that may take one of them."""
     return {name: [spec for spec in own if spec in some] or own for name, own in choices.items()}
 
 
@@ -210,7 +210,7 @@ def _choices(matrix: Matrix, config: CompressConfig) -> list[Spec]:
 
 
 def _alike(choices: Mapping[str, list[Spec]]) -> list[dict[str, Spec]]:
-    """Each codec for all matrices that may take it: where weights are few, codebooks cost more than indices."""
+    """Each codec for all matrices that may take it: with few weights, codebooks cost more than indices."""
     every = dict.fromkeys(spec for specs in choices.values() for spec in specs)
     return [{name: spec if spec in own else own[0] for name, own in choices.items()} for spec in every]
 
@@ -303,13 +303,13 @@ def _fits_samples(plan: Plan) -> bool:
 
 
 def _predicted_loss(plan: Plan) -> float:
-    """Predicted nmse summed over weights; embedding and head count more by the extra bits asked for."""
+    """Predicted nmse summed over weights; embedding and head count more, according to their extra bits."""
     weight = 4.0**plan.config.embedding_extra_bits
     return sum(m.weights * plan.specs[m.name].nmse * (1.0 if m.in_blocks else weight) for m in plan.matrices)
 
 
 def _fill(plan: Plan) -> Plan:
-    """Spend what is left of the budget: matrices take a codebook of twice the size while it fits."""
+    """Spend the remaining budget: matrices take a codebook of twice the size while it fits."""
     target = plan.config.target_bpw
     assert target is not None
     budget = target * plan.weights

@@ -15,7 +15,7 @@ from pocketllm.plan.sizes import PlannedModel
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
 _ROUNDS = 8
-_CLOSE = 0.003  # share of the target that may be left over
+_CLOSE = 0.003  # share of the target that may be left unused
 
 
 def planned(
@@ -25,13 +25,13 @@ def planned(
     importance: Mapping[str, float] | None = None,
     strip_rows: Mapping[str, int] | None = None,
 ) -> PlannedModel:
-    """Plan a model; a target for the whole folder is turned into bits per weight here.
+    """Plan a model; a target for the output folder is converted to bits per weight.
 
     Args:
         importance, strip_rows: as in `make_plan`.
 
     Returns:
-        What will be written, with its plan and exact bytes.
+        The planned model with its exact bytes.
 
     Raises:
         ConfigError: as `make_plan`; or a target for the folder that cannot be met (the message names the
@@ -86,15 +86,17 @@ def _search(
     bits: tuple[float, float],
     best: PlannedModel,
 ) -> PlannedModel:
-    """The plan of the most bytes up to `target`. What is not indices hardly changes with the plan.
+    """The largest plan within `target`. Bytes other than those of indices hardly change with the plan.
 
     Args:
-        bits: per weight, that fit and that do not. best: at the former.
+        bits: per weight, a value that fits and one that does not. best: the plan at the former.
     """
     low, high = bits
     total, _ = best.bytes_on_disk
     largest, bpw = total, low
-    aim = target * (1 - _CLOSE / 2)  # not the target itself, which would be approached from above for ever
+    aim = target * (
+        1 - _CLOSE / 2
+    )  # not the target itself, which would be approached from above indefinitely
     for _ in range(_ROUNDS):
         bpw += 8 * (aim - total) / weights
         if not low < bpw < high:

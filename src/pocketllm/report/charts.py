@@ -1,4 +1,4 @@
-"""The charts of a page: what each shows is a frozen specification, drawn by one function, `picture`."""
+"""The charts of a page: each is a frozen specification, drawn by one function, `picture`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pocketllm.report.tables import Table
 
 
 class Drawing(Protocol):
-    """What one picture shows."""
+    """The specification of one picture."""
 
     @property
     def height(self) -> float:
@@ -23,9 +23,9 @@ class Drawing(Protocol):
 
 @dataclass(frozen=True)
 class Chart:
-    """Drawings below one another, with the numbers behind them.
+    """Drawings arranged vertically, with their numbers as a table.
 
-    drawings: id on the page -> drawing. facts: what the description in the section's template says of them.
+    drawings: id on the page -> drawing. facts: values for the description in the section's template.
     """
 
     name: str

@@ -13,7 +13,7 @@ from pocketllm.recover import check_adapter
 from pocketllm.report.evaluations import Evaluation, same_model
 from pocketllm.report.model_facts import ModelFacts, mean, read_model, with_adapter
 
-_SAME = 1e-4  # relative; ways to measure one model and numbers of threads differ in rounding
+_SAME = 1e-4  # relative; rounding varies with the way of measuring and the number of threads
 
 _SIZES = ("bytes_on_disk", "ratio_files_bf16", "ratio_files_fp32", "bpw_matrices", "bpw_all")
 _SETTING = ("text", "context", "windows", "tokens")
@@ -166,7 +166,7 @@ def _perplexities(
 
 
 def _check_equal(first: Evaluation, second: Evaluation, one_model: bool = True) -> None:
-    """Raises ConfigError where only one of two figures can be the model's."""
+    """Raises ConfigError if two evaluations of one model differ."""
     a, b = first.perplexity, second.perplexity
     if one_model and (first == second or math.isclose(a, b, rel_tol=_SAME)):
         return

@@ -87,7 +87,7 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     """The evaluation in a file, and that of the model it was compared with (`--against`), if there is one.
 
     Raises:
-        SourceError: missing, unreadable, no JSON, or not what `pocketllm eval --json` prints.
+        SourceError: missing, unreadable, not JSON, or not the output of `pocketllm eval --json`.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What is stored about a compressed model, in `pocketllm.json` and `config.json`."""
+"""The stored facts about a compressed model, from `pocketllm.json` and `config.json`."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def spread(matrices: Sequence[MatrixFacts]) -> list[MatrixFacts]:
 
 
 def read_model(folder: Path, check: bool = True) -> ModelFacts:
-    """Read what is stored about a compressed model. Provisional.
+    """Read the stored facts about a compressed model. Provisional.
 
     Args:
         folder: a compressed model. check: compare every file with its checksum.

@@ -18,7 +18,7 @@ from pocketllm.runtime.layers import PackedMatrix, Store
 
 @dataclass
 class Matrices:
-    """The matrices of a compressed model; memory is that of one matrix at a time.
+    """The matrices of a compressed model, decoded one at a time.
 
     Example:
         >>> matrices = Matrices.open(Path("smol-8x"))
@@ -51,7 +51,7 @@ class Matrices:
         return matrices
 
     def read(self, name: str) -> Tensor:
-        """A decoded parameter in float32, in the shape the model holds it.
+        """A decoded parameter in float32, in its shape in the model.
 
         Raises:
             FormatError: its tensors are missing or of another size than the layout says.

@@ -1,4 +1,4 @@
-"""transformers plug-in: `AutoModelForCausalLM.from_pretrained` reads and `save_pretrained` writes our format.
+"""transformers plug-in: `AutoModelForCausalLM.from_pretrained` reads and `save_pretrained` writes the format.
 
 Two ways to run a model: `dense` decodes every weight once at load into ordinary layers (full speed, dense
 memory); `packed` keeps indices packed in memory and decodes a layer's weight each time it runs.
@@ -55,7 +55,7 @@ class PocketQuantizationConfig(QuantizationConfigMixin):
         return ckpt.Layout.from_dict({k: v for k, v in self.__dict__.items() if k not in own})
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Everything; there is no default layout to compare with."""
+        """All keys; there is no default layout to compare with."""
         return self.to_dict()
 
 
@@ -71,7 +71,7 @@ class PocketQuantizer(HfQuantizer):
         self._decoded: tuple[dict[str, PackedMatrix], Store] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Only models that are compressed already can be loaded."""
+        """Only models that are already compressed can be loaded."""
         if not self.pre_quantized:
             raise ConfigError(
                 "a dense model cannot be compressed while loading; use pocketllm.compress first"
@@ -119,7 +119,7 @@ class PocketQuantizer(HfQuantizer):
         return packed_matrices(model) if self._decoded is None else self._decoded[0]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-        """What `save_pretrained` writes: the packed form, in mode `dense`, too."""
+        """The tensors that `save_pretrained` writes: the packed form, also in mode `dense`."""
         if self._decoded is None:
             return None, {}
         state = dict(model.state_dict())
@@ -148,10 +148,10 @@ def _buffer(module: nn.Module, name: str) -> Tensor:
 
 
 def check_shapes(model: nn.Module, layout: ckpt.Layout) -> None:
-    """The layout names parameters this model has, in their shapes.
+    """Check that the parameters in the layout exist in this model, with the same shapes.
 
     Raises:
-        FormatError: naming the parameter.
+        FormatError: names the parameter.
     """
     for name, entry in layout.matrices.items():
         try:
@@ -165,7 +165,7 @@ def check_shapes(model: nn.Module, layout: ckpt.Layout) -> None:
 
 
 def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
-    """The packed tensors in memory are those the layout describes.
+    """Check that the packed tensors in memory are those of the layout.
 
     Raises:
         LoadError: a layer is not compressed, or was not filled.
@@ -198,18 +198,18 @@ def load(
     device_map: Any = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a compressed model the safe way: files verified first, layers verified afterwards.
+    """Load a compressed model, with its files verified before and its layers after loading.
 
     Args:
-        path: folder of a compressed model, or a hub id of one.
+        path: folder or Hub id of a compressed model.
         mode: `dense` (decoded at load, full speed) or `packed` (decoded layer by layer as it runs).
         dtype: to compute in; `auto` is the checkpoint's.
         device_map: as in transformers.
         trust_remote_code: let transformers run code that the folder contains.
 
     Returns:
-        (model, tokenizer); the model in eval mode, its weights not trainable. The tokenizer is None where the
-        folder holds none.
+        (model, tokenizer); the model in eval mode, its weights not trainable. The tokenizer is None if the
+        folder has none.
 
     Raises:
         FormatError: damaged, altered, or not a compressed model.

@@ -1,4 +1,4 @@
-"""Read text from files, folders and Hub data sets, and the texts that are used where none is named."""
+"""Read text from files, folders and Hub data sets, and the default texts."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def named_default(held_out: bool = False) -> tuple[str, str]:
 
 
 def evaluation_text() -> tuple[str, str]:
-    """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, else Python's own documentation."""
+    """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, otherwise Python's own documentation."""
     file = _data_file("wikitext2/wiki.test.raw")
     if file is None:
         return named_default(held_out=True)
@@ -218,7 +218,7 @@ def _data_file(path: str) -> Path | None:
 
 
 def warn_of_shared(texts: tuple[str, ...], validation: str) -> None:
-    """Log a warning where the validation text is also trained on: its loss then says little about other text."""
+    """Log a warning if the validation text is also trained on: its loss then says little about other text."""
     trained = {path.resolve() for text in texts for path in text_paths(text)}
     shared = [path for path in text_paths(validation) if path.resolve() in trained]
     if shared:

@@ -39,7 +39,7 @@ def token_windows(tokenizer: Any, text: str, context: int, windows: int | None =
         windows: number of windows; None takes all.
 
     Raises:
-        ConfigError: a context below 2, fewer than 1 window, or a text shorter than the windows wanted.
+        ConfigError: a context below 2, fewer than 1 window, or a text too short for these windows.
     """
     if context < 2:
         raise ConfigError(f"context: got {context}, wanted at least 2 tokens")
@@ -86,7 +86,7 @@ def calibration_windows(tokenizer: Any, texts: list[str], tokens: int, context: 
 
 
 def _equal_shares(available: list[int], wanted: int) -> list[int]:
-    """Number of windows taken from each text: equal, with texts that have fewer made up for by the others."""
+    """Number of windows taken from each text: equal, and more from the others if a text has fewer."""
     shares = [0] * len(available)
     order = sorted(range(len(available)), key=available.__getitem__)
     for done, position in enumerate(order):
