@@ -19,7 +19,7 @@ def normal_codebook(size: int, vector_len: int, generator: torch.Generator) -> T
 
 
 def seeded_codebook(size: int, vector_len: int, seed: int) -> Tensor:
-    """[K, d] float16 of independent normal numbers: a codebook for rotated weights that need not be stored.
+    """[K, d] float16 of independent normal numbers: a codebook for rotated weights; it need not be stored.
 
     Component i is the normal quantile of (u + 1/2) / 2^32, with u the upper half of output i of splitmix64.
     """
