@@ -147,13 +147,15 @@ def tasks() -> str:
 def _without_guessing(found: dict[str, Any]) -> str:
     """Tasks in which the dense model does no better than guessing say nothing; the means without them."""
     tasks = found["dense"]["tasks"]
-    told = [name for name, task in tasks.items() if task["acc"] - task["acc_stderr"] > task["chance"]]
-    if len(told) in (0, len(tasks)):
+    informative = [name for name, task in tasks.items() if task["acc"] - task["acc_stderr"] > task["chance"]]
+    if len(informative) in (0, len(tasks)):
         return ""
-    rest = ", ".join(_TASK_TITLES.get(name, name) for name in tasks if name not in told)
-    chance = sum(tasks[name]["chance"] for name in told) / len(told)
+    rest = ", ".join(_TASK_TITLES.get(name, name) for name in tasks if name not in informative)
+    chance = sum(tasks[name]["chance"] for name in informative) / len(informative)
     models = {"dense": found["dense"], **found["models"]}
-    means = {name: sum(m["tasks"][t]["acc"] for t in told) / len(told) for name, m in models.items()}
+    means = {
+        name: sum(m["tasks"][t]["acc"] for t in informative) / len(informative) for name, m in models.items()
+    }
     margin = means["dense"] - chance
     parts = [
         f"{name} {mean:.1%} ({(mean - chance) / margin:.0%} of the margin)" for name, mean in means.items()

@@ -99,10 +99,10 @@ def test_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (made / "config.json").write_text("{}")
 
     monkeypatch.setattr(builtin, "_convert", convert)
-    told: list[str] = []
-    first = builtin.fetch(NAME, told.append)
+    messages: list[str] = []
+    first = builtin.fetch(NAME, messages.append)
     assert first == builtin.fetch(NAME) == folder / "smollm2-135m-0.1.2"
-    assert len(calls) == 1 and "downloading" in told[0]
+    assert len(calls) == 1 and "downloading" in messages[0]
     assert [path.name for path in folder.iterdir()] == [first.name]
 
 

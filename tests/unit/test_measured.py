@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocketllm.calibrate.calibration import _whole, calibrate, read_windows
+from pocketllm.calibrate.calibration import _atomic_folder, calibrate, read_windows
 from pocketllm.calibrate.input_hessians import Collector
 from pocketllm.codec.hessian import factorize
 from pocketllm.compression.pipeline import compress
@@ -22,11 +22,11 @@ from tests import tiny
 
 def test_the_faster_of_two_runs_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "outputs"
-    with _whole(folder) as slow:
+    with _atomic_folder(folder) as slow:
         assert slow is not None
         (slow / "kept").write_text("slow")
         monkeypatch.setattr(os, "getpid", os.getppid)
-        with _whole(folder) as fast:
+        with _atomic_folder(folder) as fast:
             assert fast is not None
             (fast / "kept").write_text("fast")
         assert (slow / "kept").read_text() == "slow"
@@ -36,7 +36,7 @@ def test_the_faster_of_two_runs_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "outputs.4194305.partial").mkdir()  # above the largest process number
-    with _whole(tmp_path / "outputs"):
+    with _atomic_folder(tmp_path / "outputs"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-_MOST_ABREAST = 4  # each needs its own memory
+_MAX_PARALLEL = 4  # each needs its own memory
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
@@ -32,7 +32,7 @@ def run_parallel(jobs: Sequence[Callable[[], None]], device: torch.device | str)
     threads of their own. Results depend only on the number of threads.
     """
     threads, jobs = torch.get_num_threads(), [torch.no_grad()(job) for job in jobs]
-    workers = min(threads, len(jobs), _MOST_ABREAST)
+    workers = min(threads, len(jobs), _MAX_PARALLEL)
     if torch.device(device).type != "cpu" or workers < 2:
         for job in jobs:
             yield

@@ -89,7 +89,7 @@ def calibrate(
     place = folder or scratch
     outputs = place / f"outputs-{key}" if place is not None and two_sided else None
     if not path.is_file() or (outputs is not None and not outputs.is_dir()):
-        with _whole(outputs) as made:
+        with _atomic_folder(outputs) as made:
             measure(
                 *(source, chosen, matrices, settings.damping, config.seed, device, progress),
                 two_sided=two_sided,
@@ -111,7 +111,7 @@ def calibrate(
 
 
 @contextmanager
-def _whole(folder: Path | None) -> Iterator[Path | None]:
+def _atomic_folder(folder: Path | None) -> Iterator[Path | None]:
     """A temporary folder, renamed to its final name when complete unless another process was faster."""
     if folder is None:
         yield None
@@ -144,8 +144,8 @@ def _is_running(process: int) -> bool:
 
 
 def _key(source: DenseCheckpoint, windows: Tensor, device: str, *facts: object) -> str:
-    asked = (source.fingerprint(), pocketllm.__version__, device, torch.get_num_threads(), *facts)
-    return hashlib.sha256(repr(asked).encode() + windows.numpy().tobytes()).hexdigest()[:16]
+    identity = (source.fingerprint(), pocketllm.__version__, device, torch.get_num_threads(), *facts)
+    return hashlib.sha256(repr(identity).encode() + windows.numpy().tobytes()).hexdigest()[:16]
 
 
 def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | None:

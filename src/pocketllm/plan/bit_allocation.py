@@ -69,16 +69,16 @@ def _by_importance(
     value = {m.name: importance[m.name] if importance else float(m.weights) for m in matrices}
     budget = _Budget(matrices, dense, config, value)
     choices = {m.name: _choices(m, config) for m in matrices}
-    sizes = [budget.bits(specs) / budget.weights for specs in _alike(choices)]
+    sizes = [budget.bits(specs) / budget.weights for specs in _single_codec(choices)]
     best = budget.best(choices)
     if best is None or config.target_bpw > 1.01 * max(sizes):
         raise _unreachable(config.target_bpw, sizes)
     if budget.codebook_share(best) > _DEAR:
         every = {spec for own in choices.values() for spec in own}
-        alike = [
+        families = [
             {spec for spec in every if spec.vector_len == d} for d in sorted({d for d, _ in TRELLIS_STEPS})
         ]
-        starts = [best, *filter(None, (budget.best(_of(choices, some)) for some in alike))]
+        starts = [best, *filter(None, (budget.best(_of(choices, some)) for some in families))]
         best = min((_fewer(budget, choices, start) for start in starts), key=budget.loss)
     return budget.plan(best)
 
@@ -134,7 +134,7 @@ class _Budget:
             }
 
         cheap, dear = -80.0, 80.0  # base-2 logarithms of the price
-        best = min(_alike(choices), key=self.bits)
+        best = min(_single_codec(choices), key=self.bits)
         if self.bits(best) > self.most:
             return None
         for _ in range(40):
@@ -209,7 +209,7 @@ def _choices(matrix: Matrix, config: CompressConfig) -> list[Spec]:
     return sorted(specs, key=lambda spec: spec.index_bpw)
 
 
-def _alike(choices: Mapping[str, list[Spec]]) -> list[dict[str, Spec]]:
+def _single_codec(choices: Mapping[str, list[Spec]]) -> list[dict[str, Spec]]:
     """Each codec for all matrices that may take it: with few weights, codebooks cost more than indices."""
     every = dict.fromkeys(spec for specs in choices.values() for spec in specs)
     return [{name: spec if spec in own else own[0] for name, own in choices.items()} for spec in every]

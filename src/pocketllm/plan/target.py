@@ -49,18 +49,18 @@ def planned(
     empty = PlannedModel(source, Plan((), {}, tuple(dense), "model", config), model)
     other = sum(path.stat().st_size for path in empty.form.copied_files())
     weights = sum(m.weights for m in matrices)
-    whole = 2 * (weights + sum(torch.Size(d.shape).numel() for d in dense)) + other
-    target = config.target_bytes or int(whole / (config.target_ratio or 1))
+    bf16_bytes = 2 * (weights + sum(torch.Size(d.shape).numel() for d in dense)) + other
+    target = config.target_bytes or int(bf16_bytes / (config.target_ratio or 1))
     least, most = possible_bpw(source, config, strip_rows)
     ends = at(least), at(most)
     smallest, largest = (end.bytes_on_disk[0] for end in ends)
     if not smallest <= target <= 1.01 * largest:
-        asked = f"target_bytes: {target:,}"
+        described = f"target_bytes: {target:,}"
         if config.target_ratio is not None:
-            asked = f"target_ratio: {config.target_ratio:g} ({target:,} bytes)"
+            described = f"target_ratio: {config.target_ratio:g} ({target:,} bytes)"
         raise ConfigError(
-            f"{asked} cannot be met with these settings; the possible range is {smallest:,} to {largest:,} bytes for "
-            f"all files, {whole / largest:.2f} to {whole / smallest:.2f} times smaller than bf16"
+            f"{described} cannot be met with these settings; the possible range is {smallest:,} to {largest:,} bytes "
+            f"for all files, {bf16_bytes / largest:.2f} to {bf16_bytes / smallest:.2f} times smaller than bf16"
         )
     if target >= largest:
         return ends[1]
@@ -71,9 +71,9 @@ def possible_bpw(
     source: DenseCheckpoint, config: CompressConfig, strip_rows: Mapping[str, int] | None = None
 ) -> tuple[float, float]:
     """Least and most stored bits per weight that the settings allow, overrides included."""
-    asked = replace(config, target_bpw=1e-6, target_bytes=None, target_ratio=None)
+    tiny = replace(config, target_bpw=1e-6, target_bytes=None, target_ratio=None)
     try:
-        make_plan(source, asked, strip_rows=strip_rows)
+        make_plan(source, tiny, strip_rows=strip_rows)
     except TargetError as error:
         return error.least * (1 + 1e-9), error.most * (1 + 1e-9)
     raise AssertionError("a millionth of a bit per weight cannot be planned")
