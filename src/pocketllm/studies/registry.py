@@ -23,11 +23,11 @@ STUDIES: dict[str, str] = {
     "overhead": "what decoding costs at load and at run time",
     "robustness": "8 to 20 times smaller: several texts and tasks, and where quality breaks down",
 }
-"""Name -> what it asks, in a line."""
+"""Name -> its question in one line."""
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError naming the known studies where `name` is none."""
+    """Raises ConfigError, which lists the known studies, if `name` is not one of them."""
     if name not in STUDIES:
         raise ConfigError(f"unknown study {name!r}; known: {', '.join(STUDIES)}")
 
