@@ -83,7 +83,7 @@ def test_little_text_is_told(run: Run, source: Path, tmp_path: Path) -> None:
         (["--size", "1TB"], 2, "the possible range is"),
         (["--ratio", "200"], 2, "the possible range is"),
         (["--override", "x"], 2, "wanted PATTERN=BITS"),
-        (["--override", "nothing.*=4"], 2, "'nothing.*': fits no matrix"),
+        (["--override", "nothing.*=4"], 2, "'nothing.*': matches no matrix"),
         (
             ["--preset", "lookup-8x", "--set", "calibration.refine_epochs=2"],
             2,

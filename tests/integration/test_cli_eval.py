@@ -77,7 +77,7 @@ def test_eval_beside_the_dense_model(
     gap = found["difference"]["tasks"]["piqa"]["acc"]["difference"]
     assert gap == pytest.approx(piqa["acc"] - against["tasks"]["piqa"]["acc"])
     code, out, err = run("eval", small, *options)
-    assert code == 0 and "matrices verified" in out and "KL(other || this)" in out and "kept" in out
+    assert code == 0 and "matrices verified" in out and "KL(other || this)" in out and "cached" in out
     assert "paper's average (1 of 5)" in out and "not measured: winogrande" in out and "first 6" in out
     assert "chance is 0 in the averages where answers are not chosen from a list: lambada_openai" in out
     assert "piqa" in err and "loglikelihood" not in err

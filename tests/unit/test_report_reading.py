@@ -142,13 +142,13 @@ def test_fine_tuning_is_told(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "training", "words"),
     [
-        ("a", "b", ["The commands that make it again, the model and then the adapter:"]),
+        ("a", "b", ["The commands that reproduce the model and then the adapter:"]),
         (
             "a",
             "",
-            ["does not know the settings that it was trained with.", "The command that makes it again:"],
+            ["does not know the settings that it was trained with.", "The command that reproduces it:"],
         ),
-        ("", "b", ["does not know its settings;", "The command that makes the adapter again:"]),
+        ("", "b", ["does not know its settings;", "The command that reproduces the adapter:"]),
         ("", "", ["does not know the settings that it was trained with.", "does not know its settings;"]),
     ],
 )
