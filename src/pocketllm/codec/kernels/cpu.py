@@ -1,8 +1,8 @@
-"""The hot loops in C++: built once by the system's compiler, kept in the cache.
+"""The hot loops in C++: built once by the system's compiler and kept in the cache.
 
 `nearest.cpp` searches the nearest codeword, `trellis.cpp` the cheapest path; `matrix.cpp` decodes a matrix,
-rotates it, and takes gradients back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, none of them
-is available and `select.py` takes another.
+rotates it, and propagates gradients. Without a compiler, or with `POCKETLLM_COMPILE=0`, none of them is available
+and `select.py` chooses another kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FLAGS = {
 
 @functools.cache
 def _library(name: str) -> ctypes.CDLL | None:
-    """The library built of NAME.cpp, or None where it cannot be built."""
+    """The library built from NAME.cpp, or None if it cannot be built."""
     source = Path(__file__).with_name(f"{name}.cpp")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if os.environ.get("POCKETLLM_COMPILE") == "0" or compiler is None:
