@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pocketllm.errors import ShapeError
+from pocketllm.errors import FormatError, ShapeError
+from pocketllm.files import files_below
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.report import rounded
 
@@ -64,6 +65,7 @@ def rewrite(
     report = ckpt.read_report(folder)
     for name in report["files"]:
         if not name.endswith(".safetensors") and name != "config.json" and not (final / name).exists():
+            (final / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, final / name)
     layout = ckpt.read_layout(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -117,7 +119,7 @@ def _checked(layout: ckpt.Layout, tensors: _Tensors) -> ckpt.Layout:
 
 def _write_report(final: Path, report: dict[str, Any]) -> dict[str, Any]:
     """The report, which counts its own bytes, beside the other files."""
-    facts = ckpt.file_facts(final, [path.name for path in final.iterdir()])
+    facts = ckpt.file_facts(final, files_below(final, FormatError))
     rest = sum(entry["bytes"] for entry in facts.values())
     report = {**report, "files": facts}
     room = 0

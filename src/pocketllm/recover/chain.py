@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -11,10 +12,11 @@ from pocketllm.compression.pipeline import ProgressCallback, compress, is_made
 from pocketllm.config import CompressConfig, DistillConfig
 from pocketllm.errors import OutputError
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.output import named_output
 from pocketllm.format.report import Report
 from pocketllm.recover.distill import Distilled, distill
 from pocketllm.recover.distillation import training_windows
-from pocketllm.recover.log import check_places
+from pocketllm.recover.log import check_places, finished
 from pocketllm.source.dense_checkpoint import resolve
 from pocketllm.source.folder import need_tokenizer, read_config
 from pocketllm.text.vocabulary import check_positions
@@ -45,9 +47,12 @@ def compress_and_distill(
     Raises:
         As `compress` and `distill`; what concerns the recovery before anything is compressed.
     """
-    output, started = Path(output), time.monotonic()
-    check_places(output, overwrite)
+    output, started = named_output(output), time.monotonic()
     plain = output.with_name(output.name + ".plain")
+    if plain.exists() and _is_done(output, str(model), config, recovery):  # killed while `plain` was removed
+        shutil.rmtree(plain)
+        return Report.from_dict(ckpt.read_report(output)), finished(output, Distilled)
+    check_places(output, overwrite)
     if plain.exists() and not is_made(plain, str(model), config):
         raise OutputError(
             f"{plain}: exists and is not what this command makes on its way; move it away, or choose another "
@@ -78,6 +83,14 @@ def compress_and_distill(
     made("recovered", output)
     shutil.rmtree(plain)
     return Report.from_dict(ckpt.read_report(output)).of_run(started, device), done
+
+
+def _is_done(output: Path, model: str, config: CompressConfig, recovery: DistillConfig) -> bool:
+    """Whether an earlier run has compressed and recovered this model with these settings."""
+    if not is_made(output, model, config):
+        return False
+    facts = ckpt.read_report(output).get("recover")
+    return isinstance(facts, dict) and facts.get("config") == json.loads(json.dumps(recovery.to_dict()))
 
 
 def check_recovery(model: str | Path, recovery: DistillConfig, trust_remote_code: bool = False) -> None:

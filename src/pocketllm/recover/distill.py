@@ -24,14 +24,16 @@ from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import DistillConfig
 from pocketllm.errors import ConfigError, SourceError
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.output import check_not_nested, is_published, named_output
 from pocketllm.format.report import rounded
 from pocketllm.format.rewrite import rewrite, stored_sizes
-from pocketllm.format.workspace import Workspace, check_not_nested
+from pocketllm.format.workspace import Workspace
 from pocketllm.recover.distillation import Distillation, training_windows
 from pocketllm.recover.log import check_places
 from pocketllm.recover.loop import Loop, Progress, step_event
 from pocketllm.recover.setting import (
     Base,
+    already_done,
     check_context,
     check_teacher,
     compute_dtype,
@@ -99,7 +101,7 @@ def distill(
     Example:
         >>> pocketllm.distill("smol-2bit", "smol-2bit-tuned", DistillConfig(texts=("my-texts/",)))
     """
-    config, folder, output = config or DistillConfig(), Path(folder), Path(output)
+    config, folder, output = config or DistillConfig(), Path(folder), named_output(output)
     check_places(output, overwrite)
     base = open_base(folder, output, trust_remote_code)
     name = teacher or str(base.report["model"])
@@ -115,6 +117,8 @@ def distill(
         **config.to_dict(),
     }
     with started(output, arguments, base, dtype, state) as (work, log):
+        if is_published(output):  # by an earlier run that was killed afterwards
+            return already_done(work, output, state, Distilled)
         on_disk = work.folder / "teacher" if teacher_on_disk else None
         live = partial(open_teacher, dense, dtype, state.device, trust_remote_code, on_disk)
         source = _teacher(live, work, windows, config.teacher_top_k, state, progress)
@@ -209,8 +213,8 @@ def dry_run_distill(
     """
     folder = Path(folder)
     if output is not None:
-        check_places(Path(output), overwrite)
-    base = open_base(folder, None if output is None else Path(output), trust_remote_code)
+        check_places(named_output(output), overwrite)
+    base = open_base(folder, None if output is None else named_output(output), trust_remote_code)
     name = teacher or str(base.report["model"])
     _, (train, validation) = _inputs(base, config, name)
     trained = _trained(folder, config)

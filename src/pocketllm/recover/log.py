@@ -6,14 +6,16 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pocketllm.errors import OutputError
-from pocketllm.files import write_json
+from pocketllm.files import read_object, write_json
 from pocketllm.format.checkpoint import REPORT_NAME
-from pocketllm.format.workspace import Workspace, check_output
+from pocketllm.format.output import check_output, partial_folder
+from pocketllm.format.workspace import Workspace, damaged
 from pocketllm.machine import machine
 
+Done = TypeVar("Done")
 STEPS_NAME, SUMMARY_NAME, CURVE_NAME = "steps.jsonl", "summary.json", "curve.png"
 
 
@@ -40,6 +42,23 @@ def check_places(
         )
     if not overwrite:
         raise OutputError(f"{folder}: the record of an earlier run; move it away, or pass --overwrite")
+
+
+def finished(output: Path, kind: type[Done]) -> Done:
+    """What a finished run did, from its record.
+
+    Args:
+        kind: a dataclass, whose fields the record has.
+
+    Raises:
+        ResumeError: the record is damaged.
+    """
+    path = log_folder(output) / SUMMARY_NAME
+    try:
+        facts = read_object(path)
+        return kind(**{name: facts[name] for name in kind.__dataclass_fields__})  # type: ignore[attr-defined]
+    except (OSError, ValueError, KeyError) as error:
+        raise damaged(path, partial_folder(output), error) from error
 
 
 class RunLog:

@@ -22,8 +22,9 @@ from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import LoraTuneConfig
 from pocketllm.files import write_json
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.kept import system_errors
+from pocketllm.format.output import is_published, named_output
 from pocketllm.format.report import rounded
-from pocketllm.format.workspace import system_errors
 from pocketllm.recover.adaptation import (
     Adaptation,
     items_digest,
@@ -34,7 +35,15 @@ from pocketllm.recover.adaptation import (
 from pocketllm.recover.adapter import RECORD_NAME, SETTINGS_NAME, need_peft
 from pocketllm.recover.log import check_places
 from pocketllm.recover.loop import Loop, step_event
-from pocketllm.recover.setting import Base, check_context, compute_dtype, open_base, publish, started
+from pocketllm.recover.setting import (
+    Base,
+    already_done,
+    check_context,
+    compute_dtype,
+    open_base,
+    publish,
+    started,
+)
 from pocketllm.source.folder import copy_file_mode
 
 
@@ -86,7 +95,7 @@ def lora(
     Example:
         >>> pocketllm.lora("smol-2bit", "smol-adapter", LoraTuneConfig(texts=("alpaca.json",)))
     """
-    config, folder, output = config or LoraTuneConfig(), Path(folder), Path(output)
+    config, folder, output = config or LoraTuneConfig(), Path(folder), named_output(output)
     need_peft()
     check_places(output, overwrite, RECORD_NAME, "an adapter")
     base = open_base(folder, output, trust_remote_code)
@@ -97,6 +106,8 @@ def lora(
     dtype = compute_dtype(config.loop.dtype, state.device)
     arguments = {"method": "lora", "text": items_digest(items), **config.to_dict()}
     with started(output, arguments, base, dtype, state) as (work, log):
+        if is_published(output):  # by an earlier run that was killed afterwards
+            return already_done(work, output, state, Adapted)
         model, adapted = with_adapter(base, config, state.device)
         task = Adaptation(model, items, config, dtype)
         loop = Loop(task, config.loop, steps, work, log, state)
@@ -154,8 +165,8 @@ def dry_run_lora(
     """
     need_peft()
     if output is not None:
-        check_places(Path(output), overwrite, RECORD_NAME, "an adapter")
-    base = open_base(Path(folder), None if output is None else Path(output), trust_remote_code)
+        check_places(named_output(output), overwrite, RECORD_NAME, "an adapter")
+    base = open_base(Path(folder), None if output is None else named_output(output), trust_remote_code)
     check_context(base, config.context)
     train, validation = training_items(base.tokenizer, config)
     steps = number_of_steps(config, len(train))

@@ -15,8 +15,9 @@ from accelerate import PartialState
 import pocketllm
 from pocketllm.calibrate.autocast import fast_dtype
 from pocketllm.format import checkpoint as ckpt
-from pocketllm.format.workspace import Workspace, check_not_nested, locked, output_error
-from pocketllm.recover.log import RunLog
+from pocketllm.format.output import check_not_nested, output_error
+from pocketllm.format.workspace import Workspace, locked
+from pocketllm.recover.log import Done, RunLog, finished
 from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.source.folder import need_tokenizer, read_config, read_vocabulary
 from pocketllm.text.vocabulary import check_positions, check_vocabularies
@@ -131,6 +132,15 @@ def publish(work: Workspace, log: RunLog, output: Path, state: PartialState) -> 
         log.publish(output)
         work.publish(output)
     state.wait_for_everyone()
+
+
+def already_done(work: Workspace, output: Path, state: PartialState, kind: type[Done]) -> Done:
+    """What an earlier run did that was killed after its result came into place; its folder goes."""
+    done = finished(output, kind)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        work.drop()
+    return done
 
 
 def enable_checkpointing(model: Any) -> None:

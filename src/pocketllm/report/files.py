@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pocketllm.errors import OutputError
-from pocketllm.format.workspace import check_not_nested, check_parent
+from pocketllm.format.output import check_not_nested, check_parent
 from pocketllm.source import resolve_local
 
 

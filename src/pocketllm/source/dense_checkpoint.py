@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pocketllm.errors import SourceError, WeightError, reason_of
 from pocketllm.files import sha256_file
-from pocketllm.source.folder import meta_model, open_safetensors, weight_files
+from pocketllm.source.files import OTHER_WEIGHTS, PICKLES, weight_files
+from pocketllm.source.folder import meta_model, open_safetensors
 
 FLOAT_DTYPES = {
     "F64": torch.float64,
@@ -29,7 +30,8 @@ FLOAT_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
+HUB_IGNORED = [*PICKLES, *OTHER_WEIGHTS, "original/*", "*/*.safetensors"]
+"""What is not fetched from the hub: what `companions` leaves, and the weights of other models."""
 _LARGEST = 1e15  # squares and their sums stay finite in float32
 
 
@@ -194,7 +196,7 @@ def resolve(name: str, progress: Any = None) -> Path:
     local = f"no such folder in {path.parent}" if path.parent.is_dir() else "no local folder"
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns="*/*"))
+        return Path(snapshot_download(name, ignore_patterns=HUB_IGNORED))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise SourceError(
             f"{name}: {local}, and as a hub id it was tried in vain ({reason_of(error)}); "
@@ -222,7 +224,7 @@ def resolve_local(name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, local_files_only=True))
+        return Path(snapshot_download(name, ignore_patterns=HUB_IGNORED, local_files_only=True))
     except (OSError, HFValidationError, ValueError):
         return None
 
