@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import zlib
@@ -15,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def write_kept(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -56,6 +59,19 @@ def read_kept(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get("crc32") != _crc32(tensors, metadata["facts"]):
         raise ValueError("altered (CRC-32 differs)")
     return tensors, facts
+
+
+def is_intact(path: Path) -> bool:
+    """Whether `read_kept` reads a file; a damaged one is removed, with a warning, so that it is made again."""
+    if not path.exists():
+        return False
+    try:
+        read_kept(path)
+    except (OSError, ValueError) as error:
+        logger.warning("%s: damaged (%s); made again", path, error)
+        path.unlink()
+        return False
+    return True
 
 
 def _crc32(tensors: Mapping[str, Tensor], text: str) -> str:

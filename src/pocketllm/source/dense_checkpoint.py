@@ -181,9 +181,13 @@ def resolve(name: str, progress: Any = None) -> Path:
     if name.startswith(builtin.BUILTIN_PREFIX):
         return builtin.fetch(name, progress or (lambda message: None))
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, takes ~NOBODY as it is
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:  # a name that the system does not take
+        raise SourceError(f"{name}: no such folder ({error})") from error
+    if is_folder:
         return path
-    if path.exists():
+    if is_there:
         raise SourceError(f"{name}: a file; wanted a model folder with config.json and *.safetensors")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local:
