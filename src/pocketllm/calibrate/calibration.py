@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -99,8 +100,7 @@ def calibrate(
                 weigh_tokens=settings.weigh_tokens,
                 outputs=made,
             )
-            if is_writable:
-                found.save(path)
+            found = _read_back(found, path if is_writable else None)
     kept = None
     if folder is not None and not settings.sequential:
         inside = [m.name for m in matrices if m.in_blocks]
@@ -138,6 +138,14 @@ def _place(folder: Path | None) -> tuple[Path, bool]:
         )
         return place, False
     return place, True
+
+
+def _read_back(found: Sensitivity, path: Path | None) -> Sensitivity:
+    """Keep measurements and read them again, so that this run computes with the same bits as a later one."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = path or Path(scratch) / "measured.safetensors"
+        found.save(place)
+        return Sensitivity.load(place)
 
 
 def _kept(path: Path, outputs: Path | None) -> Sensitivity | None:
