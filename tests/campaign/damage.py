@@ -14,10 +14,36 @@ from pocketllm.format.checkpoint import REPORT_NAME, file_facts
 Damage = Callable[[Path, random.Random], str]
 """Damages a folder and says how."""
 
-_ODD: tuple[Any, ...] = (None, True, -1, 0, 1 << 40, 1 << 70, 0.5, float("nan"), "wide", "", [], {}, [[]], "\ud83d")
+_ODD: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1 << 40,
+    1 << 70,
+    0.5,
+    float("nan"),
+    "wide",
+    "",
+    [],
+    {},
+    [[]],
+    "\ud83d",
+)
 _STRAY = (
-    *("added_tokens.json", "special_tokens_map.json", "adapter_config.json", "chat_template.jinja", "vocab.json"),
-    *("additional_chat_templates/tool_use.jinja", "generation_config.json", "pytorch_model.bin", "modeling.py"),
+    *(
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "adapter_config.json",
+        "chat_template.jinja",
+        "vocab.json",
+    ),
+    *(
+        "additional_chat_templates/tool_use.jinja",
+        "generation_config.json",
+        "pytorch_model.bin",
+        "modeling.py",
+    ),
     *("model.safetensors.index.json", "model-00001-of-00002.safetensors", "tokenizer.model", "merges.txt"),
 )
 _STRAY_TEXT = (

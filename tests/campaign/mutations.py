@@ -93,7 +93,15 @@ def campaign(models: Models, place: Path, count: int, seed: int, seconds: float 
         counts[kind] += 1
         by_command[f"{what}: {name}"] += 1
         if kind not in ("refused", "right", "described"):
-            bad.append({"number": number, "what": f"{what}: {name}", "damage": done, "kind": kind, "text": ended.text})
+            bad.append(
+                {
+                    "number": number,
+                    "what": f"{what}: {name}",
+                    "damage": done,
+                    "kind": kind,
+                    "text": ended.text,
+                }
+            )
     return {"count": count, "seed": seed, "ends": dict(counts), "commands": dict(by_command), "bad": bad}
 
 

@@ -135,7 +135,9 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         if not path.name.startswith(".") and not path.is_dir():
             need_regular(path, SourceError)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        made = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        made.decode(made("a")["input_ids"])  # some settings are not looked at before they are used
+        return made
     except Exception as error:  # transformers and tokenizers raise whatever they come upon
         raise SourceError(
             f"{folder}: its tokenizer cannot be read ({reason_of(error)}); fetch its files again"
