@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import pocketllm
+from pocketllm.compression.pipeline import Event
 from pocketllm.errors import OutputError, ResumeError
 from pocketllm.format import kept, workspace
 from pocketllm.format.checkpoint import verify
-from pocketllm.compression.pipeline import Event
 from tests import tiny
 from tests.commands import contents
 

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 RUN_FACTS = ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")  # of a Report; not stored
@@ -77,7 +77,7 @@ class Report:
     peak_gpu_memory_bytes: int | None = None
     fits: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] | None = None
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] | None = None
     is_plan: bool = False
 
     def of_run(self, started: float, device: str) -> Report:
@@ -144,8 +144,7 @@ def check_report(values: Mapping[str, Any]) -> None:
 def _check_fields(cls: type[Report] | type[MatrixReport], values: Any, where: str) -> None:
     for entry in fields(cls):
         value: Any = _at(values, entry.name)
-        optional = entry.default is not MISSING or entry.name == "left_out"
-        if value is None and (optional or entry.name in _MEASURED):
+        if value is None and (entry.default is not MISSING or entry.name in _MEASURED):
             continue
         wanted = _JSON_TYPES[re.split(r"\W", str(entry.type))[0]]
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):

@@ -91,7 +91,7 @@ class PlannedModel:
             config=plan.config.to_dict(),
             fits=found.fits,
             versions=versions(),
-            left_out=self.form.left_out,
+            left_out=self.form.left_out or None,
         )
 
     def _bpw_blocks(self, per_matrix: Mapping[str, float]) -> float:
