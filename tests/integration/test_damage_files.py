@@ -192,7 +192,7 @@ def test_what_is_kept_has_a_checksum(tmp_path: Path) -> None:
         changed = bytearray(data)
         changed[place] ^= 1
         path.write_bytes(bytes(changed))
-        with pytest.raises(ValueError, match="altered|not what was written"):
+        with pytest.raises(ValueError, match=r"altered|not what was written"):
             read_kept(path)
     with pytest.raises(OSError, match="missing, or not a regular file"):
         read_kept(tmp_path)

@@ -145,7 +145,7 @@ def folder_bytes(folder: Path) -> int:
 
 def is_compressed(folder: Path) -> bool:
     """Whether a folder says of itself that pocketllm has compressed it."""
-    if (folder / REPORT_NAME).is_file():
+    if os.path.lexists(folder / REPORT_NAME):
         return True
     try:
         return bool(read_object(folder / "config.json")["quantization_config"]["quant_method"] == STORE)
@@ -179,7 +179,7 @@ def read_report(folder: Path) -> dict[str, Any]:
         FormatError: not a compressed model, or the report is damaged.
     """
     path = folder / REPORT_NAME
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         if is_compressed(folder):
             raise FormatError(
                 f"{folder}: no {REPORT_NAME}, as save_pretrained leaves it: pocketllm.load and generate read such a "
@@ -218,7 +218,7 @@ def verify(folder: Path) -> Layout:
     Raises:
         FormatError: naming the file, and the tensor where one is to blame.
     """
-    has_report = (folder / REPORT_NAME).exists() or not is_compressed(folder)
+    has_report = os.path.lexists(folder / REPORT_NAME) or not is_compressed(folder)
     files = read_report(folder)["files"] if has_report else {}
     check_folder(folder, files.keys(), REPORT_NAME if has_report else None)
     layout, weights = read_layout(folder), weights_of(folder)
@@ -279,7 +279,7 @@ def read_layout(folder: Path) -> Layout:
         FormatError: missing, not ours, or malformed.
     """
     path = folder / "config.json"
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         raise FormatError(f"{folder}: no config.json; not a compressed model")
     need_regular(path, FormatError)
     try:

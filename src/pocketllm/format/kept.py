@@ -54,7 +54,7 @@ def read_kept(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
             metadata = handle.metadata() or {}
         facts = json.loads(metadata["facts"])
-    except (SafetensorError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not what was written ({error!r})") from error
     if metadata.get("crc32") != _crc32(tensors, metadata["facts"]):
         raise ValueError("altered (CRC-32 differs)")

@@ -65,7 +65,11 @@ def check_output(
     Raises:
         OutputError: it exists and is not ours, or is ours and `overwrite` is not set, or cannot be made.
     """
-    if output.exists() and not output.is_dir():
+    try:
+        is_there = output.exists()
+    except OSError as error:  # a name that the system does not take
+        raise output_error(output, error) from error
+    if is_there and not output.is_dir():
         raise OutputError(f"{output}: exists and is a file; choose another output folder")
     if is_published(output) or (is_held(output) and _is_publishing(output)):
         return

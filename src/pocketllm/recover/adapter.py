@@ -6,6 +6,7 @@ weight that was decoded for the moment. So a merge is done here on the decoded m
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
     """
     report = ckpt.read_report(base)
     path = adapter / SETTINGS_NAME
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         raise FormatError(f"{adapter}: no {SETTINGS_NAME}; wanted an adapter in PEFT's form")
     settings = _read_object(path, ("peft_type",))
     shapes = _stored_shapes(adapter)
@@ -78,7 +79,7 @@ def read_record(adapter: Path) -> dict[str, Any] | None:
         FormatError: damaged.
     """
     path = adapter / RECORD_NAME
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return None
     return _read_object(path, ("base", "base_model", "base_identity"))
 
@@ -107,7 +108,7 @@ def _stored_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
         FormatError: the weight file is missing, truncated, or of another kind.
     """
     path = adapter / WEIGHTS_NAME
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         raise FormatError(f"{path}: missing; fetch or train the adapter again")
     need_regular(path, FormatError)
     try:

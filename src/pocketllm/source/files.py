@@ -6,6 +6,7 @@ several ways, what transformers would read is read, or the folder is refused as 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -33,7 +34,7 @@ def need_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder")
-    if not path.is_file() and not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         raise SourceError(f"{folder}: no config.json; wanted a Hugging Face model folder")
     need_regular(path, SourceError)
     try:
@@ -90,7 +91,7 @@ def _found(folder: Path) -> list[Path]:
                 "remove the one that is not the model's"
             )
         return [single] if single.is_file() else shards
-    files = [single] if _is_there(single) else sorted(folder.glob("*.safetensors"))
+    files = [single] if os.path.lexists(single) else sorted(folder.glob("*.safetensors"))
     if len(files) > 1 and not _is_complete([file.name for file in files]):
         raise SourceError(
             f"{folder}: several *.safetensors files ({', '.join(file.name for file in files[:3])}) and neither "
@@ -106,16 +107,12 @@ def _found(folder: Path) -> list[Path]:
     raise SourceError(f"{folder}: no *.safetensors file; wanted a Hugging Face model folder with weights")
 
 
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
-
-
 def _only_index(folder: Path) -> str | None:
     """The name of the index of shards, None without one."""
-    if _is_there(folder / INDEX_NAME):
+    if os.path.lexists(folder / INDEX_NAME):
         return INDEX_NAME
     others = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
-    if _is_there(folder / WEIGHTS_NAME) or not others:
+    if os.path.lexists(folder / WEIGHTS_NAME) or not others:
         return None
     if len(others) > 1:
         raise SourceError(f"{folder}: several indexes of shards ({', '.join(others)}); remove all but one")
@@ -146,7 +143,7 @@ def _shards(index: Path) -> list[Path]:
             raise SourceError(
                 f"{index}: names {name!r}; only *.safetensors in the same folder are read, pickles never"
             )
-        if not _is_there(index.parent / name):
+        if not os.path.lexists(index.parent / name):
             raise SourceError(f"{index.parent}: {name} is named in {index.name} but missing; fetch it")
     if not named:
         raise SourceError(f"{index}: damaged (names no file); fetch it again")
