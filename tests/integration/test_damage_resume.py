@@ -19,6 +19,7 @@ from pocketllm.errors import OutputError, ResumeError
 from pocketllm.format import workspace
 from pocketllm.format.output import check_output, named_output
 from pocketllm.format.workspace import Workspace
+from pocketllm.report.files import check_target
 from tests import tiny
 from tests.commands import Run, digest
 
@@ -271,6 +272,8 @@ def test_outputs_by_other_names(
 def test_names_that_cannot_be_made(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="the name has 250 bytes, wanted at most 200; choose a shorter one"):
         pocketllm.compress(source, tiny.settings(), tmp_path / ("x" * 250))
+    with pytest.raises(OutputError, match="the name has 250 bytes"):
+        check_target(tmp_path / ("x" * 245 + ".html"))
     with pytest.raises(OutputError, match="the name is not UTF-8; choose another"):
         pocketllm.compress(source, tiny.settings(), os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     with pytest.raises(OutputError, match="cannot be written"):

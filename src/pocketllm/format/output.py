@@ -34,7 +34,7 @@ def named_output(output: str | Path) -> Path:
     try:
         length = len(path.name.encode())
     except UnicodeEncodeError as error:
-        raise OutputError(f"{str(path)!a}: the name is not UTF-8; choose another output folder") from error
+        raise OutputError(f"{str(path)!a}: the name is not UTF-8; choose another name") from error
     if length > _LONGEST_NAME:
         raise OutputError(
             f"{path}: the name has {length} bytes, wanted at most {_LONGEST_NAME}; choose a shorter one"
