@@ -22,19 +22,19 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import RESULTS
-from pocketllm.codec.trellis import Trellis
 from torch import Tensor
 
 import pocketllm
-from pocketllm.calibrate.input_hessians import add_square
-from pocketllm.calibrate.sensitivity import OUTPUT_DAMPING, strips_for
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign, factorize
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate, rotate_hessian, rotate_matrix, unrotate_matrix
+from pocketllm.codec.trellis import Trellis
 from pocketllm.config import DEFAULT_PRESET
-from pocketllm.format.report import peak_memory_bytes
 from pocketllm.machine import machine
+from pocketllm.calibrate.input_hessians import add_square
+from pocketllm.format.report import peak_memory_bytes
+from pocketllm.calibrate.sensitivity import OUTPUT_DAMPING, strips_for
 
 HIDDEN, INTERMEDIATE, BLOCKS = 4096, 11008, 32
 VECTOR_LEN = 2

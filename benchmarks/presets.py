@@ -57,8 +57,8 @@ def dense(text: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pocketllm.format.checkpoint import folder_bytes
     from pocketllm.source.builtin import fetch
+    from pocketllm.format.checkpoint import folder_bytes
 
     folder = fetch(MODEL)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

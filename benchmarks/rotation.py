@@ -13,18 +13,18 @@ from collections.abc import Callable
 
 import torch
 from common import data_file, quiet, save
-from pocketllm.codec.trellis import Trellis
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign, factorize
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate_hessian, rotate_matrix
+from pocketllm.codec.trellis import Trellis
 from pocketllm.config import CompressConfig
-from pocketllm.plan.matrices import classify
+from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.source.builtin import fetch
+from pocketllm.plan.matrices import classify
 from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.text.read import calibration_windows, read_calibration
 

@@ -22,9 +22,7 @@ def threads() -> Iterator[None]:
 def test_threads_are_shared(threads: int, jobs: int, each: int) -> None:
     torch.set_num_threads(threads)
     seen: list[tuple[int, int]] = []
-    told = list(
-        run_parallel([lambda n=n: seen.append((n, torch.get_num_threads())) for n in range(jobs)], "cpu")
-    )
+    told = list(run_parallel([lambda n=n: seen.append((n, torch.get_num_threads())) for n in range(jobs)], "cpu"))
     assert len(told) == jobs
     assert sorted(seen) == [(n, each) for n in range(jobs)]
     assert torch.get_num_threads() == threads

@@ -19,7 +19,8 @@ def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
         only_read: folders that it must not lie in.
 
     Raises:
-        OutputError: as `named_output`; a folder of that name, a parent that is a file, or one that cannot be written or is only read.
+        OutputError: as `named_output`; a folder of that name,
+            a parent that is a file, or one that cannot be written or is only read.
     """
     named_output(path)  # its name can be made
     if path.is_dir():
