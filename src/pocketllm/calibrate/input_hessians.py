@@ -12,7 +12,6 @@ of its siblings.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pocketllm.errors import SourceError
+from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
 from pocketllm.plan.matrices import Matrix
 
@@ -61,10 +60,13 @@ class Inputs:
 
     @classmethod
     def load(cls, path: Path, device: str) -> Inputs:
-        """Inverse of `save`."""
-        with safe_open(str(path), framework="pt", device=device) as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-            facts = json.loads(handle.metadata()["facts"])
+        """Inverse of `save`.
+
+        Raises:
+            ValueError: damaged. OSError: it cannot be read.
+        """
+        stored, facts = read_kept(path)
+        tensors = {name: value.to(device) for name, value in stored.items()}
         hessians = {name: tensors[owner] for name, owner in facts["same"].items()}
         return cls(hessians, facts["tokens"], facts["unseen_experts"])
 

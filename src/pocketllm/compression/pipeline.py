@@ -31,8 +31,15 @@ from pocketllm.config import CompressConfig
 from pocketllm.config.constants import SAMPLED_MATRICES
 from pocketllm.errors import FormatError
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.output import (
+    check_not_nested,
+    check_output,
+    is_published,
+    named_output,
+    output_error,
+)
 from pocketllm.format.report import Report
-from pocketllm.format.workspace import Workspace, check_not_nested, check_output, locked, output_error
+from pocketllm.format.workspace import Workspace, locked
 from pocketllm.plan.matrices import Matrix, Plan
 from pocketllm.plan.target import planned
 from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense, resolve
@@ -88,7 +95,7 @@ def compress(
         >>> report = pocketllm.compress("builtin:smollm2-135m", pocketllm.preset("lookup-8x"), "out")
     """
     started = time.monotonic()
-    output = Path(output)
+    output = named_output(output)
     check_output(output, overwrite)
     folder = resolve(str(model), lambda message: progress(Event("fetch", 0.0, message)))
     source = open_dense(folder, trust_remote_code)
@@ -101,6 +108,9 @@ def compress(
     try:
         work = Workspace.open(output, source, config, str(model), device, text_identity(windows))
         with locked(work.folder):
+            if is_published(output):  # by an earlier run that was killed afterwards
+                work.drop()
+                return Report.from_dict(ckpt.read_report(output)).of_run(started, device)
             kept = calibration_folder, work.folder
             found = _calibrated(source, windows, config, device, *kept, progress)
             if found is not None:

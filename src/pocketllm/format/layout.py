@@ -169,7 +169,7 @@ class Layout:
                 matrices[name] = MatrixEntry(**entry)
             codebooks = tuple(CodebookEntry(*entry) for entry in values["codebooks"])
             decoders = tuple(_decoder_entry(entry) for entry in values["decoders"])
-        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ConfigError) as error:
             raise FormatError(f"{where}: malformed quantization_config ({error!r})") from error
         layout = cls(matrices, codebooks, decoders)
         for name in matrices:

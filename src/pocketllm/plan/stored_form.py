@@ -15,10 +15,7 @@ from pocketllm.config import CodecConfig
 from pocketllm.format.layout import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.plan.matrices import KEPT_END, Dense, Matrix, Plan
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
-
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
-# config.json is written anew; the rest belongs to weights, to an adapter, or is a record of ours.
-_NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json", "pocketllm*.json")
+from pocketllm.source.model_files import companions, need_config
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,15 @@ class StoredForm:
             for m in group
         }
 
-    def copied_files(self) -> list[Path]:
-        """Tokenizer, generation settings, licence: small files that belong to the model."""
-        folder = self.source.folder
-        found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if not any(path.match(other) for other in _NOT_COPIED))
+    @cached_property
+    def copied_files(self) -> dict[str, Path]:
+        """Tokenizer, chat templates, licence: what belongs to the model beside its weights, by stored name."""
+        return {name: self.source.folder / name for name in companions(self.source.folder)[0]}
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Files of the source that are not copied, and why."""
+        return companions(self.source.folder)[1]
 
     def layout(self, crcs: Mapping[str, str]) -> Layout:
         """The stored form, given the checksum of each matrix, `codebook N` and `decoder N`."""
@@ -105,7 +106,8 @@ class StoredForm:
 
     def config_text(self, crcs: Mapping[str, str]) -> str:
         """The body of config.json."""
-        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
+        config = need_config(self.source.folder)
+        config.pop("transformers_weights", None)  # weights have their usual name here
         config["quantization_config"] = {
             "quant_method": STORE,
             "producer": f"pocketllm-codec {pocketllm.__version__}",

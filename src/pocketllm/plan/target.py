@@ -47,7 +47,7 @@ def planned(
         return PlannedModel(source, make_plan(source, config, importance, strip_rows), model)
     matrices, dense = classify(source, config)
     empty = PlannedModel(source, Plan((), {}, tuple(dense), "model", config), model)
-    other = sum(path.stat().st_size for path in empty.form.copied_files())
+    other = sum(path.stat().st_size for path in empty.form.copied_files.values())
     weights = sum(m.weights for m in matrices)
     whole = 2 * (weights + sum(torch.Size(d.shape).numel() for d in dense)) + other
     target = config.target_bytes or int(whole / (config.target_ratio or 1))

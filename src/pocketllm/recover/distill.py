@@ -20,9 +20,9 @@ from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import DistillConfig
 from pocketllm.errors import ConfigError, SourceError
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.output import check_not_nested, is_published, named_output
 from pocketllm.format.report import rounded
 from pocketllm.format.rewrite import rewrite, stored_sizes
-from pocketllm.format.workspace import check_not_nested
 from pocketllm.recover.base_model import Base, check_context, check_teacher, open_base
 from pocketllm.recover.distill_task import Distillation, load_student, planned_parameters, training_windows
 from pocketllm.recover.loop import Loop, Progress, step_event
@@ -89,7 +89,7 @@ def distill(
     Example:
         >>> pocketllm.distill("smol-2bit", "smol-2bit-tuned", DistillConfig(texts=("my-texts/",)))
     """
-    config, folder, output = config or DistillConfig(), Path(folder), Path(output)
+    config, folder, output = config or DistillConfig(), Path(folder), named_output(output)
     check_places(output, overwrite)
     base = open_base(folder, output, trust_remote_code)
     name = teacher or str(base.report["model"])
@@ -103,6 +103,8 @@ def distill(
         **config.to_dict(),
     }
     with open_run(output, base, arguments, config.loop, device) as run:
+        if is_published(output):  # by an earlier run that was killed afterwards
+            return run.recall(DistillResult)
         load = partial(
             open_teacher,
             dense,
@@ -221,8 +223,8 @@ def dry_run_distill(
     """
     folder = Path(folder)
     if output is not None:
-        check_places(Path(output), overwrite)
-    base = open_base(folder, None if output is None else Path(output), trust_remote_code)
+        check_places(named_output(output), overwrite)
+    base = open_base(folder, None if output is None else named_output(output), trust_remote_code)
     name = teacher or str(base.report["model"])
     _, (train, validation) = _inputs(base, config, name)
     trained = planned_parameters(stored_sizes(folder)[0], config)

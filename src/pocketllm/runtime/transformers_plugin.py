@@ -6,6 +6,7 @@ memory); `packed` keeps indices packed in memory and decodes a layer's weight ea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError
+from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, PocketError, reason_of
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.runtime.layers import (
     Codebook,
@@ -29,7 +30,9 @@ from pocketllm.runtime.layers import (
     packed_matrices,
     replace_parameters,
 )
+from pocketllm.source.dense_checkpoint import resolve
 from pocketllm.source.folder import read_tokenizer
+from pocketllm.source.model_files import check_counts, need_config
 
 MODES = ("dense", "packed")
 
@@ -188,6 +191,26 @@ def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
             raise FormatError(f"{name}: altered (CRC-32 differs from config.json); fetch the model again")
 
 
+def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> Any:
+    """The model as transformers loads it.
+
+    Raises:
+        LoadError: transformers cannot; and what the plug-in raises.
+    """
+    loader: Any = AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=how["trust_remote_code"])
+        config.quantization_config["mode"] = mode
+        return loader.from_pretrained(folder, config=config, use_safetensors=True, **how)
+    except (PocketError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises whatever it comes upon
+        hint = "; pass --trust-remote-code if you trust it" if "custom code" in str(error) else ""
+        raise LoadError(
+            f"{folder}: transformers cannot load this model ({reason_of(error)}){hint}"
+        ) from error
+
+
 def load(
     path: str | Path,
     *,
@@ -220,17 +243,13 @@ def load(
     """
     if mode not in MODES:
         raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
-    folder = Path(path)
-    if not folder.is_dir():
-        from pocketllm.source.dense_checkpoint import resolve
-
-        folder = resolve(str(path))
-    ckpt.verify(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    config.quantization_config["mode"] = mode
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-    )
+    folder = resolve(str(path))
+    layout = ckpt.verify(folder)
+    shapes = [shape for _, shape in layout.tensors().values()]
+    shapes += [entry.shape for entry in layout.matrices.values()]
+    check_counts(need_config(folder), shapes, folder / "config.json", FormatError)
+    how = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    model = _from_pretrained(folder, mode, how)
     if not isinstance(getattr(model, "hf_quantizer", None), PocketQuantizer):
         raise LoadError(
             f"{folder}: transformers loaded it without pocketllm; its weights are not the model's"

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pocketllm.errors import SourceError, WeightError, reason_of
 from pocketllm.files import sha256_file
-from pocketllm.source.folder import meta_model, open_safetensors, weight_files
+from pocketllm.source.folder import meta_model, open_safetensors
+from pocketllm.source.model_files import OTHER_WEIGHTS, PICKLES, weight_files
 
 FLOAT_DTYPES = {
     "F64": torch.float64,
@@ -29,7 +30,8 @@ FLOAT_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
+HUB_IGNORED = [*PICKLES, *OTHER_WEIGHTS, "original/*", "*/*.safetensors"]
+"""What is not fetched from the hub: what `companions` leaves, and the weights of other models."""
 _LARGEST = 1e15  # squares and their sums stay finite in float32
 
 
@@ -179,9 +181,13 @@ def resolve(name: str, progress: Any = None) -> Path:
     if name.startswith(builtin.BUILTIN_PREFIX):
         return builtin.fetch(name, progress or (lambda message: None))
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, takes ~NOBODY as it is
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:  # a name that the system does not take
+        raise SourceError(f"{name}: no such folder ({error})") from error
+    if is_folder:
         return path
-    if path.exists():
+    if is_there:
         raise SourceError(f"{name}: a file; wanted a model folder with config.json and *.safetensors")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local:
@@ -194,7 +200,7 @@ def resolve(name: str, progress: Any = None) -> Path:
     local = f"no such folder in {path.parent}" if path.parent.is_dir() else "no local folder"
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns="*/*"))
+        return Path(snapshot_download(name, ignore_patterns=HUB_IGNORED))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise SourceError(
             f"{name}: {local}, and as a hub id it was tried in vain ({reason_of(error)}); "
@@ -222,7 +228,7 @@ def resolve_local(name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, local_files_only=True))
+        return Path(snapshot_download(name, ignore_patterns=HUB_IGNORED, local_files_only=True))
     except (OSError, HFValidationError, ValueError):
         return None
 
