@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pocketllm.errors import PocketError
 
 Job = Callable[[], Any]
@@ -66,6 +68,7 @@ def run(
 
 def _child(job: Job, notes: Path, more_memory: int | None, user: int | None) -> None:
     """Never returns."""
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork; here it is made anew, by one thread
     silent = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silent, stream)
