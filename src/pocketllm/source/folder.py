@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pocketllm.errors import SourceError, reason_of
+from pocketllm.source.model_class import build, model_class
 from pocketllm.text.vocabulary import Vocabulary
 
 _TOKENIZERS = ("tokenizer*.json", "tokenizer*.model", "spiece.model", "vocab*", "*.tiktoken", "tekken.json")
@@ -96,23 +97,66 @@ def _not_built(folder: Path, error: Exception) -> SourceError:
     return SourceError(f"{folder}: transformers cannot build this model ({reason}){hint}")
 
 
-def meta_model(folder: Path, trust_remote_code: bool) -> Any:
+def meta_model(folder: Path, trust_remote_code: bool, ties: bool = True) -> Any:
     """The model class on the meta device: shapes, no weights.
 
+    Args:
+        ties: False builds it with no parameters tied, whatever its configuration says.
+
     Raises:
-        SourceError: transformers does not know the model, or it is quantized already.
+        SourceError: transformers does not know the model, or it cannot be untied.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = read_config(folder, trust_remote_code)
-    if getattr(config, "quantization_config", None):
-        raise SourceError(
-            f"{folder}: the model is already quantized; compress the unquantized checkpoint instead"
-        )
+    if not ties:
+        untie(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = build(config, trust_remote_code)
+    except Exception as error:  # as in `read_config`
+        raise _not_built(folder, error) from error
+    if not ties and getattr(model, "all_tied_weights_keys", None):
+        raise SourceError(
+            f"{folder}: stores parameters apart that {type(model).__name__} always ties "
+            f"({next(iter(model.all_tied_weights_keys))}); they cannot both be kept"
+        )
+    return model
+
+
+def untie(config: Any) -> None:
+    """Let a configuration tie no parameters, nor those within it."""
+    config.tie_word_embeddings = False
+    for name in getattr(config, "sub_configs", {}):
+        inner = getattr(config, name, None)
+        if inner is not None:
+            untie(inner)
+
+
+_DEQUANTIZED = ("fp8", "mxfp4")  # block scales; quant_method of transformers
+
+
+def dequantizer(folder: Path, trust_remote_code: bool) -> Any:
+    """transformers' quantizer that dequantizes a checkpoint while it is read; None for an ordinary one.
+
+    Raises:
+        SourceError: quantized in another form.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
+    config = read_config(folder, trust_remote_code)
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(stored.get("quant_method"))
+    if method not in _DEQUANTIZED:
+        raise SourceError(
+            f"{folder}: the model is already quantized ({method}); compress the unquantized checkpoint instead"
+        )
+    try:
+        settings = AutoQuantizationConfig.from_dict({**stored, "dequantize": True})
+        return AutoHfQuantizer.from_config(settings, pre_quantized=True)
     except Exception as error:  # as in `read_config`
         raise _not_built(folder, error) from error
 
@@ -127,11 +171,10 @@ def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = Fals
     Raises:
         SourceError: no safetensors (pickles are never loaded), or transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM
-
     weight_files(folder)  # its errors are clearer
+    config = read_config(folder, trust_remote_code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = model_class(config).from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placed
         )
     except (OSError, ValueError, RuntimeError) as error:
