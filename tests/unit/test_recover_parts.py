@@ -14,7 +14,6 @@ from accelerate import PartialState
 
 from pocketllm.config import DistillConfig, LoopConfig
 from pocketllm.errors import ConfigError, ExtraError, ShapeError, SourceError
-from pocketllm.calibrate.blocks import find_blocks
 from pocketllm.format.rewrite import rewrite
 from pocketllm.format.workspace import Workspace
 from pocketllm.recover.adapter import need_peft

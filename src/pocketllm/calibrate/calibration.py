@@ -26,7 +26,7 @@ from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.calibrate.sensitivity import Sensitivity, measure
 from pocketllm.config import CompressConfig
 from pocketllm.errors import SourceError, reason_of
-from pocketllm.plan.matrices import classify
+from pocketllm.plan.selection import classify
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.folder import read_tokenizer
 from pocketllm.text.read import calibration_windows, default_text, read_calibration

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pocketllm.errors import ConfigError, SourceError, WeightError
 from pocketllm.text.vocabulary import check_positions, name_of
+from pocketllm.torch_state import in_default_torch_state
 
 _LOGITS_AT_ONCE = 128  # positions whose float32 logits are held at the same time
 
@@ -81,6 +82,7 @@ def token_windows(tokenizer: Any, text: str, context: int, windows: int | None =
     return ids[: wanted * context].reshape(wanted, context)
 
 
+@in_default_torch_state
 @torch.inference_mode()
 def perplexity(
     model: Any,

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from pocketllm.errors import LoadError
+from pocketllm.torch_state import in_default_torch_state
 
 _DECODED_AGAIN = 8
 
 
+@in_default_torch_state
 def verify_compressed(model: Any, sample: int = _DECODED_AGAIN) -> int:
     """How many matrices of a loaded model are compressed: all that its layout names.
 

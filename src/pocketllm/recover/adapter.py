@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from pocketllm.errors import ConfigError, ExtraError, FormatError, LoadError, reason_of
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.recover.setting import Base, identity
+from pocketllm.torch_state import in_default_torch_state
 
 RECORD_NAME, SETTINGS_NAME = "pocketllm-adapter.json", "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -103,6 +104,7 @@ def _stored_names(adapter: Path) -> set[str]:
         ) from error
 
 
+@in_default_torch_state
 def attach_adapter(model: Any, base: Path, adapter: Path) -> Any:
     """Put an adapter into a model loaded from the compressed folder `base`; the PeftModel around it.
 

@@ -43,6 +43,7 @@ from pocketllm.recover.setting import (
 from pocketllm.recover.teacher import CachedTeacher, LiveTeacher, Teacher, open_teacher
 from pocketllm.recover.trainable import make_trainable, set_stored, stored_tensors
 from pocketllm.source.dense_checkpoint import open_dense, resolve
+from pocketllm.torch_state import in_default_torch_state
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Distilled:
     seconds: float
 
 
+@in_default_torch_state
 def distill(
     folder: str | Path,
     output: str | Path,
@@ -193,6 +195,7 @@ def _legend(done: Distilled, folder: Path, teacher: str, label_weight: float) ->
     return {"title": title, "loss_name": f"{axis}{which} (nats per token)"}
 
 
+@in_default_torch_state
 def dry_run_distill(
     folder: str | Path,
     config: DistillConfig,

@@ -36,6 +36,7 @@ from pocketllm.recover.log import check_places
 from pocketllm.recover.loop import Loop, step_event
 from pocketllm.recover.setting import Base, check_context, compute_dtype, open_base, publish, started
 from pocketllm.source.folder import copy_file_mode
+from pocketllm.torch_state import in_default_torch_state
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Adapted:
     seconds: float
 
 
+@in_default_torch_state
 def lora(
     folder: str | Path,
     output: str | Path,
@@ -137,6 +139,7 @@ def lora(
     return done
 
 
+@in_default_torch_state
 def dry_run_lora(
     folder: str | Path,
     config: LoraTuneConfig,

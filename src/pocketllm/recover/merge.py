@@ -23,6 +23,7 @@ from pocketllm.recover.setting import Base, check_context, open_base
 from pocketllm.runtime.export import save_dense
 from pocketllm.source.folder import load_dense
 from pocketllm.text.read import default_text
+from pocketllm.torch_state import in_default_torch_state
 
 _RECORD_NAME = "pocketllm-merged.json"
 
@@ -44,6 +45,7 @@ class Merged:
     perplexities: dict[str, float]
 
 
+@in_default_torch_state
 def merge(
     folder: str | Path,
     adapter: str | Path,

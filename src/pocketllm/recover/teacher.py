@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pocketllm.calibrate.blocks import find_blocks
 from pocketllm.format.workspace import damaged
 from pocketllm.recover.divergence import Target, position_slices
 from pocketllm.recover.readout import Readout
 from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.source.folder import load_dense
+from pocketllm.source.model_class import find_blocks
 
 _IDS, _LOG_P = "teacher-ids.npy", "teacher-log-p.npy"
 

@@ -12,8 +12,10 @@ from pocketllm.errors import OutputError
 from pocketllm.format.checkpoint import folder_bytes
 from pocketllm.format.workspace import check_output, system_errors
 from pocketllm.source.folder import copy_file_mode
+from pocketllm.torch_state import in_default_torch_state
 
 
+@in_default_torch_state
 def export(folder: Path, output: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
     """Decode a compressed model into a dense safetensors checkpoint under the names tools expect.
 

@@ -21,6 +21,7 @@ from pocketllm.files import sha256_file
 from pocketllm.source.assembly import STORED_DTYPES, Assembly, Part, assemble, lend_parts, settle_tied
 from pocketllm.source.folder import dequantizer, meta_model, weight_files
 from pocketllm.source.model_class import build
+from pocketllm.torch_state import in_default_torch_state
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
@@ -218,6 +219,7 @@ def resolve_local(name: str) -> Path | None:
         return None
 
 
+@in_default_torch_state
 def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint:
     """Open a dense checkpoint without reading weights, but for those that are stored more than once.
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from pocketllm.errors import SourceError, reason_of
 from pocketllm.source.model_class import build, model_class
 from pocketllm.text.vocabulary import Vocabulary
+from pocketllm.torch_state import in_default_torch_state
 
 _TOKENIZERS = ("tokenizer*.json", "tokenizer*.model", "spiece.model", "vocab*", "*.tiktoken", "tekken.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -161,6 +162,7 @@ def dequantizer(folder: Path, trust_remote_code: bool) -> Any:
         raise _not_built(folder, error) from error
 
 
+@in_default_torch_state
 def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = False, **placed: Any) -> Any:
     """A dense model with its weights, in evaluation mode.
 
