@@ -24,6 +24,7 @@ from pocketllm.recover.log import RunLog
 from pocketllm.recover.loop import Group, Loop
 from pocketllm.recover.setting import compute_dtype
 from pocketllm.recover.text import read_text, split, windows_of
+from pocketllm.source.model_class import find_blocks
 from tests import tiny
 
 

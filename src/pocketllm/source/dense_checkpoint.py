@@ -101,9 +101,9 @@ class DenseCheckpoint:
         if self.assembly.is_converted(name):
             made = self.assembly.converted(name, tensors)
             value = made[name] if name in made else made[self.assembly.lead[name]]
-        if value.dtype != dtype and self.is_quantized:
-            value = value.detach().to(dtype)
-            _check_values(name, value)
+            if self.is_quantized:
+                value = value.detach().to(dtype)
+                _check_values(name, value)
         if tuple(value.shape) != self.shape(name):
             raise WeightError(
                 f"{name}: stored with shape {tuple(value.shape)}, the model wants {self.shape(name)}; "

@@ -181,6 +181,8 @@ def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = Fals
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"{folder}: transformers cannot load this model ({reason_of(error)})") from error
+    if getattr(config, "quantization_config", None) and dtype != "auto":
+        model = model.to(dtype)  # what was dequantized is in the dtype of the configuration
     return model.eval()
 
 
