@@ -1,0 +1,136 @@
+"""What other code in the process has set in torch has no influence, and is left as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pocketllm
+from pocketllm.evaluate import verify_compressed
+from pocketllm.evaluate.kl import text_divergence
+from tests import recovery, tiny
+
+IDS = torch.arange(3, 40)[None]
+QUICK = {"tokens": 64, "context": 32, "sensitivity_tokens": 32}
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SURROUNDINGS: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "default bfloat16": lambda: default_dtype(torch.bfloat16),
+    "default float64": lambda: default_dtype(torch.float64),
+    "device meta": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "deterministic": deterministic,
+}
+
+
+def state() -> tuple[object, ...]:
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(source: Path) -> dict[str, Path]:
+    """A model compressed in both ways in ordinary surroundings."""
+    made = {}
+    for name, config in CONFIGS.items():
+        made[name] = source.parent / f"plain-{name}"
+        pocketllm.compress(source, config, made[name])
+    return made
+
+
+CONFIGS = {"calibrated": tiny.on_trellis(calibration=QUICK), "uncalibrated": tiny.settings()}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_compression_and_loading(
+    name: str, config: str, source: Path, plain: dict[str, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("POCKETLLM_CACHE", str(tmp_path / "cache"))  # measured here, too
+    with SURROUNDINGS[name]():
+        before = state()
+        planned = pocketllm.dry_run(source, CONFIGS[config])
+        pocketllm.compress(source, CONFIGS[config], tmp_path / "out")
+        assert state() == before
+    for file in ("model.safetensors", "config.json", "pocketllm.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (plain[config] / file).read_bytes()
+    assert planned.bytes_on_disk > 0
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_running(name: str, small: Path, text: Path, tmp_path: Path) -> None:
+    dense, tokenizer = pocketllm.load(small)
+    packed, _ = pocketllm.load(small, mode="packed")
+    words = text.read_text()
+
+    def use(model: Any) -> tuple[object, ...]:
+        return (
+            verify_compressed(model),
+            pocketllm.perplexity(model, tokenizer, words, context=16).value,
+            text_divergence(model, dense, tokenizer, words, context=16).kl,
+            pocketllm.generate(model, tokenizer, "hello", max_new_tokens=4).text,
+        )
+
+    wanted, weight = use(dense), dense.lm_head.weight
+    with SURROUNDINGS[name]():
+        before = state()
+        for mode in ("dense", "packed"):
+            loaded, _ = pocketllm.load(small, mode=mode)
+            assert loaded.lm_head.weight.dtype == torch.float32
+            assert loaded.lm_head.weight.device.type == "cpu"
+            assert torch.equal(loaded.lm_head.weight.cpu(), weight)
+            assert use(loaded) == wanted
+        pocketllm.export(small, tmp_path / "dense", torch.float32)
+        assert state() == before
+        assert torch.equal(packed.lm_head.weight, weight)  # decoded within
+    hidden = packed.model(IDS, use_cache=False).last_hidden_state  # what was decoded within can be trained on
+    loss = packed.lm_head(hidden.requires_grad_()).sum()
+    loss.backward()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = recovery.make(tmp_path_factory.mktemp("recovery"))
+    pocketllm.distill(folder / "c", folder / "plain", recovery.config(folder, steps=2))
+    return folder
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_recovery(name: str, made: Path, tmp_path: Path) -> None:
+    with SURROUNDINGS[name]():
+        before = state()
+        pocketllm.distill(made / "c", tmp_path / "out", recovery.config(made, steps=2))
+        assert state() == before
+    plain = (made / "plain" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == plain
