@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pocketllm
+from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.errors import SourceError, WeightError
+from pocketllm.plan import classify
 from pocketllm.source import load_dense, open_dense
 from tests import tiny
 
 IDS = torch.arange(3, 40)[None]
-QUICK = {"tokens": 64, "context": 32, "sensitivity_tokens": 32}
 
 
 def restored(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]], **quantized: Any) -> Path:
@@ -171,10 +172,17 @@ def test_integer_and_boolean_buffers(dtype: torch.dtype, tmp_path: Path, monkeyp
 
 def test_experts_stored_transposed_are_calibrated_for_their_inputs(tmp_path: Path) -> None:
     folder = gpt_oss(tmp_path / "dense")
-    report = pocketllm.compress(folder, tiny.on_trellis(calibration=QUICK), tmp_path / "out")
+    source = open_dense(folder)
+    matrices, _ = classify(source, tiny.on_trellis())
+    stream = BlockStream(source, IDS)
+    for path, block in stream:
+        inside = [m for m in matrices if m.name.startswith(f"{path}.")]
+        seen = stream.inputs(block, inside)
+        assert all(seen.tokens[m.name] == (2 if len(m.shape) == 3 else 1) * IDS.numel() for m in inside)
+        stream.hidden = stream.run(block, stream.hidden)
+    report = pocketllm.compress(folder, tiny.target(8.0), tmp_path / "out")
     experts = [m for m in report.matrices if len(m.shape) == 3]
     assert {(m.shape, m.columns) for m in experts} == {((3, 32, 64), 32), ((3, 32, 32), 32)}
-    assert all(m.input_tokens == 2 * 64 for m in experts)
     dense = load_dense(folder, torch.float32)
     packed, _ = pocketllm.load(tmp_path / "out", mode="packed", dtype=torch.float32)
     for m in experts:
