@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,10 @@ def state() -> tuple[object, ...]:
 
 @contextmanager
 def all_at_once() -> Iterator[None]:
-    with deterministic(), default_dtype(torch.bfloat16), torch.inference_mode(), torch.device("meta"):
-        with torch.autocast("cpu", torch.bfloat16):
-            yield
+    with ExitStack() as stack:
+        for name in ("deterministic", "default bfloat16", "inference_mode", "device meta", "autocast"):
+            stack.enter_context(SURROUNDINGS[name]())
+        yield
 
 
 @pytest.mark.parametrize("name", SURROUNDINGS)

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 import pocketllm
-from pocketllm.errors import ConfigError, FormatError
+from pocketllm.cli.options import load_any
+from pocketllm.errors import ConfigError, FormatError, SourceError
 from pocketllm.source import load_dense
 from tests import tiny
 
@@ -45,6 +46,9 @@ def test_a_reward_model_keeps_its_head(reward: Path, tmp_path: Path) -> None:
         assert torch.equal(model.score.weight, dense.score.weight)
         found, wanted = model(IDS).logits, dense(IDS).logits
         assert found.shape == wanted.shape == (1, 1)
+    for folder in (reward, tmp_path / "out"):
+        with pytest.raises(SourceError, match="LlamaForSequenceClassification has no language model head"):
+            load_any(str(folder), "dense", "auto", "cpu", False)
 
 
 def test_a_model_without_a_language_model_head_is_not_calibrated(reward: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketllm.errors import ConfigError
+from pocketllm.errors import ConfigError, SourceError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
@@ -78,6 +78,7 @@ def load_any(
     from pocketllm.format import checkpoint
     from pocketllm.source.dense_checkpoint import open_dense, resolve
     from pocketllm.source.folder import load_dense, no_tokenizer, read_tokenizer
+    from pocketllm.source.model_class import output_head
 
     folder = resolve(model)
     where = {"": device}
@@ -94,6 +95,10 @@ def load_any(
         open_dense(folder, trust_remote_code)  # its errors are clearer
         loaded = load_dense(folder, dtype_of(dtype, device), trust_remote_code, device_map=where)
         tokenizer = read_tokenizer(folder, trust_remote_code)
+    if output_head(loaded) is None and not loaded.can_generate():
+        raise SourceError(
+            f"{folder}: {type(loaded).__name__} has no language model head; wanted a causal model"
+        )
     if tokenizer is None:
         raise no_tokenizer(folder)
     facts = {"compressed": is_compressed, "bytes_on_disk": checkpoint.folder_bytes(folder)}

@@ -95,7 +95,8 @@ def compute_weights(model: nn.Module) -> None:
             module._modules = {
                 PACKED + key if isinstance(m, PackedMatrix) else key: m for key, m in module._modules.items()
             }
-            module.__class__ = _packed_class(type(module), leaves)
+            dense: Any = type(module)
+            module.__class__ = _packed_class(dense, leaves)
 
 
 def _packed_leaves(module: nn.Module) -> list[tuple[str, PackedMatrix]]:
@@ -116,7 +117,7 @@ class _Packed(nn.Module):
     _leaves: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class itself cannot be found by its name
-        return _empty, (self._dense_class, self._leaves), self.__getstate__()  # type: ignore[misc]
+        return _empty, (self._dense_class, self._leaves), self.__getstate__()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Take an ordinary parameter in the place of a packed one."""
@@ -124,7 +125,8 @@ class _Packed(nn.Module):
             self._modules.pop(PACKED + name, None)
             self.__dict__.pop(f"_tied_{name}", None)
             rest = tuple(leaf for leaf in self._leaves if leaf != name)
-            self.__class__ = _packed_class(self._dense_class, rest) if rest else self._dense_class
+            dense: Any = self._dense_class
+            self.__class__ = _packed_class(dense, rest) if rest else dense
         nn.Module.register_parameter(self, name, param)  # it may be no `_Packed` any more
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
@@ -149,14 +151,16 @@ def make_dense(*modules: nn.Module | None) -> None:
     """Decode the packed parameters of single modules once and for all; those that share one still do."""
     made: dict[int, nn.Parameter] = {}
     for module in modules:
-        for leaf, packed in _packed_leaves(module) if isinstance(module, _Packed) else ():
+        if not isinstance(module, _Packed):
+            continue
+        for leaf, packed in _packed_leaves(module):
             if id(packed) not in made:
                 made[id(packed)] = nn.Parameter(packed(), requires_grad=False)
             module.register_parameter(leaf, made[id(packed)])
 
 
 @cache
-def _packed_class(dense: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
+def _packed_class(dense: Any, leaves: tuple[str, ...]) -> Any:
     """A subclass in which some parameters are decoded on access."""
 
     def decoded(leaf: str) -> property:
@@ -168,7 +172,7 @@ def _packed_class(dense: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Mo
     )
 
 
-def _empty(dense: type[nn.Module], leaves: tuple[str, ...]) -> nn.Module:
+def _empty(dense: Any, leaves: tuple[str, ...]) -> Any:
     """An object of a packed class that pickle fills."""
     cls = _packed_class(dense, leaves)
     return cls.__new__(cls)

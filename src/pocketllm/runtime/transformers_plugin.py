@@ -200,7 +200,7 @@ def _resize(
     """Resize embedding and head as transformers does; both are dense from then on."""
     embedding = input_embedding(model)
     assert embedding is not None
-    rows = embedding.weight.shape[0]  # type: ignore[union-attr, index]
+    rows = embedding.weight.shape[0]  # type: ignore[index]
     wanted = rows if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of:
         wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
