@@ -20,6 +20,7 @@ from pocketllm.errors import SourceError, WeightError
 from pocketllm.plan import classify
 from pocketllm.source import load_dense, open_dense
 from tests import tiny
+from tests.format_reader import Reader
 
 IDS = torch.arange(3, 40)[None]
 
@@ -185,9 +186,11 @@ def test_experts_stored_transposed_are_calibrated_for_their_inputs(tmp_path: Pat
     assert {(m.shape, m.columns) for m in experts} == {((3, 32, 64), 32), ((3, 32, 32), 32)}
     dense = load_dense(folder, torch.float32)
     packed, _ = pocketllm.load(tmp_path / "out", mode="packed", dtype=torch.float32)
+    reader = Reader(tmp_path / "out")
     for m in experts:
         weight = dense.get_parameter(m.name).detach()
         parent, _, leaf = m.name.rpartition(".")
         decoded = getattr(packed.get_submodule(parent), leaf)
+        assert torch.allclose(decoded.double(), torch.from_numpy(reader.decode(m.name)).double(), atol=1e-5)
         error = (weight - decoded).square().sum() / weight.square().sum()
         assert float(error) == pytest.approx(m.nmse, rel=1e-3)

@@ -29,13 +29,12 @@ from pocketllm.runtime.layers import (
     attach_tied,
     compute_weights,
     decode_in_place,
-    make_dense,
     packed_matrices,
     replace_parameters,
-    stand_ins,
 )
+from pocketllm.runtime.model_methods import initialize, resize, tie
 from pocketllm.source.folder import read_tokenizer
-from pocketllm.source.model_class import input_embedding, model_class, output_head
+from pocketllm.source.model_class import model_class
 from pocketllm.torch_state import in_default_torch_state
 
 MODES = ("dense", "packed")
@@ -114,7 +113,7 @@ class PocketQuantizer(HfQuantizer):
             attach_tied(model, name, source)
         if tied:
             model.all_tied_weights_keys = {n: s for n, s in tied.items() if n not in self._tied}
-        model.initialize_weights = partial(_initialize, model)
+        model.initialize_weights = partial(initialize, model)
         model._keys_to_ignore_on_load_missing = None  # whatever is missing is reported
         return model
 
@@ -127,8 +126,8 @@ class PocketQuantizer(HfQuantizer):
             model.all_tied_weights_keys = {**(model.all_tied_weights_keys or {}), **self._tied}
         else:
             compute_weights(model)
-            model.tie_weights = partial(_tie, model)
-            model.resize_token_embeddings = partial(_resize, model)
+            model.tie_weights = partial(tie, model)
+            model.resize_token_embeddings = partial(resize, model)
         return model
 
     def packed(self, model: Any) -> dict[str, PackedMatrix]:
@@ -172,42 +171,10 @@ class PocketQuantizer(HfQuantizer):
         return state
 
 
-def _initialize(model: Any) -> None:
-    """Initialize what no file holds, as transformers does, but for what is packed."""
-    with stand_ins(model):
-        type(model).initialize_weights(model)
-
-
-def _tie(model: Any, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
-    """Tie parameters as transformers does, but for those of packed ones: they are tied since they were loaded."""
-    packed = packed_matrices(model)
-    if recompute_mapping:
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    ties = model.all_tied_weights_keys or {}
-    model.all_tied_weights_keys = {name: source for name, source in ties.items() if source not in packed}
-    type(model).tie_weights(model, missing_keys=missing_keys, recompute_mapping=False)
-
-
 def _buffer(module: nn.Module, name: str) -> Tensor:
     buffer = module.get_buffer(name)
     assert isinstance(buffer, Tensor)
     return buffer
-
-
-def _resize(
-    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
-) -> Any:
-    """Resize embedding and head as transformers does; both are dense from then on."""
-    embedding = input_embedding(model)
-    assert embedding is not None
-    rows = embedding.weight.shape[0]  # type: ignore[index]
-    wanted = rows if new_num_tokens is None else new_num_tokens
-    if pad_to_multiple_of:
-        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
-    if wanted != rows:
-        make_dense(embedding, output_head(model))
-    cls: Any = type(model)
-    return cls.resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, **options)
 
 
 def layout_for(model: Any, layout: ckpt.Layout) -> ckpt.Layout:
