@@ -79,7 +79,8 @@ def test_compression(name: str, source: Path, small: Path, tmp_path: Path) -> No
         assert (tmp_path / "out" / file).read_bytes() == (small / file).read_bytes()
 
 
-def test_calibrated_compression(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibrated_compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.save(tmp_path / "dense", num_hidden_layers=1)
     config = tiny.on_trellis(calibration=QUICK)
     pocketllm.compress(source, config, tmp_path / "plain")
     monkeypatch.setenv("POCKETLLM_CACHE", str(tmp_path / "cache"))  # measured again
