@@ -182,7 +182,7 @@ def test_merge_killed_before_the_compression_resumes(
 def test_compress_and_recover_killed_at_the_very_end(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pocketllm.recover import chain
+    from pocketllm.recover import compress_then_distill as module
 
     recovery = DistillConfig(texts=(str(text),), context=16, validation_windows=2, steps=1, loop=LOOP)
 
@@ -194,16 +194,16 @@ def test_compress_and_recover_killed_at_the_very_end(
         original(path, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(chain.shutil, "rmtree", killed)
+        patch.setattr(module.shutil, "rmtree", killed)
         with pytest.raises(KilledError):
-            chain.compress_and_distill(str(source), tiny.settings(), recovery, tmp_path / "out")
-    report, done = chain.compress_and_distill(str(source), tiny.settings(), recovery, tmp_path / "out")
+            module.compress_and_distill(str(source), tiny.settings(), recovery, tmp_path / "out")
+    report, done = module.compress_and_distill(str(source), tiny.settings(), recovery, tmp_path / "out")
     assert done.steps == 1 and report.bytes_on_disk > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.log"]
     (tmp_path / "out.plain").mkdir()
     (tmp_path / "out.log" / "summary.json").write_text("[]")
     with pytest.raises(ResumeError, match=r"summary\.json: damaged"):
-        chain.compress_and_distill(str(source), tiny.settings(), recovery, tmp_path / "out")
+        module.compress_and_distill(str(source), tiny.settings(), recovery, tmp_path / "out")
 
 
 def test_a_flipped_bit_in_a_finished_unit(source: Path, tmp_path: Path) -> None:
@@ -308,7 +308,11 @@ def test_brackets_in_a_path_are_no_markup(source: Path, tmp_path: Path, run: Run
         assert code == 0, err
 
 
-SETTINGS = ["--vector-len", "5", "--codebook-size", "32", "--codebook-scope", "kind", "--epochs", "1"]
+SETTINGS = [
+    word
+    for setting in ("vector_len=5", "codebook_size=32", "codebook_scope=kind", "codec.epochs=1")
+    for word in ("--set", setting)
+]
 
 
 def test_a_stream_that_takes_no_unicode(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +333,6 @@ def test_what_the_system_refuses_is_no_traceback(
     def refused(*arguments: Any) -> None:
         raise PermissionError(13, "Permission denied", "x/y")
 
-    monkeypatch.setattr("pocketllm.format.checkpoint.verify", refused)
+    monkeypatch.setattr("pocketllm.format.verify", refused)
     code, _, err = run("info", small)
     assert code == 1 and err == "error: [Errno 13] Permission denied: 'x/y'\n"

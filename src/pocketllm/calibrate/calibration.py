@@ -29,7 +29,7 @@ from pocketllm.config import CompressConfig
 from pocketllm.errors import OutputError, SourceError, reason_of
 from pocketllm.format.kept import read_kept
 from pocketllm.format.output import check_parent
-from pocketllm.plan.matrices import classify
+from pocketllm.plan.selection import classify
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.folder import read_tokenizer
 from pocketllm.text.read import default_text, read_calibration

@@ -233,12 +233,15 @@ class Collector:
         return found
 
 
+_PRODUCTS = ("linear", "matmul", "__matmul__", "bmm")
+
+
 class _AllSeenError(Exception):
     """Every matrix of the block has seen its inputs."""
 
 
 class _Products(TorchFunctionMode):
-    """Tells of every product x @ slice^T with a slice of a watched parameter."""
+    """Tells of every product of an input with a slice of a watched parameter, or with all of it at once."""
 
     def __init__(
         self, slices: Mapping[int, tuple[Matrix, int]], tell: Callable[[Matrix, int, Tensor], None]
@@ -249,9 +252,16 @@ class _Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is nn.functional.linear:
+        if getattr(func, "__name__", "") in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
             x, weight = args[:2]
             found = self.slices.get(weight.data_ptr())
-            if found is not None and tuple(weight.shape) == found[0].shape[1:]:
-                self.tell(*found, x)
+            if found is not None and x.shape[-1] == found[0].columns:
+                matrix, expert = found
+                if weight.numel() == matrix.columns * matrix.rows // matrix.shape[0]:
+                    self.tell(matrix, expert, x)
+                elif weight.numel() == matrix.weights and x.ndim == 3:  # one batch of inputs for each expert
+                    for number, batch in enumerate(x):
+                        sent = batch[batch.any(dim=1)]  # the inputs of other experts are zeros
+                        if len(sent):
+                            self.tell(matrix, number, sent)
         return func(*args, **(kwargs or {}))

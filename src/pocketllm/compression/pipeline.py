@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pocketllm.calibrate.blocks import check_blocks
 from pocketllm.calibrate.calibration import Calibration, calibrate, read_windows, text_identity
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
@@ -43,6 +44,7 @@ from pocketllm.format.workspace import Workspace, locked
 from pocketllm.plan.matrices import Matrix, Plan
 from pocketllm.plan.target import planned
 from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense, resolve
+from pocketllm.torch_state import in_default_torch_state
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Event:
 ProgressCallback = Callable[[Event], None]
 
 
+@in_default_torch_state
 def compress(
     model: str | Path,
     config: CompressConfig,
@@ -103,6 +106,8 @@ def compress(
     check_not_nested(output, folder)
     # What can be wrong with the input is found before anything is written, or hours are spent.
     windows = read_windows(source, config)
+    if windows is not None:
+        check_blocks(source, windows, device)
     if not Workspace.is_begun(output):
         source.check(partial(_tell, progress, "check"))
     try:
@@ -134,6 +139,7 @@ def is_made(output: Path, model: str, config: CompressConfig) -> bool:
     return bool(report["model"] == model and report["config"] == config.to_dict())
 
 
+@in_default_torch_state
 def dry_run(
     model: str | Path,
     config: CompressConfig,
@@ -151,6 +157,8 @@ def dry_run(
     source.check_dtypes()
     checkpoint = planned(source, config, str(model))
     windows = read_windows(source, config)
+    if windows is not None:
+        check_blocks(source, windows, device)
     found = _calibrated(source, windows, config, device, calibration_folder, None, progress)
     if found is not None:
         checkpoint = planned(source, config, str(model), *found.sensitivity.for_plan)

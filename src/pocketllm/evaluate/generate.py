@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pocketllm.errors import ConfigError
+from pocketllm.torch_state import in_default_torch_state
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Generation:
     tokens_per_second: float
 
 
+@in_default_torch_state
 def generate(
     model: Any,
     tokenizer: Any,

@@ -21,6 +21,7 @@ from torch import Tensor
 from pocketllm.errors import WeightError
 from pocketllm.text.vocabulary import check_positions, name_of
 from pocketllm.text.windows import token_windows
+from pocketllm.torch_state import in_default_torch_state
 
 _LOGITS_AT_ONCE = 128  # positions whose float32 logits are held at once
 
@@ -38,6 +39,7 @@ class Perplexity:
     tokens: int
 
 
+@in_default_torch_state
 @torch.inference_mode()
 def perplexity(
     model: Any,

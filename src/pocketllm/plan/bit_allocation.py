@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pocketllm.config import SCOPES, CompressConfig
 from pocketllm.config.constants import TRELLIS_STEPS, VECTOR_LENS
 from pocketllm.errors import ConfigError, TargetError
-from pocketllm.plan.matrices import Dense, Matrix, Plan, Spec, classify, override
+from pocketllm.plan.matrices import Dense, Matrix, Plan, Spec
+from pocketllm.plan.selection import classify, override
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
 _DEAR = 0.02  # share of the bits from which on codebooks are looked at

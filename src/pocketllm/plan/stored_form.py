@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -108,6 +109,8 @@ class StoredForm:
         """The body of config.json."""
         config = need_config(self.source.folder)
         config.pop("transformers_weights", None)  # weights have their usual name here
+        if self.source.is_untied:
+            _untie(config, self.source.model.config)
         config["quantization_config"] = {
             "quant_method": STORE,
             "producer": f"pocketllm-codec {pocketllm.__version__}",
@@ -122,3 +125,11 @@ class StoredForm:
         names += [f"codebook {n}" for n in range(len(self.plan.groups()))]
         names += [f"decoder {n}" for n in range(len(self._decoders))]
         return dict.fromkeys(names, "0" * 8)
+
+
+def _untie(stored: dict[str, Any], config: Any) -> None:
+    """Let the body of config.json say that no parameters are tied, as the configuration `config` does."""
+    stored["tie_word_embeddings"] = False
+    for name in getattr(config, "sub_configs", {}):
+        if isinstance(stored.get(name), dict):
+            _untie(stored[name], getattr(config, name))

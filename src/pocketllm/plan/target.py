@@ -10,7 +10,8 @@ import torch
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError, TargetError
 from pocketllm.plan.bit_allocation import make_plan
-from pocketllm.plan.matrices import Plan, classify
+from pocketllm.plan.matrices import Plan
+from pocketllm.plan.selection import classify
 from pocketllm.plan.sizes import PlannedModel
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 

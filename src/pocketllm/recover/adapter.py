@@ -20,6 +20,7 @@ from pocketllm.files import need_regular, read_object
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.recover.adapter_settings import check_settings
 from pocketllm.recover.base_model import Base, identity
+from pocketllm.torch_state import in_default_torch_state
 
 RECORD_NAME, SETTINGS_NAME = "pocketllm-adapter.json", "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -120,6 +121,7 @@ def _stored_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
         ) from error
 
 
+@in_default_torch_state
 def attach_adapter(model: Any, base: Path, adapter: Path) -> Any:
     """Put an adapter into a model loaded from the compressed folder `base`; returns the PeftModel around it.
 

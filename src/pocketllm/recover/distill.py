@@ -31,6 +31,7 @@ from pocketllm.recover.teacher import make_teacher, open_teacher
 from pocketllm.recover.trainable import set_stored, stored_tensors
 from pocketllm.source.dense_checkpoint import open_dense, resolve
 from pocketllm.text.windows import token_digest
+from pocketllm.torch_state import in_default_torch_state
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class DistillResult:
     seconds: float
 
 
+@in_default_torch_state
 def distill(
     folder: str | Path,
     output: str | Path,
@@ -207,6 +209,7 @@ def _legend(result: DistillResult, folder: Path, teacher: str, label_weight: flo
     return {"title": title, "loss_name": f"{axis}{which} (nats per token)"}
 
 
+@in_default_torch_state
 def dry_run_distill(
     folder: str | Path,
     config: DistillConfig,

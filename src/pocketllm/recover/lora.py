@@ -31,6 +31,7 @@ from pocketllm.recover.lora_task import Item, LoraTask, number_of_steps, trainin
 from pocketllm.recover.run_log import check_places, open_run
 from pocketllm.source.folder import copy_file_mode
 from pocketllm.text.windows import token_digest
+from pocketllm.torch_state import in_default_torch_state
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class LoraResult:
     seconds: float
 
 
+@in_default_torch_state
 def lora(
     folder: str | Path,
     output: str | Path,
@@ -142,6 +144,7 @@ def _result(
     )
 
 
+@in_default_torch_state
 def dry_run_lora(
     folder: str | Path,
     config: LoraTuneConfig,

@@ -23,6 +23,7 @@ from pocketllm.runtime.export import save_dense
 from pocketllm.source.folder import load_dense
 from pocketllm.text.read import named_default, read_text
 from pocketllm.text.windows import token_windows
+from pocketllm.torch_state import in_default_torch_state
 
 _RECORD_NAME = "pocketllm-merged.json"
 
@@ -44,6 +45,7 @@ class MergeResult:
     perplexities: dict[str, float]
 
 
+@in_default_torch_state
 def merge(
     folder: str | Path,
     adapter: str | Path,

@@ -16,8 +16,10 @@ from pocketllm.format.kept import system_errors
 from pocketllm.format.output import check_output, is_published, named_output
 from pocketllm.format.workspace import Workspace, locked
 from pocketllm.source.folder import copy_file_mode
+from pocketllm.torch_state import in_default_torch_state
 
 
+@in_default_torch_state
 def export(folder: Path, output: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
     """Decode a compressed model into a dense safetensors checkpoint under the names tools expect.
 

@@ -10,8 +10,10 @@ from safetensors import SafetensorError, safe_open
 
 from pocketllm.errors import PocketError, SourceError, reason_of
 from pocketllm.files import need_regular
+from pocketllm.source.model_class import build, model_class
 from pocketllm.source.model_files import check_counts, need_config, unusual_name, weight_files
 from pocketllm.text.vocabulary import Vocabulary
+from pocketllm.torch_state import in_default_torch_state
 
 ADAPTER_NAME = "adapter_config.json"
 _TOKENIZERS = ("tokenizer*.json", "tokenizer*.model", "spiece.model", "vocab*", "*.tiktoken", "tekken.json")
@@ -42,43 +44,15 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     """The model's transformers configuration.
 
     Raises:
-        SourceError: no model folder, or transformers does not know the model or cannot read its config.json.
+        SourceError: no model folder, numbers of layers or experts that its files cannot hold, or transformers
+            does not know the model or cannot read its config.json.
     """
     from transformers import AutoConfig
 
-    need_config(folder)
+    check_counts(need_config(folder), _stored_shapes(folder), folder / "config.json", SourceError)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever transformers makes of a config.json that it did not expect
-        raise _not_built(folder, error) from error
-
-
-def _not_built(folder: Path, error: Exception) -> SourceError:
-    reason = reason_of(error)
-    hint = "; pass --trust-remote-code if you trust it" if "custom code" in reason else ""
-    return SourceError(f"{folder}: transformers cannot build this model ({reason}){hint}")
-
-
-def meta_model(folder: Path, trust_remote_code: bool) -> Any:
-    """The model class on the meta device: shapes, no weights.
-
-    Raises:
-        SourceError: transformers does not know the model, or it is quantized already.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    raw = need_config(folder)
-    check_counts(raw, _stored_shapes(folder), folder / "config.json", SourceError)
-    config = read_config(folder, trust_remote_code)
-    if getattr(config, "quantization_config", None):
-        raise SourceError(
-            f"{folder}: the model is already quantized; compress the unquantized checkpoint instead"
-        )
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as in `read_config`
         raise _not_built(folder, error) from error
 
 
@@ -87,6 +61,77 @@ def _stored_shapes(folder: Path) -> list[tuple[int, ...]]:
     return [tuple(handle.get_slice(key).get_shape()) for handle in handles for key in handle.keys()]  # noqa: SIM118
 
 
+def _not_built(folder: Path, error: Exception) -> SourceError:
+    reason = reason_of(error)
+    hint = "; pass --trust-remote-code if you trust it" if "custom code" in reason else ""
+    return SourceError(f"{folder}: transformers cannot build this model ({reason}){hint}")
+
+
+def meta_model(folder: Path, trust_remote_code: bool, ties: bool = True) -> Any:
+    """The model class on the meta device: shapes, no weights.
+
+    Args:
+        ties: False builds it with no parameters tied, whatever its configuration says.
+
+    Raises:
+        SourceError: transformers does not know the model, or it cannot be untied.
+    """
+    import torch
+
+    config = read_config(folder, trust_remote_code)
+    if not ties:
+        untie(config)
+    try:
+        with torch.device("meta"):
+            model = build(config, trust_remote_code)
+    except Exception as error:  # as in `read_config`
+        raise _not_built(folder, error) from error
+    if not ties and getattr(model, "all_tied_weights_keys", None):
+        raise SourceError(
+            f"{folder}: stores parameters apart that {type(model).__name__} always ties "
+            f"({next(iter(model.all_tied_weights_keys))}); they cannot both be kept"
+        )
+    return model
+
+
+def untie(config: Any) -> None:
+    """Let a configuration tie no parameters, nor those within it."""
+    config.tie_word_embeddings = False
+    for name in getattr(config, "sub_configs", {}):
+        inner = getattr(config, name, None)
+        if inner is not None:
+            untie(inner)
+
+
+_DEQUANTIZED = ("fp8", "mxfp4")  # block scales; quant_method of transformers
+
+
+def dequantizer(folder: Path, trust_remote_code: bool) -> Any:
+    """transformers' quantizer that dequantizes a checkpoint while it is read; None for an ordinary one.
+
+    Raises:
+        SourceError: quantized in another form.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
+    config = read_config(folder, trust_remote_code)
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(stored.get("quant_method"))
+    if method not in _DEQUANTIZED:
+        raise SourceError(
+            f"{folder}: the model is already quantized ({method}); compress the unquantized checkpoint instead"
+        )
+    try:
+        settings = AutoQuantizationConfig.from_dict({**stored, "dequantize": True})
+        return AutoHfQuantizer.from_config(settings, pre_quantized=True)
+    except Exception as error:  # as in `read_config`
+        raise _not_built(folder, error) from error
+
+
+@in_default_torch_state
 def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = False, **placed: Any) -> Any:
     """A dense model with its weights, in evaluation mode.
 
@@ -98,9 +143,6 @@ def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = Fals
         SourceError: no safetensors (pickles are never loaded), an adapter among them, or transformers cannot
             load it.
     """
-    from transformers import AutoModelForCausalLM
-
-    check_counts(need_config(folder), _stored_shapes(folder), folder / "config.json", SourceError)
     if (folder / ADAPTER_NAME).exists():
         raise SourceError(
             f"{folder / ADAPTER_NAME}: an adapter beside the weights, which transformers would apply unasked; "
@@ -109,15 +151,18 @@ def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = Fals
     config, named = read_config(folder, trust_remote_code), unusual_name(folder)
     if named is not None:
         config.transformers_weights = named
-    loader: Any = AutoModelForCausalLM
     how = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code, **placed}
     try:
-        model, facts = loader.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **how)
+        model, facts = model_class(config).from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **how
+        )
     except Exception as error:  # transformers raises whatever it comes upon
         raise SourceError(f"{folder}: transformers cannot load this model ({reason_of(error)})") from error
     if named is not None and facts["missing_keys"]:
         missing = min(facts["missing_keys"])
         raise SourceError(f"{folder}: transformers cannot load this model ({named} lacks {missing})")
+    if getattr(config, "quantization_config", None) and dtype != "auto":
+        model = model.to(dtype)  # what was dequantized is in the dtype of the configuration
     return model.eval()
 
 
