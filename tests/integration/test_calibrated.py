@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import pocketllm
-from pocketllm.calibrate.calibration import read_windows
-from pocketllm.compression import encode_blocks as blockwise
 from pocketllm.errors import ConfigError, ResumeError, SourceError
-from pocketllm.format.report import warnings_of
+from pocketllm.compression import encode_blocks as blockwise
+from pocketllm.calibrate.calibration import read_windows
 from pocketllm.runtime.layers import packed_matrices
+from pocketllm.format.report import warnings_of
 from pocketllm.source.dense_checkpoint import open_dense
 from tests import tiny
 from tests.commands import contents

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import pocketllm
-from pocketllm.compression.pipeline import Event
 from pocketllm.errors import FormatError, OutputError
 from pocketllm.format import checkpoint
 from pocketllm.format.checkpoint import verify
+from pocketllm.compression.pipeline import Event
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from tests import tiny
 from tests.commands import contents

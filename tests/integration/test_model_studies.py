@@ -11,9 +11,9 @@ import torch
 import pocketllm
 from pocketllm.evaluate.kl import text_divergence
 from pocketllm.format.checkpoint import read_report
+from pocketllm.runtime.decode import Matrices
 from pocketllm.plan.target import planned
 from pocketllm.report.collect import read_model
-from pocketllm.runtime.decode import Matrices
 from pocketllm.studies import (
     codebook,
     decoder,

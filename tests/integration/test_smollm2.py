@@ -10,8 +10,8 @@ import torch
 
 import pocketllm
 from pocketllm.errors import SourceError
-from pocketllm.format.checkpoint import folder_bytes, verify
 from pocketllm.source import builtin
+from pocketllm.format.checkpoint import folder_bytes, verify
 
 NAME = "builtin:smollm2-135m"
 

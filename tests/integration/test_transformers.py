@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import pocketllm
 from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, SourceError
-from pocketllm.format.checkpoint import read_report
 from pocketllm.runtime import transformers_plugin as plugin
+from pocketllm.format.checkpoint import read_report
 from tests import tiny
 
 TOKENS = torch.arange(3, 40)[None]

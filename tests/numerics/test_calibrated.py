@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pocketllm.codec.kernels import cpu as compiled
 from pocketllm.codec.codebook import kmeans_codebook, nearest_faiss, nearest_torch
 from pocketllm.codec.feedback import assign, factorize
-from pocketllm.codec.kernels import cpu as compiled
 from pocketllm.codec.rotation import hartley, rotate, rotate_hessian, signs, unrotate
 from pocketllm.errors import ConfigError
 

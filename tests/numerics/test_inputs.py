@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pocketllm.config import CompressConfig
+from pocketllm.errors import ConfigError
 from pocketllm.calibrate import autocast as compute
 from pocketllm.calibrate.blocks import BlockStream, block_list
 from pocketllm.calibrate.input_hessians import Collector, Inputs, add_square, regularized_hessian
-from pocketllm.config import CompressConfig
-from pocketllm.errors import ConfigError
 from pocketllm.plan.matrices import Matrix, classify
 from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense
 from tests import tiny

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from pocketllm.codec.trellis import Trellis, strip_lengths
 from torch import Tensor
 
 from pocketllm.codec.codebook import nearest_torch, seeded_codebook
 from pocketllm.codec.feedback import HessianFactor, assign, factorize
+from pocketllm.codec.trellis import Trellis, strip_lengths
 from tests.numerics.test_calibrated import proxy
 
 

@@ -6,6 +6,12 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
+
+from pocketllm.codec.kernels import cpu as compiled
+from pocketllm.codec.codebook import seeded_codebook
+from pocketllm.codec.feedback import assign, factorize
+from pocketllm.codec.index_form import IndexForm
 from pocketllm.codec.trellis import (
     PathSearch,
     Trellis,
@@ -16,12 +22,6 @@ from pocketllm.codec.trellis import (
     trellis_bytes,
     unpack_paths,
 )
-from torch import Tensor
-
-from pocketllm.codec.codebook import seeded_codebook
-from pocketllm.codec.feedback import assign, factorize
-from pocketllm.codec.index_form import IndexForm
-from pocketllm.codec.kernels import cpu as compiled
 from pocketllm.errors import FormatError
 from tests.numerics.test_calibrated import correlated, proxy
 

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
-from pocketllm.codec.trellis import Trellis, pack_paths, unpack_paths
 from torch import Tensor
 
 from pocketllm.codec import feedback_schedule as strips_module
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign, conditional_diagonal, factorize
-from pocketllm.codec.feedback_schedule import ColumnFeedback, RowFeedback, Strips
+from pocketllm.codec.feedback_schedule import RowFeedback, ColumnFeedback, Strips
+from pocketllm.codec.trellis import Trellis, pack_paths, unpack_paths
 from tests.numerics.test_calibrated import correlated
 
 CPU = torch.device("cpu")

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocketllm.calibrate.calibration import _whole, calibrate, read_windows
-from pocketllm.calibrate.input_hessians import Collector
 from pocketllm.codec.feedback import factorize
-from pocketllm.compression.pipeline import compress
 from pocketllm.errors import ConfigError, OutputError, SourceError, WeightError
-from pocketllm.format.workspace import check_not_nested
+from pocketllm.calibrate.calibration import _whole, calibrate, read_windows
+from pocketllm.compression.pipeline import compress
+from pocketllm.calibrate.input_hessians import Collector
 from pocketllm.plan.matrices import Matrix
 from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.text.read import read_calibration
+from pocketllm.format.workspace import check_not_nested
 from tests import tiny
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import pocketllm
-from pocketllm.compression.write import Checkpoint
 from pocketllm.errors import ConfigError
 from pocketllm.plan.bit_allocation import make_plan
 from pocketllm.plan.matrices import Matrix, predicted_nmse
 from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense
+from pocketllm.compression.write import Checkpoint
 from tests import tiny
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from pocketllm.calibrate.blocks import find_blocks
 from pocketllm.config import DistillConfig, LoopConfig
 from pocketllm.errors import ConfigError, ExtraError, ShapeError, SourceError
+from pocketllm.calibrate.blocks import find_blocks
 from pocketllm.format.rewrite import rewrite
 from pocketllm.format.workspace import Workspace
 from pocketllm.recover.adapter import need_peft

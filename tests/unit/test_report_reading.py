@@ -17,6 +17,9 @@ from pocketllm.errors import (
     FormatError,
     SourceError,
 )
+from pocketllm.source import builtin
+from pocketllm.runtime.decode import Matrices
+from pocketllm.source.dense_checkpoint import resolve_local
 from pocketllm.report import weights
 from pocketllm.report.collect import block_of, mean, read_model
 from pocketllm.report.command import Command
@@ -24,9 +27,6 @@ from pocketllm.report.making import making_section
 from pocketllm.report.sections import error_section
 from pocketllm.report.use import count_use, use_section
 from pocketllm.report.weights import compare_weights
-from pocketllm.runtime.decode import Matrices
-from pocketllm.source import builtin
-from pocketllm.source.dense_checkpoint import resolve_local
 from tests import tiny
 
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from pocketllm import CodecConfig, CompressConfig
-from pocketllm.compression.write import predicted
 from pocketllm.config import CalibrationConfig
 from pocketllm.errors import ConfigError, TargetError
 from pocketllm.format.checkpoint import folder_bytes
 from pocketllm.plan.matrices import Plan
-from pocketllm.plan.target import planned
 from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense
+from pocketllm.plan.target import planned
+from pocketllm.compression.write import predicted
 from tests import tiny
 
 CALIBRATED = CompressConfig(
