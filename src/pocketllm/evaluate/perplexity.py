@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import ConfigError, SourceError, WeightError
-from pocketllm.text.vocabulary import check_positions, name_of
+from pocketllm.text.vocabulary import check_positions, check_tokens, name_of
 
 _LOGITS_AT_ONCE = 128  # positions whose float32 logits are held at the same time
 
@@ -104,6 +104,7 @@ def perplexity(
     check_positions(model.config, context, name_of(model))
     parts = token_windows(tokenizer, text, context, windows)
     total, scored = 0.0, 0
+    check_tokens(model, parts)
     for number, window in enumerate(parts):
         ids = window[None].to(model.device)
         logits = model(ids, use_cache=False).logits[0, :-1]
