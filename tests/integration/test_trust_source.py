@@ -202,3 +202,14 @@ def test_links(dense: Path, tmp_path: Path) -> None:
         (snapshot / path.name).symlink_to(os.path.relpath(blobs / f"blob-{path.name}", snapshot))
     assert pocketllm.dry_run(snapshot, tiny.settings()).bytes_on_disk > 0
     load_dense(snapshot)
+
+
+def test_a_tokenizer_of_another_model(dense: Path, run: Run) -> None:
+    (dense / "added_tokens.json").write_text('{"hello": 96}')
+    from pocketllm.text.vocabulary import check_tokens
+
+    check_tokens(tiny.model(), torch.tensor([95]))
+    with pytest.raises(SourceError, match="the tokenizer makes token 96, the model's embedding has 96 rows"):
+        check_tokens(tiny.model(), torch.tensor([[3, 96]]))
+    code, _, err = run("generate", dense, "--prompt", "hello")
+    assert code == 1 and "belongs to another model" in err
