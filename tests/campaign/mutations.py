@@ -77,9 +77,12 @@ def campaign(models: Models, place: Path, count: int, seed: int, seconds: float 
     table = _jobs(models, folder, out)
     originals = {"compressed": models.small, "adapter": models.adapter, "dense": models.dense}
     right = {}
-    for what, name in _COMPARED:
+    for what, name in ((what, name) for what, jobs in table.items() for name in jobs):
         _fresh(originals[what], place)
-        right[what, name] = _COMPARED[what, name](run(table[what][name], notes).value)
+        ended = run(table[what][name], notes)
+        assert ended.kind == "returned", (what, name, ended)  # a refusal must come from the damage
+        if (what, name) in _COMPARED:
+            right[what, name] = _COMPARED[what, name](ended.value)
     counts: Counter[str] = Counter()
     by_command: Counter[str] = Counter()
     bad: list[dict[str, Any]] = []

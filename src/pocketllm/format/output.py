@@ -126,8 +126,9 @@ def check_parent(output: Path, kind: str) -> None:
         for left in parent.glob(f"{_PROBE}*"):  # of a process that was killed here
             with suppress(OSError):
                 left.rmdir()
-        with suppress(FileNotFoundError):
-            Path(tempfile.mkdtemp(prefix=_PROBE, dir=parent)).rmdir()
+        probe = Path(tempfile.mkdtemp(prefix=_PROBE, dir=parent))
+        with suppress(FileNotFoundError):  # removed by another process, as above
+            probe.rmdir()
     except OSError as error:
         raise OutputError(
             f"{parent}: cannot be written ({error.strerror or error}); choose another output {kind}"

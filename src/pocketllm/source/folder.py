@@ -57,6 +57,9 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _stored_shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Shapes of the stored tensors; none where a folder holds a configuration alone."""
+    if not any(folder.glob("*.safetensors")):
+        return []
     handles = [open_safetensors(file) for file in weight_files(folder)]
     return [tuple(handle.get_slice(key).get_shape()) for handle in handles for key in handle.keys()]  # noqa: SIM118
 
