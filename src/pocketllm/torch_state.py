@@ -27,7 +27,9 @@ def default_torch_state() -> Iterator[None]:
             stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+                # Autocasts within inherit that nothing is cached: casts of parameters are else kept until the
+                # outermost one ends, whatever an optimizer has done since.
+                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         if torch.get_default_dtype() != torch.float32:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float32)

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 import pocketllm
+from pocketllm.config import LoopConfig
 from pocketllm.evaluate import verify_compressed
 from pocketllm.evaluate.kl import text_divergence
+from pocketllm.report import html_report
 from tests import recovery, tiny
 
 IDS = torch.arange(3, 40)[None]
+LOOP = LoopConfig(batch_size=2, eval_every=1)
 QUICK = {"tokens": 64, "context": 32, "sensitivity_tokens": 32}
 
 
@@ -136,3 +139,25 @@ def test_recovery(name: str, made: Path, tmp_path: Path) -> None:
         assert state() == before
     plain = (made / "plain" / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == plain
+
+
+@pytest.mark.parametrize("name", ["autocast", "device meta"])
+def test_adapters_and_pages(name: str, small: Path, source: Path, text: Path, tmp_path: Path) -> None:
+    """Autocast keeps casts of parameters as long as the outermost one lasts; an optimizer changes them meanwhile."""
+    pytest.importorskip("peft")
+    config = pocketllm.LoraTuneConfig(
+        texts=(str(text),), rank=2, alpha=4, steps=2, validation_items=2, context=16, loop=LOOP
+    )
+
+    def use() -> tuple[float, str]:
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        place.mkdir()
+        done = pocketllm.lora(small, place / "adapter", config)
+        html_report(small, tmp_path / "page.html", against=str(source))
+        return done.loss_stored, (tmp_path / "page.html").read_text()
+
+    wanted = use()
+    with SURROUNDINGS[name]():
+        before = state()
+        assert use() == wanted
+        assert state() == before

@@ -37,6 +37,7 @@ INFRASTRUCTURE = (
     "pocketllm.machine",
     "pocketllm.format.output",
     "pocketllm.format.workspace",
+    "pocketllm.torch_state",
 )
 BUILT_ON_IT = ("studies", "report")
 

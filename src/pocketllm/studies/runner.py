@@ -21,6 +21,7 @@ from pocketllm.studies.definition import Setup, Step, Study
 from pocketllm.studies.registry import load
 from pocketllm.studies.show import study_page
 from pocketllm.studies.show.prose import need_jinja
+from pocketllm.torch_state import in_default_torch_state
 
 RESULT_NAME = "result.json"
 _CONFIG = ("model", "weights", "quick", "texts", "device", "threads")
@@ -39,6 +40,7 @@ class Outcome:
     files: tuple[Path, ...]
 
 
+@in_default_torch_state
 def run_study(
     name: str,
     model: str,
@@ -116,6 +118,7 @@ def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> d
     return result
 
 
+@in_default_torch_state
 def dry_run(
     name: str,
     model: str,
