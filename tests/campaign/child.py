@@ -52,7 +52,10 @@ def run(
     notes.unlink(missing_ok=True)
     process = os.fork()
     if process == 0:
-        _child(job, notes, more_memory, user)
+        try:
+            _child(job, notes, more_memory, user)
+        finally:
+            os._exit(1)  # whatever happens, a child does not go on as its parent
     begun = time.monotonic()
     limit = seconds if kill_after is None else min(seconds, kill_after)
     while True:
@@ -93,7 +96,7 @@ def _ended(status: int, notes: Path) -> Ended:
         return Ended("crash", text=signal.Signals(os.WTERMSIG(status)).name)
     try:
         return Ended(**json.loads(notes.read_text(encoding="utf-8")))
-    except ValueError:
+    except (OSError, ValueError):
         return Ended("crash", text="ended without a result")
 
 

@@ -79,5 +79,9 @@ def _with_files_of(size: int, job: Callable[[], Any]) -> Any:
     import signal
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    return job()
+    usual, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        return job()
+    finally:  # how the job ended must find room
+        resource.setrlimit(resource.RLIMIT_FSIZE, (usual, most))
