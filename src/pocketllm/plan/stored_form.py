@@ -108,7 +108,7 @@ class StoredForm:
         config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = {
             "quant_method": STORE,
-            "producer": f"pocketllm-codec {pocketllm.__version__}",
+            "producer": {"name": "pocketllm-codec", "version": pocketllm.__version__},
             "mode": "dense",
             **self.layout(crcs).to_dict(),
         }

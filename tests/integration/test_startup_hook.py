@@ -1,0 +1,139 @@
+"""Programs that do not import pocketllm load compressed models right, wherever the package is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+import pocketllm
+import pocketllm_startup
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+TOKENS = list(range(3, 20))
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+with torch.inference_mode():
+    torch.save(model(torch.tensor([{tokens}])).logits, sys.argv[2])
+"""
+HAS_FORMAT = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('pocketllm' in m)"
+MODULES = "import sys; print(*sys.modules)"
+
+
+class Python:
+    """An environment of its own that borrows every package of this one but pocketllm."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, symlinks=True)
+        self.program = folder / "bin" / "python"
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        self.packages = folder / "lib" / version / "site-packages"
+        # A folder that a .pth file names is searched, but its own .pth files are not read.
+        (self.packages / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib"))
+
+    def __call__(self, code: str, *arguments: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", pocketllm_startup.OFF)}
+        return subprocess.run(
+            [self.program, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=self.packages,
+            env={**kept, **environment},
+        )
+
+
+def install(python: Python, build: str, wheels: Path) -> None:
+    """Build with this function of hatchling, and install as pip does."""
+    pytest.importorskip("hatchling", reason="hatchling, of the extra `dev`, builds the package")
+    code = f"import sys; from hatchling.build import {build} as build; build(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, wheels], check=True, cwd=ROOT, capture_output=True)
+    command = [sys.executable, "-m", "pip", "--python", python.program, "install", "-q", "--no-deps"]
+    subprocess.run([*command, "--no-index", *wheels.glob("*.whl")], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Python:
+    return Python(tmp_path_factory.mktemp("bare"))
+
+
+@pytest.fixture(scope="module", params=["build_wheel", "build_editable"])
+def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Python:
+    python = Python(tmp_path_factory.mktemp("installed"))
+    install(python, request.param, tmp_path_factory.mktemp("wheels"))
+    return python
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hook")
+    pocketllm.compress(tiny.save(folder / "dense"), tiny.settings(), folder / "out")
+    return folder / "out"
+
+
+def test_a_program_that_knows_nothing_of_it_gets_the_right_logits(
+    installed: Python, compressed: Path, tmp_path: Path
+) -> None:
+    done = installed(LOAD.format(tokens=TOKENS), compressed, tmp_path / "logits.pt")
+    model, _ = pocketllm.load(compressed)
+    with torch.inference_mode():
+        wanted = model(torch.tensor([TOKENS])).logits
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), wanted, atol=1e-5), done.stderr
+
+
+def test_what_python_loads_when_it_starts(installed: Python, bare: Python) -> None:
+    """One small module more, and nothing that this one needs."""
+    added = set(installed(MODULES).stdout.split()) - set(bare(MODULES).stdout.split())
+    assert added == {"pocketllm_startup"}
+
+
+def test_it_can_be_switched_off(installed: Python) -> None:
+    assert installed(HAS_FORMAT).stdout.strip() == "True"
+    assert installed(HAS_FORMAT, **{pocketllm_startup.OFF: "1"}).stdout.strip() == "False"
+
+
+def test_the_import_works_where_it_is_switched_off(installed: Python) -> None:
+    done = installed(f"import pocketllm; {HAS_FORMAT}", **{pocketllm_startup.OFF: "1"})
+    assert done.stdout.strip() == "True"
+
+
+def test_python_starts_where_the_package_is_half_removed(tmp_path: Path) -> None:
+    python = Python(tmp_path / "half")
+    shutil.copy(ROOT / "src" / "pocketllm_startup.pth", python.packages)
+    done = python("print('started')")
+    assert (done.stdout.strip(), done.stderr) == ("started", "")
+    (python.packages / "pocketllm_startup.py").write_text("raise OSError('damaged')")
+    done = python("print('started')")
+    assert (done.stdout.strip(), done.stderr) == ("started", "")
+    shutil.copy(ROOT / "src" / "pocketllm_startup.py", python.packages)
+    done = python(HAS_FORMAT)
+    assert done.stdout.strip() == "False"
+    assert "cannot load models compressed by pocketllm: ModuleNotFoundError" in done.stderr
+
+
+def test_the_module_that_was_waited_for_is_as_it_was() -> None:
+    """Its loader is Python's own, and asking for its spec does not use up the hook."""
+    code = (
+        "import sys, importlib.util, pocketllm; name = 'transformers.quantizers.auto'\n"
+        "importlib.util.find_spec(name)\n"
+        f"{HAS_FORMAT}; print(type(sys.modules[name].__loader__).__name__, end=' ')\n"
+        "print(type(sys.modules[name].__spec__.loader).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "SourceFileLoader", "SourceFileLoader"]
+
+
+def test_missing_modules_are_missing() -> None:
+    finder = pocketllm_startup._Finder()
+    assert finder.find_spec("json", None) is None
+    assert finder.find_spec("transformers.quantizers.auto", []) is None
