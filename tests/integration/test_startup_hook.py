@@ -95,6 +95,7 @@ def test_what_python_loads_when_it_starts(installed: Python, bare: Python) -> No
     """One small module more, and nothing that this one needs."""
     added = set(installed(MODULES).stdout.split()) - set(bare(MODULES).stdout.split())
     assert added == {"pocketllm_startup"}
+    assert installed("import pocketllm_startup as s; print(s.started)").stdout.strip() == "True"
 
 
 def test_it_can_be_switched_off(installed: Python) -> None:

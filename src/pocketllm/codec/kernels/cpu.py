@@ -54,6 +54,9 @@ def why_missing(name: str) -> str:
         return "no C++ compiler found: install g++, or set CXX"
     try:
         _built(name, compiler)
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()
+        return f"{compiler} failed: {said[0] if said else f'exit code {error.returncode}'}"
     except (OSError, subprocess.SubprocessError) as error:
         return reason_of(error)
     return ""
