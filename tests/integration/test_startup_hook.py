@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -26,6 +27,20 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 with torch.inference_mode():
     torch.save(model(torch.tensor([{tokens}])).logits, sys.argv[2])
 """
+TASK = """
+task: words
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "there were {{{{n}}}}"
+doc_to_target: " {{{{text}}}}"
+metric_list:
+  - metric: perplexity
+    aggregation: perplexity
+    higher_is_better: false
+"""
 HAS_FORMAT = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('pocketllm' in m)"
 MODULES = "import sys; print(*sys.modules)"
 
@@ -42,9 +57,12 @@ class Python:
         (self.packages / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib"))
 
     def __call__(self, code: str, *arguments: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.run("-c", code, *arguments, **environment)
+
+    def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", pocketllm_startup.OFF)}
         return subprocess.run(
-            [self.program, "-c", code, *arguments],
+            [self.program, *arguments],
             capture_output=True,
             text=True,
             check=True,
@@ -89,6 +107,32 @@ def test_a_program_that_knows_nothing_of_it_gets_the_right_logits(
     with torch.inference_mode():
         wanted = model(torch.tensor([TOKENS])).logits
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), wanted, atol=1e-5), done.stderr
+
+
+def test_lm_eval_measures_the_compressed_model(installed: Python, compressed: Path, tmp_path: Path) -> None:
+    """Started as its users start it: the same perplexity as of the model that pocketllm.load returns."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    data = tmp_path / "words.jsonl"
+    rows = [{"n": n, "text": text} for n, text in enumerate(("a bright sun", "water", "stones", "no"))]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "words.yaml").write_text(TASK.format(data=data))
+    arguments = f"--model hf --model_args pretrained={compressed},dtype=float32 --tasks words --device cpu"
+    places = ["--include_path", tmp_path, "--output_path", tmp_path / "out"]
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    installed.run("-m", "lm_eval", "run", *arguments.split(), *places, **cache)
+    (written,) = (tmp_path / "out").glob("*/results_*.json")
+    found = json.loads(written.read_text())["results"]["words"]["perplexity,none"]
+    model, tokenizer = pocketllm.load(compressed, dtype=torch.float32)
+    wanted = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer),
+        tasks=["words"],
+        task_manager=TaskManager(include_path=str(tmp_path)),
+        bootstrap_iters=0,
+    )
+    assert found == pytest.approx(wanted["results"]["words"]["perplexity,none"], rel=1e-4)
 
 
 def test_what_python_loads_when_it_starts(installed: Python, bare: Python) -> None:
