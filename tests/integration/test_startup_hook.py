@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import sysconfig
+import time
+import urllib.error
+import urllib.request
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,21 +59,25 @@ class Python:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         self.packages = folder / "lib" / version / "site-packages"
         # A folder that a .pth file names is searched, but its own .pth files are not read.
-        (self.packages / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib"))
+        borrowed = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+        (self.packages / "zz_borrowed.pth").write_text("\n".join(borrowed))
 
     def __call__(self, code: str, *arguments: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.run("-c", code, *arguments, **environment)
 
     def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", pocketllm_startup.OFF)}
         return subprocess.run(
             [self.program, *arguments],
             capture_output=True,
             text=True,
             check=True,
             cwd=self.packages,
-            env={**kept, **environment},
+            env=self.environment(**environment),
         )
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", pocketllm_startup.OFF)}
+        return {**kept, **changes}
 
 
 def install(python: Python, build: str, wheels: Path) -> None:
@@ -109,6 +118,7 @@ def test_a_program_that_knows_nothing_of_it_gets_the_right_logits(
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), wanted, atol=1e-5), done.stderr
 
 
+@pytest.mark.parametrize("installed", ["build_wheel"], indirect=True)
 def test_lm_eval_measures_the_compressed_model(installed: Python, compressed: Path, tmp_path: Path) -> None:
     """Started as its users start it: the same perplexity as of the model that pocketllm.load returns."""
     from lm_eval import simple_evaluate
@@ -135,6 +145,52 @@ def test_lm_eval_measures_the_compressed_model(installed: Python, compressed: Pa
     assert found == pytest.approx(wanted["results"]["words"]["perplexity,none"], rel=1e-4)
 
 
+@pytest.mark.parametrize("installed", ["build_wheel"], indirect=True)
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "openai")),
+    reason="transformers serve wants transformers[serving]",
+)
+def test_transformers_serve_runs_the_compressed_model(
+    installed: Python, compressed: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "transformers.cli.transformers", "serve", compressed, "--device", "cpu"]
+    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    body = {"model": str(compressed), "prompt": "hello world", "max_tokens": 12, "temperature": 0}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [installed.program, *command], stdout=log, stderr=log, env=installed.environment(), cwd=tmp_path
+        )
+        try:
+            answer = ask(f"http://127.0.0.1:{port}/v1/completions", body)
+        finally:
+            server.terminate()
+            server.wait(30)
+    model, tokenizer = pocketllm.load(compressed, dtype=torch.float32)
+    prompt = tokenizer("hello world", return_tensors="pt")
+    with torch.inference_mode():
+        ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    said = (tmp_path / "log").read_text()
+    assert answer["choices"][0]["text"] == tokenizer.decode(ids, skip_special_tokens=True), said
+
+
+def ask(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a server that may still be starting."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    for _ in range(90):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                found: dict[str, Any] = json.load(answer)
+                return found
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionError):
+                raise
+            time.sleep(1)
+    raise AssertionError(f"no server answered at {url}")
+
+
 def test_what_python_loads_when_it_starts(installed: Python, bare: Python) -> None:
     """One small module more, and nothing that this one needs."""
     added = set(installed(MODULES).stdout.split()) - set(bare(MODULES).stdout.split())
@@ -147,6 +203,7 @@ def test_it_can_be_switched_off(installed: Python) -> None:
     assert installed(HAS_FORMAT, **{pocketllm_startup.OFF: "1"}).stdout.strip() == "False"
 
 
+@pytest.mark.parametrize("installed", ["build_wheel"], indirect=True)
 def test_the_import_works_where_it_is_switched_off(installed: Python) -> None:
     done = installed(f"import pocketllm; {HAS_FORMAT}", **{pocketllm_startup.OFF: "1"})
     assert done.stdout.strip() == "True"
