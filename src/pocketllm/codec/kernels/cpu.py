@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pocketllm.cache import cache_folder
 from pocketllm.codec.kernels.reference import PathProblem, Signs, hartley, power_and_odd
+from pocketllm.errors import reason_of
 
 MAX_VECTOR_LEN = 16
 # faiss takes its fused search only from this many numbers (points * d) on, and is 10 times slower below.
@@ -36,27 +37,56 @@ _FLAGS = {
 }
 
 
+LIBRARIES = tuple(_FLAGS)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: `CXX`, `c++` or `g++`."""
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+
+
+def why_missing(name: str) -> str:
+    """Why a library of `LIBRARIES` does not run here, after trying to build it; empty where it does."""
+    compiler = find_compiler()
+    if os.environ.get("POCKETLLM_COMPILE") == "0":
+        return "POCKETLLM_COMPILE=0 is set"
+    if compiler is None:
+        return "no C++ compiler found: install g++, or set CXX"
+    try:
+        _built(name, compiler)
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()
+        return f"{compiler} failed: {said[0] if said else f'exit code {error.returncode}'}"
+    except (OSError, subprocess.SubprocessError) as error:
+        return reason_of(error)
+    return ""
+
+
 @functools.cache
 def _library(name: str) -> ctypes.CDLL | None:
     """The library built from NAME.cpp, or None if it cannot be built."""
-    source = Path(__file__).with_name(f"{name}.cpp")
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    compiler = find_compiler()
     if os.environ.get("POCKETLLM_COMPILE") == "0" or compiler is None:
         return None
-    identity = source.read_bytes() + repr((compiler, _FLAGS[name], _processor())).encode()
-    target = cache_folder() / f"{name}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     try:
-        if not target.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                built = Path(scratch) / target.name
-                command = [compiler, *_FLAGS[name], "-shared", "-fPIC", "-fopenmp", "-x", "c++", str(source)]
-                subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, timeout=120)
-                built.replace(target)
-        library = ctypes.CDLL(str(target))
+        return _built(name, compiler)
     except (OSError, subprocess.SubprocessError):
         return None
-    return library
+
+
+def _built(name: str, compiler: str) -> ctypes.CDLL:
+    """The library built of NAME.cpp; OSError or SubprocessError where that fails."""
+    source = Path(__file__).with_name(f"{name}.cpp")
+    identity = source.read_bytes() + repr((compiler, _FLAGS[name], _processor())).encode()
+    target = cache_folder() / f"{name}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            built = Path(scratch) / target.name
+            command = [compiler, *_FLAGS[name], "-shared", "-fPIC", "-fopenmp", "-x", "c++", str(source)]
+            subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, timeout=120)
+            built.replace(target)
+    return ctypes.CDLL(str(target))
 
 
 def _processor() -> str:
