@@ -15,9 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec.codebook import seeded_codebook
+from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.kernels.packed_product import PackedProduct
+from pocketllm.codec.kernels.packed_weight import packed_weight
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.subvectors import subvectors_per_row, unfold
 from pocketllm.format.layout import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
+from pocketllm.runtime.packed_forward import packed_bases
 
 
 class _FixedDtype(nn.Module):
@@ -121,11 +125,34 @@ class PackedMatrix(_FixedDtype):
         assert isinstance(decoder, DecoderEntry)
         if decoder.codec.row_scale:
             self.register_buffer("row_scale", torch.empty(entry.rows, dtype=torch.bfloat16))
+        self._product: PackedProduct | None = None
         self._store = [store]  # a list hides it from nn.Module: shared, so it must not be registered
 
     def unpacked(self) -> Tensor:
         """[rows, n] int32 indices."""
         return self.form.unpack(self.indices, self.entry.rows, self.per_row)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_product": None}  # it holds addresses, and is made again where it is needed
+
+    @torch.no_grad()
+    def product(self) -> PackedProduct | None:
+        """Products straight from the stream; None where the decoder has row statistics or tensors are offloaded."""
+        found, stream = self._product, self._buffers["indices"]
+        if found is not None and found.weight.stream is stream:
+            return found
+        assert stream is not None
+        if stream.is_meta:
+            return None
+        table = self._store[0].codec(self.entry.codebook, self.entry.decoder, stream.device)[1]
+        if table is None:
+            return None
+        scale = self._buffers.get("row_scale")
+        scale = torch.ones(self.entry.rows, device=stream.device) if scale is None else scale.float()
+        trellis = self.form if isinstance(self.form, Trellis) else None
+        weight = packed_weight(stream, table, scale, self.entry.columns, self.form.width, trellis)
+        self._product = PackedProduct(weight.rotated(self.entry.rotation))
+        return self._product
 
     @torch.no_grad()
     def forward(self) -> Tensor:
@@ -220,7 +247,8 @@ def _computed(module: nn.Module, leaf: str) -> None:
     is_first = not hasattr(cls, "_dense_class")
     name = f"Packed{cls.__name__}" if is_first else cls.__name__
     base = cls if is_first else getattr(cls, "_dense_class")  # noqa: B009
-    module.__class__ = type(name, (cls,), {leaf: property(read), "_dense_class": base})
+    bases = packed_bases(cls) if leaf == "weight" else (cls,)
+    module.__class__ = type(name, bases, {leaf: property(read), "_dense_class": base})
 
 
 @torch.no_grad()
