@@ -109,7 +109,7 @@ class StoredForm:
         config["quantization_config"] = {
             "quant_method": STORE,
             "producer": f"pocketllm-codec {pocketllm.__version__}",
-            "mode": "dense",
+            "mode": "auto",
             **self.layout(crcs).to_dict(),
         }
         return json.dumps(config, ensure_ascii=False) + "\n"

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.kernels import select
 from pocketllm.codec.kernels.packed_product import PackedProduct
 from pocketllm.codec.kernels.packed_weight import packed_weight
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.subvectors import subvectors_per_row, unfold
 from pocketllm.format.layout import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
-from pocketllm.runtime.packed_forward import packed_bases
+from pocketllm.runtime.packed_forward import has_packed_forward, packed_bases
 
 
 class _FixedDtype(nn.Module):
@@ -126,6 +127,7 @@ class PackedMatrix(_FixedDtype):
         if decoder.codec.row_scale:
             self.register_buffer("row_scale", torch.empty(entry.rows, dtype=torch.bfloat16))
         self._product: PackedProduct | None = None
+        self._made_of: tuple[Tensor | None, Tensor | None] = (None, None)  # tensors of the product
         self._store = [store]  # a list hides it from nn.Module: shared, so it must not be registered
 
     def unpacked(self) -> Tensor:
@@ -133,15 +135,22 @@ class PackedMatrix(_FixedDtype):
         return self.form.unpack(self.indices, self.entry.rows, self.per_row)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_product": None}  # it holds addresses, and is made again where it is needed
+        return {
+            **self.__dict__,
+            "_product": None,
+            "_made_of": (None, None),
+        }  # it holds addresses, and is made again where it is needed
 
-    @torch.no_grad()
     def product(self) -> PackedProduct | None:
         """Products straight from the stream; None where the decoder has row statistics or tensors are offloaded."""
-        found, stream = self._product, self._buffers["indices"]
-        if found is not None and found.weight.stream is stream:
-            return found
-        assert stream is not None
+        stream, scale = self._buffers["indices"], self._buffers.get("row_scale")
+        if self._made_of[0] is not stream or self._made_of[1] is not scale:
+            self._product, self._made_of = self._made_product(), (stream, scale)
+        return self._product
+
+    @torch.no_grad()
+    def _made_product(self) -> PackedProduct | None:
+        stream = self.indices
         if stream.is_meta:
             return None
         table = self._store[0].codec(self.entry.codebook, self.entry.decoder, stream.device)[1]
@@ -151,8 +160,7 @@ class PackedMatrix(_FixedDtype):
         scale = torch.ones(self.entry.rows, device=stream.device) if scale is None else scale.float()
         trellis = self.form if isinstance(self.form, Trellis) else None
         weight = packed_weight(stream, table, scale, self.entry.columns, self.form.width, trellis)
-        self._product = PackedProduct(weight.rotated(self.entry.rotation))
-        return self._product
+        return PackedProduct(weight.rotated(self.entry.rotation))
 
     @torch.no_grad()
     def forward(self) -> Tensor:
@@ -219,6 +227,22 @@ def compute_weights(model: nn.Module) -> None:
     for module in list(model.modules()):
         for leaf, _ in _packed_leaves(module):
             _computed(module, leaf)
+
+
+def reason_to_decode(model: nn.Module) -> str:
+    """Why a model does not run from the packed stream layer by layer; empty where every layer has a kernel."""
+    for name, module in model.named_modules():
+        for leaf, matrix in _packed_leaves(module):
+            device = matrix.indices.device
+            if device.type != "cpu":
+                return f"there are no kernels for {device.type}"
+            if select.packed_isa() is None:
+                return "there are no kernels: no C++ compiler was found, or POCKETLLM_COMPILE=0 is set"
+            if leaf != "weight" or not has_packed_forward(type(module)):
+                return f"there is no kernel for {name}.{leaf} ({type(module).__name__})"
+            if matrix.product() is None:
+                return f"there is no kernel for {name}.{leaf}, whose decoder has row statistics"
+    return ""
 
 
 def _packed_leaves(module: nn.Module) -> list[tuple[str, PackedMatrix]]:

@@ -24,6 +24,11 @@ def packed_bases(dense: type[nn.Module]) -> tuple[type[nn.Module], ...]:
     return (dense,)
 
 
+def has_packed_forward(dense: type[nn.Module]) -> bool:
+    """Whether the packed form of a layer's class never decodes its weight: its forward is one of those here."""
+    return any(dense.forward is plain.forward for plain in (nn.Linear, Conv1D, nn.Embedding))
+
+
 def product_of(module: nn.Module, transposed: bool = False) -> PackedProduct | None:
     """The product with a module's packed weight; None where it has no kernel or is not packed any more."""
     matrix = _matrix_of(module)

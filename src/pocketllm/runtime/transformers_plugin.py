@@ -1,11 +1,13 @@
 """transformers plug-in: `AutoModelForCausalLM.from_pretrained` reads and `save_pretrained` writes our format.
 
-Two ways to run a model: `dense` decodes every weight once at load into ordinary layers (full speed, dense
-memory); `packed` keeps indices packed in memory and decodes a layer's weight each time it runs.
+Two ways to run a model: `packed` keeps indices packed in memory, and layers multiply straight from them where there
+is a kernel (others decode their weight each time they run); `dense` decodes every weight once at load into ordinary
+layers. `auto` is `packed` where every layer has a kernel, `dense` elsewhere.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,14 @@ from pocketllm.runtime.layers import (
     decode_in_place,
     initialize_buffers,
     packed_matrices,
+    reason_to_decode,
     replace_parameters,
 )
 from pocketllm.source.folder import read_tokenizer
 
-MODES = ("dense", "packed")
+MODES = ("auto", "dense", "packed")
+
+logger = logging.getLogger(__name__)
 
 
 @register_quantization_config(ckpt.STORE)
@@ -39,7 +44,7 @@ class PocketQuantizationConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed model; see FORMAT.md for its keys."""
 
     def __init__(
-        self, mode: str = "dense", producer: str = "", quant_method: str = ckpt.STORE, **layout: Any
+        self, mode: str = "auto", producer: str = "", quant_method: str = ckpt.STORE, **layout: Any
     ) -> None:
         if mode not in MODES:
             raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
@@ -105,12 +110,23 @@ class PocketQuantizer(HfQuantizer):
         store = getattr(model, ckpt.STORE)
         verify_loaded(model, self.quantization_config.layout())
         initialize_buffers(model)
-        if self.quantization_config.mode == "dense":
+        if self._decodes(model):
             self._decoded = decode_in_place(model), store
             model.all_tied_weights_keys = {**(model.all_tied_weights_keys or {}), **self._tied}
         else:
             compute_weights(model)
         return model
+
+    def _decodes(self, model: Any) -> bool:
+        """Whether the weights are decoded now."""
+        if self.quantization_config.mode != "auto":
+            return self.quantization_config.mode == "dense"
+        reason = reason_to_decode(model)
+        if reason:
+            logger.warning(
+                "%s is decoded at load, as in mode dense: %s", model.name_or_path or "the model", reason
+            )
+        return bool(reason)
 
     def packed(self, model: Any) -> dict[str, PackedMatrix]:
         """The packed matrices by parameter name; in mode `dense` those its weights were decoded from."""
@@ -191,7 +207,7 @@ def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
 def load(
     path: str | Path,
     *,
-    mode: str = "dense",
+    mode: str = "auto",
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     trust_remote_code: bool = False,
@@ -200,7 +216,8 @@ def load(
 
     Args:
         path: folder of a compressed model, or a hub id of one.
-        mode: `dense` (decoded at load, full speed) or `packed` (decoded layer by layer as it runs).
+        mode: `packed` (weights stay packed, layers multiply straight from them), `dense` (decoded at load), or `auto`:
+            packed where every layer has a kernel, else dense, with a line in the log that says why.
         dtype: to compute in; `auto` is the checkpoint's.
         device_map: as in transformers.
         trust_remote_code: let transformers run code that the folder contains.
@@ -216,7 +233,7 @@ def load(
         ConfigError: unknown mode.
 
     Example:
-        >>> model, tokenizer = pocketllm.load("smol-8x", mode="packed")
+        >>> model, tokenizer = pocketllm.load("smol-8x")
     """
     if mode not in MODES:
         raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")

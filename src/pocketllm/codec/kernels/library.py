@@ -53,7 +53,7 @@ RECIPES = {
     "trellis": Recipe(("trellis.cpp",), flags=("-march=native", "-ffp-contract=off")),
     "packed": Recipe(
         ("packed_matmul.cpp", "hashed_matmul.cpp", "hashed_bands.cpp"),
-        ("packed_rows.inc", "rotate.inc", "hashed_layout.h"),
+        ("packed_rows.inc", "rotate.inc", "rotate_eight.inc", "hashed_layout.h"),
     ),
 }
 

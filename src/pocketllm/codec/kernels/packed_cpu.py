@@ -24,6 +24,7 @@ FEW_ROWS = 2  # of x: up to here they are multiplied one by one, beyond a decode
 TILE_WEIGHTS = 1 << 20  # of U that are decoded at a time
 
 
+_ADDRESS, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 DTYPES = (torch.float32, torch.bfloat16)  # of what `Prepared` takes and gives
 
 
@@ -42,22 +43,52 @@ def tensors_of(weight: PackedWeight) -> Tensors:
     return Tensors(weight.stream, weight.table, weight.row_scale, weight.signs_out, weight.signs_in)
 
 
-def multiply(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa) -> Tensor:
-    """x [T, columns] -> x W^T [T, rows] float32."""
-    dtype = x.dtype
+def multiply(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | None = None) -> Tensor:
+    """x [T, columns] -> x W^T + bias [T, rows], in float32, or in bfloat16 for many rows of that."""
+    if sizes.banded and isa < Isa.AVX512:
+        plain = PackedWeight(*weight[:3], sizes).in_stream_order()
+        sizes, weight = plain.sizes, weight._replace(stream=plain.stream, table=plain.table)
+    if len(x) > FEW_ROWS and not sizes.banded:
+        return _multiply_many(x if x.dtype in DTYPES else x.float(), weight, sizes, isa, bias)
     if weight.signs_in is not None:
         x = rotate_(x.to(torch.float32, copy=True), weight.signs_in, isa, inverse=False)
-    if sizes.banded and isa >= Isa.AVX512:
-        out = _multiply_banded(x, weight, sizes)
-    else:
-        if sizes.banded:
-            plain = PackedWeight(*weight[:3], sizes).in_stream_order()
-            sizes, weight = plain.sizes, weight._replace(stream=plain.stream, table=plain.table)
-        few = len(x) <= FEW_ROWS
-        out = (
-            _multiply_rows(x, weight, sizes, isa) if few else _multiply_tiles(x.to(dtype), weight, sizes, isa)
-        )
-    return out if weight.signs_out is None else rotate_(out, weight.signs_out, isa, inverse=True)
+    out = _multiply_banded(x, weight, sizes) if sizes.banded else _multiply_rows(x, weight, sizes, isa)
+    if weight.signs_out is not None:
+        out = rotate_(out, weight.signs_out, isa, inverse=True)
+    return out if bias is None else out + bias
+
+
+def _multiply_many(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | None) -> Tensor:
+    """`multiply` of many rows of x in one of `DTYPES`, by decoded tiles."""
+    x, out = x.contiguous(), torch.empty(len(x), sizes.rows, dtype=x.dtype)
+    if weight.signs_in is not None:
+        x = _rotated(x, torch.empty_like(x), weight.signs_in, isa, inverse=False)
+    for begin, end, tile in tiles(weight, sizes, x.dtype, isa):
+        if end - begin == sizes.rows:
+            torch.mm(x, tile.T, out=out)
+        else:
+            out[:, begin:end] = x @ tile.T
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    return _rotated(out, out, weight.signs_out, isa, inverse=True, scale=weight.row_scale, bias=bias)
+
+
+def _rotated(
+    x: Tensor,
+    out: Tensor,
+    signs: Tensor | None,
+    isa: Isa,
+    *,
+    inverse: bool,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Rows of x [T, n], of one of `DTYPES`, times `scale`, rotated where there are signs, plus bias, into `out`."""
+    count, n = x.shape
+    mixer = None if signs is None else hartley(n // (n & -n))
+    half, threads = int(x.dtype == torch.bfloat16), torch.get_num_threads()
+    sizes = (half, count, n, signs, mixer, int(inverse), scale, bias, int(isa), threads)
+    library.call("packed", "packed_rotate", x, out, *sizes)
+    return out
 
 
 def multiply_transposed(y: Tensor, weight: PackedWeight, isa: Isa) -> Tensor:
@@ -99,14 +130,6 @@ def _full_table(table: Tensor, sizes: Sizes) -> Tensor:
     """The table with a row for every index of `width` bits: what a damaged stream holds is read, too."""
     missing = (1 << sizes.width) - len(table)
     return (pad(table, (0, 0, 0, missing)) if missing > 0 else table).contiguous()
-
-
-def _multiply_tiles(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa) -> Tensor:
-    x = x if x.dtype == torch.bfloat16 else x.float()
-    out = torch.empty(len(x), sizes.rows)
-    for begin, end, tile in tiles(weight, sizes, x.dtype, isa):
-        out[:, begin:end] = x @ tile.T
-    return out.mul_(weight.row_scale)
 
 
 def _multiply_rows(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa) -> Tensor:
@@ -165,6 +188,10 @@ class Prepared:
         ]
         self.matrix = (ctypes.c_int64 * len(values))(*values)
         self.address = ctypes.addressof(self.matrix)
+        loaded = library.library("packed")
+        assert loaded is not None
+        self.run = loaded.packed_linear  # called directly, since it is called for every layer and token
+        self.run.argtypes = [_ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER]
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., columns] -> x W^T + bias [..., rows], for few rows of x of one of `DTYPES`."""
@@ -172,9 +199,10 @@ class Prepared:
         out = torch.empty(*x.shape[:-1], self.rows, dtype=dtype)
         if bias is not None:
             bias = bias.to(dtype).contiguous()
-        half, count = int(dtype == torch.bfloat16), x.numel() // self.columns
+        half, count = dtype == torch.bfloat16, x.numel() // self.columns
+        added = None if bias is None else bias.data_ptr()
         threads = torch.get_num_threads()
-        library.call("packed", "packed_linear", self.address, x, half, count, bias, out, self.isa, threads)
+        self.run(self.address, x.data_ptr(), half, count, added, out.data_ptr(), self.isa, threads)
         return out
 
     def look_up(self, rows: Tensor, dtype: torch.dtype) -> Tensor:

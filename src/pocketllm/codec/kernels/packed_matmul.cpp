@@ -78,10 +78,31 @@ struct Shape {
     }
 };
 
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+inline float to_float(BFloat16 value) {
+    const uint32_t bits = uint32_t(value.bits) << 16;
+    float found;
+    std::memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
+inline void store(float value, float* to) { *to = value; }
+inline void store(float value, BFloat16* to) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to even
+    to->bits = uint16_t((value == value ? rounded : bits | 0x400000) >> 16);
+}
+
 #define BIT_FIELDS 0
 namespace plain {
 #include "packed_rows.inc"
 #include "rotate.inc"
+#include "rotate_eight.inc"
 }
 #undef BIT_FIELDS
 
@@ -96,6 +117,7 @@ namespace plain {
 namespace avx2 {
 #include "packed_rows.inc"
 #include "rotate.inc"
+#include "rotate_eight.inc"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -137,26 +159,6 @@ void for_blocks(const Shape& shape, const uint8_t* stream, int64_t nbytes, int64
     }
 }
 
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline float to_float(float value) { return value; }
-inline float to_float(BFloat16 value) {
-    const uint32_t bits = uint32_t(value.bits) << 16;
-    float found;
-    std::memcpy(&found, &bits, sizeof found);
-    return found;
-}
-
-inline void store(float value, float* to) { *to = value; }
-inline void store(float value, BFloat16* to) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to even
-    to->bits = uint16_t((value == value ? rounded : bits | 0x400000) >> 16);
-}
-
 // What does not change between products with a matrix; packed_cpu.py fills it in, eight bytes for each field.
 struct Matrix {
     const uint8_t* stream;
@@ -179,6 +181,39 @@ void rotate_one(const Kernels& run, float* x, int64_t n, const float* signs, con
 }
 
 const int64_t WORTH_A_THREAD = 1 << 15;  // weights: fewer take less time than waking a thread
+
+// out [count, n] = vectors x [count, n] times `scale`, rotated, plus bias; without signs they are not rotated.
+template <class In, class Out>
+void rotate_all(const In* x, Out* out, int64_t count, int64_t n, const float* signs, const float* mixer, bool inverse,
+                const float* scale, const Out* bias, int64_t isa, int64_t threads) {
+    const int64_t power = n & -n, odd = n / power;
+    const float unit = signs ? 1.0f / std::sqrt((float)power) : 1.0f;
+    std::vector<float> before(n, 1.0f), after(n, unit);
+    for (int64_t i = 0; i < n; ++i) {
+        if (scale) before[i] = scale[i];
+        if (signs) (inverse ? after : before)[i] *= signs[i];
+    }
+    const float* matrix = signs ? mixer : nullptr;
+#pragma omp parallel num_threads((int)threads) if (threads > 1 && count > 8)
+    {
+        std::vector<float> memory((n + odd) * 8);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; i += 8) {
+            const int64_t width = i + 8 < count ? 8 : count - i;
+            void* to = memory.data();
+#if defined(__x86_64__)
+            if (isa >= AVX2) {
+                avx2::rotate_eight(x + i * n, out + i * n, width, n, before.data(), matrix, odd, after.data(), bias,
+                                   (avx2::Eight*)to);
+                continue;
+            }
+#endif
+            plain::rotate_eight(x + i * n, out + i * n, width, n, before.data(), matrix, odd, after.data(), bias,
+                                (plain::Eight*)to);
+        }
+    }
+    (void)isa;
+}
 
 template <class Number>
 void linear(const Matrix& m, const Number* x, int64_t tokens, const Number* bias, Number* out, int64_t isa,
@@ -314,6 +349,19 @@ int packed_look_up(const Matrix* matrix, const int64_t* ids, int64_t count, int6
         look_up(*matrix, ids, count, (BFloat16*)out, isa, threads);
     else
         look_up(*matrix, ids, count, (float*)out, isa, threads);
+    return 0;
+}
+
+// out [count, n] = vectors x [count, n] times `scale`, rotated, plus bias; from one dtype to one dtype.
+int packed_rotate(const void* x, void* out, int64_t half, int64_t count, int64_t n, const float* signs,
+                  const float* mixer, int64_t inverse, const float* scale, const void* bias, int64_t isa,
+                  int64_t threads) {
+    if (half)
+        rotate_all((const BFloat16*)x, (BFloat16*)out, count, n, signs, mixer, inverse != 0, scale,
+                   (const BFloat16*)bias, isa, threads);
+    else
+        rotate_all((const float*)x, (float*)out, count, n, signs, mixer, inverse != 0, scale, (const float*)bias, isa,
+                   threads);
     return 0;
 }
 }

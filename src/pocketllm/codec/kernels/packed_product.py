@@ -29,7 +29,15 @@ class PackedProduct:
         self.tensors = packed_cpu.tensors_of(weight)
         on_cpu = weight.stream.device.type == "cpu" and not weight.sizes.banded
         self.isa = select.packed_isa() if on_cpu else None
-        self.prepared = None if self.isa is None else Prepared(weight, self.isa)
+        self._prepared: Prepared | None = None
+
+    @property
+    def prepared(self) -> Prepared:
+        """The weight as the kernel takes it; made when it is first needed, so not while torch traces."""
+        if self._prepared is None:
+            assert self.isa is not None
+            self._prepared = Prepared(self.weight, self.isa)
+        return self._prepared
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., columns] -> x W^T + bias [..., rows], in the dtype of x; differentiable in x and bias.
@@ -37,18 +45,15 @@ class PackedProduct:
         Raises:
             ShapeError: x has another number of columns.
         """
-        if self.prepared is None or not _runs_at_once(x, bias):
+        if self.isa is None or not _runs_at_once(x, bias):
             out = packed_matmul(x, self.weight)
             return out if bias is None else out + bias
         if x.shape[-1] != self.columns:
             raise ShapeError(f"packed product: got x [..., {x.shape[-1]}], wanted [..., {self.columns}]")
         if x.numel() <= FEW_ROWS * self.columns and x.dtype in packed_cpu.DTYPES:
             return self.prepared.linear(x, bias)
-        assert self.isa is not None
         flat = x.reshape(-1, self.columns)
-        out = packed_cpu.multiply(flat, self.tensors, self.weight.sizes, self.isa)
-        if bias is not None:
-            out += bias
+        out = packed_cpu.multiply(flat, self.tensors, self.weight.sizes, self.isa, bias)
         return out.to(x.dtype).view(*x.shape[:-1], self.rows)
 
     def look_up(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,7 +63,7 @@ class PackedProduct:
             IndexError: a row outside of the matrix.
         """
         flat = rows.reshape(-1)
-        if self.prepared is not None and dtype in packed_cpu.DTYPES:
+        if self.isa is not None and _runs_at_once(flat, None) and dtype in packed_cpu.DTYPES:
             found = self.prepared.look_up(flat.long(), dtype)
         else:
             found = self._decoded(flat.long()).to(dtype)
