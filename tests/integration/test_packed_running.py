@@ -118,12 +118,11 @@ def test_gradients_flow_through_packed_layers(llama: Path) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
 
 
-def test_packed_layers_compile_and_export(llama: Path) -> None:
+def test_packed_layers_compile(llama: Path) -> None:
     model, _ = pocketllm.load(llama, mode="packed", dtype=torch.float32)
     layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 36)
     wanted = layer(x)
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), wanted)
-    assert torch.equal(torch.export.export(layer, (x,)).module()(x), wanted)
 
 
 def test_copies_of_packed_layers_run_on_their_own(llama: Path) -> None:
