@@ -22,7 +22,6 @@ PACKAGES = (
     "pocketllm.errors",
     "pocketllm.text",
     "pocketllm.codec",
-    "pocketllm.text",
     "pocketllm.source",
     "pocketllm.format",
     "pocketllm.plan",

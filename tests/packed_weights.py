@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocketllm.codec.index_form import Trellis, strip_lengths
+from pocketllm.codec.column_choice import strip_lengths
+from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.kernels import hashed, library
 from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, packed_weight
 from pocketllm.codec.packing import pack

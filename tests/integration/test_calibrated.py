@@ -17,7 +17,7 @@ from torch import Tensor
 
 import pocketllm
 from pocketllm.calibrate.calibration import read_windows
-from pocketllm.compression import encode_blocks as blockwise
+from pocketllm.compression import encode_blocks
 from pocketllm.errors import ConfigError, ResumeError, SourceError
 from pocketllm.format.report import warnings_of
 from pocketllm.runtime.layers import packed_matrices
@@ -25,7 +25,7 @@ from pocketllm.source.dense_checkpoint import open_dense
 from tests import tiny
 from tests.commands import contents
 from tests.integration.test_architectures import load, logits
-from tests.numerics.test_inputs import shun_expert
+from tests.numerics.test_input_hessians import shun_expert
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_dense_inputs_are_kept_and_used_again(
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise AssertionError("the model is run again")
 
-    monkeypatch.setattr(blockwise, "BlockStream", refuse)
+    monkeypatch.setattr(encode_blocks, "BlockStream", refuse)
     compress(source, apart, tmp_path / "again", calibration_folder=measured)
     assert contents(tmp_path / "again") == contents(tmp_path / "first")
     compress(source, other, tmp_path / "other", calibration_folder=measured)

@@ -11,7 +11,8 @@ from pocketllm.codec.feedback import assign
 from pocketllm.codec.hessian import factorize
 from pocketllm.codec.index_form import Independent
 from pocketllm.codec.kernels import cpu, library, reference
-from pocketllm.codec.rotation import hartley, rotate, rotate_hessian, signs, unrotate
+from pocketllm.codec.kernels.reference import hartley
+from pocketllm.codec.rotation import rotate, rotate_hessian, signs, unrotate
 from pocketllm.errors import ConfigError
 
 

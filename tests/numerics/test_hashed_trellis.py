@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pocketllm.codec.index_form import Trellis, strip_lengths
+from pocketllm.codec.column_choice import strip_lengths
+from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.kernels import hashed, library
 from pocketllm.codec.kernels.packed_op import packed_matmul
 from pocketllm.codec.kernels.packed_weight import hashed_weight

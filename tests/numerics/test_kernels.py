@@ -158,7 +158,7 @@ KERNELS: dict[str, tuple[Any, str, Callable[[], tuple[Tensor, Tensor]], str]] = 
     "nearest": (cpu.Table, "nearest", find_nearest, "it finds other codewords"),
     "gather": (cpu, "gather", decode, "it decodes to other values"),
     "scatter": (cpu, "scatter", take_gradients, "it decodes to other values"),
-    "rotate": (cpu, "rotate_", rotate, "it decodes to other values"),
+    "rotate": (cpu, "rotate", rotate, "it decodes to other values"),
 }
 
 

@@ -16,7 +16,7 @@ from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate_hessian, rotate_matrix
 from pocketllm.config import CodecConfig
-from pocketllm.errors import WeightError
+from pocketllm.errors import ConfigError, ShapeError, WeightError
 from tests.numerics.test_calibrated import correlated
 from tests.numerics.test_two_sided import loss
 
@@ -92,3 +92,54 @@ def test_a_hessian_is_factorized_once_for_each_rotation() -> None:
     assert hessian.factor(None, 4).hessian.shape == (32, 32)
     with pytest.raises(WeightError, match="Hessian: holds NaN or Inf"):
         Hessian(torch.full((4, 4), torch.nan)).factor(None, 2)
+
+
+H, G = Hessian(torch.eye(COLUMNS), 0.01), Hessian(torch.eye(ROWS), 0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"outputs": G}, "need a Hessian of the inputs"),
+        ({"row_importance": torch.ones(ROWS)}, "need a Hessian of the inputs"),
+        ({"passes": 1}, "need a Hessian of the inputs"),
+        ({"hessian": H, "outputs": G, "passes": 1}, "outputs exclude"),
+        ({"hessian": H, "outputs": G, "row_importance": torch.ones(ROWS)}, "outputs exclude"),
+    ],
+)
+def test_arguments_that_exclude_each_other(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        codec().encode(torch.randn(ROWS, COLUMNS), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"hessian": G}, r"hessian of shape \(40, 40\), wanted \(30, 30\)"),
+        ({"hessian": H, "outputs": H}, r"outputs of shape \(30, 30\), wanted \(40, 40\)"),
+        ({"hessian": H, "row_importance": torch.ones(3)}, r"row_importance of shape \(3,\), wanted \(40,\)"),
+    ],
+)
+def test_sizes_that_do_not_match_the_matrix(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ShapeError, match=words):
+        codec().encode(torch.randn(ROWS, COLUMNS), **arguments)
+
+
+def test_a_row_decoder_takes_no_hessian() -> None:
+    """Its table is not exact: the output of a codeword depends on the row it stands in."""
+    made = MatrixCodec(CodecConfig(vector_len=2, decoder="row"), nn.Parameter(torch.randn(64, 2)))
+    with pytest.raises(ConfigError, match="decoder='lookup'"):
+        made.encode(torch.randn(ROWS, COLUMNS), H)
+
+
+@pytest.mark.parametrize("vector_len", [2, 4])
+def test_a_trellis_without_a_hessian_minimizes_the_error_of_the_weights(vector_len: int) -> None:
+    """Its indices form paths; nearest codewords one by one would decode to noise."""
+    weight, form = torch.randn(64, COLUMNS), Trellis(8, 4, 32)
+    made = MatrixCodec(
+        CodecConfig(vector_len=vector_len), nn.Parameter(seeded_codebook(256, vector_len, 3).float())
+    )
+    for net in (made.encoder, made.decoder):
+        net.reset("identity", torch.Generator().manual_seed(0))
+    nmse = ((weight - made.decode(made.encode(weight, form=form))) ** 2).mean() / (weight**2).mean()
+    assert nmse < 1.6 * form.predicted_nmse(vector_len)

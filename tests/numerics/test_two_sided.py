@@ -78,7 +78,7 @@ def test_row_scales_minimize_the_loss() -> None:
 @pytest.mark.parametrize("group", [4, 128])
 def test_what_is_carried_is_the_formula(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against feedback written out strip by strip and column by column, with any errors."""
-    monkeypatch.setattr(strips_module, "_GROUP", group)
+    monkeypatch.setattr(strips_module, "FEEDBACK_GROUP", group)
     lengths, d, n = [5, 4, 4], 2, 9
     rows, columns = sum(lengths), d * n
     weight = torch.randn(rows, columns, dtype=torch.float64)

@@ -32,6 +32,7 @@ from pocketllm.errors import ConfigError
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"vector_len": 9, "hidden": 16}, "hidden: got 16, wanted at least 18"),
+        ({"codebook_source": "seed"}, "codebook_source='seed' needs a trellis"),
     ],
 )
 def test_codec_settings_are_checked(values: dict[str, Any], words: str) -> None:

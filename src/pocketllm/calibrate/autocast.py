@@ -1,13 +1,8 @@
-"""How to compute fast: the dtype of matrix products of a running model, and jobs side by side."""
+"""The dtype of matrix products of a running model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
-
-_MOST_ABREAST = 4  # each takes memory of its own
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
@@ -23,28 +18,3 @@ def autocast(device: torch.device | str) -> torch.autocast:
     """Matrix products in `fast_dtype`; everything else, and the sums, in float32."""
     dtype = fast_dtype(device)
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
-
-
-def run_parallel(jobs: Sequence[Callable[[], None]], device: torch.device | str) -> Iterator[None]:
-    """Run jobs that do not depend on each other; yields before each, and ends when all are done.
-
-    On a CPU some run at once and share the threads: jobs of many small operations gain little by threads inside
-    them. What each computes depends on the number of threads alone.
-    """
-    threads, jobs = torch.get_num_threads(), [torch.no_grad()(job) for job in jobs]
-    workers = min(threads, len(jobs), _MOST_ABREAST)
-    if torch.device(device).type != "cpu" or workers < 2:
-        for job in jobs:
-            yield
-            job()
-        return
-    with ThreadPoolExecutor(
-        workers, initializer=torch.set_num_threads, initargs=(threads // workers,)
-    ) as pool:
-        try:
-            for running in [pool.submit(job) for job in jobs]:
-                yield
-                running.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)  # which threads started later would take over

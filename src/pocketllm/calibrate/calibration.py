@@ -75,9 +75,10 @@ def calibrate(
     widest = max(m.columns for m in matrices)
     if windows.numel() < widest:
         logger.warning(
-            "calibration: %d tokens are fewer than the widest layer has inputs (%d); its Hessian is filled up "
-            "with uncorrelated inputs. Give more text",
-            *(windows.numel(), widest),
+            "calibration: %d tokens are fewer than the widest layer has inputs (%d); its Hessian is "
+            "completed with uncorrelated inputs. Give more text",
+            windows.numel(),
+            widest,
         )
     two_sided = settings.two_sided
     count = max(1, settings.sensitivity_tokens // windows.shape[1])
@@ -91,7 +92,13 @@ def calibrate(
     if not path.is_file() or (outputs is not None and not outputs.is_dir()):
         with _whole(outputs) as made:
             measure(
-                *(source, chosen, matrices, settings.damping, config.seed, device, progress),
+                source,
+                chosen,
+                matrices,
+                damping=settings.damping,
+                seed=config.seed,
+                device=device,
+                progress=progress,
                 two_sided=two_sided,
                 weigh_tokens=settings.weigh_tokens,
                 outputs=made,

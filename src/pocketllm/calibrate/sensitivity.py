@@ -66,9 +66,9 @@ class Sensitivity:
     token_weights: dict[str, Tensor]
 
     @property
-    def for_plan(self) -> tuple[dict[str, float], dict[str, int]]:
-        """What `make_plan` wants of it."""
-        return self.importance, self.strip_rows
+    def for_plan(self) -> dict[str, dict[str, Any]]:
+        """The arguments of `make_plan` that it gives."""
+        return {"importance": self.importance, "strip_rows": self.strip_rows}
 
     def save(self, path: Path) -> None:
         """Write to a temporary name, then rename.

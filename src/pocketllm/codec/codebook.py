@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pocketllm.codec.kernels import select
+from pocketllm.codec.kernels.reference import centroids as centroids
 from pocketllm.codec.kernels.select import Searcher as Searcher
 from pocketllm.codec.splitmix import splitmix64
 
@@ -35,37 +37,7 @@ def kmeans_codebook(points: Tensor, size: int, iterations: int, seed: int) -> Te
     Args:
         points: float tensor with N >= K rows.
     """
-    if points.device.type == "cpu":
-        import faiss
-
-        kmeans = faiss.Kmeans(
-            points.shape[1],
-            size,
-            niter=iterations,
-            seed=seed & 0x7FFFFFFF,
-            min_points_per_centroid=1,
-            max_points_per_centroid=1 << 30,
-        )
-        kmeans.train(np.ascontiguousarray(points.float().numpy()))
-        return torch.from_numpy(np.array(kmeans.centroids))
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randperm(points.shape[0], generator=generator)[:size].to(points.device)
-    codebook = points[start].float()
-    for _ in range(iterations):
-        codebook = centroids(points, nearest(points, codebook), codebook)
-    return codebook
-
-
-def centroids(points: Tensor, indices: Tensor, codebook: Tensor) -> Tensor:
-    """Mean of the points assigned to each codeword; a codeword nobody uses stays where it is.
-
-    Args:
-        points: [N, d]; indices: [N] int64; codebook: [K, d].
-    """
-    sums = torch.zeros_like(codebook, dtype=torch.float64).index_add_(0, indices, points.double())
-    counts = torch.bincount(indices, minlength=codebook.shape[0])
-    means = (sums / counts.clamp(min=1)[:, None]).to(codebook.dtype)
-    return torch.where(counts[:, None] > 0, means, codebook)
+    return select.kmeans(points, size, iterations, seed)
 
 
 def nearest(points: Tensor, codebook: Tensor) -> Tensor:

@@ -39,13 +39,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pocketllm.codec.column_choice import ColumnChoice
 from pocketllm.codec.feedback_schedule import ColumnFeedback, RowFeedback, Strips
 from pocketllm.codec.hessian import HessianFactor
-from pocketllm.codec.index_form import ColumnChoice, IndexForm
+from pocketllm.codec.index_form import IndexForm
 from pocketllm.codec.subvectors import cut
-
-_MANY = 4096  # weights of a strip of which the mean is sure
-_PEAKED = 4.0  # kurtosis of rows; Gaussian ones have 3
+from pocketllm.config.constants import PEAKED_KURTOSIS, RELIABLE_STRIP_WEIGHTS
 
 
 def assign(
@@ -57,7 +56,7 @@ def assign(
     *,
     outputs: HessianFactor | None = None,
     row_importance: Tensor | None = None,
-    passes: int = 1,
+    passes: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Indices with error feedback, and the row scale that suits them.
 
@@ -148,7 +147,7 @@ class _Problem:
         """
         square = self.weight.square()
         peaked = square.square().mean(dim=1) / square.mean(dim=1).square().clamp(min=1e-30)
-        if float(peaked.mean()) > _PEAKED:
+        if float(peaked.mean()) > PEAKED_KURTOSIS:
             return False
         least = 4.0**-bits * self.weight.square().sum(dim=1)
         sides = [self.factor] if self.outputs is None else [self.factor, self.outputs]
@@ -157,7 +156,7 @@ class _Problem:
             if float(diagonal.max()) > 8 * float(diagonal.mean()):
                 return False
             least = least * diagonal.mean()
-        if min(self.together) * self.factor.columns < _MANY:
+        if min(self.together) * self.factor.columns < RELIABLE_STRIP_WEIGHTS:
             return False
         pairs = zip(loss.split(self.together), least.split(self.together), strict=True)
         return all(bool(found.sum() < 0.5 * bound.sum()) for found, bound in pairs)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LAG = 2  # columns between a strip and the next: one to be encoded after the other, one to look ahead
-_GROUP = 128  # columns whose feedback is applied to the rest of the row at once
+from pocketllm.config.constants import FEEDBACK_GROUP, STRIP_LAG
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Strips:
     """
 
     def __init__(self, lengths: list[int], columns: int, in_turn: bool, device: torch.device) -> None:
-        self.lengths, self.columns, self.lag = lengths, columns, _LAG if in_turn else 0
+        self.lengths, self.columns, self.lag = lengths, columns, STRIP_LAG if in_turn else 0
         sizes = torch.tensor(lengths, device=device)
         self.inside = torch.arange(max(lengths), device=device) < sizes[:, None]
         self.last = sizes - 1  # row of each strip
@@ -95,7 +94,7 @@ class ColumnFeedback:
             self.left[number, :, begin : begin + columns] = padded[number]
         self.first = self.left.clone() if self.shift else self.left
         self.end = columns + self.edge
-        self.group = max(d, _GROUP // d * d)
+        self.group = max(d, FEEDBACK_GROUP // d * d)
         self.errors = weight.new_zeros(count, longest, self.group)
         self.upper, self.metric = None, torch.eye(d, device=weight.device).expand(columns // d, d, d)
         if upper is not None:

@@ -97,3 +97,21 @@ class Hessian:
             rotated = self.matrix if seed is None else rotate_hessian(self.matrix, seed)
             self._factors[key] = factorize(rotated, vector_len, self.damping)
         return self._factors[key]
+
+
+class IdentityHessian(Hessian):
+    """H = I, which leaves the error of the weights alone; no rotation changes it, and nothing is factorized."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        super().__init__(torch.eye(columns, device=device))
+
+    def factor(self, seed: int | None, vector_len: int) -> HessianFactor:
+        """See `Hessian.factor`."""
+        columns = len(self.matrix)
+        padded = subvectors_per_row(columns, vector_len) * vector_len
+        upper = torch.eye(padded, device=self.matrix.device)
+        hessian = upper.clone()
+        hessian.diagonal()[columns:] = (
+            0.01  # errors in the padding cost nothing; not 0, so that it can be inverted
+        )
+        return HessianFactor(hessian, upper, columns)

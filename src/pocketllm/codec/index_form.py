@@ -18,16 +18,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from pocketllm.codec.codebook import Searcher, centroids, codebook_utilization, kmeans_codebook
+from pocketllm.codec.codebook import centroids, codebook_utilization, kmeans_codebook
+from pocketllm.codec.column_choice import IndependentColumns, TrellisColumns, strip_lengths
 from pocketllm.codec.packing import index_width, pack, packed_bytes, unpack
 from pocketllm.codec.viterbi import PathSearch
 from pocketllm.config import CodecConfig
-from pocketllm.config.constants import LOOKAHEAD_ROWS, STRIP_ROWS
+from pocketllm.config.constants import STRIP_ROWS
 
 
 def form_for(codebook_size: int, stride: int, strip_rows: int = STRIP_ROWS) -> IndexForm:
@@ -72,6 +72,7 @@ class Independent:
     codebook_size: int
     strip_rows: int = STRIP_ROWS
     stride = 0
+    is_independent = True
     trains_networks = True
 
     @property
@@ -134,6 +135,7 @@ class Trellis:
     # Rotated rows of unit scale follow one distribution, so networks trained for their reconstruction have nothing to
     # add to the codebook: they start as the identity and serve the tuning that comes after.
     trains_networks = False
+    is_independent = False
 
     @property
     def codebook_size(self) -> int:
@@ -194,7 +196,7 @@ class Trellis:
 
     def columns(self, rows: int, device: torch.device, in_strips: bool) -> TrellisColumns:
         """The choice of indices column by column; paths run down strips whether rows make up for others or not."""
-        return TrellisColumns(strip_lengths(rows, self.strip_rows), self, device)
+        return TrellisColumns(strip_lengths(rows, self.strip_rows), self.width, self.stride, device)
 
     def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:
         """Lloyd's algorithm with cheapest paths in the place of nearest codewords.
@@ -236,103 +238,6 @@ class Trellis:
 IndexForm = Independent | Trellis
 
 
-class ColumnChoice(Protocol):
-    """How the indices of one column of subvectors are chosen, for all strips of rows at once.
-
-    lengths: rows of each strip. together: rows whose losses are compared as one sum. lookahead: rows of the next
-    column that the indices of a column should suit, too. nearest_is_slow: whether looking for the nearest
-    codewords, as a fallback, costs as much as the choice itself.
-    """
-
-    lengths: list[int]
-    together: list[int]
-    lookahead: int
-    nearest_is_slow: bool
-
-    def prepared(self, tables: Tensor) -> Any:
-        """What `first` wants of tables [C, K, d]."""
-
-    def first(
-        self,
-        points: Tensor,
-        weights: Tensor,
-        tables: Any,
-        which: Tensor,
-        lengths: list[int],
-        before: Tensor,
-        lookahead: list[int],
-    ) -> Tensor:
-        """Indices [rows] of one column of some strips.
-
-        Args:
-            points: [rows, d], those of each strip followed by some of its next column. weights: [rows].
-            which: [strips], the table of each. lengths, lookahead: how many points are of either column.
-            before: [strips] the index that comes before.
-        """
-
-    def again(self, points: Tensor, weights: Tensor, table: Tensor, before: Tensor, now: Tensor) -> Tensor:
-        """Better indices of a column than `now` [rows], such that the columns after it can stay as they are."""
-
-
-class IndependentColumns:
-    """Chooses every index by itself; see `ColumnChoice`."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths, self.lookahead, self.nearest_is_slow = lengths, 0, False
-        self.together = [1] * sum(lengths)
-
-    def prepared(self, tables: Tensor) -> list[Searcher]:
-        return [Searcher(table) for table in tables]
-
-    def first(
-        self,
-        points: Tensor,
-        weights: Tensor,
-        tables: list[Searcher],
-        which: Tensor,
-        lengths: list[int],
-        before: Tensor,
-        lookahead: list[int],
-    ) -> Tensor:
-        sizes = [size for pair in zip(lengths, lookahead, strict=True) for size in pair]
-        parts, numbers = points.split(sizes)[::2], which.tolist()
-        if len(set(numbers)) == 1:
-            return tables[numbers[0]].nearest(torch.cat(parts))
-        return torch.cat([tables[n].nearest(part) for n, part in zip(numbers, parts, strict=True)])
-
-    def again(self, points: Tensor, weights: Tensor, table: Tensor, before: Tensor, now: Tensor) -> Tensor:
-        return Searcher(table).nearest(points)
-
-
-class TrellisColumns:
-    """Chooses the indices of a column as one path for each strip of rows; see `ColumnChoice`."""
-
-    def __init__(self, lengths: list[int], trellis: Trellis, device: torch.device) -> None:
-        self.lengths = self.together = lengths
-        self.lookahead, self.nearest_is_slow = LOOKAHEAD_ROWS, True
-        self.search = PathSearch(trellis.width, trellis.stride, device)
-        self.last = torch.tensor(lengths, device=device).cumsum(0) - 1
-
-    def prepared(self, tables: Tensor) -> tuple[Tensor, Tensor]:
-        return self.search.ordered(tables)
-
-    def first(
-        self,
-        points: Tensor,
-        weights: Tensor,
-        tables: tuple[Tensor, Tensor],
-        which: Tensor,
-        lengths: list[int],
-        before: Tensor,
-        lookahead: list[int],
-    ) -> Tensor:
-        return self.search.search(points, weights, tables, which, lengths, before, lookahead=lookahead)
-
-    def again(self, points: Tensor, weights: Tensor, table: Tensor, before: Tensor, now: Tensor) -> Tensor:
-        tables, which = self.search.ordered(table[None]), torch.zeros_like(before)
-        return self.search.search(points, weights, tables, which, self.lengths, before, end=now[self.last])
-
-
 def predicted_nmse(vector_len: int, index_bits: float) -> float:
     """Error of a good K-point quantizer in d dimensions, for a unit-variance Gaussian; K = 2^index_bits.
 
@@ -344,12 +249,6 @@ def predicted_nmse(vector_len: int, index_bits: float) -> float:
     sphere = math.gamma(d / 2 + 1) ** (2 / d) / ((d + 2) * math.pi)
     distortion = 2 * math.pi * sphere * ((d + 2) / d) ** ((d + 2) / 2) * 2.0 ** (-2 * index_bits / d)
     return min(1.0, distortion)
-
-
-def strip_lengths(rows: int, strip_rows: int) -> list[int]:
-    """Lengths of the strips that `rows` are cut into: equal but for one row, the longer ones first."""
-    count = max(1, round(rows / strip_rows))
-    return [rows // count + (1 if strip < rows % count else 0) for strip in range(count)]
 
 
 def _relative_error(points: Tensor, decoded: Tensor) -> float:

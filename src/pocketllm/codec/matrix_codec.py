@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from pocketllm.codec import codebook as cb
 from pocketllm.codec.feedback import assign
-from pocketllm.codec.hessian import Hessian
+from pocketllm.codec.hessian import Hessian, IdentityHessian
 from pocketllm.codec.index_form import Independent, IndexForm
 from pocketllm.codec.metanet import MetaDecoder, MetaEncoder
 from pocketllm.codec.normalization import TypicalRow, best_row_scale, divide_rows, row_rms
@@ -35,6 +35,7 @@ from pocketllm.codec.reconstruct import reconstruct
 from pocketllm.codec.rotation import Seeds, rotate_matrix
 from pocketllm.codec.subvectors import cut, join, subvectors_per_row
 from pocketllm.config import CodecConfig
+from pocketllm.errors import ConfigError, ShapeError
 
 # Weights decoded or encoded at once; bounds the memory beside the matrix itself.
 _CHUNK_WEIGHTS = 1 << 22
@@ -95,6 +96,23 @@ class MatrixCodec(nn.Module):
         q = self.codebook[indices].reshape(z.shape)
         return self.decoder(cb.straight_through(z, q)), z, q, indices
 
+    def loss(self, subvectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The training loss of whole rows: reconstruction + vq_weight |q - sg[z]|^2 + commitment_weight |sg[q] - z|^2.
+
+        Args:
+            subvectors: [rows, n, d] float32, rows already divided by their scale.
+
+        Returns:
+            loss, mean square error of the reconstruction, indices [rows * n].
+        """
+        reconstruction, z, q, indices = self(subvectors)
+        error = (reconstruction - subvectors).square().mean()
+        loss = error.sqrt() if self.config.loss == "rmse" else error
+        loss = loss + self.config.vq_weight * (q - z.detach()).square().mean()
+        if self.config.commitment_weight:
+            loss = loss + self.config.commitment_weight * (q.detach() - z).square().mean()
+        return loss, error, indices
+
     @torch.no_grad()
     def encode(
         self,
@@ -105,23 +123,29 @@ class MatrixCodec(nn.Module):
         form: IndexForm | None = None,
         rotation: Seeds = (None, None),
         row_importance: Tensor | None = None,
-        passes: int = 1,
+        passes: int = 0,
     ) -> EncodedMatrix:
         """Encode a matrix: rotate it, choose an index for every subvector, fit the row scale, pack.
 
         Args:
             weight: [rows, columns].
             hessian: H of the layer's inputs; None minimizes the error of the weights alone (published form).
-            outputs: G of the loss's gradients at the layer's outputs; None for G = I.
+            outputs: G of the loss's gradients at the layer's outputs; None for G = I. With `hessian`.
             form: of the indices; None for independent ones.
-            row_importance: [rows] what an error in a row costs; with `hessian`, and not with `outputs`.
-            passes: of coordinate descent; with `hessian` and without `outputs`.
+            row_importance: [rows] what an error in a row costs. With `hessian`, without `outputs`.
+            passes: of coordinate descent. With `hessian`, without `outputs`.
+
+        Raises:
+            ConfigError: arguments that exclude each other.
+            ShapeError: a Hessian or importance of another size than the matrix.
         """
         form = form or Independent(len(self.codebook))
+        _check_encode(self, weight, hessian, outputs, row_importance, passes)
         rotated = rotate_matrix(weight, rotation)
-        if hessian is None:
-            indices, scale = self._encode_weights(rotated)
-        else:
+        if hessian is None and form.is_independent:
+            indices, scale = self._choose_for_weights(rotated)
+        else:  # indices on a trellis depend on each other, so they are searched for together in any case
+            hessian = hessian or IdentityHessian(weight.shape[1], weight.device)
             indices, scale = assign(
                 rotated,
                 hessian.factor(rotation[1], self.config.vector_len),
@@ -134,15 +158,15 @@ class MatrixCodec(nn.Module):
             )
         return EncodedMatrix(form.pack(indices), scale.bfloat16(), weight.shape[1], form, rotation)
 
-    def _encode_weights(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose_for_weights(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Indices [rows, n] and row scale [rows] for the least error of the weights, some rows at a time."""
         scale = torch.ones(weight.shape[0], dtype=torch.bfloat16, device=weight.device)
         if self.config.row_scale:
             scale = row_rms(weight).bfloat16()
         table = self.decoded_codebook() if self.is_lookup else None
         indices, scales = [], []
-        step = max(1, _CHUNK_WEIGHTS // weight.shape[1])
-        for chunk, divisor in zip(weight.split(step), scale.split(step), strict=True):
+        for rows in _row_chunks(*weight.shape):
+            chunk, divisor = weight[rows], scale[rows]
             indices.append(self.choose(cut(divide_rows(chunk, divisor.float()), self.config.vector_len)))
             if self.config.row_scale:  # refitted by least squares to what the indices decode to
                 decoded = join(self.decode_unit(indices[-1], table), weight.shape[1])
@@ -198,22 +222,53 @@ class MatrixCodec(nn.Module):
         if rotation != (None, None):
             return reconstruct(indices, decode, scale, encoded.columns, rotation).to(dtype)
         out = torch.empty(len(indices), encoded.columns, dtype=dtype, device=indices.device)
-        step = max(1, _CHUNK_WEIGHTS // encoded.columns)
-        for begin in range(0, len(out), step):
-            rows = slice(begin, begin + step)
+        for rows in _row_chunks(*out.shape):
             out[rows] = reconstruct(indices[rows], decode, scale[rows], encoded.columns, rotation)
         return out
 
     def _decode_rows(self, indices: Tensor) -> Tensor:
         """The decoder on whole rows, some at a time: [rows, n] -> [rows, n, d]."""
-        step = max(1, _CHUNK_WEIGHTS // (indices.shape[1] * self.config.vector_len))
-        return torch.cat([self.decode_unit(part, None) for part in indices.split(step)])
+        columns = indices.shape[1] * self.config.vector_len
+        parts = [self.decode_unit(indices[rows], None) for rows in _row_chunks(len(indices), columns)]
+        return torch.cat(parts)
 
     def decode_unit(self, indices: Tensor, table: Tensor | None) -> Tensor:
         """[rows, n] indices -> [rows, n, d] decoded subvectors before scaling."""
         return table[indices] if table is not None else self.decoder(self.codebook.float()[indices])
 
 
+def _row_chunks(rows: int, columns: int) -> list[slice]:
+    """Runs of rows of about `_CHUNK_WEIGHTS` weights."""
+    step = max(1, _CHUNK_WEIGHTS // columns)
+    return [slice(begin, begin + step) for begin in range(0, rows, step)]
+
+
 def _row_error(one: Tensor, other: Tensor) -> Tensor:
     """[rows] squared distance of rows [rows, n, d]."""
     return (one - other).square().sum(dim=(1, 2))
+
+
+def _check_encode(
+    codec: MatrixCodec,
+    weight: Tensor,
+    hessian: Hessian | None,
+    outputs: Hessian | None,
+    row_importance: Tensor | None,
+    passes: int,
+) -> None:
+    rows, columns = weight.shape
+    if hessian is None and (outputs is not None or row_importance is not None or passes):
+        raise ConfigError("encode: outputs, row_importance and passes need a Hessian of the inputs; give one")
+    if outputs is not None and (row_importance is not None or passes):
+        raise ConfigError("encode: outputs exclude row_importance and passes; leave them out")
+    if hessian is not None and not codec.is_lookup:
+        raise ConfigError(
+            "encode: a Hessian needs decoder='lookup', got decoder='row'; leave the Hessian out"
+        )
+    for name, got, wanted in (
+        ("hessian", None if hessian is None else hessian.matrix.shape, (columns, columns)),
+        ("outputs", None if outputs is None else outputs.matrix.shape, (rows, rows)),
+        ("row_importance", None if row_importance is None else row_importance.shape, (rows,)),
+    ):
+        if got is not None and tuple(got) != wanted:
+            raise ShapeError(f"encode: got {name} of shape {tuple(got)}, wanted {wanted} for this matrix")

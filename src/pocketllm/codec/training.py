@@ -183,13 +183,7 @@ def _step(
     codec: MatrixCodec, batch: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> _Step | None:
     """One step of training on whole rows [rows, n, d]; None where the loss is not finite."""
-    config = codec.config
-    reconstruction, z, q, indices = codec(batch)
-    error = (reconstruction - batch).square().mean()
-    loss = error.sqrt() if config.loss == "rmse" else error
-    loss = loss + config.vq_weight * (q - z.detach()).square().mean()
-    if config.commitment_weight:
-        loss = loss + config.commitment_weight * (q.detach() - z).square().mean()
+    loss, error, indices = codec.loss(batch)
     if not torch.isfinite(loss):
         return None
     optimizer.zero_grad(set_to_none=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from pocketllm.calibrate.autocast import run_parallel
 from pocketllm.calibrate.blocks import BlockStream, block_list
 from pocketllm.calibrate.input_hessians import Inputs
 from pocketllm.calibrate.sensitivity import Sensitivity, output_hessians
@@ -18,6 +19,7 @@ from pocketllm.config.constants import OUTPUT_DAMPING
 from pocketllm.plan.matrices import Matrix, Plan
 
 Progress = Callable[[float, str], None]
+_MOST_PARALLEL = 4  # jobs at once; each takes memory of its own
 
 
 def encode_calibrated(
@@ -163,3 +165,28 @@ def _input_hessians(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> dict[
         made = shared.setdefault(id(hessian), Hessian(hessian, settings.damping))
         made.factor(plan.rotation(matrix)[1], plan.specs[matrix.name].vector_len)
     return {m.name: shared[id(inputs.hessians[m.name])] for m in matrices}
+
+
+def run_parallel(jobs: Sequence[Callable[[], None]], device: torch.device | str) -> Iterator[None]:
+    """Run jobs that do not depend on each other; yields before each, and ends when all are done.
+
+    On a CPU some run at once and share the threads: jobs of many small operations gain little by threads inside
+    them. What each computes depends on the number of threads alone.
+    """
+    threads, jobs = torch.get_num_threads(), [torch.no_grad()(job) for job in jobs]
+    workers = min(threads, len(jobs), _MOST_PARALLEL)
+    if torch.device(device).type != "cpu" or workers < 2:
+        for job in jobs:
+            yield
+            job()
+        return
+    with ThreadPoolExecutor(
+        workers, initializer=torch.set_num_threads, initargs=(threads // workers,)
+    ) as pool:
+        try:
+            for running in [pool.submit(job) for job in jobs]:
+                yield
+                running.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # which threads started later would take over

@@ -20,7 +20,6 @@ from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
 from pocketllm.codec.subvectors import fold, unfold
 from pocketllm.compression.refine import EncodedParameter, refine_block
-from pocketllm.compression.units import matrix_unit, refined_unit
 from pocketllm.errors import WeightError
 from pocketllm.format.workspace import Workspace
 from pocketllm.plan.matrices import Matrix, Plan
@@ -198,3 +197,18 @@ def _energy(x: Tensor) -> Tensor:
 
 def _ratio(part: Tensor, total: Tensor) -> float:
     return 0.0 if float(total) == 0 else float(part.double() / total.double())
+
+
+def matrix_unit(plan: Plan, matrix: Matrix) -> str:
+    """File name of a encoded matrix in the workspace."""
+    return f"matrix-{plan.matrices.index(matrix):05d}.safetensors"
+
+
+def refined_unit(number: int) -> str:
+    """File name of what refinement changed in a block, in the workspace."""
+    return f"refined-{number:05d}.safetensors"
+
+
+def codebook_unit(number: int) -> str:
+    """File name of a fitted codebook with its networks in the workspace."""
+    return f"codebook-{number:05d}.safetensors"

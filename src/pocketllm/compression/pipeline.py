@@ -24,8 +24,7 @@ from pocketllm.codec.rotation import rotate_matrix
 from pocketllm.codec.subvectors import fold
 from pocketllm.codec.training import fit
 from pocketllm.compression.encode_blocks import encode_calibrated
-from pocketllm.compression.matrix_encoder import MatrixEncoder
-from pocketllm.compression.units import codebook_unit
+from pocketllm.compression.matrix_encoder import MatrixEncoder, codebook_unit
 from pocketllm.compression.write import write
 from pocketllm.config import CompressConfig
 from pocketllm.config.constants import SAMPLED_MATRICES
@@ -101,10 +100,9 @@ def compress(
     try:
         work = Workspace.open(output, source, config, str(model), device, text_identity(windows))
         with locked(work.folder):
-            kept = calibration_folder, work.folder
-            found = _calibrated(source, windows, config, device, *kept, progress)
+            found = _calibrated(source, windows, config, device, calibration_folder, work.folder, progress)
             if found is not None:
-                checkpoint = planned(source, config, str(model), *found.sensitivity.for_plan)
+                checkpoint = planned(source, config, str(model), **found.sensitivity.for_plan)
             _fit_and_encode(work, source, checkpoint.plan, found, device, progress)
             progress(Event("write", 0.0, "writing the checkpoint"))
             report = write(checkpoint, work)
@@ -143,7 +141,7 @@ def dry_run(
     windows = read_windows(source, config)
     found = _calibrated(source, windows, config, device, calibration_folder, None, progress)
     if found is not None:
-        checkpoint = planned(source, config, str(model), *found.sensitivity.for_plan)
+        checkpoint = planned(source, config, str(model), **found.sensitivity.for_plan)
     return checkpoint.dry_report()
 
 

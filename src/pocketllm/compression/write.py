@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.codebook import codebook_perplexity, codebook_utilization
-from pocketllm.compression.units import codebook_unit, matrix_unit
+from pocketllm.compression.matrix_encoder import codebook_unit, matrix_unit
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.report import Report, rounded
 from pocketllm.format.workspace import Workspace

@@ -60,6 +60,11 @@ class CodecConfig:
         one_of("codebook_source", self.codebook_source, ("fit", "seed"))
         if self.trellis_width is not None:
             self._check_trellis(self.trellis_width)
+        elif self.codebook_source == "seed":
+            raise ConfigError(
+                "codebook_source='seed' needs a trellis (trellis_width): training would change the codebook, and none "
+                "is stored"
+            )
         for name in ("vector_len", "batch_size", "sample_per_codeword", "max_sample"):
             at_least(name, getattr(self, name), 1)
         for name in ("hidden", "depth", "epochs", "kmeans_iterations", "vq_weight", "commitment_weight"):

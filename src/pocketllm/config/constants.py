@@ -30,3 +30,19 @@ TRELLIS_STEPS = (
     *((1, stride) for stride in (5, 6, 7, 8)),
 )
 """(d, bits that an index adds) that a plan on a trellis chooses from: 0.5 to 8 bits per weight."""
+DEAR_CODEBOOKS = 0.02
+"""Share of the stored bits from which on a plan tries fewer codebooks."""
+BUDGET_LEFT = 0.005
+"""Share of the bit budget that a plan may leave unused."""
+SIZE_LEFT = 0.003
+"""Share of a target for the output folder that may be left over."""
+SIZE_ROUNDS = 8
+"""Plans that are tried to meet a target for the output folder."""
+RELIABLE_STRIP_WEIGHTS = 4096
+"""Weights of a strip from which on its mean error is reliable."""
+PEAKED_KURTOSIS = 4.0
+"""Kurtosis of rows from which on they do not count as Gaussian (3)."""
+STRIP_LAG = 2
+"""Columns between a strip and the next: one to be encoded after the other, one to look ahead."""
+FEEDBACK_GROUP = 128
+"""Columns whose feedback is applied to the rest of the row at once."""

@@ -7,13 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from pocketllm.config import SCOPES, CompressConfig
-from pocketllm.config.constants import TRELLIS_STEPS, VECTOR_LENS
+from pocketllm.config.constants import BUDGET_LEFT, DEAR_CODEBOOKS, TRELLIS_STEPS, VECTOR_LENS
 from pocketllm.errors import ConfigError, TargetError
 from pocketllm.plan.matrices import Dense, Matrix, Plan, Spec, classify, override
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
-
-_DEAR = 0.02  # share of the bits from which on codebooks are looked at
-_CLOSE = 0.005  # share of the budget that may be left over
 
 
 def make_plan(
@@ -73,7 +70,7 @@ def _by_importance(
     best = budget.best(choices)
     if best is None or config.target_bpw > 1.01 * max(sizes):
         raise _unreachable(config.target_bpw, sizes)
-    if budget.codebook_share(best) > _DEAR:
+    if budget.codebook_share(best) > DEAR_CODEBOOKS:
         every = {spec for own in choices.values() for spec in own}
         alike = [
             {spec for spec in every if spec.vector_len == d} for d in sorted({d for d, _ in TRELLIS_STEPS})
@@ -146,7 +143,7 @@ class _Budget:
                 cheap = middle
         while True:
             spent = self._spend(best, choices)
-            if spent == best or self.bits(spent) > (1 - _CLOSE) * self.most:
+            if spent == best or self.bits(spent) > (1 - BUDGET_LEFT) * self.most:
                 return spent
             best = spent
 

@@ -8,14 +8,12 @@ from dataclasses import replace
 import torch
 
 from pocketllm.config import CompressConfig
+from pocketllm.config.constants import SIZE_LEFT, SIZE_ROUNDS
 from pocketllm.errors import ConfigError, TargetError
 from pocketllm.plan.bit_allocation import make_plan
 from pocketllm.plan.matrices import Plan, classify
 from pocketllm.plan.sizes import PlannedModel
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
-
-_ROUNDS = 8
-_CLOSE = 0.003  # share of the target that may be left over
 
 
 def planned(
@@ -94,8 +92,8 @@ def _search(
     low, high = bits
     total, _ = best.bytes_on_disk
     largest, bpw = total, low
-    aim = target * (1 - _CLOSE / 2)  # not the target itself, which would be approached from above for ever
-    for _ in range(_ROUNDS):
+    aim = target * (1 - SIZE_LEFT / 2)  # not the target itself, which would be approached from above for ever
+    for _ in range(SIZE_ROUNDS):
         bpw += 8 * (aim - total) / weights
         if not low < bpw < high:
             bpw = (low + high) / 2
@@ -104,6 +102,6 @@ def _search(
         low, high = (bpw, high) if total <= target else (low, bpw)
         if largest < total <= target:
             best, largest = made, total
-        if target - largest < _CLOSE * target:
+        if target - largest < SIZE_LEFT * target:
             break
     return best

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.kernels.library import call, library
-from pocketllm.codec.kernels.reference import PathProblem
+from pocketllm.codec.kernels.reference import PathProblem, Signs, hartley, power_and_odd
 
 MAX_VECTOR_LEN = 16
 # faiss takes its fused search only from this many numbers (points * d) on, and is 10 times slower below.
@@ -55,6 +55,22 @@ def nearest_faiss(points: Tensor, codebook: Tensor) -> Tensor:
         points = torch.nn.functional.pad(points, (0, 0, 0, missing))
     _, found = faiss.knn(np.ascontiguousarray(points.numpy()), np.ascontiguousarray(codebook.numpy()), 1)
     return torch.from_numpy(found[:count, 0])
+
+
+def kmeans_faiss(points: Tensor, size: int, iterations: int, seed: int) -> Tensor:
+    """[N, d] -> [K, d] float32 centroids by faiss; an empty cluster takes half of a large one."""
+    import faiss
+
+    kmeans = faiss.Kmeans(
+        points.shape[1],
+        size,
+        niter=iterations,
+        seed=seed & 0x7FFFFFFF,
+        min_points_per_centroid=1,
+        max_points_per_centroid=1 << 30,
+    )
+    kmeans.train(np.ascontiguousarray(points.float().numpy()))
+    return torch.from_numpy(np.array(kmeans.centroids))
 
 
 def searches(problem: PathProblem) -> bool:
@@ -103,12 +119,16 @@ def decodes(*tensors: Tensor) -> bool:
     return on_cpu and library("matrix") is not None
 
 
-def rotate_(x: Tensor, signs: Tensor, hartley: Tensor, *, columns: bool, inverse: bool) -> Tensor:
-    """Rotate the rows (or the columns) of a contiguous [rows, columns] float32 matrix in place."""
-    assert x.is_contiguous() and x.ndim == 2
-    name = "rotate_columns" if columns else "rotate_rows"
-    _run(name, x, *x.shape, signs, hartley, hartley.shape[0], int(inverse), torch.get_num_threads())
-    return x
+def rotate(weight: Tensor, signs: Signs, inverse: bool) -> Tensor:
+    """See `reference.rotate`; both sides in one copy of the matrix."""
+    weight = weight.detach().clone(memory_format=torch.contiguous_format)
+    for name, values in zip(("rotate_columns", "rotate_rows"), signs, strict=True):
+        if values is not None:
+            mixer = hartley(power_and_odd(len(values))[1])
+            _run(
+                name, weight, *weight.shape, values, mixer, len(mixer), int(inverse), torch.get_num_threads()
+            )
+    return weight
 
 
 def gather(table: Tensor, indices: Tensor, scale: Tensor, columns: int) -> Tensor:

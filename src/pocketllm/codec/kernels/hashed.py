@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pocketllm.codec.index_form import Trellis, strip_lengths
+from pocketllm.codec.column_choice import strip_lengths
+from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.kernels import library
 from pocketllm.codec.viterbi import PathSearch, reversed_bits
 from pocketllm.errors import ConfigError, ShapeError

@@ -1,5 +1,5 @@
 // Nearest codeword by exhaustive search: squared Euclidean distance, ties to the lower index.
-// Built by cpu.py with the system's compiler; codebook.py holds the path in torch that it must agree with.
+// Built by cpu.py with the system's compiler; reference.py holds the torch code that it must agree with.
 //
 // points [n, d]; table [d, k] (transposed, so that eight codewords lie side by side), k a multiple of 16;
 // half_norms [k] = |c|^2 / 2, +inf for filled-up codewords; out [n].

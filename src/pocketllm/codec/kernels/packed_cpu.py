@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from pocketllm.codec.kernels import hashed, library
 from pocketllm.codec.kernels.library import Isa
 from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, kernel_sizes
-from pocketllm.codec.rotation import hartley
+from pocketllm.codec.kernels.reference import hartley
 
 FEW_ROWS = 2  # of x: up to here they are multiplied one by one, beyond a decoded tile is worth its time
 TILE_WEIGHTS = 1 << 20  # of U that are decoded at a time

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.codec.index_form import Trellis, strip_lengths
+from pocketllm.codec.column_choice import strip_lengths
+from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.kernels import hashed, packed_cpu, select
 from pocketllm.codec.kernels.library import Isa
 from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, hashed_weight, packed_weight
+from pocketllm.codec.kernels.reference import hartley
 from pocketllm.codec.packing import pack
-from pocketllm.codec.rotation import hartley
 from pocketllm.errors import ShapeError
 
 CHECK_TOLERANCE = 1e-3  # of the self-check: rounding is far below, a wrong index far above

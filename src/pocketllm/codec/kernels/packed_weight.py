@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pocketllm.codec.index_form import Trellis, strip_lengths
+from pocketllm.codec.column_choice import strip_lengths
+from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.kernels import hashed, library
 from pocketllm.codec.packing import MAX_WIDTH, packed_bytes, unpack
 from pocketllm.codec.rotation import Seeds, signs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from pocketllm.codec.subvectors import cut, join
 
+Signs = tuple[Tensor | None, Tensor | None]
 _CHUNK_DISTANCES = 1 << 26  # computed at once: 256 MiB of float32
 
 
@@ -121,3 +124,97 @@ def nearest(points: Tensor, codebook: Tensor) -> Tensor:
         # argmax of a mask returns the first maximum: the lower index wins a tie on every device.
         found.append((distances == least).to(torch.uint8).argmax(dim=1))
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=points.device)
+
+
+def kmeans(points: Tensor, size: int, iterations: int, seed: int) -> Tensor:
+    """[N, d] -> [K, d] float32 centroids; a codeword that no point is nearest to stays where it is."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randperm(points.shape[0], generator=generator)[:size].to(points.device)
+    codebook = points[start].float()
+    for _ in range(iterations):
+        codebook = centroids(points, nearest(points, codebook), codebook)
+    return codebook
+
+
+def centroids(points: Tensor, indices: Tensor, codebook: Tensor) -> Tensor:
+    """Mean of the points assigned to each codeword; a codeword nobody uses stays where it is.
+
+    Args:
+        points: [N, d]; indices: [N] int64; codebook: [K, d].
+    """
+    sums = torch.zeros_like(codebook, dtype=torch.float64).index_add_(0, indices, points.double())
+    counts = torch.bincount(indices, minlength=codebook.shape[0])
+    means = (sums / counts.clamp(min=1)[:, None]).to(codebook.dtype)
+    return torch.where(counts[:, None] > 0, means, codebook)
+
+
+def rotate(weight: Tensor, signs: Signs, inverse: bool) -> Tensor:
+    """R1 W R2^T of W [rows, columns] float32, or with `inverse` R1^T W R2; rotation.py has the formula of R.
+
+    Args:
+        signs: of the rotation of the columns [rows] and of the rows [columns]; None leaves a side as it is.
+    """
+    of_columns, of_rows = signs
+    if not inverse:
+        if of_columns is not None:
+            weight = _mix_columns(weight * of_columns[:, None])
+        return weight if of_rows is None else rotate_rows(weight, of_rows, inverse=False)
+    if of_rows is not None:
+        weight = rotate_rows(weight, of_rows, inverse=True)
+    return weight if of_columns is None else _mix_columns(weight) * of_columns[:, None]
+
+
+def rotate_rows(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
+    """x [N, n] float32 times R^T = diag(signs) mix, or with `inverse` times R."""
+    return _mix(x) * signs if inverse else _mix(x * signs)
+
+
+@functools.lru_cache(maxsize=64)
+def hartley(size: int) -> Tensor:
+    """[size, size] float32 orthogonal and symmetric."""
+    position = torch.arange(size, dtype=torch.float64)
+    angle = 2 * math.pi * (position[:, None] * position[None, :] % size) / size
+    return ((angle.cos() + angle.sin()) / math.sqrt(size)).float()
+
+
+def power_and_odd(size: int) -> tuple[int, int]:
+    """(power of two, odd) whose product is `size`."""
+    power = size & -size
+    return power, size // power
+
+
+@functools.lru_cache(maxsize=64)
+def _factors(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Orthogonal and symmetric L [a, a], R [b, b] with L (x) R = Hadamard (x) Hartley, a and b of similar size."""
+    power, odd = power_and_odd(size)
+    left = 1
+    while left < power and 2 * left * left <= size:
+        left *= 2
+    right = torch.kron(_hadamard(power // left), hartley(odd))
+    return _hadamard(left).to(device), right.contiguous().to(device)
+
+
+def _hadamard(size: int) -> Tensor:
+    """[size, size] float32 orthogonal, of a power of two."""
+    found = torch.ones(1, 1)
+    while len(found) < size:
+        found = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), found)
+    return found / math.sqrt(size)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """x [N, n] float32 times Hadamard(2^a) (x) Hartley(m), which is symmetric: its own inverse."""
+    left, right = _factors(x.shape[1], x.device)
+    a, b, count = len(left), len(right), len(x)
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 would not do
+        x = (x.reshape(-1, b) @ right).view(count, a, b)
+        return torch.bmm(left.expand(count, a, a), x).view(count, -1)
+
+
+def _mix_columns(x: Tensor) -> Tensor:
+    """`_mix` of the columns of x [n, N], without turning it round."""
+    left, right = _factors(x.shape[0], x.device)
+    a, b, count = len(left), len(right), x.shape[1]
+    with torch.autocast(x.device.type, enabled=False):
+        x = (left @ x.reshape(a, -1)).view(a, b, count)
+        return torch.bmm(right.expand(a, b, b), x).view(-1, count)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pocketllm.codec.kernels import cpu, library, reference
 from pocketllm.codec.kernels.library import Isa
-from pocketllm.codec.kernels.reference import PathProblem
+from pocketllm.codec.kernels.reference import PathProblem, Signs
 from pocketllm.errors import reason_of
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,20 @@ def scatter(table: Tensor, indices: Tensor, scale: Tensor, grad: Tensor) -> tupl
 def decodes(*tensors: Tensor) -> bool:
     """Whether the compiled loops over a matrix (`gather`, `scatter`, `rotate_`) take these tensors."""
     return cpu.decodes(*tensors) and _agrees("C++", _decoding_differs, tensors[0].device)
+
+
+def rotate(weight: Tensor, signs: Signs, inverse: bool) -> Tensor:
+    """R1 W R2^T of W [rows, columns] float32, or with `inverse` R1^T W R2; see `reference.rotate`."""
+    if signs == (None, None):
+        return weight
+    kernel = cpu if decodes(weight) else reference
+    return kernel.rotate(weight, signs, inverse)
+
+
+def kmeans(points: Tensor, size: int, iterations: int, seed: int) -> Tensor:
+    """[N, d] -> [K, d] centroids by Lloyd's algorithm: faiss on a CPU, torch elsewhere."""
+    kernel = cpu.kmeans_faiss if points.device.type == "cpu" else reference.kmeans
+    return kernel(points, size, iterations, seed)
 
 
 @functools.cache
@@ -144,7 +158,8 @@ def paths_differ(search: Callable[[PathProblem], Tensor], device: torch.device) 
 def _nearest_differs(device: torch.device) -> str:
     generator = torch.Generator().manual_seed(0)
     points, codebook = torch.randn(50, 3, generator=generator), torch.randn(40, 3, generator=generator)
-    same = torch.equal(cpu.Table(codebook).nearest(points), reference.nearest(points, codebook))
+    wanted = reference.nearest(points, codebook)
+    same = torch.equal(cpu.Table(codebook).nearest(points), wanted)
     return "" if same else "it finds other codewords"
 
 
@@ -157,10 +172,10 @@ def _decoding_differs(device: torch.device) -> str:
         cpu.scatter(table, indices, scale, grad), reference.scatter(table, indices, scale, grad), strict=True
     )
     close = all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in pairs)
-    half, signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5, torch.tensor([1.0, -1, 1, 1, -1, 1])
-    mixer = torch.linalg.qr(torch.randn(3, 3, generator=generator))[0]
-    mixer = mixer @ mixer.diag().sign().diag() @ mixer.T  # symmetric
-    x = torch.randn(5, 6, generator=generator)
-    rotated = cpu.rotate_(x.clone(), signs, mixer, columns=False, inverse=False)
-    close = close and torch.allclose(rotated, (x * signs) @ torch.kron(half, mixer), rtol=1e-4, atol=1e-5)
+    matrix = torch.randn(6, 12, generator=generator)
+    sides = [torch.randint(2, (size,), generator=generator) * 2.0 - 1 for size in matrix.shape]
+    for signs in ((sides[0], None), (None, sides[1]), (sides[0], sides[1])):
+        for inverse in (False, True):
+            rotated = cpu.rotate(matrix, signs, inverse)
+            close = close and torch.allclose(rotated, reference.rotate(matrix, signs, inverse), atol=1e-5)
     return "" if decoded and close else "it decodes to other values"

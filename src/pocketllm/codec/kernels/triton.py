@@ -81,8 +81,20 @@ def cheapest_paths(problem: PathProblem) -> Tensor:
     firsts = (own + more).cumsum(0) - own - more
     launch: Any = _paths[(strips,)]
     launch(
-        *(problem.points, problem.weights, problem.tables, problem.halves, problem.which, problem.after),
-        *(problem.start, problem.stop, own, more, firsts, own.cumsum(0) - own, back, out),
+        problem.points,
+        problem.weights,
+        problem.tables,
+        problem.halves,
+        problem.which,
+        problem.after,
+        problem.start,
+        problem.stop,
+        own,
+        more,
+        firsts,
+        own.cumsum(0) - own,
+        back,
+        out,
         longest,
         kept=problem.kept,
         stride=problem.stride,
