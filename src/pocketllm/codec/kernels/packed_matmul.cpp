@@ -180,7 +180,7 @@ void rotate_one(const Kernels& run, float* x, int64_t n, const float* signs, con
     if (signs) run.rotate(x, n, signs, mixer, n / power, inverse, 1.0f / std::sqrt((float)power), scratch);
 }
 
-const int64_t WORTH_A_THREAD = 1 << 15;  // weights: fewer take less time than waking a thread
+const int64_t WORTH_A_THREAD = 1 << 20;  // weights: fewer take less time than waking a thread that sleeps
 
 // out [count, n] = vectors x [count, n] times `scale`, rotated, plus bias; without signs they are not rotated.
 template <class In, class Out>
