@@ -285,6 +285,23 @@ def test_library_is_none_where_the_cache_cannot_be_written(
 
 
 @needs_compiler
+@pytest.mark.usefixtures("untried")
+def test_a_shipped_library_needs_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = library.find_compiler()
+    assert compiler is not None
+    library.build("packed", tmp_path / "packed.so", compiler)
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    monkeypatch.setattr(library, "find_compiler", lambda: None)
+    assert library.library("packed") is not None and select.packed_isa() is not None
+    library.library.cache_clear()
+    (tmp_path / "packed.so").write_bytes(b"of another platform")
+    assert library.library("packed") is None
+    assert "packed.so cannot be loaded" in caplog.text
+
+
+@needs_compiler
 def test_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POCKETLLM_ISA", "plain")
     assert library.best_isa() is Isa.PLAIN
