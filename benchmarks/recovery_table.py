@@ -71,12 +71,14 @@ def verdict(found: dict[str, Any]) -> str:
     parts = []
     if lower:
         parts.append(
-            f"Distillation is better per byte at {', '.join(lower)}: the perplexity is lower, and no byte is "
-            f"added where LoRA adds {' to '.join(dict.fromkeys(f'{s:.0%}' for s in (min(shares), max(shares))))} "
+            f"Distillation is better per byte at {', '.join(lower)}: perplexity is lower and no bytes are "
+            f"added, whereas LoRA adds {' to '.join(dict.fromkeys(f'{s:.0%}' for s in (min(shares), max(shares))))} "
             "to the files."
         )
     if higher:
-        parts.append(f"LoRA reaches a lower perplexity than distillation, for bytes, at {', '.join(higher)}.")
+        parts.append(
+            f"LoRA reaches a lower perplexity than distillation at the cost of bytes at {', '.join(higher)}."
+        )
     below = [
         f"{name}, {_method(method, run['config'])} ({run['perplexity']:.2f})"
         for name, base in found["bases"].items()
@@ -86,7 +88,7 @@ def verdict(found: dict[str, Any]) -> str:
     if below:
         parts.append(
             f"Below the dense model's perplexity: {'; '.join(below)}. Such a model has learned text of the kind "
-            "that is measured on (WikiText's training part is in the text); it is not better than the dense one, "
+            "used for evaluation (the text includes WikiText's training part); it is not better than the dense one, "
             "as its divergence shows."
         )
     if closer:

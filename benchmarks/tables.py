@@ -141,8 +141,8 @@ def tasks() -> str:
     version = dense["tasks"][names[0]]["versions"]["lm-eval"]
     seconds = sum(task["seconds"] for task in dense["tasks"].values())
     note = (
-        f"SmolLM2-135M. Tasks: lm-eval {version}, zero-shot, acc, {which} ({seconds:.0f} seconds a model); "
-        "in brackets the difference to dense with its standard error, paired by document. Perplexity and KL: "
+        f"SmolLM2-135M. Tasks: lm-eval {version}, zero-shot, acc, {which} ({seconds:.0f} seconds per model); "
+        "in brackets the difference from dense with its standard error, paired by document. Perplexity and KL: "
         f"{found['text']}, context {found['context']}, first {found['windows']} windows. Evaluated in "
         f"{found['dtype'].removeprefix('torch.')}. `{found['command']}`"
     )
@@ -152,20 +152,22 @@ def tasks() -> str:
 def _without_guessing(found: dict[str, Any]) -> str:
     """Tasks in which the dense model does no better than guessing say nothing; the means without them."""
     tasks = found["dense"]["tasks"]
-    told = [name for name, task in tasks.items() if task["acc"] - task["acc_stderr"] > task["chance"]]
-    if len(told) in (0, len(tasks)):
+    informative = [name for name, task in tasks.items() if task["acc"] - task["acc_stderr"] > task["chance"]]
+    if len(informative) in (0, len(tasks)):
         return ""
-    rest = ", ".join(_TASK_TITLES.get(name, name) for name in tasks if name not in told)
-    chance = sum(tasks[name]["chance"] for name in told) / len(told)
+    rest = ", ".join(_TASK_TITLES.get(name, name) for name in tasks if name not in informative)
+    chance = sum(tasks[name]["chance"] for name in informative) / len(informative)
     models = {"dense": found["dense"], **found["models"]}
-    means = {name: sum(m["tasks"][t]["acc"] for t in told) / len(told) for name, m in models.items()}
+    means = {
+        name: sum(m["tasks"][t]["acc"] for t in informative) / len(informative) for name, m in models.items()
+    }
     margin = means["dense"] - chance
     parts = [
         f"{name} {mean:.1%} ({(mean - chance) / margin:.0%} of the margin)" for name, mean in means.items()
     ]
     return (
         f"The dense model is not above guessing by more than a standard error in {rest}: a change there says "
-        f"nothing of quality. Mean of the others, where guessing gets {chance:.1%}: {'; '.join(parts)}."
+        f"nothing about quality. Mean of the others, where guessing scores {chance:.1%}: {'; '.join(parts)}."
     )
 
 
@@ -205,7 +207,7 @@ def calibrated() -> str:
     rows += [_calibrated_row(f"blocks at {e['named_bits']}", _beside_peers(e)) for e in _ours()]
     rows += [_calibrated_row(n, e) for n, e in found["settings"].items() if n.startswith("everything")]
     note = (
-        "SmolLM2-135M; 'blocks': embedding and head left in bf16, 'everything': coded too. "
+        "SmolLM2-135M; 'blocks': embedding and head left in bf16, 'everything': encoded as well. "
         f"{found['text']}, context {found['context']}, first {found['windows']} windows, evaluated in "
         f"{found['dtype']}; calibrated on {found['calibration']}; {found['machine']['processor']}, "
         f"{found['machine']['cores']} cores. `{found['command']}`; blocks: "

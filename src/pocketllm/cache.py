@@ -1,5 +1,5 @@
-"""Where things that can be made again are kept: built-in models, compiled kernels, measured sensitivities,
-results of tasks."""
+"""The cache folder, for everything that can be recomputed: built-in models, compiled kernels, measured
+sensitivities, results of tasks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """`$POCKETLLM_CACHE`, else `pocketllm` under `$XDG_CACHE_HOME` or `~/.cache`."""
+    """`$POCKETLLM_CACHE`, otherwise `pocketllm` under `$XDG_CACHE_HOME` or `~/.cache`."""
     own = os.environ.get("POCKETLLM_CACHE")
     if own:
         return Path(own).expanduser()

@@ -1,4 +1,4 @@
-"""The errors PocketLLM raises on purpose. Each message says what was got, what was wanted, what to do."""
+"""The errors that PocketLLM raises. Each message says what was found, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = [
 
 
 class PocketError(Exception):
-    """Base of every error raised on purpose; the command line exits with code 1 on it."""
+    """Base class of all errors that pocketllm raises; the command line exits with code 1."""
 
 
 class ConfigError(PocketError):
-    """A setting is wrong or two settings contradict each other; the command line exits with code 2."""
+    """A setting is invalid or conflicts with another; the command line exits with code 2."""
 
 
 class TargetError(ConfigError):
-    """No plan meets a target of bits per weight. least, most: that are possible with the settings."""
+    """No plan meets a target of bits per weight. least, most: the possible range with these settings."""
 
     def __init__(self, message: str, least: float, most: float) -> None:
         super().__init__(message)
@@ -35,15 +35,15 @@ class TargetError(ConfigError):
 
 
 class ShapeError(PocketError):
-    """A tensor has a shape the operation cannot take."""
+    """A tensor has a shape that the operation does not accept."""
 
 
 class WeightError(PocketError):
-    """Weights hold or compute what is not finite (NaN, Inf), or have an unsupported dtype."""
+    """Weights or computed values are not finite (NaN, Inf), or weights have an unsupported dtype."""
 
 
 class SourceError(PocketError):
-    """A model or a text to be read is missing, empty, or in a form that is not read (pickle, no safetensors)."""
+    """An input model or text is missing, empty, or in an unsupported format (pickle instead of safetensors)."""
 
 
 class FormatError(PocketError):
@@ -51,11 +51,11 @@ class FormatError(PocketError):
 
 
 class OutputError(PocketError):
-    """The output cannot be written: it exists and is not ours, no permission, or the disk is full."""
+    """The output cannot be written: not created by pocketllm, no permission, or the disk is full."""
 
 
 class ResumeError(PocketError):
-    """A half-done output was started with other arguments."""
+    """An unfinished output was started with other arguments."""
 
 
 class LoadError(PocketError):
@@ -67,9 +67,9 @@ class ExtraError(PocketError):
 
 
 class TrainingError(PocketError):
-    """Fine-tuning cannot go on: the loss is not finite, or there is nothing to train."""
+    """Fine-tuning cannot continue: the loss is not finite, or there is nothing to train."""
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an error of another package says; its type where it says nothing."""
+    """The first line of the message of another package's error; its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Files written whole, and files told apart."""
+"""Atomic writes, and digests that identify files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary name and rename it when whole."""
+    """Write JSON to a temporary name, then rename."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
         json.dump(value, stream, indent=1, ensure_ascii=False)
@@ -21,7 +21,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Hex digest of a file, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(1 << 22):

@@ -1,4 +1,4 @@
-"""The machine that something was measured on."""
+"""The machine on which a measurement ran."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Processor, cores, threads in use, system, versions; the GPU's name where `device` is one."""
+    """Processor, cores, threads in use, system, versions; the GPU's name if `device` is cuda."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -28,7 +28,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+    """Versions of Python and of the packages that results depend on."""
     import importlib.metadata
     import platform
 

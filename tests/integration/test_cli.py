@@ -102,7 +102,7 @@ def test_export_deletes_nothing_beside_its_output(name: str, run: Run, small: Pa
     ("arguments", "code", "words"),
     [
         (["compress", "SOURCE", "-o", "OUT", "--preset", "paper-9x"], 2, "unknown preset"),
-        (["compress", "SOURCE", "-o", "OUT", "--preset", "paper-8x", "--bpw", "3"], 2, "exclude"),
+        (["compress", "SOURCE", "-o", "OUT", "--preset", "paper-8x", "--bpw", "3"], 2, "cannot be combined"),
         (["compress", "SOURCE", "-o", "OUT", "--bpw", "0"], 2, "error: --bpw: got 0"),
         (["compress", "SOURCE", "-o", "OUT", "--bpw", "0.01"], 2, "error: --bpw: 0.01 cannot be met"),
         (

@@ -77,13 +77,13 @@ def test_little_text_is_told(run: Run, source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--bpw", "3", "--size", "30MB"], 2, "--bpw and --size exclude each other; give one"),
-        (["--ratio", "3", "--preset", "calibrated-8x"], 2, "--preset and --ratio exclude each other"),
-        (["--size", "1kB"], 2, "possible are"),
-        (["--size", "1TB"], 2, "possible are"),
-        (["--ratio", "200"], 2, "possible are"),
+        (["--bpw", "3", "--size", "30MB"], 2, "--bpw and --size cannot be combined; give one"),
+        (["--ratio", "3", "--preset", "calibrated-8x"], 2, "--preset and --ratio cannot be combined"),
+        (["--size", "1kB"], 2, "the possible range is"),
+        (["--size", "1TB"], 2, "the possible range is"),
+        (["--ratio", "200"], 2, "the possible range is"),
         (["--override", "x"], 2, "wanted PATTERN=BITS"),
-        (["--override", "nothing.*=4"], 2, "'nothing.*': fits no matrix"),
+        (["--override", "nothing.*=4"], 2, "'nothing.*': matches no matrix"),
         (
             ["--preset", "lookup-8x", "--set", "calibration.refine_epochs=2"],
             2,
@@ -92,7 +92,7 @@ def test_little_text_is_told(run: Run, source: Path, tmp_path: Path) -> None:
         (
             ["--no-calibration", "--set", "calibration.rotate=false"],
             2,
-            "--no-calibration excludes calibration.rotate",
+            "--no-calibration cannot be combined with calibration.rotate",
         ),
         (
             [*SETTINGS, "--calibration", "TEXT", "--set", "calibration.tokens=1"],
@@ -100,7 +100,7 @@ def test_little_text_is_told(run: Run, source: Path, tmp_path: Path) -> None:
             "calibration.tokens: got 1",
         ),
         ([*SETTINGS, "--calibration", "nowhere.txt"], 1, "no such file"),
-        ([*SETTINGS, "--calibration", "owner/nothing-here"], 1, "nor a data set the hub delivers"),
+        ([*SETTINGS, "--calibration", "owner/nothing-here"], 1, "nor a data set that the Hub provides"),
         ([*SETTINGS, "--calibration", "BINARY"], 1, "not UTF-8"),
         ([*SETTINGS, "--calibration", "EMPTY"], 1, "file in this folder"),
         ([*SETTINGS, "--calibration", "LETTER"], 1, "the texts have 1 tokens"),

@@ -77,7 +77,7 @@ def test_eval_beside_the_dense_model(
     gap = found["difference"]["tasks"]["piqa"]["acc"]["difference"]
     assert gap == pytest.approx(piqa["acc"] - against["tasks"]["piqa"]["acc"])
     code, out, err = run("eval", small, *options)
-    assert code == 0 and "matrices verified" in out and "KL(other || this)" in out and "kept" in out
+    assert code == 0 and "matrices verified" in out and "KL(other || this)" in out and "cached" in out
     assert "paper's average (1 of 5)" in out and "not measured: winogrande" in out and "first 6" in out
     assert "chance is 0 in the averages where answers are not chosen from a list: lambada_openai" in out
     assert "piqa" in err and "loglikelihood" not in err
@@ -97,9 +97,9 @@ def test_eval_beside_the_dense_model(
         (["SMALL", "--tasks", "piqa", "--limit", "-1"], 2, "--limit"),
         (["SMALL", "--tasks", "piqa", "--set", "batch_tokens=0"], 2, "batch_tokens: got 0"),
         (["SMALL", "--tasks", "piqa", "--data", "nowhere"], 1, "nowhere is not a folder"),
-        (["SMALL", "--tasks", "arc_easy", "--data", "DATA"], 1, "holds no arc_easy/test.jsonl"),
+        (["SMALL", "--tasks", "arc_easy", "--data", "DATA"], 1, "contains no arc_easy/test.jsonl"),
         (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "OTHER"], 2, "'z' is missing and"),
-        (["SMALL", "--tasks", "piqa", "--data", "DATA", "--against", "OTHER"], 2, "but other ones"),
+        (["SMALL", "--tasks", "piqa", "--data", "DATA", "--against", "OTHER"], 2, "but different ones"),
         (["SMALL", "--tasks", "piqa", "--data", "DATA", "--against", "LARGER"], 2, "larger has a vocab"),
         (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "EMPTY"], 1, "no config.json"),
         (["DAMAGED", "--tasks", "piqa", "--data", "DATA"], 1, "damaged: its logits are not finite"),
@@ -136,7 +136,7 @@ def test_a_folder_that_the_environment_names_is_there(
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "words"), [("nosuch", 2, "unknown task"), ("arc_easy", 1, "holds no arc_easy")]
+    ("name", "code", "words"), [("nosuch", 2, "unknown task"), ("arc_easy", 1, "contains no arc_easy")]
 )
 def test_tasks_are_found_before_the_text_is_measured(
     name: str, code: int, words: str, run: Run, small: Path, text: Path, data: Path

@@ -47,7 +47,7 @@ def test_a_teacher_that_has_changed_is_another_run(made: Path, tmp_path: Path) -
 def test_nothing_is_written_into_what_is_read(place: str, tmp_path: Path) -> None:
     here = make(tmp_path / "own")
     before = digest(here / "c"), digest(here / "m")
-    with pytest.raises(OutputError, match=r"inside .*only read"):
+    with pytest.raises(OutputError, match=r"inside .*must stay unchanged"):
         pocketllm.distill(here / "c", here / place, config(here))
     assert (digest(here / "c"), digest(here / "m")) == before
 
@@ -55,15 +55,15 @@ def test_nothing_is_written_into_what_is_read(place: str, tmp_path: Path) -> Non
 def test_a_record_is_not_replaced_unasked(made: Path, tmp_path: Path) -> None:
     log = tmp_path / "o.log"
     log.write_text("printed by the shell")
-    with pytest.raises(OutputError, match=r"o.log: exists and is not the record"):
+    with pytest.raises(OutputError, match=r"o.log: exists and is not the log"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made))
     log.unlink()
     log.mkdir()
     (log / "summary.json").write_text("{}")
-    with pytest.raises(OutputError, match="is not the record of a run"):
+    with pytest.raises(OutputError, match="is not the log of a run"):
         dry_run_distill(made / "c", config(made), output=tmp_path / "o", overwrite=True)
     (log / "steps.jsonl").write_text("")
-    with pytest.raises(OutputError, match="record of an earlier run"):
+    with pytest.raises(OutputError, match="log of an earlier run"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made))
     pocketllm.distill(made / "c", tmp_path / "o", config(made, steps=1), overwrite=True)
     assert json.loads((log / "summary.json").read_text())["steps"] == 1
@@ -96,7 +96,7 @@ def test_damaged_half_done_runs_say_which_file(name: str, made: Path, tmp_path: 
     folder = half_done(made, tmp_path / "o", teacher_top_k=4)
     complete = (folder / name).read_bytes()
     (folder / name).write_bytes(complete[: len(complete) // 3])
-    with pytest.raises(ResumeError, match=rf"{name}: damaged .*delete .*o.partial to start anew"):
+    with pytest.raises(ResumeError, match=rf"{name}: damaged .*delete .*o.partial to start again"):
         pocketllm.distill(made / "c", tmp_path / "o", config(made, teacher_top_k=4))
 
 
@@ -160,7 +160,7 @@ def test_a_chain_spares_what_is_not_its_own(made: Path, tmp_path: Path) -> None:
 def test_a_chain_looks_at_its_text_first(made: Path, tmp_path: Path) -> None:
     for wrong, error, said in (
         ({"texts": ("nowhere.txt",)}, SourceError, "no such file"),
-        ({"context": 2000}, ConfigError, "not one window of 2000"),
+        ({"context": 2000}, ConfigError, "less than one window of 2000"),
         ({"context": 5000}, ConfigError, "context: got 5000, .* has 2048 positions"),
     ):
         with pytest.raises(error, match=said):

@@ -334,8 +334,8 @@ def test_decoders_are_held_against_noise(kl: float, error: float | None, words: 
     sentences = load("decoder").findings(results)
     assert all(words in sentence for sentence in sentences[1:3]), sentences
     assert "to pay for the decoders' 200 bytes (0.080 % more bytes in all with them)" in sentences[-1]
-    told = "of one measurement each" if error is None else "within noise (± 0.064 at 95 %)"
-    assert "0.12" in sentences[-1] and f"0.020 higher, {told}" in sentences[-1]
+    noise = "of one measurement each" if error is None else "within noise (± 0.064 at 95 %)"
+    assert "0.12" in sentences[-1] and f"0.020 higher, {noise}" in sentences[-1]
     plain, calibrated = load("decoder").tables(results)
     assert [row[0] for row in plain.rows] == ["none", "MLP", "one codebook (90 % fewer bytes)"]
     assert [row[0] for row in calibrated.rows] == ["none", "MLP (0.080 % more bytes in all)"]

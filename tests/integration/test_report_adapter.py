@@ -89,7 +89,7 @@ def test_an_adapter_that_was_trained_elsewhere(folder: Path, tmp_path: Path) -> 
 def test_an_adapter_of_another_model(run: Run, folder: Path, tmp_path: Path) -> None:
     arguments = ["--adapter", folder / "tuned", "-o", tmp_path / "x.html", "--ppl", tmp_path / "no.txt"]
     code, out, err = run("report", folder / "other", *arguments)
-    assert code == 2 and not out and "name the base it belongs to" in err  # before --ppl is looked at
+    assert code == 2 and not out and "name the base it was trained on" in err  # before --ppl is looked at
     with pytest.raises(ConfigError, match="was trained on"):
         html_report(folder / "other", tmp_path / "x.html", adapter=folder / "tuned")
     with pytest.raises(FormatError, match="wanted an adapter in PEFT's format"):

@@ -57,7 +57,7 @@ def test_all_can_be_read(width: int, dark: bool, browser: Browser, pages: dict[s
         assert not seen["faint"] and not seen["overlaps"]
         assert browser.run("document.documentElement.scrollWidth") <= width
         assert all(reachable for _, reachable in seen["scrolled"])
-        assert width == 360 or "Use of the codebooks" not in [caption for caption, _ in seen["scrolled"]]
+        assert width == 360 or "Codebook usage" not in [caption for caption, _ in seen["scrolled"]]
         paper = browser.run("getComputedStyle(document.body).backgroundColor")
         assert paper == ("rgb(20, 22, 26)" if dark else "rgb(255, 255, 255)")
     assert not browser.messages

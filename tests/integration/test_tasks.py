@@ -280,7 +280,7 @@ def test_names(data: Path) -> None:
 
 def test_the_digest_of_a_task_is_that_of_its_files(tmp_path: Path) -> None:
     rows, labels = tmp_path / "piqa" / "valid.jsonl", tmp_path / "piqa" / "valid-labels.lst"
-    with pytest.raises(SourceError, match=r"piqa: .* does not hold it"):
+    with pytest.raises(SourceError, match=r"piqa: .* does not contain it"):
         local_task_digest("piqa", tmp_path)
     rows.parent.mkdir()
     rows.write_text("{}")
@@ -295,11 +295,11 @@ def test_the_digest_of_a_task_is_that_of_its_files(tmp_path: Path) -> None:
 def test_missing_data(data: Path) -> None:
     who = tasks.Subject("a", "", no_model)
     with pytest.raises(
-        SourceError, match=r"openbookqa: .* holds no openbookqa/test.jsonl or .*format: one JSON"
+        SourceError, match=r"openbookqa: .* contains no openbookqa/test.jsonl or .*format: one JSON"
     ):
         tasks.evaluate_tasks(["piqa", "openbookqa"], who, CONFIG, data, hub=False)
     with pytest.raises(
-        SourceError, match=r"hellaswag: the hub lookup failed, .*no data folder is given \(--data\)"
+        SourceError, match=r"hellaswag: the Hub lookup failed, .*no data folder is given \(--data\)"
     ):
         tasks.evaluate_tasks(["hellaswag"], who, CONFIG)
 

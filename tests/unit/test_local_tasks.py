@@ -177,12 +177,12 @@ def test_labels_in_a_file_of_their_own(tmp_path: Path) -> None:
     ("name", "row", "words"),
     [
         ("piqa", {"goal": "g", "sol1": "a", "label": 0}, "line 2: no field 'sol2'; wanted one JSON object"),
-        ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}, "label 2 is none of the 2 choices"),
+        ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}, "label 2 is not one of the 2 choices"),
         ("piqa", "{not json", "line 2: .*wanted one JSON"),
         ("piqa", "[1]", "line 2: .*wanted one JSON"),
         ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "not found"),
         ("arc_easy", {"question": "q", "choices": NESTED, "answerKey": "Z"}, "'Z' is not in list"),
-        ("arc_easy", {"query": "q", "choices": ["a"], "gold": 3}, "label 3 is none of the 1 choices"),
+        ("arc_easy", {"query": "q", "choices": ["a"], "gold": 3}, "label 3 is not one of the 1 choices"),
         ("hellaswag", {**SWAG, "label": ""}, "invalid literal"),
     ],
 )
@@ -196,7 +196,7 @@ def test_bad_rows(name: str, row: Any, words: str, tmp_path: Path) -> None:
 
 def test_bad_files(tmp_path: Path) -> None:
     task = local_tasks.local_tasks()["lambada_openai"]
-    with pytest.raises(SourceError, match="holds no rows"):
+    with pytest.raises(SourceError, match="contains no rows"):
         prepare(task, write(tmp_path / "empty.jsonl", ""), "test")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "gr\xfc\xdfe"}')
     with pytest.raises(SourceError, match="cannot be read as UTF-8"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocketllm.calibrate.calibration import _whole, calibrate, read_windows
+from pocketllm.calibrate.calibration import _atomic_folder, calibrate, read_windows
 from pocketllm.calibrate.input_hessians import Collector
 from pocketllm.codec.hessian import factorize
 from pocketllm.compression.pipeline import compress
@@ -22,11 +22,11 @@ from tests import tiny
 
 def test_the_faster_of_two_runs_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "outputs"
-    with _whole(folder) as slow:
+    with _atomic_folder(folder) as slow:
         assert slow is not None
         (slow / "kept").write_text("slow")
         monkeypatch.setattr(os, "getpid", os.getppid)
-        with _whole(folder) as fast:
+        with _atomic_folder(folder) as fast:
             assert fast is not None
             (fast / "kept").write_text("fast")
         assert (slow / "kept").read_text() == "slow"
@@ -36,7 +36,7 @@ def test_the_faster_of_two_runs_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "outputs.4194305.partial").mkdir()  # above the largest process number
-    with _whole(tmp_path / "outputs"):
+    with _atomic_folder(tmp_path / "outputs"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
@@ -54,16 +54,18 @@ def test_measured_again_where_a_part_is_gone(tmp_path: Path) -> None:
 
 
 def test_an_override_has_to_fit_a_matrix(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'\*norm\*': fits no matrix .* names are like 'model\."):
+    with pytest.raises(ConfigError, match=r"'\*norm\*': matches no matrix .* names look like 'model\."):
         compress(tiny.save(tmp_path / "m"), tiny.on_trellis(overrides=(("*norm*", 4.0),)), tmp_path / "out")
 
 
 def test_an_output_inside_the_model_or_around_it(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "dense")
     before = sorted(folder.rglob("*"))
-    with pytest.raises(OutputError, match=r"small: is inside .*dense, which is only read"):
+    with pytest.raises(OutputError, match=r"small: is inside .*dense, which must stay unchanged"):
         compress(folder, tiny.on_trellis(), folder / "small")
-    with pytest.raises(OutputError, match=r": holds .*dense, which is read; choose another output folder"):
+    with pytest.raises(
+        OutputError, match=r": contains .*dense, which must stay unchanged; choose another output folder"
+    ):
         check_not_nested(tmp_path, folder)  # to replace it would remove the model
     assert sorted(folder.rglob("*")) == before
 

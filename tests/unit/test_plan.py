@@ -77,7 +77,7 @@ def test_embedding_is_coded_finer(source: DenseCheckpoint) -> None:
 
 @pytest.mark.parametrize(("bpw", "bits"), [(0.001, 13), (15.9, 3)])
 def test_unreachable_targets(bpw: float, bits: int, source: DenseCheckpoint) -> None:
-    with pytest.raises(ConfigError, match=r"target_bpw: .* possible are \d"):
+    with pytest.raises(ConfigError, match=r"target_bpw: .* the possible range is \d"):
         make_plan(source, tiny.target(bpw, max_index_bits=bits))
 
 

@@ -51,7 +51,7 @@ def test_items_learn_the_answer_and_its_end(tmp_path: Path) -> None:
     assert [(len(i.ids), i.learned_from, i.weight) for i in items] == [(6, 3, 3), (20, 1, 19), (20, 1, 19)]
     assert items[0].ids[-1] == tokenizer.eos_token_id
     (tmp_path / "b.txt").unlink()
-    with pytest.raises(ConfigError, match=r"gives 1 items .*; 1 of 2 instructions leave no room"):
+    with pytest.raises(ConfigError, match=r"contains 1 items .*; 1 of 2 instructions leave no room"):
         read_items(tokenizer, (str(tmp_path),), 20)
 
 
@@ -64,9 +64,9 @@ def test_instructions_that_do_not_fit_are_not_left_out_in_silence(
     assert len(read_items(tiny.tokenizer(), (str(path),), 40)) == 6 and not caplog.messages
     assert len(read_items(tiny.tokenizer(), (str(path),), 30)) == 3
     wanted = "3 of 6 instructions leave no room for their answer in a context of 30 tokens; raise --context"
-    assert caplog.messages == [f"{wanted}, or they are not trained on"]
+    assert caplog.messages == [f"{wanted}, or they are skipped"]
     path.write_text(json.dumps([long] * 2))
-    with pytest.raises(ConfigError, match=r"gives 0 items .*; 2 of 2 instructions leave no room"):
+    with pytest.raises(ConfigError, match=r"contains 0 items .*; 2 of 2 instructions leave no room"):
         read_items(tiny.tokenizer(), (str(path),), 30)
 
 

@@ -54,12 +54,12 @@ def test_an_evaluation_against_a_dense_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "no JSON"),
-        ("[]", "no JSON object"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
         ('{"model": "m"}', "perplexity is None"),
         (None, "cannot be read"),
-        ("[" * 100_000, "no JSON"),
-        (json.dumps({**EVALUATION, "against": 5}), "against is no JSON object"),
+        ("[" * 100_000, "not JSON"),
+        (json.dumps({**EVALUATION, "against": 5}), "against is not a JSON object"),
     ],
 )
 def test_bad_evaluations(text: str | None, words: str, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_bad_evaluations(text: str | None, words: str, tmp_path: Path) -> None:
         *(("compressed", value, "true or false") for value in (1, "yes")),
         *((key, value, "text") for key in ("text", "dtype", "adapter") for value in (7, True, {}, "a\0b")),
         *(
-            (key, value, "an integer from 0 on")
+            (key, value, "an integer of at least 0")
             for key in ("context", "windows", "tokens", "bytes_on_disk")
             for value in ("abc", True, -1, 1.5, [1])
         ),
@@ -168,7 +168,7 @@ def test_compare_takes_one_figure_of_a_model(small: Path, source: Path, copy: Pa
         compare(models, [dense(2.0, dtype="a"), dense(3.0, dtype="b")])
     one = Evaluation(4.0, str(small), True, "t", 8)
     with pytest.raises(
-        ConfigError, match=r"\(perplexity 4\) and .*\(perplexity 5\), wanted one figure of the same"
+        ConfigError, match=r"\(perplexity 4\) and .*\(perplexity 5\), wanted one value for the same"
     ):
         compare(models, [one, Evaluation(5.0, str(small), True, "t", 8)])
     assert compare(models, [one, dense(math.inf), one, dense(math.inf)]).models[0].perplexity == 4.0
@@ -236,7 +236,7 @@ def test_a_scale_of_colours_says_how_it_runs() -> None:
 
 def test_a_histogram_has_axes() -> None:
     drawn = picture(Histogram([-1.0, 0.0, 1.0], [0.25, 0.75], [0.5, 0.5]), "h")
-    assert ">weight<" in drawn and ">share in a bin<" in drawn and ">40 %<" in drawn
+    assert ">weight<" in drawn and ">share per bin<" in drawn and ">40 %<" in drawn
 
 
 def test_tables_know_how_wide_they_are() -> None:
@@ -282,7 +282,7 @@ def test_outputs_inside_a_model_are_refused(small: Path, source: Path, copy: Pat
     before = sorted(small.parent.rglob("*"))
     compared = compare([copy, small])
     for place in (small, small / "new"):
-        words = f"{place}/x.*: is inside {small}, which is only read; choose another output file"
+        words = f"{place}/x.*: is inside {small}, which must stay unchanged; choose another output file"
         with pytest.raises(OutputError, match=words):
             html_report(small, place / "x.html")
         with pytest.raises(OutputError, match=words):

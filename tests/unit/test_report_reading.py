@@ -73,7 +73,7 @@ def test_a_tensor_that_is_missing_or_of_another_size(damage: str, copy: Path) ->
     else:
         tensors[f"{UP}.indices"] = tensors[f"{UP}.indices"][:-1].clone()
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    words = {"missing": "no file holds it", "shape": "stored as"}[damage]
+    words = {"missing": "no file contains it", "shape": "stored as"}[damage]
     with pytest.raises(FormatError, match=f"{UP}.indices: {words}"):
         Matrices.open(copy).read(UP)
 
@@ -142,13 +142,13 @@ def test_fine_tuning_is_told(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "training", "words"),
     [
-        ("a", "b", ["The commands that make it again, the model and then the adapter:"]),
+        ("a", "b", ["The commands that reproduce the model and then the adapter:"]),
         (
             "a",
             "",
-            ["does not know the settings that it was trained with.", "The command that makes it again:"],
+            ["does not know the settings that it was trained with.", "The command that reproduces it:"],
         ),
-        ("", "b", ["does not know its settings;", "The command that makes the adapter again:"]),
+        ("", "b", ["does not know its settings;", "The command that reproduces the adapter:"]),
         ("", "", ["does not know the settings that it was trained with.", "does not know its settings;"]),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_report_that_lacks_something(key: str, copy: Path) -> None:
 
 def test_a_report_that_says_nothing_of_a_matrix(copy: Path) -> None:
     edit(copy, lambda values: values["matrices"].pop(3))
-    with pytest.raises(FormatError, match="says nothing of model"):
+    with pytest.raises(FormatError, match=r"damaged \(model\..* is missing"):
         read_model(copy)
 
 

@@ -1,4 +1,4 @@
-"""Jobs side by side: how many threads each has, in which order they are told of, what one that fails does."""
+"""Parallel jobs: threads per job, the order of progress, and failures."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def threads() -> Iterator[None]:
 def test_threads_are_shared(threads: int, jobs: int, each: int) -> None:
     torch.set_num_threads(threads)
     seen: list[tuple[int, int]] = []
-    told = list(
+    reported = list(
         run_parallel([lambda n=n: seen.append((n, torch.get_num_threads())) for n in range(jobs)], "cpu")
     )
-    assert len(told) == jobs
+    assert len(reported) == jobs
     assert sorted(seen) == [(n, each) for n in range(jobs)]
     assert torch.get_num_threads() == threads
 

@@ -161,9 +161,9 @@ def test_settings_of_finetune() -> None:
     ("options", "words"),
     [
         ({"method": "magic"}, "--method: got 'magic', wanted distill or lora"),
-        ({"settings": ("rank=4",)}, "rank has no meaning with --method distill; leave it out"),
-        ({"settings": ("lr_scale=4",), "method": "lora"}, "lr_scale has no meaning with --method lora"),
-        ({"validation_text": "v", "method": "lora"}, "--validation-text has no meaning with --method lora"),
+        ({"settings": ("rank=4",)}, "rank does not apply to --method distill; remove it"),
+        ({"settings": ("lr_scale=4",), "method": "lora"}, "lr_scale does not apply to --method lora"),
+        ({"validation_text": "v", "method": "lora"}, "--validation-text does not apply to --method lora"),
         ({"settings": ("steps=4",)}, "--set steps: use the option --steps"),
         ({"settings": ("loop.batch_size=0",)}, "loop.batch_size: got 0, wanted at least 1"),
         ({"settings": ("batch_size=0",)}, "unknown key 'batch_size'; closest: loop.batch_size"),

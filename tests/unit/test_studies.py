@@ -79,7 +79,7 @@ def test_an_output_inside_the_model_is_refused(counting: Counting, tmp_path: Pat
     (tmp_path / "link").symlink_to(model)
     for name in (model, tmp_path / "link"):
         with pytest.raises(
-            OutputError, match=r"dense/deep/out: is inside .*which is only read; choose another"
+            OutputError, match=r"dense/deep/out: is inside .*which must stay unchanged; choose another"
         ):
             run_study("counting", str(name), model / "deep" / "out")
     (tmp_path / "link").unlink()
@@ -101,7 +101,7 @@ def test_a_study_that_fails_at_once_leaves_nothing(counting: Counting, model: st
 @pytest.mark.parametrize("name", ["codebook", "decoder", "sensitivity", "robustness", "overhead"])
 def test_a_missing_tokenizer_is_found_first(name: str, tmp_path: Path) -> None:
     tiny.model().save_pretrained(tmp_path / "dense")
-    with pytest.raises(SourceError, match="holds no tokenizer"):
+    with pytest.raises(SourceError, match="has no tokenizer"):
         run_study(name, str(tmp_path / "dense"), tmp_path / "out", quick=True)
     assert not (tmp_path / "out.partial").exists()
 
@@ -124,7 +124,7 @@ def test_a_matrix_that_is_too_small_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_bad_input(counting: Counting, model: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="measures no model on text"):
+    with pytest.raises(ConfigError, match="does not use text"):
         run_study("counting", model, tmp_path / "out", texts=["a.txt"])
     with pytest.raises(SourceError, match="no such folder"):
         run_study("counting", str(tmp_path / "nowhere"), tmp_path / "out")
@@ -136,7 +136,7 @@ def test_bad_input(counting: Counting, model: str, tmp_path: Path) -> None:
 
 
 def test_a_compressed_model_is_refused(small: Path, source: Path, tmp_path: Path) -> None:
-    words = rf"^{small}: is compressed itself; name the dense model \(it was made from {source}\)$"
+    words = rf"^{small}: is already compressed; name the dense model \(it was made from {source}\)$"
     for name in ("rln", "robustness"):
         with pytest.raises(ConfigError, match=words):
             run_study(name, str(small), tmp_path / "out", quick=True)
@@ -145,7 +145,7 @@ def test_a_compressed_model_is_refused(small: Path, source: Path, tmp_path: Path
     assert not list(tmp_path.iterdir())
     (tmp_path / "saved").mkdir()  # as save_pretrained leaves one
     shutil.copy(small / "config.json", tmp_path / "saved")
-    with pytest.raises(ConfigError, match=r"compressed itself; name the dense model$"):
+    with pytest.raises(ConfigError, match=r"already compressed; name the dense model$"):
         dry_run("rln", str(tmp_path / "saved"))
 
 
@@ -172,7 +172,7 @@ def test_texts_that_would_not_be_measured_are_refused(model: str, tmp_path: Path
     (tmp_path / "b.txt").write_text("other words " * 100)
     two = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for name in ("codebook", "decoder", "sensitivity"):
-        with pytest.raises(ConfigError, match=f"{name}: measures on one text, got 2"):
+        with pytest.raises(ConfigError, match=f"{name}: uses one text, got 2"):
             dry_run(name, model, texts=two)
     with pytest.raises(ConfigError, match=r"a\.txt: given twice"):
         dry_run("robustness", model, texts=[two[0], tmp_path / "." / "a.txt"])

@@ -22,7 +22,7 @@ def results_of(name: str) -> dict[str, Any]:
     return found
 
 
-def told(name: str, results: dict[str, Any]) -> list[str]:
+def findings_of(name: str, results: dict[str, Any]) -> list[str]:
     """The findings, once tables and picture are made; no word of them comes from a missing number."""
     study = load(name)
     study.draw(results, Figure(layout="constrained"))
@@ -36,23 +36,23 @@ def told(name: str, results: dict[str, Any]) -> list[str]:
 def test_the_dense_model() -> None:
     results = results_of("codebook")
     results["model.dense"]["perplexity"] = None
-    assert any("dense not finite" in sentence for sentence in told("codebook", results))
+    assert any("dense not finite" in sentence for sentence in findings_of("codebook", results))
     for key in results:
         if key.startswith("model."):
             results[key]["perplexity"] = None
-    told("codebook", results)
+    findings_of("codebook", results)
     results = results_of("sensitivity")
     for values in results.values():
         if "dense" in values:
             values["dense"] = None
-    told("sensitivity", results)
+    findings_of("sensitivity", results)
 
 
 @pytest.mark.parametrize("part", ["everything", "FFN", "embedding and head"])
 def test_the_loss_of_a_part(part: str) -> None:
     results = results_of("sensitivity")
     results["plain-parts"]["groups"][part] |= {"kl": None, "kl_stderr": None, "perplexity": None}
-    found = told("sensitivity", results)
+    found = findings_of("sensitivity", results)
     assert any(f"not finite with these compressed: {part}." in sentence for sentence in found)
     assert any(sentence.startswith("Calibrated, at") for sentence in found)
 
@@ -60,7 +60,7 @@ def test_the_loss_of_a_part(part: str) -> None:
 def test_the_loss_of_a_block() -> None:
     results = results_of("sensitivity")
     results["plain-blocks"]["groups"]["3"] |= {"kl": None, "kl_stderr": None, "perplexity": None}
-    assert told("sensitivity", results)[0].startswith("Blocks: nothing is compared")
+    assert findings_of("sensitivity", results)[0].startswith("Blocks: nothing is compared")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -68,14 +68,16 @@ def test_the_loss_of_a_block() -> None:
 def test_the_divergence_of_a_decoder(key: str, when: str) -> None:
     results = results_of("decoder")
     results[key][when] |= {"kl": None, "kl_stderr": None, "perplexity": None}
-    found = told("decoder", results)
+    found = findings_of("decoder", results)
     assert any("the KL is not finite" in sentence for sentence in found) is (key == "none-kind")
 
 
 def test_decoders_that_are_missing() -> None:
     results = results_of("decoder")
-    told("decoder", {key: results[key] for key in results if key != "mlp-matrix"})
-    assert told("decoder", {"none-kind": results["none-kind"]})[0].startswith("Did not hold here: no decoder")
+    findings_of("decoder", {key: results[key] for key in results if key != "mlp-matrix"})
+    assert findings_of("decoder", {"none-kind": results["none-kind"]})[0].startswith(
+        "Did not hold here: no decoder"
+    )
 
 
 def test_trainings_of_a_size_that_all_broke_off() -> None:
@@ -83,11 +85,11 @@ def test_trainings_of_a_size_that_all_broke_off() -> None:
     for key, values in results.items():
         if key.startswith("size."):
             values["end_nmse"] = [None] * len(values["end_nmse"])
-    assert any("none beyond noise at K = 64" in sentence for sentence in told("rln", results))
+    assert any("none beyond noise at K = 64" in sentence for sentence in findings_of("rln", results))
 
 
 def test_a_training_that_ends_in_no_number() -> None:
     results = results_of("overfit")
     curve = results["curve.published.8x4096"]
     curve["mse_over_epochs"][-1], curve["unfinished"] = None, True
-    told("overfit", results)
+    findings_of("overfit", results)

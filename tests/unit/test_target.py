@@ -91,7 +91,7 @@ def test_without_calibration(target: dict[str, Any], source: DenseCheckpoint) ->
 
 @pytest.mark.parametrize("bpw", [0.1, 12.0])
 def test_bits_that_cannot_be_met(bpw: float, source: DenseCheckpoint) -> None:
-    with pytest.raises(TargetError, match="possible are") as raised:
+    with pytest.raises(TargetError, match="the possible range is") as raised:
         planned(source, at(target_bpw=bpw), "m")
     least, most = raised.value.least, raised.value.most
     assert 0.4 < least < 1 and 7.9 < most < 8.5
@@ -109,7 +109,7 @@ def test_folders_that_cannot_be_met(target: dict[str, Any], source: DenseCheckpo
         planned(source, at(**target), "m")
     message = str(raised.value)
     assert message.startswith(next(iter(target)))
-    found = re.search(r"possible are ([\d,]+) to ([\d,]+) bytes", message)
+    found = re.search(r"the possible range is ([\d,]+) to ([\d,]+) bytes", message)
     assert found is not None
     for text in found.groups():
         possible = int(text.replace(",", "")) + 20  # the target stands in the report, whose bytes count, too
@@ -122,7 +122,9 @@ def test_a_model_smaller_than_its_codebook(target: dict[str, Any], tmp_path: Pat
     """22 thousand weights: the codec of the fewest bits an index has not the fewest bits in all."""
     tiny_source = open_dense(tiny.save(tmp_path / "dense"))
     config = replace(at(**target), codec=CodecConfig(trellis_width=12))
-    with pytest.raises(ConfigError, match=r"target_(bytes|ratio): .* possible are [\d,]+ to [\d,]+ bytes"):
+    with pytest.raises(
+        ConfigError, match=r"target_(bytes|ratio): .* the possible range is [\d,]+ to [\d,]+ bytes"
+    ):
         planned(tiny_source, config, "m")
 
 

@@ -41,9 +41,9 @@ def test_json_lines(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.txt", b"\xff\xfe\x00", r"a\.txt: not UTF-8 \(byte 0\)"),
-        ("a.txt", b" \n", r"a\.txt: holds no text"),
+        ("a.txt", b" \n", r"a\.txt: contains no text"),
         ("a.jsonl", b'{"text": ', r"a\.jsonl: line 1 is not JSON"),
-        ("a.jsonl", b"[1, 2]\n{}\n", r"a\.jsonl: holds no text"),
+        ("a.jsonl", b"[1, 2]\n{}\n", r"a\.jsonl: contains no text"),
         ("config.json", b'{"a": "b"}', r"config\.json: wanted a list of rows; .* move the file out of"),
     ],
 )
@@ -123,10 +123,10 @@ def test_a_hub_that_does_not_deliver(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(datasets, "load_dataset", failing(error))
         reason = str(error).splitlines()[0]
-        with pytest.raises(SourceError, match=rf"owner/name: neither a local file .* delivers \({reason}\)"):
+        with pytest.raises(SourceError, match=rf"owner/name: neither a local file .* provides \({reason}\)"):
             read_calibration("owner/name")
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: [{"label": 3}])
-    with pytest.raises(SourceError, match="owner/name: holds no text"):
+    with pytest.raises(SourceError, match="owner/name: contains no text"):
         read_calibration("owner/name")
 
 
@@ -148,7 +148,7 @@ def test_text_files(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"not UTF-8 \(byte 2\)"):
         read_text(tmp_path / "latin")
     (tmp_path / "empty").write_text(" \n")
-    with pytest.raises(SourceError, match="holds no text"):
+    with pytest.raises(SourceError, match="contains no text"):
         read_text(tmp_path / "empty")
 
 

@@ -37,7 +37,11 @@ def test_a_model_without_a_bound() -> None:
     ("size", "ids", "words"),
     [
         (3, {"a": 0}, "dense has a vocabulary of 3 tokens, own one of 2; name the dense model that own was"),
-        (2, {"a": 1, "b": 0}, r"dense and own have as many tokens, but other ones \('a' is 1 and 0\)"),
+        (
+            2,
+            {"a": 1, "b": 0},
+            r"dense and own have the same number of tokens, but different ones \('a' is 1 and 0\)",
+        ),
         (2, {"a": 0}, r"\('b' is missing and 1\)"),
         (2, {"a": 0, "b": 1, "c": 1}, r"\('c' is 1 and missing\)"),
     ],

@@ -70,7 +70,7 @@ def test_texts_are_read_by_their_form(tmp_path: Path) -> None:
     plain.unlink()
     (tmp_path / "b.md").write_text("xy")  # too short by itself, but not with its neighbour
     assert len(read_windows(tokenizer, (str(tmp_path),), 18)) == 1
-    with pytest.raises(ConfigError, match=r"the text \(.*\) has 18 tokens, not one window of 19"):
+    with pytest.raises(ConfigError, match=r"the text \(.*\) has 18 tokens, less than one window of 19"):
         read_windows(tokenizer, (str(tmp_path),), 19)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=r"no \*\.txt, .* file in this folder"):

@@ -1,4 +1,4 @@
-"""What each layer is fed and what its errors cost: input Hessians, gradients, sensitivity.
+"""Measure the inputs of each layer and what its errors cost: input Hessians, gradients, sensitivity.
 
 Public is what `__all__` names (docs/api.md describes each name). The modules within may change without notice.
 """

@@ -6,7 +6,7 @@ import torch
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where the machine computes in it at full speed, else float32."""
+    """bfloat16 if the machine computes in it at full speed, otherwise float32."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
@@ -15,6 +15,6 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def autocast(device: torch.device | str) -> torch.autocast:
-    """Matrix products in `fast_dtype`; everything else, and the sums, in float32."""
+    """Compute matrix products in `fast_dtype`; sums and everything else in float32."""
     dtype = fast_dtype(device)
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)

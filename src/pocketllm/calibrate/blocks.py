@@ -1,8 +1,8 @@
 """The blocks of a dense model, one in memory at a time, and the activations between them.
 
-A block is called with what the model itself would call it with: the arguments are recorded, block by block,
-while stand-ins hand the embedded text on from one to the next. So blocks may differ in kind (sliding windows,
-position embeddings of their own), as long as each takes the output of the one before it.
+A block is called with the arguments that the model itself would pass: they are recorded, block by block, while
+stand-ins pass the embedded text from one to the next. Blocks may therefore be of different kinds (sliding windows,
+different position embeddings), as long as each takes the output of the previous one.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class BlockStream:
             self.as_tuple = True
             if not self._capture(batches):
                 raise ConfigError(
-                    f"calibration: the blocks of {type(self.model).__name__} do not simply follow each other; "
+                    f"calibration: the blocks of {type(self.model).__name__} do not form a simple chain; "
                     "use a preset without calibration (lookup-8x)"
                 )
         self.current = self.calls[0]  # arguments of the block that is loaded
@@ -167,7 +167,7 @@ class BlockStream:
             head._parameters["weight"] = self.model.get_input_embeddings().weight
 
     def after_blocks(self, hidden: Tensor) -> Tensor:
-        """What the head gets to see for an output of the last block [1, context, C]: the final norm."""
+        """The head's input for an output of the last block [1, context, C]: the final norm."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         with self._standing_in(lambda number, start, call: self._output(hidden)), autocast(self.device):
             out = self._text_model(ids, use_cache=False).last_hidden_state
@@ -195,7 +195,7 @@ class BlockStream:
     def inputs(
         self, block: nn.Module, matrices: list[Matrix], token_weights: Mapping[str, Tensor] | None = None
     ) -> Inputs:
-        """What the loaded block's matrices get to see, for the activations in `hidden`.
+        """The inputs of the loaded block's matrices, for the activations in `hidden`.
 
         Args:
             token_weights: [N, context] that inputs of a matrix are multiplied by, by name.
@@ -224,7 +224,7 @@ class _StandIn(nn.Module):
 
 
 class _CaughtError(Exception):
-    """The last block was reached."""
+    """Raised when the last block is reached."""
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList] | None:
@@ -245,7 +245,7 @@ def block_list(model: Any) -> tuple[str, nn.ModuleList]:
     found = find_blocks(model)
     if found is None:
         raise ConfigError(
-            f"calibration: {type(model).__name__} has no blocks in one list; "
+            f"calibration: {type(model).__name__} has no single list of blocks; "
             "use a preset without calibration (lookup-8x)"
         )
     return found

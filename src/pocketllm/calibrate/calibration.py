@@ -1,8 +1,8 @@
-"""Calibration: the text as tokens, what an error in each matrix costs on it, and where such things are kept.
+"""Calibration: the text as tokens, what an error in each matrix costs on it, and where measurements are kept.
 
-Measurements are kept in a folder and found there again by a key of all that they depend on: model, text,
-settings, device, threads, version. By default that is the cache folder; a folder of the user's own also keeps
-the inputs of the dense model's blocks, where they are used (`sequential` off).
+Measurements are kept in a folder under a key of everything they depend on: model, text, settings, device,
+threads, version. The default is the cache folder; a folder named by the user also keeps the inputs of the dense
+model's blocks if they are used (`sequential` off).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pocketllm.text.read import default_text, read_calibration
 from pocketllm.text.vocabulary import positions_of
 from pocketllm.text.windows import calibration_windows
 
-_HUB_CHARACTERS_PER_TOKEN = 32  # of a data set of the hub: several times what the windows need
+_HUB_CHARACTERS_PER_TOKEN = 32  # read from a data set on the Hub: several times what the windows need
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 class Calibration:
     """windows: [N, context] token ids.
 
-    kept: folder of the inputs of the dense model's blocks, None without. outputs: folder of the Hessians of
-    layers' outputs, None without. token_weights: [N, context] by matrix, 0 where they were not measured.
+    kept: folder of the inputs of the dense model's blocks, or None. outputs: folder of the Hessians of the layers'
+    outputs, or None. token_weights: [N, context] by matrix, 0 for tokens that were not measured.
     """
 
     windows: Tensor
@@ -62,12 +62,12 @@ def calibrate(
     scratch: Path | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Calibration:
-    """What an error in each matrix costs; measured now, or by an earlier run on the same model and text.
+    """What an error in each matrix costs; measured, or read from an earlier run on the same model and text.
 
     Args:
-        windows: [N, context] token ids; see `read_windows`. progress: called with the share that is measured.
+        windows: [N, context] token ids; see `read_windows`. progress: called with the finished share.
         folder: where measurements are kept; None keeps small ones in the cache folder.
-        scratch: where large ones are kept without it; None where they are not wanted.
+        scratch: where large ones are kept if `folder` is None; None if they are not needed.
     """
     settings = config.calibration
     assert settings is not None
@@ -90,7 +90,7 @@ def calibrate(
     place = folder or scratch
     outputs = place / f"outputs-{key}" if place is not None and two_sided else None
     if not path.is_file() or (outputs is not None and not outputs.is_dir()):
-        with _whole(outputs) as made:
+        with _atomic_folder(outputs) as made:
             measure(
                 source,
                 chosen,
@@ -118,8 +118,8 @@ def calibrate(
 
 
 @contextmanager
-def _whole(folder: Path | None) -> Iterator[Path | None]:
-    """A folder to fill, which gets its name when that is done, unless another process was faster."""
+def _atomic_folder(folder: Path | None) -> Iterator[Path | None]:
+    """A temporary folder, renamed to its final name when complete unless another process was faster."""
     if folder is None:
         yield None
         return
@@ -145,14 +145,14 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is, and somebody else's
+    except OSError:  # another process has created it
         return True
     return True
 
 
 def _key(source: DenseCheckpoint, windows: Tensor, device: str, *facts: object) -> str:
-    asked = (source.fingerprint(), pocketllm.__version__, device, torch.get_num_threads(), *facts)
-    return hashlib.sha256(repr(asked).encode() + windows.numpy().tobytes()).hexdigest()[:16]
+    identity = (source.fingerprint(), pocketllm.__version__, device, torch.get_num_threads(), *facts)
+    return hashlib.sha256(repr(identity).encode() + windows.numpy().tobytes()).hexdigest()[:16]
 
 
 def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | None:
@@ -173,7 +173,7 @@ def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | No
     rows = source.model.get_input_embeddings().weight.shape[0]
     if int(windows.max()) >= rows:
         raise SourceError(
-            f"{source.folder}: the tokenizer makes token {int(windows.max())}, the model's embedding has {rows} "
+            f"{source.folder}: the tokenizer produces token {int(windows.max())}, the model's embedding has {rows} "
             "rows; the tokenizer belongs to another model"
         )
     return windows
@@ -190,7 +190,7 @@ def _tokenizer(source: DenseCheckpoint) -> Any:
         made = read_tokenizer(source.folder, source.trust_remote_code)
     except SourceError as error:
         raise unusable(reason_of(error.__cause__ or error)) from error
-    # Some classes make one without tokens of files that lack them.
+    # Some classes build a tokenizer without tokens if files are missing.
     if made is None or not set(made.get_vocab()) - set(made.all_special_tokens):
         raise unusable("it has no tokens")
     return made

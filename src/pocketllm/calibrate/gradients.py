@@ -1,7 +1,7 @@
-"""The loss's gradients, a block of the model at a time: of the tokens that the model draws itself.
+"""Gradients of the loss of tokens drawn from the model itself, one block of the model at a time.
 
-The forward pass leaves what each block is fed on disk (`ActivationSpool`); after the head (`Head`) the backward pass
-goes block by block (`block_backward`).
+The forward pass writes the inputs of each block to disk (`ActivationSpool`); after the head (`Head`) the backward
+pass runs block by block (`block_backward`).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _LOGITS_AT_ONCE = 256
 
 
 class ActivationSpool:
-    """What blocks are fed, on disk."""
+    """The inputs of blocks, on disk."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.folder, self.device = folder, device
 
     def write(self, number: int, hidden: list[Tensor]) -> None:
-        """Keep the batches of a block."""
+        """Write the batches of a block."""
         tensors = {str(batch): value.contiguous() for batch, value in enumerate(hidden)}
         keep_tensors(self.folder / f"{number}.safetensors", tensors, {})
 
     def pop(self, number: int) -> list[Tensor]:
-        """The batches of a block, which are no longer kept."""
+        """Read the batches of a block and delete them."""
         path = self.folder / f"{number}.safetensors"
         with safe_open(str(path), framework="pt") as handle:
             hidden = [handle.get_tensor(str(n)).to(self.device) for n in range(len(handle.keys()))]
@@ -45,7 +45,7 @@ class ActivationSpool:
 
 
 class Head:
-    """What comes after the blocks: final norm, head, and the loss of tokens the model draws itself."""
+    """The part after the blocks: final norm, head, and the loss of tokens drawn from the model itself."""
 
     def __init__(self, stream: BlockStream, seed: int) -> None:
         self.stream, self.seed = stream, seed
@@ -56,7 +56,7 @@ class Head:
         self.hessian = torch.zeros(columns, columns, device=stream.device)
 
     def backward(self, number: int) -> Tensor:
-        """Gradient of a window's loss with respect to what the blocks put out, [1, context, C]."""
+        """Gradient of a window's loss with respect to the output of the blocks, [1, context, C]."""
         hidden = self.stream.hidden[number].detach().clone().requires_grad_()
         with torch.enable_grad():
             final = self.stream.after_blocks(hidden)
@@ -84,7 +84,7 @@ class Head:
 
 @dataclass
 class OutputGradients:
-    """Gradients at the outputs of a block's layers: sums of g g^T, and the size of each token's, by matrix."""
+    """Gradients at the outputs of a block's layers: sums of g g^T and the norm per token, by matrix."""
 
     squares: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -99,9 +99,9 @@ class OutputGradients:
         add_square(self.squares.setdefault(name, flat.new_zeros(flat.shape[1], flat.shape[1])), flat)
 
     def token_weights(self, windows: int) -> dict[str, Tensor]:
-        """Weights [N, context] float16 of the matrices where few tokens have most of the gradient.
+        """Weights [N, context] float16 of the matrices in which a few tokens have most of the gradient.
 
-        Left out are those that did not see all tokens of all windows, as experts do not.
+        Matrices that did not see every token of every window, such as experts, are left out.
         """
         found = {}
         for name, norms in self.norms.items():
@@ -121,7 +121,7 @@ def block_backward(
     gradients: list[Tensor],
     energy: dict[str, float],
 ) -> tuple[list[Tensor], OutputGradients]:
-    """Gradients before the block from those after it, and those at the outputs of its layers.
+    """Gradients before a block from those after it; also collects those at the outputs of its layers.
 
     Adds each weight's squared gradient to `energy`.
     """

@@ -1,13 +1,12 @@
-"""What the layers of a block get to see: the Hessian H = E[x x^T] of the inputs of each of its matrices.
+"""The inputs of a block's layers: the Hessian H = E[x x^T] of each matrix.
 
 Linear layers are watched by hooks. Fused experts, one 3-D parameter for all experts of a block, are watched
 where their slices are multiplied; all experts of a parameter are encoded with one Hessian, the mean over every
 pair of a token and an expert that it was sent to.
 
-A Hessian of fewer tokens than it has columns is blind in some directions, where errors would look free. The
-tokens that are missing are made up: from the mean of its siblings (the same layer of the other experts of the
-block) if there are any, else from uncorrelated inputs. An expert that no token came to so gets the mean
-of its siblings.
+A Hessian of fewer tokens than columns has directions that were never seen, in which errors would seem to cost
+nothing. The missing tokens are replaced by the mean of its siblings (the same layer of the block's other experts)
+if there are any, otherwise by uncorrelated inputs. An expert that saw no token thus gets the mean of its siblings.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ class Inputs:
     """The inputs of the matrices of a block.
 
     hessians: [columns, columns] float32 by matrix name; matrices with the same inputs share one tensor.
-    tokens: that each was taken from; 0 where no input was seen. unseen_experts: of each fused parameter, the
-    experts that no token came to.
+    tokens: number of tokens behind each; 0 if no input was seen. unseen_experts: number of experts of each fused
+    parameter that saw no token.
     """
 
     hessians: dict[str, Tensor]
@@ -188,7 +187,7 @@ class Collector:
         self.tokens[name] = self.tokens.get(name, 0) + len(flat)
 
     def inputs(self, device: torch.device | str) -> Inputs:
-        """What was seen; every matrix has a Hessian.
+        """The Hessian of every matrix.
 
         Raises:
             SourceError: inputs are not finite.
@@ -200,7 +199,7 @@ class Collector:
             if not bool(seen.isfinite().all()):
                 raise SourceError(
                     f"{name}: the inputs of this layer overflow on the calibration text (NaN or Inf); "
-                    "the model does not work on it as it is stored"
+                    "the stored model does not work on this text"
                 )
         for matrix in self.matrices:
             filler = fillers.get((matrix.kind, matrix.columns))
@@ -236,7 +235,7 @@ class _AllSeenError(Exception):
 
 
 class _Products(TorchFunctionMode):
-    """Tells of every product x @ slice^T with a slice of a watched parameter."""
+    """Reports every product x @ slice^T with a slice of a watched parameter."""
 
     def __init__(
         self, slices: Mapping[int, tuple[Matrix, int]], tell: Callable[[Matrix, int, Tensor], None]

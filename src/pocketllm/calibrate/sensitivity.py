@@ -9,17 +9,17 @@ shapes the noise of an encoded matrix by the Hessian H of its inputs and lowers 
 
 so a matrix encoded with a given nmse costs  nmse * |W|^2 / (rows * columns) * F / 2 * gain.
 
-Where a few tokens have gradients far above those of the others, what errors cost is what they do to these
-tokens: key and value projections at the first tokens of a text, which all others attend to. The inputs of
-such a matrix are weighted by the size of the gradient at its output (`gradients.py`).
+Where a few tokens have gradients far above those of the others, the cost of errors is determined by these tokens:
+in key and value projections, the first tokens of a text, to which all others attend. The inputs of such a matrix
+are weighted by the norm of the gradient at its output (`gradients.py`).
 
 The same gradients give the Hessian of each layer's outputs, G = E[g g^T], with g the gradient at an output of
-the loss of tokens drawn from the model's own distribution. Feedback from strip to strip of rows lowers the
-cost by another such factor; shorter strips gain more by it, but paths on a trellis lose more (the first rows
-of a strip have few codewords to choose from). The length of the least product is taken.
+the loss of tokens drawn from the model's own distribution. Feedback between strips of rows lowers the cost by
+another such factor; shorter strips gain more from it, but paths on a trellis lose more (the first rows of a
+strip have few codewords to choose from). The length with the smallest product is used.
 
-One pass forward and one backward, one block of the model in memory at a time; what each block is fed waits on
-disk for the pass backward.
+The measurement takes one forward and one backward pass, with one block of the model in memory at a time; the
+inputs of each block stay on disk for the backward pass.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What the measurement finds.
+    """Results of the measurement.
 
-    importance: loss (nats a token) per unit of nmse, by matrix. head_hessian: [C, C] of the inputs of the
-    output head. head_share: of the loss that errors in embedding or head cause as the head, by matrix.
+    importance: loss (nats per token) per unit of nmse, by matrix. head_hessian: [C, C] of the inputs of the
+    output head. head_share: share of the loss that errors in embedding or head cause as the head, by matrix.
     row_importance: [rows] for embedding and head, by matrix: what an error in a row costs, mean 1.
-    strip_rows: of the paths of matrices whose rows make up for each other, by matrix.
-    token_weights: [N, context] float16 of matrices whose inputs are to be weighted.
+    strip_rows: rows per strip for matrices whose rows compensate for each other, by matrix.
+    token_weights: [N, context] float16 of matrices whose inputs are weighted.
     """
 
     importance: dict[str, float]
@@ -119,11 +119,11 @@ def measure(
     """Measure a dense model.
 
     Args:
-        windows: [N, context] token ids. matrices: that are to be encoded. damping: of the Hessians of inputs.
-        seed: of the tokens that the model draws. progress: called with the share that is done.
-        two_sided: whether rows will make up for each other. weigh_tokens: whether inputs will be weighted.
-        outputs: folder in which the Hessians of outputs are left, a file for each block; see `output_hessians`.
-            What blocks are fed waits there too, and without it in the system's folder for temporary files.
+        windows: [N, context] token ids. matrices: those to encode. damping: of the Hessians of inputs.
+        seed: of the tokens drawn from the model. progress: called with the finished share.
+        two_sided: whether rows will compensate for each other. weigh_tokens: whether inputs will be weighted.
+        outputs: folder for the Hessians of outputs, one file per block; see `output_hessians`. The inputs of
+            blocks are kept there as well, or if it is None in the system's temporary folder.
 
     Raises:
         OutputError: they cannot be written.
@@ -184,7 +184,7 @@ def measure(
 
 
 def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, Tensor]:
-    """Hessians [rows, rows] float32 of a block's outputs as `measure` left them, scaled, by matrix."""
+    """Hessians [rows, rows] float32 of a block's outputs as written by `measure`, scaled, by matrix."""
     if outputs is None:
         return {}
     with safe_open(str(outputs / f"{path}.safetensors"), framework="pt") as handle:
@@ -246,6 +246,6 @@ class _Ends:
         rows = head + embedded
         share = float(head.sum() / rows.sum().clamp(min=1e-30))
         cost = float(head.sum()) * self.gain + float(embedded.sum())
-        # Tokens that the text happens not to hold still matter.
+        # Tokens that do not occur in the text still matter.
         rows = rows + UNSEEN_ROW_SHARE * rows.mean() + 1e-30
         return cost, rows / rows.mean(), share

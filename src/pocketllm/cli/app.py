@@ -57,7 +57,7 @@ for group in (
 
 
 def run() -> None:
-    """Run the command line. Exit codes: 0 success, 1 failure, 2 wrong use, 130 interrupted."""
+    """Run the command line. Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted."""
     try:
         app(standalone_mode=True)
     except PocketError as error:
@@ -65,10 +65,10 @@ def run() -> None:
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             print_interrupted()
-        wrong_use = stop.__context__  # typer has printed it already
-        describe = getattr(wrong_use, "format_message", None)
+        usage_error = stop.__context__  # typer has printed it already
+        describe = getattr(usage_error, "format_message", None)
         if describe is not None:
-            print_json_error(type(wrong_use).__name__, describe())
+            print_json_error(type(usage_error).__name__, describe())
         raise
 
 

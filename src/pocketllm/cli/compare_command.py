@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 Picture = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Picture to write; NAME.png or NAME.svg writes both.")
+    Path | None, typer.Option("--output", "-o", help="Plot to write; NAME.png or NAME.svg writes both files.")
 ]
 Adapters = Annotated[
     list[Path] | None,
@@ -62,7 +62,7 @@ def compare(
     quiet: Quiet = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Compare compressed models in a table and a picture: bytes, ratios, errors, perplexity."""
+    """Compare compressed models in a table and a plot: bytes, ratios, errors, perplexity."""
     show = Output(json, quiet)
     from pocketllm.report import (
         base_of,

@@ -38,15 +38,17 @@ app = typer.Typer()
 _PRESETS = "\n\n".join(f"  {name}: {entry.summary}" for name, entry in PRESETS.items())
 PresetName = Annotated[
     str | None,
-    typer.Option("--preset", help="Named configuration; 'pocketllm compress --help' lists them at its end."),
+    typer.Option("--preset", help="Named configuration; listed at the end of 'pocketllm compress --help'."),
 ]
 Bpw = Annotated[
-    float | None, typer.Option(help="Stored bits per weight of the compressed matrices, everything counted.")
+    float | None,
+    typer.Option(help="Target: stored bits per weight of the compressed matrices, everything counted."),
 ]
 Ratio = Annotated[
-    float | None, typer.Option(help="Size of the bf16 checkpoint divided by that of the output folder.")
+    float | None,
+    typer.Option(help="Target: size of the bf16 checkpoint divided by that of the output folder."),
 ]
-Size = Annotated[str | None, typer.Option(help="Bytes of the output folder, as 30MB or 30MiB.")]
+Size = Annotated[str | None, typer.Option(help="Target: bytes of the output folder, such as 30MB or 30MiB.")]
 Calibration = Annotated[
     list[str] | None,
     typer.Option(
@@ -66,13 +68,13 @@ Override = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATTERN=BITS",
-        help="Bits per weight of matrices by name, as 'model.layers.0.*=4'; 16 leaves them dense; of several "
-        "patterns that match, the last one counts; repeatable.",
+        help="Bits per weight of matrices by name, such as 'model.layers.0.*=4'; 16 leaves them dense; the last "
+        "matching pattern applies; repeatable.",
     ),
 ]
 KeepEmbeddings = Annotated[bool, typer.Option("--keep-embeddings", help="Leave embedding and head dense.")]
 Recover = Annotated[
-    str | None, typer.Option(help="distill: recover accuracy afterwards, as `pocketllm finetune` does.")
+    str | None, typer.Option(help="distill: then recover accuracy, as `pocketllm finetune` does.")
 ]
 RecoverText = Annotated[
     list[Path] | None,
@@ -121,7 +123,7 @@ def compress(
 ) -> None:
     """Compress a model: plan, fit, encode, write. Rerun the command to resume.
 
-    With --recover accuracy is recovered afterwards; with --ppl the dense model and every result are measured.
+    --recover also recovers accuracy; --ppl measures the dense model and every result.
     """
     show = Output(json, quiet)
     options = CompressOptions(
@@ -149,7 +151,7 @@ def compress(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where and how it runs, as the keywords of `pocketllm.compress`."""
+    """Where and how the compression runs, as the keywords of `pocketllm.compress`."""
 
     device: str
     trust_remote_code: bool
@@ -158,7 +160,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Job:
-    """What to make, and the text that every result is measured on."""
+    """The compression to run, and the text on which every result is measured."""
 
     model: str
     config: CompressConfig
@@ -239,7 +241,7 @@ def parse_overrides(options: list[str]) -> tuple[tuple[str, float], ...]:
 
 
 def recovery_of(options: CompressOptions, method: str | None, texts: list[Path]) -> DistillConfig | None:
-    """The settings of the recovery, None where there is none.
+    """The settings of the recovery; None without one.
 
     Raises:
         ConfigError: another method than distill, or settings or texts of a recovery without --recover.

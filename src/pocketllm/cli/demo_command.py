@@ -35,7 +35,7 @@ def demo(
     ] = DEMO_RECOVERY.steps,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The three primary colors are",
     context: Annotated[int, typer.Option(min=2, help="Tokens per measured window.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Most windows to measure; a short text has fewer.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="Largest number of windows to measure.")] = 8,
     overwrite: Overwrite = False,
     threads: Threads = 0,
     json: Json = False,
@@ -84,7 +84,7 @@ class Demo:
         return ["dense", "compressed", *(["recovered"] if self.recover_steps else [])]
 
     def read_text(self, context: int, windows: int) -> EvalText:
-        """The text to measure on: as many windows as it has, at most `windows`. Nothing is compressed before.
+        """The text to measure on: all its windows, at most `windows`; read before anything is compressed.
 
         Raises:
             ConfigError: the text has no window. SourceError: no model, or no tokenizer.
@@ -96,7 +96,7 @@ class Demo:
         folder = resolve(self.model, lambda message: self.bars.update("fetch", 0.0, message))
         tokenizer = read_tokenizer(folder, trust_remote_code=False)
         if tokenizer is None:
-            raise SourceError(f"{folder}: holds no tokenizer, which the demo needs; add its files")
+            raise SourceError(f"{folder}: has no tokenizer, which the demo needs; add its files")
         name, text = evaluation_text()
         return EvalText(name, text, context, min(windows, len(token_windows(tokenizer, text, context))))
 
@@ -123,7 +123,7 @@ class Demo:
         }
 
     def _compressed(self) -> Path:
-        """The compressed model, made unless it exists already."""
+        """The compressed model, created unless it already exists."""
         import pocketllm
         from pocketllm.compression.pipeline import is_made
         from pocketllm.format import verify
@@ -138,7 +138,7 @@ class Demo:
         return self.output
 
     def _recovered(self) -> Path:
-        """The recovered model in a folder next to it, made unless it exists already."""
+        """The recovered model in a folder next to it, created unless it already exists."""
         import pocketllm
         from pocketllm.format import REPORT_NAME, read_report, verify
         from pocketllm.recover.base_model import identity

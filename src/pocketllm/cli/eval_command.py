@@ -42,14 +42,14 @@ Against = Annotated[
 Tasks = Annotated[
     str | None,
     typer.Option(
-        help="lm-eval tasks, separated by commas; `paper`: the paper's five; `local`: all that --data holds."
+        help="lm-eval tasks, separated by commas; `paper`: the paper's five; `local`: all tasks in --data."
     ),
 ]
 Data = Annotated[
     Path | None,
     typer.Option(
         help="Folder with local task files, see docs/evaluation.md. Default: $POCKETLLM_DATA, and the Hub for "
-        "what it lacks."
+        "missing files."
     ),
 ]
 
@@ -73,7 +73,7 @@ def evaluate(
     context: Annotated[int, typer.Option(help="Tokens per window.")] = EvalConfig.context,
     windows: Annotated[int, typer.Option(help="Number of windows; 0 takes all.")] = 0,
     settings: Annotated[list[str] | None, set_option("eval")] = None,
-    cache: Annotated[bool, typer.Option(help="Reuse earlier results of a task, and keep new ones.")] = True,
+    cache: Annotated[bool, typer.Option(help="Reuse earlier results of tasks, and store new ones.")] = True,
     mode: Mode = "dense",
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -82,7 +82,7 @@ def evaluate(
     quiet: Quiet = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure perplexity, divergence from the dense model, and zero-shot tasks, also of the dense model."""
+    """Measure perplexity, KL divergence from a dense model, and zero-shot tasks of a compressed or dense model."""
     from pocketllm import measure
     from pocketllm.cli.eval_tables import eval_tables
     from pocketllm.text import read_text
@@ -138,7 +138,7 @@ def _adapter(adapter: Path, base: Path) -> Any:
 
 
 def task_options(tasks: str | None, data: Path | None, cache: bool) -> TaskOptions | None:
-    """Which tasks run, and where their data is; None where none are asked for.
+    """The tasks to run, and the location of their data; None if no tasks were requested.
 
     Raises:
         SourceError: no such folder. Others as `task_names`.
@@ -157,7 +157,7 @@ def task_options(tasks: str | None, data: Path | None, cache: bool) -> TaskOptio
 
 
 def data_folder(given: Path | None) -> Path | None:
-    """Folder of local task files: --data, else what POCKETLLM_DATA names, if anything.
+    """Folder of local task files: --data, otherwise POCKETLLM_DATA if it is set.
 
     Raises:
         SourceError: no such folder.

@@ -1,4 +1,4 @@
-"""What `pocketllm eval` shows: the models, their text figures, their tasks side by side."""
+"""The tables of `pocketllm eval`: the models, perplexity and KL, and their tasks side by side."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _described(entry: Mapping[str, Any]) -> str:
 
 
 def _convention(values: Mapping[str, Any]) -> str:
-    """What the figures of a text depend on."""
+    """The text, context and windows that the values depend on."""
     windows = f"context {values['context']}, {values['windows']} windows, {values['tokens']} tokens"
     return f"{values['text']}: {windows}"
 
@@ -43,7 +43,7 @@ def _text_table(values: Mapping[str, Any]) -> Table:
     table.add_row("perplexity", f"{values['perplexity']:.3f}")
     if values["kl"] is not None:
         table.add_row("perplexity of the other", f"{values['against']['perplexity']:.3f}")
-        table.add_row("KL(other || this), nats a token", number(values["kl"], values["kl_stderr"]))
+        table.add_row("KL(other || this), nats per token", number(values["kl"], values["kl_stderr"]))
         agreement = _percent(values["top1_agreement"], values["top1_agreement_stderr"])
         table.add_row("same most likely token", agreement)
     return table
@@ -65,7 +65,7 @@ def _task_table(values: Mapping[str, Any]) -> Table:
                 gap = values["difference"]["tasks"][name][metric]
                 row += [_percent(theirs[metric], theirs[f"{metric}_stderr"]), _gap(gap)]
             chance = "" if result["chance"] is None else f"{result['chance']:.1%}"
-            table.add_row(*row, chance, "kept" if result["cached"] else f"{result['seconds']:.0f}")
+            table.add_row(*row, chance, "cached" if result["cached"] else f"{result['seconds']:.0f}")
         for metric, entry in result["other"].items():
             row = [name, str(result["n"]), metric, number(entry["value"], entry["stderr"])]
             if other:

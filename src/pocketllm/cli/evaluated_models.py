@@ -1,4 +1,4 @@
-"""The models that `report` and `compare` show: what they were made from, and their perplexity."""
+"""The models that `report` and `compare` show: their dense models, and their perplexity."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def model_of(folder: Path, command: str) -> str:
-    """The dense model that a folder was compressed from. command: the one that the folder was given to.
+    """The dense model that a folder was compressed from. command: name of the current command, for the message.
 
     Raises:
-        FormatError: it holds an adapter, or no compressed model.
+        FormatError: it contains an adapter, or no compressed model.
     """
     from pocketllm.format import read_report
     from pocketllm.recover.adapter import SETTINGS_NAME
@@ -35,7 +35,7 @@ def model_of(folder: Path, command: str) -> str:
 
 
 def check_against(dense: str | None) -> None:
-    """Raises ConfigError where the model named as the dense one is compressed."""
+    """Raises ConfigError if the model named as the dense one is compressed."""
     from pocketllm.format import check_dense
     from pocketllm.source import resolve
 
@@ -44,7 +44,7 @@ def check_against(dense: str | None) -> None:
 
 
 def dense_of(against: str | None, names: Sequence[str]) -> str | None:
-    """The dense model to measure: the one named, else the one that all were made from, if it is local."""
+    """The dense model to measure: the one named, otherwise the one that all were made from, if it is local."""
     from pocketllm.source import resolve_local
 
     if against is not None:
@@ -54,7 +54,7 @@ def dense_of(against: str | None, names: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Measuring:
-    """What --ppl asks for, and where it runs. windows: 0 takes all."""
+    """The measurement requested by --ppl, and where it runs. windows: 0 takes all."""
 
     text: Path
     context: int

@@ -26,7 +26,7 @@ def export(
     quiet: Quiet = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Decode into a dense safetensors model that any tool can read."""
+    """Decode a compressed model into a dense safetensors model that any tool can read."""
     from pocketllm import export as decode
 
     show = Output(json, quiet)

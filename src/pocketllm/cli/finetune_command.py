@@ -32,21 +32,24 @@ app = typer.Typer()
 Method = Annotated[
     str,
     typer.Option(
-        help="distill: tune the compressed form itself towards the dense model; no byte is added. "
+        help="distill: tune the compressed form towards the dense model; adds no bytes. "
         "lora: train an adapter on the frozen base."
     ),
 ]
 Text = Annotated[
     list[str] | None,
     typer.Option(
-        help="Training text: file, folder or JSON lines; repeatable. The default is Python's own text."
+        help="Training text: file, folder or JSON lines; repeatable. The default is Python's documentation."
     ),
 ]
 Teacher = Annotated[
     str | None, typer.Option(help="distill: dense model; the default is the one that was compressed.")
 ]
 TeacherOnDisk = Annotated[
-    bool, typer.Option("--teacher-on-disk", help="distill: read the teacher's blocks from disk on every run.")
+    bool,
+    typer.Option(
+        "--teacher-on-disk", help="distill: read the teacher's blocks from disk in every forward pass."
+    ),
 ]
 ValidationText = Annotated[
     str | None, typer.Option(help="distill: validate on this text instead of a part of the training text.")
@@ -73,7 +76,7 @@ def finetune(
     teacher_on_disk: TeacherOnDisk = False,
     validation_text: ValidationText = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done; train nothing.")
+        bool, typer.Option("--dry-run", help="Print steps, tokens and bytes; train nothing.")
     ] = False,
     overwrite: Overwrite = False,
     seed: Seed = 0,
@@ -112,7 +115,7 @@ def finetune(
 
 
 def _teaching(method: str, teacher: str | None, on_disk: bool) -> dict[str, Any]:
-    """The arguments of distillation that are no settings.
+    """The arguments of distillation that are not settings.
 
     Raises:
         ConfigError: one is given with another method.
@@ -121,7 +124,7 @@ def _teaching(method: str, teacher: str | None, on_disk: bool) -> dict[str, Any]
         return {"teacher": teacher, "teacher_on_disk": on_disk}
     for name, value in (("--teacher", teacher), ("--teacher-on-disk", on_disk or None)):
         if value is not None:
-            raise ConfigError(f"{name} has no meaning with --method {method}; leave it out")
+            raise ConfigError(f"{name} does not apply to --method {method}; remove it")
     return {}
 
 

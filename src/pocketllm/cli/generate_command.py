@@ -30,7 +30,7 @@ app = typer.Typer()
 def generate(
     model: Runnable,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 40,
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens to generate.")] = 40,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
     adapter: Adapter = None,
@@ -43,7 +43,7 @@ def generate(
     quiet: Quiet = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Continue a text."""
+    """Generate text with a compressed or dense model."""
     from pocketllm import generate as run_model
 
     show = Output(json, quiet)

@@ -22,7 +22,7 @@ app = typer.Typer()
     "  pocketllm merge smol-2bit --adapter smol-adapter --to smol-2bit-b --reencode --text wiki.valid.raw"
 )
 def merge(
-    folder: Annotated[Path, typer.Argument(help="Compressed base; only read.")],
+    folder: Annotated[Path, typer.Argument(help="Compressed base, which is not modified.")],
     adapter: Annotated[Path, typer.Option(help="Adapter trained on the base.")],
     to: Annotated[Path, typer.Option(help="Folder to create.")],
     reencode: Annotated[
@@ -43,7 +43,7 @@ def merge(
     quiet: Quiet = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Merge an adapter into its base: into a dense model, or one that is compressed again."""
+    """Merge an adapter into its base and write a dense model, or with --reencode a compressed one."""
     show = Output(json, quiet)
     setup_process(device, threads)
     from pocketllm import merge as merge_adapter

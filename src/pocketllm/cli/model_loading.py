@@ -9,7 +9,7 @@ from pocketllm.errors import ConfigError
 
 
 def dtype_of(name: str, device: str = "cpu") -> Any:
-    """The torch type of a `--dtype`; auto is float32 on a CPU, else bfloat16.
+    """The torch type of a `--dtype`; auto is float32 on a CPU, otherwise bfloat16.
 
     Raises:
         ConfigError: an unknown name.

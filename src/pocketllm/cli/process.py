@@ -13,7 +13,7 @@ def setup_process(device: str = "cpu", threads: int = 0) -> None:
     """Quiet transformers, set threads, check the device.
 
     Raises:
-        ConfigError: an unknown device, or one that is not there.
+        ConfigError: an unknown device, or one that is not available.
     """
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

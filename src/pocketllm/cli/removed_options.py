@@ -1,4 +1,4 @@
-"""Options that `--set KEY=VALUE` has replaced: each is refused with the words to use instead."""
+"""Options replaced by `--set KEY=VALUE`: each is refused with its replacement."""
 
 from __future__ import annotations
 

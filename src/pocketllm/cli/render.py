@@ -1,4 +1,4 @@
-"""What the terminal shows: progress bars and tables on stderr, results or one JSON object on stdout."""
+"""Terminal output: progress bars and notes on stderr, tables or one JSON object on stdout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _console(stderr: bool) -> Console:
 
 @dataclass
 class Output:
-    """Where things go. as_json: only one JSON object on stdout. quiet: no progress, no notes."""
+    """Output of a command. as_json: only one JSON object on stdout. quiet: no progress, no notes."""
 
     as_json: bool = False
     quiet: bool = False
@@ -43,12 +43,12 @@ class Output:
         logger.handlers = [*others, _Notes(self)]
 
     def note(self, text: str) -> None:
-        """A line for the person watching."""
+        """Print a note on stderr."""
         if not self.quiet:
             self.stderr.print(text, markup=False)
 
     def result(self, values: Mapping[str, Any], *tables: Table | str) -> None:
-        """The command's result, in the form asked for."""
+        """Print the command's result in the requested form."""
         if self.as_json:
             sys.stdout.write(json.dumps(_finite(values), ensure_ascii=False) + "\n")
         else:
@@ -120,7 +120,7 @@ class Bars:
 
 
 def _left(seconds: float) -> str:
-    """The time left, in words, where it is worth a word."""
+    """The remaining time in words; empty below a minute."""
     if seconds < 60:
         return ""
     minutes = round(seconds / 60)
@@ -128,7 +128,7 @@ def _left(seconds: float) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinities are no JSON: None instead."""
+    """Replace NaN and infinities, which JSON does not have, by None."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -162,7 +162,7 @@ def parse_size(text: str) -> int:
         units |= {letter: 1000**power, f"{letter}b": 1000**power, f"{letter}ib": 1024**power}
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if found is None or found[2].lower() not in units:
-        raise ConfigError(f"--size: got {text!r}, wanted bytes, as 30000000, 30MB or 30MiB")
+        raise ConfigError(f"--size: got {text!r}, wanted bytes, such as 30000000, 30MB or 30MiB")
     return int(float(found[1]) * units[found[2].lower()])
 
 
@@ -201,7 +201,7 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
 
 def _recovered(facts: Mapping[str, Any]) -> str:
     change = f"{number(facts['kl_before'])} -> {number(facts['kl_after'])}"
-    return f"{facts['steps']} steps, KL to the dense model {change} nats a token"
+    return f"{facts['steps']} steps, KL to the dense model {change} nats per token"
 
 
 def kinds_table(report: Mapping[str, Any]) -> Table:
@@ -238,7 +238,7 @@ def kinds_table(report: Mapping[str, Any]) -> Table:
 
 
 def skipped_table(report: Mapping[str, Any]) -> Table:
-    """What is not compressed, by reason."""
+    """Tensors that are not compressed, by reason."""
     reasons: dict[str, list[str]] = defaultdict(list)
     for entry in report["skipped"]:
         reasons[entry["reason"]].append(entry["name"])

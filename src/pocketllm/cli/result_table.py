@@ -9,7 +9,7 @@ from pocketllm.cli.render import number, size
 
 
 def result_table(values: Mapping[str, Any], title: str) -> Any:
-    """Every value by its key; those that are empty are left out."""
+    """Every value by its key, except empty ones."""
     from rich.table import Table
 
     table = Table(title=title, show_header=False)

@@ -35,7 +35,7 @@ app = typer.Typer()
 )
 def settings(
     command: Annotated[
-        str | None, typer.Argument(help="compress, finetune or eval. The default is all of them.")
+        str | None, typer.Argument(help="compress, finetune or eval. The default is all three.")
     ] = None,
     preset: Annotated[
         str, typer.Option(help="Preset whose values are the defaults of compress.")
@@ -43,7 +43,7 @@ def settings(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the keys of --set KEY=VALUE with type, default and help, and the settings with their own option."""
+    """List the keys of --set KEY=VALUE with type, default and help, and settings that have their own option."""
     found = listing(preset)
     if command is not None:
         found = {title: rows for title, rows in found.items() if title.split()[0] == command}

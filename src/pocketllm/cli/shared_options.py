@@ -10,7 +10,9 @@ from typer.models import OptionInfo
 
 from pocketllm.errors import ConfigError
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else on stderr.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -18,7 +20,7 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder contains.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (float32 on a CPU).")]
 Adapter = Annotated[
-    Path | None, typer.Option(help="Adapter that was trained on the compressed model; its bytes are counted.")
+    Path | None, typer.Option(help="Adapter trained on the compressed model; its bytes are counted.")
 ]
 Against = Annotated[
     str | None, typer.Option(help="Dense model: folder, Hub id or builtin:…; detected if it is local.")
@@ -47,7 +49,7 @@ def set_option(command: str) -> OptionInfo:
 
 
 def count(name: str, number: int) -> int | None:
-    """A number of which 0 means all, as None.
+    """A number, or None if it is 0 (all).
 
     Raises:
         ConfigError: below 0.

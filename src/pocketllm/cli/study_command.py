@@ -46,7 +46,7 @@ def study(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure one of the paper's claims; writes result.json, a Markdown page and a picture."""
+    """Measure one of the paper's claims; writes result.json, a Markdown page and a plot."""
     check_name(name)
     show = Output(json, quiet)
     setup_process(device, threads)

@@ -1,7 +1,7 @@
-"""The method on tensors alone: cut, normalize, encode, look up, decode, pack.
+"""The method on tensors: cut, normalize, encode, look up, decode, pack.
 
-Public is what `__all__` names (docs/api.md says what each is): the codec of one matrix (`MatrixCodec`), its
-training (`fit`), and the parts they are made of. The modules within may change without notice.
+The public names are those in `__all__` (docs/api.md describes each): the codec of one matrix (`MatrixCodec`), its
+training (`fit`), and their parts. The modules may change without notice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The codebook in latent space: initialization, nearest codeword, how well it is used.
+"""The codebook in latent space: initialization, nearest codeword, usage.
 
 Source: arXiv 2511.17637, section "Method"; k-means by Lloyd's algorithm through faiss on a CPU.
 """
@@ -21,7 +21,7 @@ def normal_codebook(size: int, vector_len: int, generator: torch.Generator) -> T
 
 
 def seeded_codebook(size: int, vector_len: int, seed: int) -> Tensor:
-    """[K, d] float16 of independent normal numbers: a codebook for rotated weights that needs no storing.
+    """[K, d] float16 of independent normal numbers: a codebook for rotated weights; it need not be stored.
 
     Component i is the normal quantile of (u + 1/2) / 2^32, with u the upper half of output i of splitmix64.
     """
@@ -41,7 +41,7 @@ def kmeans_codebook(points: Tensor, size: int, iterations: int, seed: int) -> Te
 
 
 def nearest(points: Tensor, codebook: Tensor) -> Tensor:
-    """Indices of the nearest codewords: points [N, d], codebook [K, d] -> [N] int64. Many times: `Searcher`."""
+    """Indices of the nearest codewords: points [N, d], codebook [K, d] -> [N] int64. For repeated use: `Searcher`."""
     return Searcher(codebook).nearest(points)
 
 

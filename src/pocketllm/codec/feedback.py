@@ -1,11 +1,11 @@
-"""Choose indices for what the layer does to its inputs and the model to its outputs, not for the weights alone.
+"""Choose indices that preserve a layer's outputs and the model's loss instead of the weights.
 
-A layer y = W x that is off by E costs the model
+An error E in the weights of a layer y = W x costs the model
 
     tr(E^T G E H)        H = E[x x^T] of its inputs, G = E[g g^T] of the loss's gradients at its outputs
 
-to second order, where x and g are taken for independent (Kronecker-factored curvature, arXiv 1503.05671; both
-sides in quantization: arXiv 2505.22988). G = I leaves tr(E H E^T), what the layer does to its inputs.
+to second order, if x and g are assumed independent (Kronecker-factored curvature, arXiv 1503.05671; both sides in
+quantization: arXiv 2505.22988). With G = I it is tr(E H E^T), the error of the layer's outputs.
 
 Subvectors are encoded in the order of their columns; the error of each is carried into the columns not yet
 encoded, which compensate for it (GPTQ, arXiv 2210.17323, over vectors as in LDLQ of QuIP#, arXiv 2402.04396). With
@@ -16,19 +16,19 @@ H^-1 = U^T U, U upper triangular, and J the columns of a subvector:
     w_>J  = w_>J - e U_J,>J                          feedback to the right
 
 Rows compensate for those above them in the same way, strip by strip (a strip is a run of rows). With
-G^-1 = V^T V, V upper triangular, S the rows of a strip, and T what it aims at (W at first):
+G^-1 = V^T V, V upper triangular, S the rows of a strip, and T its target (initially W):
 
     Z_S  = V_SS^-T (T_S - decoded_S)
     T_>S = T_>S - V_S,>S^T Z_S                       feedback downwards
 
-Since the loss of a strip is tr(Z_S H Z_S^T), it is encoded as above; inside a strip rows only have different weights.
-A column of a strip waits for the same column of the strips above it alone, so strip k runs 2 k columns behind
-the first and all are encoded at once.
+Since the loss of a strip is tr(Z_S H Z_S^T), it is encoded as above; within a strip, rows only have different
+weights. A column of a strip depends only on the same column of the strips above it, so strip k runs 2 k columns
+behind the first and all are encoded at once.
 
 Indices are independent, or lie on a trellis: then those of a column of subvectors form one path down the
 rows of a strip, and the columns of a strip are one path, too: where a column's path ends, the next one
 continues, so the search takes the first rows of the next column into account. Without G, passes of coordinate descent
-may follow: they choose each column again with all others fixed, which can only lower the loss. At last the row
+may follow: they choose each column again with all others fixed, which can only lower the loss. Finally the row
 scale is fitted in closed form.
 """
 
@@ -58,20 +58,19 @@ def assign(
     row_importance: Tensor | None = None,
     passes: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Indices with error feedback, and the row scale that suits them.
+    """Indices with error feedback, and the row scale fitted to them.
 
     Args:
         weight: [rows, columns] float32. table: [K, d] float32, the decoded codebook.
-        row_scale: [rows] float32, to start with. form: of the indices.
+        row_scale: [rows] float32, the initial one. form: of the indices.
         outputs: factor of G [rows, rows]; None for G = I.
-        row_importance: [rows] float32, what an error in a row costs; None for all the same. Paths run over rows, so
-            on a trellis it shifts precision between them. Not together with `outputs`.
+        row_importance: [rows] float32, what an error in a row costs; None if all rows cost the same. Paths run over
+            rows, so on a trellis it shifts precision between them. Not together with `outputs`.
         passes: of coordinate descent; none with `outputs`.
 
     Returns:
-        indices [rows, n] int64, row_scale [rows] float32. For no row (on a trellis: no strip of rows; with
-        `outputs`: not for the matrix) is the loss above that of the nearest codewords with the row scale that
-        suits those.
+        indices [rows, n] int64, row_scale [rows] float32. For every row (on a trellis: strip of rows; with
+        `outputs`: the matrix) the loss is at most that of the nearest codewords with the row scale fitted to them.
     """
     d, rows = table.shape[1], weight.shape[0]
     padded = cut(weight, d).reshape(rows, -1).float()
@@ -110,7 +109,7 @@ class _Problem:
         """The row scale that minimizes the loss, and the loss, each row's share of it."""
         hessian = self.factor.hessian
         unit = self.table[indices].reshape(self.weight.shape)
-        unit[:, self.factor.columns :] = 0  # what decodes into the padding is dropped
+        unit[:, self.factor.columns :] = 0  # padding is dropped
         projected = unit @ hessian
         if self.outputs is None:  # s = w H q / q H q
             energy = (projected * unit).sum(dim=1)
@@ -128,7 +127,7 @@ class _Problem:
         return indices, scale, (cost * error).sum(dim=1)
 
     def better(self, one: _Scored, other: _Scored) -> _Scored:
-        """Strip by strip, the one with the lower loss."""
+        """The one with the lower loss, for each strip."""
         gain = ((one[2] - other[2]) * self.importance).split(self.together)
         take = torch.cat([part.sum().gt(0).expand(len(part)) for part in gain])
         return (
@@ -138,12 +137,12 @@ class _Problem:
         )
 
     def is_far_below_nearest(self, loss: Tensor, bits: float) -> bool:
-        """Whether no strip can come out better with the nearest path, so that it need not be searched.
+        """Whether the nearest path cannot improve any strip, so that it need not be searched.
 
-        The nearest path leaves an error that is blind to H and G: about mean(H_jj) mean(G_ii) |e|^2 over a
-        strip's thousands of weights, with |e|^2 at least 2^(-2 bits) |w|^2 by Shannon's bound for Gaussian
-        weights. Half of that is left as a margin. Where weights are few, or inputs very unlike, or weights far
-        from Gaussian (they are not once rotated), that says little.
+        The error of the nearest path is independent of H and G and costs about mean(H_jj) mean(G_ii) |e|^2 over a
+        strip's thousands of weights, with |e|^2 at least 2^(-2 bits) |w|^2 by Shannon's bound for Gaussian weights.
+        Half of that is the margin. The estimate is not used if weights are few, inputs differ widely in size, or
+        weights are far from Gaussian (rotated ones are not).
         """
         square = self.weight.square()
         peaked = square.square().mean(dim=1) / square.mean(dim=1).square().clamp(min=1e-30)
@@ -171,11 +170,11 @@ class _Problem:
         return self._coded(scale, None, None)
 
     def feedback(self, scale: Tensor) -> Tensor:
-        """[rows, n] indices by error feedback to the right, and downwards where there is G."""
+        """[rows, n] indices by error feedback to the right and, if G is given, downwards."""
         return self._coded(scale, self.factor.upper, self.outputs)
 
     def _coded(self, scale: Tensor, upper: Tensor | None, outputs: HessianFactor | None) -> Tensor:
-        """Column after column, each with feedback from those before it as far as `upper` and `outputs` say."""
+        """Column after column, with feedback from the columns before as given by `upper` and `outputs`."""
         (columns, d), device = (self.weight.shape[1], self.table.shape[1]), self.weight.device
         strips = Strips(self.choice.lengths, columns // d, outputs is not None, device)
         ahead = min(self.choice.lookahead, *strips.lengths)

@@ -17,9 +17,9 @@ from pocketllm.config.constants import FEEDBACK_GROUP, STRIP_LAG
 
 @dataclass(frozen=True)
 class Place:
-    """Where coding stands: the strips under way, and the column of subvectors that each is at.
+    """The state of the schedule: the active strips, and the current column of subvectors of each.
 
-    strips: which of all. numbers, columns: of each, [active] int64. step: number of the place.
+    strips: slice of the active ones. numbers, columns: of each, [active] int64. step: number of this place.
     last: number of the last column.
     """
 
@@ -31,22 +31,23 @@ class Place:
 
     @property
     def has_next(self) -> Tensor:
-        """[active] whether there is a column after it."""
+        """[active] whether another column follows."""
         return self.columns < self.last
 
     @property
     def next(self) -> Place:
-        """The same strips a column further; those without one stay."""
+        """The same strips one column further; strips at their last column stay."""
         return Place(
             self.strips, self.numbers, (self.columns + 1).clamp(max=self.last), self.step + 1, self.last
         )
 
 
 class Strips:
-    """Rows as strips of one length [strips, longest]; the shorter ones are filled up.
+    """Rows as strips of equal length [strips, longest]; shorter ones are padded.
 
     Args:
-        lengths: rows of each. columns: of subvectors. in_turn: whether strips wait for those above them.
+        lengths: rows of each strip. columns: number of columns of subvectors. in_turn: whether strips wait for
+            those above them.
     """
 
     def __init__(self, lengths: list[int], columns: int, in_turn: bool, device: torch.device) -> None:
@@ -67,16 +68,16 @@ class Strips:
             yield Place(strips, numbers, step - self.lag * numbers, step, self.columns - 1)
 
     def pad(self, values: Tensor) -> Tensor:
-        """[rows, ...] -> [strips, longest, ...]; filled up with ones, which can be divided by."""
+        """[rows, ...] -> [strips, longest, ...]; padded with ones, which can be divided by."""
         out = values.new_ones(*self.inside.shape, *values.shape[1:])
         out[self.inside] = values
         return out
 
 
 class ColumnFeedback:
-    """What is left to code, each strip shifted by its lag, so that all stand at one place.
+    """The targets that remain to be encoded, each strip shifted by its lag so that all active ones align.
 
-    Feedback is applied within a group of columns at once, to those beyond it when it ends.
+    Feedback is applied immediately within a group of columns, and to later columns when the group ends.
 
     Args:
         weight: [rows, columns]. upper: U of the Hessian of the inputs; None for no feedback.
@@ -104,7 +105,7 @@ class ColumnFeedback:
             self.upper = torch.nn.functional.pad(upper, edges)
 
     def wanted(self, at: Place) -> Tensor:
-        """What is left of the columns of a place: [active, longest, d]."""
+        """The current targets of the columns of a place: [active, longest, d]."""
         return self.left[at.strips, :, at.step * self.d : (at.step + 1) * self.d]
 
     def target(self, at: Place) -> Tensor:
@@ -140,10 +141,10 @@ class ColumnFeedback:
 
 
 class RowFeedback:
-    """What strips have to make up for the errors of those above them.
+    """The corrections by which strips compensate for the errors of those above them.
 
-    Strips nearby hand on their errors column by column. Those further up have by then finished the group of
-    columns that comes next, and hand all of it on in one product.
+    Nearby strips pass on their errors column by column. Strips further up have already finished the next group of
+    columns, and pass on its errors in one product.
 
     diagonal: [strips, longest] what is left of G's diagonal then.
 
@@ -170,7 +171,7 @@ class RowFeedback:
         self.from_afar = torch.zeros(strips.columns, count, longest, d, device=device)
 
     def shift(self, at: Place, rows: int | None = None) -> Tensor:
-        """What the first rows of the strips are to add in their columns, but for the sign: [active, rows, d]."""
+        """The corrections of the strips' first rows in their columns, with the sign reversed: [active, rows, d]."""
         handed = self.kept[at.columns[:, None], self._rows(at.numbers, self.near)]
         return self.from_afar[at.columns, at.numbers, :rows] + self.nearby[at.strips, :rows] @ handed
 
@@ -178,13 +179,13 @@ class RowFeedback:
         """Note Z of the columns of a place, given T - decoded [active, longest, d]."""
         self.kept[at.columns[:, None], self._rows(at.numbers + self.near, 1)] = self.whiten[at.strips] @ error
         if at.step % self.lag == 0:
-            # Strips that stand `lag` columns before a group, which those above strip - near have finished.
+            # Strips that are `lag` columns before a group, which those above strip - near have finished.
             for group, strip in enumerate(range(at.step // self.lag + 1, self.near, -self.near)):
                 if strip < self.count:
                     self._gather(strip, group)
 
     def _gather(self, strip: int, group: int) -> None:
-        """What comes from afar into a group of a strip's columns."""
+        """The corrections of a group of a strip's columns from strips further up."""
         size = self.lag * self.near
         columns, rows = slice(group * size, (group + 1) * size), slice(self.near * self.longest, None)
         errors = self.kept[columns, rows][:, : (strip - self.near) * self.longest]

@@ -14,7 +14,7 @@ from pocketllm.errors import WeightError
 
 @dataclass(frozen=True)
 class HessianFactor:
-    """What assignment needs of a Hessian, shared by the matrices that read the same inputs.
+    """What `assign` needs from a Hessian; shared by the matrices that read the same inputs.
 
     hessian: [C, C] float32, damped and padded to whole subvectors. upper: U with hessian^-1 = U^T U.
     columns: before padding.
@@ -33,14 +33,14 @@ def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> Hessia
         damping: share of the mean diagonal that is added to the diagonal; doubled until H can be factorized.
 
     Returns:
-        H as it was factorized, damped, and its factor.
+        The damped H and its factor.
 
     Raises:
         WeightError: H holds NaN or Inf.
     """
     if not bool(hessian.isfinite().all()):
         raise WeightError(
-            "Hessian: holds NaN or Inf; activations or gradients of the model overflow on this text"
+            "Hessian: contains NaN or Inf; activations or gradients of the model overflow on this text"
         )
     columns = hessian.shape[0]
     padding = subvectors_per_row(columns, vector_len) * vector_len - columns
@@ -61,10 +61,10 @@ def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> Hessia
 
 
 def conditional_diagonal(factor: HessianFactor, block: int) -> Tensor:
-    """What is left of a Hessian's diagonal once errors in earlier blocks have been made up for: [C] float32.
+    """A Hessian's diagonal after errors in earlier blocks have been compensated: [C] float32.
 
     Args:
-        block: size of the blocks; inside one nothing is made up for.
+        block: size of the blocks; nothing is compensated within a block.
     """
     parts = []
     for begin in range(0, len(factor.upper), block):
@@ -76,7 +76,7 @@ def conditional_diagonal(factor: HessianFactor, block: int) -> Tensor:
 class Hessian:
     """H = E[x x^T] of a layer's inputs, or G of the gradients at its outputs, for `MatrixCodec.encode`.
 
-    It is rotated as the matrix is, and factorized, when that is asked for; once for all matrices that share it.
+    It is rotated like the matrix and factorized on demand, once for all matrices that share it.
 
     Args:
         matrix: [columns, columns] symmetric, positive semidefinite. damping: see `factorize`.

@@ -2,14 +2,14 @@
 
 `Independent` indices are chosen one by one and stored in `width` bits each (the paper).
 
-On a `Trellis` every index shares bits with the one before it, so a large codebook costs few bits: an index is a
-window of `width` bits onto a stream, and the next window lies `stride` bits further on. Each index so chooses
-from 2^width codewords but adds only `stride` bits, and a path through all indices is found by dynamic
-programming (viterbi.py). At equal bits the error of a Gaussian source is about 20 to 25 percent below that of
-independent indices. A path runs down the rows of one column of subvectors, and on into the next column, so that
-error feedback can take its turn between two columns. The rows are cut into strips whose paths are independent
-(they are searched in parallel, and error feedback takes its turn between them, too); the bits before a strip's
-first window are zero. Short strips lose about 2 / rows of the error each.
+On a `Trellis` every index shares bits with the previous one, so a large codebook costs few bits: an index is a
+window of `width` bits onto a stream, and the next window starts `stride` bits later. Each index thus chooses from
+2^width codewords but adds only `stride` bits, and a path through all indices is found by dynamic programming
+(viterbi.py). At equal bits the error of a Gaussian source is about 20 to 25 percent below that of independent
+indices. A path runs down the rows of one column of subvectors and continues in the next column, so that error
+feedback can be applied between columns. The rows are cut into strips with independent paths (they are searched in
+parallel, and error feedback is also applied between strips); the bits before a strip's first window are zero.
+Short strips lose about 2 / rows of the error each.
 
 Source: the bitshift trellis of QTIP (arXiv 2406.11235), here with a learned codebook.
 """
@@ -31,11 +31,11 @@ from pocketllm.config.constants import STRIP_ROWS
 
 
 def form_for(codebook_size: int, stride: int, strip_rows: int = STRIP_ROWS) -> IndexForm:
-    """The form that a stored matrix or a plan names.
+    """The form of the indices of a stored matrix or a plan.
 
     Args:
         codebook_size: K. stride: bits that each index adds on a trellis, 0 for independent indices.
-        strip_rows: about how many rows a strip has.
+        strip_rows: approximate number of rows of a strip.
 
     Raises:
         ValueError: a stride that does not fit the codebook.
@@ -50,10 +50,10 @@ def form_for(codebook_size: int, stride: int, strip_rows: int = STRIP_ROWS) -> I
 
 @dataclass(frozen=True)
 class FittedCodebook:
-    """A codebook and how well it fits the points that it was fitted to.
+    """A codebook, and how well it fits its points.
 
-    table: [K, d] float32. errors: mean square over that of the points, for each iteration. utilization: share of
-    the codewords that the points use. The last two only where the fit finds them on its way.
+    table: [K, d] float32. errors: mean square error over the mean square of the points, per iteration.
+    utilization: share of the codewords that the points use. The last two are set only if the fit computes them.
     """
 
     table: Tensor
@@ -63,10 +63,10 @@ class FittedCodebook:
 
 @dataclass(frozen=True)
 class Independent:
-    """Every index by itself.
+    """Independent indices.
 
-    codebook_size: K. strip_rows: about how many rows make up for those above them at once, where error
-    feedback runs down the rows, too.
+    codebook_size: K. strip_rows: approximate number of rows that compensate at once for those above them, if error
+    feedback also runs down the rows.
     """
 
     codebook_size: int
@@ -105,7 +105,7 @@ class Independent:
         """The choice of indices column by column.
 
         Args:
-            in_strips: whether rows make up for those above them, strip by strip.
+            in_strips: whether rows compensate for those above them, strip by strip.
         """
         return IndependentColumns(strip_lengths(rows, self.strip_rows if in_strips else rows))
 
@@ -124,9 +124,9 @@ class Independent:
 
 @dataclass(frozen=True)
 class Trellis:
-    """Windows of `width` bits (K = 2^width), `stride` bits from one to the next, 1 <= stride <= width.
+    """Indices on a trellis: windows of `width` bits (K = 2^width), `stride` bits apart, 1 <= stride <= width.
 
-    strip_rows: about how many rows a strip has.
+    strip_rows: approximate number of rows of a strip.
     """
 
     width: int
@@ -149,7 +149,7 @@ class Trellis:
 
     @property
     def kept(self) -> int:
-        """Bits that a window shares with the one before."""
+        """Bits that a window shares with the previous one."""
         return self.width - self.stride
 
     def windows(self, steps: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class Trellis:
         return sum(packed_bytes(length * per_row, self.stride) for length in lengths)
 
     def pack(self, indices: Tensor) -> Tensor:
-        """[rows, n] indices that form paths -> uint8 stream, strip after strip, each column after column."""
+        """[rows, n] indices that form paths -> uint8 stream, strip after strip, and column after column in each."""
         parts = self.steps(indices).split(strip_lengths(indices.shape[0], self.strip_rows))
         return torch.cat([pack(part.T.reshape(-1), self.stride) for part in parts])
 
@@ -199,9 +199,9 @@ class Trellis:
         return TrellisColumns(strip_lengths(rows, self.strip_rows), self.width, self.stride, device)
 
     def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:
-        """Lloyd's algorithm with cheapest paths in the place of nearest codewords.
+        """Lloyd's algorithm with cheapest paths in place of nearest codewords.
 
-        Starts from points drawn with `seed`: what makes a trellis good is that codewords are random over states.
+        Starts from points drawn with `seed`: a trellis works well if codewords are random over states.
 
         Args:
             points: [N, d] float32, in random order.

@@ -1,21 +1,21 @@
-"""The method on one matrix: fit (training.py), encode, decode. Published form and default are branches of one page.
+"""The method on one matrix: fit (training.py), encode, decode; the published form and the default as branches.
 
     W [rows, columns]  --rotate-->  R1 W R2^T  --row_scale-->  rows of unit RMS  --cut-->  S [rows, n, d]
 
     published:  z = encoder(S);  index = nearest codeword to z;  S^ = decoder(codebook[index])
-    default:    index = best codeword for what the layer does to its inputs (Hessian H) and the model to its
-                outputs (Hessian G), with error feedback, on a trellis;  S^ = decoded_codebook[index]
+    default:    index = best codeword for the layer's inputs (Hessian H) and the gradients at its outputs
+                (Hessian G), with error feedback, on a trellis;  S^ = decoded_codebook[index]
 
     W^ = R1^T (row_scale * join(S^)) R2;   stored: packed indices, row_scale, and, shared, codebook and decoder
 
 Source: arXiv 2511.17637, section "Method". Two forms of decoder:
 
 - `row` (published): RLN inside, so the output of a codeword depends on the row it stands in. Indices are
-  the nearest latents, or the nearest of what codewords decode to in a typical row, whichever decodes closer
-  to the row.
+  the nearest latents, or the codewords whose decoded values in a typical row are nearest, whichever decode
+  closer to the row.
 - `lookup`: no norm inside, so `decoded_codebook = decoder(codebook)` [K, d] is exact and decoding is a
-  table look-up. Indices are chosen by distance to the decoded codewords, which is the quantity that counts;
-  the encoder is needed in training only.
+  table look-up. Indices are chosen by distance to the decoded codewords, the quantity that matters; the
+  encoder is needed in training only.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from pocketllm.codec.subvectors import cut, join, subvectors_per_row
 from pocketllm.config import CodecConfig
 from pocketllm.errors import ConfigError, ShapeError
 
-# Weights decoded or encoded at once; bounds the memory beside the matrix itself.
+# Weights decoded or encoded at once; bounds the memory in addition to the matrix itself.
 _CHUNK_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True)
 class EncodedMatrix:
-    """What is stored of one matrix, beside its codec.
+    """The stored form of one matrix, without its codec.
 
     stream: [bytes] uint8, the packed indices. row_scale: [rows] bfloat16. columns: weights in a row.
     form: of the indices. rotation: seeds of the rotations of the columns and of the rows, None for none.
@@ -211,8 +211,8 @@ class MatrixCodec(nn.Module):
         """[rows, columns] from packed indices and row scale, computed in float32, returned in `dtype`.
 
         Args:
-            table: `decoded_codebook()` if the caller has it already (look-up form).
-            rotated: leave it as it was encoded, R1 W R2^T.
+            table: `decoded_codebook()` if the caller already has it (look-up form).
+            rotated: return the rotated matrix R1 W R2^T.
         """
         if table is None and self.is_lookup:
             table = self.decoded_codebook()

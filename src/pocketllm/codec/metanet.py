@@ -1,10 +1,10 @@
 """Meta-encoder and meta-decoder: small residual MLPs between weight space and latent space.
 
 Source: arXiv 2511.17637, section "Method". Blocks are d -> hidden -> d with GELU and no biases.
-MatrixEncoder: the first block plain, the others pre-norm residual, a final norm; its output is z.
+Encoder: the first block plain, the others pre-norm residual, a final norm; its output is z.
 Decoder: the mirror image, residual blocks first, ending in a plain block. With norm `rln` both see whole
 rows, so both take and return [rows, n, d]. With hidden 0 every block is an affine map; with depth 0 a network
-is the identity, without a final norm. Both are there to show what the MLP is worth.
+is the identity, without a final norm. Both serve to measure the benefit of the MLP.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MLPBlock(nn.Module):
         return nn.functional.gelu(x @ self.up) @ self.down
 
     def init_random(self, generator: torch.Generator) -> None:
-        """He-like normal initialization, as a network trained from nothing needs."""
+        """He-like normal initialization for training from scratch."""
         d, hidden = self.up.shape
         with torch.no_grad():
             self.up.normal_(0.0, (2.0 / d) ** 0.5, generator=generator)
@@ -63,7 +63,7 @@ class AffineBlock(nn.Module):
 
     @torch.no_grad()
     def init_random(self, generator: torch.Generator) -> None:
-        """Keeps the scale of its input."""
+        """Random initialization that keeps the scale of the input."""
         self.up.normal_(0.0, self.up.shape[0] ** -0.5, generator=generator)
         self.down.zero_()
 
@@ -123,7 +123,7 @@ class _MetaNet(nn.Module):
 
 
 class MetaEncoder(_MetaNet):
-    """Weights of whole rows [rows, n, d] -> latents z [rows, n, d]."""
+    """Weights of full rows [rows, n, d] -> latents z [rows, n, d]."""
 
     plain = 0
 
@@ -138,12 +138,12 @@ class MetaEncoder(_MetaNet):
 
 
 class MetaDecoder(_MetaNet):
-    """Codewords of whole rows [rows, n, d] -> weights of those rows [rows, n, d]."""
+    """Codewords of full rows [rows, n, d] -> weights of those rows [rows, n, d]."""
 
     plain = -1
 
     def forward(self, q: Tensor, normalize: Norm | None = None) -> Tensor:
-        """normalize: stands in for the norm, to record row statistics or to replay them."""
+        """normalize: replaces the norm, to record row statistics or to replay them."""
         if not len(self.blocks):
             return q
         normalize = normalize or NORMS[self.norm]

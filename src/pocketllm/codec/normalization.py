@@ -24,7 +24,7 @@ def reshaped_layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
 
 
 def subvector_layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
-    """The ablation: normalize [rows, n, d] with the statistics of each subvector's d numbers alone."""
+    """The ablation: normalize [rows, n, d] with the statistics of each subvector's d numbers."""
     return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
 
 
@@ -44,10 +44,10 @@ NORMS: dict[str, Norm] = {
 
 
 class TypicalRow:
-    """RLN with the statistics of a typical row, which makes what it normalizes independent of its row.
+    """RLN with the statistics of a typical row, so that the result does not depend on the row.
 
-    `record` normalizes as RLN does and notes the mean over rows of each row's mean and variance, call by
-    call; `replay` applies those to anything, in the same order of calls.
+    `record` normalizes like RLN and records, for each call, the mean over rows of each row's mean and variance;
+    `replay` applies these to any input, in the same order of calls.
     """
 
     def __init__(self, eps: float = EPS) -> None:
@@ -56,14 +56,14 @@ class TypicalRow:
         self._replayed = 0
 
     def record(self, x: Tensor) -> Tensor:
-        """RLN of whole rows [rows, n, d]."""
+        """RLN of full rows [rows, n, d]."""
         mean = x.mean(dim=(-2, -1))
         variance = (x - mean[:, None, None]).square().mean(dim=(-2, -1))
         self._statistics.append((mean.mean(), variance.mean()))
         return reshaped_layer_norm(x, self.eps)
 
     def replay(self, x: Tensor) -> Tensor:
-        """Normalize any shape with the statistics noted at this call."""
+        """Normalize any shape with the statistics recorded at this call."""
         mean, variance = self._statistics[self._replayed % len(self._statistics)]
         self._replayed += 1
         return (x - mean) * torch.rsqrt(variance + self.eps)

@@ -1,7 +1,7 @@
 """Indices <-> a dense bit stream, any width from 1 to 24 bits, exact.
 
 Index i occupies bits [i * width, (i + 1) * width) of the stream, least significant bit first; bit b of the
-stream is bit b % 8 of byte b // 8. The last byte is filled up with zeros. Eight indices therefore take
+stream is bit b % 8 of byte b // 8. The last byte is padded with zeros. Eight indices therefore take
 exactly `width` bytes, and the code works on those groups: lane j of every group starts at the same bit.
 """
 

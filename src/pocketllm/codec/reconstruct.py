@@ -1,11 +1,11 @@
-"""From what is stored back to the weights: W = R1^T (s * U) R2.
+"""Reconstruct weights from their stored form: W = R1^T (s * U) R2.
 
-U [rows, columns] holds what the indices decode to, cut to the row: table[indices] in the look-up form, the
-decoder applied to whole rows of codewords in the row form. s is the row scale, R1 and R2 rotate columns and
+U [rows, columns] holds the decoded indices without padding: table[indices] in the look-up form, the decoder
+applied to full rows of codewords in the row form. s is the row scale, R1 and R2 rotate columns and
 rows. `reconstruct` serves decoding at load, packed running and training.
 
-With G = dL/dW the gradients come back through the transpose of each step, and nothing but the indices has to be
-kept between forward and backward:
+With G = dL/dW the gradients pass through the transpose of each step, and only the indices have to be kept between
+forward and backward pass:
 
     G' = R1 G R2^T,   dL/ds_r = <G'_r, U_r>,   dL/dtable_k = sum of s_r G'_(r, j) where index (r, j) is k
 
@@ -106,5 +106,5 @@ def decoded_table(codec: CodecConfig, codebook: Tensor, up: Tensor, down: Tensor
 
 
 def decoded_tables(codec: CodecConfig, codebooks: Tensor, ups: Tensor, downs: Tensor) -> Tensor:
-    """`decoded_table` of many, [G, K, d], in as few operations as of one; each argument has G in front."""
+    """`decoded_table` of many, [G, K, d], in as few operations as for one; each argument has a leading dimension G."""
     return torch.func.vmap(partial(decoded_table, codec))(codebooks, ups, downs)

@@ -55,7 +55,7 @@ def rotate_hessian(hessian: Tensor, seed: int) -> Tensor:
 
 
 Seeds = tuple[int | None, int | None]
-"""Seeds of the rotations of a matrix's columns (length `rows`) and of its rows; None leaves a side as it is."""
+"""Seeds of the rotations of a matrix's columns (length `rows`) and of its rows; None does not rotate a side."""
 
 
 def rotate_matrix(weight: Tensor, seeds: Seeds) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random numbers that are part of the stored form: the same on every machine for a seed, for ever."""
+"""Random numbers that are part of the stored form: a seed gives the same numbers on every machine and version."""
 
 from __future__ import annotations
 

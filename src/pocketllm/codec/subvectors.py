@@ -11,7 +11,7 @@ from pocketllm.errors import ShapeError
 
 
 class Folded(Protocol):
-    """How a parameter differs from its matrix: its shape, and whether its rows are the matrix's columns."""
+    """How a parameter maps to its matrix: its shape, and whether its rows are the matrix's columns."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -24,7 +24,7 @@ def fold(parameter: Tensor, transposed: bool) -> Tensor:
 
     Args:
         parameter: [rows, columns]; [columns, rows] if `transposed` (Conv1D); [experts, rows, columns] of fused
-            experts, whose rows are put below each other.
+            experts, whose rows are stacked.
     """
     return parameter.T if transposed else parameter.reshape(-1, parameter.shape[-1])
 
@@ -35,7 +35,7 @@ def unfold(matrix: Tensor, entry: Folded) -> Tensor:
 
 
 def subvectors_per_row(columns: int, vector_len: int) -> int:
-    """Number of subvectors a row of `columns` weights is cut into; the last one may be padded."""
+    """Number of subvectors of a row of `columns` weights; the last one may be padded."""
     return -(-columns // vector_len)
 
 

@@ -29,10 +29,10 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One step of training, as an observer sees it.
+    """One step of training, as passed to an observer.
 
-    reconstruction: error of the batch over its energy, by the nearest latent. loss: all its terms.
-    grad_norm: of all parameters together, before it is cut. counts: [K] index use of the batch.
+    reconstruction: error of the batch over its energy, by the nearest latent. loss: sum of all terms.
+    grad_norm: of all parameters together, before clipping. counts: [K] index counts of the batch.
     """
 
     epoch: int
@@ -62,7 +62,7 @@ class FitResult:
     revived: int
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the codecs, as plain JSON types."""
+        """Everything except the codecs, as plain JSON types."""
         return {
             "start_nmse": self.start_nmse,
             "final_nmse": self.final_nmse,
@@ -85,7 +85,7 @@ def fit(
 ) -> FitResult:
     """Fit one codebook and one encoder/decoder pair per key of `samples`.
 
-    On a form that trains no networks (the trellis) the codebook alone is fitted, to all samples together, and
+    With a form that trains no networks (the trellis) only the codebook is fitted, to all samples together, and
     encoders and decoders stay the identity.
 
     Args:
@@ -93,14 +93,14 @@ def fit(
         config: the codec's settings.
         form: of the indices; its K is that of the codebook.
         seed: of every random choice.
-        keys: every codec to make, where that is more than the samples' keys; on a form that trains no networks.
+        keys: all codecs to create, if there are more than keys of samples; for a form that trains no networks.
         progress: called with the finished share.
-        safeguards: None takes the usual ones.
+        safeguards: None takes the defaults.
         observer: called at every step.
 
     Returns:
-        The best state met (by sample nmse, the start included), so training never makes it worse. Where the
-        loss is no longer finite training ends, and `curve` is shorter than the epochs asked for.
+        The best state reached (by sample nmse, including the initial state), so training never makes it worse. If
+        the loss is no longer finite, training ends and `curve` is shorter than the number of epochs.
     """
     if not form.trains_networks:
         return _fit_codebook_alone(samples, keys or list(samples), config, form, seed)
@@ -166,7 +166,7 @@ def _fit_codebook_alone(
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step computed, still on its device."""
+    """The values of a step, still on their device."""
 
     reconstruction: Tensor
     loss: Tensor
@@ -207,7 +207,7 @@ def _start(
     seed: int,
     generator: torch.Generator,
 ) -> dict[str, MatrixCodec]:
-    """Codecs as training begins: random networks and codebook as published, or identity and k-means."""
+    """Initial codecs: random networks and codebook as published, or identity networks and k-means."""
     d = config.vector_len
     device = next(iter(rows.values()))[0].device
     codebook = nn.Parameter(torch.empty(form.codebook_size, d, device=device))
@@ -222,7 +222,7 @@ def _start(
             codebook.copy_(cb.normal_codebook(form.codebook_size, d, generator))
         else:
             # Of the subvectors, not of the latents, which have lost the means of their rows: the networks
-            # begin as the identity, so this is what codewords have to decode to.
+            # start as the identity, so this is what codewords have to decode to.
             points = torch.cat([block.reshape(-1, d) for blocks in rows.values() for block in blocks])
             codebook.copy_(form.fit_codebook(points, config.kmeans_iterations, seed).table)
     return codecs

@@ -25,7 +25,7 @@ class PathSearch:
         self.order = reversed_bits(width).to(device)
 
     def first_state(self, strips: int) -> Tensor:
-        """[strips] int64: the window before a strip's first one, which has seen no bits yet."""
+        """[strips] int64: the window before a strip's first one, all of whose bits are zero."""
         return torch.zeros(strips, dtype=torch.int64, device=self.order.device)
 
     def ordered(self, tables: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,8 @@ class PathSearch:
             tables: what `ordered` makes of tables [C, 2^width, d]. which: [strips] int64, the table of each.
             lengths: rows of each strip. start: [strips] int64, the index before its first row.
             end: [strips] int64, the index each strip must end with; None leaves it free.
-            lookahead: how many of the points of each strip, its last ones, belong to the column after it and take
-                the table after its own: the path is to be good for them, too, but is put out without them.
+            lookahead: number of points at the end of each strip that belong to the next column and use the table
+                after the strip's own: they count in the search, but the returned path does not include them.
 
         Returns:
             [rows] int64.

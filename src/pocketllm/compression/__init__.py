@@ -1,7 +1,7 @@
 """The pipeline: fit codecs, encode matrices, write the checkpoint.
 
-Public is what `__all__` names (docs/api.md describes each name); `compress` and `dry_run` stand in
-`pocketllm` itself. The modules within may change without notice.
+The public names are those in `__all__` (docs/api.md describes each); `compress` and `dry_run` are in `pocketllm`
+itself. The modules may change without notice.
 """
 
 from __future__ import annotations

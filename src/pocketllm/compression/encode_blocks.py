@@ -1,4 +1,4 @@
-"""Encode a model with calibration: embedding and head first, then block after block for the inputs of each."""
+"""Encode a model with calibration: embedding and head first, then one block after another for its inputs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def encode_calibrated(
     kept: Path | None = None,
     token_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Encode embedding and head, then block after block for its inputs.
+    """Encode embedding and head, then one block after another for its inputs.
 
     Args:
         windows: [N, context] token ids of the calibration text.
         token_weights: [N, context] by matrix, see `BlockStream.inputs`.
-        kept: folder in which an earlier run left what blocks of the dense model see; see `_on_dense_inputs`.
+        kept: folder with the Hessians of the dense model's inputs from an earlier run; see `_on_dense_inputs`.
     """
     settings = encoder.plan.config.calibration
     assert settings is not None
@@ -56,7 +56,7 @@ def _on_compressed_inputs(
     refines: bool,
     token_weights: Mapping[str, Tensor] | None,
 ) -> None:
-    """Every block for the inputs that it gets from the encoded ones before it."""
+    """Encode every block for the outputs of the encoded blocks before it."""
     ends = {m.name: encoder.decoded(m) for m in encoder.plan.matrices if not m.in_blocks}
     stream = BlockStream(encoder.source, windows, encoder.device, weights=ends)
     targets = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
@@ -80,10 +80,10 @@ def _on_dense_inputs(
     kept: Path | None,
     token_weights: Mapping[str, Tensor] | None,
 ) -> None:
-    """Every block for the inputs that it has in the dense model.
+    """Encode every block for its inputs in the dense model.
 
-    What blocks see then depends on model and text alone. It is kept in the folder `kept`; a run at another
-    target finds it there and need not run the model at all, unless it refines.
+    These inputs depend only on model and text. They are kept in the folder `kept`, and a run at another target
+    reads them there and need not run the model at all, unless it refines.
     """
     list_path, blocks = block_list(encoder.source.model)
     files = {}
@@ -122,7 +122,7 @@ def _inside(plan: Plan, path: str) -> list[Matrix]:
 def _encode_block(
     encoder: MatrixEncoder, path: str, inside: list[Matrix], see: Callable[[], Inputs], progress: Progress
 ) -> None:
-    """Encode the matrices of a block; `see` returns their inputs, and is not called if all are encoded already."""
+    """Encode the matrices of a block; `see` returns their inputs and is not called if all are already encoded."""
     if all(encoder.done(m) for m in inside):
         encoder.passed += sum(m.weights for m in inside)
         return
@@ -144,7 +144,7 @@ def _encode_block(
 
 
 def _encode_end(encoder: MatrixEncoder, matrix: Matrix, sensitivity: Sensitivity) -> None:
-    """Embedding or head: errors cost what the head makes of them, and the same everywhere where rows are looked up."""
+    """Encode embedding or head: errors in the head are weighted by its Hessian, errors in looked-up rows uniformly."""
     head, share = sensitivity.head_hessian.to(encoder.device), sensitivity.head_share[matrix.name]
     hessian = share * head / head.diagonal().mean()
     hessian.diagonal().add_(1 - share)

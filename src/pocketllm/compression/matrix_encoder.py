@@ -1,6 +1,6 @@
 """Encode the matrices of a model, and keep each finished one in the workspace.
 
-`encode_blocks.py` has the order in which calibration takes them, and the inputs that each is encoded for.
+`encode_blocks.py` defines the order of encoding with calibration, and the inputs that each matrix is encoded for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CodecOf = Callable[[Matrix], MatrixCodec]
 
 
 class MatrixEncoder:
-    """Encodes matrices of one model into a workspace; what is there already is not encoded again."""
+    """Encodes matrices of one model into a workspace; finished ones are not encoded again."""
 
     def __init__(
         self,
@@ -45,11 +45,11 @@ class MatrixEncoder:
         self.outputs = outputs  # folder of the Hessians of layers' outputs
         self.by_name = {m.name: m for m in plan.matrices}
         self.scales: dict[str, Tensor] = {}  # refined row scales
-        self.passed = 0  # weights of the matrices that are dealt with
+        self.passed = 0  # weights of the finished matrices
 
     @property
     def share(self) -> float:
-        """Share of the weights that is dealt with."""
+        """Finished share of the weights."""
         return self.passed / self.plan.weights
 
     def encode(
@@ -61,11 +61,11 @@ class MatrixEncoder:
         inputs: Inputs | None = None,
         row_importance: Tensor | None = None,
     ) -> None:
-        """Encode a matrix and keep it, unless it is encoded already.
+        """Encode a matrix and keep it, unless it is already encoded.
 
         Args:
             hessian, outputs, row_importance: see `MatrixCodec.encode`.
-            inputs: that the Hessian was taken from, for the report.
+            inputs: those behind the Hessian, for the report.
         """
         if self.done(matrix):
             return
@@ -106,7 +106,7 @@ class MatrixEncoder:
         self.work.save(refined_unit(number), tensors, {"before": found.before, "after": found.after})
 
     def install(self, number: int, matrices: list[Matrix], stream: BlockStream) -> None:
-        """Put what will be stored into the block: decoded matrices, refined vectors."""
+        """Load the values that will be stored into the block: decoded matrices, refined vectors."""
         if self.work.has(refined_unit(number)):
             tensors, _ = self.work.load(refined_unit(number))
             for key, value in tensors.items():
@@ -134,11 +134,11 @@ class MatrixEncoder:
         )
 
     def decoded(self, matrix: Matrix) -> Tensor:
-        """What an encoded matrix will be when it is loaded: [rows, columns] float32."""
+        """An encoded matrix as it will be loaded: [rows, columns] float32."""
         return self.codec_of(matrix).decode(self._encoded(matrix))
 
     def _encoded(self, matrix: Matrix) -> EncodedMatrix:
-        """A finished matrix, with its refined scale if there is one."""
+        """A finished matrix, with its refined row scale if there is one."""
         tensors, _ = self.work.load(matrix_unit(self.plan, matrix))
         return EncodedMatrix(
             tensors["indices"].to(self.device),
@@ -149,7 +149,7 @@ class MatrixEncoder:
         )
 
     def done(self, matrix: Matrix) -> bool:
-        """Whether a matrix is encoded already."""
+        """Whether a matrix is already encoded."""
         return self.work.has(matrix_unit(self.plan, matrix))
 
     def _keep(
@@ -160,7 +160,7 @@ class MatrixEncoder:
         hessian: Hessian | None,
         inputs: Inputs | None,
     ) -> None:
-        """Write an encoded matrix, its errors and the use of its codewords into the workspace."""
+        """Write an encoded matrix, its errors and its codeword usage into the workspace."""
         codec, rotation = self.codec_of(matrix), encoded.rotation
         rotated = rotate_matrix(weight, rotation)
         error = rotated - codec.decode(encoded, rotated=True)

@@ -1,9 +1,9 @@
 """plan -> fit -> encode -> pack -> write, one group of matrices at a time, resumable.
 
-Work lies in `OUTPUT.partial` until it is complete: a file per fitted codebook, a file per encoded matrix, each
-written to a temporary name and renamed. A run that is killed loses at most the unit it was working on;
-every unit has its own seed, so the bytes are those of an unbroken run. At the end the checkpoint is put
-together in `OUTPUT.partial/final` and renamed to OUTPUT.
+Unfinished work is in `OUTPUT.partial`: a file per fitted codebook and a file per encoded matrix, each written to a
+temporary name and renamed. An interrupted run loses at most the unit it was working on; every unit has its own
+seed, so the bytes are those of an uninterrupted run. At the end the checkpoint is assembled in
+`OUTPUT.partial/final` and renamed to OUTPUT.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense, resol
 
 @dataclass(frozen=True)
 class Event:
-    """Progress: stage, finished share of it, what is at work.
+    """Progress: stage, its finished share, and the current item.
 
     Stages of a compression: `fetch`, `check`, `measure`, `fit`, `encode`, `write`; of recovery: `teacher`,
     `train`; of a merge: `perplexity`, `merge`.
@@ -67,21 +67,21 @@ def compress(
     """Compress a causal language model.
 
     Args:
-        model: local folder, hub id, or `builtin:smollm2-135m`.
-        config: what to do; see `pocketllm.preset`.
-        output: folder to make. A half-done one of the same arguments is continued.
+        model: local folder, Hub id, or `builtin:smollm2-135m`.
+        config: the settings; see `pocketllm.preset`.
+        output: folder to create. An unfinished run with the same arguments is resumed.
         progress: called often, from this thread.
         device: where codecs are fitted and matrices encoded, `cpu` or `cuda`.
         overwrite: replace an earlier compressed model at `output`.
         trust_remote_code: let transformers run code that the model folder contains.
-        calibration_folder: where what calibration measures is kept and looked for; see `calibrate`.
+        calibration_folder: folder for the measurements of calibration, reused by later runs; see `calibrate`.
 
     Returns:
-        Sizes, ratios and errors; the same as `info` shows later.
+        Sizes, ratios and errors, as `info` shows them later.
 
     Raises:
-        SourceError, WeightError, ConfigError, OutputError, ResumeError: nothing half-written is left under
-            `output`; what was finished stays in `output.partial` for the next run.
+        SourceError, WeightError, ConfigError, OutputError, ResumeError: `output` is not created; finished work
+            stays in `output.partial` for the next run.
 
     Example:
         >>> report = pocketllm.compress("builtin:smollm2-135m", pocketllm.preset("lookup-8x"), "out")
@@ -93,7 +93,7 @@ def compress(
     source = open_dense(folder, trust_remote_code)
     checkpoint = planned(source, config, str(model))
     check_not_nested(output, folder)
-    # What can be wrong with the input is found before anything is written, or hours are spent.
+    # Errors in the input are found before anything is written and before the long work.
     windows = read_windows(source, config)
     if not Workspace.is_begun(output):
         source.check(partial(_tell, progress, "check"))
@@ -114,7 +114,7 @@ def compress(
 
 
 def is_made(output: Path, model: str, config: CompressConfig) -> bool:
-    """Whether an earlier run has compressed this model, by the name it was given, with these settings."""
+    """Whether an earlier run has compressed a model of this name with these settings."""
     try:
         report = ckpt.read_report(output)
     except FormatError:
@@ -131,9 +131,9 @@ def dry_run(
     device: str = "cpu",
     calibration_folder: str | Path | None = None,
 ) -> Report:
-    """The plan and the exact sizes in bytes without fitting anything; errors are the predicted ones.
+    """The plan and the exact sizes in bytes without fitting anything; errors are predictions.
 
-    With calibration the model's sensitivity is measured, since the plan depends on it.
+    With calibration the model's sensitivity is measured, because the plan depends on it.
     """
     source = open_dense(resolve(str(model)), trust_remote_code)
     source.check_dtypes()
@@ -168,7 +168,7 @@ def _fit_and_encode(
     device: str,
     progress: ProgressCallback,
 ) -> None:
-    """Fit every codebook group and code its matrices; with calibration, code when all are fitted."""
+    """Fit every codebook group and encode its matrices; with calibration, encode after all are fitted."""
     codecs: dict[str, MatrixCodec] = {}
     outputs = None if calibration is None else calibration.outputs
     encoder = MatrixEncoder(
@@ -212,7 +212,7 @@ def _fitted(
     device: str,
     progress: Callable[[float], None],
 ) -> dict[str, MatrixCodec]:
-    """The codecs of a codebook group by decoder key, fitted now or by an earlier run, rounded as stored."""
+    """The codecs of a codebook group by decoder key, fitted or read from an earlier run, rounded as stored."""
     key, group = list(plan.groups().items())[number]
     spec = plan.specs[group[0].name]
     config = plan.config.codec_for(spec.vector_len)
@@ -239,7 +239,7 @@ def _fitted(
 
 
 def _unit_tensors(codecs: list[MatrixCodec]) -> dict[str, Tensor]:
-    """What is kept of fitted codecs: the stored part in float16, encoders (needed to encode) in float32."""
+    """The tensors of fitted codecs: the stored part in float16, encoders (needed to encode) in float32."""
     tensors = {"codebook": codecs[0].codebook.detach().half()}
     for position, codec in enumerate(codecs):
         for net, dtype in ((codec.encoder, torch.float32), (codec.decoder, torch.float16)):
@@ -253,13 +253,13 @@ def _unit_tensors(codecs: list[MatrixCodec]) -> dict[str, Tensor]:
 def _samples(
     source: DenseCheckpoint, plan: Plan, group: list[Matrix], seed: int, device: str
 ) -> dict[str, list[Tensor]]:
-    """Random whole rows of the group's matrices, within the bounds on the sample."""
+    """Random rows of the group's matrices, within the limits on the sample."""
     spec = plan.specs[group[0].name]
     settings = plan.config.codec
     budget = min(settings.max_sample, settings.sample_per_codeword * spec.codebook_size)
     same_distribution = plan.config.calibration is not None and plan.config.calibration.rotate
     if same_distribution and (not spec.form.trains_networks or plan.config.decoder_scope != "matrix"):
-        group = _some(group)  # a few matrices stand for all
+        group = _some(group)  # a few matrices represent all
     available = sum(m.subvectors(spec.vector_len) for m in group)
     share = min(1.0, budget / available)
     blocks: dict[tuple[str, int], list[Tensor]] = {}

@@ -1,9 +1,9 @@
-"""Block-wise refinement: tune what lies beside the indices until an encoded block does what the dense one did.
+"""Block-wise refinement: tune everything except the indices so that an encoded block matches the dense one.
 
 After a block is encoded, its decoders, row scales, norms and biases are trained for a few steps; indices and
-shared codebooks stay. Inputs are what the encoded blocks before it put out, targets what the dense model has
-at that place, so that a block also makes up for the errors of its predecessors. The loss is the squared error
-of a token's output over the square of its target: the norm that comes next removes a token's scale.
+shared codebooks are unchanged. Inputs are the outputs of the encoded blocks before it, targets those of the dense
+model, so that a block also compensates for the errors of its predecessors. The loss is the squared error of a
+token's output over its squared target, because the following norm removes a token's scale.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Refined:
 
 
 class _Parameters:
-    """What is trained, and the block's parameters that follow from it."""
+    """The trained tensors, and the block's parameters computed from them."""
 
     def __init__(self, block: nn.Module, prefix: str, encoded: Mapping[str, EncodedParameter]) -> None:
         self.prefix, self.encoded = prefix, encoded
@@ -106,7 +106,7 @@ def refine_block(
     call: Callable[[Callable[..., Tensor], Tensor, int], Tensor],
     settings: CalibrationConfig,
 ) -> Refined:
-    """Train for `settings.refine_epochs` passes over the batches; kept only if the error is lower.
+    """Train for `settings.refine_epochs` passes over the batches; the result is kept only if the error is lower.
 
     Args:
         prefix: of the block's parameter names, with a dot at its end. encoded: by full name.

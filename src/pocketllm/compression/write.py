@@ -1,4 +1,4 @@
-"""Put a compressed checkpoint together from the finished units in the workspace."""
+"""Assemble a compressed checkpoint from the finished units in the workspace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pocketllm.plan.stored_form import StoredForm
 
 
 def write(planned: PlannedModel, work: Workspace) -> Report:
-    """Put the checkpoint together in the folder `final` of the workspace."""
+    """Assemble the checkpoint in the folder `final` of the workspace."""
     form, final = planned.form, work.folder / "final"
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
@@ -41,7 +41,7 @@ def write(planned: PlannedModel, work: Workspace) -> Report:
 
 
 def _tensors(form: StoredForm, work: Workspace, crcs: dict[str, str]) -> Iterator[Tensor]:
-    """The tensors in the order of `StoredForm.tensors`; fills `crcs` on the way."""
+    """The tensors in the order of `StoredForm.tensors`; also fills `crcs`."""
     plan, refined = form.plan, work.refined()
     for dense in plan.dense:
         value = refined.get(f"vector|{dense.name}", form.source.read(dense.name))

@@ -12,19 +12,19 @@ from pocketllm.errors import ConfigError
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ConfigError where a value is not one of those allowed."""
+    """Raises ConfigError if a value is not one of those allowed."""
     if value not in allowed:
         raise ConfigError(f"{name}: got {value!r}, wanted one of {', '.join(allowed)}")
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """Raises ConfigError where a value is below `least`, or not finite."""
+    """Raises ConfigError if a value is below `least` or not finite."""
     if not least <= value < math.inf:
         raise ConfigError(f"{name}: got {value}, wanted at least {least}")
 
 
 def positive(name: str, value: float) -> None:
-    """Raises ConfigError where a value is not above 0, or not finite."""
+    """Raises ConfigError if a value is not above 0 or not finite."""
     if not 0 < value < math.inf:
         raise ConfigError(f"{name}: got {value}, wanted more than 0")
 

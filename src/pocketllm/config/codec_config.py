@@ -13,24 +13,24 @@ from pocketllm.errors import ConfigError
 class CodecConfig:
     """Settings of the codec of one group of matrices: its form, and how it is trained.
 
-    vector_len: Weights per index (d); `vector_len` of the compression, or its planner, overrides it.
-    hidden: Width of the MLP blocks of encoder and decoder (the authors: 16); 0 makes each block an affine map.
-    depth: Number of MLP blocks (the authors: 3); 0 leaves the networks out, so that codewords are weights.
+    vector_len: Weights per index (d); overridden by `vector_len` of the compression or by the planner.
+    hidden: Width of the MLP blocks of encoder and decoder (in the paper: 16); 0 makes each block an affine map.
+    depth: Number of MLP blocks (in the paper: 3); 0 omits the networks, so that codewords are weights.
     norm: Norm inside the networks: rln (as published), ln or none.
     decoder: row (as published: norm inside, row context) or lookup (no norm inside, exact table).
-    row_scale: Store one scale per matrix row (counted). Without it the rows of a matrix must share one.
+    row_scale: Store one scale per matrix row, counted in bpw. Without it all rows of a matrix share one scale.
     init: kmeans (identity networks, k-means codebook) or normal (as published).
     loss: Reconstruction loss: mse or rmse.
-    vq_weight: Weight of the codebook loss, the paper's lambda.
+    vq_weight: Weight of the codebook loss (lambda in the paper).
     commitment_weight: Weight of the commitment loss; 0 is off.
     epochs: Training passes over the sample.
     learning_rate: Adam learning rate; a cosine schedule follows.
     batch_size: Subvectors per training step.
     kmeans_iterations: Lloyd iterations of the initialization.
-    sample_per_codeword: Most subvectors per codeword that a codebook and its networks are fitted to.
-    max_sample: Most subvectors that a codebook and its networks are fitted to.
+    sample_per_codeword: Largest number of subvectors per codeword to fit a codebook and its networks to.
+    max_sample: Largest number of subvectors to fit a codebook and its networks to.
     trellis_width: Bits of an index on a trellis, where indices overlap; none for independent indices.
-    codebook_source: fit, or seed: Gaussian numbers drawn from a seed, so that no codebook is stored.
+    codebook_source: fit, or seed (Gaussian numbers generated from a seed; no codebook is stored).
     """
 
     vector_len: int = 4
@@ -109,10 +109,10 @@ class CodecConfig:
 
 @dataclass(frozen=True)
 class Safeguards:
-    """What keeps the training of a codec stable; off only where a study measures training without it.
+    """Safeguards that keep the training of a codec stable; turned off only by studies.
 
-    max_grad_norm: Largest norm of the gradients; infinite is off.
-    revive: Move codewords that an epoch never used.
+    max_grad_norm: Largest norm of the gradients; infinity turns clipping off.
+    revive: Move codewords that were unused in an epoch.
     """
 
     max_grad_norm: float = 1.0

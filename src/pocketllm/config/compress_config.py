@@ -1,4 +1,4 @@
-"""Settings of a compression: what is done with a model, and how it is calibrated."""
+"""Settings of a compression, and of its calibration."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from pocketllm.errors import ConfigError
 SCOPES = ("matrix", "kind", "model")
 """What may share a codebook or a decoder."""
 TARGET_OPTIONS = {"target_bpw": "--bpw", "target_ratio": "--ratio", "target_bytes": "--size"}
-"""The settings that set the size of a model, and their options on the command line."""
+"""The settings that determine the size of a model, and their options on the command line."""
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How indices are chosen to preserve the outputs of layers on a calibration text.
+    """Settings of calibration: indices are chosen to preserve the outputs of layers on a text.
 
     tokens: Number of calibration tokens.
     context: Tokens per calibration window.
-    sensitivity_tokens: Number of calibration tokens that measure what an error in each matrix costs.
-    damping: Share of the mean diagonal that is added to each Hessian.
-    weigh_tokens: Weight the inputs of a matrix by the gradients of the loss at its outputs where those of a few
+    sensitivity_tokens: Number of calibration tokens on which the cost of errors in each matrix is measured.
+    damping: Share of the mean diagonal that is added to the diagonal of each Hessian.
+    weigh_tokens: Weight the inputs of a matrix by the gradients of the loss at its outputs if those of a few
         tokens are far above the others.
-    two_sided: Weight errors by the gradients of the loss at a layer's outputs as well, so that rows compensate
-        for each other; false uses the layer's inputs alone.
+    two_sided: Also weight errors by the gradients of the loss at a layer's outputs, so that rows compensate
+        for each other; false uses the layer's inputs only.
     passes: Passes of coordinate descent over the indices after error feedback; needs two_sided=false.
     rotate: Rotate both sides of each matrix.
     sequential: Encode each block for the inputs that the compressed blocks before it produce; false uses those
         of the dense model, which can be cached.
-    refine_epochs: Passes over the text that tune each encoded block; 0 is off.
+    refine_epochs: Passes over the text to tune each encoded block; 0 is off.
     refine_rate: Learning rate of that tuning.
     texts: Files, folders or data sets of the Hub (OWNER/NAME[:CONFIG[:SPLIT]]); the default is the text that
         comes with Python.
@@ -67,19 +67,19 @@ class CalibrationConfig:
 class CompressConfig:
     """Settings of a compression.
 
-    codec: Settings of every codec.
-    target_bpw: Stored bits per weight over all compressed matrices, everything counted.
+    codec: Settings of the codecs.
+    target_bpw: Stored bits per weight of all compressed matrices, everything counted.
     target_bytes: Bytes of the output folder, instead of target_bpw.
     target_ratio: Size of the bf16 checkpoint divided by that of the output folder, instead of target_bpw.
     vector_len: Weights per index (d) in the blocks; none lets the planner choose.
     codebook_size: Codewords of a codebook (K); needs vector_len and replaces the target (target_bpw is not used).
-    codebook_scope: What shares a codebook: matrix, kind (of projection) or model; auto takes the one with the
+    codebook_scope: Scope of a codebook: matrix, kind (of projection) or model; auto takes the one with the
         least predicted error at the target.
-    decoder_scope: What shares a decoder: matrix, kind (of projection) or model.
-    dense_first: Blocks left dense at the start (the authors: 3).
-    dense_last: Blocks left dense at the end (the authors: 2).
+    decoder_scope: Scope of a decoder: matrix, kind (of projection) or model.
+    dense_first: Number of first blocks left dense (in the paper: 3).
+    dense_last: Number of last blocks left dense (in the paper: 2).
     keep_embeddings: Leave embedding and head dense, in 16 bit.
-    embedding_extra_bits: Bits per weight that embedding and head get above the blocks.
+    embedding_extra_bits: Additional bits per weight of embedding and head, compared with the blocks.
     max_index_bits: Largest log2 K, to bound the time.
     calibration: Settings of calibration; None minimizes the error of the weights alone.
     overrides: (pattern, bits per weight) pairs for matrices whose name matches the pattern (as in a shell);
@@ -119,11 +119,13 @@ class CompressConfig:
             if self.vector_len is None:
                 raise ConfigError("codebook_size is set without vector_len; set both, or target_bpw alone")
             if self.target_bytes is not None or self.target_ratio is not None:
-                raise ConfigError("codebook_size fixes the size; it excludes target_bytes and target_ratio")
+                raise ConfigError(
+                    "codebook_size fixes the size; it cannot be combined with target_bytes or target_ratio"
+                )
         else:
             self._check_target()
         if self.codebook_size is not None and self.codec.trellis_width is not None:
-            raise ConfigError("codebook_size and trellis_width exclude each other; K is 2^trellis_width")
+            raise ConfigError("codebook_size and trellis_width cannot be combined; K is 2^trellis_width")
         for pattern, bits in self.overrides:
             if not 0 < bits <= 16:
                 raise ConfigError(
@@ -147,7 +149,7 @@ class CompressConfig:
             raise ConfigError(f"target_ratio: got {self.target_ratio}, wanted more than 1")
 
     def codec_for(self, vector_len: int) -> CodecConfig:
-        """The codec settings at another vector_len; `hidden` grows where the identity start needs it."""
+        """The codec settings at another vector_len; `hidden` grows if the identity initialization needs it."""
         hidden = max(self.codec.hidden, 2 * vector_len) if self.codec.hidden else 0
         return dataclasses.replace(self.codec, vector_len=vector_len, hidden=hidden)
 

@@ -1,4 +1,4 @@
-"""From the options of `pocketllm compress` to settings: a preset, with what was given laid over it."""
+"""From the options of `pocketllm compress` to settings: a preset, modified by the options given."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMPRESS_OPTIONS = {
     "recover.texts": "--recover-text",
     "recover.loop.seed": "--seed",
 }
-"""Settings that have an option of their own on the command line, which `--set` refuses."""
+"""Settings that have their own command-line option; `--set` refuses them."""
 _RECOVER = "recover."
 
 
@@ -65,13 +65,13 @@ class CompressOptions:
         return found
 
     def config(self) -> CompressConfig:
-        """The preset, with these options laid over it.
+        """The preset, modified by these options.
 
-        Settings of the networks and of independent indices have no meaning on a trellis: where no preset is
-        named they start from the preset without calibration, as `no_calibration` does.
+        Settings of the networks and of independent indices do not apply to a trellis: if no preset is named, they
+        select the preset without calibration, as `no_calibration` does.
 
         Raises:
-            ConfigError: unknown preset, a value out of range, or options that exclude each other.
+            ConfigError: unknown preset, a value out of range, or options that cannot be combined.
         """
         targets = {"--bpw": self.bpw, "--ratio": self.ratio, "--size": self.size}
         _at_most_one({"--preset": self.preset, **targets})
@@ -105,7 +105,7 @@ class CompressOptions:
         return [key for key in self.given if key.startswith(_RECOVER)]
 
     def _options(self) -> dict[str, Any]:
-        """What other options than `settings` and those of calibration change."""
+        """Settings from all options except `settings` and those of calibration."""
         values: dict[str, Any] = {"seed": self.seed}
         targets = {"target_bpw": self.bpw, "target_ratio": self.ratio, "target_bytes": self.size}
         if any(value is not None for value in targets.values()):
@@ -117,12 +117,12 @@ class CompressOptions:
         return values
 
     def _calibration(self, base: CompressConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Calibration switched off, or on where the preset has none and texts or tokens are given."""
+        """Calibration turned off, or on if the preset has none and texts or tokens are given."""
         keys = [key for key in given if key.startswith("calibration.")]
         named = ", ".join("--calibration" if key == "calibration.texts" else key for key in keys)
         if self.no_calibration:
             if keys:
-                raise ConfigError(f"--no-calibration excludes {named}")
+                raise ConfigError(f"--no-calibration cannot be combined with {named}")
             return {"calibration": None}
         if base.calibration is not None or not keys:
             return {}
@@ -137,4 +137,4 @@ class CompressOptions:
 def _at_most_one(options: Mapping[str, Any]) -> None:
     given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} exclude each other; give one")
+        raise ConfigError(f"{' and '.join(given)} cannot be combined; give one")

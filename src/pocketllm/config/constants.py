@@ -1,29 +1,29 @@
-"""Choices that change stored bytes and are not settings: each was measured, none is worth an option."""
+"""Constants that change stored bytes and are not settings: each was measured, none is worth an option."""
 
 from __future__ import annotations
 
 STRIP_ROWS = 256
-"""Rows of a strip, about, where nothing but parallel search asks for strips."""
+"""Approximate rows of a strip if strips only serve parallel search."""
 LOOKAHEAD_ROWS = 4
-"""Rows of the next column of subvectors that a path on the trellis is chosen for, too."""
+"""Rows of the next column of subvectors that the search for a path on the trellis looks ahead to."""
 SHORTEST_STRIPS = (16, 32, 64, 128, 256)
-"""Rows of a strip that are tried where rows make up for those above them."""
+"""Candidate numbers of rows of a strip if rows compensate for those above them."""
 STRIP_START_LOSS = 1.5
-"""A strip of r rows has about 1 + 1.5 / r times the error of an endless one (measured)."""
+"""A strip of r rows has about 1 + 1.5 / r times the error of an infinite one (measured)."""
 OUTPUT_DAMPING = 0.3
-"""Damping of the Hessian of a layer's outputs, which few tokens determine badly; share of its mean diagonal."""
+"""Damping of the Hessian of a layer's outputs, which is noisy with few tokens; share of its mean diagonal."""
 LOUDEST_GRADIENT = 3.0
-"""In medians over tokens: a larger gradient counts as this in the Hessian of outputs."""
+"""Largest gradient of a token in the Hessian of outputs, in medians over tokens; larger ones are scaled down."""
 UNEVEN_GRADIENTS = 5.0
-"""Mean over median of squared gradients from which on a layer's input tokens are weighted."""
+"""A layer's input tokens are weighted if the mean squared gradient exceeds this many squared medians."""
 LARGEST_TOKEN_WEIGHT = 30.0
 """The largest weight of an input token, in medians of the gradient."""
 UNSEEN_ROW_SHARE = 0.25
-"""Share of the mean importance of rows that every row of embedding and head gets, for tokens the text does not hold."""
+"""Importance added to every row of embedding and head, as a share of the mean, for tokens absent from the text."""
 SAMPLED_MATRICES = 4
-"""Rotated matrices of each kind that a shared codebook is fitted to."""
+"""Number of rotated matrices of each kind that a shared codebook is fitted to."""
 VECTOR_LENS = (2, 3, 4, 5, 6, 8)
-"""d that a plan with independent indices chooses from."""
+"""Values of d that a plan with independent indices chooses from."""
 TRELLIS_STEPS = (
     *((4, stride) for stride in (2, 3, 4, 5)),
     *((2, stride) for stride in (3, 4, 5, 6, 7, 8)),

@@ -15,8 +15,8 @@ from pocketllm.config.settings import settings_of, text_of
 def as_options(config: CompressConfig) -> list[str]:
     """The fewest `pocketllm compress` options that give this configuration.
 
-    Every preset is tried as the starting point, named and, for the two that the command line starts from
-    otherwise, unnamed with a target. `left_out` tells what they cannot give.
+    Every preset is tried as the starting point: by name, and for the two default presets also without a name and
+    with a target. `left_out` lists what no option gives.
 
     Example:
         >>> as_options(pocketllm.preset("paper-16x"))
@@ -33,7 +33,7 @@ def as_options(config: CompressConfig) -> list[str]:
 
 
 def left_out(config: CompressConfig) -> tuple[str, ...]:
-    """Settings that no option gives: a target_bpw that no preset has, where codebook_size replaces it."""
+    """Settings that no option gives: a target_bpw that no preset has, if codebook_size replaces it."""
     targets = [_target(entry.config) for entry in PRESETS.values()]
     return () if config.codebook_size is None or _target(config) in targets else ("target_bpw",)
 
@@ -61,9 +61,9 @@ def _target(config: CompressConfig) -> tuple[float | None, ...]:
 
 
 def _unnamed(preset: str, config: CompressConfig) -> list[list[str]]:
-    """The options that give the configuration from a preset that is not named, so that a target can be.
+    """The options that give the configuration from a preset that is not named, so that a target can be given.
 
-    None where the command line would not start from this preset, which depends on the options themselves.
+    Empty if the command line would not start from this preset, which depends on the options themselves.
     """
     base, words = PRESETS[preset].config, list[str]()
     if _target(base) != _target(config):

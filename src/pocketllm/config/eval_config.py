@@ -1,4 +1,4 @@
-"""Settings of measuring a model."""
+"""Settings of evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pocketllm.config.settings import parse_settings, refuse_options, settings_o
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How a model is measured.
+    """Settings of an evaluation.
 
     context: Tokens per window of perplexity and divergence.
     windows: Number of windows, from the start of the text; none takes all.
@@ -40,13 +40,13 @@ class EvalConfig:
 
 
 EVAL_OPTIONS = {"context": "--context", "windows": "--windows", "limit": "--limit"}
-"""Settings that have an option of their own on the command line, which `--set` refuses."""
+"""Settings that have their own command-line option; `--set` refuses them."""
 
 
 def eval_config(
     context: int, windows: int | None, limit: int | None, settings: tuple[str, ...]
 ) -> EvalConfig:
-    """The settings of a measurement. settings: KEY=VALUE words of `--set`.
+    """The settings of an evaluation. settings: KEY=VALUE words of `--set`.
 
     Raises:
         ConfigError: an unknown key, one with an option of its own, or a value out of range.

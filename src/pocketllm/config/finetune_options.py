@@ -20,7 +20,7 @@ FINETUNE_OPTIONS = {
     "validation_text": "--validation-text",
     "loop.seed": "--seed",
 }
-"""Settings that have an option of their own on the command line, which `--set` refuses."""
+"""Settings that have their own command-line option; `--set` refuses them."""
 
 
 def finetune_settings(method: str) -> dict[str, Setting]:
@@ -41,7 +41,7 @@ class FinetuneOptions:
     settings: tuple[str, ...] = ()
 
     def config(self) -> DistillConfig | LoraTuneConfig:
-        """The defaults of the method, with these options laid over them.
+        """The defaults of the method, modified by these options.
 
         Raises:
             ConfigError: unknown method or key, a key or option of the other method, or a value out of range.
@@ -59,7 +59,7 @@ class FinetuneOptions:
         for key in values:
             if key not in own:
                 name = FINETUNE_OPTIONS.get(key, key)
-                raise ConfigError(f"{name} has no meaning with --method {self.method}; leave it out")
+                raise ConfigError(f"{name} does not apply to --method {self.method}; remove it")
         return replaced(
             FINETUNE_METHODS[self.method], {**values, "texts": self.texts, "loop.seed": self.seed}
         )

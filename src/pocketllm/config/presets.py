@@ -1,4 +1,4 @@
-"""Named configurations: the presets of a compression, and what the demo does."""
+"""Named configurations: the presets of a compression, and the settings of the demo."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _paper(bpw: float, vector_len: int) -> CompressConfig:
 
 
 def _calibrated(bpw: float) -> CompressConfig:
-    """Indices on a trellis, chosen for what layers do to their inputs; bits where they matter."""
+    """Indices on a trellis, chosen to preserve the outputs of layers; bits allocated where they matter."""
     return CompressConfig(
         codec=CodecConfig(trellis_width=12, kmeans_iterations=10, max_sample=1 << 18),
         calibration=CalibrationConfig(),
@@ -76,9 +76,9 @@ PRESETS: dict[str, Preset] = {
 }
 """The presets by name."""
 DEFAULT_PRESET = "calibrated-10x"
-"""The preset where none is named."""
+"""The default preset."""
 PLAIN_PRESET = "lookup-8x"
-"""The preset where none is named, and calibration is off or one of `PLAIN_SETTINGS` is given."""
+"""The default preset if calibration is off or one of `PLAIN_SETTINGS` is given."""
 PLAIN_SETTINGS = (
     "codebook_size",
     "codec.decoder",
@@ -90,7 +90,7 @@ PLAIN_SETTINGS = (
     "codec.epochs",
     "codec.row_scale",
 )
-"""Settings of networks and of independent indices, which have no meaning on a trellis."""
+"""Settings of networks and of independent indices, which do not apply to a trellis."""
 
 
 def preset(name: str) -> CompressConfig:

@@ -1,4 +1,4 @@
-"""Settings of recovery: distillation and LoRA, and how both step."""
+"""Settings of recovery: distillation, LoRA, and their training loop."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pocketllm.errors import ConfigError
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How fine-tuning steps, whatever the method.
+    """Settings of the training loop, common to all methods of fine-tuning.
 
     batch_size: Windows or instructions per step.
-    micro_batch: Windows or instructions at once, to save memory; gradients add up. 0 takes all.
+    micro_batch: Windows or instructions at once, to save memory; gradients accumulate. 0 takes all.
     eval_every: Steps between validations.
     patience: Validations without improvement before training stops; 0 never stops early.
     checkpoint_every: Steps between checkpoints.
@@ -48,7 +48,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Tune everything stored except the indices until the next-token distributions match the dense model's.
+    """Settings of distillation: tune everything stored except the indices towards the dense model's predictions.
 
     Learning rates of codebooks, row scales, norms and dense matrices are relative to the size of the tuned
     numbers (norms of one model differ a hundredfold); a rate of 0 leaves its group unchanged.
@@ -62,11 +62,11 @@ class DistillConfig:
     lr_decoder: Learning rate of decoders.
     lr_scale: Learning rate of row scales, relative.
     lr_norm: Learning rate of norms, biases and other vectors, relative.
-    lr_dense: Learning rate of matrices that are stored dense (embedding and head where they are kept), relative.
+    lr_dense: Learning rate of matrices that are stored dense (embedding and head if they are kept), relative.
     teacher_top_k: Compute the teacher's k most likely tokens once; 0 runs the teacher on every batch.
     label_weight: w in the loss w (-log q) + (1 - w) KL, q of the text's own next token; 0 is the divergence
         alone. Above 0 the model also learns the text, and matches the dense model less closely.
-    loop: How it steps.
+    loop: Settings of the training loop.
     """
 
     steps: int = 200
@@ -99,7 +99,7 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class LoraTuneConfig:
-    """Train a low-rank adapter on a frozen compressed base; defaults are the paper's recipe.
+    """Settings of LoRA: train a low-rank adapter on a frozen compressed base; defaults are the paper's recipe.
 
     rank: Rank of the adapter, as in PEFT.
     alpha: Scale of the adapter, as in PEFT: alpha / rank.
@@ -108,11 +108,11 @@ class LoraTuneConfig:
     epochs: Passes over the text.
     steps: Training steps, instead of epochs; none trains for epochs.
     learning_rate: Learning rate.
-    context: Tokens per window of plain text, and the most that are kept of an instruction with its answer.
+    context: Tokens per window of plain text; an instruction with its answer is cut to this length.
     texts: Instruction data (JSON or JSON lines) or plain text; the default is the text that comes with Python.
     validation_items: Windows or instructions kept for validation.
-    mode: How the base is held: dense (fast) or packed (small).
-    loop: How it steps.
+    mode: Form of the base in memory: dense (fast) or packed (small).
+    loop: Settings of the training loop.
     """
 
     rank: int = 32

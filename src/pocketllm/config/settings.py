@@ -1,6 +1,6 @@
-"""Settings by dotted key: listed with type, default and help, parsed from text, and laid over a configuration.
+"""Settings by dotted key: listed with type, default and help, parsed from text, and applied to a configuration.
 
-The dataclasses are their only home: fields give keys and types, docstrings give the help.
+The dataclasses are their only definition: fields give keys and types, docstrings give the help.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _SCALARS = {int: "an integer", float: "a number", str: "text", bool: "true or fa
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting that text can give.
+    """A setting that can be given as text.
 
-    key: dotted, as `codec.hidden`. kind: of its value, in words. default: its value unless it is given.
+    key: dotted, for example `codec.hidden`. kind: type of the value, in words. default: the default value.
     """
 
     key: str
@@ -35,9 +35,9 @@ class Setting:
 
 
 def settings_of(config: Any, prefix: str = "") -> dict[str, Setting]:
-    """Every setting of a configuration (a dataclass), those of nested ones included, by key.
+    """Every setting of a configuration (a dataclass), including nested ones, by key.
 
-    Fields that no text can give, such as pairs, are left out. Where a nested configuration is None its
+    Fields that cannot be given as text, such as pairs, are left out. If a nested configuration is None, its
     defaults are listed.
     """
     helps, types_of = help_of(type(config)), get_type_hints(type(config))
@@ -73,7 +73,7 @@ def help_of(config: type) -> dict[str, str]:
 
 
 def parse_settings(given: Iterable[str], known: Mapping[str, Setting], listing: str = "") -> dict[str, Any]:
-    """Values by key from `KEY=VALUE` words; the last one of a key counts.
+    """Values by key from `KEY=VALUE` words; if a key is repeated, the last value counts.
 
     Args:
         listing: the command that lists the keys, for the error.
@@ -100,7 +100,7 @@ def _hint(known: Mapping[str, Setting], listing: str) -> str:
 
 
 def closest_keys(key: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """The known keys most like a wrong one: those that end in its name, then those spelled like it."""
+    """The known keys most similar to a wrong one: those that end in its name, then those spelled like it."""
     keys, name = list(known), key.rpartition(".")[2]
     names = difflib.get_close_matches(name, {one.rpartition(".")[2] for one in keys}, n=most)
     found = [one for wanted in names for one in keys if one.rpartition(".")[2] == wanted]
@@ -129,14 +129,14 @@ def replaced(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def refuse_options(given: Iterable[str], options: Mapping[str, str]) -> None:
-    """Raises ConfigError where a key is given whose setting has an option of its own."""
+    """Raises ConfigError if a key is given whose setting has its own option."""
     for key in given:
         if key in options:
             raise ConfigError(f"--set {key}: use the option {options[key]}")
 
 
 def text_of(value: Any) -> str:
-    """A value as `KEY=VALUE` gives it: the inverse of parsing."""
+    """A value as the text of `KEY=VALUE`: the inverse of parsing."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
@@ -150,7 +150,7 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 
 def _kind(annotation: Any) -> str | None:
-    """A type in words; None where no text can give it."""
+    """A type in words; None if it cannot be given as text."""
     members = _members(annotation)
     words = []
     for member in members:

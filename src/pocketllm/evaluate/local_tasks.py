@@ -85,11 +85,11 @@ def local_task_digest(name: str, data: Path | None) -> str:
     """Digest of the files that a local task is read from, including a separate file of labels.
 
     Raises:
-        SourceError: the data folder does not hold it.
+        SourceError: the data folder does not contain it.
     """
     place = local_tasks()[name].find(data)
     if place is None:
-        raise SourceError(f"{name}: {data or 'no data folder'} does not hold it")
+        raise SourceError(f"{name}: {data or 'no data folder'} does not contain it")
     body = place[0].read_bytes() + "\n".join(_labels(place[0]) or []).encode()
     return hashlib.sha256(body).hexdigest()[:16]
 
@@ -106,7 +106,7 @@ def prepare(task: LocalTask, file: Path, split: str) -> Prepared:
     stock = Path(lm_eval.tasks.__file__).parent / task.include
     lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) for row in _rows(task, file)]
     if not lines:
-        raise SourceError(f"{file}: holds no rows; wanted {task.form}")
+        raise SourceError(f"{file}: contains no rows; wanted {task.form}")
     body = ("\n".join(lines) + "\n").encode()
     digest = hashlib.sha256(body).hexdigest()
     folder = cache_folder() / "eval" / "data"
@@ -238,7 +238,7 @@ def _choice(value: Any, count: int) -> int:
     """
     number = int(value)
     if not 0 <= number < count:
-        raise ValueError(f"label {value!r} is none of the {count} choices")
+        raise ValueError(f"label {value!r} is not one of the {count} choices")
     return number
 
 

@@ -108,7 +108,7 @@ def task_names(wanted: Iterable[str], data: Path | None) -> list[str]:
     if not names:
         files = ", ".join(task.files[0][0] for task in local_tasks().values())
         where = data or "no folder: neither --data nor POCKETLLM_DATA names one"
-        raise ConfigError(f"no task to run in {where}; looked for {files} and the like")
+        raise ConfigError(f"no task to run in {where}; looked for files such as {files}")
     return list(dict.fromkeys(names))
 
 
@@ -258,7 +258,7 @@ def _sources(name: str, data: Path | None, hub: bool) -> list[TaskSource]:
     try:
         return [_from_hub(loaded) for loaded in harness.load_tasks(str(stock))]
     except SourceError as error:
-        raise SourceError(f"{name}: the hub lookup failed, and {_wanted(task, data)}") from error
+        raise SourceError(f"{name}: the Hub lookup failed, and {_wanted(task, data)}") from error
 
 
 def _from_hub(task: Any) -> TaskSource:
@@ -270,5 +270,5 @@ def _from_hub(task: Any) -> TaskSource:
 
 def _wanted(task: LocalTask, data: Path | None) -> str:
     files = " or ".join(file for file, _ in task.files)
-    where = f"{data} holds no {files}" if data else f"no data folder is given (--data) with {files}"
+    where = f"{data} contains no {files}" if data else f"no data folder is given (--data) with {files}"
     return f"{where}; the format: {task.form}"

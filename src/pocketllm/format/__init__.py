@@ -1,6 +1,6 @@
 """The stored form of a compressed model: layout, files, sizes, report, workspace.
 
-Public is what `__all__` names (docs/api.md describes each name). The modules within may change without notice.
+The public names are those in `__all__` (docs/api.md describes each). The modules may change without notice.
 """
 
 from __future__ import annotations

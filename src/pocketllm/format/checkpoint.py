@@ -24,7 +24,7 @@ from pocketllm.format.layout import FORMAT_VERSION as FORMAT_VERSION, PARTS, STO
 from pocketllm.format.report import check_report
 
 REPORT_NAME = "pocketllm.json"
-"""The file in a compressed model's folder that holds its report; a folder is known by it."""
+"""The file in a compressed model's folder that holds its report; it identifies such a folder."""
 WEIGHTS_NAME = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {
@@ -59,7 +59,7 @@ def _nbytes(sizes: Sizes, name: str) -> int:
 
 
 def _shards(sizes: Sizes) -> dict[str, list[str]]:
-    """File name -> tensor names, at most 5 GB in a file."""
+    """File name -> tensor names, at most 5 GB per file."""
     shards: list[list[str]] = [[]]
     used = 0
     for name in sizes:
@@ -93,7 +93,7 @@ def _header(sizes: Sizes, names: list[str]) -> bytes:
 
 
 def _index(sizes: Sizes, shards: Mapping[str, list[str]]) -> dict[str, str]:
-    """The index beside several shards, as file name -> text."""
+    """The index file of several shards, as file name -> text."""
     if len(shards) == 1:
         return {}
     body = {
@@ -114,9 +114,9 @@ def safetensors_bytes(sizes: Sizes) -> dict[str, int]:
 
 
 def write_safetensors(folder: Path, sizes: Sizes, tensors: Iterator[Tensor]) -> None:
-    """Write tensors one at a time, in shards of at most 5 GB, with the usual index beside several shards.
+    """Write tensors one at a time, in shards of at most 5 GB, with the usual index file if there are several.
 
-    safetensors' own writer wants all tensors of a file in memory; this one holds a single tensor.
+    safetensors' own writer needs all tensors of a file in memory; this one holds a single tensor.
 
     Args:
         tensors: in the order of `sizes`.
@@ -142,7 +142,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether a folder says of itself that pocketllm has compressed it."""
+    """Whether the config.json of a folder says that pocketllm compressed it."""
     if (folder / REPORT_NAME).is_file():
         return True
     try:
@@ -153,13 +153,13 @@ def is_compressed(folder: Path) -> bool:
 
 
 def check_dense(folder: Path, name: str, option: str = "") -> None:
-    """See that a model to be taken as the dense one is not a compressed one.
+    """Check that a model to be used as the dense one is not compressed.
 
     Args:
-        name: of the model, as the user gave it. option: that names the dense one, in words: `with --against`.
+        name: of the model, as the user gave it. option: how to name the dense one, for example `with --against`.
 
     Raises:
-        ConfigError: it is; says what it was made from, where that is known.
+        ConfigError: it is compressed; names the model it was made from, if known.
     """
     if not is_compressed(folder):
         return
@@ -168,7 +168,7 @@ def check_dense(folder: Path, name: str, option: str = "") -> None:
     except FormatError:
         source = ""
     with_option = f" {option}" if option else ""
-    raise ConfigError(f"{name}: is compressed itself; name the dense model{with_option}{source}")
+    raise ConfigError(f"{name}: is already compressed; name the dense model{with_option}{source}")
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -181,8 +181,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if is_compressed(folder):
             raise FormatError(
-                f"{folder}: no {REPORT_NAME}, as save_pretrained leaves it: pocketllm.load and generate read such a "
-                "folder; for anything else take the one that pocketllm has written"
+                f"{folder}: no {REPORT_NAME} (save_pretrained does not write one): only pocketllm.load and generate "
+                "read such a folder; use the folder that pocketllm wrote"
             )
         raise FormatError(f"{folder}: no {REPORT_NAME}; not a model compressed by pocketllm")
     try:
@@ -210,12 +210,12 @@ def _check_files(files: Any) -> None:
 
 
 def verify(folder: Path) -> Layout:
-    """Check that a compressed model is whole and unaltered.
+    """Check that a compressed model is complete and unaltered.
 
-    Where there is no report, in what `save_pretrained` has written, only the coded tensors have checksums.
+    Without a report, as in folders written by `save_pretrained`, only the encoded tensors have checksums.
 
     Raises:
-        FormatError: naming the file, and the tensor where one is to blame.
+        FormatError: names the file, and the tensor if one is damaged.
     """
     has_report = (folder / REPORT_NAME).is_file() or not is_compressed(folder)
     files = read_report(folder)["files"] if has_report else {}
@@ -243,7 +243,7 @@ def _altered(file: Path, facts: Mapping[str, Any]) -> str:
 
 
 def _check_tensors(folder: Path, weights: list[Path], layout: Layout) -> None:
-    """Every tensor of the layout is stored in its dtype and shape, and unaltered."""
+    """Check that every tensor of the layout is stored in its dtype and shape, and unaltered."""
     wanted, places = layout.tensors(), dict[str, tuple[Path, Any]]()
     with ExitStack() as opened:
         for file in weights:
@@ -256,7 +256,7 @@ def _check_tensors(folder: Path, weights: list[Path], layout: Layout) -> None:
             places.update(dict.fromkeys(handle.keys(), (file, handle)))
         for name, (dtype, shape) in wanted.items():
             if name not in places:
-                raise FormatError(f"{folder}: no *.safetensors file holds {name}; fetch the model again")
+                raise FormatError(f"{folder}: no *.safetensors file contains {name}; fetch the model again")
             file, handle = places[name]
             stored = handle.get_slice(name)
             if (stored.get_dtype(), tuple(stored.get_shape())) != (_DTYPE_NAMES[dtype], shape):
@@ -276,7 +276,7 @@ def read_layout(folder: Path) -> Layout:
     """The layout in a folder's config.json.
 
     Raises:
-        FormatError: missing, not ours, or malformed.
+        FormatError: missing, not compressed by pocketllm, or malformed.
     """
     path = folder / "config.json"
     try:

@@ -29,9 +29,8 @@ class MatrixEntry:
 
     shape: as the model holds it. transposed: stored rows are the parameter's columns (Conv1D).
     codebook, decoder: numbers in the store. stride: bits that each index adds on a trellis, 0 for independent
-    indices. strip_rows: about how many rows a strip of a path has. rotation: seeds of the rotations of its
-    columns (each `rows` long) and of its rows, None where that side is not rotated. crc32: of indices then
-    row_scale, in hex.
+    indices. strip_rows: approximate number of rows of a strip. rotation: seeds of the rotations of its columns
+    (each `rows` long) and of its rows, None if that side is not rotated. crc32: of indices then row_scale, in hex.
     """
 
     shape: tuple[int, ...]
@@ -80,9 +79,9 @@ class MatrixEntry:
 
 @dataclass(frozen=True)
 class CodebookEntry:
-    """Size of a codebook [size, vector_len], the CRC-32 of its bytes, and the seed it is drawn from.
+    """Size of a codebook [size, vector_len], the CRC-32 of its bytes, and the seed it is generated from.
 
-    seed: None for a codebook that is stored; one that is drawn is not.
+    seed: None for a stored codebook; a generated one is not stored.
     """
 
     size: int
@@ -179,7 +178,7 @@ class Layout:
         return layout
 
     def _contradiction(self, name: str) -> str:
-        """What of a matrix does not fit together, or ''."""
+        """An inconsistency in the entry of a matrix, or ''."""
         entry = self.matrices[name]
         if entry.codebook >= len(self.codebooks) or entry.decoder >= len(self.decoders):
             return "names a codebook or decoder that does not exist"
@@ -193,13 +192,13 @@ class Layout:
         return ""
 
     def checksums(self) -> dict[str, str]:
-        """CRC-32 of what is stored together, by the common part of the tensors' names."""
+        """CRC-32 of tensors with a common checksum, by the common part of their names."""
         found = {name: entry.crc32 for name, entry in self.matrices.items()}
         found |= {f"{STORE}.codebooks.{n}": entry.crc32 for n, entry in enumerate(self.codebooks)}
         return found | {f"{STORE}.decoders.{n}": entry.crc32 for n, entry in enumerate(self.decoders)}
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Every stored tensor that the layout speaks of, in writing order: name -> (dtype, shape)."""
+        """Every stored tensor that the layout describes, in writing order: name -> (dtype, shape)."""
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for name, entry in self.matrices.items():
             codebook = self.codebooks[entry.codebook]
@@ -232,7 +231,7 @@ def _decoder_entry(entry: Mapping[str, Any]) -> DecoderEntry:
         decoder=entry["form"],
         norm=entry["norm"],
         row_scale=entry["row_scale"],
-        init="normal",  # has no part in decoding; `kmeans` would bound `hidden`
+        init="normal",  # not used in decoding; `kmeans` would constrain `hidden`
     )
     return DecoderEntry(codec, entry["crc32"])
 

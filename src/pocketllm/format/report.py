@@ -1,4 +1,4 @@
-"""What a compression did, in numbers: bytes on disk, ratios, bits, errors."""
+"""The report of a compression: bytes on disk, ratios, bits, errors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class MatrixReport:
     """One compressed matrix.
 
     bpw: its stored bits with its share of codebook and decoder, per weight. nmse: of the decoded weights.
-    proxy_error: tr(E H E^T) / tr(W H W^T) where it was calibrated.
-    columns: weights in a row as it is coded: the layer's inputs.
-    input_tokens: that its Hessian was taken from, where it was calibrated; 0: no input was seen.
-    unseen_experts: of fused experts, how many no token came to.
+    proxy_error: tr(E H E^T) / tr(W H W^T), if it was calibrated.
+    columns: weights in a row of the encoded matrix, the number of the layer's inputs.
+    input_tokens: number of tokens behind its Hessian, if it was calibrated; 0: no input was seen.
+    unseen_experts: number of fused experts that saw no token.
     stride: bits that each index adds on a trellis, None for independent indices.
     codebook_utilization: share of its codebook's codewords used by all matrices that share the codebook.
     """
@@ -43,16 +43,16 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a compression did: sizes in bytes; ratios are dense bytes over stored bytes.
+    """Result of a compression: sizes in bytes; ratios are dense bytes over stored bytes.
 
-    bytes_on_disk: every file of the output folder. ratio_files_*: whole folders, tokenizer and all.
-    ratio_matrices_*: the compressed matrices with their codebooks, decoders and scales.
-    bpw_blocks: linear weights of the blocks, those left dense included; bpw_all: every parameter of the model.
-    bytes_by_part: indices, row_scales, codebooks, decoders, dense, other_files (tokenizer and the like),
+    bytes_on_disk: every file of the output folder. ratio_files_*: of all files, tokenizer included.
+    ratio_matrices_*: of the compressed matrices with their codebooks, decoders and scales.
+    bpw_blocks: linear weights of the blocks, including those left dense; bpw_all: every parameter of the model.
+    bytes_by_part: indices, row_scales, codebooks, decoders, dense, other_files (tokenizer etc.),
         headers (of the weight files, config.json and the report).
-    fits: of each codebook, the sample's nmse by decoder before and after training, and how it went.
-    seconds, peak_memory_bytes, peak_gpu_memory_bytes: of the run that made it. They are not stored, since the
-        same arguments give the same bytes; a report read from a folder has None.
+    fits: of each codebook, the sample's nmse by decoder before and after training, and the course of training.
+    seconds, peak_memory_bytes, peak_gpu_memory_bytes: of the run. They are not stored, so that the same
+        arguments give the same bytes; a report read from a folder has None.
     is_plan: from a dry run; nmse is predicted, utilization unknown.
     """
 
@@ -79,10 +79,10 @@ class Report:
     is_plan: bool = False
 
     def of_run(self, started: float, device: str) -> Report:
-        """The report with what the run took that ends now.
+        """The report with the duration and peak memory of the run that ends now.
 
         Args:
-            started: `time.monotonic()` when it began. device: where it ran, `cpu` or `cuda`.
+            started: `time.monotonic()` at its start. device: `cpu` or `cuda`.
         """
         resident, on_gpu = peak_memory_bytes(device)
         return replace(
@@ -117,10 +117,10 @@ _JSON_TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def check_report(values: Mapping[str, Any]) -> None:
-    """See that the JSON of a report has every key that a report must have, in its type.
+    """Check that the JSON of a report has every required key with a value of its type.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: names the key.
     """
     _check_fields(Report, values, "")
     for number, matrix in enumerate(values["matrices"]):
@@ -150,7 +150,7 @@ def _at(values: Any, key: str) -> Any:
 
 
 def warnings_of(report: Mapping[str, Any]) -> list[str]:
-    """What a person should know about how matrices of a report were calibrated."""
+    """Warnings about the calibration of a report's matrices."""
     matrices = [m for m in report["matrices"] if m.get("input_tokens") is not None]
     unseen = [m["name"] for m in matrices if m["input_tokens"] == 0]
     experts = [m for m in matrices if m.get("unseen_experts")]
@@ -158,30 +158,30 @@ def warnings_of(report: Mapping[str, Any]) -> list[str]:
     found = []
     if unseen:
         found.append(
-            f"no input of {_some(unseen)} was seen (no token of the calibration text came there, or the layer is "
-            "not a linear one as known here): coded for the mean inputs of the other experts of the block, or "
-            "where there are none for inputs that are all alike"
+            f"no input of {_some(unseen)} was seen (no calibration token reached the layer, or it is not a linear "
+            "layer of a known kind): encoded for the mean inputs of the other experts of the block, or if there "
+            "are none for inputs of equal strength in every direction"
         )
     if experts:
         count = sum(m["unseen_experts"] for m in experts)
         found.append(
-            f"no token of the calibration text came to {count} experts in {_some([m['name'] for m in experts])}"
-            ": coded for the mean inputs of the other experts of the block"
+            f"no calibration token reached {count} experts in {_some([m['name'] for m in experts])}"
+            ": encoded for the mean inputs of the other experts of the block"
         )
     if thin:
         least = min(thin, key=lambda m: m["input_tokens"] / m["columns"])
         found.append(
             f"fewer tokens than inputs in {_some([m['name'] for m in thin])} (at worst {least['input_tokens']:,} "
-            f"tokens for {least['columns']:,} inputs): their Hessians were filled up; give more text"
+            f"tokens for {least['columns']:,} inputs): their Hessians were regularized; give more text"
         )
     return found
 
 
 def weighted_mean(values: Iterable[tuple[float | None, int]]) -> float | None:
-    """Mean of a figure of several matrices; None if one is unknown or not finite, or there are none.
+    """Weighted mean over matrices; None if a value is unknown or not finite, or there are none.
 
     Args:
-        values: (figure, number of the matrix's weights, by which it counts).
+        values: (value, number of the matrix's weights).
     """
     total, weights = 0.0, 0
     for value, count in values:
@@ -193,7 +193,7 @@ def weighted_mean(values: Iterable[tuple[float | None, int]]) -> float | None:
 
 
 def rounded(value: float) -> float:
-    """Six significant digits, as reports keep them; what is below 1e-9 is 0."""
+    """Six significant digits, as stored in reports; values below 1e-9 become 0."""
     return 0.0 if abs(value) < 1e-9 else float(f"{value:.6g}")
 
 
@@ -202,7 +202,7 @@ def _some(names: list[str]) -> str:
 
 
 def peak_memory_bytes(device: str = "cpu") -> tuple[int | None, int | None]:
-    """Most memory that this process has held so far: resident, and on the GPU where that is the device."""
+    """Peak memory of this process: resident, and on the GPU if that is the device."""
     gpu = None
     if device != "cpu":
         import torch
@@ -218,12 +218,12 @@ def peak_memory_bytes(device: str = "cpu") -> tuple[int | None, int | None]:
 
 
 def is_linear_weight_of_a_block(name: str, shape: Sequence[int]) -> bool:
-    """Whether a parameter is what `bpw_blocks` counts."""
+    """Whether `bpw_blocks` counts a parameter."""
     return len(shape) >= 2 and re.search(r"\.\d+\.", name) is not None
 
 
 def counting_adapter(report: Mapping[str, Any], nbytes: int) -> dict[str, Any]:
-    """The report with the bytes of an adapter counted in every size: they serve all matrices.
+    """The report with the bytes of an adapter added to every size, since they serve all matrices.
 
     Args:
         report: as stored in `pocketllm.json`.

@@ -1,4 +1,4 @@
-"""Write a compressed folder again with other values in some of its tensors; shapes and indices stay."""
+"""Rewrite a compressed folder with new values in some tensors; shapes and indices are unchanged."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def stored_sizes(folder: Path) -> tuple[dict[str, tuple[torch.dtype, tuple[int, 
 def rewrite(
     folder: Path, changed: Mapping[str, Tensor], final: Path, section: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Make `final` a copy of a compressed folder in which some tensors have other values.
+    """Create `final`, a copy of a compressed folder in which some tensors have new values.
 
     Args:
-        folder: the compressed model; only read.
+        folder: the compressed model, which is not modified.
         changed: stored tensor name -> value, in the stored dtype and shape.
-        final: folder to make; its parent must exist.
-        section: goes into the report as `recover`.
+        final: folder to create; its parent must exist.
+        section: stored in the report as `recover`.
 
     Returns:
         The report.
@@ -54,7 +54,7 @@ def rewrite(
     for name, value in changed.items():
         if sizes.get(name) != (value.dtype, tuple(value.shape)):
             raise ShapeError(
-                f"{name}: got {value.dtype} {tuple(value.shape)}, wanted what is stored: "
+                f"{name}: got {value.dtype} {tuple(value.shape)}, wanted the stored form: "
                 f"{sizes.get(name, 'no such tensor')}"
             )
     shutil.rmtree(final, ignore_errors=True)
@@ -93,7 +93,7 @@ class _Tensors:
 
 
 def _checked(layout: ckpt.Layout, tensors: _Tensors) -> ckpt.Layout:
-    """The layout with the checksums of the tensors as they are now."""
+    """The layout with the checksums of the new tensors."""
     return replace(
         layout,
         matrices={
@@ -116,7 +116,7 @@ def _checked(layout: ckpt.Layout, tensors: _Tensors) -> ckpt.Layout:
 
 
 def _write_report(final: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """The report, which counts its own bytes, beside the other files."""
+    """Write the report, which counts its own bytes, next to the other files."""
     facts = ckpt.file_facts(final, [path.name for path in final.iterdir()])
     rest = sum(entry["bytes"] for entry in facts.values())
     report = {**report, "files": facts}
@@ -148,5 +148,5 @@ def _texts(report: dict[str, Any], rest: int) -> Iterator[bytes]:
 
 
 def _scaled(ratio: float, before: int, now: int) -> float:
-    """A ratio to the bytes on disk for other bytes, six digits."""
+    """A ratio to the bytes on disk, adjusted to other bytes, with six digits."""
     return rounded(ratio * before / max(1, now))

@@ -1,4 +1,4 @@
-"""The folder `OUTPUT.partial`: finished units of a run that is under way, and what it was asked."""
+"""The folder `OUTPUT.partial`: finished units of a run in progress, and its arguments."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def check_output(
     marker: str | None = ckpt.REPORT_NAME,
     what: str = "a compressed model",
 ) -> None:
-    """Refuse an output that would destroy something, or that cannot be made.
+    """Refuse an output that would destroy something or cannot be created.
 
     Args:
-        marker: the file by which a folder is known as ours; None: nothing that is there may be replaced.
-        what: it is then, in words.
+        marker: the file that identifies a folder created by pocketllm; None: nothing may be replaced.
+        what: what such a folder is, in words.
 
     Raises:
-        OutputError: it exists and is not ours, or is ours and `overwrite` is not set, or cannot be made.
+        OutputError: it exists and is not such a folder, `overwrite` is not set, or it cannot be created.
     """
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: exists and is a file; choose another output folder")
@@ -58,35 +58,37 @@ def check_output(
         if not (output / marker).is_file():
             raise OutputError(f"{output}: exists and is not {what}; choose another output folder")
         if not overwrite:
-            raise OutputError(f"{output}: {what} is there already; pass --overwrite to replace it")
+            raise OutputError(f"{output}: already contains {what}; pass --overwrite to replace it")
     check_parent(output, "folder")
 
 
 def check_not_nested(output: Path, folder: Path, kind: str = "folder") -> None:
-    """Refuse an output in a folder that is only read.
+    """Refuse an output in a folder that must stay unchanged.
 
     Args:
         kind: of output, in words.
 
     Raises:
-        OutputError: it is that folder, lies in it, or holds it, so that replacing it would remove what is read.
+        OutputError: it is that folder, is inside it, or contains it, so that replacing it would remove an input.
     """
     wanted, read = output.resolve(), folder.resolve()
     if read in (wanted, *wanted.parents):
         where = "the model itself" if wanted == read else f"inside {folder}"
-        raise OutputError(f"{output}: is {where}, which is only read; choose another output {kind}")
+        raise OutputError(f"{output}: is {where}, which must stay unchanged; choose another output {kind}")
     if wanted in read.parents:
-        raise OutputError(f"{output}: holds {folder}, which is read; choose another output {kind}")
+        raise OutputError(
+            f"{output}: contains {folder}, which must stay unchanged; choose another output {kind}"
+        )
 
 
 def check_parent(output: Path, kind: str) -> None:
-    """See that something can be made beside where `output` shall be, by making it: permissions do not say all.
+    """Check that `output` can be created, by creating something next to it; permissions alone do not tell.
 
     Args:
         kind: of output, in words.
 
     Raises:
-        OutputError: naming the nearest folder that exists.
+        OutputError: names the nearest folder that exists.
     """
     parent = output.absolute().parent
     while not parent.exists():
@@ -103,10 +105,10 @@ def check_parent(output: Path, kind: str) -> None:
 
 @contextmanager
 def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
-    """Keep other processes out of a folder; those launched together share it, their first one holds it.
+    """Lock a folder against other processes; processes launched together share the lock of the first one.
 
     Raises:
-        OutputError: another process is at work in it.
+        OutputError: another process uses it.
     """
     if not is_main or fcntl is None:
         yield
@@ -123,7 +125,7 @@ def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
 
 @contextmanager
 def system_errors(path: Path) -> Iterator[None]:
-    """Raise what the operating system refused as OSError: safetensors reports it as an error of its own."""
+    """Raise errors of the operating system as OSError; safetensors wraps them in its own error."""
     try:
         yield
     except Exception as error:
@@ -134,7 +136,7 @@ def system_errors(path: Path) -> Iterator[None]:
 
 
 def keep_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write what was measured to a temporary name and rename when whole.
+    """Write measured tensors to a temporary name, then rename.
 
     Raises:
         OutputError: it cannot be written.
@@ -149,18 +151,18 @@ def keep_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); make room there, or choose another output folder, "
-            "or one for what is measured by --calibration-cache or POCKETLLM_CACHE"
+            f"{path}: cannot be written ({error.strerror}); free some space there, or choose another output folder, "
+            "or another folder with --calibration-cache or POCKETLLM_CACHE"
         ) from error
 
 
 def output_error(output: Path, error: OSError) -> OutputError:
-    """What the operating system refused, in words that say what to do."""
+    """An error of the operating system, with a message that says what to do."""
     where = error.filename or output
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
-            f"{where}: the disk is full; free some space and run the same command again, "
-            f"what is done is kept in {output}.partial"
+            f"{where}: the disk is full; free some space and rerun the command to resume; "
+            f"finished work is kept in {output}.partial"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(f"{where}: no permission to write; choose another output folder")
@@ -183,10 +185,10 @@ class Workspace:
         device: str,
         text: str | None = None,
     ) -> Workspace:
-        """Make the folder, or go on in it. text: identity of the calibration text.
+        """Create the folder, or resume in it. text: identity of the calibration text.
 
         Raises:
-            ResumeError: it holds a run with other arguments. OutputError: it is not ours.
+            ResumeError: it contains a run with other arguments. OutputError: it was not created by pocketllm.
         """
         wanted = {
             "version": pocketllm.__version__,
@@ -202,10 +204,11 @@ class Workspace:
 
     @classmethod
     def at(cls, output: Path, arguments: Mapping[str, Any]) -> Workspace:
-        """`open` for any kind of run. arguments: all that its result depends on, plain JSON types.
+        """`open` for any kind of run. arguments: everything its result depends on, in plain JSON types.
 
         Raises:
-            ResumeError: it holds a run with other arguments. OutputError: it is not ours, or in use.
+            ResumeError: it contains a run with other arguments.
+            OutputError: it was not created by pocketllm, or is in use.
         """
         folder = _partial(output)
         wanted = json.loads(json.dumps(flat(arguments)))  # as it is read back: lists for tuples
@@ -219,11 +222,11 @@ class Workspace:
             elif differing:
                 facts = "; ".join(f"{k}: {found.get(k)!r} then, {wanted.get(k)!r} now" for k in differing)
                 raise ResumeError(
-                    f"{folder}: holds a half-done run with other arguments ({facts}); "
-                    "run with the same arguments to go on, or delete that folder to start anew"
+                    f"{folder}: contains an unfinished run with other arguments ({facts}); "
+                    "rerun with the same arguments to resume, or delete that folder to start again"
                 )
         elif folder.exists() and any(path.name != f".{_STATE}.tmp" for path in folder.iterdir()):
-            raise OutputError(f"{folder}: exists and is not ours; move it away")
+            raise OutputError(f"{folder}: was not created by pocketllm; move it away")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(state, wanted)
@@ -231,7 +234,7 @@ class Workspace:
 
     @staticmethod
     def is_begun(output: Path) -> bool:
-        """Whether a half-done run for this output is there."""
+        """Whether there is an unfinished run for this output."""
         return (_partial(output) / _STATE).is_file()
 
     def has(self, name: str) -> bool:
@@ -262,18 +265,18 @@ class Workspace:
             raise damaged(path, self.folder, error) from error
 
     def refined(self) -> dict[str, Tensor]:
-        """What refinement of the blocks changed, by `KIND|NAME`."""
+        """The tensors changed by refinement of the blocks, by `KIND|NAME`."""
         found: dict[str, Tensor] = {}
         for path in sorted(self.folder.glob("refined-*.safetensors")):
             found |= self.load(path.name)[0]
         return found
 
     def publish(self, output: Path) -> None:
-        """Rename the finished checkpoint into place and drop the rest."""
+        """Rename the finished checkpoint to its final name and delete the rest."""
         if output.is_dir():
             output.rename(self.folder / "old")
         (self.folder / "final").rename(output)
-        # Killed on the way, the rest must still be known as ours: the state goes last.
+        # The state is deleted last, so that an interruption leaves a folder that is still recognized.
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -283,8 +286,8 @@ class Workspace:
 
 
 def damaged(path: Path, folder: Path, error: Exception) -> ResumeError:
-    """What is said of a file of a half-done run that cannot be read."""
-    return ResumeError(f"{path}: damaged ({reason_of(error)}); delete {folder} to start anew")
+    """The error for an unreadable file of an unfinished run."""
+    return ResumeError(f"{path}: damaged ({reason_of(error)}); delete {folder} to start again")
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Which matrices are compressed, with how many bits each, so that the target is met.
+"""Choose the matrices to compress and the bits of each, so that the target is met.
 
-Public is what `__all__` names (docs/api.md describes each name). The modules within may change without notice.
+The public names are those in `__all__` (docs/api.md describes each). The modules may change without notice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Choose the codec of every matrix: the least predicted loss that a budget of bits allows."""
+"""Choose the codec of every matrix: the least predicted loss within a budget of bits."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def make_plan(
 
     Args:
         importance: loss that a matrix causes per unit of its nmse, by name, as measured by calibration. Bits
-            on a trellis go where they lower the summed loss most; without it all weights count equally.
-        strip_rows: of the paths of a matrix, by name, where they are not the usual ones.
+            on a trellis go where they reduce the total loss most; without it all weights count equally.
+        strip_rows: rows of the strips of a matrix, by name, if not the default.
 
     Returns:
         A spec for every matrix, a reason for every other tensor.
@@ -59,23 +59,23 @@ def _by_importance(
 ) -> Plan:
     """Trellis codecs, each matrix with its own number of bits.
 
-    Every codec in use has a codebook. Where those take a good part of the bits, as in small models, fewer may be
-    better.
+    Every codec in use has a codebook. If codebooks take a large share of the bits, as in small models, fewer may
+    be better.
     """
     assert config.target_bpw is not None
     value = {m.name: importance[m.name] if importance else float(m.weights) for m in matrices}
     budget = _Budget(matrices, dense, config, value)
     choices = {m.name: _choices(m, config) for m in matrices}
-    sizes = [budget.bits(specs) / budget.weights for specs in _alike(choices)]
+    sizes = [budget.bits(specs) / budget.weights for specs in _single_codec(choices)]
     best = budget.best(choices)
     if best is None or config.target_bpw > 1.01 * max(sizes):
         raise _unreachable(config.target_bpw, sizes)
     if budget.codebook_share(best) > DEAR_CODEBOOKS:
         every = {spec for own in choices.values() for spec in own}
-        alike = [
+        families = [
             {spec for spec in every if spec.vector_len == d} for d in sorted({d for d, _ in TRELLIS_STEPS})
         ]
-        starts = [best, *filter(None, (budget.best(_of(choices, some)) for some in alike))]
+        starts = [best, *filter(None, (budget.best(_of(choices, some)) for some in families))]
         best = min((_fewer(budget, choices, start) for start in starts), key=budget.loss)
     return budget.plan(best)
 
@@ -95,7 +95,7 @@ class _Budget:
 
     @property
     def most(self) -> float:
-        """Bits that may be stored."""
+        """The budget of stored bits."""
         assert self.config.target_bpw is not None
         return self.config.target_bpw * self.weights
 
@@ -115,10 +115,10 @@ class _Budget:
         return sum(self.value[m.name] * specs[m.name].nmse for m in self.matrices)
 
     def best(self, choices: Mapping[str, list[Spec]]) -> dict[str, Spec] | None:
-        """The specs of the least loss that fit; None if none do.
+        """The specs of least loss within the budget; None if there are none.
 
-        For a price per bit every matrix takes the codec of the least importance * nmse + price * bits; the
-        price is bisected until the budget is met, and what is left of it is spent matrix by matrix.
+        For a price per bit every matrix takes the codec with the least importance * nmse + price * bits; the price
+        is bisected until the budget is met, and the remaining bits are spent matrix by matrix.
         """
 
         def at(price: float) -> dict[str, Spec]:
@@ -131,7 +131,7 @@ class _Budget:
             }
 
         cheap, dear = -80.0, 80.0  # base-2 logarithms of the price
-        best = min(_alike(choices), key=self.bits)
+        best = min(_single_codec(choices), key=self.bits)
         if self.bits(best) > self.most:
             return None
         for _ in range(40):
@@ -148,9 +148,9 @@ class _Budget:
             best = spent
 
     def _spend(self, specs: dict[str, Spec], choices: Mapping[str, list[Spec]]) -> dict[str, Spec]:
-        """Raise single matrices to their next codec, the most useful first, while the budget lasts.
+        """Raise single matrices to their next codec, most useful first, while the budget lasts.
 
-        First to codecs that are in use already, which cost no further codebook, then to any.
+        First to codecs already in use, which need no additional codebook, then to any.
         """
         for allowed in (set(specs.values()), None):
             steps = []
@@ -174,7 +174,7 @@ class _Budget:
 
 
 def _fewer(budget: _Budget, choices: Mapping[str, list[Spec]], best: dict[str, Spec]) -> dict[str, Spec]:
-    """Give up codecs in use one by one, as long as the loss falls by what the others can do with the bits."""
+    """Drop codecs in use one by one, as long as the others use the freed bits to lower the loss."""
     while True:
         used = set(best.values())
         tried = [budget.best(_of(choices, used - {spec})) for spec in sorted(used)]
@@ -185,7 +185,7 @@ def _fewer(budget: _Budget, choices: Mapping[str, list[Spec]], best: dict[str, S
 
 
 def _of(choices: Mapping[str, list[Spec]], some: set[Spec]) -> dict[str, list[Spec]]:
-    """Choices among some codecs, where a matrix may take one of them."""
+    """The choices restricted to some codecs, for matrices that may take one of them."""
     return {name: [spec for spec in own if spec in some] or own for name, own in choices.items()}
 
 
@@ -206,8 +206,8 @@ def _choices(matrix: Matrix, config: CompressConfig) -> list[Spec]:
     return sorted(specs, key=lambda spec: spec.index_bpw)
 
 
-def _alike(choices: Mapping[str, list[Spec]]) -> list[dict[str, Spec]]:
-    """Each codec for all matrices that may take it: where weights are few, codebooks cost more than indices."""
+def _single_codec(choices: Mapping[str, list[Spec]]) -> list[dict[str, Spec]]:
+    """Each codec for all matrices that may take it: with few weights, codebooks cost more than indices."""
     every = dict.fromkeys(spec for specs in choices.values() for spec in specs)
     return [{name: spec if spec in own else own[0] for name, own in choices.items()} for spec in every]
 
@@ -259,7 +259,7 @@ def _unreachable(target: float, reached: list[float]) -> ConfigError:
         )
     return TargetError(
         f"target_bpw: {target} cannot be met with these settings; "
-        f"possible are {min(reached):.3f} to {max(reached):.3f} bits per weight",
+        f"the possible range is {min(reached):.3f} to {max(reached):.3f} bits per weight",
         min(reached),
         max(reached),
     )
@@ -300,13 +300,13 @@ def _fits_samples(plan: Plan) -> bool:
 
 
 def _predicted_loss(plan: Plan) -> float:
-    """Predicted nmse summed over weights; embedding and head count more by the extra bits asked for."""
+    """Predicted nmse summed over weights; embedding and head count more, according to their extra bits."""
     weight = 4.0**plan.config.embedding_extra_bits
     return sum(m.weights * plan.specs[m.name].nmse * (1.0 if m.in_blocks else weight) for m in plan.matrices)
 
 
 def _fill(plan: Plan) -> Plan:
-    """Spend what is left of the budget: matrices take a codebook of twice the size while it fits."""
+    """Spend the remaining budget: matrices take a codebook of twice the size while it fits."""
     target = plan.config.target_bpw
     assert target is not None
     budget = target * plan.weights

@@ -1,7 +1,7 @@
-"""Which tensors are compressed, with which codec each, and what that costs in bits.
+"""The tensors to compress, the codec of each, and its cost in bits.
 
 The error of a codec is predicted before anything is fitted (`predicted_nmse` of its index form): row-scaled weights
-are close enough to Gaussian for that to order the choices.
+are close enough to Gaussian for the predictions to rank the choices.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Matrix:
 
     shape: as the model holds it. rows, columns: after transposing (Conv1D) or flattening (experts).
     kind: its name without the block number. in_blocks: False for embedding and head.
-    strip_rows: about how many rows a strip of its paths has, on a trellis.
+    strip_rows: approximate number of rows of a strip, on a trellis.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Spec:
 
     @property
     def form(self) -> IndexForm:
-        """How indices are stored, but for the strips of a matrix; see `Matrix.form`."""
+        """How indices are stored, except for the strips of a matrix; see `Matrix.form`."""
         return form_for(self.codebook_size, self.stride)
 
     @cached_property
@@ -88,7 +88,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Dense:
-    """A tensor that stays as it is, and why."""
+    """A tensor that is left dense, and the reason."""
 
     name: str
     shape: tuple[int, ...]
@@ -97,7 +97,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Plan:
-    """The outcome: a spec for every compressed matrix, the reason for every other tensor.
+    """The plan: a spec for every compressed matrix, the reason for every other tensor.
 
     codebook_scope is resolved (never `auto`). bits are exact: nothing is rounded or estimated.
     """
@@ -194,7 +194,7 @@ def classify(source: DenseCheckpoint, config: CompressConfig) -> tuple[list[Matr
     """Split the model's tensors into matrices to compress and dense ones with their reason.
 
     Raises:
-        ConfigError: settings that leave every block dense, or an override that fits no matrix.
+        ConfigError: settings that leave every block dense, or an override that matches no matrix.
     """
     numbers = [int(m["number"]) for n in source.names() if (m := _BLOCK.match(n))]
     blocks = max(numbers, default=-1) + 1
@@ -211,7 +211,7 @@ def classify(source: DenseCheckpoint, config: CompressConfig) -> tuple[list[Matr
     for pattern, _ in config.overrides:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
-                f"override {pattern!r}: fits no matrix that can be compressed; names are like "
+                f"override {pattern!r}: matches no matrix that can be compressed; names look like "
                 f"{names[-1] if names else None!r}"
             )
     for name, found in seen.items():
@@ -233,7 +233,7 @@ def classify(source: DenseCheckpoint, config: CompressConfig) -> tuple[list[Matr
 
 
 def override(name: str, config: CompressConfig) -> float | None:
-    """Bits per weight that the settings ask for a matrix by its name; the last pattern that fits counts."""
+    """Bits per weight that the overrides set for a matrix; the last matching pattern counts."""
     found = [bits for pattern, bits in config.overrides if fnmatch.fnmatchcase(name, pattern)]
     return found[-1] if found else None
 

@@ -1,4 +1,4 @@
-"""What a run finds out about each matrix: errors, use of codebooks; and what stands for it before the run."""
+"""Statistics of each matrix: errors and codebook usage, and placeholders for them before the run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from pocketllm.format.report import MatrixReport, rounded
 from pocketllm.plan.matrices import Matrix, Plan
 
-_WIDEST = 1.23457e-05  # no number that is `rounded` is longer in JSON
+_WIDEST = 1.23457e-05  # no `rounded` number is longer in JSON
 _WIDEST_COUNT = 10**9
 
 
 @dataclass(frozen=True)
 class MatrixStatistics:
-    """What only a real run knows, by matrix; `fits` by codebook."""
+    """Values that only a run can measure, by matrix; `fits` by codebook."""
 
     nmse: Mapping[str, float]
     proxy_error: Mapping[str, float | None]
@@ -28,7 +28,7 @@ class MatrixStatistics:
 
 
 def predicted(plan: Plan) -> MatrixStatistics:
-    """Stands for what a dry run does not know, as wide as the real numbers can get."""
+    """Placeholders for values that a dry run does not know, as wide as the real numbers can be."""
     names = [m.name for m in plan.matrices]
     fits = tuple(_widest_fit(plan, key, group) for key, group in plan.groups().items())
     widest, counts = dict.fromkeys(names, _WIDEST), dict.fromkeys(names, _WIDEST_COUNT)

@@ -1,8 +1,8 @@
 """Exact bytes of a compressed model before it exists, and its report.
 
-All tensors, config.json and the report have a size that does not depend on what the fit finds: checksums have a
-fixed width, and the report is padded to the width of its longest possible numbers. So a dry run prints exactly
-what will lie on disk.
+The sizes of all tensors, config.json and the report do not depend on the result of the fit: checksums have a fixed
+width, and the report is padded to the width of its longest possible numbers. A dry run therefore prints the exact
+bytes on disk.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PlannedModel:
 
     @cached_property
     def file_bytes(self) -> dict[str, int]:
-        """Exact size of every file but the report."""
+        """Exact size of every file except the report."""
         sizes = ckpt.safetensors_bytes(self.form.tensors)
         sizes["config.json"] = len(self.form.config_text(self.form.no_checksums()).encode())
         return {**sizes, **{path.name: path.stat().st_size for path in self.form.copied_files()}}
@@ -114,7 +114,7 @@ class PlannedModel:
 
     def report_text(self, report: Report, files: Mapping[str, Any]) -> str:
         body = {"format_version": ckpt.FORMAT_VERSION, **report.to_dict(), "files": files}
-        for name in RUN_FACTS:  # stored bytes must not depend on how long the run took, or on a resumption
+        for name in RUN_FACTS:  # stored bytes must not depend on the duration of the run or on a resumption
             del body[name]
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")) + "\n"
 

@@ -1,4 +1,4 @@
-"""The stored form that a plan leads to: every tensor in writing order, config.json, the files copied along."""
+"""The stored form of a plan: every tensor in writing order, config.json, and the copied files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pocketllm.plan.matrices import KEPT_END, Dense, Matrix, Plan
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
-# config.json is written anew; the rest belongs to weights, to an adapter, or is a record of ours.
+# config.json is rewritten; the rest belongs to weights or to an adapter, or was written by pocketllm.
 _NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json", "pocketllm*.json")
 
 
 @dataclass(frozen=True)
 class StoredForm:
-    """What a plan over a dense source stores. Nothing here depends on what the fit finds but the checksums."""
+    """The stored form of a plan over a dense source. Only the checksums depend on the result of the fit."""
 
     source: DenseCheckpoint
     plan: Plan
@@ -38,7 +38,7 @@ class StoredForm:
         return sizes
 
     def dense_dtype(self, dense: Dense) -> torch.dtype:
-        """In which a tensor that is left dense is stored: its own; kept embeddings in at most 16 bits."""
+        """The dtype in which a dense tensor is stored: its own; kept embeddings in at most 16 bits."""
         own = self.source.dtype(dense.name)
         return torch.bfloat16 if dense.reason == KEPT_END and own.itemsize > 2 else own
 
@@ -49,7 +49,7 @@ class StoredForm:
 
     @property
     def codebooks_are_stored(self) -> bool:
-        """False where they are drawn from a seed."""
+        """False if they are generated from a seed."""
         return self.plan.config.codec.codebook_source == "fit"
 
     def _codebook_shape(self, group: list[Matrix]) -> tuple[int, int]:

@@ -23,13 +23,13 @@ def planned(
     importance: Mapping[str, float] | None = None,
     strip_rows: Mapping[str, int] | None = None,
 ) -> PlannedModel:
-    """Plan a model; a target for the whole folder is turned into bits per weight here.
+    """Plan a model; a target for the output folder is converted to bits per weight.
 
     Args:
         importance, strip_rows: as in `make_plan`.
 
     Returns:
-        What will be written, with its plan and exact bytes.
+        The planned model with its exact bytes.
 
     Raises:
         ConfigError: as `make_plan`; or a target for the folder that cannot be met (the message names the
@@ -47,18 +47,18 @@ def planned(
     empty = PlannedModel(source, Plan((), {}, tuple(dense), "model", config), model)
     other = sum(path.stat().st_size for path in empty.form.copied_files())
     weights = sum(m.weights for m in matrices)
-    whole = 2 * (weights + sum(torch.Size(d.shape).numel() for d in dense)) + other
-    target = config.target_bytes or int(whole / (config.target_ratio or 1))
+    bf16_bytes = 2 * (weights + sum(torch.Size(d.shape).numel() for d in dense)) + other
+    target = config.target_bytes or int(bf16_bytes / (config.target_ratio or 1))
     least, most = possible_bpw(source, config, strip_rows)
     ends = at(least), at(most)
     smallest, largest = (end.bytes_on_disk[0] for end in ends)
     if not smallest <= target <= 1.01 * largest:
-        asked = f"target_bytes: {target:,}"
+        described = f"target_bytes: {target:,}"
         if config.target_ratio is not None:
-            asked = f"target_ratio: {config.target_ratio:g} ({target:,} bytes)"
+            described = f"target_ratio: {config.target_ratio:g} ({target:,} bytes)"
         raise ConfigError(
-            f"{asked} cannot be met with these settings; possible are {smallest:,} to {largest:,} bytes of the "
-            f"whole folder, {whole / largest:.2f} to {whole / smallest:.2f} times smaller than bf16"
+            f"{described} cannot be met with these settings; the possible range is {smallest:,} to {largest:,} bytes "
+            f"for all files, {bf16_bytes / largest:.2f} to {bf16_bytes / smallest:.2f} times smaller than bf16"
         )
     if target >= largest:
         return ends[1]
@@ -69,9 +69,9 @@ def possible_bpw(
     source: DenseCheckpoint, config: CompressConfig, strip_rows: Mapping[str, int] | None = None
 ) -> tuple[float, float]:
     """Least and most stored bits per weight that the settings allow, overrides included."""
-    asked = replace(config, target_bpw=1e-6, target_bytes=None, target_ratio=None)
+    tiny = replace(config, target_bpw=1e-6, target_bytes=None, target_ratio=None)
     try:
-        make_plan(source, asked, strip_rows=strip_rows)
+        make_plan(source, tiny, strip_rows=strip_rows)
     except TargetError as error:
         return error.least * (1 + 1e-9), error.most * (1 + 1e-9)
     raise AssertionError("a millionth of a bit per weight cannot be planned")
@@ -84,10 +84,10 @@ def _search(
     bits: tuple[float, float],
     best: PlannedModel,
 ) -> PlannedModel:
-    """The plan of the most bytes up to `target`. What is not indices hardly changes with the plan.
+    """The largest plan within `target`. Bytes other than those of indices hardly change with the plan.
 
     Args:
-        bits: per weight, that fit and that do not. best: at the former.
+        bits: per weight, a value that fits and one that does not. best: the plan at the former.
     """
     low, high = bits
     total, _ = best.bytes_on_disk

@@ -1,4 +1,4 @@
-"""Adapters on disk: which base an adapter belongs to, running it, and merging it into its base.
+"""Adapters on disk: check the base of an adapter, run it, merge it into its base.
 
 PEFT's own `merge_and_unload` on a model in mode `packed` silently drops the adapter: it adds to a weight that was
 only decoded for that moment. So merging is done here on the decoded model, and logits are compared.
@@ -37,7 +37,7 @@ def need_peft() -> None:
 
 
 def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
-    """Check that an adapter is complete and belongs to this compressed model; returns PEFT's settings of it.
+    """Check that an adapter is complete and was trained on this compressed model; returns its PEFT settings.
 
     Raises:
         FormatError: no adapter in the folder, a damaged one (names the file), or `base` is not a compressed model.
@@ -52,7 +52,7 @@ def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
     if record is not None and record["base_identity"] != identity(report):
         raise ConfigError(
             f"{adapter}: was trained on {record['base']} (made from {record['base_model']}), not on "
-            f"{base} (made from {report['model']}); name the base it belongs to"
+            f"{base} (made from {report['model']}); name the base it was trained on"
         )
     return settings
 

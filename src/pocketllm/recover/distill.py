@@ -74,11 +74,11 @@ def distill(
     """Tune a compressed model towards the dense one it was made from.
 
     Args:
-        folder: the compressed model; only read.
-        output: folder to create, with the same layout and the same number of payload bytes. A half-done run with
-            the same arguments is resumed. The record of the run is written to `OUTPUT.log` (until the run is
+        folder: the compressed model, which is not modified.
+        output: folder to create, with the same layout and the same number of payload bytes. An unfinished run with
+            the same arguments is resumed. The log of the run is written to `OUTPUT.log` (until the run is
             finished: `OUTPUT.partial/log`).
-        teacher: the dense model (folder, hub id, builtin:…); None takes the one named in the report.
+        teacher: the dense model (folder, Hub id, builtin:…); None takes the one named in the report.
         teacher_on_disk: read the teacher's blocks one after another whenever it runs, instead of holding it in
             memory.
         progress: called after every step.

@@ -157,7 +157,7 @@ class Distillation:
 
 
 def _labels(ids: Tensor, weight: float) -> Labels:
-    """Next tokens of windows [B, T], all positions in a row; the last of a window has none, and weight 0."""
+    """Next tokens of windows [B, T], flattened; the last position of a window has none and weight 0."""
     weights = torch.full(ids.shape, weight, device=ids.device)
     weights[:, -1] = 0
     return ids.roll(-1, dims=1).reshape(-1), weights.reshape(-1)

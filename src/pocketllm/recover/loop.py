@@ -166,7 +166,7 @@ class Loop:
                 loss += self.task.backward(numbers, scale)
         loss, norm = self._agree(loss)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._stop(f"the loss is {loss}, its gradient's norm {norm}", number + 1)
+            self._stop(f"the loss is {loss}, the gradient norm {norm}", number + 1)
         if number % config.checkpoint_every == 0 and number:
             self._save()
         if config.max_grad_norm and norm > config.max_grad_norm:
@@ -183,7 +183,7 @@ class Loop:
         """Raise TrainingError for a step; 0 is before the first one."""
         if step == 0:
             raise TrainingError(f"{reason} before the first step; check the model, its teacher and the text")
-        kept = "no checkpoint was due before it in"
+        kept = "no checkpoint had been written yet to"
         if self._saved_step is not None:
             kept = f"the last good state, after step {self._saved_step}, is kept in"
         raise TrainingError(
@@ -277,4 +277,4 @@ def _timed(act: Callable[[], None]) -> float:
 def step_event(done: StepDone) -> Event:
     """A finished step as a progress event."""
     detail = f"step {done.step} of {done.steps}, loss {done.loss:.4g}, validation {done.validation:.4g}"
-    return Event("train", done.step / done.steps, f"{detail}, {done.seconds:.1f} s a step")
+    return Event("train", done.step / done.steps, f"{detail}, {done.seconds:.1f} s per step")

@@ -70,8 +70,8 @@ def lora(
     """Train an adapter on a compressed model.
 
     Args:
-        folder: the compressed model; only read.
-        output: folder to create, in PEFT's format. A half-done run with the same arguments is resumed.
+        folder: the compressed model, which is not modified.
+        output: folder to create, in PEFT's format. An unfinished run with the same arguments is resumed.
         progress: called after every step.
 
     Raises:

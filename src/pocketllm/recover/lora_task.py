@@ -84,11 +84,11 @@ def read_items(tokenizer: Any, texts: tuple[str, ...], context: int) -> list[Ite
         items += [Item(window, learned_from=1) for window in all_windows(tokenizer, named, context)]
     if len(items) < 2:
         raise ConfigError(
-            f"the text gives {len(items)} items to train on, wanted at least two (one of them to validate); "
+            f"the text contains {len(items)} items to train on, wanted at least two (one of them to validate); "
             f"{lost or 'give more text or change the context'}"
         )
     if lost:
-        logger.warning("%s, or they are not trained on", lost)
+        logger.warning("%s, or they are skipped", lost)
     return items
 
 

@@ -1,4 +1,4 @@
-"""A run: its half-done output, and its record (steps.jsonl, summary.json, curve.png; finally in `OUTPUT.log/`)."""
+"""A run: its unfinished output, and its log (steps.jsonl, summary.json, curve.png; finally in `OUTPUT.log/`)."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ STEPS_NAME, SUMMARY_NAME, CURVE_NAME = "steps.jsonl", "summary.json", "curve.png
 
 
 def log_folder(output: Path) -> Path:
-    """Folder of the record of a finished run."""
+    """Folder of the log of a finished run."""
     return output.with_name(output.name + ".log")
 
 
 def check_places(
     output: Path, overwrite: bool, marker: str = REPORT_NAME, what: str = "a compressed model"
 ) -> None:
-    """Check that output and record can be written: `check_output`, and the same for the record's folder.
+    """Check that output and log can be written: `check_output`, and the same for the log's folder.
 
     Raises:
-        OutputError: as `check_output`; or the record's folder exists and is not a record, or is not to be
-            overwritten.
+        OutputError: as `check_output`; or the log's folder exists and is not a log, or is not to be overwritten.
     """
     check_output(output, overwrite, marker, what)
     folder = log_folder(output)
@@ -45,14 +44,14 @@ def check_places(
         return
     if not (folder / STEPS_NAME).is_file():
         raise OutputError(
-            f"{folder}: exists and is not the record of a run; move it away, or choose another output folder"
+            f"{folder}: exists and is not the log of a run; move it away, or choose another output folder"
         )
     if not overwrite:
-        raise OutputError(f"{folder}: the record of an earlier run; move it away, or pass --overwrite")
+        raise OutputError(f"{folder}: the log of an earlier run; move it away, or pass --overwrite")
 
 
 class RunLog:
-    """Writes the record into a folder; with enabled=False (processes other than the first) it writes nothing.
+    """Writes the log into a folder; with enabled=False (processes other than the first) it writes nothing.
 
     Args:
         arguments: everything that the run's result depends on, for the summary.
@@ -106,7 +105,7 @@ class RunLog:
             draw(self.steps(), body, self.folder / CURVE_NAME)
 
     def publish(self, output: Path) -> None:
-        """Copy the record to its place, replacing that of an earlier run."""
+        """Copy the log to its final folder, replacing that of an earlier run."""
         if not self.enabled:
             return
         place, temporary = log_folder(output), self.folder.with_name("log.copy")
@@ -120,7 +119,7 @@ class RunLog:
 class Run:
     """A run in progress; no other run uses its folder meanwhile.
 
-    output: final folder of the result. work: the half-done output. log: its record.
+    output: final folder of the result. work: the unfinished output. log: of this run.
     state: this process among those launched together. dtype: of matrix products.
     """
 
@@ -139,7 +138,7 @@ class Run:
         return final
 
     def finish(self, summary: Mapping[str, Any], history: list[tuple[int, float]]) -> None:
-        """Complete the record, then move record and result to their places; every process waits for that."""
+        """Complete the log, then move log and result to their final folders; every process waits for that."""
         self.log.finish(summary, history)
         if self.state.is_main_process:
             self.log.publish(self.output)
@@ -151,7 +150,7 @@ class Run:
 def open_run(
     output: Path, base: Base, arguments: Mapping[str, Any], config: LoopConfig, device: str
 ) -> Iterator[Run]:
-    """Begin or resume the run of an output.
+    """Start or resume the run of an output.
 
     Args:
         arguments: what the result depends on, apart from base, device, dtype, processes and threads.

@@ -24,7 +24,7 @@ _IDS, _LOG_P = "teacher-ids.npy", "teacher-log-p.npy"
 
 
 class Teacher(Protocol):
-    """What distillation learns from."""
+    """The source of the distributions that distillation learns."""
 
     def target(self, numbers: Tensor, ids: Tensor) -> Target:
         """The distributions at all positions of windows `ids` [B, T]; numbers [B] are those of the windows."""

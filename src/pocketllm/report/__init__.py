@@ -1,4 +1,4 @@
-"""Reports about compressed models: one HTML file about a model, or a table and a picture of several."""
+"""Reports about compressed models: one HTML file about a model, or a table and a plot of several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The charts of a page: what each shows is a frozen specification, drawn by one function, `picture`."""
+"""The charts of a page: each is a frozen specification, drawn by one function, `picture`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pocketllm.report.tables import Table
 
 
 class Drawing(Protocol):
-    """What one picture shows."""
+    """The specification of one picture."""
 
     @property
     def height(self) -> float:
@@ -23,9 +23,9 @@ class Drawing(Protocol):
 
 @dataclass(frozen=True)
 class Chart:
-    """Drawings below one another, with the numbers behind them.
+    """Drawings arranged vertically, with their numbers as a table.
 
-    drawings: id on the page -> drawing. facts: what the description in the section's template says of them.
+    drawings: id on the page -> drawing. facts: values for the description in the section's template.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Histogram:
         axes.stairs(self.decoded, self.edges, label="decoded", **line)
         most = max(*self.original, *self.decoded)
         axes.set(xlim=(self.edges[0], self.edges[-1]), ylim=(0, 1.28 * most))
-        axes.set(xlabel="weight", ylabel="share in a bin")
+        axes.set(xlabel="weight", ylabel="share per bin")
         axes.xaxis.set_major_locator(MaxNLocator(5, symmetric=True))
         axes.yaxis.set_major_locator(MaxNLocator(5, symmetric=False))
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")

@@ -1,4 +1,4 @@
-"""How the codewords of each codebook are used, counted in the stored indices, and the section about it."""
+"""Codebook usage, counted in the stored indices, and the section about it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Members = Mapping[int, Sequence[MatrixFacts]]  # codebook -> its matrices
 
 @dataclass(frozen=True)
 class CodebookUsage:
-    """Use of one codebook by the matrices whose indices were counted.
+    """Usage of one codebook by the matrices whose indices were counted.
 
     covered: share of the indices that point to the most used 0 %, 1 %, …, 100 % of the codewords.
     used: share of the codewords with at least one index, in these matrices.
@@ -69,9 +69,9 @@ def _covered(counts: Tensor) -> list[float]:
 
 
 def codebooks_section(model: ModelFacts, usages: Sequence[CodebookUsage]) -> Section:
-    """How much of each codebook is used, and how evenly."""
+    """The share of each codebook that is used, and how evenly."""
     members = dict(sorted(grouped(model.matrices, lambda m: m.codebook).items()))
-    table = Table.of("Use of the codebooks", _columns(model), members.values(), words=2)
+    table = Table.of("Codebook usage", _columns(model), members.values(), words=2)
     used, evenness = _used_chart(model, members, table), _evenness_chart(members, usages)
     return Section(
         "codebooks",

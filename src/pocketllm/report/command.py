@@ -1,4 +1,4 @@
-"""From settings back to the command line: the commands that make a model or an adapter again."""
+"""From settings back to the command line: the commands that reproduce a model or an adapter."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Command:
 
 
 def command_for(model: str, output: str, values: Mapping[str, Any]) -> Command:
-    """The command that makes a model again.
+    """The command that reproduces a model.
 
     Args:
-        model: as the user named it. output: folder to make. values: the report's `config`.
+        model: as the user named it. output: folder to create. values: the report's `config`.
     """
     try:
         config = CompressConfig.from_dict(values)
@@ -45,10 +45,10 @@ def command_for(model: str, output: str, values: Mapping[str, Any]) -> Command:
 
 
 def adapter_command(base: str, output: str, record: Mapping[str, Any]) -> Command:
-    """The command that trains an adapter again.
+    """The command that reproduces an adapter.
 
     Args:
-        base: folder of the compressed model. output: folder to make. record: as `read_record`.
+        base: folder of the compressed model. output: folder to create. record: as `read_record`.
     """
     values, defaults = record.get("config"), LoraTuneConfig()
     found = flat(values) if isinstance(values, Mapping) else {}

@@ -13,7 +13,7 @@ from pocketllm.recover import check_adapter
 from pocketllm.report.evaluations import Evaluation, same_model
 from pocketllm.report.model_facts import ModelFacts, mean, read_model, with_adapter
 
-_SAME = 1e-4  # relative; ways to measure one model and numbers of threads differ in rounding
+_SAME = 1e-4  # relative; rounding varies with the way of measuring and the number of threads
 
 _SIZES = ("bytes_on_disk", "ratio_files_bf16", "ratio_files_fp32", "bpw_matrices", "bpw_all")
 _SETTING = ("text", "context", "windows", "tokens")
@@ -137,7 +137,7 @@ def base_of(adapter: Path, folders: Sequence[Path]) -> Path:
             problems.append(error)
         else:
             return folder
-    raise ConfigError(f"{adapter}: an adapter of none of the models to compare; {problems[0]}")
+    raise ConfigError(f"{adapter}: fits none of the models to compare; {problems[0]}")
 
 
 def _perplexities(
@@ -160,13 +160,13 @@ def _perplexities(
         key = _key(Path(e.model), Path(e.adapter) if e.adapter else None)
         if key not in keys:
             what = f"{e.model} with {e.adapter}" if e.adapter else e.model
-            raise ConfigError(f"{what}: there is an evaluation of it, but it is not among the models")
+            raise ConfigError(f"{what}: was evaluated, but is not among the models to compare")
         _check_equal(found.setdefault(key, e), e)
     return {key: e.perplexity for key, e in found.items()}, dense
 
 
 def _check_equal(first: Evaluation, second: Evaluation, one_model: bool = True) -> None:
-    """Raises ConfigError where only one of two figures can be the model's."""
+    """Raises ConfigError if two evaluations of one model differ."""
     a, b = first.perplexity, second.perplexity
     if one_model and (first == second or math.isclose(a, b, rel_tol=_SAME)):
         return
@@ -174,7 +174,7 @@ def _check_equal(first: Evaluation, second: Evaluation, one_model: bool = True) 
     dtypes = [f", {e.dtype}" if e.dtype else "" for e in (first, second)]
     raise ConfigError(
         f"two evaluations, {first.model} (perplexity {a:.6g}{dtypes[0]}) and {second.model} "
-        f"(perplexity {b:.6g}{dtypes[1]}), wanted one figure of {what}; leave one of them out"
+        f"(perplexity {b:.6g}{dtypes[1]}), wanted one value for {what}; omit one of them"
     )
 
 

@@ -1,4 +1,4 @@
-"""A comparison as a picture, in PNG and SVG."""
+"""A comparison as a plot, in PNG and SVG."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INK, _GREY, _BLUE = "#1b1c20", "#c6cad2", "#0b5fa5"
 
 @dataclass(frozen=True)
 class _Panel:
-    """A value of every model, None where there is none, and how it is written."""
+    """A value of every model, None if there is none, and its format."""
 
     title: str
     values: Sequence[float | None]

@@ -72,7 +72,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
-_COUNT = ("an integer from 0 on", _is_count)
+_COUNT = ("an integer of at least 0", _is_count)
 _TEXT = ("text", _is_text)
 _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "perplexity": ("a number above 0", _is_perplexity),
@@ -87,20 +87,20 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     """The evaluation in a file, and that of the model it was compared with (`--against`), if there is one.
 
     Raises:
-        SourceError: missing, unreadable, no JSON, or not what `pocketllm eval --json` prints.
+        SourceError: missing, unreadable, not JSON, or not the output of `pocketllm eval --json`.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: no JSON ({error}); wanted {_OUTPUT}") from error
+        raise SourceError(f"{path}: not JSON ({error}); wanted {_OUTPUT}") from error
     if not isinstance(values, dict):
-        raise SourceError(f"{path}: no JSON object; wanted {_OUTPUT}")
+        raise SourceError(f"{path}: not a JSON object; wanted {_OUTPUT}")
     own = Evaluation.from_dict(values, str(path))
     other = values.get("against")
     if other is not None and not isinstance(other, dict):
-        raise SourceError(f"{path}: against is no JSON object; wanted {_OUTPUT}")
+        raise SourceError(f"{path}: against is not a JSON object; wanted {_OUTPUT}")
     if other is None or other.get("perplexity") is None:
         return [own]
     inherited = {**values, "dtype": "", "adapter": "", "bytes_on_disk": 0}

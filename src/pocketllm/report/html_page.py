@@ -1,4 +1,4 @@
-"""One HTML file about a compressed model: what it shows is gathered, laid out in sections, and written."""
+"""One HTML file about a compressed model: gather its contents, lay them out in sections, and write it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Progress = Callable[[str, float, str], None]
 class Page:
     """A written report.
 
-    command: compresses the model again. adapter_command: trains its adapter again; '' if unknown or if there is none.
-    missing: settings that no option of theirs sets.
+    command: reproduces the model. adapter_command: reproduces its adapter; '' if unknown or if there is none.
+    missing: settings without an option.
     absent: section -> why there is nothing to show. mismatch: why the dense model may be another one, or ''.
     """
 

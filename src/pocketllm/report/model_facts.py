@@ -1,4 +1,4 @@
-"""What is stored about a compressed model, in `pocketllm.json` and `config.json`."""
+"""The stored facts about a compressed model, from `pocketllm.json` and `config.json`."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def spread(matrices: Sequence[MatrixFacts]) -> list[MatrixFacts]:
 
 
 def read_model(folder: Path, check: bool = True) -> ModelFacts:
-    """Read what is stored about a compressed model. Provisional.
+    """Read the stored facts about a compressed model. Provisional.
 
     Args:
         folder: a compressed model. check: compare every file with its checksum.
@@ -140,9 +140,7 @@ def read_model(folder: Path, check: bool = True) -> ModelFacts:
     entries = {entry["name"]: entry for entry in report["matrices"]}
     for name in layout.matrices:
         if name not in entries:
-            raise FormatError(
-                f"{folder / REPORT_NAME}: damaged (says nothing of {name}); fetch the model again"
-            )
+            raise FormatError(f"{folder / REPORT_NAME}: damaged ({name} is missing); fetch the model again")
     matrices = tuple(_facts(entries[name], layout) for name in layout.matrices)
     names = [*layout.matrices, *(str(entry["name"]) for entry in report["skipped"])]
     blocks = max((n for n in map(block_of, names) if n is not None), default=-1) + 1

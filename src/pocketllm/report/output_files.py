@@ -1,4 +1,4 @@
-"""Where results may be written, and writing them atomically."""
+"""Check where results may be written, and write them atomically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
         only_read: folders that it must not be in.
 
     Raises:
-        OutputError: a folder of that name, a parent that is a file, or one that cannot be written or is only read.
+        OutputError: a folder of that name, a parent that is a file or cannot be written, or one of these folders.
     """
     if path.is_dir():
         raise OutputError(f"{path}: exists and is a folder; name a file")
@@ -29,7 +29,7 @@ def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
 
 
 def only_read(models: Sequence[Path], adapters: Sequence[Path | None], against: str | None) -> list[Path]:
-    """Folders that a result is made from, the dense model's if it is named and on this machine. Provisional."""
+    """The input folders of a result, with the dense model's if it is named and on this machine. Provisional."""
     dense = None if against is None else resolve_local(against)
     return [path for path in (*models, *adapters, dense) if path is not None]
 

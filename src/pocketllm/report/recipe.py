@@ -1,4 +1,4 @@
-"""The section about how a model was made: settings, versions, and the commands that make it again."""
+"""The section about how a model was made: settings, versions, and the commands that reproduce it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIT: Columns[Mapping[str, Any]] = {
 
 
 def commands_of(model: ModelFacts) -> tuple[Command, Command]:
-    """The commands that compress the model and that train its adapter; empty where one is not known."""
+    """The commands that compress the model and train its adapter; empty if unknown."""
     name = model.folder.resolve().name
     compress = command_for(str(model.report["model"]), name, model.report["config"])
     adapter = model.adapter
@@ -32,7 +32,7 @@ def commands_of(model: ModelFacts) -> tuple[Command, Command]:
 
 
 def recipe_section(model: ModelFacts, command: Command, training: Command) -> Section:
-    """Settings, versions, how the fit went, and the commands to make it again.
+    """Settings, versions, results of the fit, and the commands that reproduce the model.
 
     Args:
         command: that compresses the model. training: that trains its adapter.
@@ -58,7 +58,7 @@ def recipe_section(model: ModelFacts, command: Command, training: Command) -> Se
 
 
 def _training(adapter: AdapterFacts) -> Mapping[str, Any]:
-    """How an adapter was trained; where that is not known, what PEFT stored with it."""
+    """How an adapter was trained; if unknown, the settings that PEFT stored with it."""
     if adapter.record is None:
         return {key: adapter.settings[key] for key in _PEFT_SETTINGS if key in adapter.settings}
     return flat({key: value for key, value in adapter.record.items() if key != "base_identity"})

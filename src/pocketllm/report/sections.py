@@ -62,7 +62,7 @@ MOMENTS: Columns[tuple[Distribution, str, Moments]] = {
     "rms": lambda row: short(row[2].rms),
     "largest": lambda row: short(row[2].largest),
     "kurtosis": lambda row: short(row[2].kurtosis),
-    "nmse found": lambda row: short(row[0].mean_nmse if row[1] == "decoded" else None),
+    "nmse measured": lambda row: short(row[0].mean_nmse if row[1] == "decoded" else None),
 }
 
 
@@ -95,7 +95,7 @@ def bits_section(model: ModelFacts) -> Section:
 
 
 def error_section(model: ModelFacts) -> Section:
-    """nmse, and proxy_error where the model was calibrated."""
+    """nmse, and proxy_error if the model was calibrated."""
     nmse = heat_chart(model, name="nmse", title="Error of the weights", unit="nmse", value=lambda m: m.nmse)
     proxy = heat_chart(
         model, name="proxy", title="Error of the outputs", unit="proxy error", value=lambda m: m.proxy_error
@@ -126,7 +126,7 @@ def weights_section(model: ModelFacts, weights: Weights) -> Section:
 
 
 def skipped_section(model: ModelFacts) -> Section:
-    """What was left dense or not stored, by reason."""
+    """Tensors left dense or not stored, by reason."""
     reasons: dict[str, list[str]] = {}
     for entry in model.report["skipped"]:
         reasons.setdefault(str(entry.get("reason", "not said")), []).append(str(entry["name"]))

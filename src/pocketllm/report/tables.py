@@ -1,4 +1,4 @@
-"""Tables of a page, built from declared columns, and the way numbers are written."""
+"""Tables of a page, built from declared columns, and the format of numbers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Table:
 
 
 def short(value: float | None, digits: int = 3) -> str:
-    """A number of so many digits, without an exponent where possible; a dash for None. Provisional."""
+    """A number with this many significant digits, without an exponent if possible; a dash for None. Provisional."""
     if value is None:
         return "–"
     if value and not 1e-4 <= abs(value) < 1e6:

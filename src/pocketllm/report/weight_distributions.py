@@ -1,4 +1,4 @@
-"""How the weights are distributed, before and after compression."""
+"""Distributions of the weights before and after compression."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Progress = Callable[[float, str], None]
 
 @dataclass
 class Moments:
-    """Sums over weights, in float64, from which the figures of a distribution follow."""
+    """Sums over weights, in float64, from which the statistics of a distribution are computed."""
 
     count: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))  # of powers 1 to 4
@@ -76,9 +76,9 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Weights:
-    """Distributions of every kind; empty, with the reason, where there is no dense model to compare with.
+    """Distributions of every kind; empty, with the reason, if there is no dense model to compare with.
 
-    source: the dense model, as it was named. mismatch: set where the errors measured are not the stored ones.
+    source: the dense model, as it was named. mismatch: set if the measured errors differ from the stored ones.
     """
 
     kinds: tuple[Distribution, ...] = ()
@@ -136,10 +136,10 @@ def compare_weights(
 
 
 def _check_same(model: ModelFacts, source: DenseCheckpoint, folder: Path) -> None:
-    """Every compressed matrix is in the dense model, in the same shape.
+    """Check that every compressed matrix is in the dense model, with the same shape.
 
     Raises:
-        SourceError: naming the matrix.
+        SourceError: names the matrix.
     """
     stored = set(source.names())
     for matrix in model.matrices:
@@ -189,14 +189,14 @@ def _distribution(
 
 
 def _mismatch(matrices: tuple[MatrixFacts, ...], found: tuple[Distribution, ...]) -> str:
-    """A sentence where a measured error is not the stored one, '' where all agree."""
+    """A note if a measured error differs from the stored one, '' if all agree."""
     measured = {name: nmse for distribution in found for name, nmse in distribution.nmse.items()}
     stored = {m.name: m.nmse for m in matrices}
     for name, nmse in measured.items():
         known = stored[name]
         if known is not None and abs(nmse - known) > 0.05 * known + 1e-4:
             return (
-                f"{name}: the nmse found here is {nmse:.4g}, the stored one {known:.4g}. "
-                "Either this is not the model that was compressed, or it was tuned afterwards."
+                f"{name}: the measured nmse is {nmse:.4g}, the stored one {known:.4g}. "
+                "Either this is not the model that was compressed, or the compressed model was fine-tuned afterwards."
             )
     return ""

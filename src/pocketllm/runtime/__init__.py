@@ -1,7 +1,7 @@
-"""Run what was compressed: packed layers, loading, decoding, export.
+"""Run compressed models: packed layers, loading, decoding, export.
 
-Public is what `__all__` names (docs/api.md describes each name); `load` and `export` stand in
-`pocketllm` itself. The modules within may change without notice.
+The public names are those in `__all__` (docs/api.md describes each); `load` and `export` are in `pocketllm`
+itself. The modules may change without notice.
 """
 
 from __future__ import annotations

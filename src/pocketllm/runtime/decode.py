@@ -18,7 +18,7 @@ from pocketllm.runtime.layers import PackedMatrix, Store
 
 @dataclass
 class Matrices:
-    """The matrices of a compressed model; memory is that of one matrix at a time.
+    """The matrices of a compressed model, decoded one at a time.
 
     Example:
         >>> matrices = Matrices.open(Path("smol-8x"))
@@ -51,7 +51,7 @@ class Matrices:
         return matrices
 
     def read(self, name: str) -> Tensor:
-        """A decoded parameter in float32, in the shape the model holds it.
+        """A decoded parameter in float32, in its shape in the model.
 
         Raises:
             FormatError: its tensors are missing or of another size than the layout says.
@@ -82,7 +82,7 @@ class Matrices:
             for key, buffer in list(owner._buffers.items()):
                 name = ".".join(part for part in (prefix, path, key) if part)
                 if name not in self._files:
-                    raise FormatError(f"{name}: no file holds it; fetch the model again")
+                    raise FormatError(f"{name}: no file contains it; fetch the model again")
                 stored = self._files[name].get_tensor(name)
                 assert buffer is not None
                 if stored.shape != buffer.shape or stored.dtype != buffer.dtype:

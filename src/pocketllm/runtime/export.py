@@ -1,4 +1,4 @@
-"""Write a compressed model as an ordinary dense one."""
+"""Export a compressed model as an ordinary dense one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def export(folder: Path, output: Path, dtype: torch.dtype, trust_remote_code: bo
     """Decode a compressed model into a dense safetensors checkpoint under the names tools expect.
 
     Args:
-        folder: the compressed model. output: folder to make; must not exist or be empty.
+        folder: the compressed model. output: folder to create; must not exist or must be empty.
         dtype: of the dense weights.
 
     Returns:
@@ -49,7 +49,7 @@ def save_dense(model: Any, tokenizer: Any, output: Path) -> int:
     model._weight_conversions = None  # so that saving restores the names of the original checkpoint
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own: whatever lies beside the output is not ours to delete.
+        # A unique name, so that no other file next to the output is deleted.
         with tempfile.TemporaryDirectory(prefix=".pocketllm-", dir=output.parent) as place:
             whole = Path(place) / "model"  # within, since the place itself is closed to others
             with system_errors(output):

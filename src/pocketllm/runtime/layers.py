@@ -1,6 +1,6 @@
-"""Compressed layers: the model's own modules, whose weight is decoded instead of stored.
+"""Compressed layers: the model's own modules with a weight that is decoded instead of stored.
 
-Any module works, whatever its forward does with its weight: the parameter is replaced by a `PackedMatrix`
+Any module works, whatever its forward does with the weight: the parameter is replaced by a `PackedMatrix`
 (registered under the parameter's name, so tensors are called `NAME.indices`, `NAME.row_scale`) and the
 module's class by a subclass in which that name is a property that decodes. Codebooks and decoders live once
 in a `Store` on the model; layers hold references to it that are not registered.
@@ -37,7 +37,7 @@ class _FixedDtype(nn.Module):
         for name, buffer in list(self._buffers.items()):
             if buffer is not None:
                 moved = fn(buffer)
-                # A float that was cast on the way has lost bits: take the original to the new device.
+                # A float that was cast has lost bits: move the original to the new device.
                 self._buffers[name] = moved if moved.dtype == dtypes[name] else buffer.to(moved.device)
         if recurse:
             for child in self.children():
@@ -49,7 +49,7 @@ class _FixedDtype(nn.Module):
 
 
 class Codebook(_FixedDtype):
-    """One codebook, float16 [K, d], in the buffer `weight`; not stored if it is drawn from a seed."""
+    """One codebook, float16 [K, d], in the buffer `weight`; not stored if it is generated from a seed."""
 
     weight: Tensor
 
@@ -105,9 +105,9 @@ class Store(nn.Module):
 
 
 class PackedMatrix(_FixedDtype):
-    """One coded parameter: `indices` uint8 (packed) and `row_scale` bfloat16 [rows].
+    """One encoded parameter: `indices` uint8 (packed) and `row_scale` bfloat16 [rows].
 
-    Calling it decodes: the parameter's shape, in the dtype the model computes in.
+    Calling it returns the decoded parameter in the dtype in which the model computes.
     """
 
     indices: Tensor
@@ -220,9 +220,9 @@ def initialize_buffers(model: Any) -> None:
 
 
 def compute_weights(model: nn.Module) -> None:
-    """Once the packed tensors are filled: give every layer a class whose weight is decoded on access.
+    """After the packed tensors are filled, give every layer a class whose weight is decoded on access.
 
-    Not before, since transformers finds the modules it fills by walking attributes.
+    Not before, because transformers finds the modules to fill by walking attributes.
     """
     for module in list(model.modules()):
         for leaf, _ in _packed_leaves(module):

@@ -1,4 +1,4 @@
-"""transformers plug-in: `AutoModelForCausalLM.from_pretrained` reads and `save_pretrained` writes our format.
+"""transformers plug-in: `AutoModelForCausalLM.from_pretrained` reads and `save_pretrained` writes the format.
 
 Two ways to run a model: `packed` keeps indices packed in memory, and layers multiply straight from them where there
 is a kernel (others decode their weight each time they run); `dense` decodes every weight once at load into ordinary
@@ -60,7 +60,7 @@ class PocketQuantizationConfig(QuantizationConfigMixin):
         return ckpt.Layout.from_dict({k: v for k, v in self.__dict__.items() if k not in own})
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Everything; there is no default layout to compare with."""
+        """All keys; there is no default layout to compare with."""
         return self.to_dict()
 
 
@@ -76,12 +76,14 @@ class PocketQuantizer(HfQuantizer):
         self._decoded: tuple[dict[str, PackedMatrix], Store] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Only models that are compressed already can be loaded."""
+        """Only models that are already compressed can be loaded."""
         if not self.pre_quantized:
-            raise ConfigError("a dense model is not compressed while loading; use pocketllm.compress first")
+            raise ConfigError(
+                "a dense model cannot be compressed while loading; use pocketllm.compress first"
+            )
         places = kwargs.get("device_map")
         if "disk" in (places.values() if isinstance(places, dict) else ()):
-            raise ConfigError("device_map: offloading to disk is not supported; leave `disk` out")
+            raise ConfigError("device_map: offloading to disk is not supported; remove `disk`")
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` works in both modes."""
@@ -133,7 +135,7 @@ class PocketQuantizer(HfQuantizer):
         return packed_matrices(model) if self._decoded is None else self._decoded[0]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-        """What `save_pretrained` writes: the packed form, in mode `dense`, too."""
+        """The tensors that `save_pretrained` writes: the packed form, also in mode `dense`."""
         if self._decoded is None:
             return None, {}
         state = dict(model.state_dict())
@@ -142,7 +144,7 @@ class PocketQuantizer(HfQuantizer):
             current = state.pop(name)
             if not torch.equal(matrix().to(current.device, current.dtype), current):
                 raise OutputError(
-                    f"{name}: was changed since it was decoded, the packed form would lose that; "
+                    f"{name}: was changed after decoding, and the packed form would lose the change; "
                     "delete model.hf_quantizer and model.config.quantization_config to save it dense"
                 )
             state[f"{name}.indices"] = _buffer(matrix, "indices")
@@ -162,24 +164,24 @@ def _buffer(module: nn.Module, name: str) -> Tensor:
 
 
 def check_shapes(model: nn.Module, layout: ckpt.Layout) -> None:
-    """The layout names parameters this model has, in their shapes.
+    """Check that the parameters in the layout exist in this model, with the same shapes.
 
     Raises:
-        FormatError: naming the parameter.
+        FormatError: names the parameter.
     """
     for name, entry in layout.matrices.items():
         try:
             shape = tuple(model.get_parameter(name).shape)
         except AttributeError as error:
             raise FormatError(
-                f"config.json: {name} is compressed there, but the model has no such parameter"
+                f"config.json: {name} is listed as compressed, but the model has no such parameter"
             ) from error
         if shape != entry.shape:
-            raise FormatError(f"config.json: {name} has shape {entry.shape} there, the model wants {shape}")
+            raise FormatError(f"config.json: {name} has shape {entry.shape} there, but {shape} in the model")
 
 
 def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
-    """The packed tensors in memory are those the layout describes.
+    """Check that the packed tensors in memory are those of the layout.
 
     Raises:
         LoadError: a layer is not compressed, or was not filled.
@@ -199,7 +201,7 @@ def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
     for name, module, crc32 in expected:
         buffers = [module.value()] if isinstance(module, Codebook) else list(module.buffers(recurse=False))
         if any(buffer.is_meta for buffer in buffers):
-            raise LoadError(f"{name}: no value was loaded; the files lack it")
+            raise LoadError(f"{name}: was not loaded; the files do not contain it")
         if ckpt.checksum(*buffers) != crc32:
             raise FormatError(f"{name}: altered (CRC-32 differs from config.json); fetch the model again")
 
@@ -212,19 +214,19 @@ def load(
     device_map: Any = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a compressed model the safe way: files verified first, layers verified afterwards.
+    """Load a compressed model, with its files verified before and its layers after loading.
 
     Args:
-        path: folder of a compressed model, or a hub id of one.
+        path: folder or Hub id of a compressed model.
         mode: `packed` (weights stay packed, layers multiply straight from them), `dense` (decoded at load), or `auto`:
-            packed where every layer has a kernel, else dense, with a line in the log that says why.
+            packed if every layer has a kernel, else dense, with a line in the log that says why.
         dtype: to compute in; `auto` is the checkpoint's.
         device_map: as in transformers.
         trust_remote_code: let transformers run code that the folder contains.
 
     Returns:
-        (model, tokenizer); the model in eval mode, its weights not trainable. The tokenizer is None where the
-        folder holds none.
+        (model, tokenizer); the model in eval mode, its weights not trainable. The tokenizer is None if the
+        folder has none.
 
     Raises:
         FormatError: damaged, altered, or not a compressed model.
@@ -250,6 +252,6 @@ def load(
     )
     if not isinstance(getattr(model, "hf_quantizer", None), PocketQuantizer):
         raise LoadError(
-            f"{folder}: transformers loaded it without pocketllm; its weights are not the model's"
+            f"{folder}: transformers loaded it without pocketllm, so its weights are random; load it in a new process"
         )
     return model.eval().requires_grad_(False), read_tokenizer(folder, trust_remote_code)

@@ -1,6 +1,6 @@
-"""A dense checkpoint, wherever it comes from: a folder, the hub, or the built-in model.
+"""Find and read a dense checkpoint: a folder, a model on the Hub, or the built-in model.
 
-Public is what `__all__` names (docs/api.md describes each name). The modules within may change without notice.
+The public names are those in `__all__` (docs/api.md describes each). The modules may change without notice.
 """
 
 from __future__ import annotations

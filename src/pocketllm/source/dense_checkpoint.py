@@ -1,8 +1,8 @@
 """Read a dense Hugging Face checkpoint tensor by tensor, under the names the model class uses.
 
-transformers renames and merges tensors while loading (a Mixtral checkpoint stores every expert by itself,
-the model holds one 3-D parameter); the same conversions are applied here to one parameter at a time, so
-memory does not grow with the model.
+transformers renames and merges tensors while loading (a Mixtral checkpoint stores every expert separately, the
+model has one 3-D parameter); the same conversions are applied here to one parameter at a time, so memory does not
+grow with the model.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ class DenseCheckpoint:
         value = self._convert(name, tensors) if parts[0].pattern is not None else tensors[0]
         if tuple(value.shape) != self.shape(name):
             raise WeightError(
-                f"{name}: stored with shape {tuple(value.shape)}, the model wants {self.shape(name)}; "
-                "config.json and weights do not belong together"
+                f"{name}: stored with shape {tuple(value.shape)}, wanted {self.shape(name)} as in the model; "
+                "config.json and the weights do not match"
             )
         return value
 
     def check_dtypes(self) -> None:
-        """Look at the dtype of every parameter, without reading values.
+        """Check the dtype of every parameter, without reading values.
 
         Raises:
             WeightError: as `dtype`.
@@ -111,7 +111,7 @@ class DenseCheckpoint:
             self.dtype(name)
 
     def check(self, progress: Callable[[float, str], None] = lambda share, name: None) -> None:
-        """Read every parameter once, so that a bad one is found before the long work begins.
+        """Read every parameter once, so that errors are found before the long work begins.
 
         Raises:
             WeightError: as `read`.
@@ -151,7 +151,7 @@ class DenseCheckpoint:
     def fingerprint(self) -> str:
         """Identity of the model: SHA-256 over config.json and all of the weight files.
 
-        They are read in full: a fine-tuned model can differ from another in the middle of a file alone.
+        They are read in full, because a fine-tuned model may differ only in the middle of a file.
         """
         digest = hashlib.sha256()
         weights = {part.file for parts in self.parts.values() for part in parts}
@@ -164,12 +164,12 @@ class DenseCheckpoint:
 
 @lru_cache(maxsize=1024)
 def _digest(file: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file, read once in a process as long as size and time of change stay."""
+    """SHA-256 of a file, read once per process unless its size or modification time changes."""
     return sha256_file(file)
 
 
 def resolve(name: str, progress: Any = None) -> Path:
-    """Folder of a model given as a local folder, `builtin:NAME` or a hub id.
+    """Folder of a model given as a local folder, `builtin:NAME` or a Hub id.
 
     Raises:
         SourceError: nothing is found there.
@@ -186,7 +186,7 @@ def resolve(name: str, progress: Any = None) -> Path:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local:
         raise SourceError(
-            f"{name}: no such folder; wanted a model folder, a hub id (owner/name) or builtin:…"
+            f"{name}: no such folder; wanted a model folder, a Hub id (owner/name) or builtin:…"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -197,20 +197,19 @@ def resolve(name: str, progress: Any = None) -> Path:
         return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns="*/*"))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise SourceError(
-            f"{name}: {local}, and as a hub id it was tried in vain ({reason_of(error)}); "
+            f"{name}: {local}, and the Hub lookup failed ({reason_of(error)}); "
             "check the name, your login and the connection"
         ) from error
     except Exception as error:
         if "httpx" in type(error).__module__ or "requests" in type(error).__module__:
             raise SourceError(
-                f"{name}: {local}, and to try it as a hub id the hub cannot be reached ({error}); "
-                "give a local folder"
+                f"{name}: {local}, and the Hub cannot be reached ({error}); give a local folder"
             ) from error
         raise
 
 
 def resolve_local(name: str) -> Path | None:
-    """Folder of a model as in `resolve`, if it is on this machine already; nothing is fetched."""
+    """Folder of a model as in `resolve`, if it is already on this machine; nothing is downloaded."""
     from pocketllm.source import builtin
 
     if name.startswith(builtin.BUILTIN_PREFIX):
@@ -265,7 +264,7 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
     missing = [name for name in meta if name not in found and name not in tied]
     if missing:
         raise SourceError(
-            f"{folder}: no file holds {missing[0]} ({len(missing)} parameters missing); "
+            f"{folder}: no file contains {missing[0]} ({len(missing)} parameters missing); "
             "the checkpoint is incomplete, fetch it again"
         )
     stored = {name: found[name] for name in meta if name in found and name not in tied}

@@ -1,4 +1,4 @@
-"""What lies in a model's folder: weight files, model class, tokenizer."""
+"""The contents of a model folder: weight files, model class, tokenizer."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = Fals
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The model's tokenizer, or None where the folder holds none.
+    """The model's tokenizer, or None if the folder has none.
 
     Raises:
         SourceError: its files cannot be read.
@@ -161,7 +161,7 @@ def need_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer.
 
     Raises:
-        SourceError: the folder holds none, or its files cannot be read.
+        SourceError: the folder has none, or its files cannot be read.
     """
     tokenizer = read_tokenizer(folder, trust_remote_code)
     if tokenizer is None:
@@ -170,8 +170,8 @@ def need_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def no_tokenizer(folder: Path) -> SourceError:
-    """What to say of a folder that holds none."""
-    return SourceError(f"{folder}: holds no tokenizer; add its files (tokenizer.json, tokenizer_config.json)")
+    """The error for a folder without a tokenizer."""
+    return SourceError(f"{folder}: has no tokenizer; add its files (tokenizer.json, tokenizer_config.json)")
 
 
 def read_vocabulary(folder: Path, name: str, trust_remote_code: bool = False) -> Vocabulary:

@@ -1,4 +1,4 @@
-"""The paper's claims, each as a command that measures it and says whether it held."""
+"""The paper's claims, each as a command that measures it and reports whether it held."""
 
 from __future__ import annotations
 

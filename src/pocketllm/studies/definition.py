@@ -1,4 +1,4 @@
-"""What a study is: independent steps that measure, and what is made of their results."""
+"""The definition of a study: independent steps that measure, and the evaluation of their results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Progress = Callable[[float], None]
 
 
 def portion(progress: Progress, begin: float, end: float) -> Progress:
-    """The progress of a part that begins and ends at these shares of all."""
+    """The progress of a part that starts and ends at these shares of the total."""
     return lambda share: progress(begin * (1 - share) + end * share)
 
 
@@ -40,7 +40,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a study is run on.
+    """The inputs of a study.
 
     model: folder, hub id or `builtin:smollm2-135m`. quick: a small version that ends in three minutes.
     seed: of every random choice. device: `cpu` or `cuda`.
@@ -105,7 +105,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Table:
-    """Figures as text. note: what they are of; stands below the table."""
+    """A table as text. note: what its values are; printed below the table."""
 
     title: str
     header: Sequence[str]

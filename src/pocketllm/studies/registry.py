@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 STUDIES: dict[str, str] = {
     "rln": "reshaped layer norm against layer norm and none, in training",
-    "overfit": "one matrix alone: what error is reached, what error is possible",
-    "depth": "1, 3 and 5 blocks: is more worse, and is it optimization or capacity",
+    "overfit": "a single matrix: the error reached and the least error possible",
+    "depth": "1, 3 and 5 blocks: are more blocks worse, and is the cause optimization or capacity",
     "codebook": "codebook size and vector length at equal bits and at equal size",
-    "utilization": "which codewords are used, by initialization; a collapse provoked",
+    "utilization": "codebook usage by initialization, and a provoked collapse",
     "sensitivity": "which parts of a model suffer most from compression, for the bytes they save",
     "decoder": "what the decoder buys at equal stored bits, before and after recovery",
     "overhead": "what decoding costs at load and at run time",
-    "robustness": "8 to 20 times smaller: on several texts and tasks, where it becomes brittle",
+    "robustness": "8 to 20 times smaller: several texts and tasks, and where quality breaks down",
 }
-"""Name -> what it asks, in a line."""
+"""Name -> its question in one line."""
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError naming the known studies where `name` is none."""
+    """Raises ConfigError, which lists the known studies, if `name` is not one of them."""
     if name not in STUDIES:
         raise ConfigError(f"unknown study {name!r}; known: {', '.join(STUDIES)}")
 

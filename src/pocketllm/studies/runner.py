@@ -1,4 +1,4 @@
-"""Run a study step by step, resumable, and write all of what it found or nothing."""
+"""Run a study step by step, resumable, and write its results completely or not at all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a study left. result: the contents of result.json. files: of the folder."""
+    """The output of a study. result: the contents of result.json. files: those in the folder."""
 
     output: Path
     result: dict[str, Any]
@@ -54,8 +54,8 @@ def run_study(
     """Measure, and write OUTPUT/result.json, NAME.md, NAME.png and NAME.svg.
 
     Args:
-        name: one of `STUDIES`. model: folder, hub id or `builtin:smollm2-135m`.
-        output: folder to make. A half-done one of the same arguments is continued.
+        name: one of `STUDIES`. model: folder, Hub id or `builtin:smollm2-135m`.
+        output: folder to create. An unfinished run with the same arguments is resumed.
         quick: a small version, within three minutes on two cores for the built-in model.
         texts: files to measure on, one unless the study takes several; None takes the default one.
         overwrite: replace the study at `output`.
@@ -146,11 +146,11 @@ def _setup(
 
 
 def _check_texts(study: Study, texts: Sequence[str]) -> None:
-    """Raises ConfigError where some of the texts would not be measured on."""
+    """Raises ConfigError if some of the texts would not be used."""
     if texts and not study.on_text:
-        raise ConfigError(f"{study.name}: measures no model on text; leave the texts out")
+        raise ConfigError(f"{study.name}: does not use text; omit the texts")
     if len(texts) > 1 and not study.several_texts:
-        raise ConfigError(f"{study.name}: measures on one text, got {len(texts)}; name one of them")
+        raise ConfigError(f"{study.name}: uses one text, got {len(texts)}; name one of them")
     places = [Path(text).resolve() for text in texts]
     for text, place in zip(texts, places, strict=True):
         if places.count(place) > 1:
@@ -158,7 +158,7 @@ def _check_texts(study: Study, texts: Sequence[str]) -> None:
 
 
 def _asked(study: Study, setup: Setup) -> dict[str, Any]:
-    """Everything that the results depend on, beside the versions of what is installed."""
+    """Everything that the results depend on, except the versions of installed packages."""
     import torch
 
     return {
@@ -177,7 +177,7 @@ def _asked(study: Study, setup: Setup) -> dict[str, Any]:
 
 @contextmanager
 def _nothing_left(folder: Path) -> Iterator[None]:
-    """Remove the folder of a study that fails before it holds anything of worth."""
+    """Remove the folder of a study that fails before a step is finished."""
     try:
         yield
     except BaseException:
@@ -191,13 +191,13 @@ def _file(folder: Path, step: Step) -> Path:
 
 
 def _check_files(folder: Path, steps: Sequence[Step]) -> None:
-    """Raises ResumeError where something else lies in the place of a step's file."""
+    """Raises ResumeError if something else exists under the name of a step's file."""
     for step in steps:
         file = _file(folder, step)
         if file.exists() and not file.is_file():
-            kind = "a folder" if file.is_dir() else "no file"
+            kind = "a folder" if file.is_dir() else "not a file"
             raise ResumeError(
-                f"{file}: {kind}, wanted the file of a finished step; move it away and run the same command again"
+                f"{file}: {kind}, wanted the file of a finished step; move it away and rerun the command"
             )
 
 
@@ -217,7 +217,7 @@ def _run_step(step: Step, folder: Path, number: int, count: int, progress: Progr
 
 
 def _kept(file: Path) -> dict[str, Any] | None:
-    """What a finished step has written; None where it is missing or damaged, so that the step runs again."""
+    """The values of a finished step; None if they are missing or damaged, so that the step runs again."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
@@ -227,12 +227,12 @@ def _kept(file: Path) -> dict[str, Any] | None:
 
 
 def _digest(found: Mapping[str, Any]) -> str:
-    """A digest of a step's values in plain JSON types: the same when read back, another after any damage."""
+    """A digest of a step's values in plain JSON types: unchanged when read back, different after any damage."""
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinities: None instead."""
+    """Replace infinities, which JSON does not have, by None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

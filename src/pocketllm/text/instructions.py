@@ -1,7 +1,7 @@
 """Read instructions with answers: the Alpaca form, or `prompt` and `response`.
 
 A JSON file (a list of objects) or a JSON-lines file is instruction data if its objects have `instruction` and
-`output` (and perhaps `input`), or `prompt` and `response`; all of them strings. Template: tatsu-lab/stanford_alpaca.
+`output` (optionally `input`), or `prompt` and `response`; all of them strings. Template: tatsu-lab/stanford_alpaca.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read_instructions(path: Path) -> list[tuple[str, str]] | None:
     """Read (prompt, answer) pairs from a file; None if it holds plain text.
 
     Raises:
-        SourceError: malformed JSON, or an object is not an instruction where others have the fields of one.
+        SourceError: malformed JSON, or some objects are instructions and others are not.
     """
     if path.suffix not in ROW_SUFFIXES:
         return None
@@ -51,8 +51,8 @@ def read_instructions(path: Path) -> list[tuple[str, str]] | None:
     found = [prompt_of(row) for row in rows]
     if None in found:
         raise SourceError(
-            f"{path}: row {found.index(None) + 1} is not an instruction; wanted `instruction` and `output` (and "
-            "perhaps `input`), or `prompt` and `response`, as strings in every row"
+            f"{path}: row {found.index(None) + 1} is not an instruction; wanted `instruction` and `output` (optionally "
+            "`input`), or `prompt` and `response`, as strings in every row"
         )
     return [pair for pair in found if pair is not None]
 

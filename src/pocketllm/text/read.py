@@ -1,4 +1,4 @@
-"""Read text from files, folders and Hub data sets, and the texts that are used where none is named."""
+"""Read text from files, folders and Hub data sets, and the default texts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from error
     if not text.strip():
-        raise SourceError(f"{path}: holds no text")
+        raise SourceError(f"{path}: contains no text")
     return text
 
 
@@ -68,7 +68,7 @@ def read_calibration(place: str | Path, characters: int = _HUB_CHARACTERS) -> st
         return read_text(path)
     text = "\n\n".join(_text_of(row) for row in read_rows(path))
     if not text.strip():
-        raise SourceError(f"{path}: holds no text; wanted rows with strings")
+        raise SourceError(f"{path}: contains no text; wanted rows with strings")
     return text
 
 
@@ -109,8 +109,8 @@ def read_rows(path: Path) -> list[Any]:
             raise SourceError(f"{path}: not JSON ({error})") from error
         if not isinstance(rows, list):
             raise SourceError(
-                f"{path}: wanted a list of rows; store its text as one, or move the file out of the folder if "
-                "it is not a text (such as a config.json)"
+                f"{path}: wanted a list of rows; convert it, or move the file out of the folder if "
+                "it is not text (such as a config.json)"
             )
         return rows
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: strings may hold other separators
@@ -145,7 +145,7 @@ def _read_hub(name: str, characters: int) -> str:
         from datasets import load_dataset
     except ImportError as error:
         raise ExtraError(
-            f"{name}: no such file or folder; to read it as a data set of the hub, "
+            f"{name}: no such file or folder; to read it as a data set on the Hub, "
             "`datasets` is needed, which is not installed: pip install 'pocketllm-codec[hub]'"
         ) from error
     identity, config, split = (*name.split(":"), "", "")[:3]
@@ -159,12 +159,12 @@ def _read_hub(name: str, characters: int) -> str:
                 break
     except Exception as error:  # every Hub backend has errors of its own
         raise SourceError(
-            f"{name}: neither a local file or folder nor a data set the hub delivers ({reason_of(error)}); "
+            f"{name}: neither a local file or folder nor a data set that the Hub provides ({reason_of(error)}); "
             "check the path, or the name (OWNER/NAME:CONFIG:SPLIT), your login and the connection"
         ) from error
     text = "\n\n".join(texts)
     if not text.strip():
-        raise SourceError(f"{name}: holds no text; wanted rows with strings")
+        raise SourceError(f"{name}: contains no text; wanted rows with strings")
     return text
 
 
@@ -196,7 +196,7 @@ def named_default(held_out: bool = False) -> tuple[str, str]:
 
 
 def evaluation_text() -> tuple[str, str]:
-    """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, else Python's own documentation."""
+    """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, otherwise Python's own documentation."""
     file = _data_file("wikitext2/wiki.test.raw")
     if file is None:
         return named_default(held_out=True)
@@ -218,7 +218,7 @@ def _data_file(path: str) -> Path | None:
 
 
 def warn_of_shared(texts: tuple[str, ...], validation: str) -> None:
-    """Log a warning where the validation text is also trained on: its loss then says little about other text."""
+    """Log a warning if the validation text is also trained on: its loss then says little about other text."""
     trained = {path.resolve() for text in texts for path in text_paths(text)}
     shared = [path for path in text_paths(validation) if path.resolve() in trained]
     if shared:

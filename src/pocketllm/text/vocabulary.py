@@ -1,4 +1,4 @@
-"""What bounds the text a model can be given: its positions, and the vocabulary that two models must share."""
+"""Limits on a model's text: its positions, and the vocabulary that two models must share."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def name_of(model: Any) -> str:
 
 
 def positions_of(config: Any) -> int | None:
-    """Most tokens of a window, by a model's (transformers) configuration; None where it sets no bound."""
+    """Largest number of tokens in a window, by a model's transformers configuration; None if it sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_positions(config: Any, context: int, name: str) -> None:
-    """A model has as many positions as a window has tokens.
+    """Check that a model has at least as many positions as a window has tokens.
 
     Args:
         config: its transformers configuration. context: tokens. name: of the model, for the message.
@@ -37,7 +37,7 @@ def check_positions(config: Any, context: int, name: str) -> None:
 class Vocabulary:
     """The tokens of a model. name: of the model. size: logits per position.
 
-    ids: number of each token; None where no tokenizer is known.
+    ids: number of each token; None if no tokenizer is known.
     """
 
     name: str
@@ -46,10 +46,10 @@ class Vocabulary:
 
 
 def check_vocabularies(own: Vocabulary, dense: Vocabulary) -> None:
-    """Two models can be compared token by token only if a token means the same to both.
+    """Check that tokens mean the same to two models, so that they can be compared token by token.
 
     Raises:
-        ConfigError: naming both models, and how their vocabularies differ.
+        ConfigError: names both models and how their vocabularies differ.
     """
     advice = f"name the dense model that {own.name} was compressed from"
     if own.size != dense.size:
@@ -61,6 +61,6 @@ def check_vocabularies(own: Vocabulary, dense: Vocabulary) -> None:
     token = next(token for token in {**own.ids, **dense.ids} if own.ids.get(token) != dense.ids.get(token))
     numbers = (ids.get(token, "missing") for ids in (dense.ids, own.ids))
     raise ConfigError(
-        f"{dense.name} and {own.name} have as many tokens, but other ones "
+        f"{dense.name} and {own.name} have the same number of tokens, but different ones "
         f"({token!r} is {' and '.join(map(str, numbers))}); {advice}"
     )

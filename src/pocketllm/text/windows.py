@@ -39,7 +39,7 @@ def token_windows(tokenizer: Any, text: str, context: int, windows: int | None =
         windows: number of windows; None takes all.
 
     Raises:
-        ConfigError: a context below 2, fewer than 1 window, or a text shorter than the windows wanted.
+        ConfigError: a context below 2, fewer than 1 window, or a text too short for these windows.
     """
     if context < 2:
         raise ConfigError(f"context: got {context}, wanted at least 2 tokens")
@@ -72,7 +72,8 @@ def calibration_windows(tokenizer: Any, texts: list[str], tokens: int, context: 
         context = min(context, len(short))
     if context < 2:
         raise SourceError(
-            f"calibration: the texts have {context} tokens, wanted thousands and at least two; give more text"
+            f"calibration: the texts have {context} tokens, wanted at least two and preferably thousands; "
+            "give more text"
         )
     generator = torch.Generator().manual_seed(seed)
     parts = [full_windows(ids, context) for ids in sequences]
@@ -85,7 +86,7 @@ def calibration_windows(tokenizer: Any, texts: list[str], tokens: int, context: 
 
 
 def _equal_shares(available: list[int], wanted: int) -> list[int]:
-    """Number of windows taken from each text: equal, with texts that have fewer made up for by the others."""
+    """Number of windows taken from each text: equal, and more from the others if a text has fewer."""
     shares = [0] * len(available)
     order = sorted(range(len(available)), key=available.__getitem__)
     for done, position in enumerate(order):
@@ -117,7 +118,7 @@ def all_windows(tokenizer: Any, texts: Mapping[str, str], context: int) -> Tenso
     found = torch.cat([full_windows(ids, context) for ids in tokens])
     if not len(found):
         raise ConfigError(
-            f"the text ({', '.join(texts)}) has {sum(map(len, tokens))} tokens, not one window of {context}; "
+            f"the text ({', '.join(texts)}) has {sum(map(len, tokens))} tokens, less than one window of {context}; "
             "give more text or lower the context"
         )
     return found

@@ -1,4 +1,4 @@
-"""The hot loops in torch, on any device: what every other kernel has to agree with."""
+"""The hot loops in torch, on any device; every other kernel must agree with them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PathProblem:
 
     @property
     def kept(self) -> int:
-        """Bits that a state shares with the one before."""
+        """Bits that a state shares with the previous one."""
         return self.width - self.stride
 
 

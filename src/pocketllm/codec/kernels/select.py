@@ -1,7 +1,7 @@
-"""Which kernel does a hot loop: the fastest that runs on the device, and agrees with the reference.
+"""The choice of kernel for each hot loop: the fastest that runs on the device and agrees with the reference.
 
-Every kernel but the reference is tried once a process, on a small problem, before it is used; one that finds
-something else is left out with a warning.
+Every kernel except the reference is checked once per process on a small problem before it is used; one whose
+result differs is not used, with a warning.
 """
 
 from __future__ import annotations
@@ -115,14 +115,14 @@ def _triton(device: torch.device) -> ModuleType | None:
 
 @functools.cache
 def _agrees(language: str, differs: Callable[[torch.device], str], device: torch.device) -> bool:
-    """Whether a kernel does what the reference does; warns once where it does not."""
+    """Whether a kernel agrees with the reference; warns once if it does not."""
     try:
         wrong = differs(device)
     except Exception as error:  # whatever a compiler or a driver may say
         wrong = reason_of(error)
     if wrong:
         logger.warning(
-            "a kernel in %s is not used on %s (%s); torch does it, slower", language, device, wrong
+            "the %s kernel is not used on %s (%s); torch replaces it and is slower", language, device, wrong
         )
     return not wrong
 
@@ -133,7 +133,7 @@ def _paths_of(kernel: ModuleType) -> Callable[[torch.device], str]:
 
 
 def paths_differ(search: Callable[[PathProblem], Tensor], device: torch.device) -> str:
-    """What is wrong with a path search, tried on a few points; empty if it finds what the reference finds."""
+    """How a path search on a few points differs from the reference; empty if it agrees."""
     generator = torch.Generator().manual_seed(0)
     points, tables = (torch.randn(size, generator=generator).to(device) for size in ((61, 2), (2, 2, 256)))
     which = torch.tensor([0, 1], device=device)
@@ -152,7 +152,7 @@ def paths_differ(search: Callable[[PathProblem], Tensor], device: torch.device) 
         stride=3,
     )
     same = torch.equal(search(problem), reference.cheapest_paths(problem))
-    return "" if same else "it finds other paths"
+    return "" if same else "its paths differ from torch's"
 
 
 def _nearest_differs(device: torch.device) -> str:

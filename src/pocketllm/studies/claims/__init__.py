@@ -1,1 +1,1 @@
-"""What the paper claims: the numbers and verdicts of its findings, one module for each study."""
+"""The paper's claims: the numbers and verdicts of the findings, one module per study."""

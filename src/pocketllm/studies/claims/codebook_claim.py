@@ -1,4 +1,4 @@
-"""Are codebook and decoder small beside the indices, and do longer vectors pay, before and after that cost?"""
+"""Are codebook and decoder small compared with the indices, and do longer vectors pay off with and without them?"""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ COUNTS = {
     "bpw_shared": "all bits, codebook shared by the kind",
     "bpw_alone": "all bits, codebook for these rows alone",
 }
-"""What bits per weight can count: the key of a point, and in words."""
-_SMALL = 0.1  # of the bits of the indices: what is concise beside them
+"""Ways to count bits per weight: key of a point -> description."""
+_SMALL = 0.1  # share of the bits of the indices below which codebook and decoder are concise
 _BESIDE = 0.1  # bits beside those of the indices that a budget allows for scales, codebook and decoder
 _PAPER = {"d": 8, "size": 1 << 15, "rows": 4096, "columns": 11008}
 

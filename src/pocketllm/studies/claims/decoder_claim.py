@@ -10,12 +10,12 @@ from pocketllm.studies.measure.significance import Difference, measured, paired
 REFERENCE = "none-kind"
 CALIBRATED = ("calibrated-none", "calibrated-mlp")
 _SHARED = ("none-model", "mlp-matrix")  # one codebook for all matrices, without and with decoders
-_LEAST = 0.01  # a lower error is one from this share on
+_LEAST = 0.01  # relative difference above which an error counts as lower
 _WHENS = ("before", "after")
 
 
 def keys_of(results: Results, calibrated: bool) -> list[str]:
-    """The variants of plain or of calibrated coding."""
+    """The variants of plain or of calibrated encoding."""
     return [key for key in results if key.startswith("calibrated") is calibrated]
 
 
@@ -47,7 +47,7 @@ def numbers(results: Results) -> dict[str, Any]:
 
 
 def _lowest(results: Results, rest: list[str], when: str) -> dict[str, Any] | None:
-    """The lowest divergence with a decoder beside that without; None where one is not finite."""
+    """The lowest divergence with a decoder and that without; None if one is not finite."""
     finite = [key for key in rest if _finite(results, key, when)]
     if not finite or not _finite(results, REFERENCE, when):
         return None
@@ -56,7 +56,7 @@ def _lowest(results: Results, rest: list[str], when: str) -> dict[str, Any] | No
 
 
 def _pair(results: Results, without: str, with_: str) -> dict[str, Any] | None:
-    """Two variants, without decoders and with; None where one is missing or not finite."""
+    """Two variants, without and with decoders; None if one is missing or not finite."""
     if not all(_finite(results, key, *_WHENS) for key in (without, with_)):
         return None
     own, other = results[with_], results[without]
@@ -69,7 +69,7 @@ def _pair(results: Results, without: str, with_: str) -> dict[str, Any] | None:
 
 
 def _against(results: Results, without: str, with_: str, when: str) -> dict[str, Any]:
-    """Divergence and perplexity of both, and the difference window by window: all were measured on the same ones."""
+    """Divergence and perplexity of both, and their difference window by window."""
     own, other = results[with_][when], results[without][when]
     return {
         "kl": [divergence(results, key, when) for key in (with_, without)],

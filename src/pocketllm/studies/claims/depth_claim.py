@@ -11,7 +11,7 @@ from pocketllm.studies.measure.significance import Difference, by_seed, mean, pa
 from pocketllm.studies.measure.trials import PUBLISHED, TRAININGS
 
 Entry = Mapping[str, Any]
-_SHARE = 0.25  # of the gap between 5 and 3 blocks that may remain where tuning is said to close it
+_SHARE = 0.25  # share of the gap between 5 and 3 blocks that may remain if tuning is said to close it
 
 
 def group(results: Results, what: str) -> dict[tuple[str, ...], Entry]:
@@ -43,7 +43,7 @@ def numbers(results: Results) -> dict[str, Any]:
 
 
 def _by_depth(results: Results, name: str) -> dict[str, Any]:
-    """The ends of a start by number of blocks, and how much higher five end than three."""
+    """The final errors of a start by number of blocks, and the difference of five and three."""
     ends = {depth: start_of(results, name, depth)["end_nmse"] for depth in DEPTHS}
     return {"title": TRAININGS[name], "ends": ends, "five": by_seed(ends[5], ends[3])}
 
@@ -65,7 +65,7 @@ def _verdict(worse: Difference | None, fewer: Difference | None) -> str:
 
 
 def _tuned(results: Results) -> dict[str, Any]:
-    """The best that each depth reaches over learning rates and lengths, and what that says of the gap."""
+    """The best result of each depth over learning rates and lengths, and the conclusion about the gap."""
     best = {depth: _best(results, depth) for depth in DEPTHS}
     found: dict[str, Any] = {
         "best": {d: {**e, "edges": _edges(results, d, e)} for d, e in best.items() if e is not None},
@@ -105,7 +105,7 @@ def _best(results: Results, depth: int) -> Entry | None:
 
 
 def _edges(results: Results, depth: int, entry: Entry) -> list[str]:
-    """Where the best lies at the end of what was tried, so that a better one may lie beyond."""
+    """Settings for which the best value is the last one tried, so that a better one may lie beyond."""
     entries = [e for key, e in group(results, "tuned").items() if key[0] == str(depth)]
     rates = [e["settings"]["learning_rate"] for e in entries if e["steps"] == entry["steps"]]
     lengths = {e["steps"] for e in entries}
@@ -118,7 +118,7 @@ def _edges(results: Results, depth: int, entry: Entry) -> list[str]:
 
 
 def _capacity(results: Results) -> dict[str, Any] | None:
-    """Starts and ends from our start by depth, and the gap of most against fewest blocks; None: one broke off."""
+    """Initial and final errors from our start by depth, and the gap of most and fewest blocks; None if one diverged."""
     entries = {depth: results[f"ours.{depth}"] for depth in DEPTHS}
     found = {d: tuple(mean(e[key]) for key in ("start_nmse", "end_nmse")) for d, e in entries.items()}
     most, fewest = max(DEPTHS), min(DEPTHS)

@@ -1,4 +1,4 @@
-"""From how many bits on is the error of one projection below 1e-4, and is that possible at the paper's bits?"""
+"""At how many bits does the error of one projection fall below 1e-4, and is that possible at the paper's bits?"""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pocketllm.studies.measure.overfit_steps import TARGET, TARGETS
 from pocketllm.studies.measure.trials import TRAININGS
 
 Point = Mapping[str, Any]
-_PAPER_BITS = 2.0  # about: d = 8, K = 2^15
-_QUANTIZED = 16  # levels in a run of 32 weights from which on they have not been quantized before
+_PAPER_BITS = 2.0  # approximately: d = 8, K = 2^15
+_QUANTIZED = 16  # number of levels in a run of 32 weights above which they were not quantized before
 
 
 def points(results: Results, what: str) -> dict[str, Point]:

@@ -1,4 +1,4 @@
-"""What decoding costs beside dense weights: by count of operations, and by time and memory."""
+"""The cost of decoding compared with dense weights: in operations, time and memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pocketllm.studies.measure.overhead_steps import MODES
 from pocketllm.studies.measure.probe import DENSE
 
 MEASURED = ("load", "first", "long", "token")
-"""What is timed."""
+"""The timed quantities."""
 _TOLD = ("load", "token", "long", "peak_bytes")
 
 

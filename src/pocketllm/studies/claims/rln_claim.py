@@ -10,7 +10,7 @@ from pocketllm.studies.measure.over_seeds import exploded, over_entries
 from pocketllm.studies.measure.significance import Difference, by_seed, mean
 from pocketllm.studies.measure.trials import NORMS, TRAININGS
 
-_ZEROS = 0.99  # nmse of training from which on it is no better than that of zeros, which is 1
+_ZEROS = 0.99  # nmse above which training is no better than zeros, whose nmse is 1
 
 
 def entries_of(results: Results, training: str, norm: str) -> list[Any]:
@@ -24,13 +24,13 @@ def tried(results: Results, what: str) -> list[str]:
 
 
 def learned_nothing(entry: Any) -> bool:
-    """Whether in most seeds training itself came out no better than zeros."""
+    """Whether training ended no better than zeros in most seeds."""
     lost = sum(value is None or value >= _ZEROS for value in entry["latent_nmse"])
     return 2 * lost > len(entry["latent_nmse"])
 
 
 def numbers(results: Results) -> dict[str, Any]:
-    """For the findings: what exploded, the gap between LayerNorm and RLN, and the ends of all trainings."""
+    """For the findings: exploded trainings, the gap of LayerNorm over RLN, and the final errors of all trainings."""
     grew = {norm: exploded(entries_of(results, "published", norm)) for norm in NORMS}
     trainings = {name: _training(results, name) for name in TRAININGS}
     gap = trainings["published"]["gap"]
@@ -48,7 +48,7 @@ def numbers(results: Results) -> dict[str, Any]:
 
 
 def _training(results: Results, name: str) -> dict[str, Any]:
-    """Ends by norm; how much higher LayerNorm ends than RLN; in how many trainings RLN is better."""
+    """Final errors by norm; the gap of LayerNorm over RLN; the number of trainings in which RLN is better."""
     entries = {norm: entries_of(results, name, norm) for norm in NORMS}
     ends = {norm: [v for e in entries[norm] for v in e["end_nmse"]] for norm in NORMS}
     pairs = list(zip(ends["rln"], ends["ln"], strict=True))
@@ -73,7 +73,7 @@ def _rates(results: Results, when: Callable[[Any], bool]) -> dict[str, list[str]
 
 
 def _size(results: Results, size: str) -> dict[str, Any]:
-    """Ends by norm at a codebook size, and which is lowest, where noise allows to say so."""
+    """Final errors by norm at a codebook size, and the lowest one if it is significant."""
     ends = {title: results[f"size.{norm}.{size}"]["end_nmse"] for norm, title in NORMS.items()}
     known = {title: value for title, values in ends.items() if (value := mean(values)) is not None}
     first, *others = sorted(known, key=lambda title: known[title]) or ["none"]

@@ -1,4 +1,4 @@
-"""Is more accuracy lost than in the paper; where does the model become brittle; which text suffers most?"""
+"""Is more accuracy lost than in the paper, where does quality break down, and which text suffers most?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def keys_of(results: Results, path: str | None = None, files: bool | None = None
 
 
 def dense_perplexities(results: Results) -> dict[str, float]:
-    """By text, where the dense model's is finite: without it nothing can be compared."""
+    """By text, if the dense model's perplexity is finite; otherwise nothing can be compared."""
     return {text: value for text, value in results["dense"]["perplexity"].items() if value is not None}
 
 
@@ -84,7 +84,7 @@ def _claim(results: Results) -> dict[str, Any]:
 
 
 def _likely(results: Results) -> dict[str, Any]:
-    """What the right answers lose: it sees losses that are within the noise of accuracy."""
+    """The probability that right answers lose, which reveals losses within the noise of accuracy."""
     found = {key: likely_lost(results, key) for key in keys_of(results)}
     known = {key: each for key, each in found.items() if each is not None}
     beyond = [key for key, each in known.items() if each.clear and each.value > 0]
@@ -92,7 +92,7 @@ def _likely(results: Results) -> dict[str, Any]:
 
 
 def _brittle(results: Results, path: str) -> dict[str, Any]:
-    """From which setting of a path on perplexity more than doubles; None where it never does."""
+    """The first setting of a path at which perplexity more than doubles; None if there is none."""
     keys = keys_of(results, path)
     factors = {key: factor(results, key) for key in keys}
     broken = next((k for k, value in factors.items() if value is None or value > BRITTLE), None)

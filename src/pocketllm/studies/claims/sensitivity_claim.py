@@ -1,4 +1,4 @@
-"""Do the outer blocks, or the attention, lose more than others for the megabytes that they save?"""
+"""Do the outer blocks, or attention, lose more than others per megabyte saved?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pocketllm.studies.measure.task_scores import Tasks, able, cost_gap, probabi
 
 Values = Mapping[str, Any]
 PATHS = {"plain": "error of the weights", "calibrated": "error of the layers' outputs"}
-"""Path -> what its indices are chosen by."""
+"""Path -> the objective by which its indices are chosen."""
 TASK_STEPS = {
     "plain-tasks": "Zero-shot tasks (plain)",
     "calibrated-tasks": "Zero-shot tasks (calibrated)",
@@ -65,7 +65,7 @@ def numbers(results: Results) -> dict[str, Any]:
 
 
 def _broken(values: Values) -> list[str]:
-    """The groups whose divergence is not finite: with one of them nothing is compared."""
+    """The groups whose divergence is not finite; if there are any, nothing is compared."""
     return [name for name, group in values["groups"].items() if group["kl"] is None]
 
 

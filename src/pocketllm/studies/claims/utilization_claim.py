@@ -1,4 +1,4 @@
-"""Does the published start leave codewords unused; what does moving them bring; does a provoked collapse show?"""
+"""Does the published start leave codewords unused, does moving them help, and is a provoked collapse detected?"""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SHOWN = {
 }
 """The trainings and their names on the page."""
 _OTHERS, _PROVOKED = ("revived", "guarded", "ours"), ("collapse-norm", "collapse-rate")
-_ALL = 0.99  # a codebook is used where this share of its codewords is
+_ALL = 0.99  # a codebook counts as used if this share of its codewords is
 COLLAPSED = 0.1
-"""A codebook has collapsed where its perplexity of use is less than this share of K."""
+"""A codebook has collapsed if its perplexity of use is less than this share of K."""
 
 
 def collapsed(entry: Mapping[str, Any]) -> str:

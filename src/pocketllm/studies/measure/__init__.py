@@ -1,1 +1,1 @@
-"""How the claims are measured: the steps of each study, and what they share."""
+"""Measurement of the claims: the steps of each study, and their common parts."""

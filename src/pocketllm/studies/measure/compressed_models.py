@@ -26,7 +26,7 @@ _STAGES = {"measure": (0.0, 0.2), "fit": (0.2, 0.4), "encode": (0.4, 1.0)}
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured: windows of so many tokens of each text, the first `limit` documents of each task."""
+    """The extent of the measurement: windows of each text, the first `limit` documents of each task."""
 
     context: int
     windows: int
@@ -71,7 +71,7 @@ def calibrated(preset_name: str, **changes: Any) -> CompressConfig:
 
 
 def inputs(tasks: Sequence[str] | None = None) -> dict[str, Any]:
-    """What a study that calibrates, and may be scored on tasks, finds on this machine.
+    """The texts and tasks on this machine that a study can use.
 
     Returns:
         calibration: name of the text -> digest. tasks, if given: name -> digest of its files.
@@ -104,7 +104,7 @@ def task_names() -> list[str]:
 
 
 def check_texts(setup: Setup, extent: Extent) -> None:
-    """See that every text has as many windows, before hours are spent on what is measured on it.
+    """Check that every text has enough windows, before the long work.
 
     Raises:
         SourceError: no tokenizer, or a text cannot be read. ConfigError: a text is too short.
@@ -122,7 +122,7 @@ def check_texts(setup: Setup, extent: Extent) -> None:
 
 
 def fitting(setup: Setup, context: int) -> int:
-    """So many tokens; fewer where the model has fewer positions."""
+    """The number of tokens, or fewer if the model has fewer positions."""
     return min(context, positions_of(setup.source().model.config) or context)
 
 
@@ -154,7 +154,7 @@ def mean_nmse(report: Mapping[str, Any]) -> float:
 @contextmanager
 @torch.no_grad()
 def installed(model: Any, matrices: Matrices, names: Iterable[str]) -> Iterator[None]:
-    """Some of a dense model's matrices are the compressed ones while this lasts."""
+    """Context in which some of a dense model's matrices are replaced by the compressed ones."""
     before = {name: model.get_parameter(name).clone() for name in names}
     try:
         for name in before:

@@ -1,4 +1,4 @@
-"""What a decoder buys: the same stored bits spent on decoders or on codebooks, before and after recovery."""
+"""The benefit of a decoder: the same stored bits spent on decoders or on codebooks, before and after recovery."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to spend the bits beside the indices. equal: whether it is to have as many bytes as the reference."""
+    """A way to spend the bits other than those of the indices. equal: whether it must match the reference's bytes."""
 
     shown: str
     config: CompressConfig
@@ -70,7 +70,7 @@ def variants(setup: Setup) -> dict[str, Variant]:
     budget = kinds * codebook
 
     def add(key: str, shown: str, codebooks: str, decoders: str, equal: bool = True, **codec: Any) -> None:
-        """With as many codewords as the budget leaves, at most K; not at all where it leaves none."""
+        """Add a variant with as many codewords as the budget allows, at most K; none if it allows none."""
         chosen = replace(base.codec, **codec)
         number = {"matrix": count, "kind": kinds, "model": 1}
         spent = number[decoders] * chosen.decoder_bits // 8
@@ -182,7 +182,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _distilled(setup: Setup, size: Size, folder: Path, tuned: Path, progress: Progress) -> dict[str, Any]:
-    """Distil a compressed model into the folder `tuned`; what is reported of it."""
+    """Distil a compressed model into the folder `tuned`; returns the values to report."""
     from pocketllm import distill
     from pocketllm.compression import Event
 

@@ -1,4 +1,4 @@
-"""1, 3 or 5 blocks in encoder and decoder: is more worse, and if so, is it optimization or capacity?"""
+"""1, 3 or 5 blocks in encoder and decoder: are more blocks worse, and is the cause optimization or capacity?"""
 
 from __future__ import annotations
 

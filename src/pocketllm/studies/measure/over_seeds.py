@@ -1,4 +1,4 @@
-"""The same training on one matrix from several seeds, and figures of all of them together."""
+"""The same training on one matrix from several seeds, and statistics over them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pocketllm.studies.measure.trials import Rows, Training, Trial, binned, digi
 
 _BINS = 40
 EXPLODED = 10.0
-"""A gradient has exploded at so many times the norm of the first step's."""
+"""A gradient has exploded if its norm is this many times that of the first step."""
 
 
 def step_over_seeds(
@@ -27,7 +27,7 @@ def step_over_seeds(
 
     Its values: matrix, settings, codebook_size, seeds, and the `figures` of the trials; by default
     steps, of a training; and one for each seed:
-    start_nmse, end_nmse (of unit rows, indices as `compress` chooses them; None where training broke off),
+    start_nmse, end_nmse (of unit rows, indices as `compress` chooses them; None if training diverged),
     latent_nmse (of the last epoch, nearest latents), nmse and rmse (of the matrix coded with the best state
     met), first_, peak_ and last_gradient, perplexity_of_use (last epoch); gradient: over training,
     lowest, median and highest of the seeds in each bin.

@@ -1,4 +1,4 @@
-"""One projection alone: the error that is reached, beside the error that is possible at that rate."""
+"""A single projection: the error reached, and the least error possible at that rate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pocketllm.studies.measure.trials import (
 
 TARGET = 1e-4
 TARGETS = {"MSE": TARGET, "RMSE": TARGET**2}
-"""What the paper's figure may mean, as mean square errors."""
+"""Interpretations of the paper's figure, as mean square errors."""
 _MOST, _BATCH = 1 << 20, 4096
 CURVES = ((8, 4096), (4, 256))  # (d, K)
 QUICK_CURVES, _QUICK_EPOCHS = ((8, 256),), 20

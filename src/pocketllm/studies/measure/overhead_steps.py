@@ -1,4 +1,4 @@
-"""What decoding costs: floating point operations by formula; time and memory by measurement."""
+"""The cost of decoding: floating point operations by formula, time and memory by measurement."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _rotation_flops(size: int) -> int:
 
 
 def forms(setup: Setup) -> dict[str, CompressConfig]:
-    """Stored forms that decode differently. How well they fit has no part in it, so they are fitted quickly."""
+    """Stored forms that decode differently. The quality of the fit does not matter, so they are fitted quickly."""
     size = 256 if setup.quick else 4096
     codec = CodecConfig(epochs=0, kmeans_iterations=4, sample_per_codeword=64)
     lookup = CompressConfig(
@@ -96,7 +96,7 @@ def steps(setup: Setup) -> list[Step]:
 
 
 def _form(setup: Setup, name: str, progress: Progress) -> dict[str, Any]:
-    """Code the model in a form; bytes and operations."""
+    """Encode the model in a form; returns bytes and operations."""
     from pocketllm.format import read_layout, read_report
 
     folder = compressed(setup, name, forms(setup)[name], progress)
@@ -112,7 +112,7 @@ def _form(setup: Setup, name: str, progress: Progress) -> dict[str, Any]:
 
 
 def _round(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
-    """Every form and mode, each in a process of its own, one after another on the same machine."""
+    """Every form and mode, each in its own process, one after another on the same machine."""
     import torch
 
     from pocketllm.source import resolve

@@ -1,4 +1,4 @@
-"""Load a model in a process of its own and time it: what one process has touched, another has not paid for.
+"""Load a model in a separate process and time it, so that no measurement benefits from earlier ones.
 
 python -m pocketllm.studies.measure.probe '{"folder": …, "mode": …}'   # prints one JSON object
 """
@@ -21,7 +21,7 @@ DENSE = "dense checkpoint"
 
 @dataclass(frozen=True)
 class Probe:
-    """What a process does.
+    """The job of a process.
 
     folder: of the model. mode: DENSE (not compressed), or as `pocketllm.load` has it.
     short, long: tokens of the two prompts. new_tokens: most that are generated after the short one.
@@ -39,7 +39,7 @@ class Probe:
 
 
 def run(probe: Probe) -> dict[str, float]:
-    """Run a probe in a new process; what it found (`measure`).
+    """Run a probe in a new process; returns the result of `measure`.
 
     Raises:
         LoadError: the process failed; the message ends with its last words.

@@ -1,4 +1,4 @@
-"""What is possible at a rate: the bound for Gaussian rows (Shannon 1959), the best scalar quantizer."""
+"""Limits at a rate: the bound for Gaussian rows (Shannon 1959), the best scalar quantizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _QUANTILES = 4096
 
 
 def gaussian_mse(row_squares: Tensor, bits: float) -> float:
-    """Least mean square error of independent Gaussian rows at so many bits per weight.
+    """Least mean square error of independent Gaussian rows at a number of bits per weight.
 
     Reverse water-filling: a row of mean square s gets max(0, log2(s / level) / 2) bits and keeps the error
     min(s, level), the level such that the bits are used up (Cover and Thomas, section 10.3.3).

@@ -1,4 +1,4 @@
-"""8 to 20 times smaller: perplexity on several kinds of text, and zero-shot tasks; where does it become brittle?"""
+"""8 to 20 times smaller: perplexity on several kinds of text, zero-shot tasks, and where quality breaks down."""
 
 from __future__ import annotations
 

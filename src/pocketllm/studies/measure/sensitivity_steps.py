@@ -1,4 +1,4 @@
-"""Which parts of a model suffer most: code everything, put back one part at a time, measure the loss."""
+"""Which parts of a model suffer most: encode everything, use one encoded part at a time, measure the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means, spreads, and differences between measured numbers with their noise, by Student's t."""
+"""Means, spreads, and differences of measured numbers with their uncertainty, by Student's t."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pocketllm.evaluate import standard_error
 
 CONFIDENCE = 0.95
-"""The confidence of intervals: by chance alone 1 - CONFIDENCE of differences that are none lie outside."""
+"""The confidence level of intervals: by chance, a share of 1 - CONFIDENCE of null differences lies outside."""
 _QUANTILES = {  # of Student's t at (1 + CONFIDENCE) / 2, by degrees of freedom
     **{1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
     **{10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980},
@@ -18,7 +18,7 @@ _QUANTILES = {  # of Student's t at (1 + CONFIDENCE) / 2, by degrees of freedom
 
 @dataclass(frozen=True)
 class Difference:
-    """One number less another, or a number alone. error: its standard error; infinite where it is not known.
+    """A difference of two numbers, or a number. error: its standard error; infinite if unknown.
 
     freedom: degrees of freedom of the error.
     """
@@ -39,7 +39,7 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether it is more than noise; never where noise is not known."""
+        """Whether it is significant; never if the error is unknown."""
         return abs(self.value) > self.margin
 
     def times(self, factor: float) -> Difference:
@@ -48,7 +48,7 @@ class Difference:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """None where one of them is."""
+    """None if any of them is."""
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -63,7 +63,7 @@ def spread(values: Sequence[float | None]) -> float | None:
 
 
 def measured(value: float | None, error: float | None, freedom: float = math.inf) -> Difference:
-    """A number with its standard error; None stands for what is not finite or not known."""
+    """A number with its standard error; None if it is not finite or unknown."""
     return Difference(math.nan if value is None else value, math.inf if error is None else error, freedom)
 
 

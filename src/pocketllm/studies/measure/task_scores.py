@@ -1,4 +1,4 @@
-"""Zero-shot results of studies: kept document by document, so that models are compared in pairs."""
+"""Zero-shot results of studies, stored per document so that models can be compared in pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pocketllm.studies.measure.significance import Difference, paired
 
 Tasks = Mapping[str, Mapping[str, Any]]
-"""Task -> what `scores` keeps of it."""
+"""Task -> its values, as stored by `scores`."""
 
 
 def scores(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Train the codec on one matrix and note what happened, for the studies that look inside training."""
+"""Train the codec on one matrix and record its course, for the studies of training."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ PUBLISHED = CodecConfig(vector_len=8, decoder="row", init="normal", epochs=50, l
 """As the paper states it: random networks, normal codebook, its learning rate and number of epochs."""
 
 OURS = CodecConfig(vector_len=8, decoder="row", kmeans_iterations=10, epochs=8)
-"""The same networks, beginning as the identity with a k-means codebook, trained at our learning rate."""
+"""The same networks, initialized to the identity with a k-means codebook, trained at our learning rate."""
 
 GUARDED = Safeguards()
 """As `compress` trains."""
 
 UNGUARDED = Safeguards(max_grad_norm=math.inf, revive=False)
-"""As the paper states it: nothing is said of cutting gradients or of moving dead codewords."""
+"""As the paper states it, which mentions neither clipping of gradients nor moving of dead codewords."""
 
 TRAININGS = {"published": "published start", "guarded": "published start, guarded", "ours": "our start"}
 """The trainings that studies compare, and their names on pages."""
@@ -52,7 +52,7 @@ NORMS = {"rln": "RLN", "ln": "LayerNorm", "none": "no norm"}
 
 @dataclass(frozen=True)
 class Training:
-    """How a codec is trained: everything but the matrix and the seed."""
+    """How a codec is trained: everything except the matrix and the seed."""
 
     config: CodecConfig
     codebook_size: int
@@ -208,7 +208,7 @@ def train(weight: Tensor, training: Training, seed: int, progress: Progress = la
 
 
 def check_size(matrix: Matrix, most: int, sizes: Iterable[tuple[int, int]]) -> None:
-    """See that codebooks can be fitted to a `sample` of at most about `most` weights, before any of them is.
+    """Check that codebooks can be fitted to a `sample` of at most about `most` weights, before fitting any.
 
     Args:
         sizes: pairs (d, K).
@@ -262,7 +262,7 @@ def stored_bits(weight: Tensor, config: CodecConfig, codebook_size: int) -> dict
 
 
 def binned(values: Sequence[float], bins: int, highest: bool = False) -> list[float]:
-    """A long series in at most so many values: the mean of each stretch, or its highest value."""
+    """A long series reduced to a limited number of values: the mean of each section, or its highest value."""
     if not values:
         return []
     bins = min(bins, len(values))
@@ -272,5 +272,5 @@ def binned(values: Sequence[float], bins: int, highest: bool = False) -> list[fl
 
 
 def digits(value: float, count: int = 5) -> float:
-    """Rounded to so many significant digits, which keeps results small."""
+    """Rounded to this many significant digits, which keeps results small."""
     return float(f"{value:.{count}g}") if math.isfinite(value) else value

@@ -1,1 +1,1 @@
-"""How results are shown: prose from Markdown templates, tables, pictures, the page of a study."""
+"""Presentation of results: prose from Markdown templates, tables, pictures, the page of a study."""

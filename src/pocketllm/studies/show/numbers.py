@@ -1,4 +1,4 @@
-"""Numbers, differences and spreads as pages and tables write them."""
+"""The format of numbers, differences and spreads on pages and in tables."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pocketllm.studies.measure.significance import CONFIDENCE, Difference, mean,
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """So many digits, without an exponent where it can be; `not finite` for None, infinities and NaN."""
+    """A number with this many digits, without an exponent if possible; `not finite` for None, infinities and NaN."""
     from pocketllm.report import short
 
     return "not finite" if value is None or not math.isfinite(value) else short(value, digits)
 
 
 def with_error(found: Difference, digits: int = 3) -> str:
-    """`value ± standard error`, the value alone where the error is not known or the value not finite."""
+    """`value ± standard error`, or only the value if the error is unknown or the value not finite."""
     known = found.known and math.isfinite(found.value)
     return number(found.value, digits) + (f" ± {number(found.error, 2)}" if known else "")
 

@@ -1,4 +1,4 @@
-"""Pictures as data: panels of marks with axes and legends; and the one function that draws them."""
+"""Pictures as data: panels of marks with axes and legends, and the function that draws them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def look(number: int, **changes: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Line:
-    """Points and what joins them. errors: half the whiskers. band: lowest and highest, shaded."""
+    """Points and their connecting line. errors: half the whiskers. band: lowest and highest, shaded."""
 
     x: Sequence[Any]
     y: Sequence[float | None]
@@ -91,7 +91,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Label:
-    """Words at a point. across: x is a share of the panel's width."""
+    """Text at a point. across: x is a share of the panel's width."""
 
     words: str
     x: float

@@ -27,7 +27,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "compact": lambda value, digits=6: f"{value:.{digits}g}",
     "sentence": lambda words: words[0].upper() + words[1:],
 }
-"""What templates can apply to a value: the functions of `show.numbers`, and formats."""
+"""Filters of the templates: the functions of `show.numbers`, and formats."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def prose(name: str) -> Prose:
 
 
 def need_jinja() -> None:
-    """Refuse early where templates cannot be filled in.
+    """Check early that templates can be rendered.
 
     Raises:
         ExtraError: jinja2 is not installed.

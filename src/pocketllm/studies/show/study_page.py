@@ -1,4 +1,4 @@
-"""What is made of a study's results: a page in Markdown and a picture."""
+"""The presentation of a study's results: a page in Markdown and a picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(study: Study, result: Mapping[str, Any], folder: Path) -> None:
 
 
 def markdown(study: Study, result: Mapping[str, Any]) -> str:
-    """The page: claim, what was measured, findings, picture, tables, and how to get them again."""
+    """The page: claim, method, findings, picture, tables, and how to reproduce them."""
     results, name = result["results"], study.name
     parts = [
         f"# {name}: {study.title}",
