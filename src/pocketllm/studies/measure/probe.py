@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import LoadError
-from pocketllm.evaluate.own_process import import_all, peak_bytes
+from pocketllm.evaluate import import_all, peak_bytes
 
 DENSE = "dense checkpoint"
 

@@ -1,6 +1,6 @@
 """How fast models run and what memory they take, each in a process of its own.
 
-    python -m pocketllm.evaluate.bench '{"model": …, "mode": …}'   # one run in this process; prints one JSON object
+    python -m pocketllm.evaluate.bench_runs '{"model": …, "mode": …, "config": …}'   # one run in this process
 
 Two tests, as llama-bench has them: a prompt of random tokens in one forward pass, and tokens one by one, greedily,
 after a single one.
@@ -125,7 +125,7 @@ def _check(model: str, mode: str, config: BenchConfig) -> None:
 
 def _run(model: str, mode: str, config: BenchConfig) -> BenchRun:
     job = json.dumps({"model": model, "mode": mode, "config": asdict(config)})
-    command = [sys.executable, "-m", "pocketllm.evaluate.bench", job]
+    command = [sys.executable, "-m", "pocketllm.evaluate.bench_runs", job]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
