@@ -51,7 +51,7 @@ def block_subvectors() -> Iterator[Any]:
     """[N, 8] row-scaled subvectors of each matrix of the blocks."""
     from pocketllm.codec.normalization import divide_rows, row_rms
     from pocketllm.codec.subvectors import cut
-    from pocketllm.plan.matrices import classify
+    from pocketllm.plan.selection import classify
     from pocketllm.source.dense_checkpoint import open_dense, resolve
 
     source = open_dense(resolve(MODEL))

@@ -24,7 +24,7 @@ from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate_hessian, rotate_matrix
 from pocketllm.config import CompressConfig
-from pocketllm.plan.matrices import classify
+from pocketllm.plan.selection import classify
 from pocketllm.source.builtin import fetch
 from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.text.read import read_calibration

@@ -100,7 +100,7 @@ class Reader:
         """One parameter, in its shape."""
         shape, transposed, number, decoder, stride, strip, (s1, s2), crc32 = self.matrices[name]
         if transposed:
-            rows, columns = shape[1], shape[0]
+            rows, columns = math.prod(shape[:-2]) * shape[-1], shape[-2]
         else:
             rows, columns = math.prod(shape[:-1]), shape[-1]
         size, d, _, _ = self.codebooks[number]
@@ -123,7 +123,10 @@ class Reader:
             matrix = rotation(rows, s1).T @ matrix
         if s2 is not None:
             matrix = matrix @ rotation(columns, s2)
-        return matrix.T if transposed else matrix.reshape(shape)
+        if not transposed:
+            return matrix.reshape(shape)
+        *experts, columns, rows = shape
+        return np.swapaxes(matrix.reshape(*experts, rows, columns), -1, -2)
 
     @staticmethod
     def _indices(data: bytes, rows: int, per_row: int, size: int, stride: int, strip: int) -> np.ndarray:

@@ -1,16 +1,22 @@
-"""Atomic writes, and digests that identify files."""
+"""Reading and writing single files: JSON, checksums, and only what is a regular file of its folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pocketllm.errors import PocketError
+
+_LARGEST_JSON = 1 << 28  # bytes; the report of a model with a million matrices is below
+
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary name, then rename."""
+    """Write JSON to a temporary name and rename it when complete."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
         json.dump(value, stream, indent=1, ensure_ascii=False)
@@ -18,6 +24,101 @@ def write_json(path: Path, value: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file of moderate size.
+
+    Raises:
+        OSError: no regular file, or it cannot be read.
+        ValueError: not JSON, not UTF-8, nested too deeply, or too large.
+    """
+    size = os.stat(path).st_size
+    if not path.is_file():
+        raise OSError("not a regular file")
+    if size > _LARGEST_JSON:
+        raise ValueError(f"{size} bytes, wanted at most {_LARGEST_JSON}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """`read_json` of a file that must hold an object.
+
+    Raises:
+        OSError, ValueError: as `read_json`; or it holds another value.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
+def need_regular(path: Path, error: type[PocketError]) -> None:
+    """See that a path is a file of its own folder: opening a FIFO or a device blocks or never ends, and a link
+    may lead to a file of somebody else. Links within the folder and those of the hub's cache are fine.
+
+    Raises:
+        error: naming the path.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise error(f"{path}: a link to a file that is missing; fetch it again") from None
+        raise error(f"{path}: missing; fetch it again") from None
+    except OSError as problem:  # a loop of links, no permission for the folder
+        raise error(f"{path}: cannot be read ({problem.strerror}); fetch it again") from problem
+    if not stat.S_ISREG(mode):
+        raise error(f"{path}: not a regular file; remove it, or fetch the model again")
+    if _leads_away(path):
+        raise error(
+            f"{path}: a link that leads out of the folder (to {os.path.realpath(path)}); put the file itself there"
+        )
+
+
+def _leads_away(path: Path) -> bool:
+    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    if target.parent == folder or not path.is_symlink():
+        return False
+    places = [folder, *folder.parents]
+    hub = [place.parent.parent / "blobs" for place in places if place.parent.name == "snapshots"]
+    return target.parent not in hub and folder not in target.parents
+
+
+def files_below(folder: Path, error: type[PocketError]) -> Iterator[str]:
+    """Names of all files in a folder and the folders within, relative and with `/`; hidden ones are left out.
+
+    Raises:
+        error: a folder within is a link, or cannot be listed.
+    """
+
+    def refuse(problem: OSError) -> None:
+        raise error(f"{problem.filename}: cannot be read ({problem.strerror})") from problem
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if (Path(place) / name).is_symlink():
+                raise error(f"{Path(place) / name}: a link to a folder; put the files themselves there")
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield (Path(place) / name).relative_to(folder).as_posix()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names of a folder durable, where the system can do that."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # file systems that have no such thing
+        pass
+    finally:
+        os.close(handle)
 
 
 def sha256_file(path: Path) -> str:

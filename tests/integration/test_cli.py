@@ -87,15 +87,23 @@ def test_export_is_an_ordinary_model(run: Run, small: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["thesis.tex", "state.json"])
 def test_export_deletes_nothing_beside_its_output(name: str, run: Run, small: Path, tmp_path: Path) -> None:
-    """Neither what is foreign nor the half-done work of `compress -o dense`; nor does an export that fails."""
-    (tmp_path / "dense.partial").mkdir()
-    (tmp_path / "dense.partial" / name).write_text("hours of work")
+    """Neither what is foreign nor the half-done work of `compress -o dense`; nor does an export that fails.
+
+    It works in `dense.partial` as every command does, so that it is refused as long as that is somebody else's.
+    """
+    partial = tmp_path / "dense.partial"
+    partial.mkdir()
+    (partial / name).write_text("hours of work")
+    code, _, err = run("export", small, "--to", tmp_path / "dense")
+    assert code == 1 and str(partial) in err
+    assert (partial / name).read_text() == "hours of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["dense.partial"]
+    partial.rename(tmp_path / "elsewhere")
     assert run("export", small, "--to", tmp_path / "dense")[0] == 0
     assert (tmp_path / "dense" / "model.safetensors").is_file()
     assert run("export", small, "--to", tmp_path / "dense")[0] == 1
-    assert (tmp_path / "dense.partial" / name).read_text() == "hours of work"
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "dense.partial"}
-    assert (tmp_path / "dense").stat().st_mode == (tmp_path / "dense.partial").stat().st_mode
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "elsewhere"}
+    assert (tmp_path / "dense").stat().st_mode == (tmp_path / "elsewhere").stat().st_mode
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 import pocketllm
 from pocketllm.compression.pipeline import Event
 from pocketllm.errors import OutputError, ResumeError
-from pocketllm.format import workspace
+from pocketllm.format import kept, workspace
 from pocketllm.format.checkpoint import verify
 from tests import tiny
 from tests.commands import contents
@@ -155,7 +155,7 @@ def test_interrupted_by_the_user(source: Path, small: Path, tmp_path: Path) -> N
 def test_full_disk(
     error: Exception, source: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = workspace.save_file, []
+    original, calls = kept.save_file, []
 
     def full(*arguments: Any) -> None:
         calls.append(arguments)
@@ -163,7 +163,7 @@ def test_full_disk(
             raise error
         original(*arguments)
 
-    monkeypatch.setattr(workspace, "save_file", full)
+    monkeypatch.setattr(kept, "save_file", full)
     with pytest.raises(OutputError, match="disk is full"):
         pocketllm.compress(source, tiny.settings(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -223,7 +223,7 @@ def test_an_error_that_is_not_a_full_disk_is_not_hidden(
     def broken(*arguments: Any) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(workspace, "save_file", broken)
+    monkeypatch.setattr(kept, "save_file", broken)
     with pytest.raises(RuntimeError, match="something else"):
         pocketllm.compress(source, tiny.settings(), tmp_path / "out")
 
@@ -237,6 +237,6 @@ def test_other_refusals_of_the_system(
     def refused(*arguments: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(workspace, "save_file", refused)
+    monkeypatch.setattr(kept, "save_file", refused)
     with pytest.raises(OutputError, match=words):
         pocketllm.compress(source, tiny.settings(), tmp_path / "out")

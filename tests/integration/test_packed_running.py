@@ -72,7 +72,7 @@ def test_loading_decodes_nothing_and_generating_neither(llama: Path) -> None:
     model, tokenizer = pocketllm.load(llama)
     prompt = tokenizer("hello", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > 1
-    kinds = {type(m).__mro__[1] for m in model.modules() if hasattr(type(m), "_dense_class")}
+    kinds = {type(m).__mro__[2] for m in model.modules() if hasattr(type(m), "_dense_class")}
     assert kinds == {PackedLinear, PackedEmbedding}
     assert not any(parameter.ndim > 1 for parameter in model.parameters())
 
@@ -118,11 +118,12 @@ def test_gradients_flow_through_packed_layers(llama: Path) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
 
 
-def test_packed_layers_compile(llama: Path) -> None:
+def test_packed_layers_compile_and_export(llama: Path) -> None:
     model, _ = pocketllm.load(llama, mode="packed", dtype=torch.float32)
     layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 36)
     wanted = layer(x)
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), wanted)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), wanted, rtol=0, atol=ROUNDING)
 
 
 def test_copies_of_packed_layers_run_on_their_own(llama: Path) -> None:
@@ -144,7 +145,7 @@ def test_changed_tensors_are_used_and_other_dtypes_computed_in(llama: Path) -> N
     model.to(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.model.layers[0].mlp.up_proj(torch.randn(1, 36)).dtype == torch.bfloat16
-    packed = model.model.layers[0].mlp.up_proj._modules["weight"]
+    packed = model.model.layers[0].mlp.up_proj._modules["packed_weight"]
     before = logits(model)
     packed.row_scale = packed.row_scale * 2
     assert not torch.equal(logits(model), before)

@@ -88,7 +88,7 @@ def test_packed_generates_as_dense(compressed: Path) -> None:
 def test_weights_are_not_trainable(compressed: Path) -> None:
     model, _ = pocketllm.load(compressed)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert not model.hf_quantizer.is_trainable
+    assert model.hf_quantizer.is_trainable  # for adapters
 
 
 def test_unknown_mode(compressed: Path) -> None:
@@ -164,7 +164,7 @@ def test_layers_that_did_not_load_are_noticed(compressed: Path) -> None:
 def test_a_model_loaded_without_the_plugin_is_refused(
     compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny.model())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: (tiny.model(), {}))
     with pytest.raises(LoadError, match="without pocketllm"):
         pocketllm.load(compressed)
 

@@ -14,7 +14,8 @@ from pocketllm.calibrate.blocks import BlockStream, block_list
 from pocketllm.calibrate.input_hessians import Collector, Inputs, add_square, regularized_hessian
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
-from pocketllm.plan.matrices import Matrix, classify
+from pocketllm.plan.matrices import Matrix
+from pocketllm.plan.selection import classify
 from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense
 from tests import tiny
 

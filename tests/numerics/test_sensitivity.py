@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pocketllm.calibrate import gradients, sensitivity
 from pocketllm.calibrate.calibration import read_windows
 from pocketllm.calibrate.input_hessians import Collector
-from pocketllm.plan.matrices import Matrix, classify
+from pocketllm.plan.matrices import Matrix
+from pocketllm.plan.selection import classify
 from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.source.folder import load_dense
 from tests import tiny

@@ -32,7 +32,13 @@ LAZY = (
     "pocketllm.studies",
 )
 PUBLIC = (*LAZY, "pocketllm.config", "pocketllm.errors", "pocketllm.report")
-INFRASTRUCTURE = ("pocketllm.files", "pocketllm.machine", "pocketllm.format.workspace")
+INFRASTRUCTURE = (
+    "pocketllm.files",
+    "pocketllm.machine",
+    "pocketllm.format.output",
+    "pocketllm.format.workspace",
+    "pocketllm.torch_state",
+)
 BUILT_ON_IT = ("studies", "report")
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pocketllm import cache
 from pocketllm.errors import SourceError
@@ -97,6 +99,7 @@ def test_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert gguf.read_bytes() == b"weights"
         made.mkdir()
         (made / "config.json").write_text("{}")
+        save_file({"x": torch.zeros(1)}, made / "model.safetensors")
 
     monkeypatch.setattr(builtin, "_convert", convert)
     messages: list[str] = []

@@ -265,11 +265,3 @@ def test_json_is_renamed_when_whole(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"x": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
-
-
-def test_the_hub_delivers_every_file_that_is_checked() -> None:
-    """What is copied beside the weights is in the list of files; a download must bring it."""
-    from pocketllm.plan import stored_form
-    from pocketllm.source import dense_checkpoint as source
-
-    assert set(stored_form._COPIED) <= set(source._HUB_PATTERNS)

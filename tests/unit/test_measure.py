@@ -13,7 +13,7 @@ from pocketllm.calibrate.input_hessians import Collector
 from pocketllm.codec.hessian import factorize
 from pocketllm.compression.pipeline import compress
 from pocketllm.errors import ConfigError, OutputError, SourceError, WeightError
-from pocketllm.format.workspace import check_not_nested
+from pocketllm.format.output import check_not_nested
 from pocketllm.plan.matrices import Matrix
 from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.text.read import read_calibration

@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from pocketllm.calibrate.blocks import find_blocks
 from pocketllm.config import DistillConfig, LoopConfig
 from pocketllm.errors import ConfigError, ExtraError, ShapeError
 from pocketllm.format.rewrite import rewrite
@@ -23,6 +22,7 @@ from pocketllm.recover.distill_task import training_windows
 from pocketllm.recover.loop import Group, Loop
 from pocketllm.recover.lora_task import read_items
 from pocketllm.recover.run_log import RunLog
+from pocketllm.source.model_class import find_blocks
 from tests import tiny
 
 

@@ -65,5 +65,7 @@ def test_vocabularies_of_folders(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
     assert read_vocabulary(folder, "m").ids is None
     (folder / "config.json").write_text("{")
-    with pytest.raises(SourceError, match="m: transformers cannot build this model"):
+    with pytest.raises(
+        SourceError, match=r"m/config\.json: damaged, so that transformers cannot build this model"
+    ):
         read_vocabulary(folder, "m")

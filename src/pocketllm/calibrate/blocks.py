@@ -8,7 +8,7 @@ different position embeddings), as long as each takes the output of the previous
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from pocketllm.calibrate.autocast import autocast
 from pocketllm.calibrate.input_hessians import Collector, Inputs
-from pocketllm.errors import ConfigError
+from pocketllm.errors import ConfigError, PocketError, reason_of
 from pocketllm.plan.matrices import Matrix
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
+from pocketllm.source.model_class import find_blocks, language_model_path, output_head
 
 _BATCH_TOKENS = 4096
 
@@ -52,10 +53,14 @@ class BlockStream:
             for leaf, value in module._buffers.items():
                 module._buffers[leaf] = None if value is None else value.to(device)
         self.path, self.blocks = block_list(self.model)
-        outside = [name for name in source.names() if not name.startswith(f"{self.path}.")]
-        head = self.model.get_output_embeddings()
-        for name in outside:
-            if head is None or self.model.get_submodule(name.rpartition(".")[0]) is not head:
+        self.text_path = language_model_path(self.model)
+        head = output_head(self.model)
+        if head is None:
+            raise _refusal(self.model, "has no head that gives the logits of tokens")
+        for name in source.names():
+            parent, inside = name.rpartition(".")[0], f"{self.text_path}." if self.text_path else ""
+            is_outside = name.startswith(inside) and not name.startswith(f"{self.path}.")
+            if is_outside and self.model.get_submodule(parent) is not head:
                 self._load(name, (weights or {}).get(name, source.read(name)))
         self.batch = batch or max(1, _BATCH_TOKENS // windows.shape[1])
         batches = windows.split(self.batch)
@@ -65,16 +70,13 @@ class BlockStream:
         if not self._capture(batches):
             self.as_tuple = True
             if not self._capture(batches):
-                raise ConfigError(
-                    f"calibration: the blocks of {type(self.model).__name__} do not form a simple chain; "
-                    "use a preset without calibration (lookup-8x)"
-                )
+                raise _refusal(self.model, "has blocks that do not simply follow each other")
         self.current = self.calls[0]  # arguments of the block that is loaded
 
     def _load(self, name: str, value: Tensor) -> None:
         parent, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(parent)
-        value = value.to(self.device, torch.float32)
+        value = value.to(self.device, torch.float32 if value.is_floating_point() else None)
         if leaf in module._buffers:
             module._buffers[leaf] = value
         else:
@@ -101,8 +103,14 @@ class BlockStream:
         with self._standing_in(record):
             for batch in batches:
                 passed.clear()
-                with suppress(_CaughtError):
+                try:
                     self._text_model(batch.to(self.device), use_cache=False)
+                except _CaughtError:
+                    pass
+                except (
+                    Exception
+                ):  # whatever a model makes of stand-ins that return something else than its blocks
+                    return False
                 handed_on = all(hidden is passed[0] for hidden in passed)
                 if len(passed) != len(self.blocks) or not handed_on or passed[0].ndim != 3:
                     return False
@@ -111,7 +119,7 @@ class BlockStream:
     @property
     def _text_model(self) -> nn.Module:
         """The part that runs the blocks, from token ids to the final norm."""
-        return self.model.get_submodule(self.path.rpartition(".")[0])
+        return self.model.get_submodule(self.text_path)
 
     @contextmanager
     def _standing_in(self, tell: _Tell) -> Iterator[None]:
@@ -170,9 +178,8 @@ class BlockStream:
         """The head's input for an output of the last block [1, context, C]: the final norm."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         with self._standing_in(lambda number, start, call: self._output(hidden)), autocast(self.device):
-            out = self._text_model(ids, use_cache=False).last_hidden_state
-        assert isinstance(out, Tensor)
-        return out.float()
+            out = getattr(self._text_model(ids, use_cache=False), "last_hidden_state", None)
+        return self._activations(out)
 
     def set_weight(self, name: str, value: Tensor) -> None:
         """Put another weight into the model."""
@@ -188,9 +195,12 @@ class BlockStream:
         args, kwargs = self.current[number]
         with autocast(self.device):
             result = block(hidden, *args, **kwargs)
-        out = result[0] if isinstance(result, tuple) else result
-        assert isinstance(out, Tensor)
-        return out.float()
+        return self._activations(result[0] if isinstance(result, tuple) else result)
+
+    def _activations(self, found: Any) -> Tensor:
+        if not isinstance(found, Tensor):
+            raise _refusal(self.model, "has blocks that return something else than activations")
+        return found.float()
 
     def inputs(
         self, block: nn.Module, matrices: list[Matrix], token_weights: Mapping[str, Tensor] | None = None
@@ -227,13 +237,32 @@ class _CaughtError(Exception):
     """Raised when the last block is reached."""
 
 
-def find_blocks(model: Any) -> tuple[str, nn.ModuleList] | None:
-    """The blocks of a model, with their path: its longest list of modules, lists within lists left out."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    outer = [
-        (name, m) for name, m in lists if not any(name.startswith(f"{o}.") for o, _ in lists if o != name)
-    ]
-    return max(outer, key=lambda found: len(found[1]), default=None)
+def check_blocks(source: DenseCheckpoint, windows: Tensor, device: str = "cpu") -> None:
+    """See that the blocks of a model can be run one after another, on a few tokens and the first block.
+
+    Args:
+        windows: [N, context] token ids.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    try:
+        stream = BlockStream(source, windows[:1, :16], device)
+        with stream.loaded(0) as (_, block):
+            (out,) = stream.run(block, stream.hidden)
+        if out.shape != stream.hidden[0].shape:
+            raise _refusal(stream.model, "has blocks that change the shape of activations")
+        stream.after_blocks(out)
+    except PocketError:
+        raise
+    except Exception as error:  # whatever a model makes of being run in parts
+        raise _refusal(source.model, f"cannot be run block by block ({reason_of(error)})") from error
+
+
+def _refusal(model: Any, reason: str) -> ConfigError:
+    return ConfigError(
+        f"calibration: {type(model).__name__} {reason}; use a preset without calibration (lookup-8x)"
+    )
 
 
 def block_list(model: Any) -> tuple[str, nn.ModuleList]:
@@ -244,8 +273,5 @@ def block_list(model: Any) -> tuple[str, nn.ModuleList]:
     """
     found = find_blocks(model)
     if found is None:
-        raise ConfigError(
-            f"calibration: {type(model).__name__} has no single list of blocks; "
-            "use a preset without calibration (lookup-8x)"
-        )
+        raise _refusal(model, "has no blocks in one list")
     return found

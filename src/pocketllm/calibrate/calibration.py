@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,8 +26,10 @@ from pocketllm.cache import cache_folder
 from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.calibrate.sensitivity import Sensitivity, measure
 from pocketllm.config import CompressConfig
-from pocketllm.errors import SourceError, reason_of
-from pocketllm.plan.matrices import classify
+from pocketllm.errors import OutputError, SourceError, reason_of
+from pocketllm.format.kept import read_kept
+from pocketllm.format.output import check_parent
+from pocketllm.plan.selection import classify
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.folder import read_tokenizer
 from pocketllm.text.read import default_text, read_calibration
@@ -86,12 +89,14 @@ def calibrate(
     chosen = windows[measured]
     names = [m.name for m in matrices]
     key = _key(source, chosen, device, settings.damping, config.seed, two_sided, settings.weigh_tokens, names)
-    path = (folder or cache_folder()) / f"sensitivity-{key}.safetensors"
-    place = folder or scratch
-    outputs = place / f"outputs-{key}" if place is not None and two_sided else None
-    if not path.is_file() or (outputs is not None and not outputs.is_dir()):
+    place, is_writable = _place(folder)
+    path = place / f"sensitivity-{key}.safetensors"
+    large = folder or scratch
+    outputs = large / f"outputs-{key}" if large is not None and two_sided else None
+    found = _kept(path, outputs)
+    if found is None:
         with _atomic_folder(outputs) as made:
-            measure(
+            found = measure(
                 source,
                 chosen,
                 matrices,
@@ -102,12 +107,13 @@ def calibrate(
                 two_sided=two_sided,
                 weigh_tokens=settings.weigh_tokens,
                 outputs=made,
-            ).save(path)
+            )
+            found = _read_back(found, path if is_writable else None)
     kept = None
     if folder is not None and not settings.sequential:
         inside = [m.name for m in matrices if m.in_blocks]
         kept = folder / f"inputs-{_key(source, windows, device, inside, key)}"
-    found, tokens = Sensitivity.load(path), chosen.numel()
+    tokens = chosen.numel()
     if tokens < len(found.head_hessian):
         found = replace(found, head_hessian=regularized_hessian(found.head_hessian * tokens, tokens))
     weights = {}
@@ -115,6 +121,57 @@ def calibrate(
         weights[name] = torch.zeros(windows.shape)
         weights[name][measured] = known.float()
     return Calibration(windows, found, kept, outputs, weights)
+
+
+def _place(folder: Path | None) -> tuple[Path, bool]:
+    """The folder of small measurements, and whether it can be written: known before anything is measured.
+
+    Raises:
+        OutputError: a folder that the user has named cannot be written. The cache is only a convenience: a
+            warning is enough there.
+    """
+    place = folder or cache_folder()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        check_parent(place / "measured", "folder for what is measured")
+    except (OSError, OutputError) as error:
+        if folder is not None:
+            raise OutputError(
+                f"{folder}: cannot be written ({reason_of(error)}); choose another folder for what is measured"
+            ) from error
+        logger.warning(
+            "%s: the cache cannot be written (%s): measurements will not be there for the next run; set "
+            "POCKETLLM_CACHE to a folder that can be",
+            *(place, reason_of(error)),
+        )
+        return place, False
+    return place, True
+
+
+def _read_back(found: Sensitivity, path: Path | None) -> Sensitivity:
+    """Keep measurements and read them again, so that this run computes with the same bits as a later one."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = path or Path(scratch) / "measured.safetensors"
+        found.save(place)
+        return Sensitivity.load(place)
+
+
+def _kept(path: Path, outputs: Path | None) -> Sensitivity | None:
+    """What an earlier run has measured; None where a part is missing, or damaged: that is removed."""
+    if not path.exists() or (outputs is not None and not outputs.is_dir()):
+        return None
+    file = path
+    try:
+        for file in () if outputs is None else sorted(outputs.iterdir()):
+            read_kept(file)
+        file = path
+        return Sensitivity.load(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: damaged (%s); measured again", file, reason_of(error))
+        path.unlink(missing_ok=True)
+        if outputs is not None:
+            shutil.rmtree(outputs)
+        return None
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +17,7 @@ from pocketllm.calibrate.autocast import autocast
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.input_hessians import add_square
 from pocketllm.config.constants import LARGEST_TOKEN_WEIGHT, LOUDEST_GRADIENT, UNEVEN_GRADIENTS
+from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
 from pocketllm.plan.matrices import Matrix
 
@@ -38,8 +38,8 @@ class ActivationSpool:
     def pop(self, number: int) -> list[Tensor]:
         """Read the batches of a block and delete them."""
         path = self.folder / f"{number}.safetensors"
-        with safe_open(str(path), framework="pt") as handle:
-            hidden = [handle.get_tensor(str(n)).to(self.device) for n in range(len(handle.keys()))]
+        tensors, _ = read_kept(path)
+        hidden = [tensors[str(number)].to(self.device) for number in range(len(tensors))]
         path.unlink()
         return hidden
 

@@ -11,7 +11,6 @@ if there are any, otherwise by uncorrelated inputs. An expert that saw no token 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pocketllm.errors import SourceError
+from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
 from pocketllm.plan.matrices import Matrix
 
@@ -60,10 +59,13 @@ class Inputs:
 
     @classmethod
     def load(cls, path: Path, device: str) -> Inputs:
-        """Inverse of `save`."""
-        with safe_open(str(path), framework="pt", device=device) as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-            facts = json.loads(handle.metadata()["facts"])
+        """Inverse of `save`.
+
+        Raises:
+            ValueError: damaged. OSError: it cannot be read.
+        """
+        stored, facts = read_kept(path)
+        tensors = {name: value.to(device) for name, value in stored.items()}
         hessians = {name: tensors[owner] for name, owner in facts["same"].items()}
         return cls(hessians, facts["tokens"], facts["unseen_experts"])
 
@@ -230,12 +232,15 @@ class Collector:
         return found
 
 
+_PRODUCTS = ("linear", "matmul", "__matmul__", "bmm")
+
+
 class _AllSeenError(Exception):
     """Every matrix of the block has seen its inputs."""
 
 
 class _Products(TorchFunctionMode):
-    """Reports every product x @ slice^T with a slice of a watched parameter."""
+    """Tells of every product of an input with a slice of a watched parameter, or with all of it at once."""
 
     def __init__(
         self, slices: Mapping[int, tuple[Matrix, int]], tell: Callable[[Matrix, int, Tensor], None]
@@ -246,9 +251,16 @@ class _Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is nn.functional.linear:
+        if getattr(func, "__name__", "") in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
             x, weight = args[:2]
             found = self.slices.get(weight.data_ptr())
-            if found is not None and tuple(weight.shape) == found[0].shape[1:]:
-                self.tell(*found, x)
+            if found is not None and x.shape[-1] == found[0].columns:
+                matrix, expert = found
+                if weight.numel() == matrix.columns * matrix.rows // matrix.shape[0]:
+                    self.tell(matrix, expert, x)
+                elif weight.numel() == matrix.weights and x.ndim == 3:  # one batch of inputs for each expert
+                    for number, batch in enumerate(x):
+                        sent = batch[batch.any(dim=1)]  # the inputs of other experts are zeros
+                        if len(sent):
+                            self.tell(matrix, number, sent)
         return func(*args, **(kwargs or {}))

@@ -24,7 +24,6 @@ inputs of each block stay on disk for the backward pass.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
@@ -42,6 +40,7 @@ from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factori
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import fold
 from pocketllm.config.constants import OUTPUT_DAMPING, SHORTEST_STRIPS, STRIP_START_LOSS, UNSEEN_ROW_SHARE
+from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
 from pocketllm.plan.matrices import Matrix
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
@@ -84,10 +83,12 @@ class Sensitivity:
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:
-        """Inverse of `save`."""
-        with safe_open(str(path), framework="pt") as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-            facts = json.loads(handle.metadata()["facts"])
+        """Inverse of `save`.
+
+        Raises:
+            ValueError: damaged. OSError: it cannot be read.
+        """
+        tensors, facts = read_kept(path)
         hessian = tensors.pop("head_hessian")
 
         def named(what: str) -> dict[str, Tensor]:
@@ -187,8 +188,8 @@ def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, T
     """Hessians [rows, rows] float32 of a block's outputs as written by `measure`, scaled, by matrix."""
     if outputs is None:
         return {}
-    with safe_open(str(outputs / f"{path}.safetensors"), framework="pt") as handle:
-        return {name: handle.get_tensor(name).float().to(device) for name in handle.keys()}  # noqa: SIM118
+    tensors, _ = read_kept(outputs / f"{path}.safetensors")
+    return {name: value.float().to(device) for name, value in tensors.items()}
 
 
 def _vocabulary(model: Any) -> int:

@@ -62,6 +62,8 @@ def run() -> None:
         app(standalone_mode=True)
     except PocketError as error:
         _fail(error)
+    except (OSError, MemoryError, UnicodeError, RecursionError) as error:  # of the system, met in some file
+        _fail(PocketError(str(error) or type(error).__name__))
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             print_interrupted()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pocketllm.errors import ConfigError
+from pocketllm.errors import ConfigError, SourceError
 
 
 def dtype_of(name: str, device: str = "cpu") -> Any:
@@ -34,7 +34,7 @@ def load_any(
         adapter: attached to a compressed model; its bytes are counted.
 
     Raises:
-        SourceError: not found, or without a tokenizer. Others as `pocketllm.load`.
+        SourceError: not found, or without a tokenizer or a language model head. Others as `pocketllm.load`.
     """
     if adapter is not None:
         return _load_with(adapter, model, mode, dtype, device, trust_remote_code)
@@ -42,6 +42,7 @@ def load_any(
     from pocketllm.format import folder_bytes, is_compressed
     from pocketllm.source import load_dense, open_dense, resolve
     from pocketllm.source.folder import no_tokenizer, read_tokenizer
+    from pocketllm.source.model_class import output_head
 
     folder = resolve(model)
     where = {"": device}
@@ -58,6 +59,10 @@ def load_any(
         open_dense(folder, trust_remote_code)  # its errors are clearer
         loaded = load_dense(folder, dtype_of(dtype, device), trust_remote_code, device_map=where)
         tokenizer = read_tokenizer(folder, trust_remote_code)
+    if output_head(loaded) is None and not loaded.can_generate():
+        raise SourceError(
+            f"{folder}: {type(loaded).__name__} has no language model head; wanted a causal model"
+        )
     if tokenizer is None:
         raise no_tokenizer(folder)
     facts = {"compressed": compressed, "bytes_on_disk": folder_bytes(folder)}

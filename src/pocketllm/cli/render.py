@@ -23,9 +23,17 @@ from pocketllm.format.report import warnings_of
 
 
 def _console(stderr: bool) -> Console:
-    """A console; wide enough for the tables if there is no terminal."""
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=140)
+    """A console; wide enough for the tables if there is no terminal.
+
+    Without markup: paths and names of models may hold brackets. What the stream cannot encode is escaped.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    console = Console(stderr=stderr, highlight=False, markup=False)
+    return (
+        console if console.is_terminal else Console(stderr=stderr, highlight=False, markup=False, width=140)
+    )
 
 
 @dataclass
@@ -45,15 +53,15 @@ class Output:
     def note(self, text: str) -> None:
         """Print a note on stderr."""
         if not self.quiet:
-            self.stderr.print(text, markup=False)
+            self.stderr.print(text)
 
     def result(self, values: Mapping[str, Any], *tables: Table | str) -> None:
         """Print the command's result in the requested form."""
         if self.as_json:
-            sys.stdout.write(json.dumps(_finite(values), ensure_ascii=False) + "\n")
+            sys.stdout.write(_json_for(sys.stdout, values) + "\n")
         else:
             for table in tables:
-                self.stdout.print(table, markup=False) if isinstance(table, str) else self.stdout.print(table)
+                self.stdout.print(table)
 
     @contextmanager
     def bars(self) -> Iterator[Bars]:
@@ -65,7 +73,7 @@ class Output:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=self.stderr,
             disable=self.quiet or not self.stderr.is_terminal,
         )
@@ -125,6 +133,16 @@ def _left(seconds: float) -> str:
         return ""
     minutes = round(seconds / 60)
     return f", {minutes} min left" if minutes < 90 else f", {minutes / 60:.1f} h left"
+
+
+def _json_for(stream: Any, values: Mapping[str, Any]) -> str:
+    """One line of JSON; with escapes alone where the stream cannot encode the characters themselves."""
+    text = json.dumps(_finite(values), ensure_ascii=False)
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeError:
+        return json.dumps(_finite(values))
+    return text
 
 
 def _finite(value: Any) -> Any:
@@ -187,6 +205,9 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
         share = nbytes / report["bytes_on_disk"]
         table.add_row(f"  {part.replace('_', ' ')}", f"{size(nbytes)}  {share:6.1%}")
     table.add_row("left dense or not stored", f"{len(report['skipped'])} tensors")
+    if report.get("left_out"):
+        left = "\n".join(f"{name}: {reason}" for name, reason in report["left_out"].items())
+        table.add_row("files left out", left)
     if report.get("recover"):
         table.add_row(f"recovered by {report['recover']['method']}", _recovered(report["recover"]))
     if report.get("seconds"):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from pocketllm.cli.render import Output
@@ -84,5 +83,5 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
         table.add_column(header, overflow="fold", no_wrap=header == "key")
     for row in rows:
         key = row["key"] if row["option"] is None else f"{row['option']} ({row['key']})"
-        table.add_row(key, row["type"], text_of(row["default"]), escape(row["help"]))
+        table.add_row(key, row["type"], text_of(row["default"]), row["help"])
     return table

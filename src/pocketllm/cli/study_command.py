@@ -75,12 +75,11 @@ def study(
 
 
 def _table(table: Any) -> Any:
-    from rich.markup import escape
     from rich.table import Table
 
-    shown = Table(title=escape(table.title))
+    shown = Table(title=table.title)
     for header in table.header:
-        shown.add_column(escape(header), overflow="fold")
+        shown.add_column(header, overflow="fold")
     for row in table.rows:
-        shown.add_row(*map(escape, row))
+        shown.add_row(*row)
     return shown

@@ -23,15 +23,19 @@ def fold(parameter: Tensor, transposed: bool) -> Tensor:
     """A parameter as the matrix [rows, columns] that is encoded.
 
     Args:
-        parameter: [rows, columns]; [columns, rows] if `transposed` (Conv1D); [experts, rows, columns] of fused
-            experts, whose rows are stacked.
+        parameter: [rows, columns], or [experts, rows, columns] of fused experts, whose rows are put below each other.
+        transposed: rows and columns are the other way round in it (Conv1D, the experts of some models).
     """
-    return parameter.T if transposed else parameter.reshape(-1, parameter.shape[-1])
+    parameter = parameter.mT if transposed else parameter
+    return parameter.reshape(-1, parameter.shape[-1])
 
 
 def unfold(matrix: Tensor, entry: Folded) -> Tensor:
     """Inverse of `fold`: [rows, columns] -> the parameter in the shape that the model holds."""
-    return matrix.T.contiguous() if entry.transposed else matrix.reshape(entry.shape)
+    if not entry.transposed:
+        return matrix.reshape(entry.shape)
+    *experts, columns, rows = entry.shape
+    return matrix.reshape(*experts, rows, columns).mT.contiguous()
 
 
 def subvectors_per_row(columns: int, vector_len: int) -> int:

@@ -16,6 +16,7 @@ from pocketllm.calibrate.sensitivity import Sensitivity, output_hessians
 from pocketllm.codec.hessian import Hessian
 from pocketllm.compression.matrix_encoder import MatrixEncoder
 from pocketllm.config.constants import OUTPUT_DAMPING
+from pocketllm.format.kept import is_intact
 from pocketllm.plan.matrices import Matrix, Plan
 
 Progress = Callable[[float, str], None]
@@ -91,14 +92,14 @@ def _on_dense_inputs(
         files = {f"{list_path}.{n}": kept / f"{list_path}.{n}.safetensors" for n in range(len(blocks))}
 
     def see(path: str, measured: Callable[[], Inputs]) -> Inputs:
-        if path in files and files[path].is_file():
+        if path in files and is_intact(files[path]):
             return Inputs.load(files[path], encoder.device)
         found = measured()
         if path in files:
             found.save(files[path])
         return found
 
-    if files and not refines and all(file.is_file() for file in files.values()):
+    if files and not refines and all(map(is_intact, files.values())):
         for path, file in files.items():
             inside = _inside(encoder.plan, path)
             _encode_block(encoder, path, inside, partial(Inputs.load, file, encoder.device), progress)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pocketllm.calibrate.blocks import check_blocks
 from pocketllm.calibrate.calibration import Calibration, calibrate, read_windows, text_identity
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
@@ -30,11 +31,19 @@ from pocketllm.config import CompressConfig
 from pocketllm.config.constants import SAMPLED_MATRICES
 from pocketllm.errors import FormatError
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.output import (
+    check_not_nested,
+    check_output,
+    is_published,
+    named_output,
+    output_error,
+)
 from pocketllm.format.report import Report
-from pocketllm.format.workspace import Workspace, check_not_nested, check_output, locked, output_error
+from pocketllm.format.workspace import Workspace, locked
 from pocketllm.plan.matrices import Matrix, Plan
 from pocketllm.plan.target import planned
 from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense, resolve
+from pocketllm.torch_state import in_default_torch_state
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Event:
 ProgressCallback = Callable[[Event], None]
 
 
+@in_default_torch_state
 def compress(
     model: str | Path,
     config: CompressConfig,
@@ -87,7 +97,7 @@ def compress(
         >>> report = pocketllm.compress("builtin:smollm2-135m", pocketllm.preset("lookup-8x"), "out")
     """
     started = time.monotonic()
-    output = Path(output)
+    output = named_output(output)
     check_output(output, overwrite)
     folder = resolve(str(model), lambda message: progress(Event("fetch", 0.0, message)))
     source = open_dense(folder, trust_remote_code)
@@ -95,11 +105,16 @@ def compress(
     check_not_nested(output, folder)
     # Errors in the input are found before anything is written and before the long work.
     windows = read_windows(source, config)
+    if windows is not None:
+        check_blocks(source, windows, device)
     if not Workspace.is_begun(output):
         source.check(partial(_tell, progress, "check"))
     try:
         work = Workspace.open(output, source, config, str(model), device, text_identity(windows))
         with locked(work.folder):
+            if is_published(output):  # by an earlier run that was killed afterwards
+                work.drop()
+                return Report.from_dict(ckpt.read_report(output)).of_run(started, device)
             found = _calibrated(source, windows, config, device, calibration_folder, work.folder, progress)
             if found is not None:
                 checkpoint = planned(source, config, str(model), **found.sensitivity.for_plan)
@@ -122,6 +137,7 @@ def is_made(output: Path, model: str, config: CompressConfig) -> bool:
     return bool(report["model"] == model and report["config"] == config.to_dict())
 
 
+@in_default_torch_state
 def dry_run(
     model: str | Path,
     config: CompressConfig,
@@ -139,6 +155,8 @@ def dry_run(
     source.check_dtypes()
     checkpoint = planned(source, config, str(model))
     windows = read_windows(source, config)
+    if windows is not None:
+        check_blocks(source, windows, device)
     found = _calibrated(source, windows, config, device, calibration_folder, None, progress)
     if found is not None:
         checkpoint = planned(source, config, str(model), **found.sensitivity.for_plan)

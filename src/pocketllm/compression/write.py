@@ -28,8 +28,9 @@ def write(planned: PlannedModel, work: Workspace) -> Report:
     crcs: dict[str, str] = {}
     ckpt.write_safetensors(final, form.tensors, _tensors(form, work, crcs))
     (final / "config.json").write_text(form.config_text(crcs), encoding="utf-8")
-    for path in form.copied_files():
-        shutil.copyfile(path, final / path.name)
+    for name, path in form.copied_files.items():
+        (final / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, final / name)
     report = planned.report(measured(planned.plan, work))
     files = ckpt.file_facts(final, list(planned.file_bytes))
     _, room = planned.bytes_on_disk

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from pocketllm.errors import ConfigError
+from pocketllm.text.vocabulary import check_tokens
+from pocketllm.torch_state import in_default_torch_state
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Generation:
     tokens_per_second: float
 
 
+@in_default_torch_state
 def generate(
     model: Any,
     tokenizer: Any,
@@ -39,6 +42,7 @@ def generate(
 
     Raises:
         ConfigError: an empty prompt, a temperature below 0, fewer than 1 new token, or no chat template.
+        SourceError: as `check_tokens`.
     """
     if not prompt.strip():
         raise ConfigError("prompt: is empty; give some text to continue")
@@ -56,6 +60,7 @@ def generate(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     ids = inputs["input_ids"].to(model.device)
+    check_tokens(model, ids)
     pad = tokenizer.pad_token_id
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)

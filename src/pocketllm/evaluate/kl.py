@@ -20,6 +20,7 @@ from torch import Tensor
 from pocketllm.evaluate.perplexity import check_likelihood, exp_mean
 from pocketllm.text.vocabulary import Vocabulary, check_positions, check_vocabularies, name_of
 from pocketllm.text.windows import token_windows
+from pocketllm.torch_state import in_default_torch_state
 
 _LOGITS_AT_ONCE = 128  # positions whose float32 distributions are held at once
 
@@ -46,6 +47,7 @@ class Divergence:
     window_kl: tuple[float, ...]
 
 
+@in_default_torch_state
 @torch.inference_mode()
 def text_divergence(
     model: Any,

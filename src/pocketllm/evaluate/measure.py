@@ -18,6 +18,7 @@ from pocketllm.evaluate.verify import verify_compressed
 from pocketllm.format.checkpoint import REPORT_NAME, folder_bytes
 from pocketllm.source.folder import read_vocabulary
 from pocketllm.text.vocabulary import Vocabulary, check_vocabularies
+from pocketllm.torch_state import in_default_torch_state
 
 Progress = Callable[[str, float], None]
 
@@ -122,6 +123,7 @@ class TaskOptions:
     cache: bool = True
 
 
+@in_default_torch_state
 def measure(
     own: Model,
     other: Model | None,

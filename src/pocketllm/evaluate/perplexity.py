@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import WeightError
-from pocketllm.text.vocabulary import check_positions, name_of
+from pocketllm.text.vocabulary import check_positions, check_tokens, name_of
 from pocketllm.text.windows import token_windows
+from pocketllm.torch_state import in_default_torch_state
 
 _LOGITS_AT_ONCE = 128  # positions whose float32 logits are held at once
 
@@ -38,6 +39,7 @@ class Perplexity:
     tokens: int
 
 
+@in_default_torch_state
 @torch.inference_mode()
 def perplexity(
     model: Any,
@@ -61,6 +63,7 @@ def perplexity(
     check_positions(model.config, context, name_of(model))
     parts = token_windows(tokenizer, text, context, windows)
     total, scored = 0.0, 0
+    check_tokens(model, parts)
     for number, window in enumerate(parts):
         ids = window[None].to(model.device)
         logits = model(ids, use_cache=False).logits[0, :-1]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pocketllm.cache import cache_folder
-from pocketllm.files import sha256_file, write_json
-from pocketllm.format.checkpoint import REPORT_NAME
+from pocketllm.errors import SourceError
+from pocketllm.files import need_regular, read_json, sha256_file, write_json
+from pocketllm.format.checkpoint import REPORT_NAME, read_report
+
+logger = logging.getLogger(__name__)
 
 RESULT_VERSION = 1  # raised when results of earlier versions must not be used
 
@@ -24,13 +28,17 @@ def folder_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     report = folder / REPORT_NAME
     if report.is_file():
-        listed = json.loads(report.read_text(encoding="utf-8")).get("files", {})
-        found = {name: facts["sha256"] for name, facts in listed.items()}
+        found = {name: facts["sha256"] for name, facts in read_report(folder)["files"].items()}
     else:
-        found = {file.name: sha256_file(file) for file in folder.iterdir() if file.is_file()}
+        found = {file.name: _sha256(file) for file in folder.iterdir() if not file.is_dir()}
     for name in sorted(found):
         digest.update(f"{name}:{found[name]}\n".encode())
     return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    need_regular(file, SourceError)
+    return sha256_file(file)
 
 
 def _path(identity: Mapping[str, Any]) -> Path:
@@ -42,7 +50,7 @@ def _path(identity: Mapping[str, Any]) -> Path:
 def recall(identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The cached result for this identity, or None."""
     try:
-        kept = json.loads(_path(identity).read_text(encoding="utf-8"))
+        kept = read_json(_path(identity))
         return dict(kept["result"]) if kept["identity"] == dict(identity) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # none, or damaged: measured again
@@ -51,5 +59,8 @@ def recall(identity: Mapping[str, Any]) -> dict[str, Any] | None:
 def keep(identity: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Cache a result under its identity: everything it depends on."""
     path = _path(identity)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"identity": dict(identity), "result": dict(result)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"identity": dict(identity), "result": dict(result)})
+    except OSError as error:
+        logger.warning("%s: the result cannot be kept for later (%s)", path, error.strerror or error)

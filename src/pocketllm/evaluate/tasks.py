@@ -20,6 +20,7 @@ from pocketllm.config import EvalConfig
 from pocketllm.errors import ConfigError, ExtraError, SourceError
 from pocketllm.evaluate import results
 from pocketllm.evaluate.local_tasks import LocalTask, local_task_names, local_tasks, prepare
+from pocketllm.torch_state import in_default_torch_state
 
 PAPER_TASKS = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
 """The tasks whose mean accuracy the paper reports (arXiv 2511.17637, zero-shot results)."""
@@ -143,6 +144,7 @@ def evaluate_tasks(
     return run_tasks(find_tasks(names, data, hub), subject, config, cache=cache, progress=progress)
 
 
+@in_default_torch_state
 def run_tasks(
     sources: Iterable[TaskSource],
     subject: Subject,

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from pocketllm.errors import LoadError
+from pocketllm.torch_state import in_default_torch_state
 
 _DECODED_AGAIN = 8
 
 
+@in_default_torch_state
 def verify_compressed(model: Any, sample: int = _DECODED_AGAIN) -> int:
     """Check that every matrix in a model's layout is compressed in memory; returns their number.
 

@@ -19,9 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pocketllm.errors import ConfigError, FormatError
-from pocketllm.files import sha256_file
+from pocketllm.files import need_regular, read_object, sha256_file
 from pocketllm.format.layout import FORMAT_VERSION as FORMAT_VERSION, PARTS, STORE as STORE, Layout as Layout
 from pocketllm.format.report import check_report
+from pocketllm.format.trust import check_folder, check_sizes, weights_of
+from pocketllm.source.model_files import is_plain
 
 REPORT_NAME = "pocketllm.json"
 """The file in a compressed model's folder that holds its report; it identifies such a folder."""
@@ -33,6 +35,11 @@ _DTYPE_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
 }
 
 
@@ -142,12 +149,11 @@ def folder_bytes(folder: Path) -> int:
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether the config.json of a folder says that pocketllm compressed it."""
-    if (folder / REPORT_NAME).is_file():
+    """Whether a folder says of itself that pocketllm has compressed it."""
+    if os.path.lexists(folder / REPORT_NAME):
         return True
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == STORE)
+        return bool(read_object(folder / "config.json")["quantization_config"]["quant_method"] == STORE)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -178,17 +184,16 @@ def read_report(folder: Path) -> dict[str, Any]:
         FormatError: not a compressed model, or the report is damaged.
     """
     path = folder / REPORT_NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         if is_compressed(folder):
             raise FormatError(
                 f"{folder}: no {REPORT_NAME} (save_pretrained does not write one): only pocketllm.load and generate "
                 "read such a folder; use the folder that pocketllm wrote"
             )
         raise FormatError(f"{folder}: no {REPORT_NAME}; not a model compressed by pocketllm")
+    need_regular(path, FormatError)
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(report, dict):
-            raise ValueError("not an object")
+        report = read_object(path)
         if report.get("format_version") != FORMAT_VERSION:
             raise FormatError(
                 f"{path}: format_version is {report.get('format_version')!r}, this version reads "
@@ -196,7 +201,7 @@ def read_report(folder: Path) -> dict[str, Any]:
             )
         check_report(report)
         _check_files(report.get("files"))
-    except ValueError as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise FormatError(f"{path}: damaged ({error}); fetch the model again") from error
     return report
 
@@ -205,7 +210,8 @@ def _check_files(files: Any) -> None:
     if not isinstance(files, dict) or not files:
         raise ValueError("no list of files")
     for name, facts in files.items():
-        if not (isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys() and Path(name).name == name):
+        whole = isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys()
+        if not whole or name == REPORT_NAME or not all(map(is_plain, name.split("/"))):
             raise ValueError(f"files: malformed entry {name!r}")
 
 
@@ -217,13 +223,12 @@ def verify(folder: Path) -> Layout:
     Raises:
         FormatError: names the file, and the tensor if one is damaged.
     """
-    has_report = (folder / REPORT_NAME).is_file() or not is_compressed(folder)
+    has_report = os.path.lexists(folder / REPORT_NAME) or not is_compressed(folder)
     files = read_report(folder)["files"] if has_report else {}
-    layout = read_layout(folder)
+    check_folder(folder, files.keys(), REPORT_NAME if has_report else None)
+    layout, weights = read_layout(folder), weights_of(folder)
+    check_sizes(layout, sum(file.stat().st_size for file in weights), folder / "config.json")
     problems = [_altered(folder / name, facts) for name, facts in files.items()]
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise FormatError(f"{folder}: no *.safetensors file; fetch the model again")
     _check_tensors(folder, weights, layout)  # first, since it names the tensor
     found = [problem for problem in problems if problem]
     if found:
@@ -279,13 +284,15 @@ def read_layout(folder: Path) -> Layout:
         FormatError: missing, not compressed by pocketllm, or malformed.
     """
     path = folder / "config.json"
+    if not os.path.lexists(path):
+        raise FormatError(f"{folder}: no config.json; not a compressed model")
+    need_regular(path, FormatError)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FormatError(f"{folder}: no config.json; not a compressed model") from error
-    except ValueError as error:
+        quantization = read_object(path).get("quantization_config") or {}
+        if not isinstance(quantization, dict):
+            raise ValueError("quantization_config is not an object")
+    except (OSError, ValueError) as error:
         raise FormatError(f"{path}: damaged ({error}); fetch the model again") from error
-    quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") != STORE:
         raise FormatError(f"{path}: not compressed by pocketllm (quant_method is not {STORE!r})")
     body = {k: v for k, v in quantization.items() if k not in ("quant_method", "mode", "producer")}

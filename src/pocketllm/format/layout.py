@@ -5,6 +5,7 @@ It is the body of `quantization_config` in config.json. FORMAT.md specifies it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -27,7 +28,8 @@ PARTS = ("indices", "row_scale", "weight", "up", "down")  # of a matrix, a codeb
 class MatrixEntry:
     """How one parameter is stored.
 
-    shape: as the model holds it. transposed: stored rows are the parameter's columns (Conv1D).
+    shape: as the model holds it. transposed: stored rows are the parameter's columns (Conv1D, the
+    experts of some models).
     codebook, decoder: numbers in the store. stride: bits that each index adds on a trellis, 0 for independent
     indices. strip_rows: approximate number of rows of a strip. rotation: seeds of the rotations of its columns
     (each `rows` long) and of its rows, None if that side is not rotated. crc32: of indices then row_scale, in hex.
@@ -47,7 +49,7 @@ class MatrixEntry:
         _integers("shape", self.shape, 1)
         _boolean("transposed", self.transposed)
         _checksum(self.crc32)
-        if len(self.shape) not in (2, 3) or (self.transposed and len(self.shape) != 2):
+        if len(self.shape) not in (2, 3):
             raise ValueError(f"shape {list(self.shape)} with transposed {self.transposed}")
         _integers("codebook, decoder and stride", (self.codebook, self.decoder, self.stride), 0)
         _integers("strip_rows", [self.strip_rows], 1)
@@ -64,17 +66,13 @@ class MatrixEntry:
     @property
     def rows(self) -> int:
         """Rows of the stored matrix."""
-        if self.transposed:
-            return self.shape[1]
-        rows = 1
-        for size in self.shape[:-1]:
-            rows *= size
-        return rows
+        *experts, inner, last = self.shape
+        return math.prod(experts) * (last if self.transposed else inner)
 
     @property
     def columns(self) -> int:
         """Columns of the stored matrix."""
-        return self.shape[0] if self.transposed else self.shape[-1]
+        return self.shape[-2] if self.transposed else self.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ class Layout:
                 matrices[name] = MatrixEntry(**entry)
             codebooks = tuple(CodebookEntry(*entry) for entry in values["codebooks"])
             decoders = tuple(_decoder_entry(entry) for entry in values["decoders"])
-        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ConfigError) as error:
             raise FormatError(f"{where}: malformed quantization_config ({error!r})") from error
         layout = cls(matrices, codebooks, decoders)
         for name in matrices:

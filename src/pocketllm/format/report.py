@@ -50,9 +50,10 @@ class Report:
     bpw_blocks: linear weights of the blocks, including those left dense; bpw_all: every parameter of the model.
     bytes_by_part: indices, row_scales, codebooks, decoders, dense, other_files (tokenizer etc.),
         headers (of the weight files, config.json and the report).
-    fits: of each codebook, the sample's nmse by decoder before and after training, and the course of training.
-    seconds, peak_memory_bytes, peak_gpu_memory_bytes: of the run. They are not stored, so that the same
-        arguments give the same bytes; a report read from a folder has None.
+    fits: of each codebook, the sample's nmse by decoder before and after training, and how it went.
+    seconds, peak_memory_bytes, peak_gpu_memory_bytes: of the run that made it. They are not stored, since the
+        same arguments give the same bytes; a report read from a folder has None.
+    left_out: files of the dense model's folder that did not come along, and why; not stored where there are none.
     is_plan: from a dry run; nmse is predicted, utilization unknown.
     """
 
@@ -76,6 +77,7 @@ class Report:
     peak_gpu_memory_bytes: int | None = None
     fits: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] | None = None
+    left_out: dict[str, str] | None = None
     is_plan: bool = False
 
     def of_run(self, started: float, device: str) -> Report:
@@ -106,6 +108,10 @@ class Report:
 
 
 _MEASURED = ("nmse", "proxy_error", "codebook_utilization", "codebook_perplexity")  # null where unknown
+_POSITIVE = (  # what sizes and ratios are divided by
+    *("bytes_on_disk", "dense_model_bytes_bf16", "vector_len", "codebook_size"),
+    *(f"ratio_{what}_{dtype}" for what in ("files", "matrices") for dtype in ("bf16", "fp32")),
+)
 _JSON_TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "int": int,
@@ -125,7 +131,7 @@ def check_report(values: Mapping[str, Any]) -> None:
     _check_fields(Report, values, "")
     for number, matrix in enumerate(values["matrices"]):
         _check_fields(MatrixReport, matrix, f"matrices[{number}].")
-        if not all(isinstance(size, int) for size in matrix["shape"]):
+        if not all(isinstance(size, int) and size > 0 for size in matrix["shape"]):
             raise ValueError(f"matrices[{number}].shape: got {matrix['shape']!r}")
     for number, entry in enumerate(values["skipped"]):
         if not all(isinstance(_at(entry, key), str) for key in ("name", "reason")):
@@ -136,13 +142,19 @@ def check_report(values: Mapping[str, Any]) -> None:
 
 
 def _check_fields(cls: type[Report] | type[MatrixReport], values: Any, where: str) -> None:
-    for field in fields(cls):
-        value = _at(values, field.name)
-        if value is None and (field.default is not MISSING or field.name in _MEASURED):
+    for entry in fields(cls):
+        value: Any = _at(values, entry.name)
+        if value is None and (entry.default is not MISSING or entry.name in _MEASURED):
             continue
-        wanted = _JSON_TYPES[re.split(r"\W", str(field.type))[0]]
-        if not isinstance(value, wanted):
-            raise ValueError(f"{where}{field.name}: got {value!r}, wanted {field.type}")
+        wanted = _JSON_TYPES[re.split(r"\W", str(entry.type))[0]]
+        if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
+            raise ValueError(f"{where}{entry.name}: got {value!r}, wanted {entry.type}")
+        if entry.name in _POSITIVE and not _is_positive(value):
+            raise ValueError(f"{where}{entry.name}: got {value!r}, wanted more than 0")
+
+
+def _is_positive(value: Any) -> bool:
+    return bool(0 < value < math.inf)
 
 
 def _at(values: Any, key: str) -> Any:

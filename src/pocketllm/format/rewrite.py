@@ -13,9 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pocketllm.errors import ShapeError
+from pocketllm.errors import FormatError, ShapeError
+from pocketllm.files import files_below, read_object
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.report import rounded
+from pocketllm.format.trust import weights_of
 
 _DTYPES = {name: dtype for dtype, name in ckpt._DTYPE_NAMES.items()}
 
@@ -24,7 +26,7 @@ def stored_sizes(folder: Path) -> tuple[dict[str, tuple[torch.dtype, tuple[int, 
     """Stored tensors in writing order: name -> (dtype, shape), and name -> file."""
     sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weights_of(folder):
         with path.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         header.pop("__metadata__", None)
@@ -64,9 +66,10 @@ def rewrite(
     report = ckpt.read_report(folder)
     for name in report["files"]:
         if not name.endswith(".safetensors") and name != "config.json" and not (final / name).exists():
+            (final / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, final / name)
     layout = ckpt.read_layout(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     config["quantization_config"].update(_checked(layout, tensors).to_dict())
     (final / "config.json").write_text(json.dumps(config, ensure_ascii=False) + "\n", encoding="utf-8")
     return _write_report(final, {**report, "recover": dict(section)})
@@ -116,8 +119,8 @@ def _checked(layout: ckpt.Layout, tensors: _Tensors) -> ckpt.Layout:
 
 
 def _write_report(final: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """Write the report, which counts its own bytes, next to the other files."""
-    facts = ckpt.file_facts(final, [path.name for path in final.iterdir()])
+    """The report, which counts its own bytes, beside the other files."""
+    facts = ckpt.file_facts(final, files_below(final, FormatError))
     rest = sum(entry["bytes"] for entry in facts.values())
     report = {**report, "files": facts}
     room = 0

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import pocketllm
 from pocketllm.config import CompressConfig
 from pocketllm.config.checks import flat
 from pocketllm.errors import OutputError, ResumeError, reason_of
-from pocketllm.files import write_json
+from pocketllm.files import files_below, read_object, sync_folder, write_json
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.kept import read_kept, write_kept
+from pocketllm.format.output import PUBLISHED, STATE_NAME, is_held, partial_folder
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
 try:
@@ -32,75 +29,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-_STATE, _LOCK_NAME = "state.json", "lock"
-
-
-def check_output(
-    output: Path,
-    overwrite: bool = False,
-    marker: str | None = ckpt.REPORT_NAME,
-    what: str = "a compressed model",
-) -> None:
-    """Refuse an output that would destroy something or cannot be created.
-
-    Args:
-        marker: the file that identifies a folder created by pocketllm; None: nothing may be replaced.
-        what: what such a folder is, in words.
-
-    Raises:
-        OutputError: it exists and is not such a folder, `overwrite` is not set, or it cannot be created.
-    """
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output}: exists and is a file; choose another output folder")
-    if output.is_dir() and any(output.iterdir()):
-        if marker is None:
-            raise OutputError(f"{output}: exists and is not empty; choose another output folder")
-        if not (output / marker).is_file():
-            raise OutputError(f"{output}: exists and is not {what}; choose another output folder")
-        if not overwrite:
-            raise OutputError(f"{output}: already contains {what}; pass --overwrite to replace it")
-    check_parent(output, "folder")
-
-
-def check_not_nested(output: Path, folder: Path, kind: str = "folder") -> None:
-    """Refuse an output in a folder that must stay unchanged.
-
-    Args:
-        kind: of output, in words.
-
-    Raises:
-        OutputError: it is that folder, is inside it, or contains it, so that replacing it would remove an input.
-    """
-    wanted, read = output.resolve(), folder.resolve()
-    if read in (wanted, *wanted.parents):
-        where = "the model itself" if wanted == read else f"inside {folder}"
-        raise OutputError(f"{output}: is {where}, which must stay unchanged; choose another output {kind}")
-    if wanted in read.parents:
-        raise OutputError(
-            f"{output}: contains {folder}, which must stay unchanged; choose another output {kind}"
-        )
-
-
-def check_parent(output: Path, kind: str) -> None:
-    """Check that `output` can be created, by creating something next to it; permissions alone do not tell.
-
-    Args:
-        kind: of output, in words.
-
-    Raises:
-        OutputError: names the nearest folder that exists.
-    """
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent}: is a file, wanted a folder; choose another output {kind}")
-    try:
-        tempfile.TemporaryDirectory(prefix=".pocketllm-", dir=parent).cleanup()
-    except OSError as error:
-        raise OutputError(
-            f"{parent}: cannot be written ({error.strerror or error}); choose another output {kind}"
-        ) from error
+_LOCK_NAME = "lock"
 
 
 @contextmanager
@@ -123,50 +52,20 @@ def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def system_errors(path: Path) -> Iterator[None]:
-    """Raise errors of the operating system as OSError; safetensors wraps them in its own error."""
-    try:
-        yield
-    except Exception as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if code is None or isinstance(error, OSError):
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-
-
 def keep_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write measured tensors to a temporary name, then rename.
+    """`write_kept` of what was measured; the folder is made.
 
     Raises:
         OutputError: it cannot be written.
     """
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with system_errors(path):
-            save_file(tensors, str(temporary), {"facts": json.dumps(facts)})
-        temporary.replace(path)
+        write_kept(path, tensors, facts)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise OutputError(
             f"{path}: cannot be written ({error.strerror}); free some space there, or choose another output folder, "
             "or another folder with --calibration-cache or POCKETLLM_CACHE"
         ) from error
-
-
-def output_error(output: Path, error: OSError) -> OutputError:
-    """An error of the operating system, with a message that says what to do."""
-    where = error.filename or output
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(
-            f"{where}: the disk is full; free some space and rerun the command to resume; "
-            f"finished work is kept in {output}.partial"
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return OutputError(f"{where}: no permission to write; choose another output folder")
-    return OutputError(f"{where}: cannot be written ({error.strerror or error})")
 
 
 @dataclass(frozen=True)
@@ -210,11 +109,12 @@ class Workspace:
             ResumeError: it contains a run with other arguments.
             OutputError: it was not created by pocketllm, or is in use.
         """
-        folder = _partial(output)
+        folder = partial_folder(output)
         wanted = json.loads(json.dumps(flat(arguments)))  # as it is read back: lists for tuples
-        state = folder / _STATE
+        state = folder / STATE_NAME
         if state.is_file():
             found = _read_state(state)
+            found.pop(PUBLISHED, None)
             differing = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
             if differing and {path.name for path in folder.iterdir()} == {state.name, _LOCK_NAME}:
                 with locked(folder):  # a run that failed before anything was done: nothing to lose
@@ -225,8 +125,8 @@ class Workspace:
                     f"{folder}: contains an unfinished run with other arguments ({facts}); "
                     "rerun with the same arguments to resume, or delete that folder to start again"
                 )
-        elif folder.exists() and any(path.name != f".{_STATE}.tmp" for path in folder.iterdir()):
-            raise OutputError(f"{folder}: was not created by pocketllm; move it away")
+        elif folder.exists() and any(path.name != f".{STATE_NAME}.tmp" for path in folder.iterdir()):
+            raise OutputError(f"{folder}: exists and is not ours; move it away")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(state, wanted)
@@ -234,8 +134,8 @@ class Workspace:
 
     @staticmethod
     def is_begun(output: Path) -> bool:
-        """Whether there is an unfinished run for this output."""
-        return (_partial(output) / _STATE).is_file()
+        """Whether a half-done run for this output is there."""
+        return (partial_folder(output) / STATE_NAME).is_file()
 
     def has(self, name: str) -> bool:
         """Whether a unit is finished."""
@@ -243,12 +143,7 @@ class Workspace:
 
     def save(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Keep one finished unit."""
-        path = self.folder / name
-        temporary = path.with_suffix(".tmp")
-        with system_errors(temporary):
-            stored = {key: value.contiguous().cpu() for key, value in tensors.items()}
-            save_file(stored, str(temporary), {"facts": json.dumps(facts)})
-        temporary.replace(path)
+        write_kept(self.folder / name, tensors, facts)
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A finished unit.
@@ -258,10 +153,8 @@ class Workspace:
         """
         path = self.folder / name
         try:
-            with safe_open(str(path), framework="pt") as handle:
-                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-                return tensors, json.loads(handle.metadata()["facts"])
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            return read_kept(path)
+        except (OSError, ValueError) as error:
             raise damaged(path, self.folder, error) from error
 
     def refined(self) -> dict[str, Tensor]:
@@ -272,17 +165,44 @@ class Workspace:
         return found
 
     def publish(self, output: Path) -> None:
-        """Rename the finished checkpoint to its final name and delete the rest."""
-        if output.is_dir():
-            output.rename(self.folder / "old")
-        (self.folder / "final").rename(output)
-        # The state is deleted last, so that an interruption leaves a folder that is still recognized.
+        """Rename the finished result into place and drop the rest.
+
+        The state says from here on what is published, so that a run that is killed below can be rerun.
+        """
+        final, old = self.folder / "final", self.folder / "old"
+        facts = {name: (final / name).stat().st_size for name in files_below(final, OutputError)}
+        for name in facts:
+            with (final / name).open("rb") as stream:
+                os.fsync(stream.fileno())
+        state = _read_state(self.folder / STATE_NAME)
+        write_json(self.folder / STATE_NAME, {**state, PUBLISHED: facts})
+        if is_held(output):
+            _move_into(final, output)
+        else:
+            if output.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+                output.rename(old)
+            final.rename(output)
+        sync_folder(output.parent)
+        self.drop()
+
+    def drop(self) -> None:
+        """Remove the folder; the state goes last, by which it is known as ours."""
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != _STATE:
+            elif path.name != STATE_NAME:
                 path.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _move_into(final: Path, output: Path) -> None:
+    """Fill a folder; the files by which a result is known come last."""
+    names = sorted(files_below(final, OutputError), key=lambda name: (name.startswith("pocketllm"), name))
+    for name in names:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (final / name).replace(output / name)
+    shutil.rmtree(final)
 
 
 def damaged(path: Path, folder: Path, error: Exception) -> ResumeError:
@@ -292,10 +212,6 @@ def damaged(path: Path, folder: Path, error: Exception) -> ResumeError:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return read_object(path)
+    except (OSError, ValueError) as error:
         raise damaged(path, path.parent, error) from error
-
-
-def _partial(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")

@@ -7,6 +7,6 @@ from .matrices import (
     Matrix as Matrix,
     Plan as Plan,
     Spec as Spec,
-    classify as classify,
 )
+from .selection import classify as classify
 from .target import possible_bpw as possible_bpw

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pocketllm.config import SCOPES, CompressConfig
 from pocketllm.config.constants import BUDGET_LEFT, DEAR_CODEBOOKS, TRELLIS_STEPS, VECTOR_LENS
 from pocketllm.errors import ConfigError, TargetError
-from pocketllm.plan.matrices import Dense, Matrix, Plan, Spec, classify, override
+from pocketllm.plan.matrices import Dense, Matrix, Plan, Spec
+from pocketllm.plan.selection import classify, override
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
 

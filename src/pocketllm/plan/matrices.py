@@ -6,8 +6,6 @@ are close enough to Gaussian for the predictions to rank the choices.
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +15,6 @@ from pocketllm.codec.rotation import Seeds
 from pocketllm.codec.subvectors import subvectors_per_row
 from pocketllm.config import CompressConfig
 from pocketllm.config.constants import STRIP_ROWS
-from pocketllm.errors import ConfigError
-from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
 ROW_SCALE_BITS = 16
 """Stored bits of a row scale."""
@@ -185,89 +181,6 @@ class Plan:
     def bpw(self) -> float:
         """All stored bits of the compressed matrices per weight."""
         return sum(self.bits_by_part().values()) / self.weights
-
-
-_BLOCK = re.compile(r"^(?P<stem>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
-
-
-def classify(source: DenseCheckpoint, config: CompressConfig) -> tuple[list[Matrix], list[Dense]]:
-    """Split the model's tensors into matrices to compress and dense ones with their reason.
-
-    Raises:
-        ConfigError: settings that leave every block dense, or an override that matches no matrix.
-    """
-    numbers = [int(m["number"]) for n in source.names() if (m := _BLOCK.match(n))]
-    blocks = max(numbers, default=-1) + 1
-    if config.dense_first + config.dense_last >= blocks > 0:
-        raise ConfigError(
-            f"dense_first={config.dense_first} and dense_last={config.dense_last} leave none of the model's "
-            f"{blocks} blocks to compress; lower them"
-        )
-    ends = _embedding_modules(source)
-    matrices: list[Matrix] = []
-    dense: list[Dense] = []
-    seen = {name: _matrix(source, name, source.shape(name), ends) for name in source.names()}
-    names = [name for name, found in seen.items() if isinstance(found, Matrix)]
-    for pattern, _ in config.overrides:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(
-                f"override {pattern!r}: matches no matrix that can be compressed; names look like "
-                f"{names[-1] if names else None!r}"
-            )
-    for name, found in seen.items():
-        shape = source.shape(name)
-        if isinstance(found, str):
-            dense.append(Dense(name, shape, found))
-            continue
-        match = _BLOCK.match(name)
-        number = int(match["number"]) if match else -1
-        if (override(name, config) or 0) >= 16:
-            dense.append(Dense(name, shape, "left dense by an override"))
-        elif found.in_blocks and not config.dense_first <= number < blocks - config.dense_last:
-            dense.append(Dense(name, shape, "in a block left dense by the settings"))
-        elif not found.in_blocks and config.keep_embeddings:
-            dense.append(Dense(name, shape, KEPT_END))
-        else:
-            matrices.append(found)
-    return matrices, dense
-
-
-def override(name: str, config: CompressConfig) -> float | None:
-    """Bits per weight that the overrides set for a matrix; the last matching pattern counts."""
-    found = [bits for pattern, bits in config.overrides if fnmatch.fnmatchcase(name, pattern)]
-    return found[-1] if found else None
-
-
-def _embedding_modules(source: DenseCheckpoint) -> set[int]:
-    model = source.model
-    return {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-
-
-def _matrix(source: DenseCheckpoint, name: str, shape: tuple[int, ...], ends: set[int]) -> Matrix | str:
-    """The tensor as a matrix, or the reason why it is not compressed."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    parent, _, leaf = name.rpartition(".")
-    module = source.model.get_submodule(parent)
-    match = _BLOCK.match(name)
-    kind = match["rest"] if match else name
-    kind = re.sub(r"\.\d+\.", ".*.", kind).removesuffix(".weight")
-    if len(shape) == 3 and match and "expert" in name:
-        return Matrix(name, shape, shape[0] * shape[1], shape[2], kind, True)
-    if len(shape) != 2:
-        return "norm, bias or other small tensor" if len(shape) < 2 else f"a {len(shape)}-D tensor"
-    if leaf == "weight" and isinstance(module, nn.Embedding | nn.Linear | Conv1D):
-        if id(module) in ends:
-            return Matrix(name, shape, *shape, kind, False)
-        if isinstance(module, nn.Embedding):
-            return "an embedding other than the token embedding"
-        if not match:
-            return "a linear layer outside the blocks"
-        if isinstance(module, Conv1D):
-            return Matrix(name, shape, shape[1], shape[0], kind, True, transposed=True)
-        return Matrix(name, shape, *shape, kind, True)
-    return f"a parameter of {type(module).__name__} (router or similar)"
 
 
 def _codebook_key(matrix: Matrix, spec: Spec, scope: str) -> str:

@@ -43,7 +43,7 @@ class PlannedModel:
         """Exact size of every file except the report."""
         sizes = ckpt.safetensors_bytes(self.form.tensors)
         sizes["config.json"] = len(self.form.config_text(self.form.no_checksums()).encode())
-        return {**sizes, **{path.name: path.stat().st_size for path in self.form.copied_files()}}
+        return {**sizes, **{name: path.stat().st_size for name, path in self.form.copied_files.items()}}
 
     @cached_property
     def bytes_on_disk(self) -> tuple[int, int]:
@@ -65,7 +65,7 @@ class PlannedModel:
         plan, bits, encoded = self.plan, self.plan.bits_by_part(), self.plan.weights
         dense_bytes = self.form.dense_bytes
         every = encoded + sum(torch.Size(d.shape).numel() for d in plan.dense)
-        other = sum(path.stat().st_size for path in self.form.copied_files())
+        other = sum(path.stat().st_size for path in self.form.copied_files.values())
         payload = sum(value // 8 for value in bits.values()) + dense_bytes
         per_matrix = plan.matrix_bits()
         return Report(
@@ -91,6 +91,7 @@ class PlannedModel:
             config=plan.config.to_dict(),
             fits=found.fits,
             versions=versions(),
+            left_out=self.form.left_out or None,
         )
 
     def _bpw_blocks(self, per_matrix: Mapping[str, float]) -> float:
@@ -116,6 +117,8 @@ class PlannedModel:
         body = {"format_version": ckpt.FORMAT_VERSION, **report.to_dict(), "files": files}
         for name in RUN_FACTS:  # stored bytes must not depend on the duration of the run or on a resumption
             del body[name]
+        if not report.left_out:
+            del body["left_out"]
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")) + "\n"
 
     def dry_report(self) -> Report:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,10 +16,7 @@ from pocketllm.config import CodecConfig
 from pocketllm.format.layout import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.plan.matrices import KEPT_END, Dense, Matrix, Plan
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
-
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
-# config.json is rewritten; the rest belongs to weights or to an adapter, or was written by pocketllm.
-_NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json", "pocketllm*.json")
+from pocketllm.source.model_files import companions, need_config
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,15 @@ class StoredForm:
             for m in group
         }
 
-    def copied_files(self) -> list[Path]:
-        """Tokenizer, generation settings, licence: small files that belong to the model."""
-        folder = self.source.folder
-        found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if not any(path.match(other) for other in _NOT_COPIED))
+    @cached_property
+    def copied_files(self) -> dict[str, Path]:
+        """Tokenizer, chat templates, licence: what belongs to the model beside its weights, by stored name."""
+        return {name: self.source.folder / name for name in companions(self.source.folder)[0]}
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Files of the source that are not copied, and why."""
+        return companions(self.source.folder)[1]
 
     def layout(self, crcs: Mapping[str, str]) -> Layout:
         """The stored form, given the checksum of each matrix, `codebook N` and `decoder N`."""
@@ -105,7 +107,10 @@ class StoredForm:
 
     def config_text(self, crcs: Mapping[str, str]) -> str:
         """The body of config.json."""
-        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
+        config = need_config(self.source.folder)
+        config.pop("transformers_weights", None)  # weights have their usual name here
+        if self.source.is_untied:
+            _untie(config, self.source.model.config)
         config["quantization_config"] = {
             "quant_method": STORE,
             "producer": f"pocketllm-codec {pocketllm.__version__}",
@@ -120,3 +125,11 @@ class StoredForm:
         names += [f"codebook {n}" for n in range(len(self.plan.groups()))]
         names += [f"decoder {n}" for n in range(len(self._decoders))]
         return dict.fromkeys(names, "0" * 8)
+
+
+def _untie(stored: dict[str, Any], config: Any) -> None:
+    """Let the body of config.json say that no parameters are tied, as the configuration `config` does."""
+    stored["tie_word_embeddings"] = False
+    for name in getattr(config, "sub_configs", {}):
+        if isinstance(stored.get(name), dict):
+            _untie(stored[name], getattr(config, name))

@@ -11,7 +11,8 @@ from pocketllm.config import CompressConfig
 from pocketllm.config.constants import SIZE_LEFT, SIZE_ROUNDS
 from pocketllm.errors import ConfigError, TargetError
 from pocketllm.plan.bit_allocation import make_plan
-from pocketllm.plan.matrices import Plan, classify
+from pocketllm.plan.matrices import Plan
+from pocketllm.plan.selection import classify
 from pocketllm.plan.sizes import PlannedModel
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
@@ -45,7 +46,7 @@ def planned(
         return PlannedModel(source, make_plan(source, config, importance, strip_rows), model)
     matrices, dense = classify(source, config)
     empty = PlannedModel(source, Plan((), {}, tuple(dense), "model", config), model)
-    other = sum(path.stat().st_size for path in empty.form.copied_files())
+    other = sum(path.stat().st_size for path in empty.form.copied_files.values())
     weights = sum(m.weights for m in matrices)
     bf16_bytes = 2 * (weights + sum(torch.Size(d.shape).numel() for d in dense)) + other
     target = config.target_bytes or int(bf16_bytes / (config.target_ratio or 1))

@@ -6,7 +6,9 @@ only decoded for that moment. So merging is done here on the decoded model, and 
 
 from __future__ import annotations
 
-import json
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pocketllm.errors import ConfigError, ExtraError, FormatError, LoadError, reason_of
+from pocketllm.files import need_regular, read_object
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.recover.adapter_settings import check_settings
 from pocketllm.recover.base_model import Base, identity
+from pocketllm.torch_state import in_default_torch_state
 
 RECORD_NAME, SETTINGS_NAME = "pocketllm-adapter.json", "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -44,10 +49,15 @@ def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
         ConfigError: it was trained on another base.
     """
     report = ckpt.read_report(base)
-    if not (adapter / SETTINGS_NAME).is_file():
+    path = adapter / SETTINGS_NAME
+    if not os.path.lexists(path):
         raise FormatError(f"{adapter}: no {SETTINGS_NAME}; wanted an adapter in PEFT's format")
-    settings = _read_object(adapter / SETTINGS_NAME, ("peft_type",))
-    _stored_names(adapter)
+    settings = _read_object(path, ("peft_type",))
+    shapes = _stored_shapes(adapter)
+    try:
+        check_settings(settings, _largest_rank(shapes))
+    except ValueError as error:
+        raise FormatError(f"{path}: {error}; only adapters in plain LoRA are read") from error
     record = read_record(adapter)
     if record is not None and record["base_identity"] != identity(report):
         raise ConfigError(
@@ -57,6 +67,12 @@ def check_adapter(adapter: Path, base: Path) -> dict[str, Any]:
     return settings
 
 
+def _largest_rank(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Rank of the stored tensors, [rank, inputs] each."""
+    ranks = [shape[0] for name, shape in shapes.items() if shape and re.search(r"lora_(embedding_)?A", name)]
+    return max(ranks, default=0)
+
+
 def read_record(adapter: Path) -> dict[str, Any] | None:
     """The record that `lora` stores with an adapter: its base and its training. None: trained elsewhere.
 
@@ -64,7 +80,9 @@ def read_record(adapter: Path) -> dict[str, Any] | None:
         FormatError: damaged.
     """
     path = adapter / RECORD_NAME
-    return _read_object(path, ("base", "base_model", "base_identity")) if path.is_file() else None
+    if not os.path.lexists(path):
+        return None
+    return _read_object(path, ("base", "base_model", "base_identity"))
 
 
 def _read_object(path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
@@ -73,10 +91,9 @@ def _read_object(path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         FormatError: not a JSON object, or one that lacks such a string.
     """
+    need_regular(path, FormatError)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
+        found = read_object(path)
         lacking = [key for key in wanted if not isinstance(found.get(key), str)]
         if lacking:
             raise ValueError(f"no {lacking[0]} in it")
@@ -85,24 +102,26 @@ def _read_object(path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _stored_names(adapter: Path) -> set[str]:
-    """Names of the adapter's tensors. Checked here because PEFT asks the hub for a file that is missing.
+def _stored_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the adapter's tensors by name. Checked here because PEFT asks the hub for a file that is missing.
 
     Raises:
         FormatError: the weight file is missing, truncated, or of another kind.
     """
     path = adapter / WEIGHTS_NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FormatError(f"{path}: missing; fetch or train the adapter again")
+    need_regular(path, FormatError)
     try:
         with safe_open(str(path), framework="pt") as handle:
-            return set(handle.keys())
+            return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise FormatError(
             f"{path}: not a readable safetensors file ({error}); fetch or train the adapter again"
         ) from error
 
 
+@in_default_torch_state
 def attach_adapter(model: Any, base: Path, adapter: Path) -> Any:
     """Put an adapter into a model loaded from the compressed folder `base`; returns the PeftModel around it.
 
@@ -117,18 +136,18 @@ def attach_adapter(model: Any, base: Path, adapter: Path) -> Any:
 
     settings = check_adapter(adapter, base)
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+        adapted = PeftModel.from_pretrained(model, str(adapter), local_files_only=True).eval()
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{adapter}: made for {settings.get('base_model_name_or_path')}, does not fit {base} "
             f"({reason_of(error)})"
         ) from error
-    except (TypeError, KeyError, AttributeError) as error:  # what PEFT raises for settings it does not expect
+    except Exception as error:  # what PEFT raises for settings it does not expect
         raise FormatError(
             f"{adapter / SETTINGS_NAME}: PEFT cannot read it ({error!r}); fetch or train the adapter again"
         ) from error
     wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    lacking = sorted(wanted - _stored_names(adapter))
+    lacking = sorted(wanted - _stored_shapes(adapter).keys())
     if lacking:  # PEFT only warns, and leaves them as initialized
         raise FormatError(
             f"{adapter / WEIGHTS_NAME}: lacks {lacking[0]} ({len(lacking)} of {len(wanted)} tensors); "

@@ -13,7 +13,7 @@ import torch
 import pocketllm
 from pocketllm.calibrate.autocast import fast_dtype
 from pocketllm.format import checkpoint as ckpt
-from pocketllm.format.workspace import check_not_nested
+from pocketllm.format.output import check_not_nested
 from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.source.folder import need_tokenizer, read_config, read_vocabulary
 from pocketllm.text.vocabulary import check_positions, check_vocabularies

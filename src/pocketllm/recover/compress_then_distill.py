@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -11,10 +12,11 @@ from pocketllm.compression.pipeline import ProgressCallback, compress, is_made
 from pocketllm.config import CompressConfig, DistillConfig
 from pocketllm.errors import OutputError
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.output import named_output
 from pocketllm.format.report import Report
 from pocketllm.recover.distill import DistillResult, distill
 from pocketllm.recover.distill_task import training_windows
-from pocketllm.recover.run_log import check_places
+from pocketllm.recover.run_log import check_places, read_result
 from pocketllm.source.dense_checkpoint import resolve
 from pocketllm.source.folder import need_tokenizer, read_config
 from pocketllm.text.vocabulary import check_positions
@@ -46,9 +48,12 @@ def compress_and_distill(
         As `compress` and `distill`; the inputs of the recovery are checked before anything is compressed.
         OutputError: `OUTPUT.plain` exists and was not made by this call.
     """
-    output, started = Path(output), time.monotonic()
-    check_places(output, overwrite)
+    output, started = named_output(output), time.monotonic()
     plain = output.with_name(output.name + ".plain")
+    if plain.exists() and _is_done(output, str(model), config, recovery):  # killed while `plain` was removed
+        shutil.rmtree(plain)
+        return Report.from_dict(ckpt.read_report(output)), read_result(output, DistillResult)
+    check_places(output, overwrite)
     if plain.exists() and not is_made(plain, str(model), config):
         raise OutputError(
             f"{plain}: exists and was not created by an earlier run of this command; move it away, or choose "
@@ -79,6 +84,14 @@ def compress_and_distill(
     made("recovered", output)
     shutil.rmtree(plain)
     return Report.from_dict(ckpt.read_report(output)).of_run(started, device), done
+
+
+def _is_done(output: Path, model: str, config: CompressConfig, recovery: DistillConfig) -> bool:
+    """Whether an earlier run has compressed and recovered this model with these settings."""
+    if not is_made(output, model, config):
+        return False
+    facts = ckpt.read_report(output).get("recover")
+    return isinstance(facts, dict) and facts.get("config") == json.loads(json.dumps(recovery.to_dict()))
 
 
 def check_recovery(model: str | Path, recovery: DistillConfig, trust_remote_code: bool = False) -> None:

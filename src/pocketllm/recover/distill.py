@@ -20,9 +20,9 @@ from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import DistillConfig
 from pocketllm.errors import ConfigError, SourceError
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.output import check_not_nested, is_published, named_output
 from pocketllm.format.report import rounded
 from pocketllm.format.rewrite import rewrite, stored_sizes
-from pocketllm.format.workspace import check_not_nested
 from pocketllm.recover.base_model import Base, check_context, check_teacher, open_base
 from pocketllm.recover.distill_task import Distillation, load_student, planned_parameters, training_windows
 from pocketllm.recover.loop import Loop, Progress, step_event
@@ -31,6 +31,7 @@ from pocketllm.recover.teacher import make_teacher, open_teacher
 from pocketllm.recover.trainable import set_stored, stored_tensors
 from pocketllm.source.dense_checkpoint import open_dense, resolve
 from pocketllm.text.windows import token_digest
+from pocketllm.torch_state import in_default_torch_state
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class DistillResult:
     seconds: float
 
 
+@in_default_torch_state
 def distill(
     folder: str | Path,
     output: str | Path,
@@ -89,7 +91,7 @@ def distill(
     Example:
         >>> pocketllm.distill("smol-2bit", "smol-2bit-tuned", DistillConfig(texts=("my-texts/",)))
     """
-    config, folder, output = config or DistillConfig(), Path(folder), Path(output)
+    config, folder, output = config or DistillConfig(), Path(folder), named_output(output)
     check_places(output, overwrite)
     base = open_base(folder, output, trust_remote_code)
     name = teacher or str(base.report["model"])
@@ -103,6 +105,8 @@ def distill(
         **config.to_dict(),
     }
     with open_run(output, base, arguments, config.loop, device) as run:
+        if is_published(output):  # by an earlier run that was killed afterwards
+            return run.recall(DistillResult)
         load = partial(
             open_teacher,
             dense,
@@ -205,6 +209,7 @@ def _legend(result: DistillResult, folder: Path, teacher: str, label_weight: flo
     return {"title": title, "loss_name": f"{axis}{which} (nats per token)"}
 
 
+@in_default_torch_state
 def dry_run_distill(
     folder: str | Path,
     config: DistillConfig,
@@ -221,8 +226,8 @@ def dry_run_distill(
     """
     folder = Path(folder)
     if output is not None:
-        check_places(Path(output), overwrite)
-    base = open_base(folder, None if output is None else Path(output), trust_remote_code)
+        check_places(named_output(output), overwrite)
+    base = open_base(folder, None if output is None else named_output(output), trust_remote_code)
     name = teacher or str(base.report["model"])
     _, (train, validation) = _inputs(base, config, name)
     trained = planned_parameters(stored_sizes(folder)[0], config)

@@ -21,8 +21,9 @@ from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import LoraTuneConfig
 from pocketllm.files import write_json
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.kept import system_errors
+from pocketllm.format.output import is_published, named_output
 from pocketllm.format.report import rounded
-from pocketllm.format.workspace import system_errors
 from pocketllm.recover.adapter import RECORD_NAME, SETTINGS_NAME, need_peft
 from pocketllm.recover.base_model import Base, check_context, open_base
 from pocketllm.recover.loop import Loop, step_event
@@ -30,6 +31,7 @@ from pocketllm.recover.lora_task import Item, LoraTask, number_of_steps, trainin
 from pocketllm.recover.run_log import check_places, open_run
 from pocketllm.source.folder import copy_file_mode
 from pocketllm.text.windows import token_digest
+from pocketllm.torch_state import in_default_torch_state
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class LoraResult:
     seconds: float
 
 
+@in_default_torch_state
 def lora(
     folder: str | Path,
     output: str | Path,
@@ -80,7 +83,7 @@ def lora(
     Example:
         >>> pocketllm.lora("smol-2bit", "smol-adapter", LoraTuneConfig(texts=("alpaca.json",)))
     """
-    config, folder, output = config or LoraTuneConfig(), Path(folder), Path(output)
+    config, folder, output = config or LoraTuneConfig(), Path(folder), named_output(output)
     need_peft()
     check_places(output, overwrite, marker=RECORD_NAME, what="an adapter")
     base = open_base(folder, output, trust_remote_code)
@@ -90,6 +93,8 @@ def lora(
     tokens = torch.cat([item.ids for part in items for item in part])
     arguments = {"method": "lora", "text": token_digest(tokens), **config.to_dict()}
     with open_run(output, base, arguments, config.loop, device) as run:
+        if is_published(output):  # by an earlier run that was killed afterwards
+            return run.recall(LoraResult)
         model, adapted = with_adapter(base, config, run.state.device)
         task = LoraTask(model, items, config, run.dtype)
         loop = Loop(task, config.loop, steps, work=run.work, log=run.log, state=run.state)
@@ -139,6 +144,7 @@ def _result(
     )
 
 
+@in_default_torch_state
 def dry_run_lora(
     folder: str | Path,
     config: LoraTuneConfig,
@@ -156,8 +162,8 @@ def dry_run_lora(
     """
     need_peft()
     if output is not None:
-        check_places(Path(output), overwrite, marker=RECORD_NAME, what="an adapter")
-    base = open_base(Path(folder), None if output is None else Path(output), trust_remote_code)
+        check_places(named_output(output), overwrite, marker=RECORD_NAME, what="an adapter")
+    base = open_base(Path(folder), None if output is None else named_output(output), trust_remote_code)
     check_context(base, config.context)
     train, validation = training_items(base.tokenizer, config)
     steps = number_of_steps(config, len(train))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,16 @@ from pocketllm.config import CompressConfig
 from pocketllm.errors import FormatError
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.evaluate.results import folder_digest
-from pocketllm.files import write_json
+from pocketllm.files import read_object
 from pocketllm.format import checkpoint as ckpt
-from pocketllm.format.workspace import check_output
+from pocketllm.format.output import check_output, named_output
 from pocketllm.recover.adapter import check_adapter, merged, need_peft
 from pocketllm.recover.base_model import Base, check_context, open_base
 from pocketllm.runtime.export import save_dense
 from pocketllm.source.folder import load_dense
 from pocketllm.text.read import named_default, read_text
 from pocketllm.text.windows import token_windows
+from pocketllm.torch_state import in_default_torch_state
 
 _RECORD_NAME = "pocketllm-merged.json"
 
@@ -45,6 +45,7 @@ class MergeResult:
     perplexities: dict[str, float]
 
 
+@in_default_torch_state
 def merge(
     folder: str | Path,
     adapter: str | Path,
@@ -80,7 +81,7 @@ def merge(
         SourceError: the text cannot be read, or the base has no tokenizer.
         ExtraError: no PEFT.
     """
-    folder, adapter, output = Path(folder), Path(adapter), Path(output)
+    folder, adapter, output = Path(folder), Path(adapter), named_output(output)
     need_peft()
     check_adapter(adapter, folder)
     base = open_base(folder, output, trust_remote_code)
@@ -95,9 +96,8 @@ def merge(
         check_output(output, marker=None)
     if not (reencode and _is_merged(dense, facts)):
         check_output(dense, marker=None)
-        save_dense(merged(base, adapter, device).to(dtype), base.tokenizer, dense)
-        if reencode:
-            write_json(dense / _RECORD_NAME, facts)
+        model = merged(base, adapter, device).to(dtype)
+        save_dense(model, base.tokenizer, dense, {_RECORD_NAME: facts} if reencode else {})
     if config is not None:
         pocketllm.compress(dense, config, output, progress=progress, device=device)
     folders = {"base": folder, "with adapter": dense, **({"re-encoded": output} if reencode else {})}
@@ -137,8 +137,8 @@ def _is_merged(dense: Path, facts: dict[str, str]) -> bool:
     """
     record = dense / _RECORD_NAME
     try:
-        return record.is_file() and json.loads(record.read_text(encoding="utf-8")) == facts
-    except ValueError as error:
+        return record.is_file() and read_object(record) == facts
+    except (OSError, ValueError) as error:
         raise FormatError(f"{record}: damaged ({error}); delete {dense} to merge again") from error
 
 

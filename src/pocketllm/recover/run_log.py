@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -16,12 +16,14 @@ from accelerate import PartialState
 import pocketllm
 from pocketllm.config import LoopConfig
 from pocketllm.errors import OutputError
-from pocketllm.files import write_json
+from pocketllm.files import read_object, write_json
 from pocketllm.format.checkpoint import REPORT_NAME
-from pocketllm.format.workspace import Workspace, check_output, locked, output_error
+from pocketllm.format.output import check_output, output_error, partial_folder
+from pocketllm.format.workspace import Workspace, damaged, locked
 from pocketllm.machine import machine
 from pocketllm.recover.base_model import Base, compute_dtype
 
+Result = TypeVar("Result")
 STEPS_NAME, SUMMARY_NAME, CURVE_NAME = "steps.jsonl", "summary.json", "curve.png"
 
 
@@ -48,6 +50,23 @@ def check_places(
         )
     if not overwrite:
         raise OutputError(f"{folder}: the log of an earlier run; move it away, or pass --overwrite")
+
+
+def read_result(output: Path, kind: type[Result]) -> Result:
+    """Read the result of a finished run from its record.
+
+    Args:
+        kind: a dataclass, whose fields the record has.
+
+    Raises:
+        ResumeError: the record is damaged.
+    """
+    path = log_folder(output) / SUMMARY_NAME
+    try:
+        facts = read_object(path)
+        return kind(**{name: facts[name] for name in kind.__dataclass_fields__})  # type: ignore[attr-defined]
+    except (OSError, ValueError, KeyError) as error:
+        raise damaged(path, partial_folder(output), error) from error
 
 
 class RunLog:
@@ -144,6 +163,18 @@ class Run:
             self.log.publish(self.output)
             self.work.publish(self.output)
         self.state.wait_for_everyone()
+
+    def recall(self, kind: type[Result]) -> Result:
+        """The result of an earlier run that was killed after it was published; the half-done folder is removed.
+
+        Raises:
+            ResumeError: the record is damaged.
+        """
+        done = read_result(self.output, kind)
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            self.work.drop()
+        return done
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pocketllm.calibrate.blocks import find_blocks
 from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.format.workspace import damaged
 from pocketllm.recover.kl_loss import Target, position_slices
@@ -19,6 +18,7 @@ from pocketllm.recover.lm_head import LmHead
 from pocketllm.recover.run_log import Run
 from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.source.folder import load_dense
+from pocketllm.source.model_class import find_blocks
 
 _IDS, _LOG_P = "teacher-ids.npy", "teacher-log-p.npy"
 

@@ -19,7 +19,7 @@ from pocketllm.codec.reconstruct import decoded_tables, reconstruct, reconstruct
 from pocketllm.codec.subvectors import unfold
 from pocketllm.config import CodecConfig
 from pocketllm.format.checkpoint import STORE
-from pocketllm.runtime.layers import Codebook, Decoder, PackedMatrix, Store
+from pocketllm.runtime.layers import PACKED, Codebook, Decoder, PackedMatrix, Store, parameter_name
 
 
 class TrainableStore(nn.Module):
@@ -203,11 +203,11 @@ def make_trainable(model: Any, dense: bool = False) -> dict[str, TrainableMatrix
     made: dict[int, TrainableMatrix] = {}
     named: dict[str, TrainableMatrix] = {}
     for path, module in list(model.named_modules()):
-        for leaf, packed in list(module._modules.items()):
+        for key, packed in list(module._modules.items()):
             if isinstance(packed, PackedMatrix):
                 matrix = TrainableMatrix(packed, store)
-                made[id(packed)] = named[f"{path}.{leaf}"] = matrix
-                module._modules[leaf] = matrix
+                made[id(packed)] = named[parameter_name(f"{path}.{key}")] = matrix
+                module._modules[key] = matrix
     for module in list(model.modules()):
         for key, held in list(module.__dict__.items()):
             if key.startswith("_tied_"):
@@ -229,13 +229,13 @@ def _fast_linear(module: nn.Module) -> None:
     from transformers.pytorch_utils import Conv1D
 
     plain = getattr(type(module), "_dense_class", None)
-    weight = module._modules.get("weight")
+    weight = module._modules.get(f"{PACKED}weight")
     if plain in (nn.Linear, Conv1D) and isinstance(weight, TrainableMatrix) and weight.uses == 1:
         module.__class__ = type(type(module).__name__, (type(module),), {"forward": _linear_forward})
 
 
 def _linear_forward(module: Any, x: Tensor) -> Tensor:
-    matrix: TrainableMatrix = module._modules["weight"]
+    matrix: TrainableMatrix = module._modules[f"{PACKED}weight"]
     return matrix.linear(x, module.bias)
 
 
@@ -249,7 +249,9 @@ def stored_tensors(model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, T
     found = {name: value.detach().half() for name, value in store.stored().items()}
     for name, module in model.named_modules():
         if isinstance(module, TrainableMatrix) and module.codec.row_scale:
-            found[f"{name}.row_scale"] = (module.scale * module.gain.detach().exp()).bfloat16()
+            found[f"{parameter_name(name)}.row_scale"] = (
+                module.scale * module.gain.detach().exp()
+            ).bfloat16()
     for name, parameter in model.named_parameters():
         if name in dtypes and parameter.requires_grad:
             found[name] = parameter.detach().to(dtypes[name])
@@ -265,8 +267,9 @@ def set_stored(model: Any, tensors: Mapping[str, Tensor]) -> None:
         parameter.copy_(tensors[name])
     parameters = dict(model.named_parameters())
     for name, module in model.named_modules():
-        if isinstance(module, TrainableMatrix) and f"{name}.row_scale" in tensors:
-            module.scale.copy_(tensors[f"{name}.row_scale"])
+        row_scale = f"{parameter_name(name)}.row_scale"
+        if isinstance(module, TrainableMatrix) and row_scale in tensors:
+            module.scale.copy_(tensors[row_scale])
             module.gain.zero_()
     for name, value in tensors.items():
         if name in parameters:

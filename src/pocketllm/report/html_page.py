@@ -27,6 +27,7 @@ from pocketllm.report.sections import (
     weights_section,
 )
 from pocketllm.report.weight_distributions import Weights, compare_weights
+from pocketllm.torch_state import in_default_torch_state
 
 Progress = Callable[[str, float, str], None]
 
@@ -75,6 +76,7 @@ def default_output(folder: Path, adapter: Path | None = None) -> Path:
     return folder.with_name(f"{folder.name}{f'-with-{adapter.resolve().name}' if adapter else ''}.html")
 
 
+@in_default_torch_state
 def html_report(
     folder: str | Path,
     output: str | Path | None = None,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pocketllm.errors import OutputError
-from pocketllm.format.workspace import check_not_nested, check_parent
+from pocketllm.format.output import check_not_nested, check_parent, named_output
 from pocketllm.source import resolve_local
 
 
@@ -19,8 +19,10 @@ def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
         only_read: folders that it must not be in.
 
     Raises:
-        OutputError: a folder of that name, a parent that is a file or cannot be written, or one of these folders.
+        OutputError: as `named_output`; a folder of that name,
+            a parent that is a file, or one that cannot be written or is only read.
     """
+    named_output(path)  # its name can be made
     if path.is_dir():
         raise OutputError(f"{path}: exists and is a folder; name a file")
     for folder in only_read:

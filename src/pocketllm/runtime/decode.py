@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pocketllm.errors import FormatError
 from pocketllm.format.checkpoint import STORE, Layout, read_layout
+from pocketllm.format.trust import check_sizes, weights_of
 from pocketllm.runtime.layers import PackedMatrix, Store
 
 
@@ -39,7 +40,9 @@ class Matrices:
         """
         layout = read_layout(folder)
         files: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        weights = weights_of(folder)
+        check_sizes(layout, sum(path.stat().st_size for path in weights), folder / "config.json")
+        for path in weights:
             try:
                 handle = safe_open(str(path), framework="pt").__enter__()
             except (SafetensorError, OSError) as error:

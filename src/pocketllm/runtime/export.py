@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pocketllm.errors import OutputError
+from pocketllm.files import write_json
 from pocketllm.format.checkpoint import folder_bytes
-from pocketllm.format.workspace import check_output, system_errors
+from pocketllm.format.kept import system_errors
+from pocketllm.format.output import check_output, is_published, named_output
+from pocketllm.format.workspace import Workspace, locked
 from pocketllm.source.folder import copy_file_mode
+from pocketllm.torch_state import in_default_torch_state
 
 
+@in_default_torch_state
 def export(folder: Path, output: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
     """Decode a compressed model into a dense safetensors checkpoint under the names tools expect.
 
@@ -30,13 +36,19 @@ def export(folder: Path, output: Path, dtype: torch.dtype, trust_remote_code: bo
     """
     from pocketllm.runtime.transformers_plugin import load
 
+    output = named_output(output)
     check_output(output, marker=None)
     model, tokenizer = load(folder, mode="dense", dtype=dtype, trust_remote_code=trust_remote_code)
     return save_dense(model, tokenizer, output)
 
 
-def save_dense(model: Any, tokenizer: Any, output: Path) -> int:
+def save_dense(
+    model: Any, tokenizer: Any, output: Path, record: Mapping[str, Mapping[str, Any]] | None = None
+) -> int:
     """Write a model that was loaded compressed, in mode `dense`, as an ordinary one.
+
+    Args:
+        record: JSON files to put beside it, by name.
 
     Returns:
         Bytes written.
@@ -48,20 +60,28 @@ def save_dense(model: Any, tokenizer: Any, output: Path) -> int:
     del model.config.quantization_config
     model._weight_conversions = None  # so that saving restores the names of the original checkpoint
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # A unique name, so that no other file next to the output is deleted.
-        with tempfile.TemporaryDirectory(prefix=".pocketllm-", dir=output.parent) as place:
-            whole = Path(place) / "model"  # within, since the place itself is closed to others
-            with system_errors(output):
-                model.save_pretrained(whole)
-            copy_file_mode(whole, "config.json")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(whole)
-            if output.is_dir():
-                output.rmdir()
-            whole.rename(output)
+        work = Workspace.at(output, {"method": "export"})
+        with locked(work.folder):
+            try:
+                if not is_published(output):  # by an earlier run that was killed afterwards
+                    _save(model, tokenizer, work.folder / "final", record or {})
+                    work.publish(output)
+            finally:  # nothing of it can be resumed
+                if work.folder.exists():
+                    work.drop()
     except OSError as error:
         raise OutputError(
             f"{output}: cannot be written ({error.strerror or error}); free some space, or choose another folder"
         ) from error
     return folder_bytes(output)
+
+
+def _save(model: Any, tokenizer: Any, final: Path, record: Mapping[str, Mapping[str, Any]]) -> None:
+    shutil.rmtree(final, ignore_errors=True)
+    with system_errors(final):
+        model.save_pretrained(final)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(final)
+    copy_file_mode(final, "config.json")
+    for name, facts in record.items():
+        write_json(final / name, facts)

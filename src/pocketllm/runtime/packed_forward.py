@@ -30,14 +30,19 @@ def has_packed_forward(dense: type[nn.Module]) -> bool:
 
 
 def product_of(module: nn.Module, transposed: bool = False) -> PackedProduct | None:
-    """The product with a module's packed weight; None where it has no kernel or is not packed any more."""
+    """The product with a module's packed weight; None where it has no kernel or is not packed any more.
+
+    None while torch exports, too: a program of torch.export holds the packed tensors and decodes them (decode_op.py).
+    """
+    if torch.compiler.is_exporting():
+        return None
     matrix = _matrix_of(module)
     return None if matrix is None or matrix.entry.transposed != transposed else matrix.product()
 
 
 def _matrix_of(module: nn.Module) -> Any:
     """The `PackedMatrix` of a module's weight."""
-    matrix = module._modules.get("weight")
+    matrix = module._modules.get("packed_weight")
     return module.__dict__.get("_tied_weight", [None])[0] if matrix is None else matrix
 
 

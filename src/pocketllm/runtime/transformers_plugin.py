@@ -8,17 +8,21 @@ layers. `auto` is `packed` where every layer has a kernel, `dense` elsewhere.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+from transformers.core_model_loading import rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError
+from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, PocketError, reason_of
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.runtime.layers import (
     Codebook,
@@ -27,12 +31,16 @@ from pocketllm.runtime.layers import (
     attach_tied,
     compute_weights,
     decode_in_place,
-    initialize_buffers,
     packed_matrices,
     reason_to_decode,
     replace_parameters,
 )
+from pocketllm.runtime.model_methods import initialize, resize, tie
+from pocketllm.source.dense_checkpoint import resolve
 from pocketllm.source.folder import read_tokenizer
+from pocketllm.source.model_class import model_class
+from pocketllm.source.model_files import check_counts, need_config
+from pocketllm.torch_state import in_default_torch_state
 
 MODES = ("auto", "dense", "packed")
 
@@ -58,6 +66,10 @@ class PocketQuantizationConfig(QuantizationConfigMixin):
         """The typed form."""
         own = ("quant_method", "mode", "producer")
         return ckpt.Layout.from_dict({k: v for k, v in self.__dict__.items() if k not in own})
+
+    def set_layout(self, layout: ckpt.Layout) -> None:
+        """Describe another form than the one that was read."""
+        self.__dict__.update(layout.to_dict())
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All keys; there is no default layout to compare with."""
@@ -91,32 +103,40 @@ class PocketQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Fine-tuning through the Trainer is not offered on packed layers."""
-        return False
+        """Adapters can be trained in both modes; transformers' Trainer refuses a model without any."""
+        return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        layout = self.quantization_config.layout()
+        layout = layout_for(model, self.quantization_config.layout())
+        self.quantization_config.set_layout(layout)
         check_shapes(model, layout)
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         with torch.device("meta"):
             replace_parameters(model, layout, dtype)
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        self._tied = {name: source for name, source in tied.items() if source in layout.matrices}
+        stored = layout.matrices
+        self._tied = {
+            name: source for name, source in tied.items() if source in stored and name not in stored
+        }
         for name, source in self._tied.items():
             attach_tied(model, name, source)
         if tied:
             model.all_tied_weights_keys = {n: s for n, s in tied.items() if n not in self._tied}
+        model.initialize_weights = partial(initialize, model)
+        model._keys_to_ignore_on_load_missing = None  # whatever is missing is reported
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        del model.initialize_weights, model._keys_to_ignore_on_load_missing
         store = getattr(model, ckpt.STORE)
         verify_loaded(model, self.quantization_config.layout())
-        initialize_buffers(model)
         if self._decodes(model):
             self._decoded = decode_in_place(model), store
             model.all_tied_weights_keys = {**(model.all_tied_weights_keys or {}), **self._tied}
         else:
             compute_weights(model)
+            model.tie_weights = partial(tie, model)
+            model.resize_token_embeddings = partial(resize, model)
         return model
 
     def _decodes(self, model: Any) -> bool:
@@ -135,11 +155,24 @@ class PocketQuantizer(HfQuantizer):
         return packed_matrices(model) if self._decoded is None else self._decoded[0]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-        """The tensors that `save_pretrained` writes: the packed form, also in mode `dense`."""
-        if self._decoded is None:
-            return None, {}
+        """What `save_pretrained` writes: the packed form, in mode `dense`, too.
+
+        An embedding or head that was resized is written dense, and no longer described in config.json.
+        """
+        state = None if self._decoded is None else self._packed_state(model)
+        kept, config = self.packed(model), model.config.quantization_config
+        layout = config.layout()
+        matrices = {name: entry for name, entry in layout.matrices.items() if name in kept}
+        config.set_layout(replace(layout, matrices=matrices))
+        return state, {}
+
+    def _packed_state(self, model: Any) -> dict[str, Tensor]:
+        """The packed form of a model in mode `dense`."""
+        assert self._decoded is not None
         state = dict(model.state_dict())
         packed, store = self._decoded
+        for name in [name for name, matrix in packed.items() if state[name].shape != matrix.entry.shape]:
+            del packed[name]
         for name, matrix in packed.items():
             current = state.pop(name)
             if not torch.equal(matrix().to(current.device, current.dtype), current):
@@ -150,17 +183,34 @@ class PocketQuantizer(HfQuantizer):
             state[f"{name}.indices"] = _buffer(matrix, "indices")
             if "row_scale" in matrix._buffers:
                 state[f"{name}.row_scale"] = _buffer(matrix, "row_scale")
-        for name in self._tied:
-            state.pop(name, None)
+        for name, source in self._tied.items():
+            if source in packed:
+                state.pop(name, None)
         for name, value in store.state_dict().items():
             state[f"{ckpt.STORE}.{name}"] = value
-        return state, {}
+        return state
 
 
 def _buffer(module: nn.Module, name: str) -> Tensor:
     buffer = module.get_buffer(name)
     assert isinstance(buffer, Tensor)
     return buffer
+
+
+def layout_for(model: Any, layout: ckpt.Layout) -> ckpt.Layout:
+    """The layout under the names that a class of the same model has, as transformers renames stored tensors.
+
+    `AutoModel` leaves out the prefix of the base model. A class that config.json does not name may lack what lies
+    outside the base model: a head of its own takes the place of the one that is stored.
+    """
+    names, prefix = model.state_dict(), model.base_model_prefix
+    is_named = type(model).__name__ in (model.config.architectures or ())
+    matrices = {}
+    for name, entry in layout.matrices.items():
+        found = rename_source_key(name, [], [], prefix, names)[0] if prefix else name
+        if found in names or is_named or name.startswith(f"{prefix}."):
+            matrices[found] = entry
+    return replace(layout, matrices=matrices)
 
 
 def check_shapes(model: nn.Module, layout: ckpt.Layout) -> None:
@@ -206,6 +256,29 @@ def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
             raise FormatError(f"{name}: altered (CRC-32 differs from config.json); fetch the model again")
 
 
+def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model as transformers loads it, and what transformers says about loading.
+
+    Raises:
+        LoadError: transformers cannot; and what the plug-in raises.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=how["trust_remote_code"])
+        config.quantization_config["mode"] = mode
+        made: tuple[Any, dict[str, Any]] = model_class(config).from_pretrained(
+            folder, config=config, use_safetensors=True, output_loading_info=True, **how
+        )
+        return made
+    except (PocketError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises whatever it comes upon
+        hint = "; pass --trust-remote-code if you trust it" if "custom code" in str(error) else ""
+        raise LoadError(
+            f"{folder}: transformers cannot load this model ({reason_of(error)}){hint}"
+        ) from error
+
+
+@in_default_torch_state
 def load(
     path: str | Path,
     *,
@@ -230,7 +303,7 @@ def load(
 
     Raises:
         FormatError: damaged, altered, or not a compressed model.
-        LoadError: the layers did not load compressed.
+        LoadError: the layers did not load compressed, or a tensor of the model is in no file.
         SourceError: the tokenizer cannot be read, or nothing is found at `path`.
         ConfigError: unknown mode.
 
@@ -239,19 +312,40 @@ def load(
     """
     if mode not in MODES:
         raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
-    folder = Path(path)
-    if not folder.is_dir():
-        from pocketllm.source.dense_checkpoint import resolve
+    folder = resolve(str(path))
+    layout = ckpt.verify(folder)
+    shapes = [shape for _, shape in layout.tensors().values()]
+    shapes += [entry.shape for entry in layout.matrices.values()]
+    check_counts(need_config(folder), shapes, folder / "config.json", FormatError)
+    how = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    model, info = _from_pretrained(folder, mode, how)
+    _check_filled(folder, model, info)
+    return model.eval().requires_grad_(False), read_tokenizer(folder, trust_remote_code)
 
-        folder = resolve(str(path))
-    ckpt.verify(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    config.quantization_config["mode"] = mode
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-    )
-    if not isinstance(getattr(model, "hf_quantizer", None), PocketQuantizer):
+
+def _check_filled(folder: Path, model: Any, info: Mapping[str, Any]) -> None:
+    """Check that every tensor of the model comes from a file.
+
+    Args:
+        info: what transformers says about loading.
+
+    Raises:
+        LoadError: naming the tensor.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, PocketQuantizer):
         raise LoadError(
             f"{folder}: transformers loaded it without pocketllm, so its weights are random; load it in a new process"
         )
-    return model.eval().requires_grad_(False), read_tokenizer(folder, trust_remote_code)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise LoadError(
+            f"{folder}: no file holds {missing[0]} ({len(missing)} tensors missing), so it was filled with new values; "
+            "fetch the model again, or save it anew"
+        )
+    apart = sorted(set(info["unexpected_keys"]) & set(quantizer._tied))
+    if apart:
+        raise LoadError(
+            f"{folder}: a file holds {apart[0]}, which config.json ties to {quantizer._tied[apart[0]]}; set "
+            "tie_word_embeddings to false there if it is a parameter of its own, else remove it"
+        )

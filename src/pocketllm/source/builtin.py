@@ -22,7 +22,8 @@ from pathlib import Path
 
 from pocketllm.cache import cache_folder
 from pocketllm.errors import SourceError
-from pocketllm.source.folder import copy_file_mode
+from pocketllm.source.folder import copy_file_mode, open_safetensors
+from pocketllm.source.model_files import weight_files
 
 BUILTIN_PREFIX = "builtin:"
 
@@ -63,7 +64,7 @@ def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> 
     if short not in _BUILTINS:
         raise SourceError(f"{name}: no such built-in model; there is {', '.join(_names())}")
     folder = cache_folder() / f"{short}-{_BUILTINS[short].version}"
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and _is_whole(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +84,17 @@ def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> 
             "point POCKETLLM_CACHE at a folder with 400 MB to spare"
         ) from error
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the weights in the cache can be opened; a damaged folder is removed, so that it is made again."""
+    try:
+        for file in weight_files(folder):
+            open_safetensors(file)
+    except SourceError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return True
 
 
 def cached(name: str) -> Path | None:

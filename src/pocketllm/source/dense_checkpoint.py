@@ -1,8 +1,6 @@
 """Read a dense Hugging Face checkpoint tensor by tensor, under the names the model class uses.
 
-transformers renames and merges tensors while loading (a Mixtral checkpoint stores every expert separately, the
-model has one 3-D parameter); the same conversions are applied here to one parameter at a time, so memory does not
-grow with the model.
+Memory does not grow with the model: each parameter is put together from its stored parts (`assembly.py`) by itself.
 """
 
 from __future__ import annotations
@@ -10,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,42 +18,45 @@ from torch import Tensor
 
 from pocketllm.errors import SourceError, WeightError, reason_of
 from pocketllm.files import sha256_file
-from pocketllm.source.folder import meta_model, open_safetensors, weight_files
+from pocketllm.source.assembly import STORED_DTYPES, Assembly, Part, assemble, lend_parts, settle_tied
+from pocketllm.source.folder import dequantizer, meta_model
+from pocketllm.source.model_class import build
+from pocketllm.source.model_files import OTHER_WEIGHTS, PICKLES, weight_files
+from pocketllm.torch_state import in_default_torch_state
 
-FLOAT_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+HUB_IGNORED = [*PICKLES, *OTHER_WEIGHTS, "original/*", "*/*.safetensors"]
+"""What is not fetched from the hub: what `companions` leaves, and the weights of other models."""
 _LARGEST = 1e15  # squares and their sums stay finite in float32
-
-
-@dataclass(frozen=True)
-class _Part:
-    file: Path
-    key: str
-    pattern: str | None
 
 
 @dataclass
 class DenseCheckpoint:
     """An opened dense model.
 
-    folder: where its files lie. model: the model class on the meta device (shapes, no weights).
-    parts: parameter name -> the stored tensors it is made of. unused: stored names the model has no use for.
-    tied: parameter name -> the parameter it is tied to. trust_remote_code: as the user said.
+    folder: where its files lie. model: the model class on the meta device (shapes, no weights). assembly: what its
+    parameters are made of. tied: parameter name -> the parameter it is tied to. is_untied: the configuration ties
+    parameters that are stored with different values, so that none are tied. is_quantized: stored in a quantized form
+    that transformers dequantizes. trust_remote_code: as the user said.
     """
 
     folder: Path
     model: Any
-    parts: dict[str, list[_Part]]
-    converters: dict[str, Any]
-    unused: list[str]
+    assembly: Assembly
     tied: dict[str, str]
+    is_untied: bool = False
+    is_quantized: bool = False
     trust_remote_code: bool = False
-    _handles: dict[Path, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, list[Part]]:
+        """Parameter name -> the stored tensors it is made of."""
+        return self.assembly.parts
+
+    @property
+    def unused(self) -> list[str]:
+        """Stored names the model has no use for."""
+        return self.assembly.unused
 
     def names(self) -> list[str]:
         """Stored parameter names in the model's order."""
@@ -67,19 +67,24 @@ class DenseCheckpoint:
         return tuple(self.model.get_parameter_or_buffer(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a parameter.
+        """Dtype of a parameter: the stored one, or that of the model where it is dequantized.
 
         Raises:
-            WeightError: not a float type that can be read.
+            WeightError: not a type that can be read. Integers and booleans are read where the model holds such.
         """
-        part = self.parts[name][0]
-        stored = str(self._open(part.file).get_slice(part.key).get_dtype())
-        if stored not in FLOAT_DTYPES:
-            raise WeightError(
-                f"{name}: stored as {stored} in {part.file.name}, wanted one of {', '.join(FLOAT_DTYPES)}; "
-                "compress the unquantized checkpoint instead"
-            )
-        return FLOAT_DTYPES[stored]
+        own = self.model.get_parameter_or_buffer(name).dtype
+        stored = [str(part.get_dtype()) for part in self.assembly.slices(name)]
+        if all(dtype in FLOAT_DTYPES for dtype in stored):
+            return STORED_DTYPES[stored[0]]
+        is_read = all(dtype in STORED_DTYPES for dtype in stored)
+        if is_read and self.is_quantized and self.assembly.is_converted(name):
+            return torch.bfloat16 if own == torch.float32 else own
+        if is_read and not own.is_floating_point and not STORED_DTYPES[stored[0]].is_floating_point:
+            return STORED_DTYPES[stored[0]]
+        raise WeightError(
+            f"{name}: stored as {stored[0]} in {self.parts[name][0].file.name}, wanted one of "
+            f"{', '.join(FLOAT_DTYPES)}; compress the unquantized checkpoint instead"
+        )
 
     def read(self, name: str) -> Tensor:
         """One parameter, stored dtype, as the model holds it.
@@ -87,13 +92,20 @@ class DenseCheckpoint:
         Raises:
             WeightError: unsupported dtype, NaN, Inf or absurdly large values, or a shape the model does not
                 have.
+            SourceError: transformers cannot make it of what is stored.
         """
-        self.dtype(name)
-        parts = self.parts[name]
-        tensors = [self._open(part.file).get_tensor(part.key) for part in parts]
-        for part, tensor in zip(parts, tensors, strict=True):
-            _check_values(f"{part.key} in {part.file.name}", tensor)
-        value = self._convert(name, tensors) if parts[0].pattern is not None else tensors[0]
+        dtype = self.dtype(name)
+        tensors = self.assembly.tensors(name)
+        for part, tensor in zip(self.parts[name], tensors, strict=True):
+            if tensor.dtype in _CHECKED:
+                _check_values(f"{part.key} in {part.file.name}", tensor)
+        value = tensors[0]
+        if self.assembly.is_converted(name):
+            made = self.assembly.converted(name, tensors)
+            value = made[name] if name in made else made[self.assembly.lead[name]]
+            if self.is_quantized:
+                value = value.detach().to(dtype)
+                _check_values(name, value)
         if tuple(value.shape) != self.shape(name):
             raise WeightError(
                 f"{name}: stored with shape {tuple(value.shape)}, wanted {self.shape(name)} as in the model; "
@@ -122,30 +134,12 @@ class DenseCheckpoint:
             self.read(name)
         progress(1.0, f"{len(self.parts)} tensors")
 
-    def _convert(self, name: str, tensors: list[Tensor]) -> Tensor:
-        parts = self.parts[name]
-        assert parts[0].pattern is not None
-        converter = deepcopy(self.converters[parts[0].pattern])
-        for part, tensor in zip(parts, tensors, strict=True):
-            converter.add_tensor(name, part.key, part.pattern, tensor)
-        converted = converter.convert(name, model=self.model, config=self.model.config)
-        value = converted[name]
-        return value[0] if isinstance(value, list) else value
-
-    def _open(self, file: Path) -> Any:
-        if file not in self._handles:
-            self._handles[file] = open_safetensors(file)
-        return self._handles[file]
-
     def skeleton(self) -> Any:
         """The model class with its buffers computed and its parameters on the meta device, in eval mode."""
         from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
 
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                self.model.config, trust_remote_code=self.trust_remote_code, dtype=torch.float32
-            )
+            model = build(self.model.config, self.trust_remote_code, dtype=torch.float32)
         return model.eval()
 
     def fingerprint(self) -> str:
@@ -179,9 +173,13 @@ def resolve(name: str, progress: Any = None) -> Path:
     if name.startswith(builtin.BUILTIN_PREFIX):
         return builtin.fetch(name, progress or (lambda message: None))
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, takes ~NOBODY as it is
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:  # a name that the system does not take
+        raise SourceError(f"{name}: no such folder ({error})") from error
+    if is_folder:
         return path
-    if path.exists():
+    if is_there:
         raise SourceError(f"{name}: a file; wanted a model folder with config.json and *.safetensors")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local:
@@ -194,7 +192,7 @@ def resolve(name: str, progress: Any = None) -> Path:
     local = f"no such folder in {path.parent}" if path.parent.is_dir() else "no local folder"
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns="*/*"))
+        return Path(snapshot_download(name, ignore_patterns=HUB_IGNORED))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise SourceError(
             f"{name}: {local}, and the Hub lookup failed ({reason_of(error)}); "
@@ -221,57 +219,50 @@ def resolve_local(name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, local_files_only=True))
+        return Path(snapshot_download(name, ignore_patterns=HUB_IGNORED, local_files_only=True))
     except (OSError, HFValidationError, ValueError):
         return None
 
 
+@in_default_torch_state
 def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint:
-    """Open a dense checkpoint without reading weights.
+    """Open a dense checkpoint without reading weights, but for those that are stored more than once.
 
     Raises:
-        SourceError: config or safetensors missing, pickles only, already quantized, or a parameter of the
-            model that no file holds.
+        SourceError: config or safetensors missing, pickles only, quantized in a form that is not read, or a parameter
+            of the model that no file holds.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
     files = weight_files(folder)
+    quantizer = dequantizer(folder, trust_remote_code)
     model = meta_model(folder, trust_remote_code)
-    meta = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    found: dict[str, list[_Part]] = {}
-    unused, handles = [], {}
-    for file in files:
-        handles[file] = open_safetensors(file)
-        for key in sorted(handles[file].keys(), key=_natural):
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
-            if name not in meta and key in meta:
-                name, pattern = key, None
-            if name in meta:
-                found.setdefault(name, []).append(_Part(file, key, pattern))
-            else:
-                unused.append(key)
-    for parts in found.values():
-        parts.sort(key=lambda part: _natural(part.key))
-    tied = {
-        name: source
-        for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
-        if source in found
-    }
-    missing = [name for name in meta if name not in found and name not in tied]
+    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    opened = DenseCheckpoint(
+        folder=folder,
+        model=model,
+        assembly=assemble(files, model, quantizer),
+        tied={},
+        is_quantized=quantizer is not None,
+        trust_remote_code=trust_remote_code,
+    )
+    tied = settle_tied(opened.assembly, ties, opened.read)
+    if tied is None:
+        opened.model = meta_model(folder, trust_remote_code, ties=False)
+        opened.assembly = assemble(files, opened.model, quantizer)
+        lend_parts(opened.assembly, ties)
+        opened.is_untied = True
+    opened.tied = tied or {}
+    parts, meta = opened.parts, opened.model.state_dict()
+    missing = [name for name in meta if name not in parts and name not in opened.tied]
     if missing:
         raise SourceError(
-            f"{folder}: no file contains {missing[0]} ({len(missing)} parameters missing); "
-            "the checkpoint is incomplete, fetch it again"
+            f"{folder}: no file holds {missing[0]} ({len(missing)} parameters missing); the checkpoint is incomplete, "
+            "fetch it again (if a head shares the embedding, config.json must say tie_word_embeddings: true)"
         )
-    stored = {name: found[name] for name in meta if name in found and name not in tied}
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    return DenseCheckpoint(
-        folder, model, stored, by_pattern, sorted(unused), tied, trust_remote_code, handles
-    )
+    opened.assembly.parts = {name: parts[name] for name in meta if name in parts}
+    return opened
+
+
+_CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _check_values(where: str, tensor: Tensor) -> None:
@@ -285,7 +276,3 @@ def _check_values(where: str, tensor: Tensor) -> None:
         f"{where}: {int(bad.sum())} of {tensor.numel()} values are {what}; "
         "the checkpoint is damaged, fetch it again"
     )
-
-
-def _natural(key: str) -> list[Any]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from pocketllm.errors import SourceError, reason_of
+from pocketllm.errors import PocketError, SourceError, reason_of
+from pocketllm.files import need_regular
+from pocketllm.source.model_class import build, model_class
+from pocketllm.source.model_files import check_counts, need_config, unusual_name, weight_files
 from pocketllm.text.vocabulary import Vocabulary
+from pocketllm.torch_state import in_default_torch_state
 
+ADAPTER_NAME = "adapter_config.json"
 _TOKENIZERS = ("tokenizer*.json", "tokenizer*.model", "spiece.model", "vocab*", "*.tiktoken", "tekken.json")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def open_safetensors(file: Path) -> Any:
+def open_safetensors(file: Path, error: type[PocketError] = SourceError) -> Any:
     """A handle on a weight file.
 
     Raises:
-        SourceError: damaged, truncated, or another kind of file.
+        error: damaged, truncated, or another kind of file.
     """
+    need_regular(file, error)
     try:
         return safe_open(str(file), framework="pt").__enter__()
-    except (SafetensorError, OSError) as error:
-        raise SourceError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+    except (SafetensorError, OSError) as problem:
+        raise error(f"{file}: not a readable safetensors file ({problem}); fetch it again") from problem
 
 
 def copy_file_mode(folder: Path, like: str) -> None:
@@ -36,58 +40,28 @@ def copy_file_mode(folder: Path, like: str) -> None:
         shutil.copymode(folder / like, path)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder; pickles are never among them.
-
-    Raises:
-        SourceError: no model folder, no safetensors, or a shard that is missing.
-    """
-    _need_config(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return _shards(index)
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
-        raise SourceError(
-            f"{folder}: only pickle weights (*.bin, *.pt); pickles can run code and are never loaded. "
-            "Convert the model to safetensors first (save_pretrained does)"
-        )
-    raise SourceError(f"{folder}: no *.safetensors file; wanted a Hugging Face model folder with weights")
-
-
-def _need_config(folder: Path) -> None:
-    if not folder.is_dir():
-        raise SourceError(f"{folder}: no such folder")
-    if not (folder / "config.json").is_file():
-        raise SourceError(f"{folder}: no config.json; wanted a Hugging Face model folder")
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        named = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SourceError(f"{index}: damaged ({error!r}); fetch it again") from error
-    absent = [name for name in named if not (index.parent / name).is_file()]
-    if absent:
-        raise SourceError(f"{index.parent}: {absent[0]} is named in {index.name} but missing; fetch it")
-    return [index.parent / name for name in named]
-
-
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
     """The model's transformers configuration.
 
     Raises:
-        SourceError: no model folder, or transformers does not know the model or cannot read its config.json.
+        SourceError: no model folder, numbers of layers or experts that its files cannot hold, or transformers
+            does not know the model or cannot read its config.json.
     """
     from transformers import AutoConfig
 
-    _need_config(folder)
+    check_counts(need_config(folder), _stored_shapes(folder), folder / "config.json", SourceError)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever transformers makes of a config.json that it did not expect
         raise _not_built(folder, error) from error
+
+
+def _stored_shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Shapes of the stored tensors; none where a folder holds a configuration alone."""
+    if not any(folder.glob("*.safetensors")):
+        return []
+    handles = [open_safetensors(file) for file in weight_files(folder)]
+    return [tuple(handle.get_slice(key).get_shape()) for handle in handles for key in handle.keys()]  # noqa: SIM118
 
 
 def _not_built(folder: Path, error: Exception) -> SourceError:
@@ -96,27 +70,71 @@ def _not_built(folder: Path, error: Exception) -> SourceError:
     return SourceError(f"{folder}: transformers cannot build this model ({reason}){hint}")
 
 
-def meta_model(folder: Path, trust_remote_code: bool) -> Any:
+def meta_model(folder: Path, trust_remote_code: bool, ties: bool = True) -> Any:
     """The model class on the meta device: shapes, no weights.
 
+    Args:
+        ties: False builds it with no parameters tied, whatever its configuration says.
+
     Raises:
-        SourceError: transformers does not know the model, or it is quantized already.
+        SourceError: transformers does not know the model, or it cannot be untied.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = read_config(folder, trust_remote_code)
-    if getattr(config, "quantization_config", None):
-        raise SourceError(
-            f"{folder}: the model is already quantized; compress the unquantized checkpoint instead"
-        )
+    if not ties:
+        untie(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = build(config, trust_remote_code)
+    except Exception as error:  # as in `read_config`
+        raise _not_built(folder, error) from error
+    if not ties and getattr(model, "all_tied_weights_keys", None):
+        raise SourceError(
+            f"{folder}: stores parameters apart that {type(model).__name__} always ties "
+            f"({next(iter(model.all_tied_weights_keys))}); they cannot both be kept"
+        )
+    return model
+
+
+def untie(config: Any) -> None:
+    """Let a configuration tie no parameters, nor those within it."""
+    config.tie_word_embeddings = False
+    for name in getattr(config, "sub_configs", {}):
+        inner = getattr(config, name, None)
+        if inner is not None:
+            untie(inner)
+
+
+_DEQUANTIZED = ("fp8", "mxfp4")  # block scales; quant_method of transformers
+
+
+def dequantizer(folder: Path, trust_remote_code: bool) -> Any:
+    """transformers' quantizer that dequantizes a checkpoint while it is read; None for an ordinary one.
+
+    Raises:
+        SourceError: quantized in another form.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
+    config = read_config(folder, trust_remote_code)
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(stored.get("quant_method"))
+    if method not in _DEQUANTIZED:
+        raise SourceError(
+            f"{folder}: the model is already quantized ({method}); compress the unquantized checkpoint instead"
+        )
+    try:
+        settings = AutoQuantizationConfig.from_dict({**stored, "dequantize": True})
+        return AutoHfQuantizer.from_config(settings, pre_quantized=True)
     except Exception as error:  # as in `read_config`
         raise _not_built(folder, error) from error
 
 
+@in_default_torch_state
 def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = False, **placed: Any) -> Any:
     """A dense model with its weights, in evaluation mode.
 
@@ -125,17 +143,29 @@ def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = Fals
         placed: `device_map` and what belongs to it, as `from_pretrained` takes it.
 
     Raises:
-        SourceError: no safetensors (pickles are never loaded), or transformers cannot load it.
+        SourceError: no safetensors (pickles are never loaded), an adapter among them, or transformers cannot
+            load it.
     """
-    from transformers import AutoModelForCausalLM
-
-    weight_files(folder)  # its errors are clearer
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placed
+    if (folder / ADAPTER_NAME).exists():
+        raise SourceError(
+            f"{folder / ADAPTER_NAME}: an adapter beside the weights, which transformers would apply unasked; "
+            "move its files to another folder, or merge it into the model first"
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    config, named = read_config(folder, trust_remote_code), unusual_name(folder)
+    if named is not None:
+        config.transformers_weights = named
+    how = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code, **placed}
+    try:
+        model, facts = model_class(config).from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **how
+        )
+    except Exception as error:  # transformers raises whatever it comes upon
         raise SourceError(f"{folder}: transformers cannot load this model ({reason_of(error)})") from error
+    if named is not None and facts["missing_keys"]:
+        missing = min(facts["missing_keys"])
+        raise SourceError(f"{folder}: transformers cannot load this model ({named} lacks {missing})")
+    if getattr(config, "quantization_config", None) and dtype != "auto":
+        model = model.to(dtype)  # what was dequantized is in the dtype of the configuration
     return model.eval()
 
 
@@ -149,8 +179,13 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         return None
     from transformers import AutoTokenizer
 
+    for path in folder.iterdir():
+        if not path.name.startswith(".") and not path.is_dir():
+            need_regular(path, SourceError)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        made = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        made.decode(made("a")["input_ids"])  # some settings are not looked at before they are used
+        return made
     except Exception as error:  # transformers and tokenizers raise whatever they come upon
         raise SourceError(
             f"{folder}: its tokenizer cannot be read ({reason_of(error)}); fetch its files again"

@@ -21,6 +21,7 @@ from pocketllm.studies.definition import Setup, Step, Study
 from pocketllm.studies.registry import load
 from pocketllm.studies.show import study_page
 from pocketllm.studies.show.prose import need_jinja
+from pocketllm.torch_state import in_default_torch_state
 
 RESULT_NAME = "result.json"
 _CONFIG = ("model", "weights", "quick", "texts", "device", "threads")
@@ -39,6 +40,7 @@ class Outcome:
     files: tuple[Path, ...]
 
 
+@in_default_torch_state
 def run_study(
     name: str,
     model: str,
@@ -69,11 +71,11 @@ def run_study(
             `output.partial`.
         ExtraError: matplotlib or jinja2 is not installed.
     """
-    from pocketllm.format.workspace import check_not_nested, check_output
+    from pocketllm.format.output import check_not_nested, check_output, named_output
     from pocketllm.report import need_matplotlib
     from pocketllm.source import resolve_local
 
-    study, output = load(name), Path(output)
+    study, output = load(name), named_output(output)
     need_matplotlib("studies")
     need_jinja()
     check_output(output, overwrite, f"{name}.svg", f"a study of {name!r}")
@@ -87,12 +89,18 @@ def run_study(
 
 def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> dict[str, Any]:
     """Run the steps that are not done yet and publish the finished folder; returns the contents of result.json."""
-    from pocketllm.format.workspace import Workspace, locked, output_error
+    from pocketllm.files import read_object
+    from pocketllm.format.output import is_published, output_error
+    from pocketllm.format.workspace import Workspace, locked
 
     asked, steps = _asked(study, setup), study.steps(setup)
     try:
         work = Workspace.at(output, asked)
         _check_files(work.folder, steps)
+        if is_published(output):  # by an earlier run that was killed afterwards
+            found = read_object(output / "result.json")
+            work.drop()
+            return found
         with locked(work.folder), _nothing_left(work.folder):
             setup.work.mkdir(exist_ok=True)
             done = {
@@ -110,6 +118,7 @@ def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> d
     return result
 
 
+@in_default_torch_state
 def dry_run(
     name: str,
     model: str,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pocketllm.errors import ConfigError
+from pocketllm.errors import ConfigError, SourceError
 
 
 def name_of(model: Any) -> str:
@@ -64,3 +64,21 @@ def check_vocabularies(own: Vocabulary, dense: Vocabulary) -> None:
         f"{dense.name} and {own.name} have the same number of tokens, but different ones "
         f"({token!r} is {' and '.join(map(str, numbers))}); {advice}"
     )
+
+
+def check_tokens(model: Any, ids: Any) -> None:
+    """Check that a model's embedding has a row for every token.
+
+    Args:
+        ids: token ids, of any shape.
+
+    Raises:
+        SourceError: naming the token: the tokenizer belongs to another model.
+    """
+    embedding = model.get_input_embeddings()  # a packed one decodes all of its weight when that is asked for
+    rows = int(embedding.num_embeddings if hasattr(embedding, "num_embeddings") else len(embedding.weight))
+    if ids.numel() and int(ids.max()) >= rows:
+        raise SourceError(
+            f"the tokenizer makes token {int(ids.max())}, the model's embedding has {rows} rows; the tokenizer "
+            "belongs to another model"
+        )

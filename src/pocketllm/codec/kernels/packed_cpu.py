@@ -97,7 +97,7 @@ def multiply_transposed(y: Tensor, weight: PackedWeight, isa: Isa) -> Tensor:
     if weight.signs_out is not None:
         y = rotate_(y, weight.signs_out, isa, inverse=False)
     y *= weight.row_scale
-    out = torch.zeros(len(y), weight.sizes.columns)
+    out = torch.zeros(len(y), weight.sizes.columns, dtype=torch.float32)
     for begin, end, tile in tiles(tensors_of(weight), weight.sizes, torch.float32, isa):
         out.addmm_(y[:, begin:end], tile)
     return out if weight.signs_in is None else rotate_(out, weight.signs_in, isa, inverse=True)
@@ -140,7 +140,7 @@ def _multiply_rows(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa) -> Tensor
         x = pad(x, (0, n * d - sizes.columns))
     if pitch != d:
         table, x = pad(table, (0, pitch - d)), pad(x.view(len(x), n, d), (0, pitch - d))
-    out, x = torch.empty(len(x), sizes.rows), x.contiguous()
+    out, x = torch.empty(len(x), sizes.rows, dtype=torch.float32), x.contiguous()
     tensors = (weight.stream, weight.stream.numel(), table, pitch, weight.row_scale, x, len(x), out)
     library.call(
         "packed", "packed_multiply", *tensors, *kernel_sizes(sizes), int(isa), torch.get_num_threads()
@@ -156,7 +156,7 @@ def _multiply_banded(x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
         x = x.view(len(x), n, d).transpose(1, 2)
     if missing := -n % hashed.COLUMNS:
         x = pad(x, (0, missing))
-    out, x = torch.empty(len(x), sizes.rows), x.contiguous()
+    out, x = torch.empty(len(x), sizes.rows, dtype=torch.float32), x.contiguous()
     tensors = (weight.stream, weight.table, d, weight.row_scale, x, len(x), out)
     library.call("packed", "hashed_multiply", *tensors, *kernel_sizes(sizes), torch.get_num_threads())
     return out

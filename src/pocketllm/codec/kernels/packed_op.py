@@ -22,6 +22,7 @@ from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, hashed_we
 from pocketllm.codec.kernels.reference import hartley
 from pocketllm.codec.packing import pack
 from pocketllm.errors import ShapeError
+from pocketllm.torch_state import in_default_torch_state
 
 CHECK_TOLERANCE = 1e-3  # of the self-check: rounding is far below, a wrong index far above
 
@@ -170,6 +171,7 @@ def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _operator.register_autograd(_input_gradient, setup_context=_save)
 
 
+@in_default_torch_state
 def products_differ(isa: Isa) -> str:
     """What is wrong with the CPU kernels of an instruction set, tried on small matrices of every form."""
     for weight in check_weights():

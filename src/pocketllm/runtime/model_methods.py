@@ -1,0 +1,40 @@
+"""Methods of transformers' models as they are where parameters are packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pocketllm.runtime.layers import make_dense, packed_matrices, stand_ins
+from pocketllm.source.model_class import input_embedding, output_head
+
+
+def initialize(model: Any) -> None:
+    """Initialize what no file holds, as transformers does, but for what is packed."""
+    with stand_ins(model):
+        type(model).initialize_weights(model)
+
+
+def tie(model: Any, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+    """Tie parameters as transformers does, but for those of packed ones: they are tied since they were loaded."""
+    packed = packed_matrices(model)
+    if recompute_mapping:
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    ties = model.all_tied_weights_keys or {}
+    model.all_tied_weights_keys = {name: source for name, source in ties.items() if source not in packed}
+    type(model).tie_weights(model, missing_keys=missing_keys, recompute_mapping=False)
+
+
+def resize(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
+) -> Any:
+    """Resize embedding and head as transformers does; both are dense from then on."""
+    embedding = input_embedding(model)
+    assert embedding is not None
+    rows = embedding.weight.shape[0]  # type: ignore[index]
+    wanted = rows if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of:
+        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+    if wanted != rows:
+        make_dense(embedding, output_head(model))
+    cls: Any = type(model)
+    return cls.resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, **options)

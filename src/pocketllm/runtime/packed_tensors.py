@@ -1,0 +1,178 @@
+"""The tensors of a compressed model in memory: codebooks, decoders, and one `PackedMatrix` for each parameter.
+
+Codebooks and decoders live once in a `Store` on the model; packed matrices hold references to it that are not
+registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pocketllm.codec.codebook import seeded_codebook
+from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.kernels.packed_product import PackedProduct
+from pocketllm.codec.kernels.packed_weight import packed_weight
+from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
+from pocketllm.codec.subvectors import subvectors_per_row, unfold
+from pocketllm.format.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
+from pocketllm.torch_state import default_torch_state
+
+
+class _FixedDtype(nn.Module):
+    """A module whose buffers keep their dtype when the model is cast; `float_dtype` follows the cast."""
+
+    float_dtype: torch.dtype = torch.float32
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        example = fn(torch.empty(0, dtype=self.float_dtype, device=self._device()))
+        self.float_dtype = example.dtype
+        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        for name, buffer in list(self._buffers.items()):
+            if buffer is not None:
+                moved = fn(buffer)
+                # A float that was cast on the way has lost bits: take the original to the new device.
+                self._buffers[name] = moved if moved.dtype == dtypes[name] else buffer.to(moved.device)
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return self
+
+    def _device(self) -> torch.device:
+        return next((b.device for b in self._buffers.values() if b is not None), torch.device("cpu"))
+
+
+class Codebook(_FixedDtype):
+    """One codebook, float16 [K, d], in the buffer `weight`; not stored if it is drawn from a seed."""
+
+    weight: Tensor
+
+    def __init__(self, entry: CodebookEntry) -> None:
+        super().__init__()
+        self.entry = entry
+        if entry.seed is None:
+            self.register_buffer("weight", torch.empty(entry.size, entry.vector_len, dtype=torch.float16))
+
+    def value(self) -> Tensor:
+        """[K, d] float16."""
+        if self.entry.seed is None:
+            return self.weight
+        return seeded_codebook(self.entry.size, self.entry.vector_len, self.entry.seed)
+
+
+class Decoder(_FixedDtype):
+    """One decoder, float16 `up` and `down` in the shapes of `CodecConfig.network_shapes`."""
+
+    up: Tensor
+    down: Tensor
+
+    def __init__(self, entry: DecoderEntry) -> None:
+        super().__init__()
+        self.entry = entry
+        up, down = entry.codec.network_shapes
+        self.register_buffer("up", torch.empty(up, dtype=torch.float16))
+        self.register_buffer("down", torch.empty(down, dtype=torch.float16))
+
+
+class Store(nn.Module):
+    """All codebooks and decoders of a model, and the codecs made of them."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.codebooks = nn.ModuleList(Codebook(entry) for entry in layout.codebooks)
+        self.decoders = nn.ModuleList(Decoder(entry) for entry in layout.decoders)
+        self._codecs: dict[tuple[int, int, torch.device], tuple[MatrixCodec, Tensor | None]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_codecs": {}}  # made anew where it is needed
+
+    @torch.no_grad()
+    def codec(self, codebook: int, decoder: int, device: torch.device) -> tuple[MatrixCodec, Tensor | None]:
+        """A codec for decoding on a device, with its table where the look-up form has one; cached."""
+        key = (codebook, decoder, device)
+        if key not in self._codecs:
+            weights, net = self.codebooks[codebook], self.decoders[decoder]
+            assert isinstance(weights, Codebook) and isinstance(net, Decoder)
+            shared = nn.Parameter(weights.value().float(), requires_grad=False)
+            made = MatrixCodec(net.entry.codec, shared)
+            made.decoder.set_weights(net.up, net.down)
+            made = made.to(device)
+            self._codecs[key] = made, (made.decoded_codebook() if made.is_lookup else None)
+        return self._codecs[key]
+
+
+class PackedMatrix(_FixedDtype):
+    """One coded parameter: `indices` uint8 (packed) and `row_scale` bfloat16 [rows].
+
+    Calling it decodes: the parameter's shape, in the dtype the model computes in.
+    """
+
+    indices: Tensor
+
+    def __init__(self, entry: MatrixEntry, store: Store, float_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.entry = entry
+        self.float_dtype = float_dtype
+        codebook = store.codebooks[entry.codebook].entry
+        assert isinstance(codebook, CodebookEntry)
+        self.form = entry.form(codebook.size)
+        self.per_row = subvectors_per_row(entry.columns, codebook.vector_len)
+        nbytes = self.form.nbytes(entry.rows, self.per_row)
+        self.register_buffer("indices", torch.empty(nbytes, dtype=torch.uint8))
+        decoder = store.decoders[entry.decoder].entry
+        assert isinstance(decoder, DecoderEntry)
+        if decoder.codec.row_scale:
+            self.register_buffer("row_scale", torch.empty(entry.rows, dtype=torch.bfloat16))
+        self._product: PackedProduct | None = None
+        self._made_of: tuple[Tensor | None, Tensor | None] = (None, None)  # tensors of the product
+        self._store = [store]  # a list hides it from nn.Module: shared, so it must not be registered
+
+    def unpacked(self) -> Tensor:
+        """[rows, n] int32 indices."""
+        return self.form.unpack(self.indices, self.entry.rows, self.per_row)
+
+    def __getstate__(
+        self,
+    ) -> dict[str, Any]:  # a product holds addresses, and is made again where it is needed
+        return {**self.__dict__, "_product": None, "_made_of": (None, None)}
+
+    def product(self) -> PackedProduct | None:
+        """Products straight from the stream; None if the decoder has row statistics or tensors are offloaded."""
+        stream, scale = self._buffers["indices"], self._buffers.get("row_scale")
+        if self._made_of[0] is not stream or self._made_of[1] is not scale:
+            self._product, self._made_of = self._made_product(), (stream, scale)
+        return self._product
+
+    def _made_product(self) -> PackedProduct | None:
+        entry, stream = self.entry, self.indices
+        if stream.is_meta:
+            return None
+        with default_torch_state(), torch.no_grad():
+            table = self._store[0].codec(entry.codebook, entry.decoder, stream.device)[1]
+            if table is None:
+                return None
+            scale = self._buffers.get("row_scale")
+            scale = torch.ones(entry.rows, device=stream.device) if scale is None else scale.float()
+            trellis = self.form if isinstance(self.form, Trellis) else None
+            weight = packed_weight(stream, table, scale, entry.columns, self.form.width, trellis)
+            return PackedProduct(weight.rotated(entry.rotation))
+
+    def forward(self) -> Tensor:
+        if torch.compiler.is_exporting():
+            from pocketllm.runtime.decode_op import decode
+
+            return decode(self)
+        with default_torch_state(), torch.no_grad():
+            return self._decoded()
+
+    def _decoded(self) -> Tensor:
+        scale = self._buffers.get("row_scale")
+        if scale is None:
+            scale = torch.ones(self.entry.rows, dtype=torch.bfloat16, device=self.indices.device)
+        store = self._store[0]
+        codec, table = store.codec(self.entry.codebook, self.entry.decoder, self.indices.device)
+        encoded = EncodedMatrix(self.indices, scale, self.entry.columns, self.form, self.entry.rotation)
+        return unfold(codec.decode(encoded, self.float_dtype, table), self.entry)
