@@ -10,6 +10,7 @@ import typer
 
 from pocketllm.cli import (
     INTERRUPTED,
+    bench_command,
     compare_command,
     compress_command,
     demo_command,
@@ -44,6 +45,7 @@ for group in (
     info_command,
     eval_command,
     generate_command,
+    bench_command,
     export_command,
     finetune_command,
     merge_command,

@@ -114,7 +114,7 @@ class StoredForm:
         config["quantization_config"] = {
             "quant_method": STORE,
             "producer": {"name": "pocketllm-codec", "version": pocketllm.__version__},
-            "mode": "dense",
+            "mode": "auto",
             **self.layout(crcs).to_dict(),
         }
         return json.dumps(config, ensure_ascii=False) + "\n"

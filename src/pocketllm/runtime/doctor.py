@@ -15,7 +15,8 @@ import torch
 
 import pocketllm_startup
 from pocketllm.cache import cache_folder
-from pocketllm.codec.kernels import cpu
+from pocketllm.codec.kernels import library
+from pocketllm.codec.kernels.build_kernels import RECIPES, find_compiler
 from pocketllm.errors import reason_of
 from pocketllm.machine import machine, processor_features
 
@@ -43,7 +44,7 @@ def diagnose() -> dict[str, Any]:
         "features": processor_features(),
         "memory_bytes": _memory(),
         "gpus": gpus(),
-        "compiler": cpu.find_compiler(),
+        "compiler": find_compiler(),
         "kernels": kernels(),
         "extras": extras(),
         "cache": cache(),
@@ -54,7 +55,7 @@ def diagnose() -> dict[str, Any]:
 
 def kernels() -> dict[str, Any]:
     """Whether each library of kernels runs here: those in C++, and Triton's."""
-    reasons = {name: cpu.why_missing(name) for name in cpu.LIBRARIES}
+    reasons = {name: library.why_missing(name) for name in RECIPES}
     if not torch.cuda.is_available():
         reasons["triton"] = "torch sees no GPU"
     else:
