@@ -77,6 +77,8 @@ def test_a_process_that_fails_says_why(models: tuple[str, str], tmp_path: Path) 
     broken.mkdir()
     for path in Path(models[0]).iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
-    (broken / "model.safetensors").write_bytes(b"")
+    tensors = bytearray((broken / "model.safetensors").read_bytes())
+    tensors[-1] ^= 1
+    (broken / "model.safetensors").write_bytes(tensors)
     with pytest.raises(LoadError, match=r"broken: cannot be run in mode dense \(.*model\.safetensors"):
         bench([str(broken)], ["dense"], SHORT)
