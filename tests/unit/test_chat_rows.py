@@ -141,6 +141,12 @@ def test_rows_that_nobody_understands_are_named(row: Any, words: str, tmp_path: 
         read_calibration(path)
 
 
+def test_templates_that_write_the_date_give_the_same_text_every_day(tmp_path: Path) -> None:
+    path = rows(tmp_path / "a.jsonl", {"messages": ASKED})
+    dated = tokenizer("{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}")
+    assert read_calibration(path, tokenizer=dated) == "26 Jul 2024: 1+1?"
+
+
 def test_a_template_that_refuses_a_chat(tmp_path: Path) -> None:
     refusing = tokenizer("{{ raise_exception('no system role') }}")
     path = rows(tmp_path / "a.jsonl", {"messages": ASKED})

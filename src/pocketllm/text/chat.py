@@ -11,6 +11,9 @@ from pocketllm.errors import SourceError, reason_of
 
 logger = logging.getLogger(__name__)
 
+# "Today" in templates that write the date, in any format: a later run reads the same text.
+_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+
 Turn = dict[str, Any]  # role, content, and what else chat templates know
 
 
@@ -115,7 +118,11 @@ def _separated(turns: Sequence[Turn]) -> list[tuple[str, bool]]:
 
 def _through_template(chat: Chat, turns: Sequence[Turn], tokenizer: Any, **settings: Any) -> str:
     try:
-        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **settings))
+        template = tokenizer.get_chat_template()
+        dated = _DAY + template if "strftime_now" in template else template
+        return str(
+            tokenizer.apply_chat_template(list(turns), chat_template=dated, tokenize=False, **settings)
+        )
     except Exception as error:  # a template is a program of its own
         raise SourceError(
             f"{chat.where}: the tokenizer's chat template refuses this chat ({reason_of(error)}); "
