@@ -70,7 +70,7 @@ def test_demo_takes_the_windows_that_the_text_has(
 
 def test_the_demo_of_the_readme_has_text_to_measure_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's own text, in characters: about 4 to a token, and less than 5 windows would say little."""
-    from pocketllm.text.read import evaluation_text
+    from pocketllm.text.default_texts import evaluation_text
 
     monkeypatch.delenv("POCKETLLM_DATA", raising=False)
     name, text = evaluation_text()

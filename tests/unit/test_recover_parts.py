@@ -48,7 +48,10 @@ def test_items_learn_the_answer_and_its_end(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (tmp_path / "b.txt").write_text("y" * 45)
     items = read_items(tokenizer, (str(tmp_path),), 20)
-    assert [(len(i.ids), i.learned_from, i.weight) for i in items] == [(6, 3, 3), (20, 1, 19), (20, 1, 19)]
+    assert [(len(i.ids), i.weight) for i in items] == [(6, 3), (20, 19), (20, 19)]
+    assert all(
+        i.learned.nonzero()[:, 0].tolist() == list(range(len(i.ids) - i.weight, len(i.ids))) for i in items
+    )
     assert items[0].ids[-1] == tokenizer.eos_token_id
     (tmp_path / "b.txt").unlink()
     with pytest.raises(ConfigError, match=r"contains 1 items .*; 1 of 2 instructions leave no room"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 
 from pocketllm.errors import ExtraError, SourceError
-from pocketllm.text.instructions import prompt_of, read_instructions
-from pocketllm.text.read import default_text, read_calibration, read_text
+from pocketllm.text.default_texts import default_text
+from pocketllm.text.instructions import prompt_of
+from pocketllm.text.read import read_answered, read_calibration, read_text
 
 
 def write(path: Path, text: str) -> Path:
@@ -31,16 +33,31 @@ def test_files_and_folders(tmp_path: Path) -> None:
 
 
 def test_json_lines(tmp_path: Path) -> None:
-    """The field `text` where there is one, else every string, however deep."""
-    rows = [{"text": "one", "url": "no"}, {"question": "two", "answers": [{"a": "three", "n": 3}]}, ["four"]]
+    """The field `text` where there is one, strings, and lists of them; nothing of rows without strings."""
+    rows = [{"text": "one", "url": "no"}, "two", ["three", "four"], 5]
     path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
-    assert read_calibration(path) == "one\n\ntwothree\n\nfour"
+    assert read_calibration(path) == "one\n\ntwo\n\nthree\n\nfour\n\n"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt", b"\xff\xfe\x00", r"a\.txt: not UTF-8 \(byte 0\)"),
+        ("a.txt", b"\xff\x00", r"a\.txt: not UTF-8 \(byte 0\) on line 1"),
+        ("a.txt", b"one\ntw\xf6", r"a\.txt: not UTF-8 \(byte 6\) on line 2; convert it"),
+        ("a.txt", b"\xff\xfea\x00\n\x00\x00", r"a\.txt: not UTF-16 \(byte 6\) on line 2"),
+        (
+            "a.txt",
+            "a\nb".encode("utf-16-le"),
+            r"a\.txt: contains NUL bytes on line 1: .* without a byte order",
+        ),
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz: cannot be read \(Not a gzipped file"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"some text" * 99, mtime=0)[:30],
+            r"a\.txt\.gz: cannot be read \(Compressed file ended",
+        ),
+        ("a.parquet", b"no parquet", r"a\.parquet: cannot be read as parquet"),
+        ("a.jsonl", b'"one"\n' + b"[" * 100_000, r"a\.jsonl: line 2 is not JSON"),
         ("a.txt", b" \n", r"a\.txt: contains no text"),
         ("a.jsonl", b'{"text": ', r"a\.jsonl: line 1 is not JSON"),
         ("a.jsonl", b"[1, 2]\n{}\n", r"a\.jsonl: contains no text"),
@@ -173,27 +190,33 @@ def test_alpaca_prompt() -> None:
     assert prompt_of({"text": "no instruction"}) is None
 
 
+def pairs(path: Path) -> list[Any]:
+    found = read_answered(path)
+    assert not isinstance(found, str)
+    return [chat.plain for chat in found]
+
+
 def test_instructions_are_recognized(tmp_path: Path) -> None:
     lines, mixed, text, broken = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.json"))
     lines.write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
-    assert read_instructions(lines) == [("p", "r")]
+    assert pairs(lines) == [("p", "r")]
     mixed.write_text(lines.read_text() + '{"text": "x"}\n')
     with pytest.raises(SourceError, match="row 2 is not an instruction"):
-        read_instructions(mixed)
+        read_answered(mixed)
     text.write_text('{"text": "x"}\n')
-    assert read_instructions(text) is None
+    assert read_answered(text) == "x"
     for row in ({"instruction": "a", "output": None}, {"prompt": ["p"], "response": "r"}):
         broken.write_text(json.dumps([row] * 2))  # not one is valid: no reason to read them as plain text
         with pytest.raises(
             SourceError, match=r"row 1 is not an instruction; wanted .* as strings in every row"
         ):
-            read_instructions(broken)
+            read_answered(broken)
     broken.write_text("{")
     with pytest.raises(SourceError, match="not JSON"):
-        read_instructions(broken)
+        read_answered(broken)
     broken.write_text("3")
     with pytest.raises(SourceError, match="wanted a list"):
-        read_instructions(broken)
+        read_answered(broken)
 
 
 def test_the_default_text_does_not_hold_what_is_measured_on() -> None:

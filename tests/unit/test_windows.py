@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pocketllm.errors import ConfigError, SourceError
-from pocketllm.text.instructions import read_training
+from pocketllm.text.read import read_calibration
 from pocketllm.text.windows import calibration_windows, read_windows, split_windows, token_windows
 from tests import tiny
 
@@ -63,10 +63,10 @@ def test_texts_are_read_by_their_form(tmp_path: Path) -> None:
     assert "".join(tokenizer.batch_decode(windows)) == "abcdef<unk><unk>abcd"
     plain = tmp_path / "plain.json"  # its strings, not its brackets
     plain.write_text(json.dumps([{"text": "abc", "n": 1}, "de"]))
-    assert read_training(plain) == "abc\n\nde"
+    assert read_calibration(plain) == "abc\n\nde"
     plain.write_text(json.dumps({"text": ["abc", "de"]}))
     with pytest.raises(SourceError, match="wanted a list of rows"):
-        read_training(plain)
+        read_calibration(plain)
     plain.unlink()
     (tmp_path / "b.md").write_text("xy")  # too short by itself, but not with its neighbour
     assert len(read_windows(tokenizer, (str(tmp_path),), 18)) == 1

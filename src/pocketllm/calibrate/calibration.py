@@ -32,7 +32,8 @@ from pocketllm.format.output import check_parent
 from pocketllm.plan.selection import classify
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.folder import read_tokenizer
-from pocketllm.text.read import default_text, read_calibration
+from pocketllm.text.default_texts import default_text
+from pocketllm.text.read import read_calibration
 from pocketllm.text.vocabulary import positions_of
 from pocketllm.text.windows import calibration_windows
 
@@ -223,7 +224,7 @@ def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | No
         return None
     tokenizer = _tokenizer(source)
     characters = _HUB_CHARACTERS_PER_TOKEN * settings.tokens
-    texts = [read_calibration(place, characters) for place in settings.texts] or [default_text()]
+    texts = [read_calibration(place, characters, tokenizer) for place in settings.texts] or [default_text()]
     positions = positions_of(source.model.config) or settings.context
     context = min(settings.context, positions)
     windows = calibration_windows(tokenizer, texts, settings.tokens, context, config.seed)

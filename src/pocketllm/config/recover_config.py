@@ -109,7 +109,7 @@ class LoraTuneConfig:
     steps: Training steps, instead of epochs; none trains for epochs.
     learning_rate: Learning rate.
     context: Tokens per window of plain text; an instruction with its answer is cut to this length.
-    texts: Instruction data (JSON or JSON lines) or plain text; the default is the text that comes with Python.
+    texts: Chats, instructions (rows of JSON or parquet) or plain text; the default is the text that comes with Python.
     validation_items: Windows or instructions kept for validation.
     mode: Form of the base in memory: dense (fast) or packed (small).
     loop: Settings of the training loop.

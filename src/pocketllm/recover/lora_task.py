@@ -1,6 +1,7 @@
-"""The LoRA task: an adapter that PEFT puts into a compressed base, and its loss on instructions or plain text.
+"""The LoRA task: an adapter that PEFT puts into a compressed base, and its loss on chats, instructions or plain text.
 
-Of an instruction only the answer is learned; of plain text every window, all tokens but its first.
+In a chat or an instruction only the assistant's answers are learned; in plain text all tokens of every window but
+the first.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pocketllm.recover.base_model import Base, enable_checkpointing
 from pocketllm.recover.lm_head import LmHead
 from pocketllm.recover.loop import Group
 from pocketllm.recover.trainable import make_trainable
-from pocketllm.text.instructions import read_instructions, read_training
-from pocketllm.text.read import named_default, text_paths
+from pocketllm.text.chat import Chat, has_template, pieces, warn_without_template
+from pocketllm.text.default_texts import named_default
+from pocketllm.text.read import read_answered, text_paths
 from pocketllm.text.windows import all_windows, split_numbers, tokenize
 
 logger = logging.getLogger(__name__)
@@ -28,15 +30,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Item:
-    """One training sequence: token ids [T] int64; tokens from position `learned_from` on are learned."""
+    """One training sequence: token ids [T] int64, and [T] bool, which of them are learned: never the first."""
 
     ids: Tensor
-    learned_from: int
+    learned: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, learned: Tensor) -> Item:
+        """An item whose first token is not learned: nothing comes before it."""
+        return cls(ids, learned & (torch.arange(len(ids)) > 0))
 
     @property
     def weight(self) -> int:
         """Number of scored tokens."""
-        return len(self.ids) - self.learned_from
+        return int(self.learned.sum())
 
 
 def training_items(tokenizer: Any, config: LoraTuneConfig) -> tuple[list[Item], list[Item]]:
@@ -54,7 +61,7 @@ def training_items(tokenizer: Any, config: LoraTuneConfig) -> tuple[list[Item], 
 def read_items(tokenizer: Any, texts: tuple[str, ...], context: int) -> list[Item]:
     """Training items of all texts, at most `context` tokens each.
 
-    Instructions whose prompt leaves no room for an answer are left out, with a warning.
+    Chats and instructions that leave no room for an answer are left out, with a warning.
 
     Args:
         texts: files or folders; none takes the text that ships with Python.
@@ -66,12 +73,21 @@ def read_items(tokenizer: Any, texts: tuple[str, ...], context: int) -> list[Ite
     answered: list[Item] = []
     plain: dict[str, list[str]] = {}
     for text in texts:
+        chats: list[Chat] = []
         for path in text_paths(text):
-            pairs = read_instructions(path)
-            if pairs is None:
-                plain.setdefault(text, []).append(read_training(path))
+            found = read_answered(path)
+            if isinstance(found, str):
+                plain.setdefault(text, []).append(found)
             else:
-                answered += [_item(tokenizer, prompt, answer, context) for prompt, answer in pairs]
+                chats += found
+        warn_without_template(chats, tokenizer, text)
+        learnable = [chat for chat in chats if chat.is_answered]
+        if len(learnable) < len(chats):
+            logger.warning(
+                "%s: %d of %d chats have no answer of the assistant; they are skipped",
+                *(text, len(chats) - len(learnable), len(chats)),
+            )
+        answered += [_item(tokenizer, chat, context) for chat in learnable]
     items = [item for item in answered if item.weight > 0]
     lost = ""
     if len(items) < len(answered):
@@ -81,7 +97,8 @@ def read_items(tokenizer: Any, texts: tuple[str, ...], context: int) -> list[Ite
         )
     named = {name: "\n\n".join(parts) for name, parts in plain.items()} if texts else dict([named_default()])
     if named:
-        items += [Item(window, learned_from=1) for window in all_windows(tokenizer, named, context)]
+        windows = all_windows(tokenizer, named, context)
+        items += [Item.of(window, torch.ones(len(window), dtype=torch.bool)) for window in windows]
     if len(items) < 2:
         raise ConfigError(
             f"the text contains {len(items)} items to train on, wanted at least two (one of them to validate); "
@@ -92,12 +109,17 @@ def read_items(tokenizer: Any, texts: tuple[str, ...], context: int) -> list[Ite
     return items
 
 
-def _item(tokenizer: Any, prompt: str, answer: str, context: int) -> Item:
-    """Prompt and answer with an end-of-sequence token, cut off after `context` tokens."""
-    start = tokenize(tokenizer, prompt)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = torch.cat([start, tokenize(tokenizer, answer), torch.tensor(end, dtype=torch.int64)])[:context]
-    return Item(ids, learned_from=max(1, len(start)))
+def _item(tokenizer: Any, chat: Chat, context: int) -> Item:
+    """A chat or an instruction, cut off after `context` tokens.
+
+    Without a chat template, which ends answers itself, an end-of-sequence token is added.
+    """
+    parts = [(tokenize(tokenizer, text), learned) for text, learned in pieces(chat, tokenizer)]
+    if not has_template(tokenizer) and tokenizer.eos_token_id is not None:
+        parts.append((torch.tensor([tokenizer.eos_token_id]), parts[-1][1]))
+    ids = torch.cat([ids for ids, _ in parts])[:context]
+    learned = torch.cat([torch.full((len(ids),), is_learned) for ids, is_learned in parts])[:context]
+    return Item.of(ids, learned)
 
 
 def number_of_steps(config: LoraTuneConfig, items: int) -> int:
@@ -194,7 +216,7 @@ class LoraTask:
         scored = torch.zeros(len(items), length, dtype=torch.bool, device=device)
         for row, item in enumerate(items):  # padding is on the right: causal attention does not look there
             ids[row, : len(item.ids)] = item.ids
-            scored[row, item.learned_from - 1 : len(item.ids) - 1] = True
+            scored[row, : len(item.ids) - 1] = item.learned[1:]
         positions = scored.reshape(-1).nonzero()[:, 0]
         following = ids.roll(-1, dims=1).reshape(-1)[positions][:, None]
         certain = torch.zeros(len(positions), 1, device=device)

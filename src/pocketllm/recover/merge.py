@@ -21,7 +21,8 @@ from pocketllm.recover.adapter import check_adapter, merged, need_peft
 from pocketllm.recover.base_model import Base, check_context, open_base
 from pocketllm.runtime.export import save_dense
 from pocketllm.source.folder import load_dense
-from pocketllm.text.read import named_default, read_text
+from pocketllm.text.default_texts import named_default
+from pocketllm.text.read import read_text
 from pocketllm.text.windows import token_windows
 from pocketllm.torch_state import in_default_torch_state
 

@@ -1,75 +1,149 @@
-"""Read text from files, folders and Hub data sets, and the default texts."""
+"""Read text from files, folders and Hub data sets."""
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 import logging
-import os
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import ExtraError, SourceError, reason_of
+from pocketllm.text.chat import Chat, render
+from pocketllm.text.rows import Document, document_of
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".md", ".raw")
-ROW_SUFFIXES = (".jsonl", ".json")  # the suffixes among them whose files hold rows
+_ROW_SUFFIXES = (".jsonl", ".json", ".parquet")  # files that hold rows
+SUFFIXES = (".txt", *_ROW_SUFFIXES, ".md", ".raw")  # each but .parquet also with .gz after it
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
+_SURROGATE = re.compile(r"\\u[dD][89A-Fa-f]")  # in JSON: of a pair, or alone
 _HUB_CHARACTERS = 1 << 25  # Hub data sets can be endless
-_OTHER_TEXTS = {
-    "C4 (part)": "c4/c4_prefix_completion.jsonl",
-    "TinyStories (sample)": "tinystories/exllamav3_cal_tiny.txt",
+_MARKS = {  # byte order mark -> encoding; the longest first, as one begins with another
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
 }
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file.
+    """Read a UTF-8 text file; another encoding if it has a byte order mark, decompressed if it is a `.gz`.
 
     Raises:
-        SourceError: missing, a folder, unreadable, not UTF-8, or empty.
+        SourceError: missing, a folder, unreadable, in another encoding, or empty.
     """
     path = Path(path)
     if path.is_dir():
         raise SourceError(f"{path}: a folder; wanted a UTF-8 text file")
     try:
-        text = path.read_bytes().decode("utf-8")
+        stored = path.read_bytes()
+        stored = gzip.decompress(stored) if path.suffix == ".gz" else stored
     except FileNotFoundError as error:
         raise SourceError(f"{path}: no such file; wanted a UTF-8 text file") from error
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(f"{path}: cannot be read ({reason})") from error
+    text = _decoded(stored, path)
     if not text.strip():
         raise SourceError(f"{path}: contains no text")
     return text
 
 
-def read_calibration(place: str | Path, characters: int = _HUB_CHARACTERS) -> str:
-    """Read a UTF-8 file, a JSON list or JSON lines, all such files in a folder, or a Hub data set.
+def _decoded(stored: bytes, path: Path) -> str:
+    """The text in bytes, by their byte order mark; UTF-8 without one.
 
-    From each row of JSON or of a data set the field `text` is taken, or all its strings if it has none.
+    Raises:
+        SourceError: names the first byte that does not fit, and its line.
+    """
+    encoding = next((name for mark, name in _MARKS.items() if stored.startswith(mark)), "utf-8")
+    shown = encoding.removesuffix("-sig").upper()
+    try:
+        text = stored.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = stored[: error.start].decode(encoding, "replace").count("\n") + 1
+        raise SourceError(
+            f"{path}: not {shown} (byte {error.start}) on line {line}; convert it to UTF-8 first"
+        ) from error
+    if 4 * text.count("\0") > len(text):
+        raise SourceError(
+            f"{path}: contains NUL bytes on line {text[: text.index(chr(0))].count(chr(10)) + 1}: not text, or UTF-16 "
+            "without a byte order mark; convert it to UTF-8 first"
+        )
+    return text
+
+
+def read_calibration(
+    place: str | Path, characters: int = _HUB_CHARACTERS, tokenizer: Any | None = None
+) -> str:
+    """Read a text file, rows (JSON, JSON lines, parquet), all such files in a folder, or a Hub data set.
+
+    What is read of a row: see `pocketllm.text.rows`. Chats and instructions are written as the tokenizer's chat
+    template does; without one, turns as `role: content` (with a warning), and instructions in the Alpaca form.
 
     Args:
         place: file, folder, or `OWNER/NAME[:CONFIG[:SPLIT]]` on the Hub; SPLIT defaults to `train`.
         characters: approximate number of characters to stream from the beginning of a data set.
+        tokenizer: a transformers tokenizer; None has no chat template.
 
     Raises:
-        SourceError: an empty name, missing, not UTF-8, malformed, or no text in it.
-        ExtraError: a Hub data set, and the package that reads it is not installed.
+        SourceError: an empty name, missing, badly encoded, malformed, or no text in it.
+        ExtraError: a Hub data set or parquet, and the package that reads it is not installed.
     """
     path = _named(place)
-    if path.is_dir():
-        return "\n\n".join(read_calibration(file) for file in text_paths(path))
-    if not path.exists() and _HUB_ID.fullmatch(str(place)) and path.suffix not in SUFFIXES:
-        return _read_hub(str(place), characters)
-    if path.suffix not in ROW_SUFFIXES:
-        return read_text(path)
-    text = "\n\n".join(_text_of(row) for row in read_rows(path))
-    if not text.strip():
-        raise SourceError(f"{path}: contains no text; wanted rows with strings")
-    return text
+    files = text_paths(path) if path.is_dir() else [place]
+    documents = [document for file in files for document in _read_documents(file, characters)]
+    return render(documents, tokenizer, str(place))
+
+
+def read_answered(place: str | Path) -> str | list[Chat]:
+    """Read a file or a Hub data set to learn answers from: its chats and instructions, or its text if it has none.
+
+    A row that has a chat or an instruction as well as a text is read as the former.
+
+    Raises:
+        SourceError: as `read_calibration`, or some rows are chats and others are not. ExtraError: likewise.
+    """
+    documents = _read_documents(place, _HUB_CHARACTERS, prefer_chat=True)
+    chats = [document for document in documents if isinstance(document, Chat)]
+    if not chats:
+        return "\n\n".join(map(str, documents))
+    if len(chats) < len(documents):
+        number = next(n for n, document in enumerate(documents, 1) if not isinstance(document, Chat))
+        raise SourceError(
+            f"{place}: row {number} is not an instruction or a chat, others are; wanted `messages`, `instruction` and "
+            "`output` (optionally `input`), or `prompt` and `response` in every row, or in none"
+        )
+    return chats
+
+
+def _read_documents(place: str | Path, characters: int, prefer_chat: bool = False) -> list[Document]:
+    """What one file or data set holds: one text, or what each of its rows gives."""
+    path = _named(place)
+    if not path.exists() and _HUB_ID.fullmatch(str(place)) and path.suffix not in (*SUFFIXES, ".gz"):
+        return _read_hub(str(place), characters, prefer_chat)
+    if _kind(path) not in _ROW_SUFFIXES:
+        return [read_text(path)]
+    rows = enumerate_rows(path)
+    documents = [document_of(row, f"{path}: row {number}", prefer_chat) for number, row in rows]
+    return _not_empty(documents, path)
+
+
+def _not_empty(documents: list[Document], name: object) -> list[Document]:
+    """The documents; raises SourceError if none has text."""
+    if not any(document.strip() if isinstance(document, str) else len(document) for document in documents):
+        raise SourceError(f"{name}: contains no text; wanted rows with strings")
+    return documents
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says what a file holds."""
+    return Path(path.name.removesuffix(".gz")).suffix
 
 
 def text_paths(place: str | Path) -> list[Path]:
@@ -81,7 +155,7 @@ def text_paths(place: str | Path) -> list[Path]:
     path = _named(place)
     if not path.is_dir():
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+    files = sorted(p for p in path.rglob("*") if _kind(p) in SUFFIXES)
     if not files:
         raise SourceError(f"{path}: no {', '.join(f'*{s}' for s in SUFFIXES)} file in this folder")
     return files
@@ -94,52 +168,78 @@ def _named(place: str | Path) -> Path:
     return Path(place)
 
 
-def read_rows(path: Path) -> list[Any]:
-    """Read the list in a JSON file, or one value per line of a JSON-lines file.
+def enumerate_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number from 1, row) of a list in a JSON file, of JSON lines (the number of the line), or of parquet.
+
+    Halves of surrogate pairs in JSON are replaced by U+FFFD, with a warning: no tokenizer takes them.
 
     Raises:
-        SourceError: missing, not UTF-8, malformed, or JSON that is not a list.
+        SourceError: missing, badly encoded, malformed, or JSON that is not a list. ExtraError: no `pyarrow`.
     """
-    text = read_text(path)
-    rows: Any = []
-    if path.suffix != ".jsonl":
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise SourceError(f"{path}: not JSON ({error})") from error
-        if not isinstance(rows, list):
+    if _kind(path) == ".parquet":
+        yield from enumerate(_parquet_rows(path), 1)
+        return
+    text, repaired = read_text(path), list[int]()
+    suspected = _SURROGATE.search(text) is not None
+    if _kind(path) == ".jsonl":  # not splitlines: strings may hold other separators
+        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        rows = ((number, _from_json(line, f"{path}: line {number} is")) for number, line in lines)
+    else:
+        found = _from_json(text, f"{path}:")
+        if not isinstance(found, list):
             raise SourceError(
                 f"{path}: wanted a list of rows; convert it, or move the file out of the folder if "
                 "it is not text (such as a config.json)"
             )
-        return rows
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: strings may hold other separators
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise SourceError(f"{path}: line {number} is not JSON ({error})") from error
-    return rows
+        rows = ((number, row) for number, row in enumerate(found, 1))
+    for number, row in rows:
+        mended = _without_surrogates(row) if suspected else row
+        if mended is not row:
+            repaired.append(number)
+        yield number, mended
+    if repaired:
+        logger.warning(
+            "%s: %d rows (the first is row %d) contain half of a surrogate pair, such as a cut emoji; it is "
+            "replaced by U+FFFD",
+            *(path, len(repaired), repaired[0]),
+        )
 
 
-def _text_of(row: Any) -> str:
-    """The field `text` of a row, or all strings in it."""
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return str(row["text"])
-    return "".join(_strings(row))
+def _from_json(text: str, subject: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{subject} not JSON ({reason_of(error)})") from error
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
+def _without_surrogates(row: Any) -> Any:
+    """The row itself, or a copy in which halves of surrogate pairs are replaced."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return row
 
 
-def _read_hub(name: str, characters: int) -> str:
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ExtraError(
+            f"{path}: `pyarrow` is needed to read parquet, and is not installed: pip install 'pocketllm-codec[hub]'"
+        ) from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except FileNotFoundError as error:
+        raise SourceError(f"{path}: no such file; wanted a parquet file") from error
+    except (OSError, ValueError) as error:  # pyarrow's own errors are among them
+        raise SourceError(f"{path}: cannot be read as parquet ({reason_of(error)})") from error
+
+
+def _read_hub(name: str, characters: int, prefer_chat: bool) -> list[Document]:
     """Stream the beginning of a Hub data set."""
     try:
         from datasets import load_dataset
@@ -149,72 +249,22 @@ def _read_hub(name: str, characters: int) -> str:
             "`datasets` is needed, which is not installed: pip install 'pocketllm-codec[hub]'"
         ) from error
     identity, config, split = (*name.split(":"), "", "")[:3]
-    texts: list[str] = []
+    documents: list[Document] = []
     try:
         rows = load_dataset(identity, config or None, split=split or "train", streaming=True)
-        for row in rows:
-            texts.append(_text_of(row))
-            characters -= len(texts[-1])
+        for number, row in enumerate(rows, 1):
+            documents.append(document_of(row, f"{name}: row {number}", prefer_chat))
+            characters -= len(documents[-1])
             if characters <= 0:
                 break
+    except SourceError:
+        raise
     except Exception as error:  # every Hub backend has errors of its own
         raise SourceError(
             f"{name}: neither a local file or folder nor a data set that the Hub provides ({reason_of(error)}); "
             "check the path, or the name (OWNER/NAME:CONFIG:SPLIT), your login and the connection"
         ) from error
-    text = "\n\n".join(texts)
-    if not text.strip():
-        raise SourceError(f"{name}: contains no text; wanted rows with strings")
-    return text
-
-
-def default_text(held_out: bool = False) -> str:
-    """English text that ships with every Python: four in five topics of its documentation (about 0.4 MB).
-
-    Topics repeat parts of each other; paragraphs of the held-out fifth are removed from the others.
-
-    Args:
-        held_out: return the remaining fifth, which is for evaluation.
-    """
-    from pydoc_data.topics import topics
-
-    keys = sorted(topics)
-    measured = [paragraph for key in keys[4::5] for paragraph in topics[key].split("\n\n")]
-    if held_out:
-        return "\n\n".join(measured)
-    known = {" ".join(paragraph.split()) for paragraph in measured}
-    others = (
-        paragraph for n, key in enumerate(keys) if n % 5 != 4 for paragraph in topics[key].split("\n\n")
-    )
-    return "\n\n".join(paragraph for paragraph in others if " ".join(paragraph.split()) not in known)
-
-
-def named_default(held_out: bool = False) -> tuple[str, str]:
-    """(name, text) of `default_text`."""
-    name = "Python's own documentation"
-    return f"{name} (held-out topics)" if held_out else name, default_text(held_out)
-
-
-def evaluation_text() -> tuple[str, str]:
-    """(name, text): WikiText-2 raw test if `POCKETLLM_DATA` has it, otherwise Python's own documentation."""
-    file = _data_file("wikitext2/wiki.test.raw")
-    if file is None:
-        return named_default(held_out=True)
-    return "WikiText-2 raw test", read_text(file)
-
-
-def evaluation_texts() -> list[tuple[str, str]]:
-    """`evaluation_text` and those of other kinds (web pages, stories) that `POCKETLLM_DATA` has."""
-    found = {name: _data_file(path) for name, path in _OTHER_TEXTS.items()}
-    others = [(name, read_calibration(file)) for name, file in found.items() if file is not None]
-    return [evaluation_text(), *others]
-
-
-def _data_file(path: str) -> Path | None:
-    """A file below `POCKETLLM_DATA`, if it exists."""
-    data = os.environ.get("POCKETLLM_DATA")
-    file = Path(data) / path if data else None
-    return file if file is not None and file.is_file() else None
+    return _not_empty(documents, name)
 
 
 def warn_of_shared(texts: tuple[str, ...], validation: str) -> None:

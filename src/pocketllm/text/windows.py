@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import ConfigError, SourceError
-from pocketllm.text.instructions import read_training
-from pocketllm.text.read import named_default, text_paths
+from pocketllm.text.default_texts import named_default
+from pocketllm.text.read import read_calibration
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -104,7 +104,7 @@ def read_windows(tokenizer: Any, places: tuple[str, ...], context: int) -> Tenso
         SourceError: a text cannot be read.
         ConfigError: not a single window.
     """
-    texts = {place: "\n\n".join(map(read_training, text_paths(place))) for place in places}
+    texts = {place: read_calibration(place, tokenizer=tokenizer) for place in places}
     return all_windows(tokenizer, texts or dict([named_default()]), context)
 
 
