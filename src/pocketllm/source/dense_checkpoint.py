@@ -256,7 +256,8 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
     if missing:
         raise SourceError(
             f"{folder}: no file contains {missing[0]} ({len(missing)} parameters missing); the checkpoint is "
-            "incomplete, fetch it again (if a head shares the embedding, config.json must say tie_word_embeddings: true)"
+            "incomplete, fetch it again (if a head shares the embedding, config.json must say "
+            "tie_word_embeddings: true)"
         )
     opened.assembly.parts = {name: parts[name] for name in meta if name in parts}
     return opened
