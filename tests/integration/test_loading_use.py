@@ -28,6 +28,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     return folder / "out"
 
+
 ROUNDING = 1e-5  # between products with packed and with decoded weights, in float32
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,20 @@ def test_unknown_mode(compressed: Path) -> None:
         pocketllm.load(compressed, mode="fast")
     with pytest.raises(ConfigError, match="mode: got 'fast'"):
         plugin.PocketQuantizationConfig(mode="fast")
+
+
+def test_who_wrote_a_folder_is_an_object_and_was_a_string(compressed: Path, tmp_path: Path) -> None:
+    config = json.loads((compressed / "config.json").read_text())
+    quantization = config["quantization_config"]
+    assert quantization["producer"] == {"name": "pocketllm-codec", "version": pocketllm.__version__}
+    quantization["producer"] = f"pocketllm-codec {pocketllm.__version__}"
+    shutil.copytree(compressed, tmp_path / "old")
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "old" / "pocketllm.json").unlink()  # it has the checksum of config.json
+    model, _ = pocketllm.load(tmp_path / "old")
+    model.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert again["producer"] == {"name": "pocketllm-codec", "version": pocketllm.__version__}
 
 
 def test_quantizing_while_loading_is_refused(compressed: Path, tmp_path: Path) -> None:

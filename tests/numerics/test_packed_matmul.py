@@ -296,7 +296,10 @@ def test_a_shipped_library_needs_no_compiler(
     monkeypatch.setattr(library, "find_compiler", lambda: None)
     assert library.library("packed") is not None and select.packed_isa() is not None
     library.library.cache_clear()
-    (tmp_path / "packed.so").write_bytes(b"of another platform")
+    other = tmp_path / "other"  # a library that is loaded must not change
+    other.mkdir()
+    (other / "packed.so").write_bytes(b"of another platform")
+    monkeypatch.setattr(library, "FOLDER", other)
     assert library.library("packed") is None
     assert "packed.so cannot be loaded" in caplog.text
 

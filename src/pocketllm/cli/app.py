@@ -14,6 +14,7 @@ from pocketllm.cli import (
     compare_command,
     compress_command,
     demo_command,
+    doctor_command,
     eval_command,
     export_command,
     finetune_command,
@@ -52,6 +53,7 @@ for group in (
     compare_command,
     study_command,
     demo_command,
+    doctor_command,
 ):
     app.registered_commands += group.app.registered_commands
 

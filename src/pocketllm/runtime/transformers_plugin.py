@@ -52,12 +52,19 @@ class PocketQuantizationConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed model; see FORMAT.md for its keys."""
 
     def __init__(
-        self, mode: str = "auto", producer: str = "", quant_method: str = ckpt.STORE, **layout: Any
+        self,
+        mode: str = "auto",
+        producer: dict[str, str] | str = "",
+        quant_method: str = ckpt.STORE,
+        **layout: Any,
     ) -> None:
         if mode not in MODES:
             raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
         self.quant_method = quant_method  # type: ignore[assignment]
         self.mode = mode
+        if isinstance(producer, str):  # as version 0.1.0 wrote it: "pocketllm-codec 0.1.0"
+            name, _, version = producer.partition(" ")
+            producer = {"name": name, "version": version}
         self.producer = producer
         ckpt.Layout.from_dict(layout)
         self.__dict__.update(layout)

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from pocketllm.cache import cache_folder
 from pocketllm.codec.kernels.build_kernels import FOLDER, RECIPES, build, find_compiler
-from pocketllm.errors import ConfigError
+from pocketllm.errors import ConfigError, reason_of
 
 logger = logging.getLogger(__name__)
+
+LIBRARIES = tuple(RECIPES)
 
 
 class Isa(IntEnum):
@@ -35,30 +37,64 @@ def library(name: str) -> ctypes.CDLL | None:
     """A library, or None where it cannot be built; `POCKETLLM_COMPILE=0` builds none and loads none."""
     if os.environ.get("POCKETLLM_COMPILE") == "0":
         return None
-    shipped = FOLDER / f"{name}.so"
-    if shipped.is_file():
+    if (FOLDER / f"{name}.so").is_file():
         try:
-            return ctypes.CDLL(str(shipped))
+            return _shipped(name)
         except OSError as error:
-            logger.warning("%s cannot be loaded (%s); it is built again", shipped, error)
+            logger.warning("%s.so cannot be loaded (%s); it is built again", FOLDER / name, error)
     compiler = find_compiler()
     if compiler is None:
         return None
-    identity = hashlib.sha256(RECIPES[name].identity() + compiler.encode()).hexdigest()[:16]
-    target = cache_folder() / f"{name}-{identity}.so"
     try:
-        if not target.is_file():
-            build(name, target, compiler)
-        return ctypes.CDLL(str(target))
+        return _built(name, compiler)
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
         logger.warning(
-            "kernels `%s` could not be built by %s: %s; torch does their work, slower",
+            "kernels `%s` could not be built by %s: %s; torch replaces them and is slower",
             name,
             compiler,
-            said[-1000:] or error,
+            _said_by(error),
         )
         return None
+
+
+def why_missing(name: str) -> str:
+    """Why a library of `LIBRARIES` does not run here, after trying to build it; empty where it does."""
+    if os.environ.get("POCKETLLM_COMPILE") == "0":
+        return "POCKETLLM_COMPILE=0 is set"
+    compiler = find_compiler()
+    try:
+        if (FOLDER / f"{name}.so").is_file():
+            _shipped(name)
+        elif compiler is None:
+            return "no C++ compiler found: install g++, or set CXX"
+        else:
+            _built(name, compiler)
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} failed: {_said_by(error)}"
+    except (OSError, subprocess.SubprocessError) as error:
+        return reason_of(error)
+    return ""
+
+
+def _shipped(name: str) -> ctypes.CDLL:
+    """The library that came with the package; OSError where there is none."""
+    return ctypes.CDLL(str(FOLDER / f"{name}.so"))
+
+
+def _built(name: str, compiler: str) -> ctypes.CDLL:
+    """The library in the cache, built if it is not there; OSError or SubprocessError where that fails."""
+    identity = hashlib.sha256(RECIPES[name].identity() + compiler.encode()).hexdigest()[:16]
+    target = cache_folder() / f"{name}-{identity}.so"
+    if not target.is_file():
+        build(name, target, compiler)
+    return ctypes.CDLL(str(target))
+
+
+def _said_by(error: Exception) -> str:
+    """The first line that a compiler printed, or the error itself."""
+    said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+    code = getattr(error, "returncode", None)
+    return said[0] if said else reason_of(error) if code is None else f"exit code {code}"
 
 
 def best_isa() -> Isa:
