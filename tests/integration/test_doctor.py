@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 import pocketllm
 import pocketllm_startup
 from pocketllm import machine
-from pocketllm.codec.kernels import build_kernels, library
+from pocketllm.codec.kernels import library
+from pocketllm.codec.kernels.build_kernels import RECIPES
 from pocketllm.runtime import doctor
 from tests.commands import Run
 
@@ -27,9 +29,7 @@ def test_every_fact_is_there(run: Run) -> None:
     assert found["versions"]["torch"] == importlib.metadata.version("torch")
     assert found["versions"]["pocketllm-codec"] == pocketllm.__version__
     assert found["threads"] == torch.get_num_threads() and found["memory_bytes"] > 1 << 28
-    assert set(found["kernels"]) == {*library.LIBRARIES, "triton"} and set(found["extras"]) == set(
-        doctor.EXTRAS
-    )
+    assert set(found["kernels"]) == {*RECIPES, "triton"} and set(found["extras"]) == set(doctor.EXTRAS)
     assert found["free_disk_bytes"] > 0 and found["cache"]["works"]
     for state in (*found["kernels"].values(), *found["extras"].values(), found["startup_hook"]):
         assert state["works"] is (state["reason"] == "")
@@ -53,7 +53,7 @@ def test_kernels_that_are_switched_off_or_cannot_be_compiled(
     assert doctor.kernels()["matrix"]["reason"] == f"{compiler} failed: no such header"
     compiler.write_text("#!/bin/sh\nexit 3\n")
     assert doctor.kernels()["matrix"]["reason"] == f"{compiler} failed: exit code 3"
-    monkeypatch.setattr(build_kernels.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert doctor.kernels()["matrix"] == {
         "works": False,
         "reason": "no C++ compiler found: install g++, or set CXX",
@@ -67,7 +67,7 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("POCKETLLM_CACHE", str(tmp_path / "file"))
     found = doctor.cache()
     assert not found["works"] and "point POCKETLLM_CACHE at" in found["reason"]
-    compiler = build_kernels.find_compiler()
+    compiler = library.find_compiler()
     if compiler is not None:
         assert "file" in doctor.kernels()["nearest"]["reason"]
     monkeypatch.setenv("POCKETLLM_CACHE", str(tmp_path))

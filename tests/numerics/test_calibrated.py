@@ -128,11 +128,11 @@ def test_compiled_search_gives_ties_to_the_lower_index() -> None:
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POCKETLLM_COMPILE", "0")
-    library.library.cache_clear()
+    library._loaded.cache_clear()
     try:
         assert not cpu.searches_nearest(4)
         points, codebook = torch.randn(50, 4), torch.randn(20, 4)
         assert torch.equal(Searcher(codebook).nearest(points), reference.nearest(points, codebook))
     finally:
         monkeypatch.undo()
-        library.library.cache_clear()
+        library._loaded.cache_clear()

@@ -16,7 +16,7 @@ from pocketllm.codec.rotation import rotate_matrix, unrotate_matrix
 
 CPU = torch.device("cpu")
 compiled = pytest.mark.skipif(
-    any(library.library(name) is None for name in ("nearest", "trellis", "matrix")),
+    any(library._loaded(name) is None for name in ("nearest", "trellis", "matrix")),
     reason="no C++ compiler here",
 )
 
@@ -154,7 +154,7 @@ def rotate() -> tuple[Tensor, Tensor]:
 
 
 KERNELS: dict[str, tuple[Any, str, Callable[[], tuple[Tensor, Tensor]], str]] = {
-    "paths": (cpu, "cheapest_paths", find_paths, "it finds other paths"),
+    "paths": (cpu, "cheapest_paths", find_paths, "its paths differ from torch's"),
     "nearest": (cpu.Table, "nearest", find_nearest, "it finds other codewords"),
     "gather": (cpu, "gather", decode, "it decodes to other values"),
     "scatter": (cpu, "scatter", take_gradients, "it decodes to other values"),

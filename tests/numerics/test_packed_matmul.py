@@ -235,10 +235,10 @@ def test_reference_is_the_matrix_written_out() -> None:
 @pytest.fixture
 def untried() -> Iterator[None]:
     """No library has been built and no kernel tried yet, and neither will have been afterwards."""
-    for cached in (library.library, select.packed_isa, select._agrees):
+    for cached in (library._loaded, select.packed_isa, select._agrees):
         cached.cache_clear()
     yield
-    for cached in (library.library, select.packed_isa, select._agrees):
+    for cached in (library._loaded, select.packed_isa, select._agrees):
         cached.cache_clear()
 
 
@@ -295,11 +295,10 @@ def test_a_shipped_library_needs_no_compiler(
     monkeypatch.setattr(library, "FOLDER", tmp_path)
     monkeypatch.setattr(library, "find_compiler", lambda: None)
     assert library.library("packed") is not None and select.packed_isa() is not None
-    library.library.cache_clear()
-    other = tmp_path / "other"  # a library that is loaded must not change
-    other.mkdir()
-    (other / "packed.so").write_bytes(b"of another platform")
-    monkeypatch.setattr(library, "FOLDER", other)
+    library._loaded.cache_clear()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "packed.so").write_bytes(b"of another platform")
+    monkeypatch.setattr(library, "FOLDER", tmp_path / "other")
     assert library.library("packed") is None
     assert "packed.so cannot be loaded" in caplog.text
 

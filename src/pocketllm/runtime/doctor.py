@@ -16,7 +16,7 @@ import torch
 import pocketllm_startup
 from pocketllm.cache import cache_folder
 from pocketllm.codec.kernels import library
-from pocketllm.codec.kernels.build_kernels import find_compiler
+from pocketllm.codec.kernels.build_kernels import RECIPES, find_compiler
 from pocketllm.errors import reason_of
 from pocketllm.machine import machine, processor_features
 
@@ -55,7 +55,7 @@ def diagnose() -> dict[str, Any]:
 
 def kernels() -> dict[str, Any]:
     """Whether each library of kernels runs here: those in C++, and Triton's."""
-    reasons = {name: library.why_missing(name) for name in library.LIBRARIES}
+    reasons = {name: library.why_missing(name) for name in RECIPES}
     if not torch.cuda.is_available():
         reasons["triton"] = "torch sees no GPU"
     else:

@@ -18,8 +18,6 @@ from pocketllm.errors import ConfigError, reason_of
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES = tuple(RECIPES)
-
 
 class Isa(IntEnum):
     """Instruction sets that `packed` is compiled for; on ARM, `PLAIN` is NEON.
@@ -32,69 +30,45 @@ class Isa(IntEnum):
     AVX512 = 2
 
 
-@functools.cache
 def library(name: str) -> ctypes.CDLL | None:
     """A library, or None where it cannot be built; `POCKETLLM_COMPILE=0` builds none and loads none."""
-    if os.environ.get("POCKETLLM_COMPILE") == "0":
-        return None
-    if (FOLDER / f"{name}.so").is_file():
-        try:
-            return _shipped(name)
-        except OSError as error:
-            logger.warning("%s.so cannot be loaded (%s); it is built again", FOLDER / name, error)
-    compiler = find_compiler()
-    if compiler is None:
-        return None
-    try:
-        return _built(name, compiler)
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning(
-            "kernels `%s` could not be built by %s: %s; torch replaces them and is slower",
-            name,
-            compiler,
-            _said_by(error),
-        )
-        return None
+    return _loaded(name)[0]
 
 
 def why_missing(name: str) -> str:
-    """Why a library of `LIBRARIES` does not run here, after trying to build it; empty where it does."""
+    """Why a library does not run here, after trying to build it; empty if it does."""
+    return _loaded.__wrapped__(name)[1]
+
+
+@functools.cache
+def _loaded(name: str) -> tuple[ctypes.CDLL | None, str]:
+    """A library, or None and the reason."""
     if os.environ.get("POCKETLLM_COMPILE") == "0":
-        return "POCKETLLM_COMPILE=0 is set"
+        return None, "POCKETLLM_COMPILE=0 is set"
+    shipped = FOLDER / f"{name}.so"
+    if shipped.is_file():
+        try:
+            return ctypes.CDLL(str(shipped)), ""
+        except OSError as error:
+            logger.warning("%s cannot be loaded (%s); it is built again", shipped, error)
     compiler = find_compiler()
-    try:
-        if (FOLDER / f"{name}.so").is_file():
-            _shipped(name)
-        elif compiler is None:
-            return "no C++ compiler found: install g++, or set CXX"
-        else:
-            _built(name, compiler)
-    except subprocess.CalledProcessError as error:
-        return f"{compiler} failed: {_said_by(error)}"
-    except (OSError, subprocess.SubprocessError) as error:
-        return reason_of(error)
-    return ""
-
-
-def _shipped(name: str) -> ctypes.CDLL:
-    """The library that came with the package; OSError where there is none."""
-    return ctypes.CDLL(str(FOLDER / f"{name}.so"))
-
-
-def _built(name: str, compiler: str) -> ctypes.CDLL:
-    """The library in the cache, built if it is not there; OSError or SubprocessError where that fails."""
+    if compiler is None:
+        return None, "no C++ compiler found: install g++, or set CXX"
     identity = hashlib.sha256(RECIPES[name].identity() + compiler.encode()).hexdigest()[:16]
     target = cache_folder() / f"{name}-{identity}.so"
-    if not target.is_file():
-        build(name, target, compiler)
-    return ctypes.CDLL(str(target))
-
-
-def _said_by(error: Exception) -> str:
-    """The first line that a compiler printed, or the error itself."""
-    said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
-    code = getattr(error, "returncode", None)
-    return said[0] if said else reason_of(error) if code is None else f"exit code {code}"
+    try:
+        if not target.is_file():
+            build(name, target, compiler)
+        return ctypes.CDLL(str(target)), ""
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = reason_of(error)
+        if isinstance(error, subprocess.CalledProcessError):
+            output = error.stderr.decode(errors="replace").strip()[-1000:]
+            reason = f"{compiler} failed: {output or f'exit code {error.returncode}'}"
+        logger.warning(
+            "kernels `%s` could not be built by %s: %s; torch does their work, slower", name, compiler, reason
+        )
+        return None, reason
 
 
 def best_isa() -> Isa:
