@@ -62,30 +62,35 @@ def presets() -> str:
     return f"{markdown_table(head, rows)}\n\n{note}"
 
 
-def loading() -> str:
-    """Time and memory of the loading modes."""
-    found = load_results("loading")
+def runtime() -> str:
+    """Speed and memory of the loading modes."""
+    found = load_results("runtime")
+    dense = {run["threads"]: run for run in found["runs"] if run["mode"] == "checkpoint"}
+    names = {"packed": "packed", "dense": "dense, decoded at load", "checkpoint": "not compressed"}
     rows = []
-    base = found["medians"]["nothing"]["base_mib"]
-    reference = found["medians"]["bf16 checkpoint"]
-    for mode, entry in found["medians"].items():
-        if mode == "nothing":
-            continue
+    for run in found["runs"]:
+        other = dense[run["threads"]]
+
+        def beside(key: str, digits: int, unit: float = 1, run: Any = run, other: Any = other) -> str:
+            return f"{run[key] / unit:.{digits}f} ({run[key] / other[key]:.2f}x)"
+
         rows.append(
             [
-                mode,
-                f"{entry['load_seconds']:.1f}",
-                f"{entry['peak_after_load_mib'] - base:.0f}",
-                f"{entry['peak_mib'] - base:.0f}",
-                f"{entry['seconds_2_windows'] / reference['seconds_2_windows']:.2f}x",
-                f"{entry['tokens_per_second'] / reference['tokens_per_second']:.2f}x",
+                str(run["threads"]),
+                names[run["mode"]],
+                f"{run['load_seconds']:.1f}",
+                beside("prompt_tokens_per_second", 0),
+                beside("tokens_per_second", 1),
+                beside("peak_memory_bytes", 0, 1e6),
             ]
         )
-    head = ["", "load, seconds", "peak after load, MiB", "peak, MiB", "time a window", "generation speed"]
+    head = ["threads", "", "load, seconds", "prompt tokens/s", "tokens/s", "peak memory, MB"]
+    form = found["compressed"]
     note = (
-        f"SmolLM2-135M, preset `lookup-8x`, {found['dtype']}; MiB above a process that loaded nothing "
-        f"({base:.0f} MiB); times against the dense bf16 checkpoint in the same run; medians. "
-        f"`{found['command']}`"
+        f"SmolLM2-135M at {form['bpw_blocks']:.2f} bits per weight of blocks ({form['bytes_on_disk'] / 1e6:.0f} MB on "
+        f"disk), bfloat16; a prompt of 512 tokens, 64 tokens after a single one; in brackets against the model that is "
+        f"not compressed; memory beyond a process that has imported the same libraries; medians of {found['rounds']} "
+        f"processes in turn, on a machine shared with other work. `{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
 
@@ -276,7 +281,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rotation": rotation,
     "codec_floor": codec_floor,
     "codec_speed": codec_speed,
-    "loading": loading,
+    "runtime": runtime,
     "tasks": tasks,
     "peers": peers,
     "headline": headline,

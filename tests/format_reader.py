@@ -89,6 +89,7 @@ class Reader:
             *("quant_method", "producer", "mode", "format_version", "matrices", "codebooks", "decoders"),
         }
         assert (layout["quant_method"], layout["format_version"]) == ("pocketllm", 2)
+        assert isinstance(layout["producer"], str) or set(layout["producer"]) == {"name", "version"}
         self.matrices: dict[str, Any] = layout["matrices"]
         self.codebooks: list[Any] = layout["codebooks"]
         self.decoders: list[dict[str, Any]] = layout["decoders"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import lazy_loader
 
-from pocketllm.runtime.import_hook import register_when_imported
+from pocketllm_startup import register_when_imported
 
 __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,6 +7,19 @@ import platform
 from pathlib import Path
 from typing import Any
 
+# Instruction sets that decide how fast compressed models run, by their names in /proc/cpuinfo.
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "gfni", "amx_int8", "amx_bf16")
+
+
+def processor_features() -> dict[str, bool] | None:
+    """Which of `FEATURES` the processor has; None where the system does not say (no /proc/cpuinfo)."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return None
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.split(":", 1)[1].split()}
+    return {name: name in flags for name in FEATURES}
+
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, cores, threads in use, system, versions; the GPU's name if `device` is cuda."""

@@ -262,7 +262,7 @@ def test_no_gpu_is_said(run: Run, source: Path, tmp_path: Path) -> None:
             "merge",
             "report",
         ),
-        *("compare", "study"),
+        *("compare", "study", "doctor"),
     ],
 )
 def test_help_has_an_example(command: str, run: Run) -> None:
@@ -281,7 +281,9 @@ def test_help_in_a_process_of_its_own() -> None:
     assert "compress" in done.stdout and "export" in done.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["study"], ["compress"], ["finetune"], ["eval"], ["settings"]])
+@pytest.mark.parametrize(
+    "command", [[], ["study"], ["compress"], ["finetune"], ["eval"], ["settings"], ["doctor"]]
+)
 def test_help_is_light(command: list[str]) -> None:
     code = (
         "import atexit, sys\nfrom pocketllm.cli import main\n"

@@ -29,6 +29,9 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+ROUNDING = 1e-5  # between products with packed and with decoded weights, in float32
+
+
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(IDS, use_cache=False).logits
@@ -82,7 +85,7 @@ def test_copies_compute_the_same(mode: str, duplicate: Any, small: Path, tmp_pat
         assert matrix is not packed_matrices(model)[name]
         assert matrix._store[0] is made.pocketllm
     made.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(pocketllm.load(tmp_path / "again")[0]), before)
+    assert torch.equal(logits(pocketllm.load(tmp_path / "again", mode=mode)[0]), before)
     made.resize_token_embeddings(100)
     assert model.get_input_embeddings().weight.shape[0] == 96
 
@@ -110,7 +113,7 @@ def test_export(mode: str, small: Path) -> None:
     if mode == "packed":
         assert "pocketllm.decode" in str(program.graph)
         held = sum(value.numel() * value.element_size() for value in program.state_dict.values())
-        assert held < sum(p.numel() * 2 for p in pocketllm.load(small)[0].parameters())
+        assert held < sum(p.numel() * 2 for p in pocketllm.load(small, mode="dense")[0].parameters())
 
 
 @pytest.mark.parametrize("row_scale", [True, False])
@@ -137,12 +140,13 @@ def test_resized_embeddings(
     assert model.config.vocab_size == size
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     after = logits(model)
-    assert after.shape[-1] == size and torch.equal(after[..., :known], before[..., :known])
+    assert after.shape[-1] == size
+    torch.testing.assert_close(after[..., :known], before[..., :known], rtol=0, atol=ROUNDING)
     model.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
     for again in MODES:
         loaded, _ = pocketllm.load(tmp_path / "again", mode=again)
-        assert torch.equal(logits(loaded), after)
+        torch.testing.assert_close(logits(loaded), after, rtol=0, atol=ROUNDING)
     assert not any("embed" in name or "head" in name for name in packed_matrices(loaded))
     assert len(packed_matrices(loaded)) == 14
 

@@ -369,7 +369,7 @@ def test_compare_finds_the_base_and_its_evaluations(made: Path, tmp_path: Path) 
     ]
     found = compare([tmp_path / "other", made / "c"], given, adapters=[made / "a"]).models
     assert [(m.name, m.perplexity) for m in found] == [("other", None), ("c", 9.0), ("c + a", 7.0)]
-    with pytest.raises(ConfigError, match="an adapter of none of the models"):
+    with pytest.raises(ConfigError, match="fits none of the models to compare"):
         compare([tmp_path / "other"], adapters=[made / "a"])
     with pytest.raises(ConfigError, match=r"with .*/a: there is an evaluation of it, but"):
         compare([made / "c"], given)

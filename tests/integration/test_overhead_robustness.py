@@ -88,7 +88,7 @@ def test_ratios_are_those_within_a_round() -> None:
         runs = {job: {"loaded_bytes": cost, **dict.fromkeys(keys, cost * slow)} for job, cost in jobs.items()}
         results[f"cpu-{number}"] = {"runs": runs, "short": 8, "long": 64, "gpu": None}
     sentences = load("overhead").findings(results)
-    assert "decoding once at load costs 2.0 times the load" in sentences[0]
+    assert "decoding once at load takes 2.0 times as long to load" in sentences[0]
     assert "4.0 times the work per token; for a prompt of 64 tokens 4.0 times" in sentences[0]
     assert "loading and decoding takes 4.00 s (dense weights 2.00 s)" in sentences[1]
     assert "lookup 3.00" in sentences[2]

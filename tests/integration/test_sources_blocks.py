@@ -103,7 +103,7 @@ REFUSED = {
     "blocks that return something else than activations": lambda: t.OpenAIGPTLMHeadModel(
         t.OpenAIGPTConfig(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=2)
     ),
-    "blocks that do not simply follow each other": lambda: t.Gemma3nForCausalLM(
+    "blocks that do not form a simple chain": lambda: t.Gemma3nForCausalLM(
         t.Gemma3nTextConfig(
             **SIZES,
             vocab_size_per_layer_input=96,
@@ -158,7 +158,7 @@ def test_blocks_lie_beside_the_embedding() -> None:
         assert (path, len(blocks or ())) == ("model.language_model.layers", 2)
         assert language_model_path(multimodal()) == "model.language_model"
         assert (find_blocks(tiny.model("gpt2")) or ("",))[0] == "transformer.h"
-        path, _ = find_blocks(REFUSED["blocks that do not simply follow each other"]()) or ("", None)
+        path, _ = find_blocks(REFUSED["blocks that do not form a simple chain"]()) or ("", None)
         assert path == "model.layers"  # shorter than its list of projections
 
 

@@ -103,7 +103,7 @@ def test_one_of_the_two_is_stored_under_the_other_name(tmp_path: Path) -> None:
 
 def test_a_head_that_is_not_tied_and_not_stored_is_missing(tmp_path: Path) -> None:
     folder = changed(tiny.save(tmp_path / "dense", tie_word_embeddings=False), lm_head__weight=None)
-    with pytest.raises(SourceError, match=r"no file holds lm_head\.weight.*tie_word_embeddings: true"):
+    with pytest.raises(SourceError, match=r"no file contains lm_head\.weight.*tie_word_embeddings: true"):
         open_dense(folder)
 
 

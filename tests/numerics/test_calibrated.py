@@ -10,7 +10,7 @@ from pocketllm.codec.codebook import Searcher, kmeans_codebook
 from pocketllm.codec.feedback import assign
 from pocketllm.codec.hessian import factorize
 from pocketllm.codec.index_form import Independent
-from pocketllm.codec.kernels import cpu, reference
+from pocketllm.codec.kernels import cpu, library, reference
 from pocketllm.codec.kernels.reference import hartley
 from pocketllm.codec.rotation import rotate, rotate_hessian, signs, unrotate
 from pocketllm.errors import ConfigError
@@ -128,11 +128,11 @@ def test_compiled_search_gives_ties_to_the_lower_index() -> None:
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POCKETLLM_COMPILE", "0")
-    cpu._library.cache_clear()
+    library._loaded.cache_clear()
     try:
         assert not cpu.searches_nearest(4)
         points, codebook = torch.randn(50, 4), torch.randn(20, 4)
         assert torch.equal(Searcher(codebook).nearest(points), reference.nearest(points, codebook))
     finally:
         monkeypatch.undo()
-        cpu._library.cache_clear()
+        library._loaded.cache_clear()

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.codebook import Searcher
-from pocketllm.codec.kernels import cpu, reference, select
+from pocketllm.codec.kernels import cpu, library, reference, select
 from pocketllm.codec.kernels.reference import PathProblem
 from pocketllm.codec.rotation import rotate_matrix, unrotate_matrix
 
 CPU = torch.device("cpu")
 compiled = pytest.mark.skipif(
-    any(cpu._library(name) is None for name in ("nearest", "trellis", "matrix")),
+    any(library._loaded(name) is None for name in ("nearest", "trellis", "matrix")),
     reason="no C++ compiler here",
 )
 
@@ -24,10 +24,10 @@ compiled = pytest.mark.skipif(
 @pytest.fixture
 def untried() -> Iterator[None]:
     """No kernel has been tried yet, and none will have been afterwards."""
-    for cached in (select._agrees, select._paths_of):
+    for cached in (select._agrees, select._paths_of, select.packed_isa):
         cached.cache_clear()
     yield
-    for cached in (select._agrees, select._paths_of):
+    for cached in (select._agrees, select._paths_of, select.packed_isa):
         cached.cache_clear()
 
 
@@ -154,7 +154,7 @@ def rotate() -> tuple[Tensor, Tensor]:
 
 
 KERNELS: dict[str, tuple[Any, str, Callable[[], tuple[Tensor, Tensor]], str]] = {
-    "paths": (cpu, "cheapest_paths", find_paths, "it finds other paths"),
+    "paths": (cpu, "cheapest_paths", find_paths, "its paths differ from torch's"),
     "nearest": (cpu.Table, "nearest", find_nearest, "it finds other codewords"),
     "gather": (cpu, "gather", decode, "it decodes to other values"),
     "scatter": (cpu, "scatter", take_gradients, "it decodes to other values"),

@@ -43,13 +43,13 @@ def header(folder: Path) -> dict[str, Any]:
 
 
 def layout(folder: Path) -> dict[str, Any]:
-    """The stored form without checksums and the version that wrote it."""
+    """The stored form without checksums, the version that wrote it, and how to load it."""
     found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     body = found["quantization_config"]
     body["matrices"] = {name: entry[:-1] for name, entry in body["matrices"].items()}
     body["codebooks"] = [entry[:-1] for entry in body["codebooks"]]
     body["decoders"] = [{k: v for k, v in entry.items() if k != "crc32"} for entry in body["decoders"]]
-    del body["producer"]
+    del body["producer"], body["mode"]
     return body
 
 

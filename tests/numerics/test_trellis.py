@@ -12,7 +12,7 @@ from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign
 from pocketllm.codec.hessian import factorize
 from pocketllm.codec.index_form import Independent, Trellis, form_for, strip_lengths
-from pocketllm.codec.kernels import cpu
+from pocketllm.codec.kernels import cpu, library
 from pocketllm.codec.viterbi import PathSearch, reversed_bits
 from pocketllm.errors import FormatError
 from tests.numerics.test_calibrated import correlated, proxy
@@ -100,7 +100,7 @@ def test_no_path_is_cheaper(width: int, stride: int, d: int) -> None:
 def test_compiled_search_finds_exactly_what_torch_finds(
     width: int, stride: int, d: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if cpu._library("trellis") is None:
+    if library.library("trellis") is None:
         pytest.skip("no C++ compiler here")
     search, lengths, lookahead = PathSearch(width, stride, CPU), [200, 199, 60], [4, 0, 4]
     rows, last = sum(lengths), torch.tensor(lengths).cumsum(0) - 1

@@ -70,7 +70,7 @@ class BlockStream:
         if not self._capture(batches):
             self.as_tuple = True
             if not self._capture(batches):
-                raise _refusal(self.model, "has blocks that do not simply follow each other")
+                raise _refusal(self.model, "has blocks that do not form a simple chain")
         self.current = self.calls[0]  # arguments of the block that is loaded
 
     def _load(self, name: str, value: Tensor) -> None:
@@ -273,5 +273,5 @@ def block_list(model: Any) -> tuple[str, nn.ModuleList]:
     """
     found = find_blocks(model)
     if found is None:
-        raise _refusal(model, "has no blocks in one list")
+        raise _refusal(model, "has no single list of blocks")
     return found

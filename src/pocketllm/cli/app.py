@@ -10,9 +10,11 @@ import typer
 
 from pocketllm.cli import (
     INTERRUPTED,
+    bench_command,
     compare_command,
     compress_command,
     demo_command,
+    doctor_command,
     eval_command,
     export_command,
     finetune_command,
@@ -43,6 +45,7 @@ for group in (
     info_command,
     eval_command,
     generate_command,
+    bench_command,
     export_command,
     finetune_command,
     merge_command,
@@ -50,6 +53,7 @@ for group in (
     compare_command,
     study_command,
     demo_command,
+    doctor_command,
 ):
     app.registered_commands += group.app.registered_commands
 

@@ -34,7 +34,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
     adapter: Adapter = None,
-    mode: Mode = "dense",
+    mode: Mode = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
     device: Device = "cpu",

@@ -33,8 +33,7 @@ Ppl = Annotated[Path | None, typer.Option(help="UTF-8 text file to measure perpl
 Context = Annotated[int, typer.Option(help="Tokens per window, with --ppl.")]
 Windows = Annotated[int, typer.Option(help="Number of windows, with --ppl; 0 takes all.")]
 Mode = Annotated[
-    str,
-    typer.Option(help="dense (decode at load, full speed) or packed (decode layer by layer, low memory)."),
+    str, typer.Option(help="packed (run from the packed weights), dense (decode at load), or auto.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]

@@ -100,9 +100,11 @@ def check_not_nested(output: Path, folder: Path, kind: str = "folder") -> None:
     wanted, read = output.resolve(), folder.resolve()
     if read in (wanted, *wanted.parents):
         where = "the model itself" if wanted == read else f"inside {folder}"
-        raise OutputError(f"{output}: is {where}, which is only read; choose another output {kind}")
+        raise OutputError(f"{output}: is {where}, which must stay unchanged; choose another output {kind}")
     if wanted in read.parents:
-        raise OutputError(f"{output}: holds {folder}, which is read; choose another output {kind}")
+        raise OutputError(
+            f"{output}: contains {folder}, which must stay unchanged; choose another output {kind}"
+        )
 
 
 def check_parent(output: Path, kind: str) -> None:

@@ -34,7 +34,7 @@ def classify(source: DenseCheckpoint, config: CompressConfig) -> tuple[list[Matr
     for pattern, _ in config.overrides:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
-                f"override {pattern!r}: fits no matrix that can be compressed; names are like "
+                f"override {pattern!r}: matches no matrix that can be compressed; names look like "
                 f"{names[-1] if names else None!r}"
             )
     matrices: list[Matrix] = []

@@ -113,8 +113,8 @@ class StoredForm:
             _untie(config, self.source.model.config)
         config["quantization_config"] = {
             "quant_method": STORE,
-            "producer": f"pocketllm-codec {pocketllm.__version__}",
-            "mode": "dense",
+            "producer": {"name": "pocketllm-codec", "version": pocketllm.__version__},
+            "mode": "auto",
             **self.layout(crcs).to_dict(),
         }
         return json.dumps(config, ensure_ascii=False) + "\n"

@@ -111,6 +111,9 @@ class TrainableMatrix(PackedMatrix):
         """Tensors that decode the indices; see `TrainableStore.shared`."""
         return self._trained[0].shared(self.entry.codebook, self.entry.decoder)
 
+    def product(self) -> None:
+        """None: a product from the stream has no gradients for what is trained."""
+
     def matrix(self, gain: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
         """[rows, columns] float32; differentiable by autograd in the row form only."""
         scale = self.scale * gain.exp()

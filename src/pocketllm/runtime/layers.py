@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pocketllm.codec.kernels import select
 from pocketllm.format.layout import STORE, Layout
+from pocketllm.runtime.packed_forward import has_packed_forward, packed_bases
 from pocketllm.runtime.packed_tensors import (
     Codebook as Codebook,
     Decoder as Decoder,
@@ -97,6 +99,24 @@ def compute_weights(model: nn.Module) -> None:
             }
             dense: Any = type(module)
             module.__class__ = _packed_class(dense, leaves)
+    for matrix in packed_matrices(model).values():
+        matrix.product()  # now, so that torch.compile does not trace how it is made
+
+
+def reason_to_decode(model: nn.Module) -> str:
+    """Why a model does not run from the packed stream layer by layer; empty where every layer has a kernel."""
+    for name, module in model.named_modules():
+        for leaf, matrix in _packed_leaves(module):
+            device = matrix.indices.device
+            if device.type != "cpu":
+                return f"there are no kernels for {device.type}"
+            if select.packed_isa() is None:
+                return "there are no kernels: no C++ compiler was found, or POCKETLLM_COMPILE=0 is set"
+            if leaf != "weight" or not has_packed_forward(type(module)):
+                return f"there is no kernel for {name}.{leaf} ({type(module).__name__})"
+            if matrix.product() is None:
+                return f"there is no kernel for {name}.{leaf}, whose decoder has row statistics"
+    return ""
 
 
 def _packed_leaves(module: nn.Module) -> list[tuple[str, PackedMatrix]]:
@@ -167,8 +187,9 @@ def _packed_class(dense: Any, leaves: tuple[str, ...]) -> Any:
         return property(lambda self: dict(_packed_leaves(self))[leaf]())
 
     members: dict[str, Any] = {leaf: decoded(leaf) for leaf in leaves}
+    bases = packed_bases(dense) if "weight" in leaves else (dense,)
     return type(
-        f"Packed{dense.__name__}", (_Packed, dense), {**members, "_dense_class": dense, "_leaves": leaves}
+        f"Packed{dense.__name__}", (_Packed, *bases), {**members, "_dense_class": dense, "_leaves": leaves}
     )
 
 

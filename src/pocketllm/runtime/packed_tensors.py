@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec.codebook import seeded_codebook
+from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.kernels.packed_product import PackedProduct
+from pocketllm.codec.kernels.packed_weight import packed_weight
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.subvectors import subvectors_per_row, unfold
 from pocketllm.format.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
@@ -123,11 +126,39 @@ class PackedMatrix(_FixedDtype):
         assert isinstance(decoder, DecoderEntry)
         if decoder.codec.row_scale:
             self.register_buffer("row_scale", torch.empty(entry.rows, dtype=torch.bfloat16))
+        self._product: PackedProduct | None = None
+        self._made_of: tuple[Tensor | None, Tensor | None] = (None, None)  # tensors of the product
         self._store = [store]  # a list hides it from nn.Module: shared, so it must not be registered
 
     def unpacked(self) -> Tensor:
         """[rows, n] int32 indices."""
         return self.form.unpack(self.indices, self.entry.rows, self.per_row)
+
+    def __getstate__(
+        self,
+    ) -> dict[str, Any]:  # a product holds addresses, and is made again where it is needed
+        return {**self.__dict__, "_product": None, "_made_of": (None, None)}
+
+    def product(self) -> PackedProduct | None:
+        """Products straight from the stream; None if the decoder has row statistics or tensors are offloaded."""
+        stream, scale = self._buffers["indices"], self._buffers.get("row_scale")
+        if self._made_of[0] is not stream or self._made_of[1] is not scale:
+            self._product, self._made_of = self._made_product(), (stream, scale)
+        return self._product
+
+    def _made_product(self) -> PackedProduct | None:
+        entry, stream = self.entry, self.indices
+        if stream.is_meta:
+            return None
+        with default_torch_state(), torch.no_grad():
+            table = self._store[0].codec(entry.codebook, entry.decoder, stream.device)[1]
+            if table is None:
+                return None
+            scale = self._buffers.get("row_scale")
+            scale = torch.ones(entry.rows, device=stream.device) if scale is None else scale.float()
+            trellis = self.form if isinstance(self.form, Trellis) else None
+            weight = packed_weight(stream, table, scale, entry.columns, self.form.width, trellis)
+            return PackedProduct(weight.rotated(entry.rotation))
 
     def forward(self) -> Tensor:
         if torch.compiler.is_exporting():

@@ -1,11 +1,13 @@
 """transformers plug-in: `AutoModelForCausalLM.from_pretrained` reads and `save_pretrained` writes the format.
 
-Two ways to run a model: `dense` decodes every weight once at load into ordinary layers (full speed, dense
-memory); `packed` keeps indices packed in memory and decodes a layer's weight each time it runs.
+Two ways to run a model: `packed` keeps indices packed in memory, and layers multiply straight from them where there
+is a kernel (others decode their weight each time they run); `dense` decodes every weight once at load into ordinary
+layers. `auto` is `packed` where every layer has a kernel, `dense` elsewhere.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -30,6 +32,7 @@ from pocketllm.runtime.layers import (
     compute_weights,
     decode_in_place,
     packed_matrices,
+    reason_to_decode,
     replace_parameters,
 )
 from pocketllm.runtime.model_methods import initialize, resize, tie
@@ -39,7 +42,9 @@ from pocketllm.source.model_class import model_class
 from pocketllm.source.model_files import check_counts, need_config
 from pocketllm.torch_state import in_default_torch_state
 
-MODES = ("dense", "packed")
+MODES = ("auto", "dense", "packed")
+
+logger = logging.getLogger(__name__)
 
 
 @register_quantization_config(ckpt.STORE)
@@ -47,12 +52,19 @@ class PocketQuantizationConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed model; see FORMAT.md for its keys."""
 
     def __init__(
-        self, mode: str = "dense", producer: str = "", quant_method: str = ckpt.STORE, **layout: Any
+        self,
+        mode: str = "auto",
+        producer: dict[str, str] | str = "",
+        quant_method: str = ckpt.STORE,
+        **layout: Any,
     ) -> None:
         if mode not in MODES:
             raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
         self.quant_method = quant_method  # type: ignore[assignment]
         self.mode = mode
+        if isinstance(producer, str):  # as version 0.1.0 wrote it: "pocketllm-codec 0.1.0"
+            name, _, version = producer.partition(" ")
+            producer = {"name": name, "version": version}
         self.producer = producer
         ckpt.Layout.from_dict(layout)
         self.__dict__.update(layout)
@@ -125,7 +137,7 @@ class PocketQuantizer(HfQuantizer):
         del model.initialize_weights, model._keys_to_ignore_on_load_missing
         store = getattr(model, ckpt.STORE)
         verify_loaded(model, self.quantization_config.layout())
-        if self.quantization_config.mode == "dense":
+        if self._decodes(model):
             self._decoded = decode_in_place(model), store
             model.all_tied_weights_keys = {**(model.all_tied_weights_keys or {}), **self._tied}
         else:
@@ -133,6 +145,17 @@ class PocketQuantizer(HfQuantizer):
             model.tie_weights = partial(tie, model)
             model.resize_token_embeddings = partial(resize, model)
         return model
+
+    def _decodes(self, model: Any) -> bool:
+        """Whether the weights are decoded now."""
+        if self.quantization_config.mode != "auto":
+            return self.quantization_config.mode == "dense"
+        reason = reason_to_decode(model)
+        if reason:
+            logger.warning(
+                "%s is decoded at load, as in mode dense: %s", model.name_or_path or "the model", reason
+            )
+        return bool(reason)
 
     def packed(self, model: Any) -> dict[str, PackedMatrix]:
         """The packed matrices by parameter name; in mode `dense` those its weights were decoded from."""
@@ -266,7 +289,7 @@ def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> tuple[A
 def load(
     path: str | Path,
     *,
-    mode: str = "dense",
+    mode: str = "auto",
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     trust_remote_code: bool = False,
@@ -275,7 +298,8 @@ def load(
 
     Args:
         path: folder or Hub id of a compressed model.
-        mode: `dense` (decoded at load, full speed) or `packed` (decoded layer by layer as it runs).
+        mode: `packed` (weights stay packed, layers multiply straight from them), `dense` (decoded at load), or `auto`:
+            packed if every layer has a kernel, else dense, with a line in the log that says why.
         dtype: to compute in; `auto` is the checkpoint's.
         device_map: as in transformers.
         trust_remote_code: let transformers run code that the folder contains.
@@ -291,7 +315,7 @@ def load(
         ConfigError: unknown mode.
 
     Example:
-        >>> model, tokenizer = pocketllm.load("smol-8x", mode="packed")
+        >>> model, tokenizer = pocketllm.load("smol-8x")
     """
     if mode not in MODES:
         raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")

@@ -255,8 +255,8 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
     missing = [name for name in meta if name not in parts and name not in opened.tied]
     if missing:
         raise SourceError(
-            f"{folder}: no file holds {missing[0]} ({len(missing)} parameters missing); the checkpoint is incomplete, "
-            "fetch it again (if a head shares the embedding, config.json must say tie_word_embeddings: true)"
+            f"{folder}: no file contains {missing[0]} ({len(missing)} parameters missing); the checkpoint is "
+            "incomplete, fetch it again (if a head shares the embedding, config.json must say tie_word_embeddings: true)"
         )
     opened.assembly.parts = {name: parts[name] for name in meta if name in parts}
     return opened

@@ -1,76 +1,28 @@
-"""The hot loops in C++: built once by the system's compiler and kept in the cache.
+"""The hot loops of encoding and decoding in C++, built by library.py.
 
 `nearest.cpp` searches the nearest codeword, `trellis.cpp` the cheapest path; `matrix.cpp` decodes a matrix,
-rotates it, and propagates gradients. Without a compiler, or with `POCKETLLM_COMPILE=0`, none of them is available
-and `select.py` chooses another kernel.
+rotates it, and takes gradients back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, none of them
+is available and `select.py` takes another.
 """
 
 from __future__ import annotations
-
-import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pocketllm.cache import cache_folder
+from pocketllm.codec.kernels.library import call, library
 from pocketllm.codec.kernels.reference import PathProblem, Signs, hartley, power_and_odd
 
 MAX_VECTOR_LEN = 16
 # faiss takes its fused search only from this many numbers (points * d) on, and is 10 times slower below.
 FUSED_NUMBERS = 1 << 17
 _WORTH_PADDING = 1 << 22
-_FLAGS = {
-    "nearest": ("-O3", "-march=native", "-std=c++17"),
-    "matrix": ("-O3", "-march=native", "-std=c++17"),
-    # Without fused operations it computes exactly what torch does.
-    "trellis": ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off"),
-}
-
-
-@functools.cache
-def _library(name: str) -> ctypes.CDLL | None:
-    """The library built from NAME.cpp, or None if it cannot be built."""
-    source = Path(__file__).with_name(f"{name}.cpp")
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    if os.environ.get("POCKETLLM_COMPILE") == "0" or compiler is None:
-        return None
-    identity = source.read_bytes() + repr((compiler, _FLAGS[name], _processor())).encode()
-    target = cache_folder() / f"{name}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
-    try:
-        if not target.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                built = Path(scratch) / target.name
-                command = [compiler, *_FLAGS[name], "-shared", "-fPIC", "-fopenmp", "-x", "c++", str(source)]
-                subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, timeout=120)
-                built.replace(target)
-        library = ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return library
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor()
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
 def searches_nearest(vector_len: int) -> bool:
     """Whether `Table.nearest` runs here for this d."""
-    return vector_len <= MAX_VECTOR_LEN and _library("nearest") is not None
+    return vector_len <= MAX_VECTOR_LEN and library("nearest") is not None
 
 
 class Table:
@@ -87,14 +39,8 @@ class Table:
         """[N, d] float32 -> [N] int64, ties to the lower index."""
         points = points.detach().float().contiguous()
         found = torch.empty(points.shape[0], dtype=torch.int32)
-        library = _library("nearest")
-        assert library is not None
         sizes = (points.shape[0], self.columns.shape[1], points.shape[1])
-        failed = library.nearest(
-            *(ctypes.c_void_p(t.data_ptr()) for t in (points, self.columns, self.half_norms)),
-            *(ctypes.c_int64(size) for size in sizes),
-            ctypes.c_void_p(found.data_ptr()),
-        )
+        failed = call("nearest", "nearest", points, self.columns, self.half_norms, *sizes, found)
         assert not failed
         return found.long()
 
@@ -131,13 +77,11 @@ def searches(problem: PathProblem) -> bool:
     """Whether `cheapest_paths` runs here for this problem: on a CPU, of a d and trellis it was written for."""
     d, device = problem.points.shape[1], problem.points.device
     fits = device.type == "cpu" and d <= 4 and problem.stride <= 8 and problem.kept >= 4
-    return fits and _library("trellis") is not None
+    return fits and library("trellis") is not None
 
 
 def cheapest_paths(problem: PathProblem) -> Tensor:
     """States [rows] int64 of the cheapest paths, on the CPU."""
-    library = _library("trellis")
-    assert library is not None
     out = torch.empty(sum(problem.lengths), dtype=torch.int64)
     tensors = (
         problem.points,
@@ -158,31 +102,21 @@ def cheapest_paths(problem: PathProblem) -> Tensor:
         problem.points.shape[1],
         torch.get_num_threads(),
     )
-    failed = library.trellis_search(
-        *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
-        *(ctypes.c_int64(number) for number in numbers),
-        ctypes.c_void_p(out.data_ptr()),
-    )
-    if failed:
+    if call("trellis", "trellis_search", *tensors, *numbers, out):
         raise MemoryError("trellis search: no memory for its tables")
     return out
 
 
 def _run(function: str, *arguments: Tensor | int) -> None:
-    """Call a function of matrix.cpp; tensors by address, everything else as int64."""
-    library = _library("matrix")
-    assert library is not None
-    passed = [
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments
-    ]
-    if getattr(library, function)(*passed):
+    """Call a function of matrix.cpp."""
+    if call("matrix", function, *arguments):
         raise MemoryError(f"{function}: no memory for the scratch space")
 
 
 def decodes(*tensors: Tensor) -> bool:
     """Whether the compiled decoding runs here for these tensors: float32 on a CPU."""
     on_cpu = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-    return on_cpu and _library("matrix") is not None
+    return on_cpu and library("matrix") is not None
 
 
 def rotate(weight: Tensor, signs: Signs, inverse: bool) -> Tensor:

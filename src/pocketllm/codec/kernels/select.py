@@ -15,7 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from pocketllm.codec.kernels import cpu, reference
+from pocketllm.codec.kernels import cpu, library, reference
+from pocketllm.codec.kernels.library import Isa
 from pocketllm.codec.kernels.reference import PathProblem, Signs
 from pocketllm.errors import reason_of
 
@@ -85,6 +86,21 @@ def kmeans(points: Tensor, size: int, iterations: int, seed: int) -> Tensor:
     """[N, d] -> [K, d] centroids by Lloyd's algorithm: faiss on a CPU, torch elsewhere."""
     kernel = cpu.kmeans_faiss if points.device.type == "cpu" else reference.kmeans
     return kernel(points, size, iterations, seed)
+
+
+@functools.cache
+def packed_isa() -> Isa | None:
+    """The instruction set that products with packed matrices run with on this CPU, None for the reference."""
+    if library.library("packed") is None:
+        return None
+    isa = library.best_isa()
+    return isa if _agrees(f"C++ ({isa.name})", _products_differ, torch.device("cpu")) else None
+
+
+def _products_differ(device: torch.device) -> str:
+    from pocketllm.codec.kernels.packed_op import products_differ  # which asks here what to run with
+
+    return products_differ(library.best_isa())
 
 
 @functools.cache

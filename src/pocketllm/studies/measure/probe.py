@@ -5,7 +5,6 @@ python -m pocketllm.studies.measure.probe '{"folder": …, "mode": …}'   # pri
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import LoadError
+from pocketllm.evaluate import import_all, peak_bytes
 
 DENSE = "dense checkpoint"
 
@@ -71,12 +71,12 @@ def measure(probe: Probe) -> dict[str, float]:
     torch.set_num_threads(probe.threads)
     if probe.device == "cuda":
         torch.zeros(1, device="cuda")  # starts it up
-    _import_all(probe.folder)
-    base = _peak_bytes(probe.device, forget=True)
+    import_all(probe.folder)
+    base = peak_bytes(probe.device, forget=True)
     clock = _Clock(probe.device)
     model, tokenizer = _load(probe)
     found = clock.named("load")
-    found["loaded_bytes"] = _peak_bytes(probe.device) - base
+    found["loaded_bytes"] = peak_bytes(probe.device) - base
     ids = tokenizer(default_text(held_out=True)[: 16 * probe.long], verbose=False)["input_ids"]
     short, long = tokenizer.decode(ids[: probe.short]), tokenizer.decode(ids[: probe.long])
 
@@ -91,7 +91,7 @@ def measure(probe: Probe) -> dict[str, float]:
     more, made = timed("token", short, 1 + wanted)
     found |= {key: max(1e-6, more[key] - again[key]) / max(1, made - 1) for key in again}
     found |= timed("long", long, 1)[0]
-    return {**found, "tokens": made - 1, "peak_bytes": _peak_bytes(probe.device) - base}
+    return {**found, "tokens": made - 1, "peak_bytes": peak_bytes(probe.device) - base}
 
 
 class _Clock:
@@ -114,20 +114,6 @@ class _Clock:
         return {f"{name}_seconds": wall, f"{name}_cpu_seconds": cpu}
 
 
-def _import_all(folder: str) -> None:
-    """Import the modules that loading needs, before time and memory are measured."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    import pocketllm
-    from pocketllm.source import need_tokenizer
-
-    pocketllm.load  # noqa: B018
-    need_tokenizer(Path(folder))
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-
-
 def _load(probe: Probe) -> tuple[Any, Any]:
     import pocketllm
     from pocketllm.source import load_dense, need_tokenizer
@@ -137,28 +123,6 @@ def _load(probe: Probe) -> tuple[Any, Any]:
         return pocketllm.load(probe.folder, mode=probe.mode, device_map=placed)
     folder = Path(probe.folder)
     return load_dense(folder, device_map=placed), need_tokenizer(folder)
-
-
-def _peak_bytes(device: str, forget: bool = False) -> int:
-    """Most memory that this process has held so far: resident, or allocated on the GPU.
-
-    forget: what was held and given back until now does not count any more.
-    """
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage counts what the parent held when it started this process, too
-        if forget:
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
-        return 1024 * int(line.split()[1])
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 if __name__ == "__main__":

@@ -1,0 +1,203 @@
+"""y = x W^T with a matrix that stays packed: one operator of torch, its gradient, and the choice of a kernel.
+
+`packed_matmul` is the call. `torch.ops.pocketllm.packed_matmul` is what it runs, opaque to torch.compile and
+torch.export: rotate x, multiply by U from the stream, scale, rotate back. On a CPU that is done by the kernels of
+packed_cpu.py, if there are any and they pass a self-check (select.py); everywhere else by the reference, in torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketllm.codec.column_choice import strip_lengths
+from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.kernels import hashed, packed_cpu, select
+from pocketllm.codec.kernels.library import Isa
+from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, hashed_weight, packed_weight
+from pocketllm.codec.kernels.reference import hartley
+from pocketllm.codec.packing import pack
+from pocketllm.errors import ShapeError
+from pocketllm.torch_state import in_default_torch_state
+
+CHECK_TOLERANCE = 1e-3  # of the self-check: rounding is far below, a wrong index far above
+
+
+def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
+    """x [..., columns] -> x W^T [..., rows], in the dtype of x; differentiable in x.
+
+    Raises:
+        ShapeError: x has another number of columns.
+    """
+    sizes = weight.sizes
+    if x.shape[-1] != sizes.columns:
+        raise ShapeError(f"packed_matmul: got x [..., {x.shape[-1]}], wanted [..., {sizes.columns}]")
+    tensors = (weight.stream, weight.table, weight.row_scale, weight.signs_out, weight.signs_in)
+    return torch.ops.pocketllm.packed_matmul(x, *tensors, *sizes)
+
+
+def packed_matmul_reference(x: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What every kernel must agree with up to rounding: torch alone, on any device, computed in `dtype`."""
+    return _rotated_back(
+        _rotated(x.to(dtype), weight.signs_in) @ weight.unit().to(dtype).T * weight.row_scale.to(dtype),
+        weight.signs_out,
+    )
+
+
+def transposed_reference(y: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """y [..., rows] -> y W [..., columns], as `packed_matmul_reference`."""
+    scaled = _rotated(y.to(dtype), weight.signs_out) * weight.row_scale.to(dtype)
+    return _rotated_back(scaled @ weight.unit().to(dtype), weight.signs_in)
+
+
+def _rotated(x: Tensor, signs: Tensor | None) -> Tensor:
+    """x [..., n] -> x R^T in the dtype of x; see rotation.py."""
+    return x if signs is None else mixed(x * signs.to(x.dtype))
+
+
+def _rotated_back(x: Tensor, signs: Tensor | None) -> Tensor:
+    return x if signs is None else mixed(x) * signs.to(x.dtype)
+
+
+def mixed(x: Tensor) -> Tensor:
+    """x [..., n] times Hadamard(power) (x) Hartley(odd), stage by stage."""
+    power = x.shape[-1] & -x.shape[-1]
+    groups = x.reshape(*x.shape[:-1], power, -1) @ hartley(x.shape[-1] // power).to(x)
+    half = 1
+    while half < power:
+        pairs = groups.reshape(*x.shape[:-1], power // (2 * half), 2, -1)
+        first, second = pairs.unbind(-2)
+        groups, half = torch.stack([first + second, first - second], dim=-2), 2 * half
+    return groups.reshape(x.shape) / math.sqrt(power)
+
+
+@torch.library.custom_op("pocketllm::packed_matmul", mutates_args=())
+def _operator(
+    x: Tensor,
+    stream: Tensor,
+    table: Tensor,
+    row_scale: Tensor,
+    signs_out: Tensor | None,
+    signs_in: Tensor | None,
+    rows: int,
+    columns: int,
+    vector_len: int,
+    width: int,
+    stride: int,
+    strip_rows: int,
+    banded: bool,
+) -> Tensor:
+    sizes = Sizes(rows, columns, vector_len, width, stride, strip_rows, banded)
+    isa, flat = select.packed_isa() if x.device.type == "cpu" else None, x.reshape(-1, columns)
+    if isa is None:
+        weight = PackedWeight(stream, table, row_scale, sizes, signs_out, signs_in)
+        out = packed_matmul_reference(flat, weight)
+    else:
+        out = packed_cpu.multiply(
+            flat, packed_cpu.Tensors(stream, table, row_scale, signs_out, signs_in), sizes, isa
+        )
+    return out.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+@_operator.register_fake
+def _(
+    x: Tensor,
+    stream: Tensor,
+    table: Tensor,
+    row_scale: Tensor,
+    signs_out: Tensor | None,
+    signs_in: Tensor | None,
+    rows: int,
+    *sizes: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op("pocketllm::packed_matmul_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    stream: Tensor,
+    table: Tensor,
+    row_scale: Tensor,
+    signs_out: Tensor | None,
+    signs_in: Tensor | None,
+    rows: int,
+    columns: int,
+    vector_len: int,
+    width: int,
+    stride: int,
+    strip_rows: int,
+    banded: bool,
+) -> Tensor:
+    sizes = Sizes(rows, columns, vector_len, width, stride, strip_rows, banded)
+    weight = PackedWeight(stream, table, row_scale, sizes, signs_out, signs_in)
+    isa, flat = select.packed_isa() if grad.device.type == "cpu" else None, grad.reshape(-1, rows)
+    if isa is None:
+        out = transposed_reference(flat, weight)
+    else:
+        out = packed_cpu.multiply_transposed(flat, weight.in_stream_order(), isa)
+    return out.to(grad.dtype).view(*grad.shape[:-1], columns)
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    stream: Tensor,
+    table: Tensor,
+    row_scale: Tensor,
+    signs_out: Tensor | None,
+    signs_in: Tensor | None,
+    rows: int,
+    columns: int,
+    *sizes: int,
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], columns)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:6])
+    ctx.sizes = inputs[6:]
+
+
+def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.pocketllm.packed_matmul_backward(grad, *ctx.saved_tensors, *ctx.sizes)
+    return found, *[None] * (5 + len(ctx.sizes))
+
+
+_operator.register_autograd(_input_gradient, setup_context=_save)
+
+
+@in_default_torch_state
+def products_differ(isa: Isa) -> str:
+    """What is wrong with the CPU kernels of an instruction set, tried on small matrices of every form."""
+    for weight in check_weights():
+        for count in (1, packed_cpu.FEW_ROWS + 1):
+            x = torch.randn(count, weight.sizes.columns, generator=torch.Generator().manual_seed(count))
+            wanted = packed_matmul_reference(x, weight)
+            found = packed_cpu.multiply(x, packed_cpu.tensors_of(weight), weight.sizes, isa)
+            error = float((found - wanted).norm() / wanted.norm())
+            if not error < CHECK_TOLERANCE:
+                return f"products are off by {error:.1e}, wanted {CHECK_TOLERANCE:.0e}"
+    return ""
+
+
+def check_weights() -> Iterator[PackedWeight]:
+    """Small matrices of every form, for the self-check."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = 37, 50
+    scale = torch.rand(rows, generator=generator) + 0.5
+    table = torch.randn(1 << 12, 2, generator=generator)
+    indices = torch.randint(0, 1 << 12, (rows * columns // 2,), generator=generator)
+    yield packed_weight(pack(indices, 12), table, scale, columns, width=12)
+    for trellis, d in ((Trellis(12, 4, 16), 2), (Trellis(12, 2, 16), 1)):
+        steps = torch.randint(0, 1 << trellis.stride, (rows, columns // d), generator=generator)
+        lengths = strip_lengths(rows, trellis.strip_rows)
+        paths = [trellis.windows(part.T.reshape(-1)).view(-1, len(part)).T for part in steps.split(lengths)]
+        stream = trellis.pack(torch.cat(paths))
+        yield packed_weight(stream, table[:, :d].contiguous(), scale, columns, 12, trellis).rotated((1, 2))
+        entries = torch.randint(-127, 128, (d, hashed.ENTRIES), generator=generator).to(torch.int8)
+        yield hashed_weight(stream, entries, scale / 64, columns, trellis)

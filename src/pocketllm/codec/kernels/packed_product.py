@@ -1,0 +1,85 @@
+"""A packed matrix ready to be used by a layer: products and single rows, each by one call of a kernel.
+
+Where torch has to see what happens (gradients, torch.compile, torch.export) or no kernel runs, products go through
+the operator of packed_op.py, which computes the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pocketllm.codec.kernels import packed_cpu, select
+from pocketllm.codec.kernels.packed_cpu import FEW_ROWS, Prepared
+from pocketllm.codec.kernels.packed_op import mixed, packed_matmul
+from pocketllm.codec.kernels.packed_weight import PackedWeight
+from pocketllm.codec.subvectors import join
+from pocketllm.errors import ShapeError
+
+
+class PackedProduct:
+    """Products of one packed matrix W [rows, columns].
+
+    Args:
+        weight: in stream order, or banded.
+    """
+
+    def __init__(self, weight: PackedWeight) -> None:
+        self.weight, self.columns, self.rows = weight, weight.sizes.columns, weight.sizes.rows
+        self.tensors = packed_cpu.tensors_of(weight)
+        on_cpu = weight.stream.device.type == "cpu" and not weight.sizes.banded
+        self.isa = select.packed_isa() if on_cpu else None
+        self._prepared: Prepared | None = None
+
+    @property
+    def prepared(self) -> Prepared:
+        """The weight as the kernel takes it; made when it is first needed, so not while torch traces."""
+        if self._prepared is None:
+            assert self.isa is not None
+            self._prepared = Prepared(self.weight, self.isa)
+        return self._prepared
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., columns] -> x W^T + bias [..., rows], in the dtype of x; differentiable in x and bias.
+
+        Raises:
+            ShapeError: x has another number of columns.
+        """
+        if self.isa is None or not _runs_at_once(x, bias):
+            out = packed_matmul(x, self.weight)
+            return out if bias is None else out + bias
+        if x.shape[-1] != self.columns:
+            raise ShapeError(f"packed product: got x [..., {x.shape[-1]}], wanted [..., {self.columns}]")
+        if x.numel() <= FEW_ROWS * self.columns and x.dtype in packed_cpu.DTYPES:
+            return self.prepared.linear(x, bias)
+        flat = x.reshape(-1, self.columns)
+        out = packed_cpu.multiply(flat, self.tensors, self.weight.sizes, self.isa, bias)
+        return out.to(x.dtype).view(*x.shape[:-1], self.rows)
+
+    def look_up(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of W: integers [...] -> [..., columns]; of a weight that is rotated on the side of its rows alone.
+
+        Raises:
+            IndexError: a row outside of the matrix.
+        """
+        flat = rows.reshape(-1)
+        if self.isa is not None and _runs_at_once(flat, None) and dtype in packed_cpu.DTYPES:
+            found = self.prepared.look_up(flat.long(), dtype)
+        else:
+            found = self._decoded(flat.long()).to(dtype)
+        return found.view(*rows.shape, self.columns)
+
+    def _decoded(self, rows: Tensor) -> Tensor:
+        """`look_up` in torch: rows [m] -> [m, columns] float32."""
+        weight = self.weight
+        subvectors = weight.table[weight.indices_of(rows)]
+        found = join(subvectors, self.columns) * weight.row_scale[rows, None]
+        return found if weight.signs_in is None else mixed(found) * weight.signs_in
+
+
+def _runs_at_once(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing but the numbers of x counts: a plain tensor on a CPU, without gradients or tracing."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    wants = x.requires_grad or (bias is not None and bias.requires_grad)
+    return not (wants and torch.is_grad_enabled())

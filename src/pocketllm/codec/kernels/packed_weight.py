@@ -1,0 +1,200 @@
+"""A matrix that stays packed: the tensors a kernel multiplies with, and what they stand for.
+
+    W = R1^T diag(row_scale) U R2,   U[row] = table[index] of each of its subvectors, cut to `columns`
+
+R1 and R2 are the rotations of rotation.py; either may be missing.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pocketllm.codec.column_choice import strip_lengths
+from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.kernels import hashed, library
+from pocketllm.codec.packing import MAX_WIDTH, packed_bytes, unpack
+from pocketllm.codec.rotation import Seeds, signs
+from pocketllm.codec.subvectors import join, subvectors_per_row
+from pocketllm.errors import ConfigError, FormatError, ShapeError
+
+
+class Sizes(NamedTuple):
+    """Everything about a packed matrix but its tensors.
+
+    stride: 0 for independent indices. banded: laid out for the kernel of the hashed trellis.
+    """
+
+    rows: int
+    columns: int
+    vector_len: int
+    width: int
+    stride: int
+    strip_rows: int
+    banded: bool
+
+    @property
+    def trellis(self) -> Trellis | None:
+        return Trellis(self.width, self.stride, self.strip_rows) if self.stride else None
+
+    @property
+    def per_row(self) -> int:
+        """Subvectors in a row."""
+        return subvectors_per_row(self.columns, self.vector_len)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stream."""
+        trellis = self.trellis
+        if trellis is None:
+            return packed_bytes(self.rows * self.per_row, self.width)
+        if self.banded:
+            return hashed.band_bytes(self.rows, self.per_row, trellis)
+        return trellis.nbytes(self.rows, self.per_row)
+
+
+@functools.lru_cache(maxsize=256)
+def kernel_sizes(sizes: Sizes) -> tuple[int, int, int, int, int]:
+    """(rows, subvectors in a row, width, stride, strips), in the order in which the kernels take them."""
+    strips = len(strip_lengths(sizes.rows, sizes.strip_rows)) if sizes.stride else 1
+    return sizes.rows, sizes.per_row, sizes.width, sizes.stride, strips
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """Tensors and sizes of a packed matrix [rows, columns].
+
+    Args:
+        stream: uint8, packed indices; `hashed.to_bands` of them where `banded`.
+        table: [K, d] float32; where `banded`, the int8 tables [d, 256] of a hashed trellis.
+        row_scale: [rows] float32. Holds the scale of int8 tables, too.
+        sizes: of the matrix and its indices.
+        signs_out, signs_in: [rows] and [columns] float32 of +1 and -1, of R1 and R2; None for no rotation.
+
+    Raises:
+        ConfigError: a width outside 1 to 24, or bands without a trellis.
+        ShapeError: a table of another shape or dtype.
+        FormatError: a stream of another length.
+    """
+
+    stream: Tensor
+    table: Tensor
+    row_scale: Tensor
+    sizes: Sizes
+    signs_out: Tensor | None = None
+    signs_in: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        sizes = self.sizes
+        if not 1 <= sizes.width <= MAX_WIDTH:
+            raise ConfigError(f"packed matrix: got indices of {sizes.width} bits, wanted 1 to {MAX_WIDTH}")
+        if sizes.banded and not sizes.stride:
+            raise ConfigError("packed matrix: got bands without a trellis; only a hashed trellis has them")
+        trellis = sizes.trellis
+        if sizes.banded and trellis is not None and not hashed.fits_bands(trellis):
+            raise ConfigError(
+                f"packed matrix: got bands of {trellis.width} bits at stride {trellis.stride}, wanted 9 to 16 bits "
+                "and 7 strides + width of at most 64; use the stream without bands"
+            )
+        wanted = torch.int8 if sizes.banded else torch.float32
+        d = self.table.shape[0 if sizes.banded else -1]
+        if self.table.ndim != 2 or self.table.dtype != wanted or d != sizes.vector_len:
+            raise ShapeError(
+                f"packed matrix: got a table {tuple(self.table.shape)} of {self.table.dtype}, wanted "
+                f"{'[d, 256]' if sizes.banded else '[K, d]'} of {wanted} with d = {sizes.vector_len}"
+            )
+        if self.stream.numel() != sizes.nbytes:
+            raise FormatError(
+                f"packed matrix: got a stream of {self.stream.numel()} bytes, wanted {sizes.nbytes} "
+                f"for {sizes.rows} x {sizes.columns} weights"
+            )
+
+    def indices(self) -> Tensor:
+        """[rows, n] int32."""
+        trellis, rows, per_row = self.sizes.trellis, self.sizes.rows, self.sizes.per_row
+        if trellis is None:
+            return unpack(self.stream, self.sizes.width, rows * per_row).reshape(rows, per_row)
+        return trellis.unpack(self.in_stream_order().stream, rows, per_row)
+
+    def unit(self) -> Tensor:
+        """U [rows, columns] float32, in torch."""
+        return join(self.in_stream_order().table[self.indices().long()], self.sizes.columns)
+
+    def indices_of(self, rows: Tensor) -> Tensor:
+        """[m, n] int64: those of some rows [m], without unpacking any others; of a weight in stream order."""
+        sizes, device = self.sizes, rows.device
+        columns, bits = torch.arange(sizes.per_row, device=device), torch.arange(sizes.width, device=device)
+        trellis = sizes.trellis
+        if trellis is None:
+            first = torch.zeros_like(rows)
+            start = (rows[:, None] * sizes.per_row + columns) * sizes.width
+        else:
+            lengths = strip_lengths(sizes.rows, sizes.strip_rows)
+            nbytes = [packed_bytes(length * sizes.per_row, sizes.stride) for length in lengths]
+            ends, length, size = (torch.tensor(part, device=device) for part in (lengths, lengths, nbytes))
+            ends = ends.cumsum(0)
+            strip = torch.searchsorted(ends, rows, right=True)
+            first = (size.cumsum(0) - size)[strip] * 8
+            step = columns * length[strip][:, None] + (rows - ends[strip] + length[strip])[:, None]
+            start = first[:, None] + step * sizes.stride - trellis.kept
+        at = start[..., None] + bits
+        found = self.stream[(at >> 3).clamp(min=0)].long() >> (at & 7) & 1
+        return (torch.where(at >= first[:, None, None], found, 0) << bits).sum(dim=-1)
+
+    def in_stream_order(self) -> PackedWeight:
+        """The same matrix without bands, for everything but the hashed kernel."""
+        sizes, trellis = self.sizes, self.sizes.trellis
+        if not sizes.banded or trellis is None:
+            return self
+        shape = (sizes.rows, sizes.per_row)
+        nbytes = trellis.nbytes(*shape)
+        return PackedWeight(
+            stream=hashed.from_bands(self.stream, trellis, *shape, nbytes),
+            table=hashed.hashed_codebook(self.table, sizes.width),
+            row_scale=self.row_scale,
+            sizes=sizes._replace(banded=False),
+            signs_out=self.signs_out,
+            signs_in=self.signs_in,
+        )
+
+    def rotated(self, seeds: Seeds) -> PackedWeight:
+        """The same U between the rotations of `seeds`, in the order of rotation.py: of the columns, of the rows."""
+        out, into = (
+            None if seed is None else signs(size, seed).to(self.stream.device)
+            for size, seed in zip((self.sizes.rows, self.sizes.columns), seeds, strict=True)
+        )
+        return PackedWeight(self.stream, self.table, self.row_scale, self.sizes, out, into)
+
+
+def packed_weight(
+    stream: Tensor, table: Tensor, row_scale: Tensor, columns: int, width: int, trellis: Trellis | None = None
+) -> PackedWeight:
+    """A matrix of independent indices of `width` bits, or on a trellis.
+
+    Args:
+        stream: uint8, what `IndexForm.pack` makes. table: [K, d] float32. row_scale: [rows] float32.
+    """
+    stride, strip_rows = (0, 0) if trellis is None else (trellis.stride, trellis.strip_rows)
+    sizes = Sizes(row_scale.shape[0], columns, table.shape[1], width, stride, strip_rows, banded=False)
+    return PackedWeight(stream, table, row_scale, sizes)
+
+
+def hashed_weight(
+    stream: Tensor, entries: Tensor, row_scale: Tensor, columns: int, trellis: Trellis
+) -> PackedWeight:
+    """A matrix on a hashed trellis, laid out for the fastest kernel of this processor.
+
+    Args:
+        stream: uint8, from `Trellis.pack`. entries: int8 tables [d, 256].
+        row_scale: [rows] float32, times the scale of the tables.
+    """
+    if not (library.hashed_runs() and stream.device.type == "cpu" and hashed.fits_bands(trellis)):
+        codebook = hashed.hashed_codebook(entries, trellis.width)
+        return packed_weight(stream, codebook, row_scale, columns, trellis.width, trellis)
+    rows, d = row_scale.shape[0], entries.shape[0]
+    sizes = Sizes(rows, columns, d, trellis.width, trellis.stride, trellis.strip_rows, banded=True)
+    return PackedWeight(hashed.to_bands(stream, trellis, rows, sizes.per_row), entries, row_scale, sizes)

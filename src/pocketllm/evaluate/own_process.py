@@ -1,0 +1,45 @@
+"""What a process that measures itself needs: everything imported before the clock starts, and its peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+
+def import_all(folder: str) -> None:
+    """Import what loading and running a model import, before the clock starts and memory is looked at."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import pocketllm
+    from pocketllm.codec.kernels import select
+    from pocketllm.source import need_tokenizer
+
+    pocketllm.load  # noqa: B018
+    select.packed_isa()  # builds and tries the kernels
+    need_tokenizer(Path(folder))
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def peak_bytes(device: str, forget: bool = False) -> int:
+    """Most memory that this process has held so far: resident, or allocated on the GPU.
+
+    forget: what was held and given back until now does not count any more.
+    """
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage counts what the parent held when it started this process, too
+        if forget:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

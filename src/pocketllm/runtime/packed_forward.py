@@ -1,0 +1,80 @@
+"""Forwards that run from the packed stream, for layers whose forward is known: nothing dense is made.
+
+A packed layer's class gets one of these classes among its bases, next to the class that the forward is from. What
+overrides that forward and calls it by `super()` (an embedding that scales its rows) works as well; every other
+layer decodes its weight on access, as layers.py describes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pocketllm.codec.kernels.packed_product import PackedProduct
+
+
+def packed_bases(dense: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+    """Base classes of the packed form of a layer's class: those with a forward of their own come in."""
+    for packed, plain in ((PackedLinear, nn.Linear), (PackedConv1D, Conv1D), (PackedEmbedding, nn.Embedding)):
+        if issubclass(dense, plain):
+            return (packed,) if dense is plain else (dense, packed)
+    return (dense,)
+
+
+def has_packed_forward(dense: type[nn.Module]) -> bool:
+    """Whether the packed form of a layer's class never decodes its weight: its forward is one of those here."""
+    return any(dense.forward is plain.forward for plain in (nn.Linear, Conv1D, nn.Embedding))
+
+
+def product_of(module: nn.Module, transposed: bool = False) -> PackedProduct | None:
+    """The product with a module's packed weight; None where it has no kernel or is not packed any more.
+
+    None while torch exports, too: a program of torch.export holds the packed tensors and decodes them (decode_op.py).
+    """
+    if torch.compiler.is_exporting():
+        return None
+    matrix = _matrix_of(module)
+    return None if matrix is None or matrix.entry.transposed != transposed else matrix.product()
+
+
+def _matrix_of(module: nn.Module) -> Any:
+    """The `PackedMatrix` of a module's weight."""
+    matrix = module._modules.get("packed_weight")
+    return module.__dict__.get("_tied_weight", [None])[0] if matrix is None else matrix
+
+
+def _multiply(product: PackedProduct, x: Tensor, bias: Tensor | None) -> Tensor:
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+        bias = None if bias is None else bias.to(x.dtype)
+    return product.linear(x, bias)
+
+
+class PackedLinear(nn.Linear):
+    """x W^T + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = product_of(self)
+        return super().forward(x) if product is None else _multiply(product, x, self.bias)
+
+
+class PackedConv1D(Conv1D):
+    """x W + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = product_of(self, transposed=True)
+        return super().forward(x) if product is None else _multiply(product, x, self.bias)
+
+
+class PackedEmbedding(nn.Embedding):
+    """Rows of W, decoded one by one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = product_of(self)
+        if product is None or product.weight.signs_out is not None or self.max_norm is not None:
+            return super().forward(input)
+        return product.look_up(input, _matrix_of(self).float_dtype)

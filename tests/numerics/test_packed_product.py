@@ -1,0 +1,105 @@
+"""Products and rows as layers use them: by one call of a kernel, and in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.kernels import select
+from pocketllm.codec.kernels.packed_op import packed_matmul_reference
+from pocketllm.codec.kernels.packed_product import PackedProduct
+from pocketllm.codec.kernels.packed_weight import PackedWeight
+from pocketllm.errors import ShapeError
+from tests.packed_weights import FLOAT32, independent, needs_compiler, on_trellis, relative
+
+BFLOAT16 = 4e-3  # the product is rounded to 8 bits, nothing before it
+
+
+def weights() -> Iterator[PackedWeight]:
+    """Every form, in ragged sizes, rotated on either side and on none."""
+    for rows, columns in ((1, 1), (3, 7), (37, 50), (130, 51)):
+        for d in (1, 2, 3, 5, 8, 12):
+            yield independent(rows, columns, width=7, d=d)
+        yield independent(rows, columns, width=9, d=2, size=300).rotated((None, 3))
+        for width, stride, d in ((12, 4, 2), (12, 3, 2), (14, 8, 4), (6, 6, 3), (16, 2, 1)):
+            weight = on_trellis(rows, columns, Trellis(width, stride, strip_rows=16), d)
+            yield from (weight, weight.rotated((1, 2)), weight.rotated((None, 2)), weight.rotated((1, None)))
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def _either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(select, "packed_isa", lambda: None)
+
+
+@pytest.mark.usefixtures("_either")
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_products(count: int) -> None:
+    for weight in weights():
+        x, bias = torch.randn(1, count, weight.sizes.columns), torch.randn(weight.sizes.rows)
+        product, wanted = PackedProduct(weight), packed_matmul_reference(x, weight, torch.float64)
+        assert relative(product.linear(x), wanted) < FLOAT32
+        assert relative(product.linear(x, bias), wanted + bias) < FLOAT32
+
+
+@needs_compiler
+def test_products_in_bfloat16_are_rounded_once() -> None:
+    for weight in weights():
+        x, bias = torch.randn(2, weight.sizes.columns).bfloat16(), torch.randn(weight.sizes.rows).bfloat16()
+        wanted = packed_matmul_reference(x, weight, torch.float64) + bias
+        found = PackedProduct(weight).linear(x, bias)
+        assert found.dtype == torch.bfloat16 and relative(found, wanted) < BFLOAT16
+
+
+@pytest.mark.usefixtures("_either")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows(dtype: torch.dtype) -> None:
+    for weight in weights():
+        if weight.signs_out is not None:
+            continue
+        rows = torch.randint(weight.sizes.rows, (2, 9))
+        dense = packed_matmul_reference(torch.eye(weight.sizes.columns), weight, torch.float64).T
+        found = PackedProduct(weight).look_up(rows, dtype)
+        assert found.dtype == dtype and found.shape == (2, 9, weight.sizes.columns)
+        assert relative(found, dense[rows]) < (FLOAT32 if dtype == torch.float32 else BFLOAT16)
+
+
+@pytest.mark.usefixtures("_either")
+def test_indices_of_rows_are_those_of_all() -> None:
+    for weight in weights():
+        rows = torch.randint(weight.sizes.rows, (20,))
+        assert torch.equal(weight.indices_of(rows), weight.indices()[rows].long())
+
+
+def test_gradients_flow_into_x_and_bias() -> None:
+    weight = on_trellis(37, 50, Trellis(12, 4, strip_rows=16), 2).rotated((1, 2))
+    product, dense = PackedProduct(weight), packed_matmul_reference(torch.eye(50), weight).T
+    for x in (torch.randn(1, 50, requires_grad=True), torch.randn(6, 50, requires_grad=True)):
+        bias, direction = torch.randn(37, requires_grad=True), torch.randn(len(x), 37)
+        (product.linear(x, bias) * direction).sum().backward()
+        assert x.grad is not None and relative(x.grad, direction @ dense) < 10 * FLOAT32
+        assert bias.grad is not None and torch.allclose(bias.grad, direction.sum(dim=0))
+
+
+@needs_compiler
+def test_the_same_bits_with_any_number_of_threads() -> None:
+    weight, x = on_trellis(400, 512, Trellis(12, 4, strip_rows=64), 2).rotated((1, 2)), torch.randn(1, 512)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(PackedProduct(weight).linear(x))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@needs_compiler
+def test_errors_say_what_was_wanted() -> None:
+    product = PackedProduct(on_trellis(9, 12, Trellis(12, 4), 2))
+    with pytest.raises(ShapeError, match=r"packed product: got x \[..., 11\], wanted \[..., 12\]"):
+        product.linear(torch.randn(1, 11))
+    for row in (-1, 9):
+        with pytest.raises(IndexError, match=r"wanted rows in \[0, 9\)"):
+            product.look_up(torch.tensor([0, row]), torch.float32)

@@ -1,0 +1,55 @@
+"""Packed matrices with random indices, and how far apart products may lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pocketllm.codec.column_choice import strip_lengths
+from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.kernels import hashed, library
+from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, packed_weight
+from pocketllm.codec.packing import pack
+from pocketllm.codec.subvectors import subvectors_per_row
+
+FLOAT32 = 2e-6  # sums of some hundred products in float32
+BFLOAT16 = 1e-2  # rows of U and the product are rounded to 8 bits
+INTEGERS = 2e-4  # 16 bits of the largest activation
+needs_compiler = pytest.mark.skipif(library.library("packed") is None, reason="no C++ compiler")
+
+
+def independent(rows: int, columns: int, width: int, d: int, size: int | None = None) -> PackedWeight:
+    size = size or 1 << width
+    per_row = subvectors_per_row(columns, d)
+    stream = pack(torch.randint(0, size, (rows * per_row,)), width)
+    return packed_weight(stream, torch.randn(size, d), torch.rand(rows) + 0.5, columns, width)
+
+
+def paths(rows: int, per_row: int, trellis: Trellis) -> Tensor:
+    """[rows, per_row] int32: a random path through each strip."""
+    steps = torch.randint(0, 1 << trellis.stride, (rows, per_row))
+    parts = steps.split(strip_lengths(rows, trellis.strip_rows))
+    return torch.cat([trellis.windows(part.T.reshape(-1)).view(per_row, -1).T for part in parts])
+
+
+def on_trellis(rows: int, columns: int, trellis: Trellis, d: int) -> PackedWeight:
+    stream = trellis.pack(paths(rows, subvectors_per_row(columns, d), trellis))
+    table = torch.randn(1 << trellis.width, d)
+    return packed_weight(stream, table, torch.rand(rows) + 0.5, columns, trellis.width, trellis)
+
+
+def on_hashed_trellis(rows: int, columns: int, trellis: Trellis, d: int, banded: bool) -> PackedWeight:
+    per_row = subvectors_per_row(columns, d)
+    stream = trellis.pack(paths(rows, per_row, trellis))
+    entries = torch.randint(-127, 128, (d, 256)).to(torch.int8)
+    scale = (torch.rand(rows) + 0.5) / 64
+    if not banded:
+        table = hashed.hashed_codebook(entries, trellis.width)
+        return packed_weight(stream, table, scale, columns, trellis.width, trellis)
+    sizes = Sizes(rows, columns, d, trellis.width, trellis.stride, trellis.strip_rows, banded=True)
+    return PackedWeight(hashed.to_bands(stream, trellis, rows, per_row), entries, scale, sizes)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
