@@ -222,7 +222,7 @@ def test_more_codewords_than_subvectors(source: Path, tmp_path: Path) -> None:
 
 def reloaded(source: Path, tmp_path: Path, name: str, **changes: Any) -> tuple[torch.Tensor, Any]:
     report = pocketllm.compress(source, tiny.settings(**changes), tmp_path / "out")
-    model, _ = pocketllm.load(tmp_path / "out")
+    model, _ = pocketllm.load(tmp_path / "out", mode="dense")
     return model.get_parameter(name), {m.name: m for m in report.matrices}[name]
 
 
@@ -265,7 +265,7 @@ def test_matrices_that_coding_would_not_make_smaller_stay_dense(tmp_path: Path) 
     report = pocketllm.compress(source, tiny.settings(codebook_size=8), tmp_path / "out")
     skipped = {entry["name"]: entry["reason"] for entry in report.skipped}
     assert "smaller" in skipped["model.layers.0.mlp.down_proj.weight"]
-    model, _ = pocketllm.load(tmp_path / "out")
+    model, _ = pocketllm.load(tmp_path / "out", mode="dense")
     original = load_file(source / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, original)
 

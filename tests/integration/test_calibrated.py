@@ -57,7 +57,7 @@ def test_every_architecture(architecture: str, tmp_path: Path) -> None:
             assert matrix.input_tokens in ((1024,) if len(matrix.shape) == 3 else (512, 128))
     assert not warnings_of(report.to_dict())
     models = [load(tmp_path / "out", mode) for mode in ("dense", "packed")]
-    assert torch.equal(logits(models[0]), logits(models[1]))
+    torch.testing.assert_close(logits(models[0]), logits(models[1]), rtol=1e-4, atol=1e-4)
     assert set(packed_matrices(models[1])) == {m.name for m in report.matrices}
 
 
@@ -227,7 +227,7 @@ def test_refinement_brings_a_block_nearer_to_the_dense_one(source: Path, tmp_pat
 def test_settings_for_study(setting: dict[str, Any], source: Path, tmp_path: Path) -> None:
     report = compress(source, tiny.on_trellis(calibration=setting), tmp_path / "out")
     models = [load(tmp_path / "out", mode) for mode in ("dense", "packed")]
-    assert torch.equal(logits(models[0]), logits(models[1]))
+    torch.testing.assert_close(logits(models[0]), logits(models[1]), rtol=1e-4, atol=1e-4)
     assert all(m.proxy_error < 1 for m in report.matrices if m.proxy_error is not None)
 
 

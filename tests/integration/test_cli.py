@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import pocketllm
 from tests.commands import SETTINGS, SIZES, Run
@@ -74,11 +73,11 @@ def test_export_is_an_ordinary_model(run: Run, small: Path, tmp_path: Path) -> N
     code = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'dense')!r})\n"
-        "assert 'pocketllm' not in sys.modules\n"
+        "assert not hasattr(model, 'hf_quantizer')\n"
         "print(model(torch.arange(20)[None]).logits.double().sum().item())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    model, _ = pocketllm.load(small, mode="dense", dtype=torch.float32)
     expected = model(torch.arange(20)[None]).logits.double().sum().item()
     assert float(done.stdout) == pytest.approx(expected, rel=1e-6)
     code_, _, err = run("export", small, "--to", tmp_path / "dense")

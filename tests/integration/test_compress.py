@@ -97,7 +97,9 @@ def test_output_in_shards(source: Path, small: Path, tmp_path: Path, monkeypatch
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert report.bytes_on_disk == planned.bytes_on_disk
     verify(tmp_path / "out")
-    one, other = (pocketllm.load(folder)[0].state_dict() for folder in (small, tmp_path / "out"))
+    one, other = (
+        pocketllm.load(folder, mode="dense")[0].state_dict() for folder in (small, tmp_path / "out")
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
     (tmp_path / "out" / files[1]).unlink()
     with pytest.raises(FormatError, match=r"no .* file contains|missing"):
@@ -116,7 +118,7 @@ def test_input_in_shards_and_other_dtypes(source: Path, small: Path, tmp_path: P
         folder = tmp_path / str(dtype)
         model.to(dtype).save_pretrained(folder)
         report = pocketllm.compress(folder, tiny.settings(), tmp_path / f"out {dtype}")
-        loaded, _ = pocketllm.load(tmp_path / f"out {dtype}")
+        loaded, _ = pocketllm.load(tmp_path / f"out {dtype}", mode="dense")
         assert loaded.dtype == dtype and max(m.nmse for m in report.matrices) < 0.4
 
 
@@ -140,7 +142,7 @@ def test_affine_decoders_and_none(codec: dict[str, Any], source: Path, tmp_path:
     assert report.bytes_by_part["decoders"] == each * len({m.kind for m in report.matrices})
     dense, packed = (pocketllm.load(tmp_path / "out", mode=mode)[0] for mode in ("dense", "packed"))
     ids = torch.arange(20)[None]
-    assert torch.equal(dense(ids).logits, packed(ids).logits)
+    torch.testing.assert_close(dense(ids).logits, packed(ids).logits, rtol=1e-4, atol=1e-4)
     assert all(0 < m.nmse < 0.6 for m in report.matrices)
 
 

@@ -84,7 +84,7 @@ def test_a_dry_run_tells_what_will_lie_on_disk(mode: str, made: Path, tmp_path: 
 
 
 def test_peft_loads_the_adapter_on_both_modes(made: Path) -> None:
-    plain, _ = pocketllm.load(made / "c", dtype=torch.float32)
+    plain, _ = pocketllm.load(made / "c", mode="dense", dtype=torch.float32)
     base = logits(plain)
     found = []
     for mode in ("dense", "packed"):
@@ -105,7 +105,7 @@ def test_merging_keeps_the_logits_where_pefts_own_drops_the_adapter(made: Path, 
     model, _ = pocketllm.load(made / "c", mode="packed", dtype=torch.float32)
     with pytest.warns(UserWarning, match="no longer tied"):
         dropped = peft.PeftModel.from_pretrained(model, str(made / "a")).merge_and_unload()
-    plain, _ = pocketllm.load(made / "c", dtype=torch.float32)
+    plain, _ = pocketllm.load(made / "c", mode="dense", dtype=torch.float32)
     torch.testing.assert_close(logits(dropped), logits(plain), rtol=1e-4, atol=1e-5)
 
 
@@ -371,5 +371,5 @@ def test_compare_finds_the_base_and_its_evaluations(made: Path, tmp_path: Path) 
     assert [(m.name, m.perplexity) for m in found] == [("other", None), ("c", 9.0), ("c + a", 7.0)]
     with pytest.raises(ConfigError, match="fits none of the models to compare"):
         compare([tmp_path / "other"], adapters=[made / "a"])
-    with pytest.raises(ConfigError, match=r"with .*/a: there is an evaluation of it, but"):
+    with pytest.raises(ConfigError, match=r"with .*/a: was evaluated, but is not among the models"):
         compare([made / "c"], given)

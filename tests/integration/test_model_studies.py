@@ -82,7 +82,7 @@ def test_the_whole_put_together_is_the_compressed_model(model: str, tmp_path: Pa
     setup = setup_of(model, tmp_path)
     folder = tmp_path / "again"
     pocketllm.compress(model, sensitive.configs(setup)["plain"], folder)
-    own, tokenizer = pocketllm.load(folder, dtype=dense_model(setup)[0].dtype)
+    own, tokenizer = pocketllm.load(folder, mode="dense", dtype=dense_model(setup)[0].dtype)
     text = setup.evaluation_texts()[0].text
     seen = text_divergence(own, dense_model(setup)[0], tokenizer, text, 256, 2)
     values = done.result["results"]["plain-parts"]

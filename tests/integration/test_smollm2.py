@@ -53,5 +53,5 @@ def test_both_modes_agree(compressed: tuple[pocketllm.Report, Path]) -> None:
         texts.append(generate(model, tokenizer, "The capital of France is", 3).text)
         with torch.inference_mode():
             logits.append(model(torch.arange(100, 130)[None]).logits)
-    assert torch.equal(logits[0], logits[1])
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=2e-3)
     assert texts[0] == texts[1] and texts[0].startswith("The capital of France is")

@@ -47,7 +47,7 @@ def edit(folder: Path, change: Any) -> None:
 
 
 def test_decoded_matrices_are_those_of_the_model(small: Path) -> None:
-    model, _ = pocketllm.load(small, dtype=torch.float32)
+    model, _ = pocketllm.load(small, mode="dense", dtype=torch.float32)
     matrices = Matrices.open(small)
     assert all(torch.equal(matrices.read(n), model.get_parameter(n)) for n in matrices.names())
     assert matrices.indices(UP).shape == (52, 8)
@@ -58,7 +58,7 @@ def test_matrices_on_a_trellis(source_of_codebook: str, source: Path, tmp_path: 
     codec = {"trellis_width": 6, "codebook_source": source_of_codebook}
     config = tiny.target(5.0, codec=codec)
     pocketllm.compress(source, config, tmp_path / "out")
-    expected, _ = pocketllm.load(tmp_path / "out", dtype=torch.float32)
+    expected, _ = pocketllm.load(tmp_path / "out", mode="dense", dtype=torch.float32)
     matrices, model = Matrices.open(tmp_path / "out"), read_model(tmp_path / "out")
     assert all(torch.equal(matrices.read(n), expected.get_parameter(n)) for n in matrices.names())
     assert model.matrices[-1].stride > 0 and sum(usage.covered[-1] for usage in count_usage(model)) > 0
