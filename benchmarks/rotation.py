@@ -58,7 +58,7 @@ def _orthogonal(size: int, seed: int) -> Tensor:
 
 
 def proxy_error(rotated: Rotated) -> float:
-    """Of a matrix coded for its inputs."""
+    """Proxy error of a matrix encoded for its inputs."""
     weight, hessian = rotated
     factor = factorize(hessian, VECTOR_LEN)
     table = seeded_codebook(1 << TRELLIS.width, VECTOR_LEN, 0).float()

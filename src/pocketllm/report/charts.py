@@ -15,7 +15,7 @@ class Drawing(Protocol):
 
     @property
     def height(self) -> float:
-        """Of the figure, in points."""
+        """Height of the figure in points."""
 
     def draw(self, figure: Any, axes: Any) -> None:
         """Draw on the axes of an empty matplotlib figure."""

@@ -87,7 +87,7 @@ def codebooks_section(model: ModelFacts, usages: Sequence[CodebookUsage]) -> Sec
 
 
 def _columns(model: ModelFacts) -> Columns[Sequence[MatrixFacts]]:
-    """Of one row for the matrices of each codebook."""
+    """Columns of a table with one row for the matrices of each codebook."""
 
     def size(group: Sequence[MatrixFacts]) -> int:
         return model.layout.codebooks[group[0].codebook].size

@@ -117,7 +117,7 @@ def _installed(module: str) -> bool:
 
 
 def _bytes_in(folder: Path) -> int:
-    """Of all files; those that vanish meanwhile count nothing."""
+    """Bytes of all files in a folder; files deleted meanwhile count as nothing."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -127,7 +127,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _memory() -> int | None:
-    """Of the machine; None where the system does not say."""
+    """Memory of the machine in bytes; None if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

@@ -32,7 +32,7 @@ def table_numbers(results: Results) -> dict[str, Any]:
 
 
 def _rise(values: Values, name: str) -> float | None:
-    """Of the perplexity over the dense model's, in thousandths for a saved megabyte; None if not finite."""
+    """Rise of the perplexity over the dense one per saved megabyte, in thousandths; None if not finite."""
     own, dense = values["groups"][name]["perplexity"], values["dense"]
     return None if None in (own, dense) else 1000 * (own - dense) / megabytes(values, name)
 
