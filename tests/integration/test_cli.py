@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import pocketllm
+from pocketllm.evaluate import Generation
 from tests.commands import SETTINGS, SIZES, Run
 
 
@@ -64,6 +66,37 @@ def test_generate(run: Run, small: Path) -> None:
     assert found["text"].startswith("hello") and found["tokens_per_second"] > 0
     again = run.json("generate", small, "--prompt", "hello", "--max-new-tokens", "5", "--mode", "packed")
     assert again["text"] == found["text"]
+    shown = run("generate", small, "--prompt", "hello", "--max-new-tokens", "5")[1]
+    assert shown.strip() == found["text"].strip() == ("hello" + found["continuation"]).strip()
+    several = run.json("generate", small, "--prompt", "hello", "--prompt", "a b", "--max-new-tokens", "5")
+    assert several["generations"][0]["text"] == found["text"] and len(several["generations"]) == 2
+    shown = run("generate", small, "--prompt", "hello", "--prompt", "a b", "--max-new-tokens", "5")[1]
+    assert all(each["text"].strip() in shown for each in several["generations"])
+
+
+def test_generate_reads_stdin(run: Run, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    given = run.json("generate", small, "--max-new-tokens", "5")
+    assert given["text"] == run.json("generate", small, "--prompt", "hello", "--max-new-tokens", "5")["text"]
+
+
+def test_a_conversation(run: Run, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line is answered with what was said before in view."""
+    seen: list[Any] = []
+
+    def answer(model: Any, tokenizer: Any, prompt: Any, *settings: Any, **more: Any) -> Any:
+        seen.append([(turn["role"], turn["content"]) for turn in prompt])
+        more["on_text"]("well")
+        return Generation("", "well", 1, 2.0)
+
+    monkeypatch.setattr(pocketllm, "generate", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand you?\n"))
+    code, out, _ = run("generate", small, "--chat", "--system", "be brief")
+    opening = [("system", "be brief"), ("user", "hello")]
+    assert (code, out) == (0, "well\nwell\n")
+    assert seen == [opening, [*opening, ("assistant", "well"), ("user", "and you?")]]
+    code, _, err = run("generate", small, "--chat", "--json")
+    assert code == 2 and "--json: a conversation has no single result" in err
 
 
 def test_export_is_an_ordinary_model(run: Run, small: Path, tmp_path: Path) -> None:
@@ -131,6 +164,8 @@ def test_export_deletes_nothing_beside_its_output(name: str, run: Run, small: Pa
         (["generate", "SMALL", "--prompt", " "], 2, "prompt"),
         (["generate", "SMALL", "--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens"),
         (["generate", "SMALL", "--prompt", "x", "--chat"], 2, "chat"),
+        (["generate", "SMALL", "--prompt", "x", "--system", "y"], 2, "--system: is a message of a chat"),
+        (["generate", "SMALL", "--prompt", "x", "--top-p", "0"], 2, "top_p: got 0.0"),
         (["info", "SOURCE"], 1, "not a model compressed by pocketllm"),
         (["info", "nowhere"], 1, "nowhere"),
         (["export", "SOURCE", "--to", "OUT"], 1, "not a model compressed"),

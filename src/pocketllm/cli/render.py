@@ -63,6 +63,16 @@ class Output:
             for table in tables:
                 self.stdout.print(table)
 
+    def stream(self, text: str) -> None:
+        """Print text as it is generated: no line break is added, and it is visible at once."""
+        self.stdout.out(text, end="")
+        self.stdout.file.flush()
+
+    def ask(self, text: str) -> None:
+        """Print a prompt on stderr, if somebody is at the terminal to answer it."""
+        if sys.stdin.isatty() and not self.quiet:
+            self.stderr.out(text, end="")
+
     @contextmanager
     def bars(self) -> Iterator[Bars]:
         """Progress bars with the time left, while a long step runs."""

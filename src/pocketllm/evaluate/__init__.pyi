@@ -1,6 +1,6 @@
 # The public names and the modules that define them; __init__.py imports a name when it is used.
 from .bench_runs import BenchConfig as BenchConfig, BenchRun as BenchRun, bench as bench
-from .generate import Generation as Generation
+from .generate import Generation as Generation, Sampling as Sampling, generate_batch as generate_batch
 from .kl import Divergence as Divergence, standard_error as standard_error, text_divergence as text_divergence
 from .local_tasks import local_task_digest as local_task_digest, local_task_names as local_task_names
 from .measure import Adapter as Adapter, Model as Model, TaskOptions as TaskOptions
