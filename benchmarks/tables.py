@@ -210,7 +210,8 @@ def calibrated() -> str:
         "SmolLM2-135M; 'blocks': embedding and head left in bf16, 'everything': encoded as well. "
         f"{found['text']}, context {found['context']}, first {found['windows']} windows, evaluated in "
         f"{found['dtype']}; calibrated on {found['calibration']}; {found['machine']['processor']}, "
-        f"{found['machine']['cores']} cores. `{found['command']}`; blocks: "
+        f"{found['machine']['cores']} cores, shared with other work, so seconds do not compare between "
+        f"rows. `{found['command']}`; blocks: "
         "`python benchmarks/peers/run.py`"
     )
     return f"{markdown_table(_CALIBRATED_HEAD, rows)}\n\n{note}"
@@ -259,14 +260,22 @@ def rotation() -> str:
     return f"{markdown_table(head, rows)}\n\n{note}"
 
 
+def _spread_of_bases(found: dict[str, Any]) -> float:
+    """Largest relative difference in perplexity between a base of the recoveries and the same setting beside peers."""
+    ours = {entry["named_bits"]: entry["perplexity"] for entry in _ours()}
+    bases = {float(name): base["perplexity"] for name, base in found["bases"].items()}
+    return max(abs(bases[bits] / ours[bits] - 1) for bits in bases if bits in ours)
+
+
 def recovery() -> str:
     """Distillation and LoRA at the same bases."""
     found = load_results("recovery")
     note = (
         f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
         f"evaluated in {found['dtype']}; trained on other text; MB are 10^6 bytes of all files, adapter "
-        "included; runs shared the machine. The bases were compressed separately: sums in another order make them "
-        f"differ slightly from the rows of the table of quantizers. `{found['command']}`"
+        "included; runs shared the machine. The bases were compressed in runs of their own, in which sums were taken "
+        "in another order; a search for paths amplifies that, so their perplexity differs from the rows of the table "
+        f"of quantizers by up to {_spread_of_bases(found):.0%}. `{found['command']}`"
     )
     said = recovery_table.verdict(found)
     return "\n\n".join(
