@@ -70,8 +70,8 @@ def tokenizer() -> Any:
 
     characters = [chr(code) for code in range(32, 125)]
     vocabulary = {token: n for n, token in enumerate(["<s>", "</s>", "<unk>", *characters])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")  # short pieces are faster
     inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"

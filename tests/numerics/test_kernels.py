@@ -59,7 +59,11 @@ def paths(width: int = 8, stride: int = 3, d: int = 2, lengths: tuple[int, ...] 
 @compiled
 @pytest.mark.parametrize("lengths", [(1,), (2, 1), (17, 16, 16), (255, 3)])
 @pytest.mark.parametrize(
-    ("width", "stride", "d"), [(6, 2, 1), (5, 1, 3), (9, 5, 4), (12, 8, 2), (8, 3, 2), (7, 2, 3)]
+    ("width", "stride", "d"),
+    [
+        *[(6, 2, 1), (5, 1, 3), (9, 5, 4), (12, 8, 2), (8, 3, 2), (7, 2, 3)],
+        *[(6, 3, 2), (6, 6, 1), (4, 3, 4), (8, 7, 1)],  # fewer groups than a vector has lanes
+    ],
 )
 def test_paths(width: int, stride: int, d: int, lengths: tuple[int, ...]) -> None:
     problem = paths(width, stride, d, lengths)
@@ -69,7 +73,7 @@ def test_paths(width: int, stride: int, d: int, lengths: tuple[int, ...]) -> Non
     assert torch.equal(select.cheapest_paths(problem), expected)
 
 
-@pytest.mark.parametrize(("width", "stride", "d"), [(8, 3, 5), (12, 9, 2), (6, 3, 2)])
+@pytest.mark.parametrize(("width", "stride", "d"), [(8, 3, 5), (12, 9, 2), (3, 1, 2)])
 def test_paths_that_no_kernel_was_written_for(width: int, stride: int, d: int) -> None:
     problem = paths(width, stride, d)
     assert not cpu.searches(problem)

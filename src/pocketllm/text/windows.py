@@ -16,10 +16,8 @@ from pocketllm.text.read import read_calibration
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """[N] int64 token ids without special tokens."""
-    ids: Tensor = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][
-        0
-    ]
-    return ids.long()  # of an empty text they are floats
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def full_windows(ids: Tensor, context: int) -> Tensor:

@@ -76,7 +76,7 @@ def kmeans_faiss(points: Tensor, size: int, iterations: int, seed: int) -> Tenso
 def searches(problem: PathProblem) -> bool:
     """Whether `cheapest_paths` runs here for this problem: on a CPU, of a d and trellis it was written for."""
     d, device = problem.points.shape[1], problem.points.device
-    fits = device.type == "cpu" and d <= 4 and problem.stride <= 8 and problem.kept >= 4
+    fits = device.type == "cpu" and d <= 4 and problem.stride <= 8 and problem.width >= 4
     return fits and library("trellis") is not None
 
 

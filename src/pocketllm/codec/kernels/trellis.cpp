@@ -36,6 +36,38 @@ static inline Lanes spread(const float* least, int64_t state) {
     return __builtin_shuffle(load(least + (state >> STRIDE)), lane);
 }
 
+// The cheapest of the states that can precede each group, and which it is: the first of equals.
+template <int STRIDE>
+static inline void wide_step(const float* cost, int64_t groups, float* least, uint8_t* back) {
+    for (int64_t group = 0; group < groups; group += LANES) {
+        Lanes best = load(cost + group);
+        Ints where = Ints{};
+        for (int choice = 1; choice < (1 << STRIDE); ++choice) {
+            Lanes value = load(cost + choice * groups + group);
+            Ints closer = value < best;
+            best = closer ? value : best;
+            where = closer ? (Ints{} + choice) : where;
+        }
+        store(least + group, best);
+        Bytes narrow = __builtin_convertvector(where, Bytes);
+        memcpy(back + group, &narrow, sizeof narrow);
+    }
+}
+
+// The same for fewer groups than a vector has lanes.
+template <int STRIDE>
+static inline void narrow_step(const float* cost, int64_t groups, float* least, uint8_t* back) {
+    for (int64_t group = 0; group < groups; ++group) {
+        least[group] = cost[group];
+        back[group] = 0;
+        for (int choice = 1; choice < (1 << STRIDE); ++choice)
+            if (cost[choice * groups + group] < least[group]) {
+                least[group] = cost[choice * groups + group];
+                back[group] = choice;
+            }
+    }
+}
+
 template <int STRIDE, int D>
 static void path(const float* points, const float* weights, const float* table, const float* half,
                  const float* next_table, const float* next_half, int64_t start, int64_t stop,
@@ -46,19 +78,10 @@ static void path(const float* points, const float* weights, const float* table, 
     cost[start] = 0;
     for (int64_t t = 0; t < length + ahead; ++t) {
         if (t == length) table = next_table, half = next_half;
-        for (int64_t group = 0; group < groups; group += LANES) {
-            Lanes best = load(cost + group);
-            Ints where = Ints{};
-            for (int choice = 1; choice < (1 << STRIDE); ++choice) {
-                Lanes value = load(cost + choice * groups + group);
-                Ints closer = value < best;
-                best = closer ? value : best;
-                where = closer ? (Ints{} + choice) : where;
-            }
-            store(least + group, best);
-            Bytes narrow = __builtin_convertvector(where, Bytes);
-            memcpy(back + t * groups + group, &narrow, sizeof narrow);
-        }
+        if (groups < LANES)
+            narrow_step<STRIDE>(cost, groups, least, back + t * groups);
+        else
+            wide_step<STRIDE>(cost, groups, least, back + t * groups);
         Lanes scaled[D];
         const Lanes weight = Lanes{} + weights[t];
         for (int i = 0; i < D; ++i) scaled[i] = Lanes{} + points[t * D + i] * weights[t];
