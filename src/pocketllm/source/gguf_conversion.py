@@ -1,0 +1,205 @@
+"""Convert a GGUF file to a dense model folder, through transformers' own reading.
+
+transformers dequantizes every tensor. The folder holds the values in bf16 (float16 or float32 if most weights of the
+file are), the tokenizer, and a note of the file's quantization.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections import Counter
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pocketllm.errors import SourceError, reason_of
+from pocketllm.files import read_object, write_json
+from pocketllm.source.folder import copy_file_mode, read_tokenizer
+from pocketllm.source.model_files import WEIGHTS_NAME, check_counts
+
+NOTE_NAME = "pocketllm_gguf.json"
+_KEPT_DTYPES = {"F32": "float32", "F16": "float16"}  # everything else is kept in bfloat16
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a GGUF file says about itself.
+
+    name: of the quantization, such as Q4_K_M. tensors: number of tensors by their type.
+    """
+
+    file: str
+    name: str
+    tensors: dict[str, int]
+
+
+def convert(file: Path, folder: Path, tokenizer_files: list[Path], noted: bool = True) -> None:
+    """Write the model in a GGUF file as a folder with safetensors and tokenizer.
+
+    Args:
+        tokenizer_files: copied in place of the tokenizer in the file, if there are any. noted: write the note.
+
+    Raises:
+        SourceError: as `dense_folder`.
+    """
+    header = _Header.of(file)
+    folder.mkdir()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".alone-") as place:
+        alone = Path(place) / file.name  # so that transformers finds nothing but the file itself
+        try:
+            alone.symlink_to(file.absolute())
+        except OSError:  # a system without links
+            shutil.copyfile(file, alone)
+        with redirect_stderr(StringIO()):  # a bar that no setting of transformers turns off
+            _write_model(alone, header, folder)
+            if tokenizer_files:
+                for path in tokenizer_files:
+                    shutil.copyfile(path, folder / path.name)
+            else:
+                _write_tokenizer(alone, header, folder)
+    read_tokenizer(folder, False)
+    if noted:
+        write_json(folder / NOTE_NAME, asdict(header.quantization))
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What is read of a GGUF file before transformers reads it. shapes: of its tensors, last
+    dimension first."""
+
+    file: Path
+    architecture: str
+    quantization: Quantization
+    dtype: str
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, file: Path) -> _Header:
+        """Raises SourceError if it is damaged or one of several shards."""
+        from gguf import GGUFReader
+
+        try:
+            reader = GGUFReader(file)
+            architecture = str(_field(reader, "general.architecture"))
+        except OSError:
+            raise
+        except Exception as error:  # it slices whatever it finds, and asks afterwards
+            raise SourceError(
+                f"{file}: not a readable GGUF file ({reason_of(error)}); truncated or damaged, fetch it again"
+            ) from error
+        shards = _field(reader, "split.count")
+        if shards and int(shards) > 1:
+            raise SourceError(
+                f"{file}: one of {shards} shards; merge them into one file first (llama-gguf-split --merge)"
+            )
+        if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+            _log.warning(
+                "%s: has frequencies of rotary positions (rope_freqs), which transformers does not read from GGUF "
+                "files; if long contexts matter, compress the original checkpoint instead",
+                file.name,
+            )
+        weights: Counter[str] = Counter()
+        for tensor in reader.tensors:
+            weights[tensor.tensor_type.name] += tensor.n_elements
+        most = max(weights, key=lambda name: weights[name], default="F32")
+        return cls(
+            file,
+            architecture,
+            Quantization(
+                file.name, _type_name(reader, most), dict(Counter(t.tensor_type.name for t in reader.tensors))
+            ),
+            _KEPT_DTYPES.get(most, "bfloat16"),
+            {tensor.name: tuple(int(size) for size in tensor.shape) for tensor in reader.tensors},
+        )
+
+
+def _field(reader: Any, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()
+
+
+def _type_name(reader: Any, most: str) -> str:
+    """The name of the file's type, such as Q4_K_M; that of most weights if the file does not say it."""
+    from gguf import LlamaFileType
+
+    try:
+        return (
+            LlamaFileType(int(_field(reader, "general.file_type")))
+            .name.removeprefix("MOSTLY_")
+            .removeprefix("ALL_")
+        )
+    except (TypeError, ValueError):
+        return most
+
+
+def _write_model(alone: Path, header: _Header, folder: Path) -> None:
+    """Read the weights in float32, and write them in the dtype of the header with their configuration."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    where = f"{header.file}: a GGUF file of the type {header.architecture!r}"
+    hint = "compress the original checkpoint (safetensors) instead"
+    how: dict[str, Any] = {"gguf_file": alone.name}
+    try:
+        config = transformers.AutoConfig.from_pretrained(alone.parent, **how)
+    except Exception as error:  # transformers raises whatever it comes upon
+        raise SourceError(f"{where} cannot be read by transformers ({reason_of(error)}); {hint}") from error
+    check_counts(config.to_dict(), list(header.shapes.values()), header.file, SourceError)
+    if "token_embd.weight" in header.shapes:  # transformers counts the tokens of the tokenizer instead
+        config.vocab_size = header.shapes["token_embd.weight"][-1]
+    if hasattr(transformers, "GgufConfig"):
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            alone.parent, config=config, dtype=torch.float32, output_loading_info=True, **how
+        )
+        model, facts = found
+    except Exception as error:
+        raise SourceError(f"{where} cannot be read by transformers ({reason_of(error)}); {hint}") from error
+    if facts["missing_keys"]:
+        raise SourceError(
+            f"{header.file}: no tensor for {min(facts['missing_keys'])} ({len(facts['missing_keys'])} parameters "
+            "missing); the file is incomplete, fetch it again"
+        )
+    dtype = getattr(torch, header.dtype)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    state = {name: value for name, value in model.state_dict().items() if name not in tied}
+    _write_configs(model, dtype, folder)
+    del model, found
+    for name in state:
+        state[name] = state[name].to(dtype).contiguous()
+    save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    copy_file_mode(folder, "config.json")
+
+
+def _write_configs(model: Any, dtype: Any, folder: Path) -> None:
+    model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
+    model.config.save_pretrained(folder)
+    path = folder / "config.json"
+    config = read_object(path)
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _write_tokenizer(alone: Path, header: _Header, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        made = AutoTokenizer.from_pretrained(alone.parent, gguf_file=alone.name)
+        made.decode(made("a")["input_ids"])
+    except Exception as error:  # as in `_write_model`
+        raise SourceError(
+            f"{header.file}: its tokenizer cannot be rebuilt ({reason_of(error)}); put the model's tokenizer.json and "
+            "tokenizer_config.json next to the file"
+        ) from error
+    made.save_pretrained(folder)
