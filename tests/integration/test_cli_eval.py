@@ -28,6 +28,18 @@ def test_eval(run: Run, small: Path, source: Path, text: Path) -> None:
     assert code == 0 and f"{text}: context 32, 3 windows, 93 tokens\n" in out
 
 
+def test_rows_are_read_as_rows(run: Run, small: Path, source: Path, text: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"id": "x" * 500, "text": text.read_text()}))
+    windows = ["--context", "32", "--windows", "3"]
+    found, wanted = (run.json("eval", small, "--ppl", file, *windows) for file in (rows, text))
+    assert found["perplexity"] == wanted["perplexity"]
+    rows.write_text('{"url": "https://example.org"}')
+    for command in (("eval", small), ("compress", source, "-o", tmp_path / "out", "--dry-run")):
+        code, _, err = run(*command, "--ppl", rows)
+        assert code == 1 and "row 1" in err and "known to hold text" in err
+
+
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Local task files; results are kept in a cache of the test's own."""

@@ -237,6 +237,19 @@ def test_a_model_without_finite_logits_is_not_scored(data: Path) -> None:
             tasks.evaluate_tasks(["boolq"], subject(damaged), CONFIG, data, hub=False)
 
 
+def test_tokens_that_the_model_does_not_have(data: Path) -> None:
+    smaller = tiny.model(vocab_size=64)
+    smaller.config.name_or_path = "smaller"
+    with pytest.raises(SourceError, match=r"smaller: the tokenizer produces token .* embedding has 64 rows"):
+        tasks.evaluate_tasks(["piqa"], subject(smaller), CONFIG, data, hub=False)
+    lm = harness.PocketLM(tiny.model(), tiny.tokenizer(), 64, 48)
+    with pytest.raises(SourceError, match="produces token 96"):  # as an answer alone, too
+        lm._loglikelihood_tokens([(("", ""), [5], [96])])
+    with pytest.raises(SourceError, match="produces token 97"):
+        lm._model_generate(torch.tensor([[5, 97]]), max_length=4, stop=["a"])
+    assert lm._model_generate(torch.tensor([[5, 95]]), max_length=4, stop=["a"]).shape == (1, 4)
+
+
 def test_a_kept_result_without_a_field_is_measured_again(model: Any, data: Path) -> None:
     tasks.evaluate_tasks(["piqa"], subject(model), CONFIG, data, hub=False)
     [kept] = (Path(results.cache_folder()) / "eval" / "results").iterdir()

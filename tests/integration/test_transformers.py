@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import pocketllm
 from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, SourceError
 from pocketllm.format.checkpoint import read_report
-from pocketllm.runtime import transformers_plugin as plugin
+from pocketllm.runtime import load_checks, transformers_plugin as plugin
 from tests import tiny
 
 TOKENS = torch.arange(3, 40)[None]
@@ -154,26 +154,26 @@ def test_layout_that_does_not_fit_the_model(compressed: Path) -> None:
     layout = plugin.PocketQuantizationConfig(
         **json.loads((compressed / "config.json").read_text())["quantization_config"]
     ).layout()
-    plugin.check_shapes(model, layout)
+    load_checks.check_shapes(model, layout)
     with pytest.raises(FormatError, match=r"embed_tokens\.weight has shape"):
-        plugin.check_shapes(tiny.model(vocab_size=64), layout)
+        load_checks.check_shapes(tiny.model(vocab_size=64), layout)
     with pytest.raises(FormatError, match="no such parameter"):
-        plugin.check_shapes(tiny.model("gpt2"), layout)
+        load_checks.check_shapes(tiny.model("gpt2"), layout)
 
 
 def test_layers_that_did_not_load_are_noticed(compressed: Path) -> None:
     model, _ = pocketllm.load(compressed, mode="packed")
     layout = model.hf_quantizer.quantization_config.layout()
-    plugin.verify_loaded(model, layout)
+    load_checks.verify_loaded(model, layout)
     matrix = plugin.packed_matrices(model)["model.layers.0.mlp.up_proj.weight"]
     matrix.indices[3] ^= 1
     with pytest.raises(FormatError, match=r"layers\.0\.mlp\.up_proj\.weight: altered"):
-        plugin.verify_loaded(model, layout)
+        load_checks.verify_loaded(model, layout)
     matrix._buffers["indices"] = matrix.indices.to("meta")
     with pytest.raises(LoadError, match="was not loaded"):
-        plugin.verify_loaded(model, layout)
+        load_checks.verify_loaded(model, layout)
     with pytest.raises(LoadError, match="did not load compressed"):
-        plugin.verify_loaded(tiny.model(), layout)
+        load_checks.verify_loaded(tiny.model(), layout)
 
 
 def test_a_model_loaded_without_the_plugin_is_refused(

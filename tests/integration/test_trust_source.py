@@ -209,7 +209,9 @@ def test_a_tokenizer_of_another_model(dense: Path, run: Run) -> None:
     from pocketllm.text.vocabulary import check_tokens
 
     check_tokens(tiny.model(), torch.tensor([95]))
-    with pytest.raises(SourceError, match="the tokenizer makes token 96, the model's embedding has 96 rows"):
+    with pytest.raises(
+        SourceError, match="the tokenizer produces token 96, the model's embedding has 96 rows"
+    ):
         check_tokens(tiny.model(), torch.tensor([[3, 96]]))
     code, _, err = run("generate", dense, "--prompt", "hello")
     assert code == 1 and "belongs to another model" in err

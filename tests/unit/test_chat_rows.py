@@ -12,6 +12,7 @@ import pytest
 
 from pocketllm.errors import ExtraError, SourceError
 from pocketllm.recover.lora_task import read_items
+from pocketllm.source import text_for
 from pocketllm.text.chat import Chat, pieces
 from pocketllm.text.read import read_answered, read_calibration, read_text
 from pocketllm.text.windows import read_windows
@@ -246,3 +247,22 @@ def test_compressed_text_and_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ExtraError, match=r"e\.parquet: .* pip install 'pocketllm-codec\[hub\]'"):
         read_calibration(chats)
+
+
+def test_a_text_to_measure_on_is_read_as_rows(tmp_path: Path) -> None:
+    made = tokenizer()
+    made.save_pretrained(tmp_path / "model")
+    chat = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "Two."}]}
+    path, packed = tmp_path / "chats.jsonl", tmp_path / "chats.jsonl.gz"
+    path.write_text(json.dumps({**chat, "id": "row-0"}))
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    written = "[user]1+1?</s>[assistant]Two.</s>"
+    for file in (path, packed):
+        assert text_for(file, tmp_path / "model") == read_text(file, made) == written
+    plain = tmp_path / "plain.txt.gz"
+    plain.write_bytes(gzip.compress(b"plain text"))
+    assert text_for(plain, tmp_path / "nowhere") == "plain text"  # needs no tokenizer
+    with pytest.raises(SourceError, match=r"nowhere\.jsonl: no such file"):
+        text_for(tmp_path / "nowhere.jsonl", tmp_path / "model")
+    with pytest.raises(SourceError, match="nowhere"):
+        text_for(path, tmp_path / "nowhere")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pocketllm.errors import ConfigError, WeightError
+from pocketllm.errors import ConfigError, SourceError, WeightError
 from pocketllm.evaluate.kl import standard_error, text_divergence
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.text.windows import token_windows
@@ -76,6 +76,7 @@ def test_tokens_that_both_models_rule_out(pair: tuple[Any, Any, Any]) -> None:
             return SimpleNamespace(logits=logits)
 
         forward.config, forward.device = inner.config, inner.device  # type: ignore[attr-defined]
+        forward.get_input_embeddings = inner.get_input_embeddings  # type: ignore[attr-defined]
         return forward
 
     found = text_divergence(masked(model), masked(reference), tokenizer, TEXT, 40, 2)
@@ -104,6 +105,15 @@ def test_other_sizes_of_logits_and_positions(pair: tuple[Any, Any, Any]) -> None
         text_divergence(model, tiny.model("gpt2"), tokenizer, TEXT, 65, 1)
     with pytest.raises(ConfigError, match="the text has"):
         text_divergence(model, model, tokenizer, "short", 40)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_tokens_that_a_model_does_not_have(position: int, pair: tuple[Any, Any, Any]) -> None:
+    models = [tiny.model(), tiny.model()]
+    models[position] = tiny.model(vocab_size=64)
+    models[position].config.name_or_path = "smaller"
+    with pytest.raises(SourceError, match=r"smaller: the tokenizer produces token .* embedding has 64 rows"):
+        text_divergence(*models, pair[2], TEXT, 40, 1)
 
 
 def test_standard_error() -> None:

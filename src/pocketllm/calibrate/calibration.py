@@ -34,7 +34,7 @@ from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.folder import read_tokenizer
 from pocketllm.text.default_texts import default_text
 from pocketllm.text.read import read_calibration
-from pocketllm.text.vocabulary import positions_of
+from pocketllm.text.vocabulary import check_tokens, positions_of
 from pocketllm.text.windows import calibration_windows
 
 _HUB_CHARACTERS_PER_TOKEN = 32  # read from a data set on the Hub: several times what the windows need
@@ -228,12 +228,7 @@ def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | No
     positions = positions_of(source.model.config) or settings.context
     context = min(settings.context, positions)
     windows = calibration_windows(tokenizer, texts, settings.tokens, context, config.seed)
-    rows = source.model.get_input_embeddings().weight.shape[0]
-    if int(windows.max()) >= rows:
-        raise SourceError(
-            f"{source.folder}: the tokenizer produces token {int(windows.max())}, the model's embedding has {rows} "
-            "rows; the tokenizer belongs to another model"
-        )
+    check_tokens(source.model, windows)
     return windows
 
 

@@ -144,7 +144,7 @@ def compress(
     config, number = options.config(), count("--windows", windows)
     recovery = recovery_of(options, recover, recover_text or [])
     setup_process(device, threads)
-    text = None if ppl is None else read_eval_text(ppl, context, number)
+    text = None if ppl is None else read_eval_text(ppl, model, context, number, trust_remote_code)
     place = _Place(device=device, trust_remote_code=trust_remote_code, calibration_folder=calibration_cache)
     job = _Job(model, config, output, recovery=recovery, text=text, place=place)
     with show.bars() as bars:

@@ -85,13 +85,13 @@ def evaluate(
     """Measure perplexity, KL divergence from a dense model, and zero-shot tasks of a compressed or dense model."""
     from pocketllm import measure
     from pocketllm.cli.eval_tables import eval_tables
-    from pocketllm.text import read_text
+    from pocketllm.source import text_for
 
     if ppl is None and tasks is None:
         raise ConfigError("nothing to measure: give --ppl FILE, --tasks NAMES or both")
     config = eval_config(context, count("--windows", windows), count("--limit", limit), tuple(settings or ()))
     show = Output(json, quiet)
-    text = None if ppl is None else read_text(ppl)
+    text = None if ppl is None else text_for(ppl, model, trust_remote_code)
     options = task_options(tasks, data, cache)
     setup_process(device, threads)
     subjects = _Subjects(dtype, device, trust_remote_code)

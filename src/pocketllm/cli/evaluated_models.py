@@ -69,16 +69,16 @@ class Measuring:
         """Perplexity of compressed models, some with an adapter, and of the dense one.
 
         Raises:
-            ConfigError, SourceError: as `perplexity` and `read_text`. ExtraError: an adapter, but no PEFT.
+            ConfigError, SourceError: as `perplexity` and `text_for`. ExtraError: an adapter, but no PEFT.
         """
         from pocketllm.recover.adapter import need_peft
-        from pocketllm.text import read_text
+        from pocketllm.source import text_for
 
         if any(adapter for _, adapter in models):
             need_peft()
         windows = count("--windows", self.windows)
         check_against(dense)
-        text = read_text(self.text)
+        text = text_for(self.text, models[0][0], self.trust_remote_code)
         named = [(str(folder), adapter) for folder, adapter in models]
         named += [] if dense is None else [(dense, None)]
         return [self._evaluation(model, adapter, text, windows, bars) for model, adapter in named]

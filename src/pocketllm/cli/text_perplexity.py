@@ -44,15 +44,17 @@ class EvalText:
         return {**facts, "perplexity": found.perplexity, "windows": found.windows}
 
 
-def read_eval_text(path: Path, context: int, windows: int | None) -> EvalText:
-    """The text in a file.
+def read_eval_text(
+    path: Path, model: str, context: int, windows: int | None, trust_remote_code: bool = False
+) -> EvalText:
+    """The text in a file as a model reads it.
 
     Raises:
-        SourceError: as `read_text`.
+        SourceError, ExtraError: as `text_for`.
     """
-    from pocketllm.text import read_text
+    from pocketllm.source import text_for
 
-    return EvalText(str(path), read_text(path), context, windows)
+    return EvalText(str(path), text_for(path, model, trust_remote_code), context, windows)
 
 
 def perplexity_table(text: EvalText, models: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor
 from pocketllm.errors import ConfigError, SourceError, reason_of
 from pocketllm.evaluate.kl import standard_error
 from pocketllm.evaluate.perplexity import check_likelihood
-from pocketllm.text.vocabulary import positions_of
+from pocketllm.text.vocabulary import check_tokens, positions_of
 
 _LOGITS_BYTES = 1 << 29  # at most, for the logits of a batch; limits it if the vocabulary is large
 Progress = Callable[[float], None]
@@ -70,8 +70,12 @@ class PocketLM(HFLM):  # type: ignore[misc]
         Requests with the same input (answers of one token) share one row.
 
         Raises:
-            WeightError: as `check_likelihood`.
+            WeightError: as `check_likelihood`. SourceError: as `check_tokens`.
         """
+        check_tokens(
+            self.model,
+            torch.tensor([token for _, context, answer in requests for token in (*context, *answer)]),
+        )
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             tokens = context + continuation
@@ -90,6 +94,12 @@ class PocketLM(HFLM):  # type: ignore[misc]
             done += sum(map(len, batch))
             self.progress(done / total)
         return answers
+
+    def _model_generate(self, context: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """Continue prompts, [batch, tokens] ids; raises SourceError as `check_tokens`."""
+        check_tokens(self.model, context)
+        found: Tensor = super()._model_generate(context, *arguments, **options)
+        return found
 
     def _batches(self, rows: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
         """Rows, given longest first, in batches of at most `batch_tokens` tokens (at least one row)."""

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from pocketllm.evaluate.perplexity import check_likelihood, exp_mean
-from pocketllm.text.vocabulary import Vocabulary, check_positions, check_vocabularies, name_of
+from pocketllm.text.vocabulary import (
+    Vocabulary,
+    check_positions,
+    check_tokens,
+    check_vocabularies,
+    name_of,
+)
 from pocketllm.text.windows import token_windows
 from pocketllm.torch_state import in_default_torch_state
 
@@ -70,11 +76,13 @@ def text_divergence(
 
     Raises:
         ConfigError: as `token_windows`; a context longer than a model's positions; vocabularies of different size.
-        WeightError: as `check_likelihood`, of either model.
+        WeightError: as `check_likelihood`, of either model. SourceError: as `check_tokens`, of either model.
     """
     for each in (model, reference):
         check_positions(each.config, context, name_of(each))
     parts = token_windows(tokenizer, text, context, windows)
+    for each in (model, reference):
+        check_tokens(each, parts)
     sums = torch.zeros(len(parts), 4, dtype=torch.float64)
     for number, window in enumerate(parts):
         logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]

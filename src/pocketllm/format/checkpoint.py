@@ -215,16 +215,21 @@ def _check_files(files: Any) -> None:
             raise ValueError(f"files: malformed entry {name!r}")
 
 
-def verify(folder: Path) -> Layout:
+def verify(folder: Path, is_partial: bool = False) -> Layout:
     """Check that a compressed model is complete and unaltered.
 
     Without a report, as in folders written by `save_pretrained`, only the encoded tensors have checksums.
+
+    Args:
+        is_partial: files that the report names, other than weights, may be missing.
 
     Raises:
         FormatError: names the file, and the tensor if one is damaged.
     """
     has_report = os.path.lexists(folder / REPORT_NAME) or not is_compressed(folder)
     files = read_report(folder)["files"] if has_report else {}
+    if is_partial:
+        files = {name: facts for name, facts in files.items() if os.path.lexists(folder / name)}
     check_folder(folder, files.keys(), REPORT_NAME if has_report else None)
     layout, weights = read_layout(folder), weights_of(folder)
     check_sizes(layout, sum(file.stat().st_size for file in weights), folder / "config.json")

@@ -18,6 +18,7 @@ from pocketllm.recover.loop import Group
 from pocketllm.recover.teacher import Teacher
 from pocketllm.recover.trainable import TrainableMatrix, make_trainable
 from pocketllm.text.read import warn_of_shared
+from pocketllm.text.vocabulary import check_tokens
 from pocketllm.text.windows import read_windows, split_windows
 
 _SMALLEST = 1e-3
@@ -88,6 +89,9 @@ class Distillation:
         student: in its trainable form.
         windows: [training, context] and [validation, context] token ids.
         dtype: of matrix products.
+
+    Raises:
+        SourceError: as `check_tokens`.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Distillation:
         dtype: torch.dtype,
     ) -> None:
         self.student, self.teacher, self.config, self.dtype = student, teacher, config, dtype
+        check_tokens(student, torch.cat(windows))
         self.train, self.validation = windows
         self.items = len(self.train)
         self.head = LmHead.of(student)

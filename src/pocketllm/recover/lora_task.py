@@ -23,6 +23,7 @@ from pocketllm.recover.trainable import make_trainable
 from pocketllm.text.chat import Chat, has_template, pieces, warn_without_template
 from pocketllm.text.default_texts import named_default
 from pocketllm.text.read import read_answered, text_paths
+from pocketllm.text.vocabulary import check_tokens
 from pocketllm.text.windows import all_windows, split_numbers, tokenize
 
 logger = logging.getLogger(__name__)
@@ -176,12 +177,16 @@ class LoraTask:
         model: the transformers model that PEFT has put its layers into.
         items: (training, validation).
         dtype: of matrix products.
+
+    Raises:
+        SourceError: as `check_tokens`.
     """
 
     def __init__(
         self, model: Any, items: tuple[list[Item], list[Item]], config: LoraTuneConfig, dtype: torch.dtype
     ) -> None:
         self.model, self.config, self.dtype = model, config, dtype
+        check_tokens(model, torch.cat([item.ids for part in items for item in part]))
         self.train, self.validation = items
         self.items = len(self.train)
         self.head = LmHead.of(model)

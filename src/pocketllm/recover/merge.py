@@ -86,7 +86,7 @@ def merge(
     need_peft()
     check_adapter(adapter, folder)
     base = open_base(folder, output, trust_remote_code)
-    name, words = _text(text, reencode)
+    name, words = _text(text, reencode, base.tokenizer)
     if words:  # checked before the long work
         check_context(base, context)
         token_windows(base.tokenizer, words, context, windows)
@@ -143,10 +143,10 @@ def _is_merged(dense: Path, facts: dict[str, str]) -> bool:
         raise FormatError(f"{record}: damaged ({error}); delete {dense} to merge again") from error
 
 
-def _text(text: str | Path | None, reencode: bool) -> tuple[str, str]:
+def _text(text: str | Path | None, reencode: bool, tokenizer: Any) -> tuple[str, str]:
     """(name, text) to measure on; both empty for none."""
     if text is not None:
-        return str(text), read_text(text)
+        return str(text), read_text(text, tokenizer)
     return named_default(held_out=True) if reencode else ("", "")
 
 

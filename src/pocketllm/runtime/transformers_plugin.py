@@ -22,10 +22,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pocketllm.errors import ConfigError, FormatError, LoadError, OutputError, PocketError, reason_of
+from pocketllm.errors import ConfigError, LoadError, OutputError, PocketError, reason_of
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.runtime.layers import (
-    Codebook,
     PackedMatrix,
     Store,
     attach_tied,
@@ -35,11 +34,21 @@ from pocketllm.runtime.layers import (
     reason_to_decode,
     replace_parameters,
 )
+from pocketllm.runtime.load_checks import (
+    check_shapes,
+    give_back_missing,
+    is_named,
+    known_as_verified,
+    take_over_missing,
+    verify_before_building,
+    verify_before_reading,
+    verify_folder,
+    verify_loaded,
+)
 from pocketllm.runtime.model_methods import initialize, resize, tie
 from pocketllm.source.dense_checkpoint import resolve
 from pocketllm.source.folder import read_tokenizer
 from pocketllm.source.model_class import model_class
-from pocketllm.source.model_files import check_counts, need_config
 from pocketllm.torch_state import in_default_torch_state
 
 MODES = ("auto", "dense", "packed")
@@ -93,6 +102,7 @@ class PocketQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._tied: dict[str, str] = {}
         self._decoded: tuple[dict[str, PackedMatrix], Store] | None = None
+        self._verified: Path | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Only models that are already compressed can be loaded."""
@@ -104,6 +114,11 @@ class PocketQuantizer(HfQuantizer):
         if "disk" in (places.values() if isinstance(places, dict) else ()):
             raise ConfigError("device_map: offloading to disk is not supported; remove `disk`")
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called with the configuration before a model of its sizes is built: the files are verified here."""
+        self._verified = verify_before_building(config)
+        return config
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` works in both modes."""
         return True
@@ -114,6 +129,7 @@ class PocketQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        verify_before_reading(kwargs.get("checkpoint_files"), self._verified)
         layout = layout_for(model, self.quantization_config.layout())
         self.quantization_config.set_layout(layout)
         check_shapes(model, layout)
@@ -130,11 +146,12 @@ class PocketQuantizer(HfQuantizer):
         if tied:
             model.all_tied_weights_keys = {n: s for n, s in tied.items() if n not in self._tied}
         model.initialize_weights = partial(initialize, model)
-        model._keys_to_ignore_on_load_missing = None  # whatever is missing is reported
+        take_over_missing(model, self._tied)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        del model.initialize_weights, model._keys_to_ignore_on_load_missing
+        del model.initialize_weights
+        give_back_missing(model)
         store = getattr(model, ckpt.STORE)
         verify_loaded(model, self.quantization_config.layout())
         if self._decodes(model):
@@ -211,60 +228,16 @@ def layout_for(model: Any, layout: ckpt.Layout) -> ckpt.Layout:
     outside the base model: a head of its own takes the place of the one that is stored.
     """
     names, prefix = model.state_dict(), model.base_model_prefix
-    is_named = type(model).__name__ in (model.config.architectures or ())
     matrices = {}
     for name, entry in layout.matrices.items():
         found = rename_source_key(name, [], [], prefix, names)[0] if prefix else name
-        if found in names or is_named or name.startswith(f"{prefix}."):
+        if found in names or is_named(model) or name.startswith(f"{prefix}."):
             matrices[found] = entry
     return replace(layout, matrices=matrices)
 
 
-def check_shapes(model: nn.Module, layout: ckpt.Layout) -> None:
-    """Check that the parameters in the layout exist in this model, with the same shapes.
-
-    Raises:
-        FormatError: names the parameter.
-    """
-    for name, entry in layout.matrices.items():
-        try:
-            shape = tuple(model.get_parameter(name).shape)
-        except AttributeError as error:
-            raise FormatError(
-                f"config.json: {name} is listed as compressed, but the model has no such parameter"
-            ) from error
-        if shape != entry.shape:
-            raise FormatError(f"config.json: {name} has shape {entry.shape} there, but {shape} in the model")
-
-
-def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
-    """Check that the packed tensors in memory are those of the layout.
-
-    Raises:
-        LoadError: a layer is not compressed, or was not filled.
-        FormatError: the bytes differ from those written.
-    """
-    packed = packed_matrices(model)
-    missing = sorted(set(layout.matrices) - set(packed))
-    if missing:
-        raise LoadError(f"{missing[0]}: did not load compressed ({len(missing)} of {len(layout.matrices)})")
-    store = getattr(model, ckpt.STORE)
-    expected: list[tuple[str, nn.Module, str]]
-    expected = [(name, m, layout.matrices[name].crc32) for name, m in packed.items()]
-    for n, codebook in enumerate(layout.codebooks):
-        expected.append((f"{ckpt.STORE}.codebooks.{n}", store.codebooks[n], codebook.crc32))
-    for n, decoder in enumerate(layout.decoders):
-        expected.append((f"{ckpt.STORE}.decoders.{n}", store.decoders[n], decoder.crc32))
-    for name, module, crc32 in expected:
-        buffers = [module.value()] if isinstance(module, Codebook) else list(module.buffers(recurse=False))
-        if any(buffer.is_meta for buffer in buffers):
-            raise LoadError(f"{name}: was not loaded; the files do not contain it")
-        if ckpt.checksum(*buffers) != crc32:
-            raise FormatError(f"{name}: altered (CRC-32 differs from config.json); fetch the model again")
-
-
-def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model as transformers loads it, and what transformers says about loading.
+def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> Any:
+    """The model of a verified folder, as transformers loads it.
 
     Raises:
         LoadError: transformers cannot; and what the plug-in raises.
@@ -272,10 +245,8 @@ def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> tuple[A
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=how["trust_remote_code"])
         config.quantization_config["mode"] = mode
-        made: tuple[Any, dict[str, Any]] = model_class(config).from_pretrained(
-            folder, config=config, use_safetensors=True, output_loading_info=True, **how
-        )
-        return made
+        with known_as_verified(folder):
+            return model_class(config).from_pretrained(folder, config=config, use_safetensors=True, **how)
     except (PocketError, ImportError, MemoryError):
         raise
     except Exception as error:  # transformers raises whatever it comes upon
@@ -320,39 +291,11 @@ def load(
     if mode not in MODES:
         raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
     folder = resolve(str(path))
-    layout = ckpt.verify(folder)
-    shapes = [shape for _, shape in layout.tensors().values()]
-    shapes += [entry.shape for entry in layout.matrices.values()]
-    check_counts(need_config(folder), shapes, folder / "config.json", FormatError)
+    verify_folder(folder)
     how = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-    model, info = _from_pretrained(folder, mode, how)
-    _check_filled(folder, model, info)
-    return model.eval().requires_grad_(False), read_tokenizer(folder, trust_remote_code)
-
-
-def _check_filled(folder: Path, model: Any, info: Mapping[str, Any]) -> None:
-    """Check that every tensor of the model comes from a file.
-
-    Args:
-        info: what transformers says about loading.
-
-    Raises:
-        LoadError: naming the tensor.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, PocketQuantizer):
+    model = _from_pretrained(folder, mode, how)
+    if not isinstance(getattr(model, "hf_quantizer", None), PocketQuantizer):
         raise LoadError(
             f"{folder}: transformers loaded it without pocketllm, so its weights are random; load it in a new process"
         )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise LoadError(
-            f"{folder}: no file holds {missing[0]} ({len(missing)} tensors missing), so it was filled with new values; "
-            "fetch the model again, or save it anew"
-        )
-    apart = sorted(set(info["unexpected_keys"]) & set(quantizer._tied))
-    if apart:
-        raise LoadError(
-            f"{folder}: a file holds {apart[0]}, which config.json ties to {quantizer._tied[apart[0]]}; set "
-            "tie_word_embeddings to false there if it is a parameter of its own, else remove it"
-        )
+    return model.eval().requires_grad_(False), read_tokenizer(folder, trust_remote_code)

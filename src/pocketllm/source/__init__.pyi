@@ -9,3 +9,4 @@ from .folder import (
     load_dense as load_dense,
     need_tokenizer as need_tokenizer,
 )
+from .model_text import text_for as text_for

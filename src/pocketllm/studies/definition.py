@@ -63,7 +63,8 @@ class Setup:
         Raises:
             SourceError: a file cannot be read.
         """
-        from pocketllm.text import evaluation_text, evaluation_texts, read_text
+        from pocketllm.source import text_for
+        from pocketllm.text import evaluation_text, evaluation_texts
 
         if not self.texts:
             found = evaluation_texts() if self.several else [evaluation_text()]
@@ -72,7 +73,7 @@ class Setup:
         named = [
             name if names.count(name) == 1 else path for name, path in zip(names, self.texts, strict=True)
         ]
-        return [Text(name, read_text(path)) for name, path in zip(named, self.texts, strict=True)]
+        return [Text(name, text_for(path, self.model)) for name, path in zip(named, self.texts, strict=True)]
 
     def source(self) -> DenseCheckpoint:
         """The model's dense checkpoint, opened.

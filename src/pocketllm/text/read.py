@@ -32,13 +32,32 @@ _MARKS = {  # byte order mark -> encoding; the longest first, as one begins with
 }
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, tokenizer: Any | None = None) -> str:
+    """Read one text file, or the rows of one (JSON, JSON lines, parquet), to measure on.
+
+    As `read_calibration`, but neither folders nor Hub data sets.
+
+    Raises:
+        SourceError: missing, a folder, unreadable, in another encoding, malformed, or empty.
+        ExtraError: parquet, and no `pyarrow`.
+    """
+    path = Path(path)
+    if not holds_rows(path) or not path.is_file():
+        return _read_plain(path)
+    return read_calibration(path, tokenizer=tokenizer)
+
+
+def holds_rows(path: Path) -> bool:
+    """Whether a file holds rows, by its name."""
+    return _kind(path) in _ROW_SUFFIXES
+
+
+def _read_plain(path: Path) -> str:
     """Read a UTF-8 text file; another encoding if it has a byte order mark, decompressed if it is a `.gz`.
 
     Raises:
-        SourceError: missing, a folder, unreadable, in another encoding, or empty.
+        SourceError: as `read_text`.
     """
-    path = Path(path)
     if path.is_dir():
         raise SourceError(f"{path}: a folder; wanted a UTF-8 text file")
     try:
@@ -127,8 +146,8 @@ def _read_documents(place: str | Path, characters: int, prefer_chat: bool = Fals
     path = _named(place)
     if not path.exists() and _HUB_ID.fullmatch(str(place)) and path.suffix not in (*SUFFIXES, ".gz"):
         return _read_hub(str(place), characters, prefer_chat)
-    if _kind(path) not in _ROW_SUFFIXES:
-        return [read_text(path)]
+    if not holds_rows(path):
+        return [_read_plain(path)]
     rows = enumerate_rows(path)
     documents = [document_of(row, f"{path}: row {number}", prefer_chat) for number, row in rows]
     return _not_empty(documents, path)
@@ -179,7 +198,7 @@ def enumerate_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if _kind(path) == ".parquet":
         yield from enumerate(_parquet_rows(path), 1)
         return
-    text, repaired = read_text(path), list[int]()
+    text, repaired = _read_plain(path), list[int]()
     suspected = _SURROGATE.search(text) is not None
     if _kind(path) == ".jsonl":  # not splitlines: strings may hold other separators
         lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())

@@ -79,6 +79,6 @@ def check_tokens(model: Any, ids: Any) -> None:
     rows = int(embedding.num_embeddings if hasattr(embedding, "num_embeddings") else len(embedding.weight))
     if ids.numel() and int(ids.max()) >= rows:
         raise SourceError(
-            f"the tokenizer makes token {int(ids.max())}, the model's embedding has {rows} rows; the tokenizer "
-            "belongs to another model"
+            f"{name_of(model)}: the tokenizer produces token {int(ids.max())}, the model's embedding has {rows} rows; "
+            "the tokenizer belongs to another model"
         )
