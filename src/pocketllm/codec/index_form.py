@@ -26,8 +26,8 @@ from pocketllm.codec.codebook import centroids, codebook_utilization, kmeans_cod
 from pocketllm.codec.column_choice import IndependentColumns, TrellisColumns, strip_lengths
 from pocketllm.codec.packing import index_width, pack, packed_bytes, unpack
 from pocketllm.codec.viterbi import PathSearch
-from pocketllm.config import CodecConfig
-from pocketllm.config.constants import STRIP_ROWS
+from pocketllm.config import CodecConfig, CompressConfig
+from pocketllm.config.constants import STRIP_ROWS, TRELLIS_STEPS, VECTOR_LENS
 
 
 def form_for(codebook_size: int, stride: int, strip_rows: int = STRIP_ROWS) -> IndexForm:
@@ -46,6 +46,11 @@ def form_for(codebook_size: int, stride: int, strip_rows: int = STRIP_ROWS) -> I
     if stride > width or codebook_size != 1 << width:
         raise ValueError(f"stride {stride} does not fit a codebook of {codebook_size}")
     return Trellis(width, stride, strip_rows)
+
+
+def form_of(config: CodecConfig) -> type[IndexForm]:
+    """The form of index that the settings select."""
+    return Independent if config.trellis_width is None else Trellis
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,21 @@ class Independent:
     codebook_size: int
     strip_rows: int = STRIP_ROWS
     stride = 0
-    is_independent = True
-    trains_networks = True
+    chosen_jointly = (
+        False  # whether the index of a subvector depends on those of others, whatever the Hessian
+    )
+    trains_networks = True  # whether encoders and decoders are trained, not the codebook alone
+    mixes_rates = False  # whether a plan gives every matrix bits of its own
+
+    @classmethod
+    def offered(cls, config: CompressConfig) -> list[tuple[int, Independent]]:
+        """(vector_len, form) that a plan chooses from."""
+        lens = VECTOR_LENS if config.vector_len is None else (config.vector_len,)
+        return [(d, cls(1 << width)) for d in lens for width in range(1, config.max_index_bits + 1)]
+
+    def has_enough(self, points: int) -> bool:
+        """Whether a codebook can be fitted to so many subvectors."""
+        return self.codebook_size <= points
 
     @property
     def width(self) -> int:
@@ -100,6 +118,22 @@ class Independent:
             FormatError: the stream has another length.
         """
         return unpack(stream, self.width, rows * per_row).reshape(rows, per_row)
+
+    def strips(self, rows: int) -> int:
+        """Number of parts of the stream that can be read from their start."""
+        return 1
+
+    def first_bits(self, rows: Tensor, count: int, per_row: int) -> tuple[Tensor, Tensor]:
+        """Where the indices of some rows begin in the stream of [count, per_row] indices, in bits.
+
+        Args:
+            rows: [m] integers in [0, count).
+
+        Returns:
+            [m, per_row], and [m] the bit below which everything counts as zero.
+        """
+        columns = torch.arange(per_row, device=rows.device)
+        return (rows[:, None] * per_row + columns) * self.width, torch.zeros_like(rows)
 
     def columns(self, rows: int, device: torch.device, in_strips: bool) -> IndependentColumns:
         """The choice of indices column by column.
@@ -135,7 +169,23 @@ class Trellis:
     # Rotated rows of unit scale follow one distribution, so networks trained for their reconstruction have nothing to
     # add to the codebook: they start as the identity and serve the tuning that comes after.
     trains_networks = False
-    is_independent = False
+    chosen_jointly = True
+    mixes_rates = True
+
+    @classmethod
+    def offered(cls, config: CompressConfig) -> list[tuple[int, Trellis]]:
+        """(vector_len, form) that a plan chooses from."""
+        width = config.codec.trellis_width
+        assert width is not None
+        return [
+            (d, cls(width, stride))
+            for d, stride in TRELLIS_STEPS
+            if stride <= width and config.vector_len in (None, d)
+        ]
+
+    def has_enough(self, points: int) -> bool:
+        """Whether a codebook can be fitted to so many subvectors: any number, since they may be drawn repeatedly."""
+        return True
 
     @property
     def codebook_size(self) -> int:
@@ -193,6 +243,22 @@ class Trellis:
             out[first : first + length] = self.windows(steps).reshape(per_row, length).T
             first, offset = first + length, offset + nbytes
         return out
+
+    def strips(self, rows: int) -> int:
+        """Number of parts of the stream that can be read from their start."""
+        return len(strip_lengths(rows, self.strip_rows))
+
+    def first_bits(self, rows: Tensor, count: int, per_row: int) -> tuple[Tensor, Tensor]:
+        """See `Independent.first_bits`; the bits before the first window of a strip count as zero."""
+        device, lengths = rows.device, strip_lengths(count, self.strip_rows)
+        nbytes = [packed_bytes(length * per_row, self.stride) for length in lengths]
+        ends, length, size = (torch.tensor(part, device=device) for part in (lengths, lengths, nbytes))
+        ends = ends.cumsum(0)
+        strip = torch.searchsorted(ends, rows, right=True)
+        first = (size.cumsum(0) - size)[strip] * 8
+        columns = torch.arange(per_row, device=device)
+        step = columns * length[strip][:, None] + (rows - ends[strip] + length[strip])[:, None]
+        return first[:, None] + step * self.stride - self.kept, first
 
     def columns(self, rows: int, device: torch.device, in_strips: bool) -> TrellisColumns:
         """The choice of indices column by column; paths run down strips whether rows make up for others or not."""
