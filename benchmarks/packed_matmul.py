@@ -35,11 +35,12 @@ def independent(width: int, d: int) -> Any:
     """Independent indices."""
     import torch
 
+    from pocketllm.codec.index_form import Independent
     from pocketllm.codec.kernels.packed_weight import packed_weight
-    from pocketllm.codec.packing import packed_bytes
 
-    stream = torch.randint(0, 256, (packed_bytes(ROWS * COLUMNS // d, width),), dtype=torch.uint8)
-    return packed_weight(stream, torch.randn(1 << width, d), torch.ones(ROWS), COLUMNS, width)
+    form = Independent(1 << width)
+    stream = torch.randint(0, 256, (form.nbytes(ROWS, COLUMNS // d),), dtype=torch.uint8)
+    return packed_weight(stream, torch.randn(1 << width, d), torch.ones(ROWS), COLUMNS, form)
 
 
 def on_trellis(width: int, stride: int, d: int) -> Any:
@@ -51,7 +52,7 @@ def on_trellis(width: int, stride: int, d: int) -> Any:
 
     trellis = Trellis(width, stride)
     stream, table = stream_of(trellis, COLUMNS // d), torch.randn(1 << width, d)
-    return packed_weight(stream, table, torch.ones(ROWS), COLUMNS, width, trellis)
+    return packed_weight(stream, table, torch.ones(ROWS), COLUMNS, trellis)
 
 
 def on_hashed_trellis(width: int, stride: int, d: int) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.column_choice import strip_lengths
-from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.index_form import Independent, Trellis
 from pocketllm.codec.kernels import hashed, library
 from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, packed_weight
 from pocketllm.codec.packing import pack
@@ -23,7 +23,9 @@ def independent(rows: int, columns: int, width: int, d: int, size: int | None = 
     size = size or 1 << width
     per_row = subvectors_per_row(columns, d)
     stream = pack(torch.randint(0, size, (rows * per_row,)), width)
-    return packed_weight(stream, torch.randn(size, d), torch.rand(rows) + 0.5, columns, width)
+    return packed_weight(
+        stream, torch.randn(size, d), torch.rand(rows) + 0.5, columns, Independent(1 << width)
+    )
 
 
 def paths(rows: int, per_row: int, trellis: Trellis) -> Tensor:
@@ -36,7 +38,7 @@ def paths(rows: int, per_row: int, trellis: Trellis) -> Tensor:
 def on_trellis(rows: int, columns: int, trellis: Trellis, d: int) -> PackedWeight:
     stream = trellis.pack(paths(rows, subvectors_per_row(columns, d), trellis))
     table = torch.randn(1 << trellis.width, d)
-    return packed_weight(stream, table, torch.rand(rows) + 0.5, columns, trellis.width, trellis)
+    return packed_weight(stream, table, torch.rand(rows) + 0.5, columns, trellis)
 
 
 def on_hashed_trellis(rows: int, columns: int, trellis: Trellis, d: int, banded: bool) -> PackedWeight:
@@ -46,7 +48,7 @@ def on_hashed_trellis(rows: int, columns: int, trellis: Trellis, d: int, banded:
     scale = (torch.rand(rows) + 0.5) / 64
     if not banded:
         table = hashed.hashed_codebook(entries, trellis.width)
-        return packed_weight(stream, table, scale, columns, trellis.width, trellis)
+        return packed_weight(stream, table, scale, columns, trellis)
     sizes = Sizes(rows, columns, d, trellis.width, trellis.stride, trellis.strip_rows, banded=True)
     return PackedWeight(hashed.to_bands(stream, trellis, rows, per_row), entries, scale, sizes)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pocketllm.calibrate import autocast as compute
 from pocketllm.calibrate.blocks import BlockStream, block_list
-from pocketllm.calibrate.input_hessians import Collector, Inputs, add_square, regularized_hessian
+from pocketllm.calibrate.input_hessians import Collector, Inputs, regularized_hessian
+from pocketllm.codec.kernels.select import add_square
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
 from pocketllm.plan.matrices import Matrix

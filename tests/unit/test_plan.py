@@ -91,6 +91,30 @@ def test_impossible_settings(source: DenseCheckpoint, monkeypatch: pytest.Monkey
         make_plan(source, tiny.settings())
 
 
+def test_vector_len_that_a_trellis_does_not_offer(source: DenseCheckpoint) -> None:
+    with pytest.raises(
+        ConfigError, match=r"vector_len: no codec has 3 weights per index with trellis_width=6"
+    ):
+        make_plan(source, tiny.on_trellis(vector_len=3))
+    assert {
+        spec.vector_len for spec in make_plan(source, tiny.on_trellis(vector_len=1, bpw=6.0)).specs.values()
+    } == {1}
+
+
+@pytest.mark.parametrize("importance", [None, {"mlp.up_proj": 100.0}])
+def test_bits_go_where_errors_cost_most(importance: dict[str, float] | None, source: DenseCheckpoint) -> None:
+    cost = {
+        n: (importance or {}).get(n.partition("layers.1.")[2].removesuffix(".weight"), 1.0)
+        for n in source.names()
+    }
+    plan = make_plan(source, tiny.on_trellis(4.0), cost if importance else None)
+    bits = {name: spec.index_bpw for name, spec in plan.specs.items()}
+    assert 0.95 * 4.0 < plan.bpw <= 4.0
+    assert (bits["model.layers.1.mlp.up_proj.weight"] > bits["model.layers.2.mlp.up_proj.weight"]) == bool(
+        importance
+    )
+
+
 def test_blocks_left_dense_count_in_their_bits(source: DenseCheckpoint) -> None:
     one, all_of_them = (pocketllm.dry_run(source.folder, tiny.settings(dense_first=n)) for n in (1, 0))
     assert one.bpw_blocks == pytest.approx(

@@ -29,6 +29,7 @@ from pocketllm.config import CompressConfig
 from pocketllm.errors import OutputError, SourceError, reason_of
 from pocketllm.format.kept import read_kept
 from pocketllm.format.output import check_parent
+from pocketllm.plan.matrices import Matrix
 from pocketllm.plan.selection import classify
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.folder import read_tokenizer
@@ -76,19 +77,10 @@ def calibrate(
     settings = config.calibration
     assert settings is not None
     matrices, _ = classify(source, config)
-    widest = max(m.columns for m in matrices)
-    if windows.numel() < widest:
-        logger.warning(
-            "calibration: %d tokens are fewer than the widest layer has inputs (%d); its Hessian is "
-            "completed with uncorrelated inputs. Give more text",
-            windows.numel(),
-            widest,
-        )
-    two_sided = settings.two_sided
+    _warn_of_few_tokens(windows, matrices)
     count = max(1, settings.sensitivity_tokens // windows.shape[1])
     measured = torch.arange(0, len(windows), max(1, len(windows) // count))[:count]
-    chosen = windows[measured]
-    names = [m.name for m in matrices]
+    chosen, names, two_sided = windows[measured], [m.name for m in matrices], settings.two_sided
     key = _key(source, chosen, device, settings.damping, config.seed, two_sided, settings.weigh_tokens, names)
     place, is_writable = _place(folder)
     path = place / f"sensitivity-{key}.safetensors"
@@ -114,7 +106,25 @@ def calibrate(
     if folder is not None and not settings.sequential:
         inside = [m.name for m in matrices if m.in_blocks]
         kept = folder / f"inputs-{_key(source, windows, device, inside, key)}"
-    tokens = chosen.numel()
+    return _calibration(windows, found, measured, kept, outputs)
+
+
+def _warn_of_few_tokens(windows: Tensor, matrices: list[Matrix]) -> None:
+    widest = max(m.columns for m in matrices)
+    if windows.numel() < widest:
+        logger.warning(
+            "calibration: %d tokens are fewer than the widest layer has inputs (%d); its Hessian is "
+            "completed with uncorrelated inputs. Give more text",
+            windows.numel(),
+            widest,
+        )
+
+
+def _calibration(
+    windows: Tensor, found: Sensitivity, measured: Tensor, kept: Path | None, outputs: Path | None
+) -> Calibration:
+    """The calibration on all windows from what was found on some. measured: numbers of those."""
+    tokens = len(measured) * windows.shape[1]
     if tokens < len(found.head_hessian):
         found = replace(found, head_hessian=regularized_hessian(found.head_hessian * tokens, tokens))
     weights = {}

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pocketllm.calibrate.autocast import autocast
 from pocketllm.calibrate.blocks import BlockStream
-from pocketllm.calibrate.input_hessians import add_square
+from pocketllm.codec.kernels.select import add_square
 from pocketllm.config.constants import LARGEST_TOKEN_WEIGHT, LOUDEST_GRADIENT, UNEVEN_GRADIENTS
 from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pocketllm.codec.kernels.select import add_square
 from pocketllm.errors import SourceError
 from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
@@ -68,17 +68,6 @@ class Inputs:
         tensors = {name: value.to(device) for name, value in stored.items()}
         hessians = {name: tensors[owner] for name, owner in facts["same"].items()}
         return cls(hessians, facts["tokens"], facts["unseen_experts"])
-
-
-def add_square(total: Tensor, x: Tensor) -> None:
-    """total [C, C] += x^T x for x [tokens, C] float32, in place."""
-    if x.device.type == "cpu":
-        # numpy sees that both sides are the same and computes one triangle.
-        array = x.contiguous().numpy()
-        with np.errstate(over="ignore", invalid="ignore"):  # found and named when all is summed
-            total += torch.from_numpy(array.T @ array)
-    else:
-        total.addmm_(x.T, x)
 
 
 def regularized_hessian(total: Tensor, tokens: int, filler: Tensor | None = None) -> Tensor:

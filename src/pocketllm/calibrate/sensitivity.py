@@ -26,9 +26,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,57 +131,90 @@ def measure(
     """
     stream = BlockStream(source, windows, device, batch=1)
     tokens = windows.numel()
-    energy: dict[str, float] = {}
-    gains: dict[str, float] = {}
-    strip_rows: dict[str, int] = {}
-    weights: dict[str, Tensor] = {}
+    blocks = _Blocks(stream, matrices, tokens, damping, two_sided, weigh_tokens, outputs)
     if outputs is not None:
         outputs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="inputs-", dir=outputs) as scratch:
-        spool = ActivationSpool(Path(scratch), device)
+        spool, count = ActivationSpool(Path(scratch), device), len(stream.blocks)
         for number, (_, block) in enumerate(stream):
             spool.write(number, stream.hidden)
             stream.hidden = stream.run(block, stream.hidden)
-            progress(0.3 * (number + 1) / len(stream.blocks))
+            progress(0.3 * (number + 1) / count)
         head = Head(stream, seed)
         gradients = [head.backward(n) for n in range(len(windows))]
-        for number in reversed(range(len(stream.blocks))):
-            with stream.loaded(number) as (path, block):
-                inside = [m for m in matrices if m.name.startswith(f"{path}.")]
-                stream.hidden = spool.pop(number)
-                gains |= _input_gains(inside, stream.inputs(block, inside).hessians, damping)
-                gradients, after = block_backward(stream, block, inside, gradients, energy)
-            squares = after.squares if two_sided else {}
-            if weigh_tokens:
-                weights |= after.token_weights(len(windows))
-            for name, square in squares.items():
-                scaled = regularized_hessian(square, tokens)
-                scaled /= scaled.diagonal().mean()
-                rotated = rotate_hessian(scaled, 1)
-                strip_rows[name], gain = strips_for(factorize(rotated, 1, OUTPUT_DAMPING))
-                gains[name] *= gain
-                squares[name] = scaled.half().cpu()
-            if outputs is not None:
-                keep_tensors(outputs / f"{path}.safetensors", squares, {})
-            progress(0.4 + 0.6 * (len(stream.blocks) - number) / len(stream.blocks))
-    importance = {}
-    for matrix in matrices:
-        if matrix.in_blocks:
-            scale = _mean_square(source, matrix) / 2 / tokens
-            importance[matrix.name] = scale * energy.get(matrix.name, 0.0) * gains[matrix.name]
+        for number in reversed(range(count)):
+            gradients = blocks.backward(number, spool.pop(number), gradients)
+            progress(0.4 + 0.6 * (count - number) / count)
     embedded = torch.zeros(_vocabulary(stream.model))
     for ids, gradient in zip(windows, gradients, strict=True):
         embedded.index_add_(0, ids, gradient[0].square().sum(dim=1).cpu())
-    ends = _Ends(head.rows.cpu(), embedded, _gain(head.hessian / tokens, damping))
-    rows: dict[str, Tensor] = {}
-    share: dict[str, float] = {}
+    hessian = head.hessian / tokens
+    ends = _Ends(head.rows.cpu(), embedded, _gain(hessian, damping))
+    at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
+    importance: dict[str, float] = {}
     for matrix in matrices:
-        if not matrix.in_blocks:
-            cost, rows[matrix.name], share[matrix.name] = ends.of(stream, matrix)
-            importance[matrix.name] = _mean_square(source, matrix) / 2 / tokens * cost
+        scale = _mean_square(source, matrix) / 2 / tokens
+        end = at_ends.get(matrix.name)
+        importance[matrix.name] = blocks.loss(matrix, scale) if end is None else scale * end.cost
     floor = 1e-9 * max(importance.values(), default=1.0)
-    importance = {name: max(value, floor) for name, value in importance.items()}
-    return Sensitivity(importance, (head.hessian / tokens).cpu(), share, rows, strip_rows, weights)
+    return Sensitivity(
+        importance={name: max(value, floor) for name, value in importance.items()},
+        head_hessian=hessian.cpu(),
+        head_share={name: end.share for name, end in at_ends.items()},
+        row_importance={name: end.rows for name, end in at_ends.items()},
+        strip_rows=blocks.strip_rows,
+        token_weights=blocks.token_weights,
+    )
+
+
+@dataclass
+class _Blocks:
+    """The backward pass through the blocks, last one first, and what it measures, by matrix.
+
+    damping, two_sided, weigh_tokens, outputs: as in `measure`. energy: squared gradients of the weights, summed.
+    gains: of feedback along inputs and, with `two_sided`, outputs.
+    """
+
+    stream: BlockStream
+    matrices: list[Matrix]
+    tokens: int
+    damping: float
+    two_sided: bool
+    weigh_tokens: bool
+    outputs: Path | None
+    energy: dict[str, float] = field(default_factory=dict)
+    gains: dict[str, float] = field(default_factory=dict)
+    strip_rows: dict[str, int] = field(default_factory=dict)
+    token_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def backward(self, number: int, hidden: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        """Measure a block; hidden: its inputs. gradients at its outputs -> gradients at its inputs."""
+        with self.stream.loaded(number) as (path, block):
+            inside = [m for m in self.matrices if m.name.startswith(f"{path}.")]
+            self.stream.hidden = hidden
+            self.gains |= _input_gains(inside, self.stream.inputs(block, inside).hessians, self.damping)
+            gradients, after = block_backward(self.stream, block, inside, gradients, self.energy)
+        if self.weigh_tokens:
+            self.token_weights |= after.token_weights(len(gradients))
+        squares = after.squares if self.two_sided else {}
+        for name, square in squares.items():
+            squares[name] = self._measure_outputs(name, square)
+        if self.outputs is not None:
+            keep_tensors(self.outputs / f"{path}.safetensors", squares, {})
+        return gradients
+
+    def _measure_outputs(self, name: str, square: Tensor) -> Tensor:
+        """Choose the strips of a matrix from the sum of g g^T; returns its Hessian as stored."""
+        scaled = regularized_hessian(square, self.tokens)
+        scaled /= scaled.diagonal().mean()
+        rotated = rotate_hessian(scaled, 1)
+        self.strip_rows[name], gain = strips_for(factorize(rotated, 1, OUTPUT_DAMPING))
+        self.gains[name] *= gain
+        return scaled.half().cpu()
+
+    def loss(self, matrix: Matrix, scale: float) -> float:
+        """`scale` times the Fisher trace of a matrix, summed over tokens, with feedback."""
+        return scale * self.energy.get(matrix.name, 0.0) * self.gains[matrix.name]
 
 
 def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, Tensor]:
@@ -229,6 +262,14 @@ def _mean_square(source: DenseCheckpoint, matrix: Matrix) -> float:
     return float(fold(source.read(matrix.name), matrix.transposed).float().square().mean())
 
 
+class _End(NamedTuple):
+    """cost: Fisher trace with feedback. rows: [rows], importance with mean 1. share: of the loss as the head."""
+
+    cost: float
+    rows: Tensor
+    share: float
+
+
 @dataclass(frozen=True)
 class _Ends:
     """head: [rows] squared gradients of the head's rows; embedded: of the embedding's; gain: of the head."""
@@ -237,8 +278,8 @@ class _Ends:
     embedded: Tensor
     gain: float
 
-    def of(self, stream: BlockStream, matrix: Matrix) -> tuple[float, Tensor, float]:
-        """(Fisher trace with feedback, importance of rows with mean 1, share of the head) of a matrix."""
+    def of(self, stream: BlockStream, matrix: Matrix) -> _End:
+        """The measurement of embedding or head."""
         module = stream.model.get_submodule(matrix.name.rpartition(".")[0])
         is_input = module is stream.model.get_input_embeddings()
         is_head = not is_input or stream.is_tied
@@ -249,4 +290,4 @@ class _Ends:
         cost = float(head.sum()) * self.gain + float(embedded.sum())
         # Tokens that do not occur in the text still matter.
         rows = rows + UNSEEN_ROW_SHARE * rows.mean() + 1e-30
-        return cost, rows / rows.mean(), share
+        return _End(cost, rows / rows.mean(), share)

@@ -142,9 +142,9 @@ class MatrixCodec(nn.Module):
         form = form or Independent(len(self.codebook))
         _check_encode(self, weight, hessian, outputs, row_importance, passes)
         rotated = rotate_matrix(weight, rotation)
-        if hessian is None and form.is_independent:
+        if hessian is None and not form.chosen_jointly:
             indices, scale = self._choose_for_weights(rotated)
-        else:  # indices on a trellis depend on each other, so they are searched for together in any case
+        else:
             hessian = hessian or IdentityHessian(weight.shape[1], weight.device)
             indices, scale = assign(
                 rotated,

@@ -9,15 +9,16 @@ Codecs that share a codebook are trained together, each on its own rows: `fit` t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pocketllm.codec import codebook as cb
-from pocketllm.codec.index_form import FittedCodebook, IndexForm
+from pocketllm.codec import codebook as cb, sample_quality
+from pocketllm.codec.codebook import FittedCodebook
+from pocketllm.codec.index_form import IndexForm
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.normalization import divide_rows, row_rms
 from pocketllm.codec.subvectors import cut
@@ -104,41 +105,81 @@ def fit(
     """
     if not form.trains_networks:
         return _fit_codebook_alone(samples, keys or list(samples), config, form, seed)
-    safeguards = safeguards or Safeguards()
-    generator = torch.Generator().manual_seed(seed)
-    rows = {key: [_unit_rows(block, config) for block in blocks] for key, blocks in samples.items()}
-    codecs = _start(rows, config, form, seed, generator)
-    batches = [
-        (key, part)
-        for key, blocks in rows.items()
-        for block in blocks
-        for part in block.split(max(1, config.batch_size // block.shape[1]))
-    ]
-    parameters = list(nn.ModuleList(codecs.values()).parameters())
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
-    steps = max(1, config.epochs * len(batches))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    start = best = _nmse(codecs, rows)
-    kept, revived = copy.deepcopy(codecs), 0
+    run = _Training.of(samples, config, form, seed, safeguards or Safeguards())
+    start = best = sample_quality.nmse(run.codecs, run.rows)
+    kept, revived = copy.deepcopy(run.codecs), 0
     curve: list[float] = []
     for epoch in range(config.epochs):
-        counts = torch.zeros(form.codebook_size, dtype=torch.int64, device=parameters[0].device)
-        for number, position in enumerate(torch.randperm(len(batches), generator=generator).tolist()):
-            key, batch = batches[position]
-            step = _step(codecs[key], batch, optimizer, safeguards.max_grad_norm)
+        counts = torch.zeros(form.codebook_size, dtype=torch.int64, device=run.codebook.device)
+        for share, batch, step in run.epoch():
             if step is None:
-                return FitResult(kept, start, best, _utilization(kept, rows), curve, revived)
+                return FitResult(
+                    kept, start, best, sample_quality.utilization(kept, run.rows), curve, revived
+                )
             counts += step.counts
             if observer is not None:
                 observer(step.summary(epoch, batch))
-            schedule.step()
-            progress((epoch + (number + 1) / len(batches)) / config.epochs)
-        revived += _revive(codecs, rows, counts, generator) if safeguards.revive else 0
-        now = _nmse(codecs, rows)
-        curve.append(_pooled(now, rows))
+            progress((epoch + share) / config.epochs)
+        if run.safeguards.revive:
+            revived += _revive(run.codecs, run.rows, counts, run.generator)
+        now = sample_quality.nmse(run.codecs, run.rows)
+        curve.append(sample_quality.pooled(now, run.rows))
         if all(now[key] <= best[key] for key in now):
-            best, kept = now, copy.deepcopy(codecs)
-    return FitResult(kept, start, best, _utilization(kept, rows), curve, revived)
+            best, kept = now, copy.deepcopy(run.codecs)
+    return FitResult(kept, start, best, sample_quality.utilization(kept, run.rows), curve, revived)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Codecs that are trained on their rows. batches: (key, whole rows [rows, n, d])."""
+
+    rows: dict[str, list[Tensor]]
+    codecs: dict[str, MatrixCodec]
+    batches: list[tuple[str, Tensor]]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    generator: torch.Generator
+    safeguards: Safeguards
+
+    @classmethod
+    def of(
+        cls,
+        samples: Mapping[str, list[Tensor]],
+        config: CodecConfig,
+        form: IndexForm,
+        seed: int,
+        safeguards: Safeguards,
+    ) -> _Training:
+        """Before the first step; arguments as in `fit`."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = {key: [_unit_rows(block, config) for block in blocks] for key, blocks in samples.items()}
+        codecs = _start(rows, config, form, seed, generator)
+        batches = [
+            (key, part)
+            for key, blocks in rows.items()
+            for block in blocks
+            for part in block.split(max(1, config.batch_size // block.shape[1]))
+        ]
+        parameters = list(nn.ModuleList(codecs.values()).parameters())
+        optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+        steps = max(1, config.epochs * len(batches))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return cls(rows, codecs, batches, optimizer, schedule, generator, safeguards)
+
+    @property
+    def codebook(self) -> Tensor:
+        """[K, d], shared by all codecs."""
+        return next(iter(self.codecs.values())).codebook
+
+    def epoch(self) -> Iterator[tuple[float, Tensor, _Step | None]]:
+        """Train on every batch once, in random order: (finished share, batch, its step, None if not finite)."""
+        order = torch.randperm(len(self.batches), generator=self.generator).tolist()
+        for number, position in enumerate(order):
+            key, batch = self.batches[position]
+            step = _step(self.codecs[key], batch, self.optimizer, self.safeguards.max_grad_norm)
+            if step is not None:
+                self.schedule.step()
+            yield (number + 1) / len(self.batches), batch, step
 
 
 def _fit_codebook_alone(
@@ -244,37 +285,3 @@ def _revive(
         chosen = torch.randint(len(latents), (len(dead),), generator=generator)
         codecs[key].codebook[dead] = latents[chosen.to(latents.device)]
     return len(dead)
-
-
-@torch.no_grad()
-def _reconstruct(codec: MatrixCodec, block: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, n, d] -> (the same encoded and decoded, [rows * n] indices), as `encode` chooses them."""
-    indices = codec.choose(block)
-    table = codec.decoded_codebook() if codec.is_lookup else None
-    return codec.decode_unit(indices, table), indices.reshape(-1)
-
-
-def _nmse(codecs: Mapping[str, MatrixCodec], rows: Mapping[str, list[Tensor]]) -> dict[str, float]:
-    """nmse of the sample rows per key."""
-    result = {}
-    for key, blocks in rows.items():
-        error = sum(float((_reconstruct(codecs[key], b)[0] - b).square().sum()) for b in blocks)
-        result[key] = error / max(_energy(blocks), 1e-30)
-    return result
-
-
-def _energy(blocks: list[Tensor]) -> float:
-    return sum(float(b.square().sum()) for b in blocks)
-
-
-def _pooled(nmse: Mapping[str, float], rows: Mapping[str, list[Tensor]]) -> float:
-    energy = {key: _energy(blocks) for key, blocks in rows.items()}
-    return sum(nmse[key] * energy[key] for key in rows) / max(sum(energy.values()), 1e-30)
-
-
-def _utilization(codecs: Mapping[str, MatrixCodec], rows: Mapping[str, list[Tensor]]) -> float:
-    counts = torch.zeros(next(iter(codecs.values())).codebook.shape[0], dtype=torch.int64)
-    for key, blocks in rows.items():
-        for block in blocks:
-            counts += torch.bincount(_reconstruct(codecs[key], block)[1].cpu(), minlength=len(counts))
-    return cb.codebook_utilization(counts)

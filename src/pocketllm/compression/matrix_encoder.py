@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,24 +24,25 @@ from pocketllm.format.workspace import Workspace
 from pocketllm.plan.matrices import Matrix, Plan
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
-CodecOf = Callable[[Matrix], MatrixCodec]
-
 
 class MatrixEncoder:
-    """Encodes matrices of one model into a workspace; finished ones are not encoded again."""
+    """Encodes matrices of one model into a workspace; finished ones are not encoded again.
+
+    codecs: fitted codecs by decoder key, filled by the caller.
+    """
 
     def __init__(
         self,
         work: Workspace,
         source: DenseCheckpoint,
         plan: Plan,
-        codec_of: CodecOf,
         device: str,
         outputs: Path | None = None,
     ) -> None:
         self.work, self.source, self.plan = work, source, plan
-        self.codec_of, self.device = codec_of, device
+        self.device = device
         self.outputs = outputs  # folder of the Hessians of layers' outputs
+        self.codecs: dict[str, MatrixCodec] = {}
         self.by_name = {m.name: m for m in plan.matrices}
         self.scales: dict[str, Tensor] = {}  # refined row scales
         self.passed = 0  # weights of the finished matrices
@@ -51,6 +51,10 @@ class MatrixEncoder:
     def share(self) -> float:
         """Finished share of the weights."""
         return self.passed / self.plan.weights
+
+    def codec(self, matrix: Matrix) -> MatrixCodec:
+        """The fitted codec of a matrix."""
+        return self.codecs[self.plan.decoder_key(matrix)]
 
     def encode(
         self,
@@ -71,7 +75,7 @@ class MatrixEncoder:
             return
         settings = self.plan.config.calibration
         weight = fold(self.source.read(matrix.name), matrix.transposed).to(self.device)
-        encoded = self.codec_of(matrix).encode(
+        encoded = self.codec(matrix).encode(
             weight,
             hessian,
             outputs,
@@ -116,12 +120,12 @@ class MatrixEncoder:
                 elif kind == "row_scale":
                     self.scales[name] = value
                 elif kind == "up":
-                    self.codec_of(self.by_name[name]).decoder.set_weights(value, tensors[f"down|{name}"])
+                    self.codec(self.by_name[name]).decoder.set_weights(value, tensors[f"down|{name}"])
         for matrix in matrices:
             stream.set_weight(matrix.name, unfold(self.decoded(matrix), matrix))
 
     def _for_refinement(self, matrix: Matrix) -> EncodedParameter:
-        encoded, codec = self._encoded(matrix), self.codec_of(matrix)
+        encoded, codec = self._encoded(matrix), self.codec(matrix)
         shared = [m for m in self.plan.matrices if self.plan.decoder_key(m) == self.plan.decoder_key(matrix)]
         return EncodedParameter(
             indices=encoded.indices(codec.config.vector_len),
@@ -135,7 +139,7 @@ class MatrixEncoder:
 
     def decoded(self, matrix: Matrix) -> Tensor:
         """An encoded matrix as it will be loaded: [rows, columns] float32."""
-        return self.codec_of(matrix).decode(self._encoded(matrix))
+        return self.codec(matrix).decode(self._encoded(matrix))
 
     def _encoded(self, matrix: Matrix) -> EncodedMatrix:
         """A finished matrix, with its refined row scale if there is one."""
@@ -161,7 +165,7 @@ class MatrixEncoder:
         inputs: Inputs | None,
     ) -> None:
         """Write an encoded matrix, its errors and its codeword usage into the workspace."""
-        codec, rotation = self.codec_of(matrix), encoded.rotation
+        codec, rotation = self.codec(matrix), encoded.rotation
         rotated = rotate_matrix(weight, rotation)
         error = rotated - codec.decode(encoded, rotated=True)
         facts: dict[str, float] = {"nmse": _ratio(_energy(error), _energy(rotated))}
@@ -200,7 +204,7 @@ def _ratio(part: Tensor, total: Tensor) -> float:
 
 
 def matrix_unit(plan: Plan, matrix: Matrix) -> str:
-    """File name of a encoded matrix in the workspace."""
+    """File name of an encoded matrix in the workspace."""
     return f"matrix-{plan.matrices.index(matrix):05d}.safetensors"
 
 

@@ -83,6 +83,16 @@ class _Parameters:
             found[name.removeprefix(self.prefix)] = c.unfold(matrix)
         return found
 
+    def stored(self, before: float, after: float) -> Refined:
+        """The trained tensors as they are stored. before, after: the error."""
+        scales = {n: (c.row_scale * self.gains[n].detach().exp()).bfloat16() for n, c in self.encoded.items()}
+        decoders = {
+            name: (up.detach().half(), down.detach().half())
+            for name, (up, down) in self.decoders.items()
+            if self.encoded[name].tunes_decoder
+        }
+        return Refined(scales, decoders, {n: v.detach() for n, v in self.vectors.items()}, before, after)
+
     def state(self) -> list[Tensor]:
         """A copy of everything trained."""
         pairs = [t for pair in self.decoders.values() for t in pair]
@@ -144,14 +154,4 @@ def refine_block(
     if not after < before:
         parameters.restore(state)
         after = before
-    return Refined(
-        {n: (c.row_scale * parameters.gains[n].detach().exp()).bfloat16() for n, c in encoded.items()},
-        {
-            name: (up.detach().half(), down.detach().half())
-            for name, (up, down) in parameters.decoders.items()
-            if encoded[name].tunes_decoder
-        },
-        {name: value.detach() for name, value in parameters.vectors.items()},
-        before,
-        after,
-    )
+    return parameters.stored(before, after)

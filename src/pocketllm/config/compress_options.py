@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from pocketllm.config.compress_config import TARGET_OPTIONS, CalibrationConfig, CompressConfig
-from pocketllm.config.presets import DEFAULT_PRESET, PLAIN_PRESET, PLAIN_SETTINGS, preset
+from pocketllm.config.presets import DEFAULT_PRESET, default_preset, preset
 from pocketllm.config.recover_config import DistillConfig
 from pocketllm.config.settings import Setting, parse_settings, refuse_options, replaced, settings_of
 from pocketllm.errors import ConfigError
@@ -77,8 +77,8 @@ class CompressOptions:
         _at_most_one({"--preset": self.preset, **targets})
         _at_most_one({**targets, "codebook_size": self.given.get("codebook_size")})
         given = {key: value for key, value in self.given.items() if not key.startswith(_RECOVER)}
-        is_plain = self.no_calibration or any(given.get(key) is not None for key in PLAIN_SETTINGS)
-        base = preset(self.preset or (PLAIN_PRESET if is_plain else DEFAULT_PRESET))
+        set_keys = [key for key, value in given.items() if value is not None]
+        base = preset(self.preset or default_preset(self.no_calibration, set_keys))
         if self.calibration:
             given["calibration.texts"] = self.calibration
         return replaced(base, {**given, **self._options(), **self._calibration(base, given)})

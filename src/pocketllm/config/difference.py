@@ -7,7 +7,7 @@ import dataclasses
 from pocketllm.config.compress_config import TARGET_OPTIONS, CompressConfig
 from pocketllm.config.compress_options import COMPRESS_OPTIONS
 from pocketllm.config.finetune_options import FINETUNE_METHODS, FINETUNE_OPTIONS
-from pocketllm.config.presets import DEFAULT_PRESET, PLAIN_PRESET, PLAIN_SETTINGS, PRESETS
+from pocketllm.config.presets import DEFAULT_PRESET, PLAIN_PRESET, PRESETS, default_preset
 from pocketllm.config.recover_config import DistillConfig, LoraTuneConfig
 from pocketllm.config.settings import settings_of, text_of
 
@@ -74,13 +74,14 @@ def _unnamed(preset: str, config: CompressConfig) -> list[list[str]]:
         for key, value in targets.items():
             words += [TARGET_OPTIONS[key], str(value)] if value is not None else []
     words += _changes(base, config)
-    is_plain = "--no-calibration" in words or any(
-        word.partition("=")[0] in PLAIN_SETTINGS and not word.endswith("=none") for word in words
-    )
-    if preset == PLAIN_PRESET and not is_plain:  # an option that changes nothing selects the preset
-        start = ["--set", f"codec.decoder={config.codec.decoder}"]
-        return [[*words, *(["--no-calibration"] if config.calibration is None else start)]]
-    return [words] if is_plain == (preset == PLAIN_PRESET) else []
+    keys = [word.partition("=")[0] for word in words if not word.endswith("=none")]
+    start = default_preset("--no-calibration" in words, keys)
+    if start == preset:
+        return [words]
+    if preset == PLAIN_PRESET:  # an option that changes nothing selects the preset
+        selecting = ["--set", f"codec.decoder={config.codec.decoder}"]
+        return [[*words, *(["--no-calibration"] if config.calibration is None else selecting)]]
+    return []
 
 
 def _changes(base: CompressConfig, wanted: CompressConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pocketllm.config.codec_config import CodecConfig
@@ -91,6 +92,15 @@ PLAIN_SETTINGS = (
     "codec.row_scale",
 )
 """Settings of networks and of independent indices, which do not apply to a trellis."""
+
+
+def default_preset(no_calibration: bool, keys: Iterable[str]) -> str:
+    """The preset that options start from if none is named.
+
+    Args:
+        keys: the settings that are given a value.
+    """
+    return PLAIN_PRESET if no_calibration or not set(PLAIN_SETTINGS).isdisjoint(keys) else DEFAULT_PRESET
 
 
 def preset(name: str) -> CompressConfig:

@@ -54,11 +54,7 @@ def compress_and_distill(
         shutil.rmtree(plain)
         return Report.from_dict(ckpt.read_report(output)), read_result(output, DistillResult)
     check_places(output, overwrite)
-    if plain.exists() and not is_made(plain, str(model), config):
-        raise OutputError(
-            f"{plain}: exists and was not created by an earlier run of this command; move it away, or choose "
-            "another output folder"
-        )
+    _check_plain(plain, str(model), config)
     check_recovery(model, recovery, trust_remote_code)
     if not plain.exists():
         compress(
@@ -84,6 +80,15 @@ def compress_and_distill(
     made("recovered", output)
     shutil.rmtree(plain)
     return Report.from_dict(ckpt.read_report(output)).of_run(started, device), done
+
+
+def _check_plain(plain: Path, model: str, config: CompressConfig) -> None:
+    """Check that the folder of the model before recovery is free, or was made by an earlier run of this call."""
+    if plain.exists() and not is_made(plain, model, config):
+        raise OutputError(
+            f"{plain}: exists and was not created by an earlier run of this command; move it away, or choose "
+            "another output folder"
+        )
 
 
 def _is_done(output: Path, model: str, config: CompressConfig, recovery: DistillConfig) -> bool:

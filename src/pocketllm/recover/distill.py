@@ -26,8 +26,8 @@ from pocketllm.format.rewrite import rewrite, stored_sizes
 from pocketllm.recover.base_model import Base, check_context, check_teacher, open_base
 from pocketllm.recover.distill_task import Distillation, load_student, planned_parameters, training_windows
 from pocketllm.recover.loop import Loop, Progress, step_event
-from pocketllm.recover.run_log import check_places, open_run
-from pocketllm.recover.teacher import make_teacher, open_teacher
+from pocketllm.recover.run_log import Run, check_places, open_run
+from pocketllm.recover.teacher import Teacher, make_teacher, open_teacher
 from pocketllm.recover.trainable import set_stored, stored_tensors
 from pocketllm.source.dense_checkpoint import open_dense, resolve
 from pocketllm.text.windows import token_digest
@@ -107,30 +107,52 @@ def distill(
     with open_run(output, base, arguments, config.loop, device) as run:
         if is_published(output):  # by an earlier run that was killed afterwards
             return run.recall(DistillResult)
-        load = partial(
-            open_teacher,
-            dense,
-            dtype=run.dtype,
-            device=run.state.device,
-            trust_remote_code=trust_remote_code,
-            scratch=run.work.folder / "teacher" if teacher_on_disk else None,
-        )
-        source = make_teacher(load, run, windows, config.teacher_top_k, progress)
-        student = load_student(base, config, run.state.device)
-        task = Distillation(student, source, windows, config, run.dtype)
-        loop = Loop(task, config.loop, config.steps, work=run.work, log=run.log, state=run.state)
-        # Measured on the base, before a resumed run is restored; without labels it is the first validation loss.
-        before = task.divergence() if config.label_weight else None
-        at = loop.run(lambda done: progress(step_event(done)))
-        stored = stored_tensors(student, {key: size[0] for key, size in stored_sizes(folder)[0].items()})
-        set_stored(student, stored)
-        kl = at.history[0][1] if before is None else before, task.divergence()
-        facts = _facts(config, base.identity, name, at, kl)
-        final = run.write(lambda place: rewrite(folder, stored, place, facts))
-        result = _result(output, final, loop, config, windows, kl)
-        legend = _legend(result, folder, name, config.label_weight)
-        run.finish({**vars(result), **legend, "recover": facts}, at.history)
+        source = _teacher(run, base, dense, windows, config, teacher_on_disk, progress)
+        task = Distillation(load_student(base, config, run.state.device), source, windows, config, run.dtype)
+        result = _train_and_store(run, base, name, task, progress)
     progress(Event("train", 1.0, str(output)))
+    return result
+
+
+def _teacher(
+    run: Run,
+    base: Base,
+    dense: Path,
+    windows: tuple[Tensor, Tensor],
+    config: DistillConfig,
+    on_disk: bool,
+    progress: ProgressCallback,
+) -> Teacher:
+    """The teacher of a run, from the folder `dense`."""
+    load = partial(
+        open_teacher,
+        dense,
+        dtype=run.dtype,
+        device=run.state.device,
+        trust_remote_code=base.trust_remote_code,
+        scratch=run.work.folder / "teacher" if on_disk else None,
+    )
+    return make_teacher(load, run, windows, config.teacher_top_k, progress)
+
+
+def _train_and_store(
+    run: Run, base: Base, teacher: str, task: Distillation, progress: ProgressCallback
+) -> DistillResult:
+    """Train the student, round it as it is stored, write it, and finish the run."""
+    config, student = task.config, task.student
+    loop = Loop(task, config.loop, config.steps, work=run.work, log=run.log, state=run.state)
+    # Measured on the base, before a resumed run is restored; without labels it is the first validation loss.
+    before = task.divergence() if config.label_weight else None
+    at = loop.run(lambda done: progress(step_event(done)))
+    sizes, _ = stored_sizes(base.folder)
+    stored = stored_tensors(student, {key: size[0] for key, size in sizes.items()})
+    set_stored(student, stored)
+    kl = at.history[0][1] if before is None else before, task.divergence()
+    facts = _facts(config, base.identity, teacher, at, kl)
+    final = run.write(lambda place: rewrite(base.folder, stored, place, facts))
+    result = _result(run.output, final, loop, config, (task.train, task.validation), kl)
+    legend = _legend(result, base.folder, teacher, config.label_weight)
+    run.finish({**vars(result), **legend, "recover": facts}, at.history)
     return result
 
 

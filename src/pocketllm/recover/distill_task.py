@@ -12,8 +12,7 @@ from torch import Tensor
 from pocketllm.config import DistillConfig
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.recover.base_model import Base, enable_checkpointing
-from pocketllm.recover.kl_loss import Labels, Target
-from pocketllm.recover.lm_head import LmHead
+from pocketllm.recover.kl_loss import Labels, LmHead, Target
 from pocketllm.recover.loop import Group
 from pocketllm.recover.teacher import Teacher
 from pocketllm.recover.trainable import TrainableMatrix, make_trainable

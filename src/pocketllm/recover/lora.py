@@ -106,12 +106,7 @@ def lora(
         facts = _record(base, config, at.step, at.best_step, before=at.history[0][1], after=loss_stored)
         final = run.write(lambda place: _save(adapted, loop.parameters, place, facts))
         result = _result(base, output, final, loop, items, loss_stored)
-        figures = f"{result.loss_before:.4g} -> {loss_stored:.4g}"
-        legend = {
-            "title": f"LoRA on {folder.name}: loss {figures} nats per token",
-            "loss_name": "loss (nats per token)",
-        }
-        run.finish({**vars(result), **legend, "recover": facts}, at.history)
+        run.finish({**vars(result), **_legend(result, folder), "recover": facts}, at.history)
     progress(Event("train", 1.0, str(output)))
     return result
 
@@ -142,6 +137,15 @@ def _result(
         validation_items=len(items[1]),
         seconds=round(at.seconds, 3),
     )
+
+
+def _legend(result: LoraResult, folder: Path) -> dict[str, str]:
+    """Title and axis label of the curve."""
+    figures = f"{result.loss_before:.4g} -> {result.loss_stored:.4g}"
+    return {
+        "title": f"LoRA on {folder.name}: loss {figures} nats per token",
+        "loss_name": "loss (nats per token)",
+    }
 
 
 @in_default_torch_state

@@ -17,7 +17,7 @@ from torch import Tensor
 from pocketllm.config import LoraTuneConfig
 from pocketllm.errors import ConfigError
 from pocketllm.recover.base_model import Base, enable_checkpointing
-from pocketllm.recover.lm_head import LmHead
+from pocketllm.recover.kl_loss import LmHead
 from pocketllm.recover.loop import Group
 from pocketllm.recover.trainable import make_trainable
 from pocketllm.text.chat import Chat, has_template, pieces, warn_without_template

@@ -93,21 +93,16 @@ def merge(
     dense = output.with_name(output.name + "-dense") if reencode else output
     facts = {"base": base.identity, "adapter": folder_digest(adapter), "dtype": str(dtype)}
     config = _settings(base) if reencode else None
-    if reencode:
+    if config is not None:
         check_output(output, marker=None)
-    if not (reencode and _is_merged(dense, facts)):
+    if config is None or not _is_merged(dense, facts):
         check_output(dense, marker=None)
         model = merged(base, adapter, device).to(dtype)
         save_dense(model, base.tokenizer, dense, {_RECORD_NAME: facts} if reencode else {})
     if config is not None:
         pocketllm.compress(dense, config, output, progress=progress, device=device)
     folders = {"base": folder, "with adapter": dense, **({"re-encoded": output} if reencode else {})}
-    found: dict[str, float] = {}
-    for title, place in folders.items() if words else ():
-        progress(Event("perplexity", len(found) / len(folders), title))
-        model = _load(place, base, device)
-        found[title] = perplexity(model, base.tokenizer, words, context, windows).perplexity
-        del model
+    found = _perplexities(base, folders, words, (context, windows), device, progress) if words else {}
     progress(Event("merge", 1.0, str(output)))
     return MergeResult(
         output=str(output),
@@ -118,6 +113,24 @@ def merge(
         text=name,
         perplexities=found,
     )
+
+
+def _perplexities(
+    base: Base,
+    folders: dict[str, Path],
+    text: str,
+    size: tuple[int, int | None],
+    device: str,
+    progress: ProgressCallback,
+) -> dict[str, float]:
+    """Perplexity of the model in each folder, by title. size: tokens of a window, and number of windows."""
+    found: dict[str, float] = {}
+    for title, place in folders.items():
+        progress(Event("perplexity", len(found) / len(folders), title))
+        model = _load(place, base, device)
+        found[title] = perplexity(model, base.tokenizer, text, *size).perplexity
+        del model
+    return found
 
 
 def _settings(base: Base) -> CompressConfig:

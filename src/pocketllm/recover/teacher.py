@@ -13,8 +13,7 @@ from torch.nn.functional import linear
 
 from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.format.workspace import damaged
-from pocketllm.recover.kl_loss import Target, position_slices
-from pocketllm.recover.lm_head import LmHead
+from pocketllm.recover.kl_loss import LmHead, Target, position_slices
 from pocketllm.recover.run_log import Run
 from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.source.folder import load_dense

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec.codebook import seeded_codebook
-from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.kernels.packed_product import PackedProduct
 from pocketllm.codec.kernels.packed_weight import packed_weight
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
@@ -156,8 +155,7 @@ class PackedMatrix(_FixedDtype):
                 return None
             scale = self._buffers.get("row_scale")
             scale = torch.ones(entry.rows, device=stream.device) if scale is None else scale.float()
-            trellis = self.form if isinstance(self.form, Trellis) else None
-            weight = packed_weight(stream, table, scale, entry.columns, self.form.width, trellis)
+            weight = packed_weight(stream, table, scale, entry.columns, self.form)
             return PackedProduct(weight.rotated(entry.rotation))
 
     def forward(self) -> Tensor:

@@ -1,8 +1,8 @@
-"""The hot loops of encoding and decoding in C++, built by library.py.
+"""The hot loops of calibration, encoding and decoding on a CPU: in C++, built by library.py, faiss and numpy.
 
 `nearest.cpp` searches the nearest codeword, `trellis.cpp` the cheapest path; `matrix.cpp` decodes a matrix,
-rotates it, and takes gradients back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, none of them
-is available and `select.py` takes another.
+rotates it, and takes gradients back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, none of
+these is available and `select.py` takes another.
 """
 
 from __future__ import annotations
@@ -43,6 +43,13 @@ class Table:
         failed = call("nearest", "nearest", points, self.columns, self.half_norms, *sizes, found)
         assert not failed
         return found.long()
+
+
+def add_square(total: Tensor, x: Tensor) -> None:
+    """See `reference.add_square`; numpy sees that both sides are the same and computes one triangle."""
+    array = x.contiguous().numpy()
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller checks that the sum is finite
+        total += torch.from_numpy(array.T @ array)
 
 
 def nearest_faiss(points: Tensor, codebook: Tensor) -> Tensor:

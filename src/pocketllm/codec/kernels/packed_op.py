@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.column_choice import strip_lengths
-from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.index_form import Independent, Trellis
 from pocketllm.codec.kernels import hashed, packed_cpu, select
 from pocketllm.codec.kernels.library import Isa
 from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, hashed_weight, packed_weight
@@ -192,12 +192,12 @@ def check_weights() -> Iterator[PackedWeight]:
     scale = torch.rand(rows, generator=generator) + 0.5
     table = torch.randn(1 << 12, 2, generator=generator)
     indices = torch.randint(0, 1 << 12, (rows * columns // 2,), generator=generator)
-    yield packed_weight(pack(indices, 12), table, scale, columns, width=12)
+    yield packed_weight(pack(indices, 12), table, scale, columns, Independent(1 << 12))
     for trellis, d in ((Trellis(12, 4, 16), 2), (Trellis(12, 2, 16), 1)):
         steps = torch.randint(0, 1 << trellis.stride, (rows, columns // d), generator=generator)
         lengths = strip_lengths(rows, trellis.strip_rows)
         paths = [trellis.windows(part.T.reshape(-1)).view(-1, len(part)).T for part in steps.split(lengths)]
         stream = trellis.pack(torch.cat(paths))
-        yield packed_weight(stream, table[:, :d].contiguous(), scale, columns, 12, trellis).rotated((1, 2))
+        yield packed_weight(stream, table[:, :d].contiguous(), scale, columns, trellis).rotated((1, 2))
         entries = torch.randint(-127, 128, (d, hashed.ENTRIES), generator=generator).to(torch.int8)
         yield hashed_weight(stream, entries, scale / 64, columns, trellis)

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pocketllm.codec.column_choice import strip_lengths
-from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.index_form import IndexForm, Trellis, form_for
 from pocketllm.codec.kernels import hashed, library
-from pocketllm.codec.packing import MAX_WIDTH, packed_bytes, unpack
+from pocketllm.codec.packing import MAX_WIDTH
 from pocketllm.codec.rotation import Seeds, signs
 from pocketllm.codec.subvectors import join, subvectors_per_row
 from pocketllm.errors import ConfigError, FormatError, ShapeError
@@ -38,8 +37,14 @@ class Sizes(NamedTuple):
     banded: bool
 
     @property
-    def trellis(self) -> Trellis | None:
-        return Trellis(self.width, self.stride, self.strip_rows) if self.stride else None
+    def form(self) -> IndexForm:
+        """How indices are stored, bands aside."""
+        return form_for(1 << self.width, self.stride, self.strip_rows)
+
+    @property
+    def trellis(self) -> Trellis:
+        """The trellis of a banded matrix."""
+        return Trellis(self.width, self.stride, self.strip_rows)
 
     @property
     def per_row(self) -> int:
@@ -49,19 +54,15 @@ class Sizes(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the stream."""
-        trellis = self.trellis
-        if trellis is None:
-            return packed_bytes(self.rows * self.per_row, self.width)
         if self.banded:
-            return hashed.band_bytes(self.rows, self.per_row, trellis)
-        return trellis.nbytes(self.rows, self.per_row)
+            return hashed.band_bytes(self.rows, self.per_row, self.trellis)
+        return self.form.nbytes(self.rows, self.per_row)
 
 
 @functools.lru_cache(maxsize=256)
 def kernel_sizes(sizes: Sizes) -> tuple[int, int, int, int, int]:
     """(rows, subvectors in a row, width, stride, strips), in the order in which the kernels take them."""
-    strips = len(strip_lengths(sizes.rows, sizes.strip_rows)) if sizes.stride else 1
-    return sizes.rows, sizes.per_row, sizes.width, sizes.stride, strips
+    return sizes.rows, sizes.per_row, sizes.width, sizes.stride, sizes.form.strips(sizes.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +95,9 @@ class PackedWeight:
             raise ConfigError(f"packed matrix: got indices of {sizes.width} bits, wanted 1 to {MAX_WIDTH}")
         if sizes.banded and not sizes.stride:
             raise ConfigError("packed matrix: got bands without a trellis; only a hashed trellis has them")
-        trellis = sizes.trellis
-        if sizes.banded and trellis is not None and not hashed.fits_bands(trellis):
+        if sizes.banded and not hashed.fits_bands(sizes.trellis):
             raise ConfigError(
-                f"packed matrix: got bands of {trellis.width} bits at stride {trellis.stride}, wanted 9 to 16 bits "
+                f"packed matrix: got bands of {sizes.width} bits at stride {sizes.stride}, wanted 9 to 16 bits "
                 "and 7 strides + width of at most 64; use the stream without bands"
             )
         wanted = torch.int8 if sizes.banded else torch.float32
@@ -115,10 +115,8 @@ class PackedWeight:
 
     def indices(self) -> Tensor:
         """[rows, n] int32."""
-        trellis, rows, per_row = self.sizes.trellis, self.sizes.rows, self.sizes.per_row
-        if trellis is None:
-            return unpack(self.stream, self.sizes.width, rows * per_row).reshape(rows, per_row)
-        return trellis.unpack(self.in_stream_order().stream, rows, per_row)
+        sizes = self.sizes
+        return sizes.form.unpack(self.in_stream_order().stream, sizes.rows, sizes.per_row)
 
     def unit(self) -> Tensor:
         """U [rows, columns] float32, in torch."""
@@ -126,34 +124,21 @@ class PackedWeight:
 
     def indices_of(self, rows: Tensor) -> Tensor:
         """[m, n] int64: those of some rows [m], without unpacking any others; of a weight in stream order."""
-        sizes, device = self.sizes, rows.device
-        columns, bits = torch.arange(sizes.per_row, device=device), torch.arange(sizes.width, device=device)
-        trellis = sizes.trellis
-        if trellis is None:
-            first = torch.zeros_like(rows)
-            start = (rows[:, None] * sizes.per_row + columns) * sizes.width
-        else:
-            lengths = strip_lengths(sizes.rows, sizes.strip_rows)
-            nbytes = [packed_bytes(length * sizes.per_row, sizes.stride) for length in lengths]
-            ends, length, size = (torch.tensor(part, device=device) for part in (lengths, lengths, nbytes))
-            ends = ends.cumsum(0)
-            strip = torch.searchsorted(ends, rows, right=True)
-            first = (size.cumsum(0) - size)[strip] * 8
-            step = columns * length[strip][:, None] + (rows - ends[strip] + length[strip])[:, None]
-            start = first[:, None] + step * sizes.stride - trellis.kept
+        sizes = self.sizes
+        start, first = sizes.form.first_bits(rows, sizes.rows, sizes.per_row)
+        bits = torch.arange(sizes.width, device=rows.device)
         at = start[..., None] + bits
         found = self.stream[(at >> 3).clamp(min=0)].long() >> (at & 7) & 1
         return (torch.where(at >= first[:, None, None], found, 0) << bits).sum(dim=-1)
 
     def in_stream_order(self) -> PackedWeight:
         """The same matrix without bands, for everything but the hashed kernel."""
-        sizes, trellis = self.sizes, self.sizes.trellis
-        if not sizes.banded or trellis is None:
+        sizes = self.sizes
+        if not sizes.banded:
             return self
-        shape = (sizes.rows, sizes.per_row)
-        nbytes = trellis.nbytes(*shape)
+        shape, trellis = (sizes.rows, sizes.per_row), sizes.trellis
         return PackedWeight(
-            stream=hashed.from_bands(self.stream, trellis, *shape, nbytes),
+            stream=hashed.from_bands(self.stream, trellis, *shape, trellis.nbytes(*shape)),
             table=hashed.hashed_codebook(self.table, sizes.width),
             row_scale=self.row_scale,
             sizes=sizes._replace(banded=False),
@@ -171,15 +156,15 @@ class PackedWeight:
 
 
 def packed_weight(
-    stream: Tensor, table: Tensor, row_scale: Tensor, columns: int, width: int, trellis: Trellis | None = None
+    stream: Tensor, table: Tensor, row_scale: Tensor, columns: int, form: IndexForm
 ) -> PackedWeight:
-    """A matrix of independent indices of `width` bits, or on a trellis.
+    """A matrix in stream order.
 
     Args:
-        stream: uint8, what `IndexForm.pack` makes. table: [K, d] float32. row_scale: [rows] float32.
+        stream: uint8, from `form.pack`. table: [K, d] float32. row_scale: [rows] float32.
     """
-    stride, strip_rows = (0, 0) if trellis is None else (trellis.stride, trellis.strip_rows)
-    sizes = Sizes(row_scale.shape[0], columns, table.shape[1], width, stride, strip_rows, banded=False)
+    rows, d = row_scale.shape[0], table.shape[1]
+    sizes = Sizes(rows, columns, d, form.width, form.stride, form.strip_rows, banded=False)
     return PackedWeight(stream, table, row_scale, sizes)
 
 
@@ -194,7 +179,7 @@ def hashed_weight(
     """
     if not (library.hashed_runs() and stream.device.type == "cpu" and hashed.fits_bands(trellis)):
         codebook = hashed.hashed_codebook(entries, trellis.width)
-        return packed_weight(stream, codebook, row_scale, columns, trellis.width, trellis)
+        return packed_weight(stream, codebook, row_scale, columns, trellis)
     rows, d = row_scale.shape[0], entries.shape[0]
     sizes = Sizes(rows, columns, d, trellis.width, trellis.stride, trellis.strip_rows, banded=True)
     return PackedWeight(hashed.to_bands(stream, trellis, rows, sizes.per_row), entries, row_scale, sizes)

@@ -126,6 +126,11 @@ def nearest(points: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=points.device)
 
 
+def add_square(total: Tensor, x: Tensor) -> None:
+    """total [C, C] += x^T x for x [tokens, C] float32, in place."""
+    total.addmm_(x.T, x)
+
+
 def kmeans(points: Tensor, size: int, iterations: int, seed: int) -> Tensor:
     """[N, d] -> [K, d] float32 centroids; a codeword that no point is nearest to stays where it is."""
     generator = torch.Generator().manual_seed(seed)

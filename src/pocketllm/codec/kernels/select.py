@@ -53,8 +53,9 @@ class Searcher:
         points = points.detach().float()
         if self.table is not None and points.numel() < cpu.FUSED_NUMBERS:
             return self.table.nearest(points)
-        kernel = cpu.nearest_faiss if points.device.type == "cpu" else reference.nearest
-        return kernel(points, self.codebook)
+        device = points.device
+        faiss = device.type == "cpu" and _agrees("faiss", _faiss_nearest_differs, device)
+        return (cpu.nearest_faiss if faiss else reference.nearest)(points, self.codebook)
 
 
 def gather(table: Tensor, indices: Tensor, scale: Tensor, columns: int) -> Tensor:
@@ -84,8 +85,14 @@ def rotate(weight: Tensor, signs: Signs, inverse: bool) -> Tensor:
 
 def kmeans(points: Tensor, size: int, iterations: int, seed: int) -> Tensor:
     """[N, d] -> [K, d] centroids by Lloyd's algorithm: faiss on a CPU, torch elsewhere."""
-    kernel = cpu.kmeans_faiss if points.device.type == "cpu" else reference.kmeans
-    return kernel(points, size, iterations, seed)
+    faiss = points.device.type == "cpu" and _agrees("faiss", _faiss_kmeans_differs, points.device)
+    return (cpu.kmeans_faiss if faiss else reference.kmeans)(points, size, iterations, seed)
+
+
+def add_square(total: Tensor, x: Tensor) -> None:
+    """total [C, C] += x^T x for x [tokens, C] float32, in place: numpy on a CPU, torch elsewhere."""
+    numpy = x.device.type == "cpu" and _agrees("numpy", _squares_differ, x.device)
+    (cpu if numpy else reference).add_square(total, x)
 
 
 @functools.cache
@@ -161,6 +168,37 @@ def _nearest_differs(device: torch.device) -> str:
     wanted = reference.nearest(points, codebook)
     same = torch.equal(cpu.Table(codebook).nearest(points), wanted)
     return "" if same else "it finds other codewords"
+
+
+def _faiss_nearest_differs(device: torch.device) -> str:
+    """Both searches of faiss, which it chooses by the number of points; equal distances may be rounded differently."""
+    generator = torch.Generator().manual_seed(0)
+    codebook = torch.randn(40, 8, generator=generator)
+    for count in (50, cpu.FUSED_NUMBERS // 8):
+        points = torch.randn(count, 8, generator=generator)
+        found, wanted = (nearest(points, codebook) for nearest in (cpu.nearest_faiss, reference.nearest))
+        errors = [(points - codebook[indices]).square().sum(dim=1) for indices in (found, wanted)]
+        if not torch.allclose(errors[0], errors[1], rtol=1e-5, atol=1e-5):
+            return "it finds other codewords"
+    return ""
+
+
+def _faiss_kmeans_differs(device: torch.device) -> str:
+    """One more iteration of the reference must leave converged centroids as they are."""
+    points = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    found = cpu.kmeans_faiss(points, 4, iterations=40, seed=0)
+    again = reference.centroids(points, reference.nearest(points, found), found)
+    return (
+        "" if torch.allclose(found, again, atol=1e-5) else "its centroids are not those of the nearest points"
+    )
+
+
+def _squares_differ(device: torch.device) -> str:
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    totals = torch.ones(5, 5), torch.ones(5, 5)
+    for kernel, total in zip((cpu, reference), totals, strict=True):
+        kernel.add_square(total, x)
+    return "" if torch.allclose(*totals, rtol=1e-5, atol=1e-5) else "it sums other products"
 
 
 def _decoding_differs(device: torch.device) -> str:

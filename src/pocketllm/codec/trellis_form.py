@@ -1,0 +1,177 @@
+"""Indices on a trellis: windows onto a stream of bits, and the codebook that is fitted to their paths.
+
+Every index shares bits with the previous one, so a large codebook costs few bits: an index is a
+window of `width` bits onto a stream, and the next window starts `stride` bits later. Each index thus chooses from
+2^width codewords but adds only `stride` bits, and a path through all indices is found by dynamic programming
+(viterbi.py). At equal bits the error of a Gaussian source is about 20 to 25 percent below that of independent
+indices. A path runs down the rows of one column of subvectors and continues in the next column, so that error
+feedback can be applied between columns. The rows are cut into strips with independent paths (they are searched in
+parallel, and error feedback is also applied between strips); the bits before a strip's first window are zero.
+Short strips lose about 2 / rows of the error each.
+
+Source: the bitshift trellis of QTIP (arXiv 2406.11235), here with a learned codebook.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pocketllm.codec.codebook import FittedCodebook, centroids, codebook_utilization
+from pocketllm.codec.column_choice import TrellisColumns, strip_lengths
+from pocketllm.codec.packing import pack, packed_bytes, unpack
+from pocketllm.codec.viterbi import PathSearch
+from pocketllm.config import CodecConfig, CompressConfig
+from pocketllm.config.constants import STRIP_ROWS, TRELLIS_STEPS
+
+
+@dataclass(frozen=True)
+class Trellis:
+    """Indices on a trellis: windows of `width` bits (K = 2^width), `stride` bits apart, 1 <= stride <= width.
+
+    strip_rows: approximate number of rows of a strip.
+    """
+
+    width: int
+    stride: int
+    strip_rows: int = STRIP_ROWS
+    # Rotated rows of unit scale follow one distribution, so networks trained for their reconstruction have nothing to
+    # add to the codebook: they start as the identity and serve the tuning that comes after.
+    trains_networks = False
+    chosen_jointly = True
+    mixes_rates = True
+
+    @classmethod
+    def offered(cls, config: CompressConfig) -> list[tuple[int, Trellis]]:
+        """(vector_len, form) that a plan chooses from."""
+        width = config.codec.trellis_width
+        assert width is not None
+        return [
+            (d, cls(width, stride))
+            for d, stride in TRELLIS_STEPS
+            if stride <= width and config.vector_len in (None, d)
+        ]
+
+    def has_enough(self, points: int) -> bool:
+        """Whether a codebook can be fitted to so many subvectors: any number, since they may be drawn repeatedly."""
+        return True
+
+    @property
+    def codebook_size(self) -> int:
+        """K."""
+        return 1 << self.width
+
+    @property
+    def bits(self) -> int:
+        """Stored bits of an index."""
+        return self.stride
+
+    @property
+    def kept(self) -> int:
+        """Bits that a window shares with the previous one."""
+        return self.width - self.stride
+
+    def windows(self, steps: Tensor) -> Tensor:
+        """New bits [..., T] int -> indices [..., T] int32; the newest bits of a window are its highest."""
+        steps = steps.to(torch.int32)
+        length, shift, back = steps.shape[-1], self.kept, 0
+        found = torch.zeros_like(steps)
+        while shift > -self.stride and back < length:
+            shifted = steps[..., : length - back]
+            found[..., back:] |= shifted << shift if shift >= 0 else shifted >> -shift
+            shift, back = shift - self.stride, back + 1
+        return found
+
+    def steps(self, indices: Tensor) -> Tensor:
+        """Inverse of `windows`: the new bits of each index."""
+        return indices >> self.kept
+
+    def nbytes(self, rows: int, per_row: int) -> int:
+        """Bytes of [rows, per_row] packed indices; every strip begins on a byte."""
+        lengths = strip_lengths(rows, self.strip_rows)
+        return sum(packed_bytes(length * per_row, self.stride) for length in lengths)
+
+    def pack(self, indices: Tensor) -> Tensor:
+        """[rows, n] indices that form paths -> uint8 stream, strip after strip, and column after column in each."""
+        parts = self.steps(indices).split(strip_lengths(indices.shape[0], self.strip_rows))
+        return torch.cat([pack(part.T.reshape(-1), self.stride) for part in parts])
+
+    def unpack(self, stream: Tensor, rows: int, per_row: int) -> Tensor:
+        """Inverse of `pack`: [rows, per_row] int32.
+
+        Raises:
+            FormatError: the stream has another length.
+        """
+        out = torch.empty(rows, per_row, dtype=torch.int32, device=stream.device)
+        first, offset = 0, 0
+        for length in strip_lengths(rows, self.strip_rows):
+            nbytes = packed_bytes(length * per_row, self.stride)
+            last = first + length == rows
+            part = stream[offset:] if last else stream[offset : offset + nbytes]
+            steps = unpack(part, self.stride, length * per_row)
+            out[first : first + length] = self.windows(steps).reshape(per_row, length).T
+            first, offset = first + length, offset + nbytes
+        return out
+
+    def strips(self, rows: int) -> int:
+        """Number of parts of the stream that can be read from their start."""
+        return len(strip_lengths(rows, self.strip_rows))
+
+    def first_bits(self, rows: Tensor, count: int, per_row: int) -> tuple[Tensor, Tensor]:
+        """See `Independent.first_bits`; the bits before the first window of a strip count as zero."""
+        device, lengths = rows.device, strip_lengths(count, self.strip_rows)
+        nbytes = [packed_bytes(length * per_row, self.stride) for length in lengths]
+        ends, length, size = (torch.tensor(part, device=device) for part in (lengths, lengths, nbytes))
+        ends = ends.cumsum(0)
+        strip = torch.searchsorted(ends, rows, right=True)
+        first = (size.cumsum(0) - size)[strip] * 8
+        columns = torch.arange(per_row, device=device)
+        step = columns * length[strip][:, None] + (rows - ends[strip] + length[strip])[:, None]
+        return first[:, None] + step * self.stride - self.kept, first
+
+    def columns(self, rows: int, device: torch.device, in_strips: bool) -> TrellisColumns:
+        """The choice of indices column by column; paths run down strips whether rows make up for others or not."""
+        return TrellisColumns(strip_lengths(rows, self.strip_rows), self.width, self.stride, device)
+
+    def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:
+        """Lloyd's algorithm with cheapest paths in place of nearest codewords.
+
+        Starts from points drawn with `seed`: a trellis works well if codewords are random over states.
+
+        Args:
+            points: [N, d] float32, in random order.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(points), (self.codebook_size,), generator=generator).to(points.device)
+        table, search = points[drawn].float(), PathSearch(self.width, self.stride, points.device)
+        lengths = strip_lengths(len(points), self.strip_rows)
+        start = search.first_state(len(lengths))
+        which, weights = torch.zeros_like(start), torch.ones(len(points), device=points.device)
+        errors, indices = list[float](), torch.empty(0, dtype=torch.int64)
+        for _ in range(max(1, iterations)):
+            tables = search.ordered(table[None])
+            indices = search.search(points, weights, tables, which, lengths, start)
+            errors.append(_relative_error(points, table[indices]))
+            table = centroids(points, indices, table)
+        counts = torch.bincount(indices, minlength=self.codebook_size)
+        return FittedCodebook(table, tuple(errors), codebook_utilization(counts))
+
+    def predicted_nmse(self, vector_len: int) -> float:
+        """Error for a unit-variance Gaussian at b bits per weight: 2^(-2 b) (1 + 1.3 b / width).
+
+        The excess over Shannon's bound was fitted to codebooks trained on Gaussian numbers, for widths 10 to 14
+        and 1.25 to 4 bits per weight, where it is within 4 percent.
+        """
+        bits = self.bits / vector_len
+        return float(4.0**-bits * (1 + 1.3 * bits / self.width))
+
+    def fit_errors(self, config: CodecConfig) -> int:
+        """How many errors the fit of a codec notes: one for each iteration."""
+        return max(1, config.kmeans_iterations)
+
+
+def _relative_error(points: Tensor, decoded: Tensor) -> float:
+    """Squared distance over the energy of the points."""
+    return float((points - decoded).square().sum()) / max(float(points.square().sum()), 1e-30)
