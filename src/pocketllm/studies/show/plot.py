@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pocketllm.studies.measure.significance import mean, spread
+from pocketllm.studies.measure.significance import Difference, mean, spread
 
 Style = Mapping[str, Any]
 """Keywords of the matplotlib function that draws a mark."""
@@ -55,6 +55,28 @@ def mean_points(
     return Line(list(known), middles, {"capsize": 3, **style}, label, errors=spreads)
 
 
+def mean_series(entries: Sequence[Mapping[str, Any]], x: str, y: str, style: Style) -> Line:
+    """Mean and standard deviation of the values that entries have at y, in the order of the numbers at x."""
+    points = sorted((float(entry[x]), entry[y]) for entry in entries)
+    return mean_points(dict(points), style)
+
+
+def series(
+    entries: Sequence[Mapping[str, Any]], x: str, y: str, style: Style, label: str | None = None
+) -> Line:
+    """The values that entries have at two keys."""
+    return Line([entry[x] for entry in entries], [entry[y] for entry in entries], style, label)
+
+
+def dots(groups: Mapping[str, Sequence[Sequence[float | None]]]) -> list[Line]:
+    """Name -> the values at place 0, 1, …: mean and standard deviation, the groups side by side at each place."""
+    return [
+        mean_points({place + 0.15 * (n - 1): values}, look(n, linestyle="none"), None if place else name)
+        for n, (name, places) in enumerate(groups.items())
+        for place, values in enumerate(places)
+    ]
+
+
 @dataclass(frozen=True)
 class Bars:
     """Bars at places or names. errors: half the whiskers. values: whether their ends carry numbers, and how."""
@@ -75,6 +97,14 @@ class Bars:
         if self.values is not None:
             for place, length in zip(self.places, self.lengths, strict=True):
                 axes.text(length, place, f" {self.values(length)}", va="center", fontsize=8)
+
+
+def interval_bars(
+    places: Sequence[Any], found: Sequence[Difference], style: Style, upright: bool = False
+) -> Bars:
+    """Bars with intervals; no whisker where the error is unknown."""
+    margins = [each.margin if each.known and not math.isnan(each.value) else 0.0 for each in found]
+    return Bars(places, [each.value for each in found], style, margins, upright)
 
 
 @dataclass(frozen=True)

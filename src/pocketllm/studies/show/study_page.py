@@ -25,7 +25,7 @@ def markdown(study: Study, result: Mapping[str, Any]) -> str:
     results, name = result["results"], study.name
     parts = [
         f"# {name}: {study.title}",
-        f"**The paper's claim.** {study.claim}",
+        f"**The paper's claim.** {study.words.text('Claim')}",
         f"**Measured.** {_method(study, result)}",
         "## Findings",
         "\n".join(f"- {sentence}" for sentence in study.findings(results)),
@@ -39,9 +39,10 @@ def markdown(study: Study, result: Mapping[str, Any]) -> str:
 
 
 def _method(study: Study, result: Mapping[str, Any]) -> str:
-    if not (result["config"]["quick"] and study.left_out):
-        return study.method
-    return f"{study.method} **This is the small version:** {study.left_out}"
+    method, left_out = study.words.text("Method"), study.words.text("Left out")
+    if not (result["config"]["quick"] and left_out):
+        return method
+    return f"{method} **This is the small version:** {left_out}"
 
 
 def _table(table: Table) -> str:
