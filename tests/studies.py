@@ -90,7 +90,7 @@ _WORDS = {
 
 def _panel(results: Any) -> plot.Panel:
     values = [found["value"] or 0 for found in results.values()]
-    return plot.Panel("values", [plot.Line(range(len(values)), values, plot.look(0))])
+    return plot.Panel("values", [plot.mark("plot", range(len(values)), values)])
 
 
 class _CountingStudy(Study):

@@ -137,17 +137,17 @@ def test_a_picture_is_drawn_as_it_says() -> None:
     first = plot.Panel(
         "first",
         [
-            plot.Line([1, 10], [2.0, 3.0], style, "line", band=([1.0, 2.0], [3.0, 4.0])),
+            plot.series([{"a": 1, "b": 2.0}, {"a": 10, "b": 3.0}], "a", "b", style, "line"),
             plot.mean_points({1.0: [2.0, 4.0], 2.0: [None, 1.0]}, style, "means"),
-            plot.Rule(2.5, {"color": "black"}),
-            plot.Rule(5, {"color": "black"}, upright=True),
-            plot.Label("here", 0.5, 2.5, {"ha": "left"}, across=True),
+            plot.mark("axhline", 2.5, color="black"),
+            plot.mark("text", 0.5, 2.5, "here", ha="left"),
         ],
         x=plot.Axis("x", "log", ticks=[1, 10], reverse=True),
         y=plot.Axis("y", low=0),
         legend={"fontsize": 8},
     )
-    bars = plot.Bars(["a", "b"], [1.0, 2.0], {"whiskers": 2}, errors=[0.1, 0.2], values=numbers.number)
+    known, unknown = Difference(1.0, 0.1, 7), Difference(2.0, math.inf)
+    bars = plot.interval_bars(["a", "b"], [known, unknown], whiskers=2, color="black")
     second = plot.Panel("second", [bars], small=True)
     figure = Figure(layout="constrained")
     part = plot.Part([[first, second]], legend=plot.Legend({"fontsize": 9}, [("red", "patch")]), level=True)
@@ -159,8 +159,26 @@ def test_a_picture_is_drawn_as_it_says() -> None:
     assert axes.get_ylim() == beside.get_ylim() and axes.get_ylim()[0] == 0
     assert [words.get_text() for words in axes.get_legend().get_texts()] == ["line", "means"]
     assert [words.get_text() for words in top.legends[0].get_texts()] == ["patch"]
-    assert [words.get_text() for words in beside.texts] == [" 1.00", " 2.00"]
+    line, means = axes.lines[0], axes.containers[0]
+    assert line.get_xydata().tolist() == [[1, 2.0], [10, 3.0]] and [t.get_text() for t in axes.texts] == [
+        "here"
+    ]
+    assert means.lines[0].get_xydata().tolist() == [[1.0, 3.0]]  # none where a value is missing
+    assert [bar.get_width() for bar in beside.patches] == [1.0, 2.0]
+    whiskers = beside.containers[0].lines[2][0].get_segments()
+    assert [round(float(ends[1][0] - ends[0][0]), 6) for ends in whiskers] == [
+        round(2 * known.margin, 6),
+        0.0,
+    ]
     assert len(bottom.axes) == 1
+
+
+def test_groups_are_side_by_side() -> None:
+    first, second = plot.dots({"a": [[1.0, 3.0]], "b": [[2.0, 2.0]]})
+    assert first.values == ([-0.15], [2.0], [pytest.approx(2**0.5)]) and first.style["label"] == "a"
+    assert second.values == ([0.0], [2.0], [0.0])
+    upward = plot.mean_series([{"x": "2", "y": [1.0]}, {"x": 1, "y": [4.0]}], "x", "y", plot.look(0))
+    assert upward.values == ([1.0, 2.0], [4.0, 1.0], [0.0, 0.0])
 
 
 def modules() -> list[Path]:

@@ -88,19 +88,15 @@ def _errors(results: Results, lengths: list[int], key: str, words: str) -> plot.
     by_length = [sorted((p for p in found if p["vector_len"] == d), key=lambda p: p[key]) for d in lengths]
     top = max(p["index_bpw"] for p in found)
     bits = [n * top / 50 for n in range(1, 51)]
-    bound = plot.Line(
-        bits, [4.0**-b for b in bits], {"color": plot.INK, "ls": ":", "lw": 1}, "Gaussian bound"
-    )
+    marks = [
+        plot.series(own, key, "nmse", plot.look(n), f"d = {lengths[n]}") for n, own in enumerate(by_length)
+    ]
+    bound = {"color": plot.INK, "ls": ":", "lw": 1, "label": "Gaussian bound"}
+    marks.append(plot.mark("plot", bits, [4.0**-b for b in bits], **bound))
     lowest = min(p["nmse"] for p in found) / 2.5
     return plot.Panel(
         words.replace(", ", ",\n"),
-        [
-            *(
-                plot.series(own, key, "nmse", plot.look(n), f"d = {lengths[n]}")
-                for n, own in enumerate(by_length)
-            ),
-            bound,
-        ],
+        marks,
         plot.Axis("bits per weight", low=0, high=max(p[key] for p in found) + 0.25),
         plot.Axis("nmse" if key == "index_bpw" else "", "log", low=lowest, high=1),
         title_size=10.5,
@@ -116,12 +112,10 @@ def _perplexities(results: Results, lengths: list[int]) -> plot.Panel:
         style = plot.look(lengths.index(p["vector_len"]))
         beside = {"xytext": (6, 3), "textcoords": "offset points", "fontsize": 8.5}
         name = f"{p['vector_len']}, {p['codebook_size']}"
-        marks += [
-            plot.series([p], "bpw", "perplexity", style),
-            plot.Label(name, p["bpw"], p["perplexity"], beside),
-        ]
+        marks.append(plot.series([p], "bpw", "perplexity", style))
+        marks.append(plot.mark("annotate", name, (p["bpw"], p["perplexity"]), **beside))
     if dense is not None:
-        marks.append(plot.Rule(dense, {"color": plot.INK, "lw": 1, "ls": "--"}))
+        marks.append(plot.mark("axhline", dense, color=plot.INK, lw=1, ls="--"))
     values = [p["perplexity"] for p in known] + ([] if dense is None else [dense])
     few = bool(values) and max(values) / min(values) < 20
     bits = [p["bpw"] for p in found]

@@ -115,26 +115,25 @@ def picture(results: Results) -> plot.Picture:
     names = [f"{'calibrated: ' if key.startswith('calibrated') else ''}{shown(results, key)}" for key in keys]
     names = [name.replace(", ", ",\n", 1) if len(name) > 30 else name for name in names]
     errors = [results[key]["nmse"] for key in keys]
-    bars = plot.Bars(names, errors, {"color": plot.COLOURS[0], "height": 0.6})
-    styles = {"before": (0.18, "as encoded", 1), "after": (-0.18, "distilled", 2)}
+    bars = plot.mark("barh", names, errors, color=plot.COLOURS[0], height=0.6)
+    divergences = [
+        plot.interval_bars(
+            [place + offset for place in range(len(keys))],
+            [divergence(results, key, when) for key in keys],
+            height=0.36,
+            color=plot.COLOURS[colour],
+            label=label,
+        )
+        for when, offset, colour, label in (
+            ("before", 0.18, 1, "as encoded"),
+            ("after", -0.18, 2, "distilled"),
+        )
+    ]
+    kl = plot.Axis(f"nats per token; lines: {CONFIDENCE:.0%} intervals")
     row = [
         plot.Panel("nmse of the encoded matrices", [bars], plot.Axis("nmse"), small=True),
         plot.Panel(
-            "KL to the dense model",
-            [_divergences(results, keys, when, *style) for when, style in styles.items()],
-            plot.Axis(f"nats per token; lines: {CONFIDENCE:.0%} intervals"),
-            plot.Axis(ticks=[]),
-            {"fontsize": 8},
-            small=True,
+            "KL to the dense model", divergences, kl, plot.Axis(ticks=[]), {"fontsize": 8}, small=True
         ),
     ]
     return plot.Picture(9, 4.8, [plot.Part([row], (1, 1.1))])
-
-
-def _divergences(
-    results: Results, keys: list[str], when: str, offset: float, label: str, colour: int
-) -> plot.Bars:
-    """Bars beside the middle of each place."""
-    found = [divergence(results, key, when) for key in keys]
-    style = {"height": 0.36, "color": plot.COLOURS[colour], "label": label}
-    return plot.interval_bars([place + offset for place in range(len(keys))], found, style)

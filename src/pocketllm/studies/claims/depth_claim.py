@@ -139,15 +139,13 @@ def picture(results: Results) -> plot.Picture:
             x=plot.Axis("hidden width", "log2", sorted({entry["width"] for entry in widths(results)})),
         ),
         plot.Panel(
-            f"by learning rate, {_GUARDED}",
-            by_rate,
-            x=plot.Axis(f"learning rate{longer}", "log", rates),
+            f"by learning rate, {_GUARDED}", by_rate, x=plot.Axis(f"learning rate{longer}", "log", rates)
         ),
     ]
     return plot.Picture(13, 4.4, [plot.Part([row], level=True)])
 
 
-def _lines(entries: list[Entry], x: str, dash: object) -> list[plot.Line]:
+def _lines(entries: list[Entry], x: str, dash: object) -> list[plot.Mark]:
     """A line for each number of blocks."""
     by_depth = [[entry for entry in entries if entry["depth"] == depth] for depth in DEPTHS]
     return [

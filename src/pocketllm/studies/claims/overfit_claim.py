@@ -132,10 +132,10 @@ def _curve(results: Results, ours: Entry, first: bool) -> plot.Panel:
         values = results[f"curve.{name}.{ours['size']}"]["mse_over_epochs"]
         x = [(i + 1) / len(values) for i in range(len(values))]
         y = [float("nan") if v is None else v**0.5 for v in values]  # None at the end of one that broke off
-        marks.append(plot.Line(x, y, plot.look(n, marker=""), title))
+        marks.append(plot.mark("plot", x, y, label=title, **plot.look(n, marker="")))
     limit, words = ours["bound_mse"] ** 0.5, f"Gaussian bound at {ours['index_bpw']:.2f} bits"
-    marks.append(plot.Rule(limit, {"color": plot.INK, "lw": 1, "ls": ":"}))
-    marks.append(plot.Label(words, 1, limit, {"ha": "right", "va": "bottom", "fontsize": 8.5}))
+    marks.append(plot.mark("axhline", limit, color=plot.INK, lw=1, ls=":"))
+    marks.append(plot.mark("text", 1, limit, words, ha="right", va="bottom", fontsize=8.5))
     return plot.Panel(
         f"training, d = {ours['vector_len']}, K = {ours['codebook_size']}",
         marks,
@@ -148,8 +148,8 @@ def _curve(results: Results, ours: Entry, first: bool) -> plot.Panel:
 def _rates(results: Results) -> plot.Panel:
     found, bound = sweep(results), results["bound"]
     hollow: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "markersize": 8, "lw": 0}
-    dotted = {"color": plot.INK, "lw": 1, "ls": ":"}
-    marks: list[plot.Mark] = [plot.Line(bound["bits"], bound["mse"], dotted, "Gaussian rows: the bound")]
+    dotted = {"color": plot.INK, "lw": 1, "ls": ":", "label": "Gaussian rows: the bound"}
+    marks = [plot.mark("plot", bound["bits"], bound["mse"], **dotted)]
     for n, d in enumerate(sorted({p["vector_len"] for p in found})):
         own = sorted((p for p in found if p["vector_len"] == d), key=lambda p: p["index_bpw"])
         crosses = {"color": plot.COLOURS[n], "marker": "x", "lw": 0, "markersize": 4.5}
@@ -158,11 +158,12 @@ def _rates(results: Results) -> plot.Panel:
             plot.series(own, "bpw", "mse", crosses),
             plot.series(own, "index_bpw", "kmeans_mse", {**hollow, "color": plot.COLOURS[n]}),
         ]
-    marks.append(plot.Line([], [], {"color": "grey", "marker": "x", "lw": 0}, "the same, all bits counted"))
-    marks.append(plot.Line([], [], {**hollow, "color": "grey"}, "k-means alone"))
+    crosses = {"color": "grey", "marker": "x", "lw": 0, "label": "the same, all bits counted"}
+    marks.append(plot.mark("plot", [], [], **crosses))
+    marks.append(plot.mark("plot", [], [], color="grey", label="k-means alone", **hollow))
     for name, mse in TARGETS.items():
-        marks.append(plot.Rule(mse, {"color": "grey", "lw": 1}))
-        marks.append(plot.Label(f"{name} = {TARGET:g}", 0.1, mse, {"va": "bottom", "fontsize": 8.5}))
+        marks.append(plot.mark("axhline", mse, color="grey", lw=1))
+        marks.append(plot.mark("text", 0.1, mse, f"{name} = {TARGET:g}", va="bottom", fontsize=8.5))
     lowest = min([*TARGETS.values(), *(p["mse"] for p in found)]) / 4
     return plot.Panel(
         "MSE over the rate",

@@ -94,10 +94,14 @@ def _row(results: Results, device: str) -> list[plot.Panel]:
     panels: list[plot.Panel] = []
     for title, what in shown.items():
         lengths = [ratio(results, device, job, what) for job in jobs]
+        numbers = [
+            plot.mark("text", length, place, f" {number(length)}", va="center", fontsize=8)
+            for place, length in enumerate(lengths)
+        ]
         panels.append(
             plot.Panel(
                 f"{title}{' (GPU)' if device == 'cuda' else ''}",
-                [plot.Bars(range(len(jobs)), lengths, {"color": colours}, values=number)],
+                [plot.mark("barh", range(len(jobs)), lengths, color=colours), *numbers],
                 plot.Axis("times dense", low=0, high=1.35 * max(lengths)),
                 plot.Axis(ticks=range(len(jobs)), names=[""] * len(jobs) if panels else jobs),
                 small=True,

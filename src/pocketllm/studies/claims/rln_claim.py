@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from pocketllm.studies.definition import Finding, Results, Values
 from pocketllm.studies.measure.entries import Entry, exploded, highest, lowest, over_entries, select
@@ -107,41 +107,30 @@ FINDINGS = (
 
 def picture(results: Results) -> plot.Picture:
     """Gradients over training; where training ends; gradients by learning rate."""
-    norms = list(enumerate(NORMS.items()))
-    gradients = [_gradients(trained(results, "published", norm), n, title) for n, (norm, title) in norms]
+    gradients, peaks = (
+        [mark for n, (norm, title) in enumerate(NORMS.items()) for mark in drawn(results, norm, n, title)]
+        for drawn in (_gradients, _peaks)
+    )
     ends = {
         title: [over_entries(trained(results, training, norm), "end_nmse") for training in TRAININGS]
         for norm, title in NORMS.items()
     }
     seeds = len(trained(results, "ours", "rln")[0]["seeds"])
     rates = [entry["tried"] for entry in sweep(results, "rate")]
-    over_training = "share of training, published start\nline: median; band: lowest to highest"
-    over_rates = "learning rate, published start\nhollow: most seeds end no better than zeros"
+    over_training = plot.Axis("share of training, published start\nline: median; band: lowest to highest")
+    over_starts = plot.Axis(ticks=range(len(TRAININGS)), names=TRAINING_TICKS)
+    hollow = "learning rate, published start\nhollow: most seeds end no better than zeros"
+    norm, nmse = plot.Axis("gradient norm", "log"), plot.Axis("nmse; mean ± standard deviation", low=0)
+    log = plot.Axis(scale="log")
     row = [
-        plot.Panel(
-            "gradient norm over training",
-            gradients,
-            x=plot.Axis(over_training),
-            y=plot.Axis("gradient norm", "log"),
-            legend={"fontsize": 9},
-        ),
-        plot.Panel(
-            f"nmse at the end, {seeds} seeds",
-            plot.dots(ends),
-            x=plot.Axis(ticks=range(len(TRAININGS)), names=TRAINING_TICKS),
-            y=plot.Axis("nmse; mean ± standard deviation", low=0),
-        ),
-        plot.Panel(
-            "highest gradient norm, any seed",
-            [mark for n, (norm, _) in norms for mark in _peaks(results, norm, n)],
-            x=plot.Axis(over_rates, "log", rates),
-            y=plot.Axis(scale="log"),
-        ),
+        plot.Panel("gradient norm over training", gradients, over_training, norm, {"fontsize": 9}),
+        plot.Panel(f"nmse at the end, {seeds} seeds", plot.dots(ends), over_starts, nmse),
+        plot.Panel("highest gradient norm, any seed", peaks, plot.Axis(hollow, "log", rates), log),
     ]
     return plot.Picture(13, 4.4, [plot.Part([row])])
 
 
-def _peaks(results: Results, norm: str, n: int) -> list[plot.Line]:
+def _peaks(results: Results, norm: str, n: int, title: str) -> list[plot.Mark]:
     """The highest gradient at each rate; hollow where training led to nothing, so that it says little of the norm."""
     points = [
         {"rate": entry["tried"], "peak": highest([entry], "peak_gradient"), "idle": _idle(entry)}
@@ -155,15 +144,17 @@ def _peaks(results: Results, norm: str, n: int) -> list[plot.Line]:
     ]
 
 
-def _gradients(entries: Sequence[Any], n: int, title: str) -> plot.Line:
-    known = [entry["gradient"] for entry in entries]
+def _gradients(results: Results, norm: str, n: int, title: str) -> list[plot.Mark]:
+    """Lowest, median and highest over the kinds; not a number where none of them is finite."""
+    known, style = (
+        [entry["gradient"] for entry in trained(results, "published", norm)],
+        plot.look(n, marker=""),
+    )
     length = min(len(gradient["middle"]) for gradient in known)
-
-    def across(key: str, how: Callable[[list[float]], float]) -> list[float]:
-        """Over kinds; not a number where none of them is finite."""
-        columns = [[g[key][i] for g in known if g[key][i] is not None] for i in range(length)]
-        return [how(column) if column else float("nan") for column in columns]
-
+    low, middle, high = (
+        [how([g[key][i] for g in known if g[key][i] is not None] or [math.nan]) for i in range(length)]
+        for key, how in (("low", min), ("middle", statistics.median), ("high", max))
+    )
     x = [(place + 0.5) / length for place in range(length)]
-    band = across("low", min), across("high", max)
-    return plot.Line(x, across("middle", statistics.median), plot.look(n, marker=""), title, band=band)
+    band = plot.mark("fill_between", x, low, high, color=style["color"], alpha=0.15, lw=0)
+    return [plot.mark("plot", x, middle, label=title, **style), band]

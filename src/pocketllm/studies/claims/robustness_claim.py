@@ -119,14 +119,14 @@ def picture(results: Results) -> plot.Picture:
         own = {e["key"]: 100 * accuracy(e["tasks"], "acc", names) for e in compressions(results)}
         marks = [
             *_over_bits(results, "lost", own),
-            plot.Rule(dense, {"color": "black", "linewidth": 1, "label": "dense"}),
-            plot.Rule(guessed, {"color": plot.GREY, "linewidth": 1, "label": "guessing"}),
+            plot.mark("axhline", dense, color="black", linewidth=1, label="dense"),
+            plot.mark("axhline", guessed, color=plot.GREY, linewidth=1, label="guessing"),
         ]
         title = f"mean accuracy, %\n({', '.join(names)})"
         panels.append(plot.Panel(title, marks, _BITS, legend={"fontsize": 8}, small=True))
     if names := able(tasks):
         own = {e["key"]: e["likely"].value for e in compressions(results)}
-        marks = [*_over_bits(results, "likely", own), plot.Rule(0, {"color": "black", "linewidth": 1})]
+        marks = [*_over_bits(results, "likely", own), plot.mark("axhline", 0, color="black", linewidth=1)]
         title = f"probability of right answers lost, points\n({', '.join(names)})"
         panels.append(plot.Panel(title, marks, _BITS, small=True))
     return plot.Picture(1 + 4 * len(panels), 4.2, [plot.Part([panels])])
@@ -149,9 +149,10 @@ def _perplexities(results: Results) -> list[plot.Mark]:
         square = {"marker": "s", "linestyle": "", "color": face or "black", "markeredgecolor": "black"}
         files = [entry for entry in found if entry["files"]]
         add(files, "factor", square, f"{path}: whole files, mean of texts")
-    words, style = f"{_BRITTLE:g} times: brittle from here on", {"va": "top", "ha": "right", "fontsize": 7}
-    line = plot.Rule(_BRITTLE, {"color": plot.GREY, "linewidth": 1})
-    return [*marks, line, plot.Label(words, 0.99, _BRITTLE, style, across=True)]
+    words = f"{_BRITTLE:g} times: brittle from here on"
+    place = {"xycoords": ("axes fraction", "data"), "va": "top", "ha": "right", "fontsize": 7}
+    line = plot.mark("axhline", _BRITTLE, color=plot.GREY, linewidth=1)
+    return [*marks, line, plot.mark("annotate", words, (0.99, _BRITTLE), **place)]
 
 
 def _over_bits(results: Results, noise: str, values: dict[str, float]) -> list[plot.Mark]:
@@ -160,6 +161,6 @@ def _over_bits(results: Results, noise: str, values: dict[str, float]) -> list[p
     for path, style, colour in (("plain", "--o", plot.COLOURS[1]), ("calibrated", "-s", plot.COLOURS[0])):
         if found := compressions(results, path):
             bits, errors = [e["bpw_matrices"] for e in found], [e[noise].margin for e in found]
-            look = {"fmt": style, "color": colour, "markersize": 4, "capsize": 2}
-            marks.append(plot.Line(bits, [values[e["key"]] for e in found], look, path, errors))
+            look = {"fmt": style, "color": colour, "markersize": 4, "capsize": 2, "label": path}
+            marks.append(plot.mark("errorbar", bits, [values[e["key"]] for e in found], errors, **look))
     return marks

@@ -173,8 +173,8 @@ def picture(results: Results) -> plot.Picture:
     dotted, panels = {"color": plot.INK, "linestyle": ":", "linewidth": 1}, []
     for values in select(results, "{path}-parts"):
         names = list(values["groups"])[::-1]
-        everything = plot.Rule(cost(values, ALL).value, dotted, upright=True)
-        marks: list[plot.Mark] = [_bars(values, names, [_colour(name) for name in names]), everything]
+        everything = plot.mark("axvline", cost(values, ALL).value, **dotted)
+        marks = [_bars(values, names, [_colour(name) for name in names]), everything]
         panels.append(plot.Panel(values["path"], marks, plot.Axis(_COST), small=True))
     by_part = plot.Legend({"fontsize": 8, "ncols": 4}, [(_colour(name), words[name]) for name in words])
     colours = [(plot.COLOURS[3], "left dense by the authors"), (plot.COLOURS[5], "encoded by them")]
@@ -188,10 +188,10 @@ def picture(results: Results) -> plot.Picture:
     return plot.Picture(9, 7, parts, (1.35, 1))
 
 
-def _bars(values: Values, places: Sequence[Any], colours: list[str], upright: bool = False) -> plot.Bars:
+def _bars(values: Values, places: Sequence[Any], colours: list[str], upright: bool = False) -> plot.Mark:
     """Costs of the groups of those names."""
     costs = [cost(values, str(place)) for place in places]
-    return plot.interval_bars(places, costs, {"color": colours, "whiskers": 0.9}, upright)
+    return plot.interval_bars(places, costs, upright, color=colours, whiskers=0.9)
 
 
 def _colour(name: str) -> str:

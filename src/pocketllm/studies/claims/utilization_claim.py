@@ -82,7 +82,7 @@ def picture(results: Results) -> plot.Picture:
     )
     ranks = [_by_rank(results[name], n) for n, name in enumerate(SHOWN)]
     size, epochs = results["published"]["codebook_size"], plot.Axis("epoch", low=1)
-    mean_use, log = plot.Rule(1, {"color": plot.GREY, "lw": 1}), plot.Axis(scale="log")
+    mean_use, log = plot.mark("axhline", 1, color=plot.GREY, lw=1), plot.Axis(scale="log")
     row = [
         plot.Panel(f"perplexity of use (K = {size})", perplexity, epochs, log),
         plot.Panel("share of codewords used in an epoch", used, epochs, plot.Axis(low=0, high=1.02)),
@@ -96,12 +96,12 @@ def picture(results: Results) -> plot.Picture:
     return plot.Picture(13, 4.8, [plot.Part([row], legend=plot.Legend({"fontsize": 9, "ncols": 3}))])
 
 
-def _over_epochs(by_seed: list[list[float | None]], n: int, title: str) -> plot.Line:
+def _over_epochs(by_seed: list[list[float | None]], n: int, title: str) -> plot.Mark:
     values = [mean(column) for column in zip(*by_seed, strict=False)]
-    return plot.Line(range(1, len(values) + 1), values, plot.look(n, marker=""), title)
+    return plot.mark("plot", range(1, len(values) + 1), values, label=title, **plot.look(n, marker=""))
 
 
-def _by_rank(entry: Entry, n: int) -> plot.Line:
+def _by_rank(entry: Entry, n: int) -> plot.Mark:
     last = entry["use_by_rank"][max(entry["use_by_rank"], key=int)]
-    known = [(rank, use) for rank, use in zip(entry["ranks"], last, strict=True) if use]
-    return plot.Line([rank for rank, _ in known], [use for _, use in known], plot.look(n, marker=""))
+    known = [{"rank": rank, "use": use} for rank, use in zip(entry["ranks"], last, strict=True) if use]
+    return plot.series(known, "rank", "use", plot.look(n, marker=""))
