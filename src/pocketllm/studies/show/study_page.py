@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pocketllm.report import drawing
+from pocketllm.report import drawing, png_and_svg
 from pocketllm.studies.definition import Study, Table
 from pocketllm.studies.show.plot import GREY, INK
 
@@ -85,9 +84,4 @@ def pictures(study: Study, result: Mapping[str, Any]) -> tuple[bytes, bytes]:
 
         figure = Figure(figsize=(9, 4.5), layout="constrained", facecolor="white")
         study.draw(result["results"], figure)
-        found = []
-        for form in ("png", "svg"):
-            raw = io.BytesIO()
-            figure.savefig(raw, format=form, dpi=110, metadata={"Date": None} if form == "svg" else None)
-            found.append(raw.getvalue())
-        return found[0], found[1]
+        return png_and_svg(figure, dpi=110)
