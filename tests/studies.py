@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pocketllm.studies import Outcome, run_study
-from pocketllm.studies.definition import Setup, Step, Study, Table
+from pocketllm.studies.definition import Finding, Measurement, Results, Setup, Step, Study, Table
 from pocketllm.studies.measure import (
     codebook_steps,
     depth_steps,
@@ -17,6 +17,8 @@ from pocketllm.studies.measure import (
     rln_steps,
     utilization_steps,
 )
+from pocketllm.studies.show import plot
+from pocketllm.studies.show.prose import Prose
 from tests import tiny
 
 STEPS = {
@@ -79,12 +81,32 @@ class CodecStudies:
         return copy.deepcopy(self[name].result["results"])
 
 
+_WORDS = {
+    "Claim": "It counts.",
+    "Method": "Steps.",
+    "Findings": "## steps run\n{{ count }} steps ran.",
+}
+
+
+def _panel(results: Any) -> plot.Panel:
+    values = [found["value"] or 0 for found in results.values()]
+    return plot.Panel("values", [plot.mark("plot", range(len(values)), values)])
+
+
+class _CountingStudy(Study):
+    """A study whose cells hold what Markdown would misread."""
+
+    def tables(self, results: Results) -> list[Table]:
+        return [Table("Steps", ["step", "of"], [[key, "a_b`|c"] for key in results], "all | of them")]
+
+
 class Counting:
     """A study of three steps that notes which of them ran, and stops at one where it is told to."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
         self.stop_at: str | None = None
+        self.words: dict[str, str] = {}
         self.more: dict[str, Any] = {}
 
     def steps(self, setup: Setup) -> list[Step]:
@@ -101,16 +123,11 @@ class Counting:
         return Step(key, run)
 
     def study(self) -> Study:
-        return Study(
+        return _CountingStudy(
             "counting",
             "steps are counted",
-            "It counts.",
-            "Steps.",
-            self.steps,
-            lambda results: [
-                Table("Steps", ["step", "of"], [[key, "a_b`|c"] for key in results], "all | of them")
-            ],
-            lambda results, figure: figure.subplots().plot([r["value"] or 0 for r in results.values()]),
-            lambda results: [f"{len(results)} steps ran."],
-            **self.more,
+            Prose("", {**_WORDS, **self.words}),
+            Measurement(self.steps, **self.more),
+            [Finding("steps run", lambda results: [{"count": len(results)}])],
+            lambda results: plot.Picture(6, 4, [plot.Part([[_panel(results)]])]),
         )

@@ -34,7 +34,7 @@ def _no_data(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("study", ["sensitivity", "decoder", "overhead", "robustness"])
 def test_steps_of_both_sizes_have_keys_of_their_own(study: str, model: str, tmp_path: Path) -> None:
     for quick in (True, False):
-        keys = [step.key for step in load(study).steps(setup_of(model, tmp_path, quick))]
+        keys = [step.key for step in load(study).measurement.steps(setup_of(model, tmp_path, quick))]
         assert len(set(keys)) == len(keys) > 1
 
 

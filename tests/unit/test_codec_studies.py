@@ -32,7 +32,7 @@ def test_the_full_version_is_larger(
         trials, "_check_size", lambda *sizes: None
     )  # its codebooks are too large for this model
     small, full = (
-        [s.key for s in load(name).steps(setup_of(codec_studies.model, tmp_path, quick))]
+        [s.key for s in load(name).measurement.steps(setup_of(codec_studies.model, tmp_path, quick))]
         for quick in (True, False)
     )
     assert len(set(full)) == len(full)

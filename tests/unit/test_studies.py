@@ -54,7 +54,7 @@ def test_writes_everything(counting: Counting, model: str, tmp_path: Path) -> No
 def test_the_page_of_the_small_version_says_what_it_leaves_out(
     counting: Counting, model: str, tmp_path: Path
 ) -> None:
-    counting.more = {"left_out": "no steps."}
+    counting.words = {"Left out": "no steps."}
     for quick in (True, False):
         run_study("counting", model, tmp_path / str(quick), quick=quick)
         page = (tmp_path / str(quick) / "counting.md").read_text()
@@ -251,4 +251,4 @@ def test_titles_are_those_of_the_registry() -> None:
     for name, title in STUDIES.items():
         study = registry.load(name)
         assert (study.name, study.title) == (name, title)
-        assert study.claim and study.method and study.left_out
+        assert all(study.words.text(section) for section in ("Claim", "Method", "Left out"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
@@ -13,13 +15,16 @@ from matplotlib.figure import Figure
 import pocketllm
 from pocketllm.errors import ExtraError
 from pocketllm.studies import STUDIES, load, run_study
+from pocketllm.studies.definition import Finding, Results, Values
+from pocketllm.studies.measure.entries import grouped, lowest, select
 from pocketllm.studies.measure.significance import Difference
 from pocketllm.studies.show import numbers, plot
 from pocketllm.studies.show.prose import Prose, need_jinja, prose
+from pocketllm.studies.verdicts import Verdict, above_zero, holds, together
 from tests.studies import Counting
 
 PACKAGE = Path(pocketllm.__file__).parent
-ROOMS = ("measure", "claims", "show")  # each may import the rooms before it
+ROOMS = ("measure", "show", "claims")  # each may import the rooms before it
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -27,15 +32,62 @@ def test_a_template_has_every_section(name: str) -> None:
     assert list(prose(name).sections) == ["Claim", "Method", "Left out", "Findings", "Tables"]
 
 
-def test_sentences_are_items_and_paragraphs_one_line() -> None:
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_finding_has_its_words(name: str) -> None:
+    assert [finding.claim for finding in load(name).declared] == list(prose(name).claims)
+
+
+def test_sentences_are_below_their_claims_and_paragraphs_one_line() -> None:
     words = Prose(
         "{% macro twice(x) %}{{ 2 * x }}{% endmacro %}",
-        {"Plain": "some\n words", "Items": "\n- one {{ twice(a) }}\n  of two\n- {{ b | number(2) }} - c"},
+        {
+            "Plain": "some\n words",
+            "Findings": "## it is two\none {{ twice(a) }}\n  of two\n## it is b\n{{ b | number(2) }} - c",
+        },
     )
     assert words.text("Plain") == "some words" and words.text("None") == ""
-    assert words.sentences("Items", a=2, b=None) == ["one 4 of two", "not finite - c"]
+    assert words.sentence("it is two", a=2) == "one 4 of two"
+    assert words.sentence("it is b", b=None) == "not finite - c"
     with pytest.raises(jinja2.UndefinedError, match="'b' is undefined"):
-        words.sentences("Items", a=2)
+        words.sentence("it is b", a=2)
+
+
+def test_a_finding_is_judged_sentence_by_sentence() -> None:
+    def numbers(results: Results) -> Iterator[Values]:
+        yield from ({"gap": gap} for gap in results["step"]["gaps"])
+
+    gaps = [Difference(1.0, 0.1), Difference(-1.0, 0.1), Difference(1.0, math.inf), None]
+    finding = Finding("the gap is above zero", numbers, lambda values: above_zero(values["gap"]))
+    found = [values["verdict"] for values in finding.judged({"step": {"gaps": gaps}})]
+    assert found == ["held", "did not hold", "not seen", "not seen"]
+    assert Finding("nothing", numbers).judged({"step": {"gaps": gaps[:1]}}) == [{"gap": gaps[0]}]
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole"),
+    [
+        ([Verdict.HELD, Verdict.HELD], Verdict.HELD),
+        ([Verdict.HELD, Verdict.FAILED], Verdict.IN_PART),
+        ([Verdict.NOT_SEEN, Verdict.HELD], Verdict.IN_PART),
+        ([Verdict.IN_PART, Verdict.FAILED], Verdict.IN_PART),
+        ([Verdict.NOT_SEEN, Verdict.NOT_SEEN], Verdict.NOT_SEEN),
+        ([Verdict.NOT_SEEN, Verdict.FAILED], Verdict.FAILED),
+        ([holds(False)], Verdict.FAILED),
+    ],
+)
+def test_a_claim_of_several_parts(parts: list[Verdict], whole: Verdict) -> None:
+    assert together(parts) == whole
+
+
+def test_entries_are_selected_by_their_keys() -> None:
+    keys = ("tuned.5.1.0.016", "tuned.3.4.0.005", "other.5.1.0.016", "grid.4x256", "tuned.x")
+    results = {key: {"end": [0.2, None if "5.1" in key else 0.1]} for key in keys}
+    found = select(results, "tuned.{depth}.{times}.{rate}")
+    assert [(e["depth"], e["times"], e["rate"]) for e in found] == [(5, 1, 0.016), (3, 4, 0.005)]
+    assert [(e["d"], e["k"]) for e in select(results, "grid.{d}x{k}")] == [(4, 256)]
+    assert select(results, "tuned.{what}")[-1]["what"] == "x"
+    assert lowest(found, "end") is found[1] and lowest(found[:1], "end") is None
+    assert grouped([{"k": 2}, {"k": 1}, {"k": 2, "n": 3}], "k") == {2: [{"k": 2}, {"k": 2, "n": 3}]}
 
 
 def test_tables_are_rows_between_bars() -> None:
@@ -75,7 +127,9 @@ def test_without_jinja_nothing_is_measured(
     with pytest.raises(ExtraError, match="jinja2"):
         run_study("counting", str(source), tmp_path / "out")
     assert not counting.ran and not list(tmp_path.iterdir())
-    assert load("rln").claim.startswith("Inside encoder and decoder")  # words without numbers need none
+    assert (
+        load("rln").words.text("Claim").startswith("Inside encoder and decoder")
+    )  # words without numbers need none
 
 
 def test_a_picture_is_drawn_as_it_says() -> None:
@@ -83,17 +137,17 @@ def test_a_picture_is_drawn_as_it_says() -> None:
     first = plot.Panel(
         "first",
         [
-            plot.Line([1, 10], [2.0, 3.0], style, "line", band=([1.0, 2.0], [3.0, 4.0])),
+            plot.series([{"a": 1, "b": 2.0}, {"a": 10, "b": 3.0}], "a", "b", style, "line"),
             plot.mean_points({1.0: [2.0, 4.0], 2.0: [None, 1.0]}, style, "means"),
-            plot.Rule(2.5, {"color": "black"}),
-            plot.Rule(5, {"color": "black"}, upright=True),
-            plot.Label("here", 0.5, 2.5, {"ha": "left"}, across=True),
+            plot.mark("axhline", 2.5, color="black"),
+            plot.mark("text", 0.5, 2.5, "here", ha="left"),
         ],
         x=plot.Axis("x", "log", ticks=[1, 10], reverse=True),
         y=plot.Axis("y", low=0),
         legend={"fontsize": 8},
     )
-    bars = plot.Bars(["a", "b"], [1.0, 2.0], {"whiskers": 2}, errors=[0.1, 0.2], values=numbers.number)
+    known, unknown = Difference(1.0, 0.1, 7), Difference(2.0, math.inf)
+    bars = plot.interval_bars(["a", "b"], [known, unknown], whiskers=2, color="black")
     second = plot.Panel("second", [bars], small=True)
     figure = Figure(layout="constrained")
     part = plot.Part([[first, second]], legend=plot.Legend({"fontsize": 9}, [("red", "patch")]), level=True)
@@ -105,8 +159,26 @@ def test_a_picture_is_drawn_as_it_says() -> None:
     assert axes.get_ylim() == beside.get_ylim() and axes.get_ylim()[0] == 0
     assert [words.get_text() for words in axes.get_legend().get_texts()] == ["line", "means"]
     assert [words.get_text() for words in top.legends[0].get_texts()] == ["patch"]
-    assert [words.get_text() for words in beside.texts] == [" 1.00", " 2.00"]
+    line, means = axes.lines[0], axes.containers[0]
+    assert line.get_xydata().tolist() == [[1, 2.0], [10, 3.0]] and [t.get_text() for t in axes.texts] == [
+        "here"
+    ]
+    assert means.lines[0].get_xydata().tolist() == [[1.0, 3.0]]  # none where a value is missing
+    assert [bar.get_width() for bar in beside.patches] == [1.0, 2.0]
+    whiskers = beside.containers[0].lines[2][0].get_segments()
+    assert [round(float(ends[1][0] - ends[0][0]), 6) for ends in whiskers] == [
+        round(2 * known.margin, 6),
+        0.0,
+    ]
     assert len(bottom.axes) == 1
+
+
+def test_groups_are_side_by_side() -> None:
+    first, second = plot.dots({"a": [[1.0, 3.0]], "b": [[2.0, 2.0]]})
+    assert first.values == ([-0.15], [2.0], [pytest.approx(2**0.5)]) and first.style["label"] == "a"
+    assert second.values == ([0.0], [2.0], [0.0])
+    upward = plot.mean_series([{"x": "2", "y": [1.0]}, {"x": 1, "y": [4.0]}], "x", "y", plot.look(0))
+    assert upward.values == ([1.0, 2.0], [4.0, 1.0], [0.0, 0.0])
 
 
 def modules() -> list[Path]:

@@ -10,7 +10,7 @@ import torch
 
 from pocketllm.studies import load
 from pocketllm.studies.measure import trials, utilization_steps
-from pocketllm.studies.measure.over_seeds import exploded
+from pocketllm.studies.measure.entries import exploded
 from tests.studies import CODEC_SIZES, CodecStudies, setup_of
 
 # rln
@@ -162,7 +162,7 @@ def test_utilization_tells_of_every_part_of_a_training(
     for size, value in CODEC_SIZES["utilization"].items():
         monkeypatch.setattr(utilization_steps, size, value)
     told: list[float] = []
-    load("utilization").steps(setup_of(codec_studies.model, tmp_path))[0].run(told.append)
+    load("utilization").measurement.steps(setup_of(codec_studies.model, tmp_path))[0].run(told.append)
     assert told == sorted(told) and told[-1] == 1.0 and any(0 < share < 0.5 for share in told)
 
 

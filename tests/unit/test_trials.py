@@ -13,7 +13,7 @@ import pocketllm
 from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.errors import SourceError
 from pocketllm.studies.measure import significance, trials
-from pocketllm.studies.show.numbers import mean_spread, verdict
+from pocketllm.studies.show.numbers import mean_spread, noise
 from tests.studies import setup_of, small_codec_model
 
 WORK = Path("unused")
@@ -91,16 +91,16 @@ def test_a_difference_is_held_against_its_noise() -> None:
     gap = significance.by_seed([1.0, 1.2], [0.8, 0.9])
     assert gap is not None and gap.value == pytest.approx(0.25) and gap.error == pytest.approx(0.05)
     assert gap.margin == pytest.approx(12.706 * 0.05) and not gap.clear
-    assert verdict(gap) == "within noise (± 0.64 at 95 %)"
+    assert noise(gap) == "within noise (± 0.64 at 95 %)"
     assert significance.Difference(0.2, 0.1).margin == pytest.approx(
         0.198
     )  # very many: 1.96, or a little more
-    assert verdict(significance.Difference(0.2, 0.1, 7)) == "within noise (± 0.24 at 95 %)"
-    assert verdict(significance.Difference(-0.3, 0.1, 7)) == "beyond noise (± 0.24 at 95 %)"
+    assert noise(significance.Difference(0.2, 0.1, 7)) == "within noise (± 0.24 at 95 %)"
+    assert noise(significance.Difference(-0.3, 0.1, 7)) == "beyond noise (± 0.24 at 95 %)"
     assert significance.Difference(0.2, 0.1, 13).margin == significance.Difference(0.2, 0.1, 12).margin
     unknown = significance.paired([1.0], [0.5])
     assert unknown == significance.Difference(0.5, math.inf, 0) and not unknown.clear and not unknown.known
-    assert verdict(unknown) == "of one measurement each, so that noise is not known"
+    assert noise(unknown) == "of one measurement each, so that noise is not known"
     assert significance.Difference(2.0, 0.5, 3).times(-2) == significance.Difference(-4.0, 1.0, 3)
     assert (
         significance.by_seed([None, 1.0], [0.5, 0.5]) is None and significance.by_seed([1.0], [None]) is None

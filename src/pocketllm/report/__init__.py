@@ -2,35 +2,6 @@
 
 from __future__ import annotations
 
-from pocketllm.report.comparison import Compared, Comparison, base_of, compare
-from pocketllm.report.comparison_plot import check_picture, draw, save_picture
-from pocketllm.report.evaluations import Evaluation, read_evaluations
-from pocketllm.report.html_page import Page, check_html, default_output, html_report
-from pocketllm.report.model_facts import MatrixFacts, ModelFacts, block_of, read_model
-from pocketllm.report.output_files import only_read
-from pocketllm.report.svg import drawing, need_matplotlib
-from pocketllm.report.tables import short
+import lazy_loader
 
-__all__ = [
-    "Compared",
-    "Comparison",
-    "Evaluation",
-    "MatrixFacts",
-    "ModelFacts",
-    "Page",
-    "base_of",
-    "block_of",
-    "check_html",
-    "check_picture",
-    "compare",
-    "default_output",
-    "draw",
-    "drawing",
-    "html_report",
-    "need_matplotlib",
-    "only_read",
-    "read_evaluations",
-    "read_model",
-    "save_picture",
-    "short",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pocketllm.report.charts import Bars, Chart, Curves
-from pocketllm.report.heat_map import heat_chart, short_kinds
+from pocketllm.report.heat_map import heat_charts, short_kinds
 from pocketllm.report.model_facts import MatrixFacts, ModelFacts, grouped, spread
 from pocketllm.report.sections import Section
 from pocketllm.report.tables import Columns, Table, percent, short, thousands
@@ -72,11 +72,11 @@ def codebooks_section(model: ModelFacts, usages: Sequence[CodebookUsage]) -> Sec
     """The share of each codebook that is used, and how evenly."""
     members = dict(sorted(grouped(model.matrices, lambda m: m.codebook).items()))
     table = Table.of("Codebook usage", _columns(model), members.values(), words=2)
-    used, evenness = _used_chart(model, members, table), _evenness_chart(members, usages)
+    used = _used_charts(model, members, table)
     return Section(
         "codebooks",
         "Codebooks",
-        charts=[chart for chart in (used, evenness) if chart is not None],
+        charts=[*used, *_evenness_charts(members, usages)],
         tables=[] if used else [table],
         values={
             "codebooks": len(members),
@@ -114,12 +114,12 @@ def _label(group: Sequence[MatrixFacts]) -> str:
     return f"{group[0].codebook}: {who}, {len(group)} {'matrix' if len(group) == 1 else 'matrices'}"
 
 
-def _used_chart(model: ModelFacts, members: Members, table: Table) -> Chart | None:
-    """Bars for few codebooks, a heat map for many; None where the use is not known."""
+def _used_charts(model: ModelFacts, members: Members, table: Table) -> list[Chart]:
+    """Bars for few codebooks, a heat map for many; none where the use is not known."""
     shares = [group[0].utilization for group in members.values()]
     known = [share for share in shares if share is not None]
     if not known or len(known) < len(shares):
-        return None
+        return []
     title, facts = "Codewords in use", {"count": len(known), "least": min(known), "most": max(known)}
     if len(known) <= _MOST_BARS:
         bars = Bars(
@@ -127,21 +127,19 @@ def _used_chart(model: ModelFacts, members: Members, table: Table) -> Chart | No
             values=[100 * share for share in known],
             notes=[percent(share) for share in known],
         )
-        return Chart("use", title, {"use": bars}, table, {"used": facts})
-    heat = heat_chart(
-        model,
-        name="use",
-        title=title,
-        unit="codewords in use, %",
-        value=lambda m: None if m.utilization is None else 100 * m.utilization,
-    )
-    return heat and Chart("use", title, heat.drawings, table, {"used": facts, "heat": heat.facts})
+        return [Chart("use", title, {"use": bars}, table, {"used": facts})]
+
+    def used(m: MatrixFacts) -> float | None:
+        return None if m.utilization is None else 100 * m.utilization
+
+    heat = heat_charts(model, name="use", title=title, unit="codewords in use, %", value=used)
+    return [replace(chart, table=table, facts={"used": facts, "heat": chart.facts}) for chart in heat]
 
 
-def _evenness_chart(members: Members, usages: Sequence[CodebookUsage]) -> Chart | None:
+def _evenness_charts(members: Members, usages: Sequence[CodebookUsage]) -> list[Chart]:
     """Up to three codebooks; of more, the least even, the middle and the most even one."""
     if not usages:
-        return None
+        return []
     ordered = sorted(usages, key=lambda usage: -sum(usage.covered))
     if len(ordered) > _LINES:
         ordered = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
@@ -156,4 +154,4 @@ def _evenness_chart(members: Members, usages: Sequence[CodebookUsage]) -> Chart 
     caption = "Share of the indices by most used codewords"
     table = Table(caption, ("codewords", *lines), rows, words=0)
     facts = {"tenths": {label: f"{values[10]:.0f}" for label, values in lines.items()}}
-    return Chart("evenness", "How evenly codewords are used", {"evenness": curves}, table, facts)
+    return [Chart("evenness", "How evenly codewords are used", {"evenness": curves}, table, facts)]

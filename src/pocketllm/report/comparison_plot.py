@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -86,20 +85,20 @@ def draw(comparison: Comparison) -> tuple[bytes, bytes]:
         if dense is not None and math.isfinite(dense):
             every[-1].axvline(dense, color=_INK, linestyle="--", linewidth=1, zorder=0)
             every[-1].set_xlabel(f"dashed line: dense, {short(dense, 4)}")
-        return _saved(figure, "png", None), _saved(figure, "svg", {"Date": None})
+        return svg.png_and_svg(figure, dpi=160)
 
 
 def _panels(comparison: Comparison) -> list[_Panel]:
     models = comparison.models
-    sizes = _Panel("MB on disk", [m.bytes_on_disk / 1e6 for m in models])
+    found = [_Panel("MB on disk", [m.bytes_on_disk / 1e6 for m in models])]
     if all(m.nmse_blocks is not None for m in models if m.nmse is not None):
-        errors = _Panel("nmse of the blocks", [m.nmse_blocks for m in models])
+        found.append(_Panel("nmse of the blocks", [m.nmse_blocks for m in models]))
     else:
-        errors = _Panel("nmse", [m.nmse for m in models])
-    perplexities = [m.perplexity for m in models]
-    if comparison.dense_perplexity is None and all(value is None for value in perplexities):
-        return [sizes, errors]
-    return [sizes, errors, _Panel("perplexity", perplexities, partial(short, digits=4))]
+        found.append(_Panel("nmse", [m.nmse for m in models]))
+    measured = [comparison.dense_perplexity, *(m.perplexity for m in models)]
+    if any(value is not None for value in measured):
+        found.append(_Panel("perplexity", measured[1:], partial(short, digits=4)))
+    return found
 
 
 def _draw_panel(axes: Any, panel: _Panel) -> None:
@@ -126,9 +125,3 @@ def _draw_panel(axes: Any, panel: _Panel) -> None:
     axes.grid(axis="y", color=_GREY, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
-
-
-def _saved(figure: Any, form: str, metadata: dict[str, None] | None) -> bytes:
-    raw = io.BytesIO()
-    figure.savefig(raw, format=form, dpi=160, metadata=metadata)
-    return raw.getvalue()

@@ -26,15 +26,10 @@ class Cell(NamedTuple):
     kind: str
 
 
-def heat_chart(
-    model: ModelFacts,
-    *,
-    name: str,
-    title: str,
-    unit: str,
-    value: Callable[[MatrixFacts], float | None],
-) -> Chart | None:
-    """Depth × kind; None where no matrix in a block has the value. unit: what the numbers are."""
+def heat_charts(
+    model: ModelFacts, *, name: str, title: str, unit: str, value: Callable[[MatrixFacts], float | None]
+) -> list[Chart]:
+    """Depth × kind, one chart; none where no matrix in a block has the value. unit: what the numbers are."""
     grid = model.grid(value)
     cells = [
         Cell(cell, block, kind)
@@ -44,13 +39,13 @@ def heat_chart(
     ]
     panels = heat_panels(grid, model.kinds, unit)
     if not panels:
-        return None
+        return []
     rows = [(str(block), *map(short, row)) for block, row in enumerate(grid)]
     table = Table(f"{title}, by block and kind", ("block", *model.kinds), rows)
     facts = {"unit": unit, "blocks": model.blocks, "kinds": len(model.kinds)}
     facts |= {"least": min(cells), "most": max(cells)}
     drawings = {f"heat-{name}-{n * _KINDS_AT_ONCE}": panel for n, panel in enumerate(panels)}
-    return Chart(name, title, drawings, table, facts)
+    return [Chart(name, title, drawings, table, facts)]
 
 
 def heat_panels(grid: Grid, kinds: Sequence[str], unit: str) -> list[HeatPanel]:

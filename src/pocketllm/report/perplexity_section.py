@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +31,6 @@ class Subject:
     nbytes: int
     dense: Sequence[str]
     adapter: AdapterFacts | None = None
-
-
-@dataclass(frozen=True)
-class Doubt:
-    """An evaluation that may be of another model. about: `bytes`, `folder`, `adapter` or `dense`."""
-
-    about: str
-    evaluation: Evaluation
-    wanted: int | str | Path
 
 
 def perplexity_section(evaluations: Sequence[Evaluation], measure: str, subject: Subject) -> Section:
@@ -83,21 +74,20 @@ def _columns(dense: dict[Setting, float]) -> Columns[Evaluation]:
     }
 
 
-def _doubts(e: Evaluation, subject: Subject) -> list[Doubt]:
-    """Why an evaluation may be of another model than the page, or of the same with another adapter."""
-    if not e.compressed:
-        known = any(same_model(e.model, name) for name in subject.dense if name)
-        return [] if known else [Doubt("dense", e, subject.dense[0])]
+def _doubts(e: Evaluation, subject: Subject) -> Iterator[tuple[str, Evaluation, int | str | Path]]:
+    """Why an evaluation may be of another model than the page, or with another adapter: (what about it, it, wanted)."""
     adapter = subject.adapter if e.adapter else None
     expected = subject.nbytes + (adapter.bytes if adapter else 0)
-    if e.bytes_on_disk not in (0, expected):
-        return [Doubt("bytes", e, expected)]
-    doubts = []
-    if not same_model(e.model, str(subject.folder)):
-        doubts.append(Doubt("folder", e, subject.folder))
-    if adapter and Path(e.adapter).name != adapter.name:
-        doubts.append(Doubt("adapter", e, adapter.name))
-    return doubts
+    if not e.compressed:
+        if not any(same_model(e.model, name) for name in subject.dense if name):
+            yield "dense", e, subject.dense[0]
+    elif e.bytes_on_disk not in (0, expected):
+        yield "bytes", e, expected
+    else:
+        if not same_model(e.model, str(subject.folder)):
+            yield "folder", e, subject.folder
+        if adapter and Path(e.adapter).name != adapter.name:
+            yield "adapter", e, adapter.name
 
 
 def _chart(evaluations: Sequence[Evaluation], table: Table) -> Chart:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from pocketllm.report.charts import Bars, Chart, Histogram
-from pocketllm.report.heat_map import heat_chart
+from pocketllm.report.heat_map import heat_charts
 from pocketllm.report.model_facts import MatrixFacts, ModelFacts, grouped, mean
 from pocketllm.report.tables import Columns, Table, megabytes, percent, short, thousands
 from pocketllm.report.weight_distributions import WIDTH, Distribution, Moments, Weights
@@ -86,25 +86,25 @@ def size_section(model: ModelFacts) -> Section:
 
 def bits_section(model: ModelFacts) -> Section:
     """Bits per weight over depth and kind."""
-    chart = heat_chart(
+    charts = heat_charts(
         model, name="bpw", title="Bits per weight", unit="bits per weight", value=lambda m: m.bpw
     )
     kinds = grouped(model.matrices, lambda m: m.kind).values()
     table = Table.of("By kind of matrix; means are weighted by size", KIND, kinds)
-    return Section("bits", "Bits per weight", charts=_known(chart), tables=[table], values={"model": model})
+    return Section("bits", "Bits per weight", charts=charts, tables=[table], values={"model": model})
 
 
 def error_section(model: ModelFacts) -> Section:
     """nmse, and proxy_error if the model was calibrated."""
-    nmse = heat_chart(model, name="nmse", title="Error of the weights", unit="nmse", value=lambda m: m.nmse)
-    proxy = heat_chart(
+    nmse = heat_charts(model, name="nmse", title="Error of the weights", unit="nmse", value=lambda m: m.nmse)
+    proxy = heat_charts(
         model, name="proxy", title="Error of the outputs", unit="proxy error", value=lambda m: m.proxy_error
     )
     outside = Table.of("Outside the blocks", {"matrix": lambda m: m.name, **ERRORS}, model.outside)
     tables = [outside] if model.outside else []
     tables.append(Table.of("Every compressed matrix", MATRIX, model.matrices))
-    values = {"model": model, "has_proxy": proxy is not None}
-    return Section("errors", "Errors", charts=_known(nmse, proxy), tables=tables, values=values)
+    values = {"model": model, "has_proxy": bool(proxy)}
+    return Section("errors", "Errors", charts=[*nmse, *proxy], tables=tables, values=values)
 
 
 def weights_section(model: ModelFacts, weights: Weights) -> Section:
@@ -146,10 +146,6 @@ def _histogram(number: int, distribution: Distribution) -> Chart:
     table = Table(caption, ("centre of bin", "original", "decoded"), rows, words=0)
     drawing = Histogram(d.edges, d.original, d.decoded)
     return Chart(name, d.kind, {name: drawing}, table, {"distribution": d})
-
-
-def _known(*charts: Chart | None) -> list[Chart]:
-    return [chart for chart in charts if chart is not None]
 
 
 def _distinct(values: Iterable[int | None]) -> str:

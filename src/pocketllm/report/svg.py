@@ -78,6 +78,16 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH / POINTS, height / POINTS), layout="constrained", facecolor="none")
 
 
+def png_and_svg(figure: Figure, dpi: int) -> tuple[bytes, bytes]:
+    """The figure in both forms; the same figure gives the same bytes. Provisional."""
+    found = []
+    for form, metadata in (("png", None), ("svg", {"Date": None})):
+        raw = io.BytesIO()
+        figure.savefig(raw, format=form, dpi=dpi, metadata=metadata)
+        found.append(raw.getvalue())
+    return found[0], found[1]
+
+
 def inline(figure: Figure, name: str) -> str:
     """The figure as an element of a page: `<svg viewBox=…>` with ids that begin with `name`."""
     raw = io.BytesIO()

@@ -1,10 +1,10 @@
-"""The definition of a study: independent steps that measure, and the evaluation of their results."""
+"""The definition of a study: independent steps that measure, and findings declared from their results."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pocketllm.source import DenseCheckpoint
+    from pocketllm.studies.show.plot import Picture
+    from pocketllm.studies.show.prose import Prose
+    from pocketllm.studies.verdicts import Verdict
 
 Results = Mapping[str, Mapping[str, Any]]
 """Step key -> the values it returned, as they come back from JSON; a number that was not finite is None."""
+
+Values = Mapping[str, Any]
+"""Name -> a number, or whatever else the words of a finding need."""
 
 Progress = Callable[[float], None]
 """Called with the finished share, 0 to 1."""
@@ -116,7 +122,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Measurement:
-    """How a study measures; its fields are those of `Study`."""
+    """How a study measures.
+
+    steps: in the order they run; an interrupted run resumes at any of them.
+    on_text: whether it measures models on text; several_texts: on several kinds of it.
+    inputs: what else its results depend on that is found on this machine, as `compressed_models.inputs` gives it.
+    """
 
     steps: Callable[[Setup], list[Step]]
     on_text: bool = False
@@ -125,27 +136,58 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Study:
-    """A claim and how it is put to the test.
+class Finding:
+    """A claim, the numbers that it is tested by, and the rule that judges them.
 
-    title: one line, as `STUDIES` has it. claim: what the paper says. method: what is measured, in words.
-    steps: in the order they run; an interrupted run resumes at any of them.
-    draw: into an empty matplotlib figure; sets its size itself.
-    findings: plain sentences with numbers, computed from the results; the first says whether the claim held.
-    left_out: what the small version does not do of that, in words.
-    on_text: whether it measures models on text; several_texts: on several kinds of it.
-    inputs: what else its results depend on that is found on this machine, as `compressed_models.inputs` gives it.
+    claim: the heading of its words in the study's template.
+    numbers: computed from the results, what the words need; a sentence for each that is yielded.
+    verdict: from these numbers; the words know it as `verdict`. None where nothing is claimed.
+    """
+
+    claim: str
+    numbers: Callable[[Results], Iterable[Values]]
+    verdict: Callable[[Values], Verdict] | None = None
+
+    def judged(self, results: Results) -> list[Values]:
+        """The numbers of each sentence, with the verdict on them."""
+        verdict = self.verdict
+        return [
+            values if verdict is None else {**values, "verdict": verdict(values)}
+            for values in self.numbers(results)
+        ]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A claim of the paper and how it is put to the test.
+
+    title: one line, as `STUDIES` has it. words: its template, with the claim, the method in words, the wording
+    of the findings, and the tables. declared: its findings; the first says whether the claim held.
+    picture: what is drawn of the results. helpers: what the tables call `claim`.
     """
 
     name: str
     title: str
-    claim: str
-    method: str
-    steps: Callable[[Setup], list[Step]]
-    tables: Callable[[Results], list[Table]]
-    draw: Callable[[Results, Figure], None]
-    findings: Callable[[Results], list[str]]
-    left_out: str = ""
-    on_text: bool = False
-    several_texts: bool = False
-    inputs: Callable[[Setup], dict[str, Any]] = lambda setup: {}
+    words: Prose
+    measurement: Measurement
+    declared: Sequence[Finding]
+    picture: Callable[[Results], Picture]
+    helpers: Any = None
+
+    def findings(self, results: Results) -> list[str]:
+        """Plain sentences with numbers, computed from the results."""
+        return [
+            self.words.sentence(finding.claim, **values)
+            for finding in self.declared
+            for values in finding.judged(results)
+        ]
+
+    def tables(self, results: Results) -> list[Table]:
+        """The tables of the page."""
+        return self.words.tables(results=results, claim=self.helpers)
+
+    def draw(self, results: Results, figure: Figure) -> None:
+        """Draw into an empty matplotlib figure; sets its size."""
+        from pocketllm.studies.show.plot import draw
+
+        draw(self.picture(results), figure)

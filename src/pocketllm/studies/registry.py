@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from pocketllm.errors import ConfigError
-from pocketllm.studies.definition import Results, Study, Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from pocketllm.studies.definition import Study
 
 STUDIES: dict[str, str] = {
     "rln": "reshaped layer norm against layer norm and none, in training",
@@ -35,40 +30,15 @@ def check_name(name: str) -> None:
 def load(name: str) -> Study:
     """The study of that name.
 
-    Assembled from `measure/NAME_steps.py` (MEASUREMENT), `claims/NAME_claim.py` (`numbers` of the findings),
-    `show/NAME_page.py` (`table_numbers`, `picture`) and `show/templates/NAME.md.j2` (the prose of all sections).
+    Assembled from `measure/NAME_steps.py` (MEASUREMENT), `claims/NAME_claim.py` (FINDINGS, `picture`, and what
+    the tables compute) and `show/templates/NAME.md.j2` (the words of all sections).
 
     Raises:
         ConfigError: there is none.
     """
-    from pocketllm.studies.show.plot import draw
     from pocketllm.studies.show.prose import prose
 
     check_name(name)
-    rooms = ("measure", "steps"), ("claims", "claim"), ("show", "page")
-    steps, claim, page = (
-        importlib.import_module(f"pocketllm.studies.{room}.{name}_{kind}") for room, kind in rooms
-    )
-    words = prose(name)
-
-    def tables(results: Results) -> list[Table]:
-        return words.tables(results=results, **page.table_numbers(results))
-
-    def findings(results: Results) -> list[str]:
-        values: Mapping[str, Any] = claim.numbers(results)
-        return words.sentences("Findings", **values)
-
-    def draw_picture(results: Results, figure: Figure) -> None:
-        draw(page.picture(results), figure)
-
-    return Study(
-        name=name,
-        title=STUDIES[name],
-        claim=words.text("Claim"),
-        method=words.text("Method"),
-        left_out=words.text("Left out"),
-        tables=tables,
-        draw=draw_picture,
-        findings=findings,
-        **vars(steps.MEASUREMENT),
-    )
+    steps = importlib.import_module(f"pocketllm.studies.measure.{name}_steps")
+    claim = importlib.import_module(f"pocketllm.studies.claims.{name}_claim")
+    return Study(name, STUDIES[name], prose(name), steps.MEASUREMENT, claim.FINDINGS, claim.picture, claim)

@@ -93,7 +93,7 @@ def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> d
     from pocketllm.format.output import is_published, output_error
     from pocketllm.format.workspace import Workspace, locked
 
-    asked, steps = _asked(study, setup), study.steps(setup)
+    asked, steps = _asked(study, setup), study.measurement.steps(setup)
     try:
         work = Workspace.at(output, asked)
         _check_files(work.folder, steps)
@@ -136,7 +136,7 @@ def dry_run(
     study = load(name)
     setup = _setup(study, model, Path(name), quick, seed, device, texts)
     _asked(study, setup)
-    return [step.key for step in study.steps(setup)]
+    return [step.key for step in study.measurement.steps(setup)]
 
 
 def _setup(
@@ -151,14 +151,14 @@ def _setup(
     named = tuple(map(str, texts or ()))
     _check_texts(study, named)
     work = output.with_name(f"{output.name}.partial") / "work"
-    return Setup(model, quick, seed, device, named or None, work, study.several_texts)
+    return Setup(model, quick, seed, device, named or None, work, study.measurement.several_texts)
 
 
 def _check_texts(study: Study, texts: Sequence[str]) -> None:
     """Raises ConfigError if some of the texts would not be used."""
-    if texts and not study.on_text:
+    if texts and not study.measurement.on_text:
         raise ConfigError(f"{study.name}: does not use text; omit the texts")
-    if len(texts) > 1 and not study.several_texts:
+    if len(texts) > 1 and not study.measurement.several_texts:
         raise ConfigError(f"{study.name}: uses one text, got {len(texts)}; name one of them")
     places = [Path(text).resolve() for text in texts]
     for text, place in zip(texts, places, strict=True):
@@ -178,9 +178,9 @@ def _asked(study: Study, setup: Setup) -> dict[str, Any]:
         "seed": setup.seed,
         "device": setup.device,
         "threads": torch.get_num_threads(),
-        "texts": {t.name: t.digest for t in setup.evaluation_texts()} if study.on_text else {},
+        "texts": {t.name: t.digest for t in setup.evaluation_texts()} if study.measurement.on_text else {},
         "version": pocketllm.__version__,
-        **study.inputs(setup),
+        **study.measurement.inputs(setup),
     }
 
 
@@ -278,5 +278,5 @@ def _command(study: Study, setup: Setup, asked: Mapping[str, Any], output: Path)
     words += ["--device", setup.device] if setup.device != "cpu" else []
     words += ["--threads", str(asked["threads"])]
     command = shlex.join([*words, *(word for text in setup.texts or () for word in ("--text", text))])
-    finds = (study.on_text and not setup.texts) or any(asked.get(key) for key in _INPUTS)
+    finds = (study.measurement.on_text and not setup.texts) or any(asked.get(key) for key in _INPUTS)
     return f"POCKETLLM_DATA=... {command}" if finds and data_folder() is not None else command

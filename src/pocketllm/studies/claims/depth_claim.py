@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from pocketllm.studies.definition import Results
+from pocketllm.studies.definition import Finding, Results, Values
 from pocketllm.studies.measure.depth_steps import DEPTHS
-from pocketllm.studies.measure.significance import Difference, by_seed, mean, paired
-from pocketllm.studies.measure.trials import PUBLISHED, TRAININGS
+from pocketllm.studies.measure.entries import Entry, lowest, select
+from pocketllm.studies.measure.significance import by_seed, mean, paired
+from pocketllm.studies.measure.trials import PUBLISHED, TRAINING_TICKS, TRAININGS
+from pocketllm.studies.show import plot
+from pocketllm.studies.verdicts import Verdict, above_zero, together
 
-Entry = Mapping[str, Any]
+_GUARDED = "published start, guarded"
 _SHARE = 0.25  # share of the gap between 5 and 3 blocks that may remain if tuning is said to close it
-
-
-def group(results: Results, what: str) -> dict[tuple[str, ...], Entry]:
-    """The rest of the key -> values: of `hidden` (depth, width), of `tuned` (depth, length, learning rate)."""
-    split = {tuple(key.split(".", 3)): value for key, value in results.items()}
-    return {key[1:]: value for key, value in split.items() if key[0] == what}
 
 
 def start_of(results: Results, name: str, depth: int) -> Entry:
@@ -25,104 +21,133 @@ def start_of(results: Results, name: str, depth: int) -> Entry:
     return results[f"hidden.{depth}.16" if name == "guarded" else f"{name}.{depth}"]
 
 
-def numbers(results: Results) -> dict[str, Any]:
-    """For the findings: gaps between the depths, by start, tuned, and from the identity."""
-    starts = {name: _by_depth(results, name) for name in TRAININGS}
-    ends = starts["published"]["ends"]
-    worse, fewer = starts["published"]["five"], by_seed(ends[1], ends[3])
-    return {
-        "verdict": _verdict(worse, fewer),
-        "worse": worse,
-        "fewer": fewer,
-        "judged": [None if gap is None else _judged(gap) for gap in (worse, fewer)],
-        "published": starts.pop("published"),
-        "others": starts,
-        "tuned": _tuned(results),
-        "capacity": _capacity(results),
+def widths(results: Results) -> list[Entry]:
+    """Trainings by `depth` and `width`."""
+    return select(results, "hidden.{depth}.{width}")
+
+
+def tuned(results: Results, depth: int | None = None) -> list[Entry]:
+    """Trainings by length (`times`), learning `rate` and `depth`; those of a depth, or all."""
+    found = [e for e in select(results, "tuned.{depth}.{times}.{rate}") if depth in (None, e["depth"])]
+    return sorted(found, key=lambda e: (e["times"], e["rate"], e["depth"]))
+
+
+def _by_depth(results: Results, name: str) -> dict[int, list[float | None]]:
+    return {depth: start_of(results, name, depth)["end_nmse"] for depth in DEPTHS}
+
+
+def _order(results: Results) -> Iterator[Values]:
+    ends = _by_depth(results, "published")
+    yield {"ends": ends, "worse": by_seed(ends[5], ends[3]), "fewer": by_seed(ends[1], ends[3])}
+
+
+def _ordered(values: Values) -> Verdict:
+    return together(above_zero(values[gap]) for gap in ("worse", "fewer"))
+
+
+def _others(results: Results) -> Iterator[Values]:
+    for name in ("guarded", "ours"):
+        ends = _by_depth(results, name)
+        yield {"title": TRAININGS[name], "ends": ends, "worse": by_seed(ends[5], ends[3])}
+
+
+def _tuning(results: Results) -> Iterator[Values]:
+    """The best of each depth; the gap of 5 and 3 blocks before and after, and what closed of it."""
+    best = {depth: entry for depth in DEPTHS if (entry := lowest(tuned(results, depth), "end_nmse"))}
+    untuned = [results[f"tuned.{depth}.1.{PUBLISHED.learning_rate:g}"]["end_nmse"] for depth in (5, 3)]
+    chosen = [best[depth]["end_nmse"] for depth in (5, 3)] if {5, 3} <= set(best) else [[None], [None]]
+    before, left = by_seed(*untuned), by_seed(*chosen)
+    gaps = (
+        [[a - b for a, b in zip(*pair, strict=True)] for pair in (untuned, chosen)] if before and left else []
+    )
+    yield {
+        "best": {depth: {**entry, "edges": _edges(results, entry)} for depth, entry in best.items()},
+        "compared": bool(gaps),
+        "before": before,
+        "left": left,
+        "closed": paired(*gaps) if gaps else None,
+        "seeds": len(untuned[0]),
     }
 
 
-def _by_depth(results: Results, name: str) -> dict[str, Any]:
-    """The final errors of a start by number of blocks, and the difference of five and three."""
-    ends = {depth: start_of(results, name, depth)["end_nmse"] for depth in DEPTHS}
-    return {"title": TRAININGS[name], "ends": ends, "five": by_seed(ends[5], ends[3])}
+def _closes(values: Values) -> Verdict:
+    """Of the claim that tuning closes the gap between 5 and 3 blocks, if there is one."""
+    before, left, closed = (values[key] for key in ("before", "left", "closed"))
+    if not values["compared"] or above_zero(before) != Verdict.HELD:
+        return Verdict.NOT_SEEN
+    if left.value <= _SHARE * before.value and closed.clear:
+        return Verdict.HELD
+    return Verdict.FAILED if above_zero(left) == Verdict.HELD else Verdict.NOT_SEEN
 
 
-def _judged(gap: Difference) -> str:
-    """Whether the claim that the gap is above zero held."""
-    if not gap.clear:
-        return "is not seen"
-    return "held" if gap.value > 0 else "did not hold"
-
-
-def _verdict(worse: Difference | None, fewer: Difference | None) -> str:
-    judged = [_judged(gap) for gap in (worse, fewer) if gap is not None]
-    if judged == ["held", "held"]:
-        return "Held"
-    if "held" in judged:
-        return "Held in part"
-    return "Undecided here" if judged == ["is not seen", "is not seen"] else "Did not hold here"
-
-
-def _tuned(results: Results) -> dict[str, Any]:
-    """The best result of each depth over learning rates and lengths, and the conclusion about the gap."""
-    best = {depth: _best(results, depth) for depth in DEPTHS}
-    found: dict[str, Any] = {
-        "best": {d: {**e, "edges": _edges(results, d, e)} for d, e in best.items() if e is not None},
-        "before": None,
-    }
-    five, three = best[5], best[3]
-    if five is None or three is None:
-        return found
-    rate = f"{PUBLISHED.learning_rate:g}"
-    untuned = [group(results, "tuned")[depth, "1", rate] for depth in ("5", "3")]
-    before, left = by_seed(*(e["end_nmse"] for e in untuned)), by_seed(five["end_nmse"], three["end_nmse"])
-    if before is None or left is None:
-        return found
-    gaps = [
-        [a - b for a, b in zip(more["end_nmse"], less["end_nmse"], strict=True)]
-        for more, less in (untuned, (five, three))
-    ]
-    closed = left.value <= _SHARE * before.value and paired(*gaps).clear
-    if not (before.clear and before.value > 0):
-        outcome = "no gap"
-    elif closed:
-        outcome = "closed"
-    else:
-        outcome = "open" if left.clear and left.value > 0 else "undecided"
-    seeds = len(untuned[0]["seeds"])
-    return {**found, "before": before, "left": left, "outcome": outcome, "seeds": seeds}
-
-
-def _best(results: Results, depth: int) -> Entry | None:
-    """The lowest mean over learning rates and lengths."""
-    found = [
-        (value, entry)
-        for key, entry in group(results, "tuned").items()
-        if key[0] == str(depth) and (value := mean(entry["end_nmse"])) is not None
-    ]
-    return min(found, key=lambda pair: pair[0])[1] if found else None
-
-
-def _edges(results: Results, depth: int, entry: Entry) -> list[str]:
+def _edges(results: Results, entry: Entry) -> list[str]:
     """Settings for which the best value is the last one tried, so that a better one may lie beyond."""
-    entries = [e for key, e in group(results, "tuned").items() if key[0] == str(depth)]
+    entries = tuned(results, entry["depth"])
     rates = [e["settings"]["learning_rate"] for e in entries if e["steps"] == entry["steps"]]
     lengths = {e["steps"] for e in entries}
-    edges = {
-        "the highest rate tried at that length": len(rates) > 1
-        and entry["settings"]["learning_rate"] == max(rates),
-        "the greatest length": len(lengths) > 1 and entry["steps"] == max(lengths),
-    }
+    highest = len(rates) > 1 and entry["settings"]["learning_rate"] == max(rates)
+    longest = len(lengths) > 1 and entry["steps"] == max(lengths)
+    edges = {"the highest rate tried at that length": highest, "the greatest length": longest}
     return [words for words, there in edges.items() if there]
 
 
-def _capacity(results: Results) -> dict[str, Any] | None:
-    """Initial and final errors from our start by depth, and the gap of most and fewest blocks; None if one diverged."""
+def _capacity(results: Results) -> Iterator[Values]:
+    """Initial and final errors from our start by depth, and the gap of most and fewest blocks."""
     entries = {depth: results[f"ours.{depth}"] for depth in DEPTHS}
     found = {d: tuple(mean(e[key]) for key in ("start_nmse", "end_nmse")) for d, e in entries.items()}
     most, fewest = max(DEPTHS), min(DEPTHS)
     gap = by_seed(entries[most]["end_nmse"], entries[fewest]["end_nmse"])
-    if gap is None or any(start is None for start, _ in found.values()):
-        return None
-    return {"by_depth": found, "gap": gap, "most": most, "fewest": fewest}
+    known = gap is not None and all(start is not None for start, _ in found.values())
+    yield {"by_depth": found, "gap": gap if known else None, "most": most, "fewest": fewest}
+
+
+FINDINGS = (
+    Finding("five blocks do worse than three, and one does, too", _order, _ordered),
+    Finding("the same from other starts", _others),
+    Finding("tuning closes the gap between five and three", _tuning, _closes),
+    Finding("more blocks lack no capacity", _capacity),
+)
+
+
+def picture(results: Results) -> plot.Picture:
+    """By start; by width; by learning rate and length."""
+    lengths = sorted({entry["times"] for entry in tuned(results)})
+    longer = f"; dashed: {lengths[-1]} times longer" if len(lengths) > 1 else ""
+    starts = {
+        f"{depth} block{'s' if depth > 1 else ''}": [
+            start_of(results, name, depth)["end_nmse"] for name in TRAININGS
+        ]
+        for depth in DEPTHS
+    }
+    rates = sorted({entry["rate"] for entry in tuned(results)})
+    by_rate = [
+        line
+        for times, dash in zip(lengths, plot.DASHES, strict=False)
+        for line in _lines([entry for entry in tuned(results) if entry["times"] == times], "rate", dash)
+    ]
+    row = [
+        plot.Panel(
+            "by start",
+            plot.dots(starts),
+            x=plot.Axis(ticks=range(len(TRAININGS)), names=TRAINING_TICKS),
+            y=plot.Axis("nmse at the end; mean ± standard deviation"),
+            legend={"fontsize": 9},
+        ),
+        plot.Panel(
+            f"by hidden width, {_GUARDED}",
+            _lines(widths(results), "width", "-"),
+            x=plot.Axis("hidden width", "log2", sorted({entry["width"] for entry in widths(results)})),
+        ),
+        plot.Panel(
+            f"by learning rate, {_GUARDED}", by_rate, x=plot.Axis(f"learning rate{longer}", "log", rates)
+        ),
+    ]
+    return plot.Picture(13, 4.4, [plot.Part([row], level=True)])
+
+
+def _lines(entries: list[Entry], x: str, dash: object) -> list[plot.Mark]:
+    """A line for each number of blocks."""
+    by_depth = [[entry for entry in entries if entry["depth"] == depth] for depth in DEPTHS]
+    return [
+        plot.mean_series(own, x, "end_nmse", plot.look(n, linestyle=dash)) for n, own in enumerate(by_depth)
+    ]

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
 
-from pocketllm.studies.definition import Results
+from pocketllm.studies.definition import Finding, Results, Values
+from pocketllm.studies.measure.entries import Entry, select
 from pocketllm.studies.measure.overhead_steps import MODES
 from pocketllm.studies.measure.probe import DENSE
+from pocketllm.studies.show import plot
+from pocketllm.studies.show.numbers import number
 
 MEASURED = ("load", "first", "long", "token")
 """The timed quantities."""
-_TOLD = ("load", "token", "long", "peak_bytes")
+_COMPARED = ("load", "token", "long", "peak_bytes")
 
 
-def rounds_of(results: Results, device: str) -> list[Mapping[str, Any]]:
-    """The rounds on a device."""
-    return [values for key, values in results.items() if key.startswith(f"{device}-")]
+def devices(results: Results) -> dict[str, list[Entry]]:
+    """Device -> its rounds."""
+    found = {device: select(results, device + "-{round}") for device in ("cpu", "cuda")}
+    return {device: rounds for device, rounds in found.items() if rounds}
 
 
-def devices(results: Results) -> list[str]:
-    """Those that were measured on."""
-    return [device for device in ("cpu", "cuda") if rounds_of(results, device)]
-
-
-def forms_of(results: Results) -> dict[str, Mapping[str, Any]]:
+def forms(results: Results) -> dict[str, Mapping[str, Any]]:
     """Form -> its bytes and operations; with `tokens`: decoding over the operations of one token."""
-    forms = {key.removeprefix("form-"): v for key, v in results.items() if key.startswith("form-")}
-    return {name: {**v, "tokens": v["decode_flops"] / v["flops"]["one token"]} for name, v in forms.items()}
+    found = select(results, "form-{form}")
+    return {v["form"]: {**v, "tokens": v["decode_flops"] / v["flops"]["one token"]} for v in found}
 
 
 def middle(results: Results, device: str, job: str, key: str) -> float:
     """Median over the rounds."""
-    return float(median(values["runs"][job][key] for values in rounds_of(results, device)))
+    return float(median(values["runs"][job][key] for values in devices(results)[device]))
 
 
 def ratio(results: Results, device: str, job: str, what: str) -> float:
@@ -43,35 +42,69 @@ def ratio(results: Results, device: str, job: str, what: str) -> float:
     """
     clock = "seconds" if device == "cuda" else "cpu_seconds"
     key = f"{what}_{clock}" if what in MEASURED else what
-    runs = [values["runs"] for values in rounds_of(results, device)]
+    runs = [values["runs"] for values in devices(results)[device]]
     return float(median(run[job][key] / run[DENSE][key] for run in runs))
 
 
-def numbers(results: Results) -> dict[str, Any]:
-    """For the findings: ratios to dense weights, by device, form and mode; operations in tokens."""
-    return {
-        "long": rounds_of(results, "cpu")[0]["long"],
-        "all": {
-            mode: {what: _range(results, shown, what) for what in _TOLD} for mode, shown in MODES.items()
-        },
-        "forms": [_form(results, device, name) for device in devices(results) for name in forms_of(results)],
-        "tokens": {name: form["tokens"] for name, form in forms_of(results).items()},
-    }
+def _ratios(results: Results, device: str, form: str, mode: str) -> dict[str, float]:
+    return {what: ratio(results, device, f"{form}, {MODES[mode]}", what) for what in _COMPARED}
 
 
-def _range(results: Results, mode: str, what: str) -> list[float]:
-    """The least and the highest ratio of the forms on the CPU."""
-    found = [ratio(results, "cpu", f"{name}, {mode}", what) for name in forms_of(results)]
-    return [min(found), max(found)]
+def _all(results: Results) -> Iterator[Values]:
+    """The ratios of every form on the CPU."""
+    by_mode = {mode: [_ratios(results, "cpu", form, mode) for form in forms(results)] for mode in MODES}
+    yield {"long": devices(results)["cpu"][0]["long"], **by_mode}
 
 
-def _form(results: Results, device: str, name: str) -> dict[str, Any]:
-    jobs = {mode: f"{name}, {shown}" for mode, shown in MODES.items()}
-    return {
-        "device": "GPU" if device == "cuda" else "CPU",
-        "name": name,
-        "load": middle(results, device, jobs["dense"], "load_seconds"),
-        "dense_load": middle(results, device, DENSE, "load_seconds"),
-        "long": rounds_of(results, device)[0]["long"],
-        **{mode: {what: ratio(results, device, job, what) for what in _TOLD} for mode, job in jobs.items()},
-    }
+def _each(results: Results) -> Iterator[Values]:
+    for device, rounds in devices(results).items():
+        for form in forms(results):
+            yield {
+                "device": "GPU" if device == "cuda" else "CPU",
+                "form": form,
+                "load": middle(results, device, f"{form}, {MODES['dense']}", "load_seconds"),
+                "dense_load": middle(results, device, DENSE, "load_seconds"),
+                "long": rounds[0]["long"],
+                **{mode: _ratios(results, device, form, mode) for mode in MODES},
+            }
+
+
+def _operations(results: Results) -> Iterator[Values]:
+    yield {"tokens": {name: form["tokens"] for name, form in forms(results).items()}}
+
+
+FINDINGS = (
+    Finding("the cost of decoding at load, and of staying packed", _all),
+    Finding("the cost by form", _each),
+    Finding("operations of decoding", _operations),
+)
+
+
+def picture(results: Results) -> plot.Picture:
+    """Time and memory over those of the dense checkpoint; a row for each device."""
+    rows = [_row(results, device) for device in devices(results)]
+    return plot.Picture(9, 3.6 * len(rows), [plot.Part(rows)])
+
+
+def _row(results: Results, device: str) -> list[plot.Panel]:
+    first = devices(results)[device][0]
+    jobs, prompt = list(first["runs"])[::-1], f"prompt of {first['long']} tokens"
+    colours = [plot.COLOURS[0 if job == DENSE else 1 if "packed" in job else 2] for job in jobs]
+    shown = {"load": "load", prompt: "long", "each token": "token", "peak memory": "peak_bytes"}
+    panels: list[plot.Panel] = []
+    for title, what in shown.items():
+        lengths = [ratio(results, device, job, what) for job in jobs]
+        numbers = [
+            plot.mark("text", length, place, f" {number(length)}", va="center", fontsize=8)
+            for place, length in enumerate(lengths)
+        ]
+        panels.append(
+            plot.Panel(
+                f"{title}{' (GPU)' if device == 'cuda' else ''}",
+                [plot.mark("barh", range(len(jobs)), lengths, color=colours), *numbers],
+                plot.Axis("times dense", low=0, high=1.35 * max(lengths)),
+                plot.Axis(ticks=range(len(jobs)), names=[""] * len(jobs) if panels else jobs),
+                small=True,
+            )
+        )
+    return panels

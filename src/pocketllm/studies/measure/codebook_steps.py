@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from functools import partial
 from typing import Any
 
+import pocketllm
 from pocketllm.codec import predicted_nmse
 from pocketllm.config import CodecConfig, CompressConfig
-from pocketllm.plan import Matrix
+from pocketllm.format import read_report
+from pocketllm.plan import classify
+from pocketllm.runtime import Matrices
 from pocketllm.studies.definition import Measurement, Progress, Setup, Step, portion
-from pocketllm.studies.measure.trials import (
-    Rows,
-    Training,
-    check_size,
-    digits,
-    sample,
-    stored_bits,
-    train,
-    up_projection,
-)
+from pocketllm.studies.measure import compressed_models as models, trials
+from pocketllm.studies.measure.trials import Rows, Training, digits
 
 _MOST = 1 << 20
 GRID = (  # (d, log2 K)
@@ -40,29 +36,19 @@ _CONTEXT, _WINDOWS, _QUICK_WINDOWS = 512, 16, 4
 
 def steps(setup: Setup) -> list[Step]:
     """One matrix at each size; then the model at a few."""
-    from pocketllm.studies.measure.compressed_models import Extent, check_texts
-
-    quick = setup.quick
-    matrix, most = up_projection(setup), 1 << 17 if quick else _MOST
-    check_texts(setup, Extent(_CONTEXT, _QUICK_WINDOWS if quick else _WINDOWS))
-    check_size(matrix, most, ((d, 1 << n) for d, n in (QUICK_GRID if quick else GRID)))
-    rows = partial(sample, setup, matrix, most)
-    shared = _count(setup, matrix)
-    made = [
-        Step(f"grid.{d}x{1 << n}", partial(_point, rows, d, n, setup.seed, shared))
-        for d, n in (QUICK_GRID if quick else GRID)
-    ]
-    made.append(Step("model.dense", partial(_dense, setup)))
-    for d, n in QUICK_MODELS if quick else MODELS:
-        made.append(Step(f"model.{d}x{1 << n}", partial(_model, setup, d, 1 << n)))
-    return made
+    quick, matrix = setup.quick, trials.up_projection(setup)
+    grid, most = (QUICK_GRID, 1 << 17) if quick else (GRID, _MOST)
+    models.check_texts(setup, _extent(setup))
+    rows = trials.reader(setup, matrix, most, ((d, 1 << n) for d, n in grid))
+    shared = sum(m.kind == matrix.kind for m in classify(setup.source(), CompressConfig())[0])
+    made = [Step(f"grid.{d}x{1 << n}", partial(_point, rows, d, n, setup.seed, shared)) for d, n in grid]
+    dense = Step("model.dense", lambda progress: _perplexity(setup, *models.dense_model(setup), progress))
+    sizes = QUICK_MODELS if quick else MODELS
+    return [*made, dense, *(Step(f"model.{d}x{1 << n}", partial(_model, setup, d, 1 << n)) for d, n in sizes)]
 
 
-def _count(setup: Setup, matrix: Matrix) -> int:
-    """Matrices of a kind in the model."""
-    from pocketllm.plan import classify
-
-    return sum(m.kind == matrix.kind for m in classify(setup.source(), CompressConfig())[0])
+def _extent(setup: Setup) -> models.Extent:
+    return models.Extent(_CONTEXT, _QUICK_WINDOWS if setup.quick else _WINDOWS)
 
 
 def _config(d: int) -> CodecConfig:
@@ -73,8 +59,8 @@ def _config(d: int) -> CodecConfig:
 def _point(rows: Rows, d: int, index_bits: int, seed: int, shared: int, progress: Progress) -> dict[str, Any]:
     """One size on one matrix."""
     matrix, config, size = rows(), _config(d), 1 << index_bits
-    trial = train(matrix.weight, Training(config, size), seed, progress)
-    bits, weights = stored_bits(matrix.weight, config, size), matrix.weight.numel()
+    trial = trials.train(matrix.weight, Training(config, size), seed, progress)
+    bits, weights = trials.stored_bits(matrix.weight, config, size), matrix.weight.numel()
     own, common = bits["indices"] + bits["row_scales"], bits["codebook"] + bits["decoder"]
     return {
         "matrix": matrix.facts(),
@@ -94,30 +80,15 @@ def _point(rows: Rows, d: int, index_bits: int, seed: int, shared: int, progress
     }
 
 
-def _dense(setup: Setup, progress: Progress) -> dict[str, Any]:
-    from pocketllm.studies.measure.compressed_models import dense_model
-
-    return _perplexity(setup, *dense_model(setup), progress)
-
-
 def _perplexity(setup: Setup, model: Any, tokenizer: Any, progress: Progress) -> dict[str, Any]:
-    from pocketllm import perplexity
-    from pocketllm.studies.measure.compressed_models import fitting
-
-    text, windows = setup.evaluation_texts()[0], _QUICK_WINDOWS if setup.quick else _WINDOWS
-    context = fitting(setup, _CONTEXT)
-    found = perplexity(model, tokenizer, text.text, context, windows, progress)
+    text, extent = setup.evaluation_texts()[0], _extent(setup)
+    context = models.fitting(setup, extent.context)
+    found = pocketllm.perplexity(model, tokenizer, text.text, context, extent.windows, progress)
     return {**dataclasses.asdict(found), "text": text.name, "dtype": str(model.dtype)}
 
 
 def _model(setup: Setup, d: int, size: int, progress: Progress) -> dict[str, Any]:
     """The model with a codebook for each kind, embedding and head left dense."""
-    import shutil
-
-    from pocketllm.format import read_report
-    from pocketllm.runtime import Matrices
-    from pocketllm.studies.measure.compressed_models import compressed, dense_model, installed, mean_nmse
-
     codec = dataclasses.replace(_config(d), sample_per_codeword=64)
     config = CompressConfig(
         codec=codec,
@@ -127,10 +98,10 @@ def _model(setup: Setup, d: int, size: int, progress: Progress) -> dict[str, Any
         keep_embeddings=True,
         seed=setup.seed,
     )
-    folder = compressed(setup, f"model-{d}x{size}", config, portion(progress, 0, 0.8))
+    folder = models.compressed(setup, f"model-{d}x{size}", config, portion(progress, 0, 0.8))
     report, matrices = read_report(folder), Matrices.open(folder)
-    model, tokenizer = dense_model(setup)
-    with installed(model, matrices, [m["name"] for m in report["matrices"]]):
+    model, tokenizer = models.dense_model(setup)
+    with models.installed(model, matrices, [m["name"] for m in report["matrices"]]):
         measured = _perplexity(setup, model, tokenizer, portion(progress, 0.8, 1))
     shutil.rmtree(folder)
     return {
@@ -139,8 +110,8 @@ def _model(setup: Setup, d: int, size: int, progress: Progress) -> dict[str, Any
         "codebook_size": size,
         "index_bpw": (size - 1).bit_length() / d,
         "bpw": report["bpw_matrices"],
-        "nmse": digits(mean_nmse(report)),
+        "nmse": digits(models.mean_nmse(report)),
     }
 
 
-MEASUREMENT = Measurement(steps=steps, on_text=True)
+MEASUREMENT = Measurement(steps, on_text=True)

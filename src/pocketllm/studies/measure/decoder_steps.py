@@ -7,20 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pocketllm
+from pocketllm.compression import Event
 from pocketllm.config import CodecConfig, CompressConfig, DistillConfig, LoopConfig
+from pocketllm.evaluate import text_divergence
+from pocketllm.format import read_report
+from pocketllm.plan import classify
+from pocketllm.report import block_of
 from pocketllm.studies.definition import Measurement, Progress, Setup, Step, portion
-from pocketllm.studies.measure.compressed_models import (
-    Extent,
-    calibrated,
-    calibration_texts,
-    check_texts,
-    compressed,
-    compressed_model,
-    dense_model,
-    fitting,
-    inputs,
-    mean_nmse,
-)
+from pocketllm.studies.measure import compressed_models as models
+from pocketllm.studies.measure.significance import mean
 
 FLOAT16_BYTES = 2
 _QUICK = ("none-kind", "mlp-kind", "affine-matrix", "mlp-matrix", "none-model")
@@ -59,8 +55,6 @@ def size_of(setup: Setup) -> Size:
 
 def variants(setup: Setup) -> dict[str, Variant]:
     """Every variant by key; the reference is `none-kind`, whose bytes the others spend otherwise."""
-    from pocketllm.plan import classify
-
     size, source = size_of(setup), setup.source()
     base = _base(setup, size)
     matrices, _ = classify(source, base)
@@ -99,7 +93,7 @@ def calibrated_variants(setup: Setup) -> dict[str, Variant]:
     """The same question on the calibrated path, where decoders start as the identity and are trained later."""
     own = _base(setup, size_of(setup))
     base = replace(
-        calibrated("calibrated-16x", tokens=8192, sensitivity_tokens=1024),
+        models.calibrated("calibrated-16x", tokens=8192, sensitivity_tokens=1024),
         keep_embeddings=True,
         seed=setup.seed,
         dense_first=own.dense_first,
@@ -115,7 +109,8 @@ def calibrated_variants(setup: Setup) -> dict[str, Variant]:
 
 def _base(setup: Setup, size: Size) -> CompressConfig:
     """Plain coding of some blocks in the middle at d = 4; embedding and head stay as they are."""
-    total = _count_blocks(setup)
+    numbers = [block_of(name) for name in setup.source().names()]
+    total = max((n for n in numbers if n is not None), default=-1) + 1
     blocks = min(size.blocks, total)
     first = (total - blocks) // 2
     codec = CodecConfig(vector_len=4, epochs=3, kmeans_iterations=15)
@@ -130,17 +125,10 @@ def _base(setup: Setup, size: Size) -> CompressConfig:
     )
 
 
-def _count_blocks(setup: Setup) -> int:
-    from pocketllm.report import block_of
-
-    numbers = [block_of(name) for name in setup.source().names()]
-    return max((n for n in numbers if n is not None), default=-1) + 1
-
-
 def steps(setup: Setup) -> list[Step]:
     """A step for each variant."""
     size = size_of(setup)
-    check_texts(setup, Extent(4 * size.context, size.windows))
+    models.check_texts(setup, models.Extent(4 * size.context, size.windows))
     chosen = variants(setup)
     if setup.quick:
         chosen = {key: chosen[key] for key in _QUICK if key in chosen}
@@ -151,11 +139,9 @@ def steps(setup: Setup) -> list[Step]:
 
 def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> dict[str, Any]:
     """Compress, measure, distil, measure."""
-    from pocketllm.format import read_report
-
     size = size_of(setup)
-    size = replace(size, context=fitting(setup, size.context))
-    folder = compressed(setup, key, variant.config, portion(progress, 0, 0.4))
+    size = replace(size, context=models.fitting(setup, size.context))
+    folder = models.compressed(setup, key, variant.config, portion(progress, 0, 0.4))
     report, before = read_report(folder), _measured(setup, folder)
     tuned = folder.with_name(f"{key}-tuned")
     distilled = _distilled(setup, size, folder, tuned, portion(progress, 0.5, 0.9))
@@ -167,9 +153,9 @@ def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> di
         "decoder_bytes": parts["decoders"],
         "codewords": report["matrices"][0]["codebook_size"],
         "bpw": report["bpw_matrices"],
-        "nmse": mean_nmse(report),
-        "start_nmse": _mean([_mean(list(fit["start_nmse"].values())) for fit in report["fits"]]),
-        "trained_nmse": _mean([fit["curve"][-1] for fit in report["fits"]]),  # kept or not
+        "nmse": models.mean_nmse(report),
+        "start_nmse": mean([mean([*fit["start_nmse"].values()]) for fit in report["fits"]]),
+        "trained_nmse": mean([fit["curve"][-1] for fit in report["fits"]]),  # kept or not
         "before": before,
         "after": _measured(setup, tuned),
         "distilled": distilled,
@@ -177,15 +163,8 @@ def _variant(setup: Setup, key: str, variant: Variant, progress: Progress) -> di
     }
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _distilled(setup: Setup, size: Size, folder: Path, tuned: Path, progress: Progress) -> dict[str, Any]:
     """Distil a compressed model into the folder `tuned`; returns the values to report."""
-    from pocketllm import distill
-    from pocketllm.compression import Event
-
     loop = LoopConfig(
         batch_size=size.batch,
         eval_every=max(2, size.steps // 4),
@@ -195,7 +174,7 @@ def _distilled(setup: Setup, size: Size, folder: Path, tuned: Path, progress: Pr
     config = DistillConfig(
         steps=size.steps,
         context=size.context,
-        texts=calibration_texts(),
+        texts=models.calibration_texts(),
         validation_windows=8,
         loop=loop,
     )
@@ -204,21 +183,16 @@ def _distilled(setup: Setup, size: Size, folder: Path, tuned: Path, progress: Pr
         if event.stage == "train":
             progress(event.share)
 
-    done = distill(folder, tuned, config, device=setup.device, overwrite=True, progress=on_event)
+    done = pocketllm.distill(folder, tuned, config, device=setup.device, overwrite=True, progress=on_event)
     return {key: value for key, value in asdict(done).items() if key != "output"}
 
 
 def _measured(setup: Setup, folder: Path) -> dict[str, Any]:
     """Perplexity of a compressed model and its divergence from the dense one."""
-    from pocketllm.evaluate import text_divergence
-
-    size = size_of(setup)
-    model, tokenizer = compressed_model(setup, folder)
-    reference, _ = dense_model(setup)
-    text = setup.evaluation_texts()[0]
-    context = fitting(setup, 4 * size.context)
-    seen = text_divergence(model, reference, tokenizer, text.text, context, size.windows)
-    return asdict(seen)
+    size, text = size_of(setup), setup.evaluation_texts()[0]
+    (model, tokenizer), (reference, _) = models.compressed_model(setup, folder), models.dense_model(setup)
+    context = models.fitting(setup, 4 * size.context)
+    return asdict(text_divergence(model, reference, tokenizer, text.text, context, size.windows))
 
 
-MEASUREMENT = Measurement(steps=steps, on_text=True, inputs=lambda setup: inputs())
+MEASUREMENT = Measurement(steps, on_text=True, inputs=lambda setup: models.inputs())

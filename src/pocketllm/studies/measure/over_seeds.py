@@ -1,4 +1,4 @@
-"""The same training on one matrix from several seeds, and statistics over them."""
+"""The same training on one matrix from several seeds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from typing import Any
 
 from pocketllm.codec import TrainingStep, codebook_perplexity
 from pocketllm.studies.definition import Progress, Step, portion
-from pocketllm.studies.measure.significance import mean
 from pocketllm.studies.measure.trials import Rows, Training, Trial, binned, digits, train
 
 _BINS = 40
-EXPLODED = 10.0
-"""A gradient has exploded if its norm is this many times that of the first step."""
 
 
 def step_over_seeds(
@@ -76,26 +73,3 @@ def _figures(trials: Sequence[Trial]) -> dict[str, Any]:
 def _by_latent(steps: Sequence[TrainingStep]) -> float:
     last = [step.reconstruction for step in steps if step.epoch == steps[-1].epoch]
     return sum(last) / len(last)
-
-
-def over_entries(entries: Sequence[Any], key: str) -> list[float | None]:
-    """For each seed the mean over several steps' values of that key."""
-    return [mean([entry[key][n] for entry in entries]) for n in range(len(entries[0][key]))]
-
-
-def exploded(entries: Sequence[Any]) -> tuple[int, int]:
-    """(trainings whose gradient grew past `EXPLODED` times its first norm or was not finite, trainings)."""
-    count = 0
-    for entry in entries:
-        ends = zip(entry["first_gradient"], entry["peak_gradient"], entry["end_nmse"], strict=True)
-        count += sum(
-            end is None or first is None or peak is None or peak > EXPLODED * first
-            for first, peak, end in ends
-        )
-    return count, sum(len(entry["end_nmse"]) for entry in entries)
-
-
-def highest(entries: Sequence[Any], key: str) -> float | None:
-    """Over all steps and seeds; None where one was not finite."""
-    values = [value for entry in entries for value in entry[key]]
-    return None if None in values else max(values)

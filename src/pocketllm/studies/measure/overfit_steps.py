@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,22 +12,9 @@ from torch import Tensor, nn
 from pocketllm.codec import MatrixCodec
 from pocketllm.config import CodecConfig
 from pocketllm.studies.definition import Measurement, Progress, Setup, Step
+from pocketllm.studies.measure import trials
 from pocketllm.studies.measure.rates import bits_for_mse, gaussian_mse, lloyd_max
-from pocketllm.studies.measure.trials import (
-    TRAININGS,
-    Rows,
-    Sample,
-    Training,
-    as_stored,
-    check_size,
-    digits,
-    mean_square_error,
-    sample,
-    stored_bits,
-    train,
-    training_of,
-    up_projection,
-)
+from pocketllm.studies.measure.trials import TRAININGS, Rows, Training, digits, train
 
 TARGET = 1e-4
 TARGETS = {"MSE": TARGET, "RMSE": TARGET**2}
@@ -48,31 +36,25 @@ QUICK_TWINS = ((4, 256), (2, 1024))
 def steps(setup: Setup) -> list[Step]:
     """The bound; trainings; k-means and codec over the rates; the same of a Gaussian matrix."""
     quick = setup.quick
-    matrix, most = up_projection(setup), 1 << 17 if quick else _MOST
-    sizes = (QUICK_CURVES, QUICK_SWEEP, QUICK_TWINS) if quick else (CURVES, SWEEP, TWINS)
-    check_size(matrix, most, ((d, size) for tried in sizes for d, size in tried if d > 1))
-    rows = partial(sample, setup, matrix, most)
-    curves, sweep, twins = sizes
-    made = [Step("bound", lambda progress: _bound(rows()))]
+    curves, sweep, twins = sizes = (
+        (QUICK_CURVES, QUICK_SWEEP, QUICK_TWINS) if quick else (CURVES, SWEEP, TWINS)
+    )
+    fitted = [(d, size) for tried in sizes for d, size in tried if d > 1]
+    rows = trials.reader(setup, trials.up_projection(setup), 1 << 17 if quick else _MOST, fitted)
+    made: dict[str, Callable[[Progress], dict[str, Any]]] = {"bound": partial(_bound, rows)}
     for d, size in curves:
         for name in TRAININGS:
-            run = partial(_curve, rows, _training(name, d, size, quick), setup.seed)
-            made.append(Step(f"curve.{name}.{d}x{size}", run))
-    for d, size in sweep:
-        made.append(Step(f"sweep.{d}x{size}", partial(_point, rows, d, size, setup.seed)))
-    for d, size in twins:
-        made.append(Step(f"twin.{d}x{size}", partial(_twin, rows, d, size, setup.seed)))
-    return made
+            training = trials.training_of(name, size, vector_len=d, batch_size=_BATCH)
+            if quick and name != "ours":
+                training = training.having(epochs=_QUICK_EPOCHS, batch_size=1024)
+            made[f"curve.{name}.{d}x{size}"] = partial(_curve, rows, training, setup.seed)
+    made |= {f"sweep.{d}x{size}": partial(_point, rows, d, size, setup.seed) for d, size in sweep}
+    made |= {f"twin.{d}x{size}": partial(_twin, rows, d, size, setup.seed) for d, size in twins}
+    return [Step(key, run) for key, run in made.items()]
 
 
-def _training(name: str, d: int, size: int, quick: bool) -> Training:
-    training = training_of(name, size, vector_len=d, batch_size=_BATCH)
-    if quick and name != "ours":
-        return training.having(epochs=_QUICK_EPOCHS, batch_size=1024)
-    return training
-
-
-def _bound(matrix: Sample) -> dict[str, Any]:
+def _bound(rows: Rows, progress: Progress) -> dict[str, Any]:
+    matrix = rows()
     squares = matrix.weight.double().square().mean(dim=1)
     rates = [n / 4 for n in range(1, 57)]
     return {
@@ -116,7 +98,7 @@ def _curve(rows: Rows, training: Training, seed: int, progress: Progress) -> dic
 
 def _measured(weight: Tensor, training: Training, mse: float) -> dict[str, Any]:
     """What the encoded matrix comes to, in bits and in errors."""
-    bits = stored_bits(weight, training.config, training.codebook_size)
+    bits = trials.stored_bits(weight, training.config, training.codebook_size)
     rate = bits["indices"] / weight.numel()
     return {
         "vector_len": training.config.vector_len,
@@ -155,8 +137,8 @@ def _scalar(weight: Tensor, size: int) -> dict[str, Any]:
     for net in (codec.encoder, codec.decoder):
         net.reset("identity", torch.Generator())
         net.to(weight.device)
-    kmeans = mean_square_error(weight, codec)
-    measured = _measured(weight, training, mean_square_error(weight, as_stored(codec)))
+    kmeans = trials.mean_square_error(weight, codec)
+    measured = _measured(weight, training, trials.mean_square_error(weight, trials.as_stored(codec)))
     return {"kmeans_mse": digits(kmeans), **measured}
 
 
@@ -168,4 +150,4 @@ def _twin(rows: Rows, d: int, size: int, seed: int, progress: Progress) -> dict[
     return _measured(drawn, training, train(drawn, training, seed, progress).mse)
 
 
-MEASUREMENT = Measurement(steps=steps)
+MEASUREMENT = Measurement(steps)

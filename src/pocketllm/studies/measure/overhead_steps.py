@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from pocketllm.config import CodecConfig, CompressConfig
+from pocketllm.format import Layout, read_layout, read_report
+from pocketllm.source import need_tokenizer, resolve
 from pocketllm.studies.definition import Measurement, Progress, Setup, Step
 from pocketllm.studies.measure import probe
 from pocketllm.studies.measure.compressed_models import calibrated, compressed, fitting, inputs
 from pocketllm.studies.measure.probe import DENSE
-
-if TYPE_CHECKING:
-    from pocketllm.format import Layout
 
 _ROUNDS = 2
 MODES = {"dense": "decoded at load", "packed": "packed"}
@@ -83,10 +84,6 @@ def forms(setup: Setup) -> dict[str, CompressConfig]:
 
 
 def steps(setup: Setup) -> list[Step]:
-    import torch
-
-    from pocketllm.source import need_tokenizer, resolve
-
     need_tokenizer(resolve(setup.model))
     steps = [Step(f"form-{name}", partial(_form, setup, name)) for name in forms(setup)]
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
@@ -97,8 +94,6 @@ def steps(setup: Setup) -> list[Step]:
 
 def _form(setup: Setup, name: str, progress: Progress) -> dict[str, Any]:
     """Encode the model in a form; returns bytes and operations."""
-    from pocketllm.format import read_layout, read_report
-
     folder = compressed(setup, name, forms(setup)[name], progress)
     report = read_report(folder)
     flops = decode_flops(read_layout(folder))
@@ -113,10 +108,6 @@ def _form(setup: Setup, name: str, progress: Progress) -> dict[str, Any]:
 
 def _round(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
     """Every form and mode, each in its own process, one after another on the same machine."""
-    import torch
-
-    from pocketllm.source import resolve
-
     short, long = (8, 64) if setup.quick else (16, 512)
     long = fitting(setup, long + 1) - 1
     jobs = {DENSE: (resolve(setup.model), DENSE)}
@@ -134,4 +125,4 @@ def _round(setup: Setup, device: str, progress: Progress) -> dict[str, Any]:
     return {"runs": runs, "short": short, "long": long, "gpu": gpu}
 
 
-MEASUREMENT = Measurement(steps=steps, inputs=lambda setup: {} if setup.quick else inputs())
+MEASUREMENT = Measurement(steps, inputs=lambda setup: {} if setup.quick else inputs())

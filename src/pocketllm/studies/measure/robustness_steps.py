@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import pocketllm
 from pocketllm.config import CodecConfig, CompressConfig, preset
+from pocketllm.format import read_report
 from pocketllm.studies.definition import Measurement, Progress, Setup, Step, portion
-from pocketllm.studies.measure.compressed_models import (
-    Extent,
-    calibrated,
-    check_texts,
-    compressed,
-    compressed_model,
-    dense_model,
-    fitting,
-    inputs,
-    mean_nmse,
-    task_names,
-    task_results,
-)
+from pocketllm.studies.measure import compressed_models as models
+from pocketllm.studies.measure.compressed_models import Extent, inputs, task_names
 
 RATIOS = ("8x", "10x", "16x", "20x")
 """The paper's: against fp32, over the compressed matrices."""
 FILE_RATIOS = (8.0, 10.0)
 """Bytes of the bf16 checkpoint over bytes of the output folder, all files counted."""
-_REPORTED = (
-    "bpw_matrices",
-    "bpw_all",
-    "bytes_on_disk",
-    "ratio_matrices_fp32",
-    "ratio_files_bf16",
-    "ratio_files_fp32",
-)
+_RATIOS = ("ratio_matrices_fp32", "ratio_files_bf16", "ratio_files_fp32")
+_REPORTED = ("bpw_matrices", "bpw_all", "bytes_on_disk", *_RATIOS)
 
 
 def settings(setup: Setup) -> dict[str, CompressConfig]:
@@ -62,27 +48,23 @@ def _on_less_text(name: str) -> CompressConfig:
     """The preset with a quarter of the calibration text."""
     usual = preset(name).calibration
     assert usual is not None
-    return calibrated(name, tokens=usual.tokens // 4)
+    return models.calibrated(name, tokens=usual.tokens // 4)
 
 
 def steps(setup: Setup) -> list[Step]:
     """The dense model, then every compression."""
-    check_texts(setup, _extent(setup))
-    dense = Step("dense", lambda progress: _measured(setup, dense_model(setup), progress))
+    models.check_texts(setup, _extent(setup))
+    dense = Step("dense", lambda progress: _measured(setup, models.dense_model(setup), progress))
     return [dense, *(Step(key, partial(_compressed, setup, key)) for key in settings(setup))]
 
 
 def _compressed(setup: Setup, key: str, progress: Progress) -> dict[str, Any]:
     """Compress, measure, and keep the figures alone."""
-    import shutil
-
-    from pocketllm.format import read_report
-
-    folder = compressed(setup, key, settings(setup)[key], portion(progress, 0, 0.7))
-    report, model = read_report(folder), compressed_model(setup, folder)
+    folder = models.compressed(setup, key, settings(setup)[key], portion(progress, 0, 0.7))
+    report, model = read_report(folder), models.compressed_model(setup, folder)
     found = _measured(setup, model, portion(progress, 0.7, 1))
     shutil.rmtree(folder)
-    return {**found, "nmse": mean_nmse(report), **{name: report[name] for name in _REPORTED}}
+    return {**found, "nmse": models.mean_nmse(report), **{name: report[name] for name in _REPORTED}}
 
 
 def _extent(setup: Setup) -> Extent:
@@ -91,12 +73,10 @@ def _extent(setup: Setup) -> Extent:
 
 def _measured(setup: Setup, model: tuple[Any, Any], progress: Progress) -> dict[str, Any]:
     """Perplexity by text, results by task."""
-    from pocketllm import perplexity
-
     extent, texts = _extent(setup), setup.evaluation_texts()
-    context, perplexities = fitting(setup, extent.context), {}
+    context, perplexities = models.fitting(setup, extent.context), {}
     for done, text in enumerate(texts):
-        seen = perplexity(*model, text.text, context, extent.windows)
+        seen = pocketllm.perplexity(*model, text.text, context, extent.windows)
         perplexities[text.name] = seen.perplexity
         progress(0.3 * (done + 1) / len(texts))
     names = task_names() if extent.limit else []
@@ -104,7 +84,7 @@ def _measured(setup: Setup, model: tuple[Any, Any], progress: Progress) -> dict[
         **asdict(extent),
         "context": context,
         "perplexity": perplexities,
-        "tasks": task_results(model, names, extent.limit, portion(progress, 0.3, 1)),
+        "tasks": models.task_results(model, names, extent.limit, portion(progress, 0.3, 1)),
     }
 
 

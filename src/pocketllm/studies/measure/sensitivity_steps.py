@@ -5,32 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pocketllm.config import CodecConfig, CompressConfig
+from pocketllm.evaluate import text_divergence
 from pocketllm.plan import possible_bpw
+from pocketllm.report import MatrixFacts, read_model
+from pocketllm.runtime import Matrices
 from pocketllm.studies.definition import Measurement, Progress, Setup, Step, portion
-from pocketllm.studies.measure.compressed_models import (
-    Extent,
-    calibrated,
-    check_texts,
-    compressed,
-    dense_model,
-    fitting,
-    inputs,
-    installed,
-    task_names,
-    task_results,
-)
+from pocketllm.studies.measure import compressed_models as models
+from pocketllm.studies.measure.compressed_models import Extent, inputs, task_names, task_results
 
-if TYPE_CHECKING:
-    from pocketllm.report import MatrixFacts
-
-
-Groups = Callable[[Sequence["MatrixFacts"]], Mapping[str, list["MatrixFacts"]]]
+Groups = Callable[[Sequence[MatrixFacts]], Mapping[str, list[MatrixFacts]]]
 Model = tuple[Any, Any]
 """Model and tokenizer."""
-Measure = Callable[[Model, list["MatrixFacts"], Progress], dict[str, Any]]
+Measure = Callable[[Model, list[MatrixFacts], Progress], dict[str, Any]]
 _TASKS = ("arc_easy", "piqa")
 ALL, FFN, ATTENTION, ENDS = "everything", "FFN", "attention", "embedding and head"
 """Names of groups of matrices."""
@@ -51,7 +40,7 @@ def configs(setup: Setup) -> dict[str, CompressConfig]:
     )
     if setup.quick:
         return {"plain": plain}
-    base = calibrated("calibrated-10x", tokens=16384)
+    base = models.calibrated("calibrated-10x", tokens=16384)
     chosen = replace(base, overrides=(("*", 3.0),), seed=setup.seed)
     _, all_bits = possible_bpw(setup.source(), chosen)  # 3 of indices, and what lies beside them
     return {"plain": plain, "calibrated": replace(chosen, target_bpw=all_bits)}
@@ -88,7 +77,7 @@ def saved_bytes(matrices: Iterable[MatrixFacts]) -> float:
 def steps(setup: Setup) -> list[Step]:
     """Losses on text by part and by block; then on tasks, where there are any."""
     extent = _extent(setup)
-    check_texts(setup, extent)
+    models.check_texts(setup, extent)
     paths = list(configs(setup))
     made = [Step(f"{path}-parts", partial(_on_text, setup, path, parts)) for path in paths]
     made.append(Step("plain-blocks", partial(_on_text, setup, "plain", blocks)))
@@ -105,32 +94,23 @@ def tasks() -> list[str]:
 
 
 def _by_group(
-    setup: Setup,
-    path: str,
-    groups: Groups,
-    progress: Progress,
-    measure: Measure,
+    setup: Setup, path: str, groups: Groups, progress: Progress, measure: Measure
 ) -> dict[str, dict[str, Any]]:
     """Group -> what is measured with its matrices compressed and the rest dense."""
-    from pocketllm.report import read_model
-    from pocketllm.runtime import Matrices
-
-    folder = compressed(setup, path, configs(setup)[path], portion(progress, 0, 0.5))
+    folder = models.compressed(setup, path, configs(setup)[path], portion(progress, 0, 0.5))
     chosen = groups(read_model(folder, check=False).matrices)
-    model, matrices, found = dense_model(setup), Matrices.open(folder), {}
+    model, matrices, found = models.dense_model(setup), Matrices.open(folder), {}
     for number, (name, members) in enumerate(chosen.items()):
         begin, end = (0.5 + 0.5 * place / len(chosen) for place in (number, number + 1))
-        with installed(model[0], matrices, [m.name for m in members]):
+        with models.installed(model[0], matrices, [m.name for m in members]):
             found[name] = measure(model, members, portion(progress, begin, end))
     return found
 
 
 def _on_text(setup: Setup, path: str, groups: Groups, progress: Progress) -> dict[str, Any]:
     """Perplexity and divergence by group."""
-    from pocketllm.evaluate import text_divergence
-
-    extent, text, (reference, _) = _extent(setup), setup.evaluation_texts()[0], dense_model(setup)
-    context, windows = fitting(setup, extent.context), extent.windows
+    extent, text, (reference, _) = _extent(setup), setup.evaluation_texts()[0], models.dense_model(setup)
+    context, windows = models.fitting(setup, extent.context), extent.windows
     dense: list[float] = []
 
     def measure(model: Model, members: list[MatrixFacts], progress: Progress) -> dict[str, Any]:
@@ -151,7 +131,7 @@ def _on_text(setup: Setup, path: str, groups: Groups, progress: Progress) -> dic
 
 def _dense_on_tasks(setup: Setup, progress: Progress) -> dict[str, Any]:
     limit = _extent(setup).limit
-    return {"tasks": task_results(dense_model(setup), tasks(), limit, progress), "limit": limit}
+    return {"tasks": task_results(models.dense_model(setup), tasks(), limit, progress), "limit": limit}
 
 
 def _on_tasks(setup: Setup, path: str, groups: Groups, progress: Progress) -> dict[str, Any]:
@@ -165,5 +145,5 @@ def _on_tasks(setup: Setup, path: str, groups: Groups, progress: Progress) -> di
 
 
 MEASUREMENT = Measurement(
-    steps=steps, on_text=True, inputs=lambda setup: {} if setup.quick else inputs(tasks=tasks())
+    steps, on_text=True, inputs=lambda setup: {} if setup.quick else inputs(tasks=tasks())
 )

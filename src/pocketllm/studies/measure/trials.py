@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -207,17 +208,18 @@ def train(weight: Tensor, training: Training, seed: int, progress: Progress = la
     )
 
 
-def check_size(matrix: Matrix, most: int, sizes: Iterable[tuple[int, int]]) -> None:
-    """Check that codebooks can be fitted to a `sample` of at most about `most` weights, before fitting any.
+def reader(setup: Setup, matrix: Matrix, most: int, sizes: Iterable[tuple[int, int]]) -> Rows:
+    """What reads a `sample` of at most about `most` weights; checks at once that codebooks can be fitted to it.
 
     Args:
-        sizes: pairs (d, K).
+        sizes: of the codebooks: pairs (d, K).
 
     Raises:
         SourceError: the sample has fewer subvectors than a codebook has codewords.
     """
     for d, codebook_size in sizes:
         _check_size(matrix.name, _rows(matrix, most), matrix.columns, d, codebook_size)
+    return partial(sample, setup, matrix, most)
 
 
 def _check_size(name: str, rows: int, columns: int, d: int, codebook_size: int) -> None:

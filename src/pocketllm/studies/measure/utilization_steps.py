@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,19 +11,9 @@ from torch import Tensor
 from pocketllm.codec import codebook_perplexity, codebook_utilization
 from pocketllm.config import Safeguards
 from pocketllm.studies.definition import Measurement, Setup, Step
+from pocketllm.studies.measure import trials
 from pocketllm.studies.measure.over_seeds import step_over_seeds
-from pocketllm.studies.measure.trials import (
-    PUBLISHED,
-    TRAININGS,
-    UNGUARDED,
-    Training,
-    Trial,
-    check_size,
-    digits,
-    sample,
-    training_of,
-    up_projection,
-)
+from pocketllm.studies.measure.trials import PUBLISHED, TRAININGS, UNGUARDED, Training, Trial, digits
 
 _SIZE, _QUICK_SIZE = 1024, 256
 _EPOCHS, _QUICK_EPOCHS = 30, 15
@@ -36,12 +25,10 @@ def steps(setup: Setup) -> list[Step]:
     """Each start by itself; then two trainings that collapse."""
     quick = setup.quick
     size, most = (_QUICK_SIZE, 1 << 16) if quick else (_SIZE, 1 << 18)
-    matrix = up_projection(setup)
-    check_size(matrix, most, [(PUBLISHED.vector_len, size)])
-    rows = partial(sample, setup, matrix, most)
+    rows = trials.reader(setup, trials.up_projection(setup), most, [(PUBLISHED.vector_len, size)])
     seeds = range(setup.seed, setup.seed + (1 if quick else 3))
     how = {"batch_size": most // PUBLISHED.vector_len // 16, "epochs": _QUICK_EPOCHS if quick else _EPOCHS}
-    published, guarded, ours = (training_of(name, size, **how) for name in TRAININGS)
+    published, guarded, ours = (trials.training_of(name, size, **how) for name in TRAININGS)
     kinds = {
         "published": published,
         "revived": Training(published.config, size, Safeguards(max_grad_norm=math.inf)),
@@ -53,20 +40,24 @@ def steps(setup: Setup) -> list[Step]:
     return [step_over_seeds(name, rows, training, seeds, _figures) for name, training in kinds.items()]
 
 
-def _figures(trials: Sequence[Trial]) -> dict[str, Any]:
+def _figures(found: Sequence[Trial]) -> dict[str, Any]:
     """Use of the codebook: in the last epoch, in the coded matrix, over the epochs, by rank (of the first seed)."""
-    first, by_epoch = trials[0], [t.epoch_counts for t in trials]
+    first = found[0]
+    used, perplexity = (
+        [[digits(how(counts)) for counts in trial.epoch_counts] for trial in found]
+        for how in (codebook_utilization, codebook_perplexity)
+    )
     shown = [round(share * (len(first.epoch_counts) - 1)) for share in _SHOWN]
     return {
         "steps": len(first.steps),
-        "end_nmse": [digits(t.end) for t in trials],
-        "nmse": [digits(t.nmse) for t in trials],
-        "trained_used": [digits(codebook_utilization(counts[-1])) for counts in by_epoch],
-        "trained_perplexity": [digits(codebook_perplexity(counts[-1])) for counts in by_epoch],
-        "coded_used": [digits(codebook_utilization(t.counts)) for t in trials],
-        "coded_perplexity": [digits(codebook_perplexity(t.counts)) for t in trials],
-        "used_over_epochs": [[digits(codebook_utilization(c)) for c in counts] for counts in by_epoch],
-        "perplexity_over_epochs": [[digits(codebook_perplexity(c)) for c in counts] for counts in by_epoch],
+        "end_nmse": [digits(t.end) for t in found],
+        "nmse": [digits(t.nmse) for t in found],
+        "trained_used": [each[-1] for each in used],
+        "trained_perplexity": [each[-1] for each in perplexity],
+        "coded_used": [digits(codebook_utilization(t.counts)) for t in found],
+        "coded_perplexity": [digits(codebook_perplexity(t.counts)) for t in found],
+        "used_over_epochs": used,
+        "perplexity_over_epochs": perplexity,
         "ranks": _ranks(len(first.counts)),
         "use_by_rank": {str(1 + epoch): _by_rank(first.epoch_counts[epoch]) for epoch in shown},
         "coded_use_by_rank": _by_rank(first.counts),
@@ -84,4 +75,4 @@ def _by_rank(counts: Tensor) -> list[float]:
     return [digits(float(ordered[rank - 1])) for rank in _ranks(len(counts))]
 
 
-MEASUREMENT = Measurement(steps=steps)
+MEASUREMENT = Measurement(steps)

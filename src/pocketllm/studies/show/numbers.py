@@ -30,7 +30,7 @@ def mean_spread(values: Sequence[float | None], digits: int = 3) -> str:
     return f"{words} ({lost} not finite)" if lost and known else words
 
 
-def verdict(found: Difference) -> str:
+def noise(found: Difference) -> str:
     """`beyond noise (± 0.1 at 95 %)`, `within …`, or that the noise is not known."""
     if not found.known:
         return "of one measurement each, so that noise is not known"
@@ -40,4 +40,4 @@ def verdict(found: Difference) -> str:
 
 def compared(found: Difference, more: str = "higher", less: str = "lower") -> str:
     """`0.1 higher, beyond noise (± 0.05 at 95 %)`."""
-    return f"{number(abs(found.value), 2)} {more if found.value > 0 else less}, {verdict(found)}"
+    return f"{number(abs(found.value), 2)} {more if found.value > 0 else less}, {noise(found)}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pocketllm.studies.measure.significance import mean, spread
+from pocketllm.studies.measure.entries import Entry
+from pocketllm.studies.measure.significance import Difference, mean, spread
 
 Style = Mapping[str, Any]
-"""Keywords of the matplotlib function that draws a mark."""
+"""Keywords of a matplotlib function."""
 INK, GREY = "#1b1c20", "#c6cad2"
 # Okabe and Ito's, which dichromats can distinguish, and two more; markers and dashes repeat the distinction.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK, "#8c510a")
@@ -26,88 +27,60 @@ def look(number: int, **changes: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Line:
-    """Points and their connecting line. errors: half the whiskers. band: lowest and highest, shaded."""
+class Mark:
+    """A call of a method of matplotlib's axes (`plot`, `barh`, `axhline`, …): its positional and named arguments."""
 
-    x: Sequence[Any]
-    y: Sequence[float | None]
+    method: str
+    values: tuple[Any, ...]
     style: Style
-    label: str | None = None
-    errors: Sequence[float] | None = None
-    band: tuple[Sequence[float], Sequence[float]] | None = None
 
     def draw(self, axes: Any) -> None:
-        named = {} if self.label is None else {"label": self.label}
-        if self.errors is None:
-            axes.plot(self.x, self.y, **named, **self.style)
-        else:
-            axes.errorbar(self.x, self.y, self.errors, **named, **self.style)
-        if self.band is not None:
-            axes.fill_between(self.x, *self.band, color=self.style["color"], alpha=0.15, lw=0)
+        getattr(axes, self.method)(*self.values, **self.style)
+
+
+def mark(method: str, *values: Any, **style: Any) -> Mark:
+    """`Mark` as it is written in a call."""
+    return Mark(method, values, style)
+
+
+def series(entries: Sequence[Entry], x: str, y: str, style: Style, label: str | None = None) -> Mark:
+    """A line through the values that entries have at two keys."""
+    return mark(
+        "plot", [entry[x] for entry in entries], [entry[y] for entry in entries], label=label, **style
+    )
 
 
 def mean_points(
     points: Mapping[float, Sequence[float | None]], style: Style, label: str | None = None
-) -> Line:
+) -> Mark:
     """Mean and standard deviation at each x; none where a value is None."""
     known = {x: values for x, values in points.items() if mean(values) is not None}
     middles, spreads = ([how(values) or 0.0 for values in known.values()] for how in (mean, spread))
-    return Line(list(known), middles, {"capsize": 3, **style}, label, errors=spreads)
+    return mark("errorbar", list(known), middles, spreads, label=label, capsize=3, **style)
 
 
-@dataclass(frozen=True)
-class Bars:
-    """Bars at places or names. errors: half the whiskers. values: whether their ends carry numbers, and how."""
-
-    places: Sequence[Any]
-    lengths: Sequence[float]
-    style: Style
-    errors: Sequence[float] | None = None
-    upright: bool = False
-    values: Callable[[float], str] | None = None
-
-    def draw(self, axes: Any) -> None:
-        style, (how, error) = dict(self.style), (axes.bar, "yerr") if self.upright else (axes.barh, "xerr")
-        if self.errors is not None:
-            whiskers = {"ecolor": INK, "capsize": 2, "lw": style.pop("whiskers", 1)}
-            style |= {error: self.errors, "error_kw": whiskers}
-        how(self.places, self.lengths, **style)
-        if self.values is not None:
-            for place, length in zip(self.places, self.lengths, strict=True):
-                axes.text(length, place, f" {self.values(length)}", va="center", fontsize=8)
+def mean_series(entries: Sequence[Entry], x: str, y: str, style: Style) -> Mark:
+    """`mean_points` of the values that entries have at y, in the order of the numbers at x."""
+    return mean_points(dict(sorted((float(entry[x]), entry[y]) for entry in entries)), style)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A line across the panel at a value of y, or of x where it is upright."""
-
-    at: float
-    style: Style
-    upright: bool = False
-
-    def draw(self, axes: Any) -> None:
-        (axes.axvline if self.upright else axes.axhline)(self.at, **self.style)
+def dots(groups: Mapping[str, Sequence[Sequence[float | None]]]) -> list[Mark]:
+    """Name -> the values at place 0, 1, …: mean and standard deviation, the groups side by side at each place."""
+    return [
+        mean_points({place + 0.15 * (n - 1): values}, look(n, linestyle="none"), None if place else name)
+        for n, (name, places) in enumerate(groups.items())
+        for place, values in enumerate(places)
+    ]
 
 
-@dataclass(frozen=True)
-class Label:
-    """Text at a point. across: x is a share of the panel's width."""
-
-    words: str
-    x: float
-    y: float
-    style: Style
-    across: bool = False
-
-    def draw(self, axes: Any) -> None:
-        if "textcoords" in self.style:
-            axes.annotate(self.words, (self.x, self.y), **self.style)
-        else:
-            where = {"transform": axes.get_yaxis_transform()} if self.across else {}
-            axes.text(self.x, self.y, self.words, **where, **self.style)
-
-
-Mark = Line | Bars | Rule | Label
+def interval_bars(
+    places: Sequence[Any], found: Sequence[Difference], upright: bool = False, **style: Any
+) -> Mark:
+    """Bars with intervals; no whisker where the error is unknown. whiskers: their width."""
+    margins = [each.margin if each.known and not math.isnan(each.value) else 0.0 for each in found]
+    method, error = ("bar", "yerr") if upright else ("barh", "xerr")
+    style |= {error: margins, "error_kw": {"ecolor": INK, "capsize": 2, "lw": style.pop("whiskers", 1)}}
+    return mark(method, places, [each.value for each in found], **style)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,12 @@ from typing import Any
 
 from pocketllm.errors import ExtraError
 from pocketllm.studies.definition import Table
+from pocketllm.studies.measure.entries import EXPLODED, exploded, grouped, highest, over_entries, select
 from pocketllm.studies.measure.significance import mean
-from pocketllm.studies.show.numbers import compared, mean_spread, number, verdict, with_error
+from pocketllm.studies.measure.task_scores import able, accuracy, points_lost, probability_lost
+from pocketllm.studies.measure.trials import NORMS, TRAININGS
+from pocketllm.studies.show.numbers import compared, mean_spread, noise, number, with_error
+from pocketllm.studies.verdicts import above_zero
 
 _FOLDER = Path(__file__).parent / "templates"
 _FILTERS: dict[str, Callable[..., Any]] = {
@@ -20,14 +24,30 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "with_error": with_error,
     "mean": mean,
     "mean_spread": mean_spread,
-    "verdict": verdict,
+    "noise": noise,
     "compared": compared,
+    "above_zero": above_zero,
     "fixed": lambda value, places=2: f"{value:.{places}f}",
     "percent": lambda share, places=0: "not finite" if share is None else f"{share:.{places}%}",
     "compact": lambda value, digits=6: f"{value:.{digits}g}",
     "sentence": lambda words: words[0].upper() + words[1:],
 }
-"""Filters of the templates: the functions of `show.numbers`, and formats."""
+"""Filters of the templates: the functions of `show.numbers`, a rule, and formats."""
+_GLOBALS = {
+    "able": able,
+    "accuracy": accuracy,
+    "exploded": exploded,
+    "explosion": EXPLODED,
+    "grouped": grouped,
+    "highest": highest,
+    "norms": NORMS,
+    "over": over_entries,
+    "points_lost": points_lost,
+    "probability_lost": probability_lost,
+    "select": select,
+    "trainings": TRAININGS,
+}
+"""What every template can call or name."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +62,23 @@ class Prose:
 
     def text(self, section: str, **values: Any) -> str:
         """A section as one paragraph; "" where the template has none of that name."""
-        return _one_line(self._filled(section, values))
+        return _one_line(self._filled(self.sections.get(section, ""), values))
 
-    def sentences(self, section: str, **values: Any) -> list[str]:
-        """The items (`- …`) of a section."""
-        items = re.split(r"^\s*- ", self._filled(section, values), flags=re.MULTILINE)[1:]
-        return [_one_line(item) for item in items]
+    def sentence(self, claim: str, **values: Any) -> str:
+        """The words of a finding: those under the heading `## claim` of the section `Findings`."""
+        return _one_line(self._filled(self.claims[claim], values))
+
+    @property
+    def claims(self) -> dict[str, str]:
+        """Claim -> the words of its finding, not filled in."""
+        return dict(_parts("##", self.sections.get("Findings", ""))[1])
 
     def tables(self, **values: Any) -> list[Table]:
         """The tables of the section `Tables`: under a heading `## Title` rows between bars, and a note."""
-        _, *parts = re.split(r"^## (.+)\n", self._filled("Tables", values), flags=re.MULTILINE)
-        return [_table(title, text) for title, text in zip(parts[::2], parts[1::2], strict=True)]
+        filled = self._filled(self.sections.get("Tables", ""), values)
+        return [_table(title, text) for title, text in _parts("##", filled)[1]]
 
-    def _filled(self, section: str, values: dict[str, Any]) -> str:
-        text = self.sections.get(section, "")
+    def _filled(self, text: str, values: dict[str, Any]) -> str:
         if "{" not in text:  # plain words need no Jinja
             return text
         return str(_environment().from_string(self.macros + text).render(values))
@@ -65,9 +88,15 @@ class Prose:
 def prose(name: str) -> Prose:
     """The template of the study of that name."""
     text = (_FOLDER / f"{name}.md.j2").read_text(encoding="utf-8")
-    macros, *parts = re.split(r"^# (.+)\n", text, flags=re.MULTILINE)
+    macros, sections = _parts("#", text)
     shared = (_FOLDER / "shared.md.j2").read_text(encoding="utf-8")
-    return Prose(shared + macros, dict(zip(parts[::2], parts[1::2], strict=True)))
+    return Prose(shared + macros, dict(sections))
+
+
+def _parts(level: str, text: str) -> tuple[str, list[tuple[str, str]]]:
+    """(the text before the first heading of a level, the headings and the text below each)."""
+    before, *parts = re.split(rf"^{level} (.+)\n", text, flags=re.MULTILINE)
+    return before, list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def need_jinja() -> None:
@@ -92,6 +121,7 @@ def _environment() -> Any:
     # Markdown, not HTML: nothing is escaped.
     made = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     made.filters |= _FILTERS
+    made.globals |= _GLOBALS
     return made
 
 

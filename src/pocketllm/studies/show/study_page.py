@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pocketllm.report import drawing
+from pocketllm.report import drawing, png_and_svg
 from pocketllm.studies.definition import Study, Table
 from pocketllm.studies.show.plot import GREY, INK
 
@@ -25,7 +24,7 @@ def markdown(study: Study, result: Mapping[str, Any]) -> str:
     results, name = result["results"], study.name
     parts = [
         f"# {name}: {study.title}",
-        f"**The paper's claim.** {study.claim}",
+        f"**The paper's claim.** {study.words.text('Claim')}",
         f"**Measured.** {_method(study, result)}",
         "## Findings",
         "\n".join(f"- {sentence}" for sentence in study.findings(results)),
@@ -39,9 +38,10 @@ def markdown(study: Study, result: Mapping[str, Any]) -> str:
 
 
 def _method(study: Study, result: Mapping[str, Any]) -> str:
-    if not (result["config"]["quick"] and study.left_out):
-        return study.method
-    return f"{study.method} **This is the small version:** {study.left_out}"
+    method, left_out = study.words.text("Method"), study.words.text("Left out")
+    if not (result["config"]["quick"] and left_out):
+        return method
+    return f"{method} **This is the small version:** {left_out}"
 
 
 def _table(table: Table) -> str:
@@ -84,9 +84,4 @@ def pictures(study: Study, result: Mapping[str, Any]) -> tuple[bytes, bytes]:
 
         figure = Figure(figsize=(9, 4.5), layout="constrained", facecolor="white")
         study.draw(result["results"], figure)
-        found = []
-        for form in ("png", "svg"):
-            raw = io.BytesIO()
-            figure.savefig(raw, format=form, dpi=110, metadata={"Date": None} if form == "svg" else None)
-            found.append(raw.getvalue())
-        return found[0], found[1]
+        return png_and_svg(figure, dpi=110)
