@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,9 +19,14 @@ from tests.campaign import page
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
-    for name, count in (("kills", 200), ("mutations", 10_000), ("faults", 150), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=count)
-    parser.add_argument("--json", type=Path, help="write the result there")
+    numbers = {"kills": 200, "mutations": 10_000, "faults": 150, "seed": 0, "processes": 1}
+    for name, number in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=number)
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="write the result there; finished runs are kept beside it until all are done",
+    )
     parser.add_argument(
         "--page", type=Path, help="write the page of the result in --json there, and run nothing"
     )
@@ -29,7 +35,13 @@ def main() -> int:
         result = json.loads(given.json.read_text(encoding="utf-8"))
         given.page.write_text(page.text(result), encoding="utf-8")
         return 0
-    result = run(given.kills, given.mutations, given.faults, given.seed)
+    counts = {name: getattr(given, name) for name in ("kills", "mutations", "faults")}
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "runs"
+        if given.json is not None:
+            record = given.json.with_name(f"{given.json.name}.runs")
+        result = run(counts, given.seed, given.processes, record)
+        record.unlink()
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     if given.json is not None:
         given.json.write_text(text, encoding="utf-8")
@@ -37,8 +49,12 @@ def main() -> int:
     return int(any(part["bad"] for part in result["parts"].values()))
 
 
-def run(kills: int, mutations: int, faults: int, seed: int) -> dict[str, Any]:
-    """All parts of the campaign; models and work lie in a temporary folder."""
+def run(counts: dict[str, int], seed: int, processes: int, record: Path) -> dict[str, Any]:
+    """All parts of the campaign; models and work lie in a temporary folder.
+
+    Args:
+        counts: part -> number of runs. record: of finished runs; those of the same command are not made again.
+    """
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
         root = Path(name)
         root.chmod(0o755)
@@ -51,27 +67,35 @@ def run(kills: int, mutations: int, faults: int, seed: int) -> dict[str, Any]:
         import pocketllm.cli.app
         from pocketllm.cli.process import setup_process
         from pocketllm.machine import machine
-        from tests.campaign import faults as system, kills as killed, models, mutations as damaged
+        from tests.campaign import faults, kills, models, mutations
+        from tests.campaign.runs import Plan, entries
 
         setup_process(threads=1)
         torch.set_num_threads(1)
+        asked = " ".join(f"--{part} {count}" for part, count in counts.items())
+        facts = {
+            "command": f"python -m tests.campaign {asked} --seed {seed}",
+            "version": pocketllm.__version__,
+        }
+        if entries(record)[:1] != [facts]:
+            record.write_text(json.dumps(facts) + "\n", encoding="utf-8")
         (root / "models").mkdir()
         made = models.make(root / "models")
-        places = [root / part for part in ("mutations", "kills", "faults")]
-        for place in places:
-            place.mkdir()
-        parts = {
-            "mutations": damaged.campaign(made, places[0], mutations, seed),
-            "kills": killed.campaign(made, places[1], kills, seed),
-            "faults": system.campaign(made, places[2], faults, seed),
-        }
-        asked = f"--kills {kills} --mutations {mutations} --faults {faults} --seed {seed}"
-        return {
-            "command": f"python -m tests.campaign {asked}",
-            "version": pocketllm.__version__,
-            "machine": machine("cpu"),
-            "parts": parts,
-        }
+        parts = {}
+        for part, module in {"mutations": mutations, "kills": kills, "faults": faults}.items():
+            (root / part).mkdir()
+            plan = Plan(part, counts[part], seed, processes, record)
+            parts[part] = module.campaign(made, root / part, plan)  # type: ignore[attr-defined]
+        return {**facts, "machine": machine("cpu"), "parts": parts}
+
+
+def _commit() -> str:
+    """The commit of this checkout; empty where git does not know."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=10", "HEAD"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 if __name__ == "__main__":

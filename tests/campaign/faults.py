@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import resource
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import pocketllm
 from tests.campaign.child import Ended, run
 from tests.campaign.models import Models, lora_settings, settings
+from tests.campaign.runs import Plan
 
 _NOBODY = 65534
 
@@ -29,21 +29,20 @@ def _jobs(models: Models) -> dict[str, Callable[[Path], Any]]:
     }
 
 
-def campaign(models: Models, place: Path, count: int, seed: int) -> dict[str, Any]:
-    """Let `count` runs meet a fault of the system; those that a full disk stopped are run again with room.
+def campaign(models: Models, place: Path, plan: Plan) -> dict[str, Any]:
+    """Let runs meet a fault of the system; those that a full disk stopped are run again with room.
 
     Args:
         place: a folder to work in.
     """
-    random_, notes = random.Random(seed), place.with_name(f"{place.name}.notes")
     jobs = _jobs(models)
-    counts: Counter[str] = Counter()
-    bad = []
-    for number in range(count):
+
+    def one(random_: random.Random, place: Path) -> dict[str, Any]:
         name, fault = random_.choice(list(jobs)), random_.choice(("disk", "permission", "memory"))
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        job, out = jobs[name], place / "out"
+        at, notes, job = place / "work", place / "notes", jobs[name]
+        shutil.rmtree(at, ignore_errors=True)
+        at.mkdir()
+        out = at / "out"
         if fault == "disk":
             size = round(2 ** random_.uniform(6, 17))
             ended = run(partial(_with_files_of, size, partial(job, out)), notes, 600)
@@ -52,19 +51,20 @@ def campaign(models: Models, place: Path, count: int, seed: int) -> dict[str, An
             if ended.kind == "refused" and again.kind != "returned":
                 ended = again
         elif fault == "permission":
-            place.chmod(0o555)
+            at.chmod(0o555)
             ended = run(partial(job, out), notes, 600, user=_NOBODY)
-            place.chmod(0o755)
+            at.chmod(0o755)
             what = "a folder without permission"
         else:
             room = round(2 ** random_.uniform(18, 30))
             ended = run(partial(job, out), notes, 600, more_memory=room)
             what = f"{room} bytes more of memory"
-        kind = _kind(ended, fault)
-        counts[f"{fault}: {kind}"] += 1
+        kind, bad = _kind(ended, fault), None
         if kind not in ("refused", "returned", "out of memory"):
-            bad.append({"number": number, "job": name, "fault": what, "kind": kind, "text": ended.text})
-    return {"count": count, "seed": seed, "ends": dict(counts), "bad": bad}
+            bad = {"job": name, "fault": what, "kind": kind, "text": ended.text}
+        return {"ends": [f"{fault}: {kind}"], "job": name, "bad": bad}
+
+    return plan.carry_out(one, place)
 
 
 def _kind(ended: Ended, fault: str) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import random
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import pocketllm
 from tests import tiny
 from tests.campaign.child import run
 from tests.campaign.models import Models, distill_settings, lora_settings, settings
+from tests.campaign.runs import Plan
 
 _MOST_KILLS = 3  # of one run, before it may finish
 
@@ -46,8 +46,8 @@ def _jobs(models: Models) -> dict[str, Callable[[Path], Any]]:
     }
 
 
-def campaign(models: Models, place: Path, count: int, seed: int) -> dict[str, Any]:
-    """Kill `count` runs, one to three times each.
+def campaign(models: Models, place: Path, plan: Plan) -> dict[str, Any]:
+    """Kill runs at random moments, one to three times each, then let them finish.
 
     Args:
         place: a folder to work in.
@@ -55,45 +55,57 @@ def campaign(models: Models, place: Path, count: int, seed: int) -> dict[str, An
     Returns:
         Counts, and all runs that did not end in the same bytes.
     """
-    random_, notes = random.Random(seed), place.with_name(f"{place.name}.notes")
     jobs = _jobs(models)
     right, seconds = {}, {}
-    for name, job in list(jobs.items())[:count]:
-        _prepare(name, models, place)
-        begun = time.monotonic()
-        ended = run(partial(job, place / "out"), notes, 600)
-        seconds[name] = time.monotonic() - begun
-        assert ended.kind == "returned", ended
-        right[name] = _digest(place)
-    counts: Counter[str] = Counter()
-    by_job: Counter[str] = Counter()
-    bad = []
-    for number in range(count):
-        name = list(jobs)[number % len(jobs)]
-        _prepare(name, models, place)
-        kills, after, again = random_.randint(1, _MOST_KILLS), [], partial(jobs[name], place / "out")
-        for _ in range(kills):
+    for name, job in list(jobs.items())[: plan.count]:
+        for each in (lambda job, out, notes: job(out), _timed):  # the first time imports are made here
+            _prepare(name, models, place / "unbroken")
+            seconds[name] = each(job, place / "unbroken" / "out", place / "notes")
+        right[name] = _digest(place / "unbroken")
+
+    def one(random_: random.Random, place: Path) -> dict[str, Any]:
+        name = random_.choice(list(right))
+        at, notes, again = place / "work", place / "notes", partial(jobs[name], place / "work" / "out")
+        _prepare(name, models, at)
+        after: list[float] = []
+        ends = []
+        for _ in range(random_.randint(1, _MOST_KILLS)):
             after.append(round(random_.uniform(0, seconds[name]), 3))
             ended = run(again, notes, 600, kill_after=after[-1])
-            counts[ended.kind] += 1
+            ends.append(ended.kind)
             if ended.kind != "killed":
                 break
         if ended.kind == "killed":
             ended = run(again, notes, 600)
-        by_job[name] += 1
-        found = _digest(place)
+        found = _digest(at)
         # The kill may have come when all was done; the rerun says then that the output is there already.
         is_done = ended.kind == "returned" or "is there already" in ended.text or "is not empty" in ended.text
+        bad: dict[str, Any] | None = None
         if not is_done or found != right[name]:
             differing = sorted(k for k in {*found, *right[name]} if found.get(k) != right[name].get(k))
-            bad.append({"number": number, "job": name, "after": after, "kind": ended.kind})
-            bad[-1] |= {"text": ended.text, "differing": differing}
-    return {"count": count, "seed": seed, "ends": dict(counts), "jobs": dict(by_job), "bad": bad}
+            bad = {
+                "job": name,
+                "after": after,
+                "kind": ended.kind,
+                "text": ended.text,
+                "differing": differing,
+            }
+        return {"ends": ends, "job": name, "bad": bad}
+
+    return plan.carry_out(one, place)
+
+
+def _timed(job: Callable[[Path], Any], out: Path, notes: Path) -> float:
+    """Seconds that a job takes in a child process."""
+    begun = time.monotonic()
+    ended = run(partial(job, out), notes, 600)
+    assert ended.kind == "returned", ended
+    return time.monotonic() - begun
 
 
 def _prepare(name: str, models: Models, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+    place.mkdir(parents=True)
     if name == "compress --overwrite":
         shutil.copytree(models.small, place / "out")
         (place / "out" / "LICENSE").write_text("of the old one")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pocketllm
 from tests.campaign.child import Ended, Job, command, run
 from tests.campaign.damage import damage
 from tests.campaign.models import Models, facts, settings
+from tests.campaign.runs import Plan
 
 _WINDOW = ("--context", "16", "--windows", "2")
 _MEMORY = 3 << 30  # bytes beyond what is in use; the models take a few millions
@@ -63,8 +63,8 @@ _COMPARED: Mapping[tuple[str, str], Callable[[Any], Any]] = {
 }
 
 
-def campaign(models: Models, place: Path, count: int, seed: int, seconds: float = 120.0) -> dict[str, Any]:
-    """Damage folders `count` times and run a command on each.
+def campaign(models: Models, place: Path, plan: Plan, seconds: float = 120.0) -> dict[str, Any]:
+    """Damage folders and run a command on each.
 
     Args:
         place: a folder to work in. seconds: after which a command is called a hang.
@@ -72,40 +72,43 @@ def campaign(models: Models, place: Path, count: int, seed: int, seconds: float 
     Returns:
         Counts by kind of end, and all ends that must not be.
     """
-    random_ = random.Random(seed)
-    folder, out, notes = place / "damaged", place / "out", place / "notes"
-    table = _jobs(models, folder, out)
-    originals = {"compressed": models.small, "adapter": models.adapter, "dense": models.dense}
-    right = {}
-    for what, name in ((what, name) for what, jobs in table.items() for name in jobs):
-        _fresh(originals[what], place)
-        ended = run(table[what][name], notes)
-        assert ended.kind == "returned", (what, name, ended)  # a refusal must come from the damage
-        if (what, name) in _COMPARED:
-            right[what, name] = _COMPARED[what, name](ended.value)
-    counts: Counter[str] = Counter()
-    by_command: Counter[str] = Counter()
-    bad: list[dict[str, Any]] = []
-    for number in range(count):
+    right = _right(models, place / "undamaged")
+
+    def one(random_: random.Random, place: Path) -> dict[str, Any]:
+        folder = place / "damaged"
+        table = _jobs(models, folder, place / "out")
         what = random_.choices(list(table), (6, 2, 2))[0]
         name = random_.choice(list(table[what]))
-        _fresh(originals[what], place)
+        _fresh(_originals(models)[what], place)
         done = damage(folder, random_)
-        ended = run(table[what][name], notes, seconds, more_memory=_MEMORY)
+        ended = run(table[what][name], place / "notes", seconds, more_memory=_MEMORY)
         kind = _kind(ended, what, name, done, right)
-        counts[kind] += 1
-        by_command[f"{what}: {name}"] += 1
+        bad = None
         if kind not in ("refused", "right", "described"):
-            bad.append(
-                {
-                    "number": number,
-                    "what": f"{what}: {name}",
-                    "damage": done,
-                    "kind": kind,
-                    "text": ended.text,
-                }
-            )
-    return {"count": count, "seed": seed, "ends": dict(counts), "commands": dict(by_command), "bad": bad}
+            bad = {"what": f"{what}: {name}", "damage": done, "kind": kind, "text": ended.text}
+        return {"ends": [kind], "job": f"{what}: {name}", "bad": bad}
+
+    return plan.carry_out(one, place)
+
+
+def _originals(models: Models) -> dict[str, Path]:
+    return {"compressed": models.small, "adapter": models.adapter, "dense": models.dense}
+
+
+def _right(models: Models, place: Path) -> dict[tuple[str, str], Any]:
+    """What the compared commands compute when all is well.
+
+    Every command runs once in this process, which so imports what children would else import each time.
+    """
+    place.mkdir()
+    found = {}
+    for what, jobs in _jobs(models, place / "damaged", place / "out").items():
+        for name, job in jobs.items():
+            _fresh(_originals(models)[what], place)
+            value = job()  # must not be refused: a refusal must come from the damage
+            if (what, name) in _COMPARED:
+                found[what, name] = _COMPARED[what, name](value)
+    return found
 
 
 def _kind(ended: Ended, what: str, name: str, done: str, right: Mapping[tuple[str, str], Any]) -> str:

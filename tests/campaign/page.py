@@ -9,15 +9,16 @@ _INTRO = """# Reliability
 
 Tiny models are compressed, damaged, interrupted and starved at random, and every command is run on what is left.
 Each of these must end in the right result or in an error of PocketLLM that names the file: no traceback, no
-hang, no crash, no model that loads and computes something else. The counts are those of one run:
+hang, no crash, no model that loads and computes something else. The counts are those of one run, of version
+{version}{commit}:
 
 ```
 {command} --json benchmarks/results/reliability.json
 python -m tests.campaign --json benchmarks/results/reliability.json --page docs/reliability.md
 ```
 
-The defaults of the command (200 kills, 10,000 mutations, 150 faults) take hours on two cores; a small fixed part
-runs with the tests.
+The defaults of the command (200 kills, 10,000 mutations, 150 faults) take about an hour on two cores
+(`--processes 2`; a run that was stopped goes on where it was); a small fixed part runs with the tests.
 """
 _MUTATIONS = """
 ## Damaged folders
@@ -59,7 +60,8 @@ def text(result: Mapping[str, Any]) -> str:
     parts = result["parts"]
     kills = parts["kills"]
     good = kills["count"] - len(kills["bad"])
-    found = _INTRO.format(command=result["command"])
+    commit = f" (commit {result['commit']})" if result.get("commit") else ""
+    found = _INTRO.format(command=result["command"], version=result["version"], commit=commit)
     found += _MUTATIONS.format(count=f"{parts['mutations']['count']:,}") + _rows(parts["mutations"]["ends"])
     found += _KILLS.format(count=kills["count"], good=good) + _rows(kills["jobs"])
     found += _FAULTS.format(count=parts["faults"]["count"]) + _rows(parts["faults"]["ends"])

@@ -19,7 +19,7 @@ from pocketllm.calibrate.input_hessians import Collector, Inputs
 from pocketllm.errors import ConfigError, PocketError, reason_of
 from pocketllm.plan.matrices import Matrix
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
-from pocketllm.source.model_class import find_blocks, language_model_path, output_head
+from pocketllm.source.model_class import find_blocks, language_model_path, output_head, shared_modules
 
 _BATCH_TOKENS = 4096
 
@@ -53,6 +53,7 @@ class BlockStream:
             for leaf, value in module._buffers.items():
                 module._buffers[leaf] = None if value is None else value.to(device)
         self.path, self.blocks = block_list(self.model)
+        check_shared(self.model, self.path)
         self.text_path = language_model_path(self.model)
         head = output_head(self.model)
         if head is None:
@@ -257,6 +258,24 @@ def check_blocks(source: DenseCheckpoint, windows: Tensor, device: str = "cpu") 
         raise
     except Exception as error:  # whatever a model makes of being run in parts
         raise _refusal(source.model, f"cannot be run block by block ({reason_of(error)})") from error
+
+
+def check_shared(model: Any, path: str) -> None:
+    """See that no module belongs to several blocks, or to a block and what lies outside.
+
+    Args:
+        path: of the list of blocks.
+
+    Raises:
+        ConfigError: one does; names its paths.
+    """
+
+    def block(name: str) -> str:
+        return name.removeprefix(f"{path}.").partition(".")[0] if name.startswith(f"{path}.") else ""
+
+    for name, first in shared_modules(model).items():
+        if block(name) != block(first):
+            raise _refusal(model, f"runs one module as {first} and as {name}")
 
 
 def _refusal(model: Any, reason: str) -> ConfigError:

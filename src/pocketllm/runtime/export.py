@@ -15,6 +15,7 @@ from pocketllm.format.checkpoint import folder_bytes
 from pocketllm.format.kept import system_errors
 from pocketllm.format.output import check_output, is_published, named_output
 from pocketllm.format.workspace import Workspace, locked
+from pocketllm.runtime.model_methods import stored_once
 from pocketllm.source.folder import copy_file_mode
 from pocketllm.torch_state import in_default_torch_state
 
@@ -79,7 +80,7 @@ def save_dense(
 def _save(model: Any, tokenizer: Any, final: Path, record: Mapping[str, Mapping[str, Any]]) -> None:
     shutil.rmtree(final, ignore_errors=True)
     with system_errors(final):
-        model.save_pretrained(final)
+        model.save_pretrained(final, state_dict=stored_once(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(final)
     copy_file_mode(final, "config.json")

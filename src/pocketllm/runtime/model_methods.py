@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pocketllm.runtime.layers import make_dense, packed_matrices, stand_ins
-from pocketllm.source.model_class import input_embedding, output_head
+from pocketllm.source.model_class import input_embedding, output_head, shared_modules
 
 
 def initialize(model: Any) -> None:
@@ -22,6 +22,24 @@ def tie(model: Any, missing_keys: set[str] | None = None, recompute_mapping: boo
     ties = model.all_tied_weights_keys or {}
     model.all_tied_weights_keys = {name: source for name, source in ties.items() if source not in packed}
     type(model).tie_weights(model, missing_keys=missing_keys, recompute_mapping=False)
+
+
+def stored_once(model: Any, state: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The tensors to save of a model that holds modules under several names, each under the first of them.
+
+    transformers refuses to save such a model.
+
+    Args:
+        state: the tensors by name; None takes the model's.
+
+    Returns:
+        `state` itself if no module has two names.
+    """
+    again = tuple(f"{path}." for path in shared_modules(model))
+    if not again:
+        return state
+    tensors = model.state_dict() if state is None else state
+    return {name: value for name, value in tensors.items() if not name.startswith(again)}
 
 
 def resize(

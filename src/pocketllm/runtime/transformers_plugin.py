@@ -45,7 +45,7 @@ from pocketllm.runtime.load_checks import (
     verify_folder,
     verify_loaded,
 )
-from pocketllm.runtime.model_methods import initialize, resize, tie
+from pocketllm.runtime.model_methods import initialize, resize, stored_once, tie
 from pocketllm.source.dense_checkpoint import resolve
 from pocketllm.source.folder import read_tokenizer
 from pocketllm.source.model_class import model_class
@@ -184,6 +184,7 @@ class PocketQuantizer(HfQuantizer):
         An embedding or head that was resized is written dense, and no longer described in config.json.
         """
         state = None if self._decoded is None else self._packed_state(model)
+        state = stored_once(model, state)
         kept, config = self.packed(model), model.config.quantization_config
         layout = config.layout()
         matrices = {name: entry for name, entry in layout.matrices.items() if name in kept}

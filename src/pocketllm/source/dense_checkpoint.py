@@ -21,7 +21,7 @@ from pocketllm.files import sha256_file
 from pocketllm.source.assembly import STORED_DTYPES, Assembly, Part, assemble, lend_parts, settle_tied
 from pocketllm.source.folder import dequantizer, meta_model
 from pocketllm.source.gguf_model import dense_folder, find_gguf, read_note
-from pocketllm.source.model_class import build
+from pocketllm.source.model_class import build, shared_modules
 from pocketllm.source.model_files import OTHER_WEIGHTS, PICKLES, weight_files
 from pocketllm.torch_state import in_default_torch_state
 
@@ -261,15 +261,17 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
         is_quantized=quantizer is not None,
         trust_remote_code=trust_remote_code,
     )
+    aliases = _aliases(opened)
     tied = settle_tied(opened.assembly, ties, opened.read)
     if tied is None:
         opened.model = meta_model(folder, trust_remote_code, ties=False)
         opened.assembly = assemble(files, opened.model, quantizer)
         lend_parts(opened.assembly, ties)
+        aliases = _aliases(opened)
         opened.is_untied = True
     opened.tied = tied or {}
     parts, meta = opened.parts, opened.model.state_dict()
-    missing = [name for name in meta if name not in parts and name not in opened.tied]
+    missing = [name for name in meta if name not in parts and name not in {**opened.tied, **aliases}]
     if missing:
         raise SourceError(
             f"{folder}: no file contains {missing[0]} ({len(missing)} parameters missing); the checkpoint is "
@@ -278,6 +280,24 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
         )
     opened.assembly.parts = {name: parts[name] for name in meta if name in parts}
     return opened
+
+
+def _aliases(opened: DenseCheckpoint) -> dict[str, str]:
+    """Parameters of modules that the model holds under several paths -> their first names, which get their parts.
+
+    Raises:
+        SourceError: stored under both names, with different values.
+    """
+    shared = shared_modules(opened.model)
+    paths = {name: name.rpartition(".")[0] for name in opened.model.state_dict()}
+    same = {n: f"{shared[path]}.{n.rpartition('.')[2]}" for n, path in paths.items() if path in shared}
+    stored = [name for name in same if name in opened.parts]
+    if settle_tied(opened.assembly, same, opened.read) is None:
+        raise SourceError(
+            f"{opened.folder}: stores {stored[0]} and {same[stored[0]]} with different values, but in "
+            f"{type(opened.model).__name__} they are one parameter; the checkpoint is of another version of the model"
+        )
+    return same
 
 
 _CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

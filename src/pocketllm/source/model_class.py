@@ -36,6 +36,13 @@ def build(config: Any, trust_remote_code: bool, **options: Any) -> Any:
     return cls._from_config(config, **options)
 
 
+def shared_modules(model: nn.Module) -> dict[str, str]:
+    """Path -> first path of the same module, for every further path under which a model holds it."""
+    first: dict[int, str] = {}
+    paths = [(first.setdefault(id(m), path), path) for path, m in model.named_modules(remove_duplicate=False)]
+    return {path: original for original, path in paths if path != original}
+
+
 def input_embedding(model: Any) -> nn.Module | None:
     """The token embedding of a model, where it says which that is."""
     try:
