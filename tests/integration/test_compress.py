@@ -15,7 +15,7 @@ import torch
 import pocketllm
 from pocketllm.compression.pipeline import Event
 from pocketllm.errors import FormatError, OutputError
-from pocketllm.format import checkpoint
+from pocketllm.format import weight_files
 from pocketllm.format.checkpoint import verify
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from tests import tiny
@@ -90,7 +90,7 @@ def test_an_empty_output_folder_is_taken(source: Path, small: Path, tmp_path: Pa
 
 def test_output_in_shards(source: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a model past 5 GB is written, counted before, verified and loaded."""
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(weight_files, "SHARD_BYTES", 4000)
     planned = pocketllm.dry_run(source, tiny.settings())
     report = pocketllm.compress(source, tiny.settings(), tmp_path / "out")
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))

@@ -179,7 +179,7 @@ def test_operator_passes_the_checks_of_torch() -> None:
     weight = on_trellis(9, 12, Trellis(12, 4), 2).rotated((1, None))
     x = torch.randn(3, 12, requires_grad=True)
     tensors = (weight.stream, weight.table, weight.row_scale, weight.signs_out, weight.signs_in)
-    arguments = (x, *tensors, *weight.sizes)
+    arguments = (x, *tensors, list(map(int, weight.sizes)))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.pocketllm.packed_matmul.default, arguments, test_utils=checks)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import pocketllm
 from pocketllm.errors import FormatError
 from pocketllm.files import write_json
-from pocketllm.format import checkpoint as ckpt
+from pocketllm.format import checkpoint as ckpt, weight_files
 from tests import tiny
 
 TENSORS = {
@@ -30,9 +30,9 @@ SIZES = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.i
 
 @pytest.mark.parametrize("limit", [10**9, 64, 1])
 def test_writing(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ckpt, "SHARD_BYTES", limit)
-    ckpt.write_safetensors(tmp_path, SIZES, iter(TENSORS.values()))
-    assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == ckpt.safetensors_bytes(SIZES)
+    monkeypatch.setattr(weight_files, "SHARD_BYTES", limit)
+    weight_files.write_safetensors(tmp_path, SIZES, iter(TENSORS.values()))
+    assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == weight_files.safetensors_bytes(SIZES)
     read = {}
     for file in tmp_path.glob("*.safetensors"):
         read.update(load_file(file))
@@ -50,7 +50,7 @@ def test_checksum_is_zlib_s() -> None:
 
     assert (
         ckpt.checksum(TENSORS["c"], TENSORS["b"])
-        == f"{zlib.crc32(ckpt.tensor_bytes(TENSORS['b']), zlib.crc32(bytes(TENSORS['c'].tolist()))):08x}"
+        == f"{zlib.crc32(weight_files.tensor_bytes(TENSORS['b']), zlib.crc32(bytes(TENSORS['c'].tolist()))):08x}"
     )
 
 

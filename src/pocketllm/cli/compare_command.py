@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketllm.cli.evaluated_models import Measuring, dense_of, model_of
-from pocketllm.cli.process import setup_process
-from pocketllm.cli.render import Output, size
-from pocketllm.cli.shared_options import (
-    Against,
-    Check,
-    Context,
-    Device,
-    Dtype,
-    Evaluations,
-    Json,
-    Ppl,
-    Quiet,
-    Threads,
-    Trust,
-    Windows,
-)
+from pocketllm.cli.evaluated_models import model_of
+from pocketllm.cli.option_groups import MeasureOptions, RunOptions, with_groups
+from pocketllm.cli.render import size
 
 if TYPE_CHECKING:
     from pocketllm.report import Comparison
@@ -45,48 +32,28 @@ Adapters = Annotated[
     "  pocketllm compare smol-2bit smol-2bit-tuned --adapter smol-2bit-lora\n\n"
     "  pocketllm compare smol-8x smol-16x --json"
 )
+@with_groups
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Compressed models.")],
+    measured: MeasureOptions,
+    run: RunOptions,
     output: Picture = None,
     adapter: Adapters = None,
-    against: Against = None,
-    ppl: Ppl = None,
-    context: Context = 1024,
-    windows: Windows = 0,
-    evaluation: Evaluations = None,
-    check: Check = True,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    threads: Threads = 0,
-    json: Json = False,
-    quiet: Quiet = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Compare compressed models in a table and a plot: bytes, ratios, errors, perplexity."""
-    show = Output(json, quiet)
-    from pocketllm.report import (
-        base_of,
-        check_picture,
-        compare as compare_models,
-        only_read,
-        read_evaluations,
-        save_picture,
-    )
+    show, adapters = run.output(), adapter or []
+    from pocketllm.report import base_of, check_picture, compare as compare_models, only_read, save_picture
 
     if output is not None:
-        check_picture(output, only_read(folders, adapter or [], against))
+        check_picture(output, only_read(folders, adapters, measured.against))
     names = [model_of(folder, "compare") for folder in folders]
-    adapters = adapter or []
-    measured = [*((folder, None) for folder in folders), *((base_of(a, folders), a) for a in adapters)]
-    evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
-    setup_process(device, threads)
+    models = [*((folder, None) for folder in folders), *((base_of(a, folders), a) for a in adapters)]
+    evaluations = measured.read()
+    run.setup()
     with show.bars() as bars:
-        if ppl is not None:
-            measuring = Measuring(ppl, context, windows, dtype, device, trust_remote_code)
-            evaluations += measuring.evaluations(measured, dense_of(against, names), bars)
-        found = compare_models(
-            folders, evaluations, check, lambda share, detail: bars.update("check", share, detail), adapters
-        )
+        evaluations += measured.measure(models, names, run, bars)
+        on_progress = partial(bars.update, "check")
+        found = compare_models(folders, evaluations, measured.check, on_progress, adapters)
     pictures = [] if output is None else [str(path) for path in save_picture(found, output)]
     show.result({**found.to_dict(), "pictures": pictures}, _table(found), *pictures)
     for note in found.notes:

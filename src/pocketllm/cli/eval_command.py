@@ -11,20 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocketllm.cli.model_loading import dtype_of, load_any
-from pocketllm.cli.process import setup_process
+from pocketllm.cli.option_groups import RunOptions, with_groups
 from pocketllm.cli.removed_options import SettingsCommand
-from pocketllm.cli.render import Output
 from pocketllm.cli.shared_options import (
     Adapter,
-    Device,
+    Context,
     Dtype,
-    Json,
     Mode,
     Ppl,
-    Quiet,
     Runnable,
-    Threads,
-    Trust,
+    Windows,
     count,
     set_option,
 )
@@ -62,25 +58,22 @@ Data = Annotated[
     "  pocketllm eval smol-8x --against builtin:smollm2-135m --tasks piqa,arc_easy --data ./data --limit 400\n\n"
     "  pocketllm eval smol-8x --tasks paper --set batch_tokens=4096",
 )
+@with_groups
 def evaluate(
     model: Runnable,
+    run: RunOptions,
     adapter: Adapter = None,
     ppl: Ppl = None,
     against: Against = None,
     tasks: Tasks = None,
     data: Data = None,
     limit: Annotated[int, typer.Option(help="Number of documents of each task; 0 takes all.")] = 0,
-    context: Annotated[int, typer.Option(help="Tokens per window.")] = EvalConfig.context,
-    windows: Annotated[int, typer.Option(help="Number of windows; 0 takes all.")] = 0,
+    context: Context = EvalConfig.context,
+    windows: Windows = 0,
     settings: Annotated[list[str] | None, set_option("eval")] = None,
     cache: Annotated[bool, typer.Option(help="Reuse earlier results of tasks, and store new ones.")] = True,
     mode: Mode = "dense",
     dtype: Dtype = "auto",
-    device: Device = "cpu",
-    threads: Threads = 0,
-    json: Json = False,
-    quiet: Quiet = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Measure perplexity, KL divergence from a dense model, and zero-shot tasks of a compressed or dense model."""
     from pocketllm import measure
@@ -90,15 +83,15 @@ def evaluate(
     if ppl is None and tasks is None:
         raise ConfigError("nothing to measure: give --ppl FILE, --tasks NAMES or both")
     config = eval_config(context, count("--windows", windows), count("--limit", limit), tuple(settings or ()))
-    show = Output(json, quiet)
-    text = None if ppl is None else text_for(ppl, model, trust_remote_code)
+    show = run.output()
+    text = None if ppl is None else text_for(ppl, model, run.trust_remote_code)
     options = task_options(tasks, data, cache)
-    setup_process(device, threads)
-    subjects = _Subjects(dtype, device, trust_remote_code)
+    run.setup()
+    subjects = _Subjects(dtype, run.device, run.trust_remote_code)
     other = None if against is None else subjects.named(against, "dense")
     with show.bars() as bars:
         values = measure(subjects.named(model, mode, adapter), other, text, options, config, bars.update)
-    values |= {"text": None if ppl is None else str(ppl), "dtype": str(dtype_of(dtype, device))}
+    values |= {"text": None if ppl is None else str(ppl), "dtype": str(dtype_of(dtype, run.device))}
     show.result(values, *eval_tables(values))
 
 

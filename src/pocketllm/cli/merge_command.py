@@ -9,10 +9,9 @@ from typing import Annotated
 import typer
 
 from pocketllm.cli.model_loading import dtype_of
-from pocketllm.cli.process import setup_process
-from pocketllm.cli.render import Output
+from pocketllm.cli.option_groups import RunOptions, with_groups
 from pocketllm.cli.result_table import result_table
-from pocketllm.cli.shared_options import Device, Json, Quiet, Threads, Trust
+from pocketllm.cli.shared_options import Context, DenseDtype, To, Windows
 
 app = typer.Typer()
 
@@ -21,10 +20,12 @@ app = typer.Typer()
     epilog="Examples:\n\n  pocketllm merge smol-2bit --adapter smol-adapter --to smol-merged\n\n"
     "  pocketllm merge smol-2bit --adapter smol-adapter --to smol-2bit-b --reencode --text wiki.valid.raw"
 )
+@with_groups
 def merge(
     folder: Annotated[Path, typer.Argument(help="Compressed base, which is not modified.")],
     adapter: Annotated[Path, typer.Option(help="Adapter trained on the base.")],
-    to: Annotated[Path, typer.Option(help="Folder to create.")],
+    to: To,
+    run: RunOptions,
     reencode: Annotated[
         bool,
         typer.Option("--reencode", help="Compress the merged model again, with the settings of the base."),
@@ -32,20 +33,13 @@ def merge(
     text: Annotated[
         Path | None, typer.Option(help="Text to measure perplexity on, before and after.")
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens per window of that text.")] = 512,
-    windows: Annotated[int, typer.Option(help="Number of windows; 0 takes all.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="Type of the dense weights: bfloat16, float16 or float32.")
-    ] = "bfloat16",
-    device: Device = "cpu",
-    threads: Threads = 0,
-    json: Json = False,
-    quiet: Quiet = False,
-    trust_remote_code: Trust = False,
+    context: Context = 512,
+    windows: Windows = 0,
+    dtype: DenseDtype = "bfloat16",
 ) -> None:
     """Merge an adapter into its base and write a dense model, or with --reencode a compressed one."""
-    show = Output(json, quiet)
-    setup_process(device, threads)
+    show = run.output()
+    run.setup()
     from pocketllm import merge as merge_adapter
 
     with show.bars() as bars:
@@ -58,9 +52,9 @@ def merge(
             context=context,
             windows=windows or None,
             dtype=dtype_of(dtype),
-            device=device,
+            device=run.device,
             progress=bars.on_event,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=run.trust_remote_code,
         )
     values = dataclasses.asdict(done)
     show.result(values, result_table(values, f"{folder} + {adapter} -> {to}"))

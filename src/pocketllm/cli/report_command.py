@@ -8,25 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pocketllm.cli.evaluated_models import Measuring, check_against, dense_of, model_of
-from pocketllm.cli.process import setup_process
+from pocketllm.cli.evaluated_models import check_against, model_of
+from pocketllm.cli.option_groups import MeasureOptions, RunOptions, with_groups
 from pocketllm.cli.render import Output, size
-from pocketllm.cli.shared_options import (
-    Adapter,
-    Against,
-    Check,
-    Compressed,
-    Context,
-    Device,
-    Dtype,
-    Evaluations,
-    Json,
-    Ppl,
-    Quiet,
-    Threads,
-    Trust,
-    Windows,
-)
+from pocketllm.cli.shared_options import Adapter, Compressed
 
 if TYPE_CHECKING:
     from pocketllm.report import Evaluation, Page
@@ -46,49 +31,38 @@ HtmlFile = Annotated[
     "  pocketllm report smol-8x --evaluation smol.json --evaluation dense.json\n\n"
     "  pocketllm report smol-2bit --adapter smol-2bit-lora --ppl wiki.test.raw"
 )
+@with_groups
 def report(
     folder: Compressed,
+    measured: MeasureOptions,
+    run: RunOptions,
     output: HtmlFile = None,
     adapter: Adapter = None,
-    against: Against = None,
-    ppl: Ppl = None,
-    context: Context = 1024,
-    windows: Windows = 0,
-    evaluation: Evaluations = None,
-    check: Check = True,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    threads: Threads = 0,
-    json: Json = False,
-    quiet: Quiet = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Write one HTML file about a compressed model: sizes, errors, codebooks, weights, perplexity."""
-    show = Output(json, quiet)
+    show = run.output()
     from pocketllm.recover import check_adapter
-    from pocketllm.report import check_html, default_output, html_report, only_read, read_evaluations
+    from pocketllm.report import check_html, default_output, html_report, only_read
 
     name = model_of(folder, "report")
     if adapter is not None:
         check_adapter(adapter, folder)
     target = output or default_output(folder, adapter)
-    check_html(target, only_read([folder], [adapter], against))
-    check_against(against)
-    evaluations = [found for path in evaluation or [] for found in read_evaluations(path)]
-    setup_process(device, threads)
+    check_html(target, only_read([folder], [adapter], measured.against))
+    check_against(measured.against)
+    evaluations = measured.read()
+    run.setup()
     with show.bars() as bars:
-        if ppl is not None:
-            measuring = Measuring(ppl, context, windows, dtype, device, trust_remote_code)
-            models = [(folder, adapter), (folder, None)] if adapter else [(folder, None)]
-            evaluations += measuring.evaluations(models, dense_of(against, [name]), bars)
+        adapted = [] if adapter is None else [(folder, adapter)]
+        evaluations += measured.measure([*adapted, (folder, None)], [name], run, bars)
         page = html_report(
             folder,
             target,
             adapter=adapter,
-            against=against,
+            against=measured.against,
             evaluations=evaluations,
-            check=check,
-            trust_remote_code=trust_remote_code,
+            check=measured.check,
+            trust_remote_code=run.trust_remote_code,
             progress=bars.update,
         )
     _show(show, page, evaluations)

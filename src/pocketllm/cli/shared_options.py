@@ -30,13 +30,15 @@ Evaluations = Annotated[
 ]
 Check = Annotated[bool, typer.Option(help="Verify the checksum of every file first.")]
 Ppl = Annotated[Path | None, typer.Option(help="UTF-8 text file to measure perplexity on.")]
-Context = Annotated[int, typer.Option(help="Tokens per window, with --ppl.")]
-Windows = Annotated[int, typer.Option(help="Number of windows, with --ppl; 0 takes all.")]
+Context = Annotated[int, typer.Option(help="Tokens per window of the text.")]
+Windows = Annotated[int, typer.Option(help="Number of windows of the text; 0 takes all.")]
 Mode = Annotated[
     str, typer.Option(help="packed (run from the packed weights), dense (decode at load), or auto.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]
+To = Annotated[Path, typer.Option(help="Folder to create.")]
+DenseDtype = Annotated[str, typer.Option(help="Type of the weights: bfloat16, float16 or float32.")]
 Compressed = Annotated[Path, typer.Argument(help="Compressed model.")]
 Runnable = Annotated[str, typer.Argument(help="Compressed or dense model.")]
 

@@ -13,6 +13,7 @@ from pocketllm.codec.codebook import codebook_perplexity, codebook_utilization
 from pocketllm.compression.matrix_encoder import codebook_unit, matrix_unit
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.report import Report, rounded
+from pocketllm.format.weight_files import write_safetensors
 from pocketllm.format.workspace import Workspace
 from pocketllm.plan.matrices import Plan
 from pocketllm.plan.matrix_statistics import MatrixStatistics
@@ -26,7 +27,7 @@ def write(planned: PlannedModel, work: Workspace) -> Report:
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
     crcs: dict[str, str] = {}
-    ckpt.write_safetensors(final, form.tensors, _tensors(form, work, crcs))
+    write_safetensors(final, form.tensors, _tensors(form, work, crcs))
     (final / "config.json").write_text(form.config_text(crcs), encoding="utf-8")
     for name, path in form.copied_files.items():
         (final / name).parent.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,9 @@ from pocketllm.files import files_below, read_object
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.report import rounded
 from pocketllm.format.trust import weights_of
+from pocketllm.format.weight_files import DTYPE_NAMES, write_safetensors
 
-_DTYPES = {name: dtype for dtype, name in ckpt._DTYPE_NAMES.items()}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def stored_sizes(folder: Path) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], dict[str, Path]]:
@@ -62,7 +63,7 @@ def rewrite(
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
     tensors = _Tensors(files, changed)
-    ckpt.write_safetensors(final, sizes, (tensors[name] for name in sizes))
+    write_safetensors(final, sizes, (tensors[name] for name in sizes))
     report = ckpt.read_report(folder)
     for name in report["files"]:
         if not name.endswith(".safetensors") and name != "config.json" and not (final / name).exists():

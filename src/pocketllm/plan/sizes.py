@@ -18,6 +18,7 @@ import torch
 
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.report import RUN_FACTS, Report, is_linear_weight_of_a_block, rounded
+from pocketllm.format.weight_files import safetensors_bytes
 from pocketllm.machine import versions
 from pocketllm.plan.matrices import Plan
 from pocketllm.plan.matrix_statistics import MatrixStatistics, matrix_report, not_run, predicted
@@ -41,7 +42,7 @@ class PlannedModel:
     @cached_property
     def file_bytes(self) -> dict[str, int]:
         """Exact size of every file except the report."""
-        sizes = ckpt.safetensors_bytes(self.form.tensors)
+        sizes = safetensors_bytes(self.form.tensors)
         sizes["config.json"] = len(self.form.config_text(self.form.no_checksums()).encode())
         return {**sizes, **{name: path.stat().st_size for name, path in self.form.copied_files.items()}}
 

@@ -24,6 +24,7 @@ from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.kept import system_errors
 from pocketllm.format.output import is_published, named_output
 from pocketllm.format.report import rounded
+from pocketllm.format.weight_files import safetensors_bytes
 from pocketllm.recover.adapter import RECORD_NAME, SETTINGS_NAME, need_peft
 from pocketllm.recover.base_model import Base, check_context, open_base
 from pocketllm.recover.loop import Loop, step_event
@@ -214,7 +215,7 @@ def _planned_bytes(adapted: Any, facts: dict[str, Any]) -> int:
     with tempfile.TemporaryDirectory() as place:
         _save(adapted, [], Path(place) / "final", facts, state={})
         small = sum(path.stat().st_size for path in (Path(place) / "final").glob("*.json"))
-    return small + sum(ckpt.safetensors_bytes(sizes).values())
+    return small + sum(safetensors_bytes(sizes).values())
 
 
 def _save(

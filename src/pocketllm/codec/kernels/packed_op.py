@@ -37,7 +37,7 @@ def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
     if x.shape[-1] != sizes.columns:
         raise ShapeError(f"packed_matmul: got x [..., {x.shape[-1]}], wanted [..., {sizes.columns}]")
     tensors = (weight.stream, weight.table, weight.row_scale, weight.signs_out, weight.signs_in)
-    return torch.ops.pocketllm.packed_matmul(x, *tensors, *sizes)
+    return torch.ops.pocketllm.packed_matmul(x, *tensors, list(map(int, sizes)))
 
 
 def packed_matmul_reference(x: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -83,38 +83,17 @@ def _operator(
     row_scale: Tensor,
     signs_out: Tensor | None,
     signs_in: Tensor | None,
-    rows: int,
-    columns: int,
-    vector_len: int,
-    width: int,
-    stride: int,
-    strip_rows: int,
-    banded: bool,
+    sizes: list[int],
 ) -> Tensor:
-    sizes = Sizes(rows, columns, vector_len, width, stride, strip_rows, banded)
-    isa, flat = select.packed_isa() if x.device.type == "cpu" else None, x.reshape(-1, columns)
+    sized, isa = _sizes(sizes), select.packed_isa() if x.device.type == "cpu" else None
+    flat = x.reshape(-1, sized.columns)
     if isa is None:
-        weight = PackedWeight(stream, table, row_scale, sizes, signs_out, signs_in)
+        weight = PackedWeight(stream, table, row_scale, sized, signs_out, signs_in)
         out = packed_matmul_reference(flat, weight)
     else:
-        out = packed_cpu.multiply(
-            flat, packed_cpu.Tensors(stream, table, row_scale, signs_out, signs_in), sizes, isa
-        )
-    return out.to(x.dtype).view(*x.shape[:-1], rows)
-
-
-@_operator.register_fake
-def _(
-    x: Tensor,
-    stream: Tensor,
-    table: Tensor,
-    row_scale: Tensor,
-    signs_out: Tensor | None,
-    signs_in: Tensor | None,
-    rows: int,
-    *sizes: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
+        tensors = packed_cpu.Tensors(stream, table, row_scale, signs_out, signs_in)
+        out = packed_cpu.multiply(flat, tensors, sized, isa)
+    return out.to(x.dtype).view(*x.shape[:-1], sized.rows)
 
 
 @torch.library.custom_op("pocketllm::packed_matmul_backward", mutates_args=())
@@ -125,47 +104,41 @@ def _backward(
     row_scale: Tensor,
     signs_out: Tensor | None,
     signs_in: Tensor | None,
-    rows: int,
-    columns: int,
-    vector_len: int,
-    width: int,
-    stride: int,
-    strip_rows: int,
-    banded: bool,
+    sizes: list[int],
 ) -> Tensor:
-    sizes = Sizes(rows, columns, vector_len, width, stride, strip_rows, banded)
-    weight = PackedWeight(stream, table, row_scale, sizes, signs_out, signs_in)
-    isa, flat = select.packed_isa() if grad.device.type == "cpu" else None, grad.reshape(-1, rows)
+    sized, isa = _sizes(sizes), select.packed_isa() if grad.device.type == "cpu" else None
+    weight = PackedWeight(stream, table, row_scale, sized, signs_out, signs_in)
+    flat = grad.reshape(-1, sized.rows)
     if isa is None:
         out = transposed_reference(flat, weight)
     else:
         out = packed_cpu.multiply_transposed(flat, weight.in_stream_order(), isa)
-    return out.to(grad.dtype).view(*grad.shape[:-1], columns)
+    return out.to(grad.dtype).view(*grad.shape[:-1], sized.columns)
+
+
+def _sizes(numbers: list[int]) -> Sizes:
+    rows, columns, vector_len, width, stride, strip_rows, banded = numbers
+    return Sizes(rows, columns, vector_len, width, stride, strip_rows, bool(banded))
+
+
+@_operator.register_fake
+def _(x: Tensor, *packed: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _sizes(packed[-1]).rows)
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    stream: Tensor,
-    table: Tensor,
-    row_scale: Tensor,
-    signs_out: Tensor | None,
-    signs_in: Tensor | None,
-    rows: int,
-    columns: int,
-    *sizes: int,
-) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], columns)
+def _(grad: Tensor, *packed: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], _sizes(packed[-1]).columns)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:6])
-    ctx.sizes = inputs[6:]
+    _, *tensors, ctx.sizes = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    found = torch.ops.pocketllm.packed_matmul_backward(grad, *ctx.saved_tensors, *ctx.sizes)
-    return found, *[None] * (5 + len(ctx.sizes))
+    found = torch.ops.pocketllm.packed_matmul_backward(grad, *ctx.saved_tensors, ctx.sizes)
+    return found, *[None] * 6
 
 
 _operator.register_autograd(_input_gradient, setup_context=_save)
