@@ -1,10 +1,14 @@
-"""Commands run in this process, and what folders hold afterwards."""
+"""Commands run in this process, jobs that are killed in a copy of it, and what folders hold afterwards."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,25 @@ class Run:
         assert out.count("\n") == 1
         values: dict[str, Any] = json.loads(out)
         return values
+
+
+def killed(job: Callable[[], object]) -> None:
+    """Run a job that kills its process (`kill_now`), in a fork of this one: seconds faster than a new process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the copy does not have
+        child = os.fork()
+    if not child:
+        try:
+            job()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+
+
+def kill_now() -> None:
+    """Kill this process as the system does it: nothing is cleaned up."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

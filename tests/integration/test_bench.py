@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import pocketllm
+from pocketllm import evaluate
 from pocketllm.errors import ConfigError, LoadError
 from pocketllm.evaluate import BenchConfig, BenchRun, bench
 from tests import tiny
@@ -26,27 +27,30 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @needs_compiler
-def test_every_mode_and_the_dense_model(models: tuple[str, str], run: Run) -> None:
+def test_every_mode_and_the_dense_model(
+    models: tuple[str, str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small, dense = models
-    options = ["--prompt-tokens", "8", "--new-tokens", "3", "--rounds", "1", "--threads", "1"]
-    found = [BenchRun(**r) for r in run.json("bench", small, "--against", dense, *options)["runs"]]
+    said: list[tuple[float, str]] = []
+    found = bench([small], ["auto", "dense"], SHORT, dense, lambda share, what: said.append((share, what)))
     assert [(r.model, r.mode) for r in found] == [
         (small, "packed"),
         (small, "dense"),
         (dense, "checkpoint"),
     ]
+    assert said == [(0.0, f"{small}, auto"), (1 / 3, f"{small}, dense"), (2 / 3, f"{dense}, checkpoint")]
     for one in found:
         assert one.dtype == "bfloat16" and one.threads == 1
         assert min(one.load_seconds, one.prompt_tokens_per_second, one.tokens_per_second) > 0
     assert found[0].weights_bytes < found[2].weights_bytes == found[1].weights_bytes
-    code, out, _ = run("bench", small, "--mode", "auto", *options)
+    asked: list[object] = []
+    monkeypatch.setattr(evaluate, "bench", lambda *given: asked.append(given[:4]) or found)
+    options = ["--prompt-tokens", "8", "--new-tokens", "3", "--rounds", "1", "--threads", "1"]
+    options += ["--mode", "auto,dense", "--against", dense]
+    assert [BenchRun(**r) for r in run.json("bench", small, *options)["runs"]] == found
+    assert asked == [([small], ["auto", "dense"], SHORT, dense)]
+    code, out, _ = run("bench", small, *options)
     assert code == 0 and "packed" in out and "tokens/s" in out
-
-
-def test_progress_is_reported(models: tuple[str, str]) -> None:
-    said: list[tuple[float, str]] = []
-    bench([], ["dense"], SHORT, models[1], lambda share, what: said.append((share, what)))
-    assert said == [(0.0, f"{models[1]}, checkpoint")]
 
 
 def test_what_is_refused(models: tuple[str, str], tmp_path: Path) -> None:

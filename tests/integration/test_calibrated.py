@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +14,13 @@ from torch import Tensor
 import pocketllm
 from pocketllm.calibrate.calibration import read_windows
 from pocketllm.compression import encode_blocks
+from pocketllm.compression.pipeline import Event
 from pocketllm.errors import ConfigError, ResumeError, SourceError
 from pocketllm.format.report import warnings_of
 from pocketllm.runtime.layers import packed_matrices
 from pocketllm.source.dense_checkpoint import open_dense
 from tests import tiny
-from tests.commands import contents
+from tests.commands import contents, kill_now, killed
 from tests.integration.test_architectures import load, logits
 from tests.numerics.test_input_hessians import shun_expert
 
@@ -104,23 +101,6 @@ def test_same_bytes_with_matrices_side_by_side(source: Path, tmp_path: Path) -> 
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
 
-_KILLED = """
-import os, pathlib, signal, sys
-import torch; torch.set_num_threads(1)
-import pocketllm
-from tests import tiny
-seen = 0
-def progress(event):
-    global seen
-    if event.stage == sys.argv[3] and sys.argv[4] in event.detail:
-        os.kill(os.getpid(), signal.SIGKILL)
-pocketllm.compress(
-    sys.argv[1], tiny.on_trellis(calibration={"refine_epochs": 1}), sys.argv[2], progress=progress,
-    calibration_folder=sys.argv[2] + "-measured",
-)
-"""
-
-
 @pytest.mark.parametrize(
     ("stage", "detail"),
     [
@@ -132,13 +112,14 @@ pocketllm.compress(
     ],
 )
 def test_killed_and_started_again(stage: str, detail: str, source: Path, whole: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _KILLED, str(source), str(tmp_path / "out"), stage, detail]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    def progress(event: Event) -> None:
+        if event.stage == stage and detail in event.detail:
+            kill_now()
+
+    config = tiny.on_trellis(calibration=REFINED)
+    killed(lambda: compress(source, config, tmp_path / "out", progress=progress))
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
-    compress(source, tiny.on_trellis(calibration=REFINED), tmp_path / "out")
+    compress(source, config, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole)
 
 

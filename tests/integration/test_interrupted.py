@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,33 +20,22 @@ from pocketllm.errors import OutputError, ResumeError
 from pocketllm.format import kept, workspace
 from pocketllm.format.checkpoint import verify
 from tests import tiny
-from tests.commands import contents
-
-_KILLED = """
-import os, signal, sys
-import torch; torch.set_num_threads(1)
-import pocketllm
-from tests import tiny
-seen = 0
-def progress(event):
-    global seen
-    if event.stage == sys.argv[3]:
-        seen += 1
-        if seen == int(sys.argv[4]):
-            os.kill(os.getpid(), signal.SIGKILL)
-pocketllm.compress(sys.argv[1], tiny.settings(), sys.argv[2], progress=progress)
-"""
+from tests.commands import contents, kill_now, killed
 
 
 @pytest.mark.parametrize(
     ("stage", "number"), [("fit", 1), ("fit", 3), ("encode", 2), ("encode", 9), ("write", 1)]
 )
 def test_killed_and_started_again(stage: str, number: int, source: Path, small: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _KILLED, str(source), str(tmp_path / "out"), stage, str(number)]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    seen = 0
+
+    def progress(event: Event) -> None:
+        nonlocal seen
+        seen += event.stage == stage
+        if seen == number:
+            kill_now()
+
+    killed(lambda: pocketllm.compress(source, tiny.settings(), tmp_path / "out", progress=progress))
     assert not (tmp_path / "out").exists()
     pocketllm.compress(source, tiny.settings(), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(small)
