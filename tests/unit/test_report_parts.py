@@ -20,7 +20,7 @@ from pocketllm.errors import (
     SourceError,
 )
 from pocketllm.report import Evaluation, check_html, check_picture, compare, read_evaluations
-from pocketllm.report.charts import Bars, Histogram, picture
+from pocketllm.report.charts import bars, histogram, picture
 from pocketllm.report.heat_map import Grid, heat_panels, short_kinds
 from pocketllm.report.output_files import check_target, write_atomically
 from pocketllm.report.perplexity_section import Subject, perplexity_section
@@ -235,7 +235,7 @@ def test_a_scale_of_colours_says_how_it_runs() -> None:
 
 
 def test_a_histogram_has_axes() -> None:
-    drawn = picture(Histogram([-1.0, 0.0, 1.0], [0.25, 0.75], [0.5, 0.5]), "h")
+    drawn = picture(histogram([-1.0, 0.0, 1.0], [0.25, 0.75], [0.5, 0.5]), "h")
     assert ">weight<" in drawn and ">share per bin<" in drawn and ">40 %<" in drawn
 
 
@@ -252,7 +252,7 @@ def test_tables_know_how_wide_they_are() -> None:
 
 
 def test_text_in_a_picture_is_text() -> None:
-    drawn = picture(Bars(["<script>$x$</script>"], [0.0], ["a & b"]), "b")
+    drawn = picture(bars(["<script>$x$</script>"], [0.0], ["a & b"]), "b")
     assert "&lt;script&gt;$x$&lt;/script&gt;" in drawn and "a &amp; b" in drawn
     assert "var(--first)" in drawn and "#0102" not in drawn
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pocketllm.studies.verdicts import Verdict, above_zero, holds, together
 from tests.studies import Counting
 
 PACKAGE = Path(pocketllm.__file__).parent
+DOCS = Path(__file__).parents[2] / "docs" / "studies"
 ROOMS = ("measure", "show", "claims")  # each may import the rooms before it
 
 
@@ -61,6 +63,26 @@ def test_a_finding_is_judged_sentence_by_sentence() -> None:
     found = [values["verdict"] for values in finding.judged({"step": {"gaps": gaps}})]
     assert found == ["held", "did not hold", "not seen", "not seen"]
     assert Finding("nothing", numbers).judged({"step": {"gaps": gaps[:1]}}) == [{"gap": gaps[0]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "verdicts"),
+    [
+        ("rln", ["did not hold"]),
+        ("overfit", ["held in part"]),
+        ("depth", ["did not hold", "not seen"]),
+        ("codebook", ["held"]),
+        ("utilization", ["did not hold"]),
+        ("sensitivity", ["held", "held", "did not hold"]),
+        ("decoder", ["did not hold"]),
+        ("overhead", []),
+        ("robustness", ["did not hold"]),
+    ],
+)
+def test_verdicts_on_the_committed_results(name: str, verdicts: list[str]) -> None:
+    results = json.loads((DOCS / name / "result.json").read_text(encoding="utf-8"))["results"]
+    judged = (values for finding in load(name).declared for values in finding.judged(results))
+    assert [values["verdict"] for values in judged if "verdict" in values] == verdicts
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from .html_page import (
     default_output as default_output,
     html_report as html_report,
 )
+from .marks import Mark as Mark, mark as mark
 from .model_facts import (
     MatrixFacts as MatrixFacts,
     ModelFacts as ModelFacts,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pocketllm.report import svg
+from pocketllm.report.marks import Mark, mark
 from pocketllm.report.tables import Table
 
 
@@ -53,78 +54,65 @@ def picture(drawing: Drawing, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Bars:
-    """Horizontal bars from the top down, each with its label above and a note at its end."""
+class Marks:
+    """A picture of marks alone. legend: of the figure, outside of the axes."""
 
-    labels: Sequence[str]
-    values: Sequence[float]
-    notes: Sequence[str]
-
-    @property
-    def height(self) -> float:
-        return 12 + 36 * len(self.labels)
+    height: float
+    marks: Sequence[Mark]
+    legend: Mapping[str, Any] | None = None
 
     def draw(self, figure: Any, axes: Any) -> None:
-        rows = range(len(self.labels))
-        axes.barh(rows, self.values, height=0.42, color=svg.FIRST)
-        most = max([*self.values, 1e-12])
-        for row, label, value, note in zip(rows, self.labels, self.values, self.notes, strict=True):
-            axes.text(0, row - 0.3, label, va="bottom", ha="left")
-            axes.text(value + 0.01 * most, row, f" {note}", va="center", ha="left")
-        axes.set(xlim=(0, most * 1.6), ylim=(len(self.labels) - 0.5, -0.85))
-        axes.set_axis_off()
+        for each in self.marks:
+            each.draw(axes)
+        if self.legend is not None:
+            figure.legend(**self.legend)
 
 
-@dataclass(frozen=True)
-class Histogram:
+def bars(labels: Sequence[str], values: Sequence[float], notes: Sequence[str]) -> Marks:
+    """Horizontal bars from the top down, each with its label above and a note at its end."""
+    most = max([*values, 1e-12])
+    marks = [mark("barh", range(len(labels)), values, height=0.42, color=svg.FIRST)]
+    for row, (label, value, note) in enumerate(zip(labels, values, notes, strict=True)):
+        marks.append(mark("text", 0, row - 0.3, label, va="bottom", ha="left"))
+        marks.append(mark("text", value + 0.01 * most, row, f" {note}", va="center", ha="left"))
+    limits = mark("set", xlim=(0, most * 1.6), ylim=(len(labels) - 0.5, -0.85))
+    return Marks(12 + 36 * len(labels), [*marks, limits, mark("set_axis_off")])
+
+
+def histogram(edges: Sequence[float], original: Sequence[float], decoded: Sequence[float]) -> Marks:
     """Two distributions on the same bins: the original as a filled area, the decoded as a dashed line.
 
     The area is light enough for the line on it; its edge sets it off from the page.
     """
+    from matplotlib.ticker import MaxNLocator
 
-    edges: Sequence[float]
-    original: Sequence[float]
-    decoded: Sequence[float]
-    height: float = 215
-
-    def draw(self, figure: Any, axes: Any) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        area: dict[str, Any] = {"facecolor": (svg.SECOND, 0.4), "edgecolor": svg.SECOND, "linewidth": 1}
-        line: dict[str, Any] = {"color": svg.FIRST, "linewidth": 1.6, "linestyle": (0, (3, 1.5))}
-        axes.stairs(self.original, self.edges, fill=True, label="original", **area)
-        axes.stairs(self.decoded, self.edges, label="decoded", **line)
-        most = max(*self.original, *self.decoded)
-        axes.set(xlim=(self.edges[0], self.edges[-1]), ylim=(0, 1.28 * most))
-        axes.set(xlabel="weight", ylabel="share per bin")
-        axes.xaxis.set_major_locator(MaxNLocator(5, symmetric=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5, symmetric=False))
-        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-        axes.tick_params(axis="x", pad=7)  # clear of the lowest label of the other axis
-        axes.legend(loc="upper left", frameon=False, ncols=2, borderpad=0, borderaxespad=0.2)
+    area: dict[str, Any] = {"facecolor": (svg.SECOND, 0.4), "edgecolor": svg.SECOND, "linewidth": 1}
+    line: dict[str, Any] = {"color": svg.FIRST, "linewidth": 1.6, "linestyle": (0, (3, 1.5))}
+    legend = {"loc": "upper left", "frameon": False, "ncols": 2, "borderpad": 0, "borderaxespad": 0.2}
+    limits = {"xlim": (edges[0], edges[-1]), "ylim": (0, 1.28 * max(*original, *decoded))}
+    marks = [
+        mark("stairs", original, edges, fill=True, label="original", **area),
+        mark("stairs", decoded, edges, label="decoded", **line),
+        mark("set", xlabel="weight", ylabel="share per bin", **limits),
+        mark("xaxis.set_major_locator", MaxNLocator(5, symmetric=True)),
+        mark("yaxis.set_major_locator", MaxNLocator(5, symmetric=False)),
+        mark("yaxis.set_major_formatter", lambda share, _: f"{100 * share:g} %"),
+        mark("tick_params", axis="x", pad=7),  # clear of the lowest label of the other axis
+        mark("legend", **legend),
+    ]
+    return Marks(215, marks)
 
 
-@dataclass(frozen=True)
-class Curves:
+def curves(series: Mapping[str, Sequence[float]], x_label: str, y_label: str, diagonal: str) -> Marks:
     """Lines over equal steps from 0 to 100, distinguished by their dashes, and the diagonal.
 
     series: label -> values at 0, …, 100; at most three.
     """
-
-    series: Mapping[str, Sequence[float]]
-    x_label: str
-    y_label: str
-    diagonal: str
-
-    @property
-    def height(self) -> float:
-        return 230 + 17 * (len(self.series) + 1)
-
-    def draw(self, figure: Any, axes: Any) -> None:
-        styles = {svg.FIRST: "solid", svg.SECOND: (0, (5, 1.5)), svg.INK: (0, (1.5, 1.2))}
-        axes.plot([0, 100], [0, 100], color=svg.MUTED, linewidth=0.8, label=self.diagonal)
-        for (label, values), (colour, dash) in zip(self.series.items(), styles.items(), strict=False):
-            x = [100 * k / (len(values) - 1) for k in range(len(values))]
-            axes.plot(x, values, color=colour, linestyle=dash, linewidth=1.8, label=label)
-        axes.set(xlabel=self.x_label, ylabel=self.y_label, xlim=(0, 100), ylim=(0, 100))
-        figure.legend(loc="outside upper left", frameon=False, handlelength=2.6)  # lines may go anywhere
+    styles = {svg.FIRST: "solid", svg.SECOND: (0, (5, 1.5)), svg.INK: (0, (1.5, 1.2))}
+    marks = [mark("plot", [0, 100], [0, 100], color=svg.MUTED, linewidth=0.8, label=diagonal)]
+    for (label, values), (colour, dash) in zip(series.items(), styles.items(), strict=False):
+        x = [100 * k / (len(values) - 1) for k in range(len(values))]
+        marks.append(mark("plot", x, values, color=colour, linestyle=dash, linewidth=1.8, label=label))
+    marks.append(mark("set", xlabel=x_label, ylabel=y_label, xlim=(0, 100), ylim=(0, 100)))
+    legend = {"loc": "outside upper left", "frameon": False, "handlelength": 2.6}  # lines may go anywhere
+    return Marks(230 + 17 * (len(series) + 1), marks, legend)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pocketllm.report.charts import Bars, Chart, Curves
+from pocketllm.report.charts import Chart, bars, curves
 from pocketllm.report.heat_map import heat_charts, short_kinds
 from pocketllm.report.model_facts import MatrixFacts, ModelFacts, grouped, spread
 from pocketllm.report.sections import Section
@@ -122,12 +122,12 @@ def _used_charts(model: ModelFacts, members: Members, table: Table) -> list[Char
         return []
     title, facts = "Codewords in use", {"count": len(known), "least": min(known), "most": max(known)}
     if len(known) <= _MOST_BARS:
-        bars = Bars(
+        drawn = bars(
             labels=[_label(group) for group in members.values()],
             values=[100 * share for share in known],
             notes=[percent(share) for share in known],
         )
-        return [Chart("use", title, {"use": bars}, table, {"used": facts})]
+        return [Chart("use", title, {"use": drawn}, table, {"used": facts})]
 
     def used(m: MatrixFacts) -> float | None:
         return None if m.utilization is None else 100 * m.utilization
@@ -144,7 +144,7 @@ def _evenness_charts(members: Members, usages: Sequence[CodebookUsage]) -> list[
     if len(ordered) > _LINES:
         ordered = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
     lines = {_label(members[u.codebook]): [100 * share for share in u.covered] for u in ordered}
-    curves = Curves(
+    drawn = curves(
         series=lines,
         x_label="most used codewords, % of the codebook",
         y_label="indices that point to them, %",
@@ -154,4 +154,4 @@ def _evenness_charts(members: Members, usages: Sequence[CodebookUsage]) -> list[
     caption = "Share of the indices by most used codewords"
     table = Table(caption, ("codewords", *lines), rows, words=0)
     facts = {"tenths": {label: f"{values[10]:.0f}" for label, values in lines.items()}}
-    return [Chart("evenness", "How evenly codewords are used", {"evenness": curves}, table, facts)]
+    return [Chart("evenness", "How evenly codewords are used", {"evenness": drawn}, table, facts)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocketllm.report.charts import Bars, Chart
+from pocketllm.report.charts import Chart, bars
 from pocketllm.report.evaluations import Evaluation, Setting, same_model
 from pocketllm.report.model_facts import AdapterFacts
 from pocketllm.report.sections import Section
@@ -91,10 +91,8 @@ def _doubts(e: Evaluation, subject: Subject) -> Iterator[tuple[str, Evaluation, 
 
 
 def _chart(evaluations: Sequence[Evaluation], table: Table) -> Chart:
-    bars = Bars(
-        labels=[f"{_weights_of(e)}, {Path(e.text).name}" for e in evaluations],
-        values=[e.perplexity for e in evaluations],
-        notes=[short(e.perplexity, 4) for e in evaluations],
-    )
-    figures = list(zip(bars.labels, bars.notes, strict=True))
-    return Chart("perplexity-chart", "Perplexity", {"perplexity-bars": bars}, table, {"figures": figures})
+    labels = [f"{_weights_of(e)}, {Path(e.text).name}" for e in evaluations]
+    notes = [short(e.perplexity, 4) for e in evaluations]
+    drawn = {"perplexity-bars": bars(labels, [e.perplexity for e in evaluations], notes)}
+    figures = list(zip(labels, notes, strict=True))
+    return Chart("perplexity-chart", "Perplexity", drawn, table, {"figures": figures})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from pocketllm.report.charts import Bars, Chart, Histogram
+from pocketllm.report.charts import Chart, bars, histogram
 from pocketllm.report.heat_map import heat_charts
 from pocketllm.report.model_facts import MatrixFacts, ModelFacts, grouped, mean
 from pocketllm.report.tables import Columns, Table, megabytes, percent, short, thousands
@@ -72,7 +72,7 @@ def size_section(model: ModelFacts) -> Section:
     parts = {part.replace("_", " "): int(n) for part, n in model.report["bytes_by_part"].items()}
     shares = {part: f"{n / max(1, total):.1%}" for part, n in parts.items()}
     shown = [part for n, part in sorted(((n, part) for part, n in parts.items() if n), reverse=True)]
-    bars = Bars(
+    drawn = bars(
         labels=shown,
         values=[float(parts[part]) for part in shown],
         notes=[f"{megabytes(parts[part])}, {shares[part]}" for part in shown],
@@ -80,7 +80,7 @@ def size_section(model: ModelFacts) -> Section:
     rows = [(part, thousands(n), shares[part]) for part, n in parts.items()]
     rows.append(("all files", thousands(total), "100%"))
     table = Table("Bytes on disk by part", ("part", "bytes", "share"), rows)
-    chart = Chart("size", "Bytes on disk", {"size": bars}, table, {"parts": shown, "shares": shares})
+    chart = Chart("size", "Bytes on disk", {"size": drawn}, table, {"parts": shown, "shares": shares})
     return Section("size", "Size by part", charts=[chart], values={"model": model})
 
 
@@ -144,8 +144,8 @@ def _histogram(number: int, distribution: Distribution) -> Chart:
     ]
     caption = f"{d.kind}: share of the weights in each bin"
     table = Table(caption, ("centre of bin", "original", "decoded"), rows, words=0)
-    drawing = Histogram(d.edges, d.original, d.decoded)
-    return Chart(name, d.kind, {name: drawing}, table, {"distribution": d})
+    drawn = histogram(d.edges, d.original, d.decoded)
+    return Chart(name, d.kind, {name: drawn}, table, {"distribution": d})
 
 
 def _distinct(values: Iterable[int | None]) -> str:

@@ -14,9 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import pocketllm
 from pocketllm.errors import ConfigError, ResumeError
-from pocketllm.files import write_json
+from pocketllm.files import read_object, write_json
+from pocketllm.format.output import check_not_nested, check_output, is_published, named_output, output_error
+from pocketllm.format.workspace import Workspace, locked
+from pocketllm.machine import machine
+from pocketllm.report import need_matplotlib
+from pocketllm.source import resolve_local
 from pocketllm.studies.definition import Setup, Step, Study
 from pocketllm.studies.registry import load
 from pocketllm.studies.show import study_page
@@ -71,10 +78,6 @@ def run_study(
             `output.partial`.
         ExtraError: matplotlib or jinja2 is not installed.
     """
-    from pocketllm.format.output import check_not_nested, check_output, named_output
-    from pocketllm.report import need_matplotlib
-    from pocketllm.source import resolve_local
-
     study, output = load(name), named_output(output)
     need_matplotlib("studies")
     need_jinja()
@@ -89,10 +92,6 @@ def run_study(
 
 def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> dict[str, Any]:
     """Run the steps that are not done yet and publish the finished folder; returns the contents of result.json."""
-    from pocketllm.files import read_object
-    from pocketllm.format.output import is_published, output_error
-    from pocketllm.format.workspace import Workspace, locked
-
     asked, steps = _asked(study, setup), study.measurement.steps(setup)
     try:
         work = Workspace.at(output, asked)
@@ -168,8 +167,6 @@ def _check_texts(study: Study, texts: Sequence[str]) -> None:
 
 def _asked(study: Study, setup: Setup) -> dict[str, Any]:
     """Everything that the results depend on, except the versions of installed packages."""
-    import torch
-
     return {
         "study": study.name,
         "model": setup.model,
@@ -252,8 +249,6 @@ def _plain(value: Any) -> Any:
 def _body(
     study: Study, setup: Setup, asked: Mapping[str, Any], output: Path, done: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from pocketllm.machine import machine
-
     results = {key: entry["values"] for key, entry in done.items()}
     return {
         "study": study.name,

@@ -1,1 +1,1 @@
-"""The paper's claims: the numbers and verdicts of the findings, one module per study."""
+"""The paper's claims: findings, what the tables compute, and pictures, one module per study."""

@@ -120,34 +120,26 @@ def picture(results: Results) -> plot.Picture:
         for depth in DEPTHS
     }
     rates = sorted({entry["rate"] for entry in tuned(results)})
+    by_width = [_line(widths(results), "width", depth) for depth in DEPTHS]
     by_rate = [
-        line
+        _line([entry for entry in tuned(results) if entry["times"] == times], "rate", depth, dash)
+        for depth in DEPTHS
         for times, dash in zip(lengths, plot.DASHES, strict=False)
-        for line in _lines([entry for entry in tuned(results) if entry["times"] == times], "rate", dash)
     ]
+    nmse = plot.Axis("nmse at the end; mean ± standard deviation")
+    over_starts = plot.Axis(ticks=range(len(TRAININGS)), names=TRAINING_TICKS)
+    sizes = sorted({entry["width"] for entry in widths(results)})
+    over_widths = plot.Axis("hidden width", "log2", sizes)
+    over_rates = plot.Axis(f"learning rate{longer}", "log", rates)
     row = [
-        plot.Panel(
-            "by start",
-            plot.dots(starts),
-            x=plot.Axis(ticks=range(len(TRAININGS)), names=TRAINING_TICKS),
-            y=plot.Axis("nmse at the end; mean ± standard deviation"),
-            legend={"fontsize": 9},
-        ),
-        plot.Panel(
-            f"by hidden width, {_GUARDED}",
-            _lines(widths(results), "width", "-"),
-            x=plot.Axis("hidden width", "log2", sorted({entry["width"] for entry in widths(results)})),
-        ),
-        plot.Panel(
-            f"by learning rate, {_GUARDED}", by_rate, x=plot.Axis(f"learning rate{longer}", "log", rates)
-        ),
+        plot.Panel("by start", plot.dots(starts), over_starts, nmse, {"fontsize": 9}),
+        plot.Panel(f"by hidden width, {_GUARDED}", by_width, over_widths),
+        plot.Panel(f"by learning rate, {_GUARDED}", by_rate, over_rates),
     ]
     return plot.Picture(13, 4.4, [plot.Part([row], level=True)])
 
 
-def _lines(entries: list[Entry], x: str, dash: object) -> list[plot.Mark]:
-    """A line for each number of blocks."""
-    by_depth = [[entry for entry in entries if entry["depth"] == depth] for depth in DEPTHS]
-    return [
-        plot.mean_series(own, x, "end_nmse", plot.look(n, linestyle=dash)) for n, own in enumerate(by_depth)
-    ]
+def _line(entries: list[Entry], x: str, depth: int, dash: object = "-") -> plot.Mark:
+    """Where trainings with that many blocks end."""
+    own = [entry for entry in entries if entry["depth"] == depth]
+    return plot.mean_series(own, x, "end_nmse", plot.look(DEPTHS.index(depth), linestyle=dash))

@@ -19,26 +19,26 @@ _QUANTIZED = 16  # number of levels in a run of 32 weights above which they were
 
 
 def sweep(results: Results) -> list[Entry]:
-    """The codes of all rates."""
-    return select(results, "sweep.{size}")
+    """The codes of all rates; over: the error over the bound at all the bits that are stored.
+
+    The logarithm of the bound's MSE is interpolated, and extrapolated as at high rates.
+    """
+    kept, mse = results["bound"]["bits"], results["bound"]["mse"]
+
+    def over(point: Entry) -> float:
+        bits = point["bpw"]
+        if bits > kept[-1]:
+            return float(point["mse"] / (mse[-1] * 4.0 ** (kept[-1] - bits)))
+        place = min(max(bisect(kept, bits) - 1, 0), len(kept) - 2)
+        share = (bits - kept[place]) / (kept[place + 1] - kept[place])
+        return float(point["mse"] / (mse[place] ** (1 - share) * mse[place + 1] ** share))
+
+    return [{**point, "over": over(point)} for point in select(results, "sweep.{size}")]
 
 
 def first_below(results: Results, mse: float) -> Entry | None:
     """The point of least bits that reaches an error."""
     return min((p for p in sweep(results) if p["mse"] < mse), key=lambda p: p["bpw"], default=None)
-
-
-def over_bound(results: Results, point: Entry) -> float:
-    """The error over the bound at all the bits that the point stores.
-
-    The logarithm of the bound's MSE is interpolated, and extrapolated as at high rates.
-    """
-    bits, kept, mse = point["bpw"], results["bound"]["bits"], results["bound"]["mse"]
-    place = min(max(bisect(kept, bits) - 1, 0), len(kept) - 2)
-    if bits > kept[-1]:
-        return float(point["mse"] / float(mse[-1] * 4.0 ** (kept[-1] - bits)))
-    share = (bits - kept[place]) / (kept[place + 1] - kept[place])
-    return float(point["mse"] / float(mse[place] ** (1 - share) * mse[place + 1] ** share))
 
 
 def _target(results: Results, name: str) -> dict[str, Any]:
@@ -82,21 +82,17 @@ def _twins(results: Results) -> Iterator[Values]:
         yield {"ratios": ratios}
 
 
-def _passing(results: Results) -> list[Entry]:
-    return sorted((p for p in sweep(results) if over_bound(results, p) < 1), key=lambda p: p["bpw"])
-
-
 def _bound(results: Results) -> Iterator[Values]:
     """The codes that pass the bound with all bits counted."""
-    passing, levels = _passing(results), results["bound"]["distinct_values"]
+    codes, levels = sorted(sweep(results), key=lambda p: p["bpw"]), results["bound"]["distinct_values"]
+    passing = [p for p in codes if p["over"] < 1]
     known = bool(passing) and all(p["codebook_size"] >= levels for p in passing)
-    yield {"count": len(sweep(results)), "passing": passing, "levels": levels if known else None}
+    yield {"count": len(codes), "passing": passing, "levels": levels if known else None}
 
 
 def _by_indices(results: Results) -> Iterator[Values]:
     """Those that pass it at the bits of the indices alone."""
-    passing = [p["size"] for p in _passing(results)]
-    found = [p for p in sweep(results) if p["mse"] < p["bound_mse"] and p["size"] not in passing]
+    found = [p for p in sweep(results) if p["mse"] < p["bound_mse"] and p["over"] >= 1]
     if found:
         yield {"found": sorted(found, key=lambda p: p["bpw"])}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,10 +13,15 @@ from typing import Any
 
 import torch
 
-from pocketllm.config import CompressConfig, preset
+import pocketllm
+from pocketllm.calibrate import fast_dtype
+from pocketllm.compression import Event
+from pocketllm.config import CompressConfig, EvalConfig, preset
 from pocketllm.errors import ConfigError
-from pocketllm.format import weighted_mean
+from pocketllm.evaluate import Subject, evaluate_tasks, local_task_digest, local_task_names
+from pocketllm.format import REPORT_NAME, weighted_mean
 from pocketllm.runtime import Matrices
+from pocketllm.source import load_dense, need_tokenizer, resolve
 from pocketllm.studies.definition import Progress, Setup, Text
 from pocketllm.studies.measure.task_scores import scores
 from pocketllm.text import default_text, positions_of, read_calibration
@@ -41,9 +47,6 @@ def compressed(
     Raises:
         PocketError: as `pocketllm.compress`.
     """
-    from pocketllm import compress
-    from pocketllm.compression import Event
-    from pocketllm.format import REPORT_NAME
 
     def on_event(event: Event) -> None:
         begin, end = _STAGES.get(event.stage, (0.0, 0.0))
@@ -52,7 +55,7 @@ def compressed(
 
     folder = setup.work / name
     if not (folder / REPORT_NAME).is_file():
-        compress(setup.model, config, folder, device=setup.device, progress=on_event)
+        pocketllm.compress(setup.model, config, folder, device=setup.device, progress=on_event)
     return folder
 
 
@@ -80,8 +83,6 @@ def inputs(tasks: Sequence[str] | None = None) -> dict[str, Any]:
     texts = texts or [Text("Python's own documentation", default_text())]
     found: dict[str, Any] = {"calibration": {text.name: text.digest for text in texts}}
     if tasks is not None:
-        from pocketllm.evaluate import local_task_digest
-
         found["tasks"] = {name: local_task_digest(name, data_folder()) for name in tasks}
     return found
 
@@ -94,10 +95,6 @@ def data_folder() -> Path | None:
 
 def task_names() -> list[str]:
     """The zero-shot tasks that can be read from local files here; none where lm-eval is missing."""
-    import importlib.util
-
-    from pocketllm.evaluate import local_task_names
-
     if importlib.util.find_spec("lm_eval") is None:
         return []
     return local_task_names(data_folder())
@@ -109,8 +106,6 @@ def check_texts(setup: Setup, extent: Extent) -> None:
     Raises:
         SourceError: no tokenizer, or a text cannot be read. ConfigError: a text is too short.
     """
-    from pocketllm.source import need_tokenizer, resolve
-
     tokenizer, windows = need_tokenizer(resolve(setup.model)), extent.windows
     wanted = windows * fitting(setup, extent.context)
     for text in setup.evaluation_texts():
@@ -128,9 +123,6 @@ def fitting(setup: Setup, context: int) -> int:
 
 def dense_model(setup: Setup) -> tuple[Any, Any]:
     """(model, tokenizer): as it is before compression, in the dtype the machine is fastest in."""
-    from pocketllm.calibrate import fast_dtype
-    from pocketllm.source import load_dense, need_tokenizer, resolve
-
     folder = resolve(setup.model)
     model = load_dense(folder, fast_dtype(setup.device))
     return model.to(setup.device).requires_grad_(False), need_tokenizer(folder)
@@ -138,9 +130,6 @@ def dense_model(setup: Setup) -> tuple[Any, Any]:
 
 def compressed_model(setup: Setup, folder: Path) -> tuple[Any, Any]:
     """(model, tokenizer): of a compressed folder, in the dtype that `dense_model` has."""
-    import pocketllm
-    from pocketllm.calibrate import fast_dtype
-
     model, tokenizer = pocketllm.load(folder, dtype=fast_dtype(setup.device))
     return model.to(setup.device), tokenizer
 
@@ -173,8 +162,6 @@ def task_results(
     Args:
         model: (model, tokenizer). names: as `task_names`. limit: first documents of each task.
     """
-    from pocketllm.config import EvalConfig
-    from pocketllm.evaluate import Subject, evaluate_tasks
 
     def on_share(task: str, share: float) -> None:
         progress((names.index(task) + share) / len(names))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pocketllm.report import Mark as Mark, mark as mark
 from pocketllm.studies.measure.entries import Entry
 from pocketllm.studies.measure.significance import Difference, mean, spread
 
@@ -24,23 +25,6 @@ def look(number: int, **changes: Any) -> dict[str, Any]:
     n = number % len(COLOURS)
     style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": DASHES[n], "markersize": 4.5}
     return {**style, **changes}
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A call of a method of matplotlib's axes (`plot`, `barh`, `axhline`, …): its positional and named arguments."""
-
-    method: str
-    values: tuple[Any, ...]
-    style: Style
-
-    def draw(self, axes: Any) -> None:
-        getattr(axes, self.method)(*self.values, **self.style)
-
-
-def mark(method: str, *values: Any, **style: Any) -> Mark:
-    """`Mark` as it is written in a call."""
-    return Mark(method, values, style)
 
 
 def series(entries: Sequence[Entry], x: str, y: str, style: Style, label: str | None = None) -> Mark:
@@ -178,8 +162,8 @@ def _draw_part(part: Part, place: Any) -> None:
 
 
 def _draw_panel(panel: Panel, axes: Any) -> None:
-    for mark in panel.marks:
-        mark.draw(axes)
+    for each in panel.marks:
+        each.draw(axes)
     _set_axis(axes, "x", panel.x)
     _set_axis(axes, "y", panel.y)
     if panel.small:
