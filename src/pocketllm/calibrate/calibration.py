@@ -76,7 +76,7 @@ def calibrate(
     settings = config.calibration
     assert settings is not None
     matrices, _ = classify(source, config)
-    widest = max(m.columns for m in matrices)
+    widest = max((m.columns for m in matrices if not m.in_tower), default=0)
     if windows.numel() < widest:
         logger.warning(
             "calibration: %d tokens are fewer than the widest layer has inputs (%d); its Hessian is "

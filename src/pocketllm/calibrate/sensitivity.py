@@ -25,7 +25,7 @@ inputs of each block stay on disk for the backward pass.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def measure(
             progress(0.4 + 0.6 * (len(stream.blocks) - number) / len(stream.blocks))
     importance = {}
     for matrix in matrices:
-        if matrix.in_blocks:
+        if matrix.in_blocks and not matrix.in_tower:
             scale = _mean_square(source, matrix) / 2 / tokens
             importance[matrix.name] = scale * energy.get(matrix.name, 0.0) * gains[matrix.name]
     embedded = torch.zeros(_vocabulary(stream.model))
@@ -179,9 +179,18 @@ def measure(
         if not matrix.in_blocks:
             cost, rows[matrix.name], share[matrix.name] = ends.of(stream, matrix)
             importance[matrix.name] = _mean_square(source, matrix) / 2 / tokens * cost
+    importance |= _of_towers(matrices, importance)
     floor = 1e-9 * max(importance.values(), default=1.0)
     importance = {name: max(value, floor) for name, value in importance.items()}
     return Sensitivity(importance, (head.hessian / tokens).cpu(), share, rows, strip_rows, weights)
+
+
+def _of_towers(matrices: list[Matrix], importance: Mapping[str, float]) -> dict[str, float]:
+    """The importance of what text does not run through: per weight, that of the blocks on average."""
+    measured = [m for m in matrices if m.in_blocks and not m.in_tower]
+    total = sum(importance[m.name] for m in measured)
+    per_weight = total / max(1, sum(m.weights for m in measured))
+    return {m.name: per_weight * m.weights for m in matrices if m.in_tower}
 
 
 def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, Tensor]:
