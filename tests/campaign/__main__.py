@@ -82,7 +82,7 @@ def run(counts: dict[str, int], seed: int, processes: int, record: Path) -> dict
         (root / "models").mkdir()
         made = models.make(root / "models")
         parts = {}
-        for part, module in {"mutations": mutations, "kills": kills, "faults": faults}.items():
+        for part, module in {"kills": kills, "faults": faults, "mutations": mutations}.items():
             (root / part).mkdir()
             plan = Plan(part, counts[part], seed, processes, record)
             parts[part] = module.campaign(made, root / part, plan)  # type: ignore[attr-defined]

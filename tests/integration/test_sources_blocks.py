@@ -87,6 +87,42 @@ def test_towers_stay_dense_and_are_listed(settings: Any, tmp_path: Path) -> None
         assert model(IDS, use_cache=False).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("sequential", [True, False, None])
+def test_towers_are_compressed_where_that_is_wanted(sequential: bool | None, tmp_path: Path) -> None:
+    dense = multimodal()
+    source = save(tmp_path / "dense", dense)
+    settings = tiny.target(9.0, towers=True)
+    if sequential is not None:
+        settings = tiny.on_trellis(6.5, calibration={**QUICK, "sequential": sequential}, towers=True)
+    report = pocketllm.compress(source, settings, tmp_path / "out")
+    coded = {m.name: m for m in report.matrices}
+    vision = [m for name, m in coded.items() if "vision_tower" in name]
+    assert len(vision) == 4 * 6 and sum("language_model.layers" in name for name in coded) == 14
+    assert all(0 < m.nmse < 0.05 and m.input_tokens is None for m in vision)
+    reasons = {entry["name"]: entry["reason"] for entry in report.skipped}
+    assert "4-D" in next(why for name, why in reasons.items() if "patch_embedding.weight" in name)
+    assert pocketllm.dry_run(source, settings).bytes_on_disk == report.bytes_on_disk
+    ids = torch.tensor([[3, 4, *[94] * 4, 5, 6]])
+    pixels = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        wanted = dense(ids, pixel_values=pixels, use_cache=False).logits
+        found = []
+        for mode in ("dense", "packed"):
+            model, _ = pocketllm.load(tmp_path / "out", mode=mode)
+            found.append(model(ids, pixel_values=pixels, use_cache=False).logits)
+        assert (found[0] - wanted).norm() < 0.2 * wanted.norm()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_setting_of_towers_changes_no_older_file() -> None:
+    settings = tiny.settings()
+    assert "towers" not in settings.to_dict()
+    both = tiny.settings(towers=True)
+    assert (
+        type(both).from_dict(both.to_dict()) == both and type(both).from_dict(settings.to_dict()) == settings
+    )
+
+
 @pytest.mark.parametrize("settings", [tiny.settings(), tiny.on_trellis(calibration=QUICK)])
 def test_linear_layers_with_a_forward_of_their_own_stay_dense(settings: Any, tmp_path: Path) -> None:
     source = save(tmp_path / "dense", routed())

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from pocketllm.errors import ExtraError, SourceError
 from pocketllm.recover.lora_task import read_items
@@ -191,6 +194,34 @@ def test_only_answers_are_learned(tmp_path: Path) -> None:
     assert tokenizer().decode(item.ids[item.learned]) == "Two.</s>" and item.weight == 5
     item = read_items(tokenizer(None), (str(path),), 60)[0]
     assert tokenizer().decode(item.ids[item.learned]) == "Two.</s>"
+
+
+def merging(template: str = TEMPLATE) -> Any:
+    """A tokenizer that joins what pieces of a chat would divide: `]T` and `.<`."""
+    characters = list(map(chr, range(32, 127)))
+    pairs = [("]", "T"), (".", "<"), ("w", "o")]
+    vocabulary = {token: n for n, token in enumerate([*characters, *("".join(pair) for pair in pairs)])}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, pairs)))
+    made.chat_template = template
+    return made
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_a_chat_is_tokenized_at_once_as_for_generation(
+    is_fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", is_fast)
+    made = merging()
+    path = rows(tmp_path / "a.jsonl", *[{"messages": [*ASKED, *ASKED]}] * 2)
+    item = read_items(made, (str(path),), 100)[0]
+    wanted = made.apply_chat_template([*ASKED, *ASKED], tokenize=True, return_dict=False)
+    assert item.ids.tolist() == wanted
+    tokens = made.convert_ids_to_tokens(item.ids[item.learned])
+    assert tokens == ["]T", "wo", ".<", "/", "s", ">"] * 2
+    assert item.ids[item.learned].tolist() != [
+        token for _ in range(2) for token in made("Two.</s>")["input_ids"]
+    ]
+    assert len(read_items(made, (str(path),), 30)[0].ids) == 30
 
 
 def test_chats_without_answers_are_skipped_with_a_warning(

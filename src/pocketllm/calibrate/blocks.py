@@ -274,7 +274,7 @@ def check_shared(model: Any, path: str) -> None:
         return name.removeprefix(f"{path}.").partition(".")[0] if name.startswith(f"{path}.") else ""
 
     for name, first in shared_modules(model).items():
-        if block(name) != block(first):
+        if block(name) != block(first) and model.get_submodule(first)._parameters:
             raise _refusal(model, f"runs one module as {first} and as {name}")
 
 

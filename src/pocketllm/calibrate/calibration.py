@@ -110,7 +110,7 @@ def calibrate(
 
 
 def _warn_of_few_tokens(windows: Tensor, matrices: list[Matrix]) -> None:
-    widest = max(m.columns for m in matrices)
+    widest = max((m.columns for m in matrices if not m.in_tower), default=0)
     if windows.numel() < widest:
         logger.warning(
             "calibration: %d tokens are fewer than the widest layer has inputs (%d); its Hessian is "

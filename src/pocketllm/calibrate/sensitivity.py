@@ -25,7 +25,7 @@ inputs of each block stay on disk for the backward pass.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,9 +153,11 @@ def measure(
     at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
     importance: dict[str, float] = {}
     for matrix in matrices:
-        scale = _mean_square(source, matrix) / 2 / tokens
-        end = at_ends.get(matrix.name)
-        importance[matrix.name] = blocks.loss(matrix, scale) if end is None else scale * end.cost
+        if not matrix.in_tower:
+            scale = _mean_square(source, matrix) / 2 / tokens
+            end = at_ends.get(matrix.name)
+            importance[matrix.name] = blocks.loss(matrix, scale) if end is None else scale * end.cost
+    importance |= _of_towers(matrices, importance)
     floor = 1e-9 * max(importance.values(), default=1.0)
     return Sensitivity(
         importance={name: max(value, floor) for name, value in importance.items()},
@@ -215,6 +217,14 @@ class _Blocks:
     def loss(self, matrix: Matrix, scale: float) -> float:
         """`scale` times the Fisher trace of a matrix, summed over tokens, with feedback."""
         return scale * self.energy.get(matrix.name, 0.0) * self.gains[matrix.name]
+
+
+def _of_towers(matrices: list[Matrix], importance: Mapping[str, float]) -> dict[str, float]:
+    """The importance of what text does not run through: per weight, that of the blocks on average."""
+    measured = [m for m in matrices if m.in_blocks and not m.in_tower]
+    total = sum(importance[m.name] for m in measured)
+    per_weight = total / max(1, sum(m.weights for m in measured))
+    return {m.name: per_weight * m.weights for m in matrices if m.in_tower}
 
 
 def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, Tensor]:

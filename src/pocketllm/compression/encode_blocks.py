@@ -31,7 +31,7 @@ def encode_calibrated(
     kept: Path | None = None,
     token_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Encode embedding and head, then one block after another for its inputs.
+    """Encode towers (without calibration), embedding and head, then one block after another for its inputs.
 
     Args:
         windows: [N, context] token ids of the calibration text.
@@ -41,7 +41,11 @@ def encode_calibrated(
     settings = encoder.plan.config.calibration
     assert settings is not None
     for matrix in encoder.plan.matrices:
-        if not matrix.in_blocks:
+        if matrix.in_tower:
+            progress(encoder.share, matrix.name)
+            encoder.encode(matrix)
+            encoder.passed += matrix.weights
+        elif not matrix.in_blocks:
             progress(encoder.share, matrix.name)
             _encode_end(encoder, matrix, sensitivity)
     if settings.sequential:

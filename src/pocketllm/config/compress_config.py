@@ -79,6 +79,8 @@ class CompressConfig:
     dense_first: Number of first blocks left dense (in the paper: 3).
     dense_last: Number of last blocks left dense (in the paper: 2).
     keep_embeddings: Leave embedding and head dense, in 16 bit.
+    towers: Also compress what lies outside the blocks of a multimodal model's language model (vision and audio
+        towers), without calibration; false leaves it dense.
     embedding_extra_bits: Additional bits per weight of embedding and head, compared with the blocks.
     max_index_bits: Largest log2 K, to bound the time.
     calibration: Settings of calibration; None minimizes the error of the weights alone.
@@ -98,6 +100,7 @@ class CompressConfig:
     dense_first: int = 0
     dense_last: int = 0
     keep_embeddings: bool = False
+    towers: bool = False
     embedding_extra_bits: float = 0.5
     max_index_bits: int = 13
     calibration: CalibrationConfig | None = None
@@ -154,8 +157,11 @@ class CompressConfig:
         return dataclasses.replace(self.codec, vector_len=vector_len, hidden=hidden)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return plain(self)
+        """Plain JSON types; `towers` only where it is true, as files of models without it are older."""
+        values = plain(self)
+        if not self.towers:
+            del values["towers"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressConfig:

@@ -20,6 +20,7 @@ ROW_SCALE_BITS = 16
 """Stored bits of a row scale."""
 CODEWORD_BITS = 16
 """Stored bits of each of the d numbers of a codeword."""
+IN_TOWER = "outside the language model's blocks (a vision or audio tower or similar)"
 KEPT_END = "embedding or head, kept in 16 bit by the settings"
 
 
@@ -28,7 +29,8 @@ class Matrix:
     """One tensor to compress, seen as a matrix.
 
     shape: as the model holds it. rows, columns: after transposing (Conv1D) or flattening (experts).
-    kind: its name without the block number. in_blocks: False for embedding and head.
+    kind: its name without the block number. in_blocks: False for embedding and head. in_tower: outside the language
+    model's blocks, and never calibrated.
     strip_rows: approximate number of rows of a strip, on a trellis.
     """
 
@@ -39,6 +41,7 @@ class Matrix:
     kind: str
     in_blocks: bool
     transposed: bool = False
+    in_tower: bool = False
     strip_rows: int = STRIP_ROWS
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
-from pocketllm.plan.matrices import KEPT_END, Dense, Matrix
+from pocketllm.plan.matrices import IN_TOWER, KEPT_END, Dense, Matrix
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.model_class import find_blocks, input_embedding, language_model_path, output_head
 
@@ -60,7 +60,11 @@ def _left_dense(matrix: Matrix, parts: _Parts, config: CompressConfig) -> str:
     number = int(match["number"]) if match else -1
     if (override(matrix.name, config) or 0) >= 16:
         return "left dense by an override"
-    if matrix.in_blocks and not config.dense_first <= number < parts.blocks - config.dense_last:
+    if (
+        matrix.in_blocks
+        and not matrix.in_tower
+        and not config.dense_first <= number < parts.blocks - config.dense_last
+    ):
         return "in a block left dense by the settings"
     return KEPT_END if not matrix.in_blocks and config.keep_embeddings else ""
 
@@ -106,15 +110,16 @@ class _Parts:
         if not self.source.model.get_parameter_or_buffer(name).dtype.is_floating_point:
             return "integers or booleans"
         match = _BLOCK.match(name)
-        if match and not name.startswith(self.within):
-            return "outside the language model's blocks (a vision or audio tower or similar)"
+        in_tower = match is not None and not name.startswith(self.within)
+        if in_tower and not self.config.towers:
+            return IN_TOWER
         kind = match["rest"] if match else name
         kind = re.sub(r"\.\d+\.", ".*.", kind).removesuffix(".weight")
         if len(shape) == 3 and match and "expert" in name:
             experts, rows, columns = shape
             transposed = self._is_transposed(module, leaf, rows, columns)
             rows, columns = (columns, rows) if transposed else (rows, columns)
-            return Matrix(name, shape, experts * rows, columns, kind, True, transposed)
+            return Matrix(name, shape, experts * rows, columns, kind, True, transposed, in_tower)
         if len(shape) != 2:
             return "norm, bias or other small tensor" if len(shape) < 2 else f"a {len(shape)}-D tensor"
         if leaf != "weight" or not isinstance(module, nn.Embedding | nn.Linear | Conv1D):
@@ -130,8 +135,8 @@ class _Parts:
                 f"a parameter of {type(module).__name__}, which is no plain linear layer (router or similar)"
             )
         if isinstance(module, Conv1D):
-            return Matrix(name, shape, shape[1], shape[0], kind, True, transposed=True)
-        return Matrix(name, shape, *shape, kind, True)
+            return Matrix(name, shape, shape[1], shape[0], kind, True, True, in_tower)
+        return Matrix(name, shape, *shape, kind, True, in_tower=in_tower)
 
     def _is_transposed(self, module: Any, leaf: str, rows: int, columns: int) -> bool:
         """Whether fused experts are stored as [experts, inputs, outputs].

@@ -24,7 +24,7 @@ from pocketllm.text.chat import Chat, has_template, pieces, warn_without_templat
 from pocketllm.text.default_texts import named_default
 from pocketllm.text.read import read_answered, text_paths
 from pocketllm.text.vocabulary import check_tokens
-from pocketllm.text.windows import all_windows, split_numbers, tokenize
+from pocketllm.text.windows import all_windows, split_numbers, tokenize, tokenize_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +113,15 @@ def read_items(tokenizer: Any, texts: tuple[str, ...], context: int) -> list[Ite
 def _item(tokenizer: Any, chat: Chat, context: int) -> Item:
     """A chat or an instruction, cut off after `context` tokens.
 
-    Without a chat template, which ends answers itself, an end-of-sequence token is added.
+    What a chat template writes is tokenized at once, as for generation. Without one, which would end answers itself,
+    the answer follows the tokens of its prompt, and an end-of-sequence token is added.
     """
-    parts = [(tokenize(tokenizer, text), learned) for text, learned in pieces(chat, tokenizer)]
-    if not has_template(tokenizer) and tokenizer.eos_token_id is not None:
+    written = pieces(chat, tokenizer)
+    if has_template(tokenizer):
+        ids, learned = tokenize_pieces(tokenizer, written)
+        return Item.of(ids[:context], learned[:context])
+    parts = [(tokenize(tokenizer, text), is_learned) for text, is_learned in written]
+    if tokenizer.eos_token_id is not None:
         parts.append((torch.tensor([tokenizer.eos_token_id]), parts[-1][1]))
     ids = torch.cat([ids for ids, _ in parts])[:context]
     learned = torch.cat([torch.full((len(ids),), is_learned) for ids, is_learned in parts])[:context]

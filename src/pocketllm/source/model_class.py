@@ -37,9 +37,15 @@ def build(config: Any, trust_remote_code: bool, **options: Any) -> Any:
 
 
 def shared_modules(model: nn.Module) -> dict[str, str]:
-    """Path -> first path of the same module, for every further path under which a model holds it."""
+    """Path -> first path of the same module, for every further path under which a model holds it.
+
+    Modules without tensors of their own, such as activation functions, are left out.
+    """
     first: dict[int, str] = {}
-    paths = [(first.setdefault(id(m), path), path) for path, m in model.named_modules(remove_duplicate=False)]
+    held = [
+        (path, m) for path, m in model.named_modules(remove_duplicate=False) if m._parameters or m._buffers
+    ]
+    paths = [(first.setdefault(id(m), path), path) for path, m in held]
     return {path: original for original, path in paths if path != original}
 
 

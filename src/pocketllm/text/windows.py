@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,37 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     """[N] int64 token ids without special tokens."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def tokenize_pieces(tokenizer: Any, pieces: Sequence[tuple[str, bool]]) -> tuple[Tensor, Tensor]:
+    """Tokenize the text that pieces make up, at once, so that its tokens are those of the undivided text.
+
+    A token across the end of a piece counts to the piece of its last character.
+
+    Args:
+        pieces: (text, mark).
+
+    Returns:
+        [N] int64 token ids without special tokens, and [N] bool: the mark of each token's piece.
+    """
+    text = "".join(piece for piece, _ in pieces)
+    ends = torch.tensor([len(piece) for piece, _ in pieces]).cumsum(0)
+    marks = torch.tensor([mark for _, mark in pieces])
+    ids = tokenize(tokenizer, text)
+    if tokenizer.is_fast:
+        made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        last = torch.tensor([end - 1 for _, end in made["offset_mapping"]], dtype=torch.int64)
+        return ids, marks[torch.searchsorted(ends, last.clamp(min=0), right=True)]
+    # No offsets: a piece ends where the tokens of the text before its end differ from those of all the text.
+    counts = [_common(tokenize(tokenizer, text[:end]), ids) for end in ends.tolist()[:-1]]
+    places = torch.tensor([*counts, len(ids)])
+    return ids, marks[torch.searchsorted(places, torch.arange(len(ids)), right=True)]
+
+
+def _common(one: Tensor, other: Tensor) -> int:
+    """Number of tokens with which both begin."""
+    least = min(len(one), len(other))
+    return int((one[:least] == other[:least]).long().cumprod(0).sum())
 
 
 def full_windows(ids: Tensor, context: int) -> Tensor:
