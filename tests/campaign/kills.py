@@ -82,8 +82,8 @@ def campaign(models: Models, place: Path, count: int, seed: int) -> dict[str, An
             ended = run(again, notes, 600)
         by_job[name] += 1
         found = _digest(place)
-        # The kill may have come when all was done; the rerun says then that the output is there already.
-        is_done = ended.kind == "returned" or "is there already" in ended.text or "is not empty" in ended.text
+        # The kill may have come when all was done; the rerun says then that the output already exists.
+        is_done = ended.kind == "returned" or "already exists" in ended.text or "is not empty" in ended.text
         if not is_done or found != right[name]:
             differing = sorted(k for k in {*found, *right[name]} if found.get(k) != right[name].get(k))
             bad.append({"number": number, "job": name, "after": after, "kind": ended.kind})
