@@ -1,4 +1,5 @@
 """Write the tables of docs/api.md: the public names of each package, with the first line of their docstrings.
+Names that only studies and reports use are marked as provisional.
 
 python benchmarks/api.py            # write
 python benchmarks/api.py --check    # fail if the page does not match the code
@@ -16,6 +17,9 @@ from pathlib import Path
 from types import ModuleType
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
+SOURCE = Path(__file__).parent.parent / "src" / "pocketllm"
+PROVISIONAL = "Provisional."
+BUILT_ON_IT = ("pocketllm.studies", "pocketllm.report")
 PACKAGES = (
     "pocketllm",
     "pocketllm.config",
@@ -75,11 +79,33 @@ def _of_constant(module: ModuleType, name: str) -> str | None:
     return None
 
 
+def provisional(package: str) -> set[str]:
+    """The public names that no package uses but studies and reports, which may change with them."""
+    module, users = importlib.import_module(package), dict[str, set[str]]()
+    if package == "pocketllm":
+        return set()
+    homes = {name: getattr(getattr(module, name), "__module__", package) for name in module.__all__}
+    for path in sorted(SOURCE.rglob("*.py")):
+        user = ".".join(path.relative_to(SOURCE.parent).parts[:2]).removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for alias in node.names if isinstance(node, ast.ImportFrom) and user != package else []:
+                is_it = node.module == package or node.module == homes.get(alias.name)
+                if is_it or (node.module or "").startswith(f"{package}."):
+                    users.setdefault(alias.name, set()).add(user)
+    stable = set(importlib.import_module("pocketllm").__all__)
+    return {n for n in homes if n not in stable and users.get(n) and users[n] <= set(BUILT_ON_IT)}
+
+
 def page() -> str:
     """The page with its tables renewed."""
     parts = ["<!-- api:begin -->"]
     for package in PACKAGES:
-        rows = [f"| `{name}` | {_cell(line)} |" for name, line in described(package).items()]
+        marked = provisional(package)
+        lines = {
+            name: f"{line} {PROVISIONAL}" if name in marked and not line.endswith(PROVISIONAL) else line
+            for name, line in described(package).items()
+        }
+        rows = [f"| `{name}` | {_cell(line)} |" for name, line in lines.items()]
         parts += [f"## `{package}`", "\n".join(["| name | what it is |", "| --- | --- |", *rows])]
     body = "\n\n".join([*parts, "<!-- api:end -->"])
     before = PAGE.read_text(encoding="utf-8")

@@ -25,12 +25,12 @@ from common import RESULTS
 from torch import Tensor
 
 import pocketllm
-from pocketllm.calibrate.input_hessians import add_square
 from pocketllm.calibrate.sensitivity import OUTPUT_DAMPING, strips_for
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign
 from pocketllm.codec.hessian import factorize
 from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.kernels.select import add_square
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate, rotate_hessian, rotate_matrix, unrotate_matrix
 from pocketllm.config import DEFAULT_PRESET

@@ -1,4 +1,4 @@
-"""Reading and writing single files: JSON, checksums, and only what is a regular file of its folder."""
+"""Read and write single files: JSON, checksums, and checks that a path is a regular file of its folder."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def need_regular(path: Path, error: type[PocketError]) -> None:
-    """See that a path is a file of its own folder: opening a FIFO or a device blocks or never ends, and a link
-    may lead to a file of somebody else. Links within the folder and those of the hub's cache are fine.
+    """Check that a path is a regular file inside its folder. Opening a FIFO or a device may block forever, and a
+    link may point to someone else's file. Links within the folder and those of the Hub's cache are accepted.
 
     Raises:
         error: naming the path.
@@ -109,7 +109,7 @@ def files_below(folder: Path, error: type[PocketError]) -> Iterator[str]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names of a folder durable, where the system can do that."""
+    """Flush the entries of a folder to disk, if the system supports it."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Independence of the settings that other code in the process has made in torch."""
+"""Run functions independently of torch settings that other code in the process has changed."""
 
 from __future__ import annotations
 

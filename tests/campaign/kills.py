@@ -78,8 +78,8 @@ def campaign(models: Models, place: Path, plan: Plan) -> dict[str, Any]:
         if ended.kind == "killed":
             ended = run(again, notes, 600)
         found = _digest(at)
-        # The kill may have come when all was done; the rerun says then that the output is there already.
-        is_done = ended.kind == "returned" or "is there already" in ended.text or "is not empty" in ended.text
+        # The kill may have come when all was done; the rerun says then that the output already exists.
+        is_done = ended.kind == "returned" or "already exists" in ended.text or "is not empty" in ended.text
         bad: dict[str, Any] | None = None
         if not is_done or found != right[name]:
             differing = sorted(k for k in {*found, *right[name]} if found.get(k) != right[name].get(k))

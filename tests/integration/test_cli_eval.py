@@ -107,6 +107,7 @@ def test_eval_beside_the_dense_model(
     ("arguments", "code", "words"),
     [
         (["SMALL"], 2, "nothing to measure"),
+        (["SMALL", "--set", "contxt=3"], 2, "--set: unknown key 'contxt'; closest: context"),
         (["SMALL", "--tasks", "piqa", "--limit", "-1"], 2, "--limit"),
         (["SMALL", "--tasks", "piqa", "--set", "batch_tokens=0"], 2, "batch_tokens: got 0"),
         (["SMALL", "--tasks", "piqa", "--data", "nowhere"], 1, "nowhere is not a folder"),

@@ -50,7 +50,7 @@ def test_outputs_that_are_not_ours(source: Path, small: Path, tmp_path: Path) ->
         pocketllm.compress(source, config, source, overwrite=True)
     (tmp_path / "other.partial").mkdir()
     (tmp_path / "other.partial" / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match="not ours"):
+    with pytest.raises(OutputError, match="not created by pocketllm"):
         pocketllm.compress(source, config, tmp_path / "other")
     assert (tmp_path / "folder" / "thesis.tex").read_text() == "mine"
     assert (tmp_path / "file").read_text() == "mine"

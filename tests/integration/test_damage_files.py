@@ -242,7 +242,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning_before_the_work(
     with caplog.at_level(logging.WARNING):
         pocketllm.compress(source, tiny.on_trellis(), tmp_path / "out", progress=progress)
     assert "the cache cannot be written" in seen[0]
-    with pytest.raises(OutputError, match="choose another folder for what is measured"):
+    with pytest.raises(OutputError, match="choose another folder for the measurements"):
         pocketllm.dry_run(source, tiny.on_trellis(), calibration_folder=tmp_path / "file" / "cache")
 
 

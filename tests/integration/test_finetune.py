@@ -203,7 +203,7 @@ def test_bad_input(made: Path, tmp_path: Path) -> None:
         pocketllm.distill(made / "c", tmp_path / "o", config(made, texts=("nowhere.txt",)))
     with pytest.raises(OutputError, match="is the model itself"):
         pocketllm.distill(made / "c", made / "c", config(made), overwrite=True)
-    with pytest.raises(OutputError, match="there already"):
+    with pytest.raises(OutputError, match="already exists"):
         pocketllm.distill(made / "c", made / "c", config(made))
     with pytest.raises(ConfigError, match="nothing to train"):
         still = config(made, lr_codebook=0, lr_decoder=0, lr_scale=0, lr_norm=0, lr_dense=0)

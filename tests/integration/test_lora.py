@@ -234,7 +234,7 @@ def test_what_is_refused(made: Path, tmp_path: Path) -> None:
         pocketllm.merge(made / "c", made / "m", tmp_path / "o")
     with pytest.raises(FormatError, match="not a model compressed"):
         pocketllm.lora(made / "m", tmp_path / "o", config(made))
-    with pytest.raises(OutputError, match="an adapter is there already"):
+    with pytest.raises(OutputError, match="an adapter already exists"):
         pocketllm.lora(made / "c", made / "a", config(made))
     with pytest.raises(OutputError, match="is not an adapter"):
         pocketllm.lora(made / "c", made / "m", config(made))

@@ -109,7 +109,9 @@ def test_a_head_that_is_not_tied_and_not_stored_is_missing(tmp_path: Path) -> No
 
 def test_a_model_that_cannot_be_untied(apart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pocketllm.source.folder.untie", lambda config: None)
-    with pytest.raises(SourceError, match=r"stores parameters apart that LlamaForCausalLM always ties"):
+    with pytest.raises(
+        SourceError, match=r"stores separate values for parameters that LlamaForCausalLM always ties"
+    ):
         open_dense(apart)
 
 

@@ -97,7 +97,7 @@ def test_a_stray_weight_file_is_never_preferred_to_shards(small: Path, tmp_path:
     save_file(
         {name: torch.zeros_like(value) for name, value in tensors.items()}, folder / "model.safetensors"
     )
-    with pytest.raises(FormatError, match=r"model\.safetensors: not among the files"):
+    with pytest.raises(FormatError, match=r"model\.safetensors: not listed in pocketllm.json"):
         pocketllm.load(folder)
     sign(folder, lambda files: None, ["model.safetensors"])
     with pytest.raises(FormatError, match="two sets of weights"):
@@ -144,7 +144,7 @@ def test_without_a_report_an_adapter_is_still_refused(small: Path, tmp_path: Pat
         part.save_pretrained(tmp_path / "saved")
     pocketllm.load(tmp_path / "saved")
     (tmp_path / "saved" / "adapter_config.json").write_text("{}")
-    with pytest.raises(FormatError, match="apply unasked"):
+    with pytest.raises(FormatError, match="apply without being asked"):
         pocketllm.load(tmp_path / "saved")
 
 

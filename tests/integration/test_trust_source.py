@@ -171,7 +171,7 @@ def test_all_shards_without_their_index(dense: Path) -> None:
 
 def test_an_adapter_beside_dense_weights_is_not_applied_unasked(dense: Path) -> None:
     (dense / "adapter_config.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"adapter_config\.json: an adapter beside the weights"):
+    with pytest.raises(SourceError, match=r"adapter_config\.json: an adapter next to the weights"):
         load_dense(dense)
 
 

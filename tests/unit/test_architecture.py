@@ -53,19 +53,31 @@ def deferred(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
+def bound_packages(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """(name in the text, package whose public names are its attributes) of an import."""
+    if isinstance(node, ast.Import):
+        yield from ((alias.asname or alias.name, alias.name) for alias in node.names if alias.name in PUBLIC)
+    elif isinstance(node, ast.ImportFrom):
+        found = ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
+        yield from ((local, name) for local, name in found if name in PUBLIC)
+
+
 def imports(text: str) -> Iterator[tuple[str, bool]]:
     """(module of the package, whether it is imported as the module runs)."""
     tree = ast.parse(text)
     later = {inner for node in ast.walk(tree) if deferred(node) for inner in ast.walk(node)}
+    packages = {local: name for node in ast.walk(tree) for local, name in bound_packages(node)}
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
         elif isinstance(node, ast.ImportFrom):
             assert node.module and not node.level, "relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pocketllm":
-            names = [ast.unparse(node)]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in packages:
+            names = [f"{packages[ast.unparse(node.value)]}.{node.attr}"]
         yield from ((home(name), node not in later) for name in names if name.split(".")[0] == "pocketllm")
 
 
@@ -122,6 +134,12 @@ if TYPE_CHECKING:
 def later():
     import pocketllm.plan.target
     pocketllm.compress()
+    import pocketllm as pl
+    pl.load()
+    from pocketllm import format as stored
+    stored.verify()
+    importlib.import_module("pocketllm.codec.kernels.triton")
+    import_module("numpy")
 """
     assert set(imports(text)) == {
         ("pocketllm", True),
@@ -130,6 +148,11 @@ def later():
         ("pocketllm.evaluate.perplexity", False),
         ("pocketllm.plan.target", False),
         ("pocketllm.compression.pipeline", False),
+        ("pocketllm", False),
+        ("pocketllm.runtime.transformers_plugin", False),
+        ("pocketllm.format", False),
+        ("pocketllm.format.checkpoint", False),
+        ("pocketllm.codec.kernels.triton", False),
     }
     assert rises("pocketllm.files", "pocketllm.config") and not rises("pocketllm.config", "pocketllm.files")
     assert rises("pocketllm.text.read", "pocketllm.codec.fit") and not rises(

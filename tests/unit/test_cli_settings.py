@@ -98,8 +98,15 @@ def test_a_preset_without_calibration() -> None:
     words = "calibration.passes, calibration.rotate: the preset does not calibrate; give --calibration"
     with pytest.raises(ConfigError, match=words):
         made("calibration.passes=1", "calibration.rotate=false", **plain)
-    with pytest.raises(ConfigError, match="calibration needs decoder='lookup'"):
+    words = (
+        "^--calibration: got codec.decoder=row and codec.row_scale=true with the preset paper-8x, .* choose a"
+    )
+    with pytest.raises(ConfigError, match=words):
         made(preset="paper-8x", calibration=("a.txt",))
+    with pytest.raises(
+        ConfigError, match=r"calibration\.tokens: got codec.decoder=lookup and codec.row_scale=false"
+    ):
+        made("codec.row_scale=false", "calibration.tokens=2048", **plain)
 
 
 def test_calibration_switched_off() -> None:

@@ -144,6 +144,13 @@ def test_calibration_settings_are_checked(values: dict[str, Any], words: str) ->
         CalibrationConfig(**values)
 
 
+def test_calibration_needs_the_look_up_decoder() -> None:
+    with pytest.raises(
+        ConfigError, match=r"calibration: got codec.decoder='row', codec.row_scale=True, wanted 'look"
+    ):
+        CompressConfig(codec=CodecConfig(decoder="row"), target_bpw=3, calibration=CalibrationConfig())
+
+
 def test_unknown_names() -> None:
     with pytest.raises(ConfigError, match="unknown preset 'big'"):
         pocketllm.preset("big")

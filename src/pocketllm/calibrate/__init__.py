@@ -1,6 +1,6 @@
 """Measure the inputs of each layer and what its errors cost: input Hessians, gradients, sensitivity.
 
-Public is what `__all__` names (docs/api.md describes each name). The modules within may change without notice.
+The public names are those in `__all__` (docs/api.md describes each). The modules may change without notice.
 """
 
 from __future__ import annotations

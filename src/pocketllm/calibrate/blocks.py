@@ -87,7 +87,7 @@ class BlockStream:
     def _capture(self, batches: tuple[Tensor, ...]) -> bool:
         """Run what lies before the blocks, and keep the arguments of every block.
 
-        Returns whether each block was given what the one before it put out.
+        Returns whether each block received the output of the previous one.
         """
         self.calls, self.hidden = [[] for _ in self.blocks], []
         passed: list[Tensor] = []
@@ -124,7 +124,7 @@ class BlockStream:
 
     @contextmanager
     def _standing_in(self, tell: _Tell) -> Iterator[None]:
-        """Let stand-ins take the blocks' places."""
+        """Replace the blocks by stand-ins for a while."""
         real = list(self.blocks)
         for number, block in enumerate(real):
             self.blocks[number] = _StandIn(block, number, tell)
@@ -141,7 +141,7 @@ class BlockStream:
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
         """(path, block) with dense weights, one block in memory at a time.
 
-        The caller puts encoded weights into the block, then sets `hidden` to what it puts out.
+        The caller puts encoded weights into the block, then sets `hidden` to its outputs.
         """
         for number in range(len(self.blocks)):
             with self.loaded(number) as entry:
@@ -239,7 +239,7 @@ class _CaughtError(Exception):
 
 
 def check_blocks(source: DenseCheckpoint, windows: Tensor, device: str = "cpu") -> None:
-    """See that the blocks of a model can be run one after another, on a few tokens and the first block.
+    """Check that the blocks of a model can be run one after another, on a few tokens and the first block.
 
     Args:
         windows: [N, context] token ids.

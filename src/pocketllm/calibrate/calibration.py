@@ -123,7 +123,7 @@ def _warn_of_few_tokens(windows: Tensor, matrices: list[Matrix]) -> None:
 def _calibration(
     windows: Tensor, found: Sensitivity, measured: Tensor, kept: Path | None, outputs: Path | None
 ) -> Calibration:
-    """The calibration on all windows from what was found on some. measured: numbers of those."""
+    """The calibration on all windows from measurements on some. measured: numbers of those."""
     tokens = len(measured) * windows.shape[1]
     if tokens < len(found.head_hessian):
         found = replace(found, head_hessian=regularized_hessian(found.head_hessian * tokens, tokens))
@@ -144,15 +144,15 @@ def _place(folder: Path | None) -> tuple[Path, bool]:
     place = folder or cache_folder()
     try:
         place.mkdir(parents=True, exist_ok=True)
-        check_parent(place / "measured", "folder for what is measured")
+        check_parent(place / "measured", "folder for the measurements")
     except (OSError, OutputError) as error:
         if folder is not None:
             raise OutputError(
-                f"{folder}: cannot be written ({reason_of(error)}); choose another folder for what is measured"
+                f"{folder}: cannot be written ({reason_of(error)}); choose another folder for the measurements"
             ) from error
         logger.warning(
-            "%s: the cache cannot be written (%s): measurements will not be there for the next run; set "
-            "POCKETLLM_CACHE to a folder that can be",
+            "%s: the cache cannot be written (%s): measurements will not be available to the next run; "
+            "set POCKETLLM_CACHE to a writable folder",
             *(place, reason_of(error)),
         )
         return place, False
@@ -160,7 +160,7 @@ def _place(folder: Path | None) -> tuple[Path, bool]:
 
 
 def _read_back(found: Sensitivity, path: Path | None) -> Sensitivity:
-    """Keep measurements and read them again, so that this run computes with the same bits as a later one."""
+    """Write measurements and read them back, so that this run computes with the same bits as a later one."""
     with tempfile.TemporaryDirectory() as scratch:
         place = path or Path(scratch) / "measured.safetensors"
         found.save(place)
@@ -168,7 +168,7 @@ def _read_back(found: Sensitivity, path: Path | None) -> Sensitivity:
 
 
 def _kept(path: Path, outputs: Path | None) -> Sensitivity | None:
-    """What an earlier run has measured; None where a part is missing, or damaged: that is removed."""
+    """The measurements of an earlier run; None if a part is missing or damaged, which is then removed."""
     if not path.exists() or (outputs is not None and not outputs.is_dir()):
         return None
     file = path

@@ -229,7 +229,7 @@ class _AllSeenError(Exception):
 
 
 class _Products(TorchFunctionMode):
-    """Tells of every product of an input with a slice of a watched parameter, or with all of it at once."""
+    """Reports every product of an input with a slice of a watched parameter, or with all of it at once."""
 
     def __init__(
         self, slices: Mapping[int, tuple[Matrix, int]], tell: Callable[[Matrix, int, Tensor], None]

@@ -151,16 +151,8 @@ def measure(
     hessian = head.hessian / tokens
     ends = _Ends(head.rows.cpu(), embedded, _gain(hessian, damping))
     at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
-    importance: dict[str, float] = {}
-    for matrix in matrices:
-        if not matrix.in_tower:
-            scale = _mean_square(source, matrix) / 2 / tokens
-            end = at_ends.get(matrix.name)
-            importance[matrix.name] = blocks.loss(matrix, scale) if end is None else scale * end.cost
-    importance |= _of_towers(matrices, importance)
-    floor = 1e-9 * max(importance.values(), default=1.0)
     return Sensitivity(
-        importance={name: max(value, floor) for name, value in importance.items()},
+        importance=_importance(source, blocks, at_ends),
         head_hessian=hessian.cpu(),
         head_share={name: end.share for name, end in at_ends.items()},
         row_importance={name: end.rows for name, end in at_ends.items()},
@@ -217,6 +209,18 @@ class _Blocks:
     def loss(self, matrix: Matrix, scale: float) -> float:
         """`scale` times the Fisher trace of a matrix, summed over tokens, with feedback."""
         return scale * self.energy.get(matrix.name, 0.0) * self.gains[matrix.name]
+
+
+def _importance(source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, _End]) -> dict[str, float]:
+    """Loss per unit of nmse, by matrix; at least a tiny share of the largest."""
+    found: dict[str, float] = {}
+    for matrix in blocks.matrices:
+        if not matrix.in_tower:
+            scale, end = _mean_square(source, matrix) / 2 / blocks.tokens, ends.get(matrix.name)
+            found[matrix.name] = blocks.loss(matrix, scale) if end is None else scale * end.cost
+    found |= _of_towers(blocks.matrices, found)
+    floor = 1e-9 * max(found.values(), default=1.0)
+    return {name: max(value, floor) for name, value in found.items()}
 
 
 def _of_towers(matrices: list[Matrix], importance: Mapping[str, float]) -> dict[str, float]:

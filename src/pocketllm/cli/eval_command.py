@@ -80,9 +80,9 @@ def evaluate(
     from pocketllm.cli.eval_tables import eval_tables
     from pocketllm.source import text_for
 
+    config = eval_config(context, count("--windows", windows), count("--limit", limit), tuple(settings or ()))
     if ppl is None and tasks is None:
         raise ConfigError("nothing to measure: give --ppl FILE, --tasks NAMES or both")
-    config = eval_config(context, count("--windows", windows), count("--limit", limit), tuple(settings or ()))
     show = run.output()
     text = None if ppl is None else text_for(ppl, model, run.trust_remote_code)
     options = task_options(tasks, data, cache)

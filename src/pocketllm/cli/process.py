@@ -1,4 +1,4 @@
-"""Settings of the process: quiet libraries, threads, device."""
+"""Process-wide settings: quiet libraries, threads, device."""
 
 from __future__ import annotations
 

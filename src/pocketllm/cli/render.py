@@ -146,7 +146,7 @@ def _left(seconds: float) -> str:
 
 
 def _json_for(stream: Any, values: Mapping[str, Any]) -> str:
-    """One line of JSON; with escapes alone where the stream cannot encode the characters themselves."""
+    """One line of JSON; characters that the stream cannot encode are escaped."""
     text = json.dumps(_finite(values), ensure_ascii=False)
     try:
         text.encode(getattr(stream, "encoding", None) or "utf-8")

@@ -1,4 +1,4 @@
-"""How the indices of one column of subvectors are chosen: each by itself, or as a path down each strip of rows."""
+"""How the indices of one column of subvectors are chosen: independently, or as a path down each strip of rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ColumnChoice(Protocol):
     nearest_is_slow: bool
 
     def prepared(self, tables: Tensor) -> Any:
-        """What `first` wants of tables [C, K, d]."""
+        """Tables [C, K, d] in the form that `first` takes."""
 
     def first(
         self,
@@ -47,11 +47,11 @@ class ColumnChoice(Protocol):
         """
 
     def again(self, points: Tensor, weights: Tensor, table: Tensor, before: Tensor, now: Tensor) -> Tensor:
-        """Better indices of a column than `now` [rows], such that the columns after it can stay as they are."""
+        """Better indices of a column than `now` [rows] that leave the columns after it unchanged."""
 
 
 class IndependentColumns:
-    """Chooses every index by itself; see `ColumnChoice`."""
+    """Chooses every index independently; see `ColumnChoice`."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths, self.lookahead, self.nearest_is_slow = lengths, 0, False

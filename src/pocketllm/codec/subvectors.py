@@ -23,8 +23,8 @@ def fold(parameter: Tensor, transposed: bool) -> Tensor:
     """A parameter as the matrix [rows, columns] that is encoded.
 
     Args:
-        parameter: [rows, columns], or [experts, rows, columns] of fused experts, whose rows are put below each other.
-        transposed: rows and columns are the other way round in it (Conv1D, the experts of some models).
+        parameter: [rows, columns], or [experts, rows, columns] of fused experts, whose rows are stacked.
+        transposed: its rows are the matrix's columns (Conv1D, the experts of some models).
     """
     parameter = parameter.mT if transposed else parameter
     return parameter.reshape(-1, parameter.shape[-1])

@@ -9,7 +9,7 @@ Codecs that share a codebook are trained together, each on its own rows: `fit` t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,16 +110,9 @@ def fit(
     kept, revived = copy.deepcopy(run.codecs), 0
     curve: list[float] = []
     for epoch in range(config.epochs):
-        counts = torch.zeros(form.codebook_size, dtype=torch.int64, device=run.codebook.device)
-        for share, batch, step in run.epoch():
-            if step is None:
-                return FitResult(
-                    kept, start, best, sample_quality.utilization(kept, run.rows), curve, revived
-                )
-            counts += step.counts
-            if observer is not None:
-                observer(step.summary(epoch, batch))
-            progress((epoch + share) / config.epochs)
+        counts = run.epoch(epoch, progress, observer)
+        if counts is None:
+            break
         if run.safeguards.revive:
             revived += _revive(run.codecs, run.rows, counts, run.generator)
         now = sample_quality.nmse(run.codecs, run.rows)
@@ -140,6 +133,7 @@ class _Training:
     schedule: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator
     safeguards: Safeguards
+    epochs: int
 
     @classmethod
     def of(
@@ -164,22 +158,24 @@ class _Training:
         optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
         steps = max(1, config.epochs * len(batches))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        return cls(rows, codecs, batches, optimizer, schedule, generator, safeguards)
+        return cls(rows, codecs, batches, optimizer, schedule, generator, safeguards, config.epochs)
 
-    @property
-    def codebook(self) -> Tensor:
-        """[K, d], shared by all codecs."""
-        return next(iter(self.codecs.values())).codebook
-
-    def epoch(self) -> Iterator[tuple[float, Tensor, _Step | None]]:
-        """Train on every batch once, in random order: (finished share, batch, its step, None if not finite)."""
+    def epoch(self, number: int, progress: Progress, observer: Observer | None) -> Tensor | None:
+        """Train on every batch once, in random order; [K] index counts, or None if a loss is not finite."""
+        codebook = next(iter(self.codecs.values())).codebook
+        counts = torch.zeros(len(codebook), dtype=torch.int64, device=codebook.device)
         order = torch.randperm(len(self.batches), generator=self.generator).tolist()
-        for number, position in enumerate(order):
+        for done, position in enumerate(order, start=1):
             key, batch = self.batches[position]
             step = _step(self.codecs[key], batch, self.optimizer, self.safeguards.max_grad_norm)
-            if step is not None:
-                self.schedule.step()
-            yield (number + 1) / len(self.batches), batch, step
+            if step is None:
+                return None
+            counts += step.counts
+            if observer is not None:
+                observer(step.summary(number, batch))
+            self.schedule.step()
+            progress((number + done / len(order)) / self.epochs)
+        return counts
 
 
 def _fit_codebook_alone(

@@ -132,7 +132,7 @@ class Trellis:
         return first[:, None] + step * self.stride - self.kept, first
 
     def columns(self, rows: int, device: torch.device, in_strips: bool) -> TrellisColumns:
-        """The choice of indices column by column; paths run down strips whether rows make up for others or not."""
+        """The choice of indices column by column; paths run down strips in any case."""
         return TrellisColumns(strip_lengths(rows, self.strip_rows), self.width, self.stride, device)
 
     def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:

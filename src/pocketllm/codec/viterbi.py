@@ -29,7 +29,7 @@ class PathSearch:
         return torch.zeros(strips, dtype=torch.int64, device=self.order.device)
 
     def ordered(self, tables: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables [..., 2^width, d] as the search wants them: [..., d, 2^width], and |c|^2 / 2."""
+        """Tables [..., 2^width, d] as the search takes them: [..., d, 2^width], and |c|^2 / 2."""
         # Inside, states are bit-reversed: the bits that survive a step are the low ones and lie together.
         tables = tables[..., self.order, :]
         return tables.transpose(-1, -2).contiguous(), tables.square().sum(dim=-1) / 2

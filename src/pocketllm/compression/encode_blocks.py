@@ -175,8 +175,8 @@ def _input_hessians(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> dict[
 def run_parallel(jobs: Sequence[Callable[[], None]], device: torch.device | str) -> Iterator[None]:
     """Run jobs that do not depend on each other; yields before each, and ends when all are done.
 
-    On a CPU some run at once and share the threads: jobs of many small operations gain little by threads inside
-    them. What each computes depends on the number of threads alone.
+    On a CPU some run at once and share the threads: jobs of many small operations gain little from threads of
+    their own. Results depend only on the number of threads.
     """
     threads, jobs = torch.get_num_threads(), [torch.no_grad()(job) for job in jobs]
     workers = min(threads, len(jobs), _MOST_PARALLEL)

@@ -74,7 +74,7 @@ def _tensors(form: StoredForm, work: Workspace, crcs: dict[str, str]) -> Iterato
 
 
 def measured(plan: Plan, work: Workspace) -> MatrixStatistics:
-    """What a finished run found."""
+    """The statistics of a finished run."""
     nmse, proxy, use, perplexity, tokens, unseen, fits = {}, {}, {}, {}, {}, {}, []
     for number, group in enumerate(plan.groups().values()):
         fits.append(_rounded_tree(work.load(codebook_unit(number))[1]))

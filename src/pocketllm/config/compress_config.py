@@ -137,7 +137,10 @@ class CompressConfig:
         if any(bits < 16 for _, bits in self.overrides) and self.codec.trellis_width is None:
             raise ConfigError("overrides below 16 bits need a trellis (trellis_width)")
         if self.calibration is not None and (self.codec.decoder != "lookup" or not self.codec.row_scale):
-            raise ConfigError("calibration needs decoder='lookup' and row_scale=True")
+            raise ConfigError(
+                f"calibration: got codec.decoder={self.codec.decoder!r}, codec.row_scale={self.codec.row_scale}, "
+                "wanted 'lookup' and True; change them, or leave calibration off"
+            )
 
     def _check_target(self) -> None:
         targets = {name: getattr(self, name) for name in TARGET_OPTIONS}

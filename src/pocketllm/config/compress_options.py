@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from pocketllm.config.compress_config import TARGET_OPTIONS, CalibrationConfig, CompressConfig
-from pocketllm.config.presets import DEFAULT_PRESET, default_preset, preset
+from pocketllm.config.presets import DEFAULT_PRESET, PLAIN_PRESET, default_preset, preset
 from pocketllm.config.recover_config import DistillConfig
-from pocketllm.config.settings import Setting, parse_settings, refuse_options, replaced, settings_of
+from pocketllm.config.settings import Setting, parse_settings, refuse_options, replaced, settings_of, text_of
 from pocketllm.errors import ConfigError
 
 COMPRESS_OPTIONS = {
@@ -126,6 +126,13 @@ class CompressOptions:
             return {"calibration": None}
         if base.calibration is not None or not keys:
             return {}
+        codec = replaced(base.codec, {k[6:]: v for k, v in given.items() if k.startswith("codec.")})
+        if codec.decoder != "lookup" or not codec.row_scale:
+            raise ConfigError(
+                f"{named}: got codec.decoder={codec.decoder} and codec.row_scale={text_of(codec.row_scale)} with the "
+                f"preset {self.preset or PLAIN_PRESET}, calibration needs lookup and true; choose a calibrated or "
+                f"lookup preset, or leave out {named}"
+            )
         if {"calibration.texts", "calibration.tokens"}.isdisjoint(keys):
             raise ConfigError(
                 f"{named}: the preset does not calibrate; give --calibration TEXT or --set calibration.tokens=N, "

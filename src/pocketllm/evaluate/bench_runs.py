@@ -1,4 +1,4 @@
-"""How fast models run and what memory they take, each in a process of its own.
+"""Speed and memory of models, each measured in a separate process.
 
     python -m pocketllm.evaluate.bench_runs '{"model": …, "mode": …, "config": …}'   # one run in this process
 
@@ -84,12 +84,12 @@ def bench(
 
     Args:
         models: folders or hub ids of compressed models. modes: of `MODES`. against: a dense model.
-        on_progress: called with the share that is done and what comes next.
+        on_progress: called with the finished share and the next run.
 
     Raises:
         ConfigError: no model, an unknown mode, a compressed model as `against`, a dense one in `models`, or one with
             too few positions.
-        LoadError: a process failed; the message ends with its last words.
+        LoadError: a process failed; the message ends with its last line of output.
     """
     if not models and against is None:
         raise ConfigError("bench: got no model; name a compressed model, or a dense one with --against")
@@ -180,7 +180,7 @@ def _loaded(folder: Path, mode: str, dtype: Any, trust_remote_code: bool) -> Any
 
 
 def _speeds(model: Any, config: BenchConfig) -> tuple[float, float]:
-    """Prompt tokens and new tokens per second; the better of two runs, so that the first pays for what is new."""
+    """Prompt tokens and new tokens per second; the better of two runs, so that the first absorbs one-time costs."""
     import torch
 
     size = model.get_input_embeddings().num_embeddings

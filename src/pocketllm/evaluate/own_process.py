@@ -1,4 +1,4 @@
-"""What a process that measures itself needs: everything imported before the clock starts, and its peak memory."""
+"""Support for processes that measure themselves: imports before the clock starts, and peak memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def import_all(folder: str) -> None:
-    """Import what loading and running a model import, before the clock starts and memory is looked at."""
+    """Import everything that loading and running a model imports, before time and memory are measured."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,7 +26,7 @@ def import_all(folder: str) -> None:
 def peak_bytes(device: str, forget: bool = False) -> int:
     """Most memory that this process has held so far: resident, or allocated on the GPU.
 
-    forget: what was held and given back until now does not count any more.
+    forget: do not count memory that has been released by now.
     """
     if device == "cuda":
         import torch

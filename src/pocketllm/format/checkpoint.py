@@ -32,7 +32,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether a folder says of itself that pocketllm has compressed it."""
+    """Whether a folder claims to be a model compressed by pocketllm."""
     if os.path.lexists(folder / REPORT_NAME):
         return True
     try:
@@ -42,7 +42,7 @@ def is_compressed(folder: Path) -> bool:
 
 
 def check_dense(folder: Path, name: str, option: str = "") -> None:
-    """Check that a model to be used as the dense one is not compressed.
+    """Check that the model given as the dense one is not compressed.
 
     Args:
         name: of the model, as the user gave it. option: how to name the dense one, for example `with --against`.

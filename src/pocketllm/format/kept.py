@@ -1,4 +1,4 @@
-"""Tensors that a run keeps for itself (finished units, measurements), with a checksum, so that damage is found."""
+"""Files of tensors for a run's own use (finished units, measurements), with a checksum that detects damage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_kept(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
     """Write under a temporary name, sync, and rename when complete.
 
     Raises:
-        OSError: what the system refused.
+        OSError: the file cannot be written.
     """
     stored = {key: value.contiguous().cpu() for key, value in tensors.items()}
     text = json.dumps(facts)
@@ -42,7 +42,7 @@ def write_kept(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
 
 
 def read_kept(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_kept` has written: tensors and facts.
+    """Read a file from `write_kept`: tensors and facts.
 
     Raises:
         ValueError: damaged. OSError: it cannot be read.
@@ -62,7 +62,7 @@ def read_kept(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether `read_kept` reads a file; a damaged one is removed, with a warning, so that it is made again."""
+    """Whether `read_kept` can read a file; a damaged one is removed, with a warning, and so recomputed."""
     if not path.exists():
         return False
     try:
@@ -86,7 +86,7 @@ def _crc32(tensors: Mapping[str, Tensor], text: str) -> str:
 
 @contextmanager
 def system_errors(path: Path) -> Iterator[None]:
-    """Raise what the operating system refused as OSError: safetensors reports it as an error of its own."""
+    """Raise OSError for a failure of the operating system, which safetensors wraps in an error of its own."""
     try:
         yield
     except Exception as error:

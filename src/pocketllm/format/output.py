@@ -1,4 +1,4 @@
-"""Where a result may be put: what is there already, what would be destroyed, what the system takes."""
+"""Checks on where a result is written: existing contents, overlap with inputs, limits of the system."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _LONGEST_NAME = 200  # bytes of a name; what is made beside it has a longer one,
 
 
 def partial_folder(output: Path) -> Path:
-    """Where the work on an output lies until it is finished."""
+    """The folder that holds an unfinished output."""
     return output.with_name(output.name + ".partial")
 
 
 def named_output(output: str | Path) -> Path:
-    """The folder that an output stands for: a link is followed, `.` and `..` get their names.
+    """The folder that an output path refers to: links, `.` and `..` are resolved.
 
     Raises:
-        OutputError: the name cannot be written down as UTF-8, or is too long for what is made beside it.
+        OutputError: the name is not UTF-8, or too long for the temporary names derived from it.
     """
     path = Path(output)
     if path.is_symlink() or path.name in ("", ".."):
@@ -56,14 +56,15 @@ def check_output(
     marker: str | None = REPORT_NAME,
     what: str = "a compressed model",
 ) -> None:
-    """Refuse an output that would destroy something, or that cannot be made.
+    """Check that an output can be created and destroys nothing.
 
     Args:
-        marker: the file by which a folder is known as ours; None: nothing that is there may be replaced.
-        what: it is then, in words.
+        marker: the file that identifies a folder that pocketllm created and may replace; None replaces nothing.
+        what: description of such a folder, for messages.
 
     Raises:
-        OutputError: it exists and is not ours, or is ours and `overwrite` is not set, or cannot be made.
+        OutputError: it exists and was not created by pocketllm, or it exists and `overwrite` is not set, or it
+            cannot be created.
     """
     try:
         is_there = output.exists()
@@ -79,7 +80,7 @@ def check_output(
         if not (output / marker).is_file():
             raise OutputError(f"{output}: exists and is not {what}; choose another output folder")
         if not overwrite:
-            raise OutputError(f"{output}: {what} is there already; pass --overwrite to replace it")
+            raise OutputError(f"{output}: {what} already exists; pass --overwrite to replace it")
         if is_held(output):
             raise OutputError(
                 f"{output}: is the current folder or a mounted one, which cannot be replaced; run the command "
@@ -89,13 +90,13 @@ def check_output(
 
 
 def check_not_nested(output: Path, folder: Path, kind: str = "folder") -> None:
-    """Refuse an output in a folder that is only read.
+    """Check that an output does not overlap a folder that is only read.
 
     Args:
         kind: of output, in words.
 
     Raises:
-        OutputError: it is that folder, lies in it, or holds it, so that replacing it would remove what is read.
+        OutputError: it is that folder, lies inside it, or contains it.
     """
     wanted, read = output.resolve(), folder.resolve()
     if read in (wanted, *wanted.parents):
@@ -108,7 +109,7 @@ def check_not_nested(output: Path, folder: Path, kind: str = "folder") -> None:
 
 
 def check_parent(output: Path, kind: str) -> None:
-    """See that something can be made beside where `output` shall be, by making it: permissions do not say all.
+    """Check that the parent folder of `output` is writable, by writing: permission bits are not enough.
 
     Args:
         kind: of output, in words.
@@ -148,7 +149,7 @@ def _published_files(output: Path) -> dict[str, int]:
 
 
 def is_published(output: Path) -> bool:
-    """Whether a run was killed after its result came into place, so that only its folder has to go."""
+    """Whether a run was killed after publishing its result, so that only its working folder has to be removed."""
     facts = _published_files(output)
     return (
         bool(facts)
@@ -159,13 +160,13 @@ def is_published(output: Path) -> bool:
 
 
 def _is_publishing(output: Path) -> bool:
-    """Whether what lies at the output comes from a run that was killed while it published its result."""
+    """Whether the output comes from a run that was killed while publishing it."""
     facts = _published_files(output)
     return bool(facts) and set(files_below(output, OutputError)) <= facts.keys()
 
 
 def output_error(output: Path, error: OSError) -> OutputError:
-    """What the operating system refused, in words that say what to do."""
+    """The error for a failure of the operating system, with advice."""
     where = error.filename or output
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(

@@ -53,7 +53,7 @@ class Report:
     fits: of each codebook, the sample's nmse by decoder before and after training, and how it went.
     seconds, peak_memory_bytes, peak_gpu_memory_bytes: of the run that made it. They are not stored, since the
         same arguments give the same bytes; a report read from a folder has None.
-    left_out: files of the dense model's folder that did not come along, and why; not stored where there are none.
+    left_out: files of the dense model's folder that were not copied, and why; not stored if there are none.
     gguf: of a model read from a GGUF file: name of the file, name of its quantization, number of tensors by type;
         errors are measured against the dequantized values. Not stored for other models.
     is_plan: from a dry run; nmse is predicted, utilization unknown.

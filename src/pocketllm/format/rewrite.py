@@ -77,7 +77,7 @@ def rewrite(
 
 
 class _Tensors:
-    """Stored tensors with the changed ones in place of the old."""
+    """Stored tensors, with the changed ones substituted."""
 
     def __init__(self, files: Mapping[str, Path], changed: Mapping[str, Tensor]) -> None:
         self.files, self.changed = files, changed
@@ -120,7 +120,7 @@ def _checked(layout: ckpt.Layout, tensors: _Tensors) -> ckpt.Layout:
 
 
 def _write_report(final: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """The report, which counts its own bytes, beside the other files."""
+    """Write the report, which counts its own bytes."""
     facts = ckpt.file_facts(final, files_below(final, FormatError))
     rest = sum(entry["bytes"] for entry in facts.values())
     report = {**report, "files": facts}

@@ -1,7 +1,7 @@
-"""Which files of a compressed model's folder are loaded: those that its report names and that were verified.
+"""Which files of a compressed model's folder may be loaded: those that its report lists, once verified.
 
-transformers, tokenizers and PEFT read files by name. One that the report does not name has no checksum; if a
-library would read it, another model than the one that was written is loaded. So the folder is refused.
+transformers, tokenizers and PEFT look for files by name. A file that the report does not list has no checksum,
+and a library that read it would load a model other than the one that was written. Such a folder is refused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _ADAPTER = ("adapter_config.json", "adapter_model.*")
 
 
 def check_folder(folder: Path, listed: Collection[str], report_name: str | None) -> None:
-    """See that a folder holds nothing that a library would read and nobody has verified.
+    """Check that a folder contains no file that a library would read without verification.
 
     Args:
-        listed: names of the files that have checksums. report_name: the file that lists them; None where there
-            is none, as in a folder that `save_pretrained` has written.
+        listed: names of the files that have checksums. report_name: the file that lists them; None if there is
+            none, as in folders written by `save_pretrained`.
 
     Raises:
         FormatError: naming the file.
@@ -37,16 +37,15 @@ def check_folder(folder: Path, listed: Collection[str], report_name: str | None)
         path = folder / name
         if _matches(name, _ADAPTER):
             raise FormatError(
-                f"{path}: an adapter inside the model's folder, which transformers would apply unasked; remove it, "
-                "and name an adapter's own folder with --adapter"
+                f"{path}: an adapter inside the model's folder, which transformers would apply without being "
+                "asked; remove it, or keep it in a folder of its own and pass that with --adapter"
             )
         if name in listed and _matches(name, PICKLES):
             raise FormatError(f"{path}: a pickle, which is never read; remove it, or fetch the model again")
         if report_name is None or name in listed or name == report_name or _matches(name, _NOT_READ):
             continue
         raise FormatError(
-            f"{path}: not among the files that {report_name} names, so that nothing says what it holds, and a "
-            "library might read it; remove it"
+            f"{path}: not listed in {report_name}, so it cannot be verified, and a library might read it; remove it"
         )
     for name in listed:
         need_regular(folder / name, FormatError)
@@ -56,7 +55,7 @@ def weights_of(folder: Path) -> list[Path]:
     """The weight files of a compressed model, those that transformers reads.
 
     Raises:
-        FormatError: none, several sets of weights, or names that lead elsewhere.
+        FormatError: no weights, several sets of them, or names that lead out of the folder.
     """
     try:
         if need_config(folder).get("transformers_weights") is not None:
@@ -69,7 +68,7 @@ def weights_of(folder: Path) -> list[Path]:
 
 
 def check_sizes(layout: Layout, nbytes: int, where: Path) -> None:
-    """See that no matrix has more indices than the weight files can hold, before anything of its size is made.
+    """Check that no matrix has more indices than the weight files can hold, before memory is allocated for it.
 
     Args:
         nbytes: of the weight files. where: the file that holds the layout.

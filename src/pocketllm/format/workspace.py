@@ -53,7 +53,7 @@ def locked(folder: Path, is_main: bool = True) -> Iterator[None]:
 
 
 def keep_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """`write_kept` of what was measured; the folder is made.
+    """Write measurements with `write_kept`, creating the folder.
 
     Raises:
         OutputError: it cannot be written.
@@ -126,7 +126,7 @@ class Workspace:
                     "rerun with the same arguments to resume, or delete that folder to start again"
                 )
         elif folder.exists() and any(path.name != f".{STATE_NAME}.tmp" for path in folder.iterdir()):
-            raise OutputError(f"{folder}: exists and is not ours; move it away")
+            raise OutputError(f"{folder}: exists and was not created by pocketllm; move it away")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(state, wanted)
@@ -134,7 +134,7 @@ class Workspace:
 
     @staticmethod
     def is_begun(output: Path) -> bool:
-        """Whether a half-done run for this output is there."""
+        """Whether there is an unfinished run for this output."""
         return (partial_folder(output) / STATE_NAME).is_file()
 
     def has(self, name: str) -> bool:
@@ -167,7 +167,7 @@ class Workspace:
     def publish(self, output: Path) -> None:
         """Rename the finished result into place and drop the rest.
 
-        The state says from here on what is published, so that a run that is killed below can be rerun.
+        The state records what is being published, so that a run killed meanwhile can be rerun.
         """
         final, old = self.folder / "final", self.folder / "old"
         facts = {name: (final / name).stat().st_size for name in files_below(final, OutputError)}
@@ -187,7 +187,7 @@ class Workspace:
         self.drop()
 
     def drop(self) -> None:
-        """Remove the folder; the state goes last, by which it is known as ours."""
+        """Remove the folder; the state, which identifies it, goes last."""
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -197,7 +197,7 @@ class Workspace:
 
 
 def _move_into(final: Path, output: Path) -> None:
-    """Fill a folder; the files by which a result is known come last."""
+    """Move files into a folder; those that identify a result come last."""
     names = sorted(files_below(final, OutputError), key=lambda name: (name.startswith("pocketllm"), name))
     for name in names:
         (output / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """A budget of stored bits, and the search for the plan that spends it with the least predicted loss.
 
-`MixedRates` and `UniformRates` are two ways to spend it; `form_of` the settings tells which applies.
+`MixedRates` and `UniformRates` are two ways to spend it; the form of index determines which applies.
 """
 
 from __future__ import annotations

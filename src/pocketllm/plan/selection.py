@@ -49,7 +49,7 @@ def classify(source: DenseCheckpoint, config: CompressConfig) -> tuple[list[Matr
 
 
 def override(name: str, config: CompressConfig) -> float | None:
-    """Bits per weight that the settings ask for a matrix by its name; the last pattern that fits counts."""
+    """Bits per weight that overrides set for a matrix by its name; the last matching pattern applies."""
     found = [bits for pattern, bits in config.overrides if fnmatch.fnmatchcase(name, pattern)]
     return found[-1] if found else None
 
@@ -141,7 +141,7 @@ class _Parts:
     def _is_transposed(self, module: Any, leaf: str, rows: int, columns: int) -> bool:
         """Whether fused experts are stored as [experts, inputs, outputs].
 
-        Where the module does not say so, the side of the hidden size tells.
+        If the module does not declare it, the position of the hidden size decides.
         """
         said = getattr(module, "is_transposed", None)
         if said is not None:

@@ -65,7 +65,7 @@ class StoredForm:
 
     @cached_property
     def copied_files(self) -> dict[str, Path]:
-        """Tokenizer, chat templates, licence: what belongs to the model beside its weights, by stored name."""
+        """Tokenizer, chat templates, licence: what belongs to the model besides its weights, by stored name."""
         return {name: self.source.folder / name for name in companions(self.source.folder)[0]}
 
     @property
@@ -128,7 +128,7 @@ class StoredForm:
 
 
 def _untie(stored: dict[str, Any], config: Any) -> None:
-    """Let the body of config.json say that no parameters are tied, as the configuration `config` does."""
+    """Declare in the body of config.json that no parameters are tied, as in the configuration `config`."""
     stored["tie_word_embeddings"] = False
     for name in getattr(config, "sub_configs", {}):
         if isinstance(stored.get(name), dict):

@@ -14,7 +14,7 @@ from pocketllm.plan.matrices import Matrix, Plan, Spec
 
 @dataclass(frozen=True)
 class UniformRates(Budget):
-    """Compares codecs and scopes; bits that are left double the codebooks of some kinds of matrices; see `Budget`."""
+    """Compares codecs and scopes; remaining bits double the codebooks of some kinds of matrices; see `Budget`."""
 
     slack = 1.5
 

@@ -91,9 +91,9 @@ def distill(
     Example:
         >>> pocketllm.distill("smol-2bit", "smol-2bit-tuned", DistillConfig(texts=("my-texts/",)))
     """
-    config, folder, output = config or DistillConfig(), Path(folder), named_output(output)
+    config, output = config or DistillConfig(), named_output(output)
     check_places(output, overwrite)
-    base = open_base(folder, output, trust_remote_code)
+    base = open_base(Path(folder), output, trust_remote_code)
     name = teacher or str(base.report["model"])
     dense, windows = _inputs(base, config, name, progress)
     check_not_nested(output, dense)

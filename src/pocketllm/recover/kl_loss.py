@@ -205,7 +205,8 @@ class LmHead:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any) -> LmHead:
-        """Find out by trying whether the head is plain: no soft-capping or scaling of logits, no adapter on it."""
+        """Determine by a trial run whether the head is plain: no soft-capping or scaling of logits, no adapter
+        on it."""
         head, base = model.get_output_embeddings(), model.base_model
         if (
             head is None or base is model or hasattr(head, "base_layer")

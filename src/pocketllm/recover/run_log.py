@@ -165,7 +165,7 @@ class Run:
         self.state.wait_for_everyone()
 
     def recall(self, kind: type[Result]) -> Result:
-        """The result of an earlier run that was killed after it was published; the half-done folder is removed.
+        """The result of an earlier run that was killed after it was published; the unfinished folder is removed.
 
         Raises:
             ResumeError: the record is damaged.

@@ -140,8 +140,8 @@ def open_teacher(
     """Load the dense model of a folder.
 
     Args:
-        scratch: leave its blocks on disk and read each of them when it runs; weights that are stored in another
-            form than they are used in are written here. None holds the model in memory.
+        scratch: leave its blocks on disk and read each of them when it runs; weights whose stored form differs
+            from the one in memory are written here. None holds the model in memory.
 
     Raises:
         SourceError: it cannot be loaded.

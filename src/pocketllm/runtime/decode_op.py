@@ -1,4 +1,4 @@
-"""Decoding as an operation of torch, so that `torch.export` can put it into a program.
+"""Decoding as a torch operator, which `torch.export` can include in a program.
 
 The program then holds the packed tensors, and needs pocketllm where it runs.
 """
@@ -17,7 +17,7 @@ _NAME = "matrix"
 
 
 def decode(matrix: PackedMatrix) -> Tensor:
-    """What the matrix decodes to, computed by the operation."""
+    """The decoded matrix, computed by the operator."""
     store, entry = matrix._store[0], matrix.entry
     codebook, decoder = store.codebooks[entry.codebook], store.decoders[entry.decoder]
     assert isinstance(codebook.entry, CodebookEntry) and isinstance(decoder.entry, DecoderEntry)

@@ -1,4 +1,4 @@
-"""What runs here: versions, processor, GPU, kernels, extras, cache, start-up hook; each with its reason if not."""
+"""What is available on this machine, or why not: versions, processor, GPU, kernels, extras, cache, hook."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def kernels() -> dict[str, Any]:
-    """Whether each library of kernels runs here: those in C++, and Triton's."""
+    """Availability of each kernel library: those in C++, and Triton."""
     reasons = {name: library.why_missing(name) for name in RECIPES}
     if not torch.cuda.is_available():
         reasons["triton"] = "torch sees no GPU"
@@ -117,7 +117,7 @@ def _installed(module: str) -> bool:
 
 
 def _bytes_in(folder: Path) -> int:
-    """Bytes of all files in a folder; files deleted meanwhile count as nothing."""
+    """Bytes of all files in a folder; files deleted meanwhile count as 0."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:

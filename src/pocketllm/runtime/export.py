@@ -46,10 +46,10 @@ def export(folder: Path, output: Path, dtype: torch.dtype, trust_remote_code: bo
 def save_dense(
     model: Any, tokenizer: Any, output: Path, record: Mapping[str, Mapping[str, Any]] | None = None
 ) -> int:
-    """Write a model that was loaded compressed, in mode `dense`, as an ordinary one.
+    """Write a compressed model that was loaded in mode `dense` as an ordinary dense one.
 
     Args:
-        record: JSON files to put beside it, by name.
+        record: JSON files to add to the folder, by name.
 
     Returns:
         Bytes written.

@@ -1,9 +1,10 @@
 """Compressed layers: the model's own modules with a weight that is decoded instead of stored.
 
-Any module works, whatever its forward does with its weight: the parameter is replaced by a `PackedMatrix`, and the
-module's class by a subclass in which the parameter's name is a property that decodes. The packed matrix of `weight`
-is registered as `weight` while a model is loaded, so that transformers finds its tensors by their stored names
-(`NAME.indices`, `NAME.row_scale`), and as `packed_weight` afterwards; state dicts have the stored names.
+Any module works, regardless of what its forward does with the weight: the parameter is replaced by a
+`PackedMatrix`, and the module's class by a subclass in which the parameter's name is a property that decodes. The
+packed matrix of `weight` is registered as `weight` while a model is loaded, so that transformers finds its tensors
+by their stored names (`NAME.indices`, `NAME.row_scale`), and as `packed_weight` afterwards; state dicts have the
+stored names.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ def parameter_name(path: str) -> str:
 
 @contextmanager
 def stand_ins(model: nn.Module) -> Iterator[None]:
-    """Put parameters without values in the packed ones' places, marked as initialized.
+    """Replace packed parameters by placeholders without values, marked as initialized.
 
-    For the time in which transformers initializes what no file holds: it must not touch packed parameters, but looks
-    at them from the modules they belong to and from those above, and it computes buffers there that no checkpoint
-    stores (the scale of Gemma's embedding).
+    Used while transformers initializes tensors that no file holds: it must not touch packed parameters, but it
+    inspects them from their modules and from those above, and computes buffers that no checkpoint stores (such
+    as the scale of Gemma's embedding).
     """
     held: list[tuple[nn.Module, str, nn.Module | None]] = []
     for module in list(model.modules()):
@@ -87,9 +88,9 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
 
 
 def compute_weights(model: nn.Module) -> None:
-    """After the packed tensors are filled, give every layer a class whose weight is decoded on access.
+    """Give every layer a class whose weight is decoded on access, once the packed tensors are filled.
 
-    Not before, because transformers finds the modules to fill by walking attributes.
+    Not earlier, because transformers finds the modules to fill by walking attributes.
     """
     for module in list(model.modules()):
         leaves = tuple(leaf for leaf, _ in _packed_leaves(module))
@@ -104,7 +105,7 @@ def compute_weights(model: nn.Module) -> None:
 
 
 def reason_to_decode(model: nn.Module) -> str:
-    """Why a model does not run from the packed stream layer by layer; empty where every layer has a kernel."""
+    """Why a model cannot run from packed weights in every layer; empty if it can."""
     for name, module in model.named_modules():
         for leaf, matrix in _packed_leaves(module):
             device = matrix.indices.device
@@ -131,7 +132,7 @@ def _packed_leaves(module: nn.Module) -> list[tuple[str, PackedMatrix]]:
 
 
 class _Packed(nn.Module):
-    """What the classes of layers with packed parameters have in common; see `_packed_class`."""
+    """Base of the classes of layers with packed parameters; see `_packed_class`."""
 
     _dense_class: type[nn.Module]
     _leaves: tuple[str, ...]
@@ -140,7 +141,7 @@ class _Packed(nn.Module):
         return _empty, (self._dense_class, self._leaves), self.__getstate__()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Take an ordinary parameter in the place of a packed one."""
+        """Replace a packed parameter by an ordinary one."""
         if name in self._leaves:
             self._modules.pop(PACKED + name, None)
             self.__dict__.pop(f"_tied_{name}", None)
@@ -150,7 +151,7 @@ class _Packed(nn.Module):
         nn.Module.register_parameter(self, name, param)  # it may be no `_Packed` any more
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """As of any module, with the stored names."""
+        """As for any module, under the stored names."""
         found = super().state_dict(*args, prefix=prefix, **kwargs)
         for leaf in self._leaves:
             _rename(found, f"{prefix}{PACKED}{leaf}.", f"{prefix}{leaf}.")
@@ -168,7 +169,7 @@ def _rename(tensors: dict[str, Any], old: str, new: str) -> None:
 
 
 def make_dense(*modules: nn.Module | None) -> None:
-    """Decode the packed parameters of single modules once and for all; those that share one still do."""
+    """Decode the packed parameters of single modules permanently; shared ones stay shared."""
     made: dict[int, nn.Parameter] = {}
     for module in modules:
         if not isinstance(module, _Packed):

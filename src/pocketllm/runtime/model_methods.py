@@ -1,4 +1,4 @@
-"""Methods of transformers' models as they are where parameters are packed."""
+"""Methods of transformers' models, adapted to packed parameters."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pocketllm.source.model_class import input_embedding, output_head, shared_mo
 
 
 def initialize(model: Any) -> None:
-    """Initialize what no file holds, as transformers does, but for what is packed."""
+    """Initialize what no file holds, as transformers does, except packed parameters."""
     with stand_ins(model):
         type(model).initialize_weights(model)
 
 
 def tie(model: Any, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
-    """Tie parameters as transformers does, but for those of packed ones: they are tied since they were loaded."""
+    """Tie parameters as transformers does, except packed ones, which have been tied since loading."""
     packed = packed_matrices(model)
     if recompute_mapping:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

@@ -1,8 +1,8 @@
-"""Forwards that run from the packed stream, for layers whose forward is known: nothing dense is made.
+"""Forward methods that multiply by packed weights, for known layer types: nothing is decoded to a dense matrix.
 
-A packed layer's class gets one of these classes among its bases, next to the class that the forward is from. What
-overrides that forward and calls it by `super()` (an embedding that scales its rows) works as well; every other
-layer decodes its weight on access, as layers.py describes.
+The class of a packed layer inherits from one of these classes in addition to the class whose forward it
+replaces. A subclass that overrides that forward and calls `super()` (an embedding that scales its rows) works as
+well; every other layer decodes its weight on access, as layers.py describes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pocketllm.codec.kernels.packed_product import PackedProduct
 
 
 def packed_bases(dense: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-    """Base classes of the packed form of a layer's class: those with a forward of their own come in."""
+    """Base classes of the packed form of a layer's class, with a forward of this module where there is one."""
     for packed, plain in ((PackedLinear, nn.Linear), (PackedConv1D, Conv1D), (PackedEmbedding, nn.Embedding)):
         if issubclass(dense, plain):
             return (packed,) if dense is plain else (dense, packed)
@@ -25,14 +25,14 @@ def packed_bases(dense: type[nn.Module]) -> tuple[type[nn.Module], ...]:
 
 
 def has_packed_forward(dense: type[nn.Module]) -> bool:
-    """Whether the packed form of a layer's class never decodes its weight: its forward is one of those here."""
+    """Whether the packed form of a layer's class runs by a forward of this module, without decoding its weight."""
     return any(dense.forward is plain.forward for plain in (nn.Linear, Conv1D, nn.Embedding))
 
 
 def product_of(module: nn.Module, transposed: bool = False) -> PackedProduct | None:
-    """The product with a module's packed weight; None where it has no kernel or is not packed any more.
+    """The product with a module's packed weight; None if it has no kernel or is no longer packed.
 
-    None while torch exports, too: a program of torch.export holds the packed tensors and decodes them (decode_op.py).
+    Also None during torch.export, whose programs hold the packed tensors and decode them (decode_op.py).
     """
     if torch.compiler.is_exporting():
         return None

@@ -1,8 +1,9 @@
-"""Which stored tensors each parameter of a model is made of.
+"""The stored tensors that each parameter of a model is built from.
 
-transformers renames, merges and splits tensors while it loads (a Mixtral checkpoint stores every expert by itself, the
-model holds one 3-D parameter), dequantizes some forms, and ties parameters. Its own conversions are applied here to
-one parameter at a time; what they make decides what a checkpoint lacks.
+transformers renames, merges and splits tensors while it loads (a Mixtral checkpoint stores every expert
+separately, the model holds one 3-D parameter), dequantizes some formats, and ties parameters. Its own
+conversions are applied here, one parameter at a time; their results determine which parameters a checkpoint
+lacks.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ STORED_DTYPES = {
 
 @dataclass(frozen=True)
 class Part:
-    """A stored tensor; pattern: of the conversion that takes it, None where it is stored as the model holds it."""
+    """A stored tensor. pattern: of the conversion that takes it; None if it is stored as the model holds it."""
 
     file: Path
     key: str
@@ -49,9 +50,9 @@ class Part:
 class Assembly:
     """The parts of every stored parameter.
 
-    parts: parameter name -> the tensors it is made of. lead: of a parameter that a conversion makes together with
-    others, the one that the conversion is called by. converters: by pattern. unused: stored names that no parameter
-    is made of. handles: of open files.
+    parts: parameter name -> the tensors it is built from. lead: for a parameter that a conversion produces
+    together with others, the one that names the conversion. converters: by pattern. unused: stored names that no
+    parameter is built from. handles: of open files.
     """
 
     model: Any
@@ -62,7 +63,7 @@ class Assembly:
     handles: dict[Path, Any] = field(default_factory=dict)
 
     def slices(self, name: str) -> list[Any]:
-        """Dtypes and shapes of the parts of a parameter, values not read."""
+        """Dtypes and shapes of the parts of a parameter, without reading values."""
         return [self._open(part.file).get_slice(part.key) for part in self.parts[name]]
 
     def tensors(self, name: str) -> list[Tensor]:
@@ -74,7 +75,7 @@ class Assembly:
         return self.parts[name][0].pattern is not None
 
     def converted(self, name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-        """What the conversion of a parameter makes of its parts: this parameter, and others with it.
+        """The result of a parameter's conversion: this parameter, and others produced with it.
 
         Raises:
             SourceError: transformers cannot convert them.
@@ -87,7 +88,7 @@ class Assembly:
             made = converter.convert(lead, model=self.model, config=self.model.config)
         except Exception as error:  # whatever a conversion makes of tensors it did not expect
             raise SourceError(
-                f"{name}: transformers cannot make it of {parts[0].key} in {parts[0].file.name} "
+                f"{name}: transformers cannot build it from {parts[0].key} in {parts[0].file.name} "
                 f"({reason_of(error)}); fetch the checkpoint again"
             ) from error
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
@@ -134,7 +135,7 @@ def assemble(files: list[Path], model: Any, quantizer: Any = None) -> Assembly:
 
 
 def _add_made_together(found: Assembly, name: str, meta: Mapping[str, Any]) -> None:
-    """Let the parameters that one conversion makes have the same parts."""
+    """Assign the same parts to all parameters that one conversion produces."""
     parts = found.parts[name]
     if parts[0].pattern is None or len(found.converters[parts[0].pattern].target_patterns) < 2:
         return
@@ -148,14 +149,14 @@ def _add_made_together(found: Assembly, name: str, meta: Mapping[str, Any]) -> N
 def settle_tied(
     found: Assembly, tied: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> dict[str, str] | None:
-    """Decide about tied parameters by what is stored, and let one name of each group have the parts.
+    """Resolve tied parameters by what is stored, and assign the parts to one name of each group.
 
     Args:
         tied: parameter -> the parameter that the configuration ties it to. read: reads a parameter that has parts.
 
     Returns:
-        What is tied: parameter -> the parameter it is tied to. None if parameters that are to be tied are stored with
-        different values: the configuration is wrong then.
+        What is tied: parameter -> the parameter it is tied to. None if parameters that should be tied are stored
+            with different values, which makes the configuration wrong.
     """
     groups: dict[str, list[str]] = {}
     for target, source in tied.items():

@@ -1,6 +1,6 @@
 """Read a dense Hugging Face checkpoint tensor by tensor, under the names the model class uses.
 
-Memory does not grow with the model: each parameter is put together from its stored parts (`assembly.py`) by itself.
+Memory does not grow with the model: parameters are assembled one at a time from their stored parts (`assembly.py`).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _LARGEST = 1e15  # squares and their sums stay finite in float32
 class DenseCheckpoint:
     """An opened dense model.
 
-    folder: where its files lie. model: the model class on the meta device (shapes, no weights). assembly: what its
-    parameters are made of. tied: parameter name -> the parameter it is tied to. is_untied: the configuration ties
-    parameters that are stored with different values, so that none are tied. is_quantized: stored in a quantized form
-    that transformers dequantizes. trust_remote_code: as the user said.
+    folder: of its files. model: the model class on the meta device (shapes, no weights). assembly: what its
+    parameters are built from. tied: parameter name -> the parameter it is tied to. is_untied: the configuration
+    ties parameters that are stored with different values, so that none are tied. is_quantized: stored in a
+    quantized form that transformers dequantizes. trust_remote_code: as given by the user.
     """
 
     folder: Path
@@ -51,12 +51,12 @@ class DenseCheckpoint:
 
     @property
     def parts(self) -> dict[str, list[Part]]:
-        """Parameter name -> the stored tensors it is made of."""
+        """Parameter name -> the stored tensors it is built from."""
         return self.assembly.parts
 
     @property
     def unused(self) -> list[str]:
-        """Stored names the model has no use for."""
+        """Stored names that the model does not use."""
         return self.assembly.unused
 
     @cached_property
@@ -98,7 +98,7 @@ class DenseCheckpoint:
         Raises:
             WeightError: unsupported dtype, NaN, Inf or absurdly large values, or a shape the model does not
                 have.
-            SourceError: transformers cannot make it of what is stored.
+            SourceError: transformers cannot build it from what is stored.
         """
         dtype = self.dtype(name)
         tensors = self.assembly.tensors(name)
@@ -243,10 +243,10 @@ def resolve_local(name: str) -> Path | None:
 
 @in_default_torch_state
 def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint:
-    """Open a dense checkpoint without reading weights, but for those that are stored more than once.
+    """Open a dense checkpoint without reading weights, except those that are stored more than once.
 
     Raises:
-        SourceError: config or safetensors missing, pickles only, quantized in a form that is not read, or a parameter
+        SourceError: config or safetensors missing, pickles only, quantized in an unsupported format, or a parameter
             of the model that no file holds.
     """
     files = weight_files(folder)

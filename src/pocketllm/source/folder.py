@@ -33,8 +33,8 @@ def open_safetensors(file: Path, error: type[PocketError] = SourceError) -> Any:
 
 
 def copy_file_mode(folder: Path, like: str) -> None:
-    """Let whoever may read the file `like` read the weight files, too: safetensors makes them for their owner
-    alone, whatever the umask.
+    """Give the weight files the permissions of the file `like`: safetensors creates them for their owner alone,
+    regardless of the umask.
     """
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / like, path)
@@ -57,7 +57,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _stored_shapes(folder: Path) -> list[tuple[int, ...]]:
-    """Shapes of the stored tensors; none where a folder holds a configuration alone."""
+    """Shapes of the stored tensors; none if a folder holds only a configuration."""
     if not any(folder.glob("*.safetensors")):
         return []
     handles = [open_safetensors(file) for file in weight_files(folder)]
@@ -74,7 +74,7 @@ def meta_model(folder: Path, trust_remote_code: bool, ties: bool = True) -> Any:
     """The model class on the meta device: shapes, no weights.
 
     Args:
-        ties: False builds it with no parameters tied, whatever its configuration says.
+        ties: False builds it with no parameters tied, regardless of its configuration.
 
     Raises:
         SourceError: transformers does not know the model, or it cannot be untied.
@@ -91,14 +91,14 @@ def meta_model(folder: Path, trust_remote_code: bool, ties: bool = True) -> Any:
         raise _not_built(folder, error) from error
     if not ties and getattr(model, "all_tied_weights_keys", None):
         raise SourceError(
-            f"{folder}: stores parameters apart that {type(model).__name__} always ties "
-            f"({next(iter(model.all_tied_weights_keys))}); they cannot both be kept"
+            f"{folder}: stores separate values for parameters that {type(model).__name__} always ties "
+            f"({next(iter(model.all_tied_weights_keys))}); both cannot be kept"
         )
     return model
 
 
 def untie(config: Any) -> None:
-    """Let a configuration tie no parameters, nor those within it."""
+    """Turn off the tying of parameters in a configuration and in those nested in it."""
     config.tie_word_embeddings = False
     for name in getattr(config, "sub_configs", {}):
         inner = getattr(config, name, None)
@@ -139,8 +139,8 @@ def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = Fals
     """A dense model with its weights, in evaluation mode.
 
     Args:
-        dtype: that its weights are held in; `auto` is the stored one.
-        placed: `device_map` and what belongs to it, as `from_pretrained` takes it.
+        dtype: of its weights; `auto` is the stored one.
+        placed: `device_map` and related arguments of `from_pretrained`.
 
     Raises:
         SourceError: no safetensors (pickles are never loaded), an adapter among them, or transformers cannot
@@ -148,8 +148,8 @@ def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = Fals
     """
     if (folder / ADAPTER_NAME).exists():
         raise SourceError(
-            f"{folder / ADAPTER_NAME}: an adapter beside the weights, which transformers would apply unasked; "
-            "move its files to another folder, or merge it into the model first"
+            f"{folder / ADAPTER_NAME}: an adapter next to the weights, which transformers would apply without being "
+            "asked; move its files to another folder, or merge it into the model first"
         )
     config, named = read_config(folder, trust_remote_code), unusual_name(folder)
     if named is not None:

@@ -1,4 +1,4 @@
-"""Which class of transformers a checkpoint is opened with, and where its language model lies in it."""
+"""The transformers class that opens a checkpoint, and the place of its language model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 def model_class(config: Any) -> Any:
     """The class that `architectures` in a model's configuration names, or the Auto class that builds it.
 
-    A reward model so keeps its own head, and a multimodal model its towers. `AutoModelForCausalLM` where the name is
-    that of a causal language model, or one that transformers does not know.
+    So a reward model keeps its own head, and a multimodal model its towers. `AutoModelForCausalLM` is used for
+    the name of a causal language model, and for one that transformers does not know.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -50,7 +50,7 @@ def shared_modules(model: nn.Module) -> dict[str, str]:
 
 
 def input_embedding(model: Any) -> nn.Module | None:
-    """The token embedding of a model, where it says which that is."""
+    """The token embedding of a model, if it declares one."""
     try:
         found = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -68,7 +68,7 @@ def output_head(model: Any) -> nn.Module | None:
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList] | None:
-    """The blocks of the language model, with their path: of its lists of modules the one with the most weights.
+    """The blocks of the language model and their path: the list of modules with the most weights.
 
     Lists within lists are left out, and so is what lies outside `language_model_path`.
     """
@@ -103,7 +103,7 @@ def _lists(model: nn.Module, scope: str) -> list[tuple[str, nn.ModuleList]]:
 
 
 def _above(path: str) -> list[str]:
-    """Paths of the modules that a module lies in."""
+    """Paths of the modules that contain a module."""
     parts = path.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 

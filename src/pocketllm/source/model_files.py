@@ -1,7 +1,7 @@
-"""The files of a model's folder: which ones hold the weights, and which come along with them.
+"""The files of a model's folder: which ones hold the weights, and which are copied with them.
 
-Weights are read from safetensors alone, and from no file outside the folder. Where a folder names its weights in
-several ways, what transformers would read is read, or the folder is refused as ambiguous.
+Weights are read only from safetensors files inside the folder. If a folder names its weights in several ways,
+those that transformers would read are read, or the folder is refused as ambiguous.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model folder; pickles are never among them.
 
     Raises:
-        SourceError: no model folder, no safetensors, a shard that is missing, names that lead elsewhere, or
+        SourceError: no model folder, no safetensors, a shard that is missing, names that lead out of the folder, or
             weights under several names.
     """
     named = need_config(folder).get("transformers_weights")
@@ -153,9 +153,9 @@ def _shards(index: Path) -> list[Path]:
 def check_counts(
     config: Any, stored: Iterable[tuple[int, ...]], where: Path, error: type[PocketError]
 ) -> None:
-    """See that a configuration does not speak of more layers or experts than tensors can be there for.
+    """Check that a configuration has no more layers or experts than its files can hold tensors for.
 
-    A model is built before its weights are compared; a number that somebody has made up would never end.
+    A model is built before its weights are compared, which could take forever with a made-up number.
 
     Args:
         stored: shapes of the stored tensors. where: the file that holds the configuration.
@@ -182,13 +182,13 @@ def _numbers(value: Any, key: str = "") -> Iterable[tuple[str, float]]:
 
 
 def companions(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """What else a model's folder holds.
+    """The other files of a model's folder.
 
     Returns:
-        (names of the files that come along, what is left and why). Names are relative, with `/`.
+        (names of the files to copy, files left out and why). Names are relative, with `/`.
 
     Raises:
-        SourceError: one that is to come along is no regular file, or a link that leads out of the folder.
+        SourceError: a file to copy is not a regular file, or is a link that leads out of the folder.
     """
     names = list(files_below(folder, SourceError))
     others = {name.split("/")[0] for name in names if "/" in name and _weights_of(name)}
@@ -210,7 +210,7 @@ def companions(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def _weights_of(name: str) -> str:
-    """Why a file is taken for weights, or ''."""
+    """Why a file counts as weights; empty if it does not."""
     if _matches(name, PICKLES):
         return "a pickle, which is never read"
     if _matches(name, OTHER_WEIGHTS):

@@ -1,4 +1,4 @@
-"""The texts that are used where none is named: for calibration and training, and for evaluation."""
+"""Default texts for calibration, training and evaluation."""
 
 from __future__ import annotations
 

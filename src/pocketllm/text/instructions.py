@@ -1,4 +1,4 @@
-"""Instructions with answers, where no chat template says how they are written.
+"""Instructions with answers, for tokenizers without a chat template.
 
 An instruction is a row with `instruction` and `output` (optionally `input`), or with `prompt` and `response` (or
 `completion`); all of them strings. Template: tatsu-lab/stanford_alpaca.

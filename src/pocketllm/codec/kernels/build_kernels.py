@@ -1,7 +1,7 @@
 """How the shared libraries of the kernels in C++ are built; needs nothing but the standard library.
 
-Two kinds. `packed` has every instruction set compiled in and chooses one when it is called, so it can be built in
-advance and shipped. The others are built for this very processor (`-march=native`).
+There are two kinds. `packed` has every instruction set compiled in and chooses one when it is called, so it can be
+built in advance and shipped. The others are built for the current processor (`-march=native`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Recipe:
     flags: tuple[str, ...] = ()
 
     def identity(self) -> bytes:
-        """What the library depends on, but for the compiler."""
+        """Everything the library depends on except the compiler."""
         texts = [(FOLDER / name).read_bytes() for name in self.sources + self.included]
         native = _processor().encode() if "-march=native" in self.flags else b""
         return b"\0".join([repr((_FLAGS, self.flags)).encode(), native, *texts])

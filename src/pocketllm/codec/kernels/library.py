@@ -50,7 +50,7 @@ def _loaded(name: str) -> tuple[ctypes.CDLL | None, str]:
         try:
             return ctypes.CDLL(str(shipped)), ""
         except OSError as error:
-            logger.warning("%s cannot be loaded (%s); it is built again", shipped, error)
+            logger.warning("%s cannot be loaded (%s); rebuilding it", shipped, error)
     compiler = find_compiler()
     if compiler is None:
         return None, "no C++ compiler found: install g++, or set CXX"

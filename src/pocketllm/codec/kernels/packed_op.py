@@ -146,7 +146,7 @@ _operator.register_autograd(_input_gradient, setup_context=_save)
 
 @in_default_torch_state
 def products_differ(isa: Isa) -> str:
-    """What is wrong with the CPU kernels of an instruction set, tried on small matrices of every form."""
+    """How the CPU kernels of an instruction set differ from the reference; empty if they agree."""
     for weight in check_weights():
         for count in (1, packed_cpu.FEW_ROWS + 1):
             x = torch.randn(count, weight.sizes.columns, generator=torch.Generator().manual_seed(count))

@@ -1,7 +1,7 @@
 """A packed matrix ready to be used by a layer: products and single rows, each by one call of a kernel.
 
-Where torch has to see what happens (gradients, torch.compile, torch.export) or no kernel runs, products go through
-the operator of packed_op.py, which computes the same.
+If torch has to trace the computation (gradients, torch.compile, torch.export) or no kernel runs, products go
+through the operator of packed_op.py, which computes the same.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class PackedProduct:
 
 
 def _runs_at_once(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether nothing but the numbers of x counts: a plain tensor on a CPU, without gradients or tracing."""
+    """Whether a kernel can be called directly: x is a plain tensor on a CPU, without gradients or tracing."""
     if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     wants = x.requires_grad or (bias is not None and bias.requires_grad)

@@ -217,7 +217,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _mix_columns(x: Tensor) -> Tensor:
-    """`_mix` of the columns of x [n, N], without turning it round."""
+    """`_mix` of the columns of x [n, N], without transposing it."""
     left, right = _factors(x.shape[0], x.device)
     a, b, count = len(left), len(right), x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
