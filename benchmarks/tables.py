@@ -7,6 +7,7 @@ python benchmarks/tables.py --check    # fail if a table does not match the resu
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ PAGES = (
     "docs/evaluation.md",
     "docs/peers.md",
     "docs/finetuning.md",
+    "docs/serving.md",
 )
 
 
@@ -91,6 +93,32 @@ def runtime() -> str:
         f"disk), bfloat16; a prompt of 512 tokens, 64 tokens after a single one; in brackets against the model that is "
         f"not compressed; memory beyond a process that has imported the same libraries; medians of {found['rounds']} "
         f"processes in turn, on a machine shared with other work. `{found['command']}`"
+    )
+    return f"{markdown_table(head, rows)}\n\n{note}"
+
+
+def serving() -> str:
+    """Throughput of the server by number of requests."""
+    found = load_results("serving")
+    names = {"packed": "packed", "dense": "dense, decoded at load", "checkpoint": "not compressed"}
+    numbers = list(found["runs"][0]["tokens_per_second"])
+    rows = [
+        [
+            names[run["mode"]],
+            *(f"{statistics.median(run['tokens_per_second'][n]):.1f}" for n in numbers),
+            f"{run['peak_memory_bytes'] / 1e6:.0f}",
+        ]
+        for run in found["runs"]
+    ]
+    head = ["", *(f"{n} request{'s' * (n != '1')}, tokens/s" for n in numbers), "peak memory, MB"]
+    form = found["compressed"]
+    note = (
+        f"SmolLM2-135M at {form['bpw_blocks']:.2f} bits per weight of blocks ({form['bytes_on_disk'] / 1e6:.0f} MB on "
+        f"disk), bfloat16, {found['machine']['threads']} threads; {found['new_tokens']} new tokens after a prompt of "
+        f"about 25 for each request, all sent at once; new tokens of all requests per second, medians of "
+        f"{found['rounds']} rounds in turn, on a machine shared with other work (load {found['load']:.0f}), so only "
+        f"the ratios say something. Memory: most that the process held, libraries and a key-value cache of "
+        f"{found['kv_cache_gb'] * 1000:.0f} MB included. `{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
 
@@ -282,6 +310,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "codec_floor": codec_floor,
     "codec_speed": codec_speed,
     "runtime": runtime,
+    "serving": serving,
     "tasks": tasks,
     "peers": peers,
     "headline": headline,

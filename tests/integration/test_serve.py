@@ -27,6 +27,7 @@ from tests import tiny
 from tests.commands import Run
 
 TEMPLATE = (
+    "{% if tools %}{{ tools | length }} tools {% endif %}"
     "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not that') }}{% endif %}"
     "{{ m.role }}: {{ m.content }} {% endfor %}"
 )
@@ -131,6 +132,29 @@ def test_stop_strings(client: Any, service: Service) -> None:
     until(lambda: idle(service))
 
 
+def test_tools_and_reasoning(client: Any, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tokenizer's response template says is taken out of the text; and a stop string before that."""
+    fields = {
+        "reasoning_content": {"open": "(", "close": ")", "content": "text"},
+        "content": {"close": "</s>", "content": "text"},
+    }
+    template = {"defaults": {"role": "assistant"}, "start_anchor": "hello ", "fields": fields}
+    monkeypatch.setattr(service.tokenizer, "response_template", template, raising=False)
+    asked = {"model": "small", "messages": USER, "max_tokens": 200, "temperature": 2, "seed": 1}
+    asked["tools"] = [{"type": "function", "function": {"name": "f"}}]
+    done = client.chat.completions.create(**asked)
+    message = done.choices[0].message
+    assert done.usage.prompt_tokens == len("1 tools user: hello ")
+    assert message.reasoning_content and "(" not in message.content
+    chunks = [chunk.choices[0].delta for chunk in client.chat.completions.create(stream=True, **asked)]
+    assert "".join(delta.content or "" for delta in chunks) == message.content
+    thought = [getattr(delta, "reasoning_content", None) or "" for delta in chunks]
+    assert "".join(thought) == message.reasoning_content
+    stop = message.content[4:6]
+    cut = client.chat.completions.create(stop=stop, **asked).choices[0].message.content
+    assert cut == message.content[: message.content.index(stop)]
+
+
 def test_models(client: Any) -> None:
     assert [each.id for each in client.models.list()] == ["small"]
     assert client.models.retrieve("small").max_model_len == 2048
@@ -171,7 +195,7 @@ def post(address: tuple[str, int], path: str, body: bytes, kind: str = "applicat
         ("/v1/completions", b"[" * 100_000, "application/json", 400),
         ("/v1/completions", b"\xff", "application/json", 400),
         ("/v1/completions", b'{"prompt": "x"}', "text/plain", 415),
-        ("/v1/completions", b" " * 8_000_001, "application/json", 413),
+        ("/v1/completions", b" " * 4_000_001, "application/json", 413),
         ("/v1/completions", b'{"prompt": ""}', "application/json", 400),
         ("/v1/models", b"{}", "application/json", 405),
         ("/load_model", b'{"model": "gpt2"}', "application/json", 404),

@@ -41,7 +41,7 @@ from pocketllm.integrations.serve_requests import (
 )
 from pocketllm.text.chat import has_template
 
-_MOST_BODY_BYTES = 8_000_000
+_MOST_BODY_BYTES = 4_000_000
 _GRACE_SECONDS = 2  # for answers that are under way when the server is asked to stop
 
 
