@@ -325,6 +325,26 @@ def test_a_cache_that_does_not_fit(loaded: tuple[Any, Any], monkeypatch: pytest.
         start(*loaded, ServeConfig())
 
 
+def test_what_batches_get_wrong_is_found_at_the_start(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that loses values, and one that fails."""
+    from transformers.generation.continuous_batching import cache
+
+    kept = cache.PagedAttentionCache.update
+
+    def lossy(*arguments: Any, **options: Any) -> Any:
+        keys, values = kept(*arguments, **options)
+        return keys, values.roll(1, dims=1) * 30
+
+    monkeypatch.setattr(cache.PagedAttentionCache, "update", lossy)
+    engine, reason = start(*loaded, ServeConfig())
+    assert isinstance(engine, OneByOne) and "not those that the model finds likeliest" in reason
+    monkeypatch.setattr(cache.PagedAttentionCache, "update", lambda *arguments, **options: 1 / 0)
+    engine, reason = start(*loaded, ServeConfig())
+    assert isinstance(engine, OneByOne) and "division by zero" in reason
+
+
 def test_an_engine_that_has_ended(loaded: tuple[Any, Any]) -> None:
     """/health and requests report it."""
     engine, _ = start(*loaded, ServeConfig())

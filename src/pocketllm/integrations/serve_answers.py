@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,7 @@ def _common(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-class Answering:
+class Answering(ABC):
     """Base of both ways: streams, collects, limits and cancels; `_start` is what they do differently."""
 
     def __init__(self, model: Any, config: ServeConfig) -> None:
@@ -132,10 +133,11 @@ class Answering:
             longest = self.config.max_new_tokens
             wanted.max_new_tokens = longest if left is None else min(longest, left)
 
+    @abstractmethod
     def _start(
         self, processor: Any, inputs: Any, queue: AnswerQueue, request_id: str, response_parser: Any
     ) -> Any:
-        raise NotImplementedError
+        """Start to generate; the streamer that fills the queue."""
 
 
 def _length(inputs: Any) -> int:
