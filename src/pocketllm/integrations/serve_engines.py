@@ -21,7 +21,7 @@ def choose_engine(wanted: str) -> str:
     """The engine for `--engine`: auto is vLLM where it can read compressed models, else transformers.
 
     Raises:
-        ConfigError: vLLM is wanted, and it cannot. ExtraError: packages of the extra `serve` are missing.
+        ConfigError: vLLM is requested but cannot read them. ExtraError: packages of the extra `serve` are missing.
     """
     if wanted != TRANSFORMERS and _vllm_reads_compressed():
         return VLLM
