@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pocketllm.errors import ConfigError
+from pocketllm.files import is_utf8
 from pocketllm.text.vocabulary import check_tokens
 from pocketllm.torch_state import in_default_torch_state
 
@@ -41,11 +42,14 @@ def generate(
         chat: apply the tokenizer's chat template to the prompt.
 
     Raises:
-        ConfigError: an empty prompt, a temperature below 0, fewer than 1 new token, or no chat template.
+        ConfigError: a prompt that is empty or no Unicode text, a temperature below 0, fewer than 1 new token, or no
+            chat template.
         SourceError: as `check_tokens`.
     """
     if not prompt.strip():
         raise ConfigError("prompt: is empty; give some text to continue")
+    if not is_utf8(prompt):
+        raise ConfigError(f"prompt: got {prompt!a}, which is not UTF-8; encode it, or run in a UTF-8 locale")
     if max_new_tokens < 1 or temperature < 0:
         raise ConfigError(
             f"got max_new_tokens={max_new_tokens}, temperature={temperature}; wanted at least 1 and 0"

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pocketllm.errors import OutputError
-from pocketllm.files import files_below, read_object
+from pocketllm.files import files_below, is_utf8, read_object
 from pocketllm.format.checkpoint import REPORT_NAME
 
 STATE_NAME, PUBLISHED = "state.json", "published"
@@ -31,10 +31,11 @@ def named_output(output: str | Path) -> Path:
     path = Path(output)
     if path.is_symlink() or path.name in ("", ".."):
         path = Path(os.path.realpath(path))
-    try:
-        length = len(path.name.encode())
-    except UnicodeEncodeError as error:
-        raise OutputError(f"{str(path)!a}: the name is not UTF-8; choose another name") from error
+    if not is_utf8(str(path)):
+        raise OutputError(
+            f"{str(path)!a}: the name is not UTF-8; choose another name, or run in a UTF-8 locale"
+        )
+    length = len(os.fsencode(path.name))
     if length > _LONGEST_NAME:
         raise OutputError(
             f"{path}: the name has {length} bytes, wanted at most {_LONGEST_NAME}; choose a shorter one"
