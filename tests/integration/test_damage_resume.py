@@ -270,6 +270,14 @@ def test_outputs_by_other_names(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "link", "place"]
 
 
+def test_killed_when_all_but_the_empty_folder_was_removed(source: Path, copy: Path) -> None:
+    left = copy.with_name(f"{copy.name}.partial")
+    left.mkdir()
+    with pytest.raises(OutputError, match="is there already"):
+        pocketllm.compress(source, tiny.settings(), copy)
+    assert not left.exists()
+
+
 def test_names_that_cannot_be_made(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="the name has 250 bytes, wanted at most 200; choose a shorter one"):
         pocketllm.compress(source, tiny.settings(), tmp_path / ("x" * 250))

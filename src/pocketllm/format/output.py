@@ -70,6 +70,9 @@ def check_output(
         is_there = output.exists()
     except OSError as error:  # a name that the system does not take
         raise output_error(output, error) from error
+    if is_there:
+        with suppress(OSError):  # what is left of a run that was killed in its very last step
+            partial_folder(output).rmdir()
     if is_there and not output.is_dir():
         raise OutputError(f"{output}: exists and is a file; choose another output folder")
     if is_published(output) or (is_held(output) and _is_publishing(output)):
