@@ -108,6 +108,15 @@ def files_below(folder: Path, error: type[PocketError]) -> Iterator[str]:
                 yield (Path(place) / name).relative_to(folder).as_posix()
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written down; a name of the system that it cannot decode holds lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the entries of a folder to disk, if the system supports it."""
     if os.name == "nt":

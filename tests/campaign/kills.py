@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 import shutil
@@ -58,14 +59,15 @@ def campaign(models: Models, place: Path, plan: Plan) -> dict[str, Any]:
     jobs = _jobs(models)
     right, seconds = {}, {}
     for name, job in list(jobs.items())[: plan.count]:
-        for each in (lambda job, out, notes: job(out), _timed):  # the first time imports are made here
+        for each in (lambda job, notes: job(), _timed):  # the first time imports are made here
             _prepare(name, models, place / "unbroken")
-            seconds[name] = each(job, place / "unbroken" / "out", place / "notes")
+            seconds[name] = each(partial(_in_folder, place / "unbroken", job), place / "notes")
         right[name] = _digest(place / "unbroken")
 
     def one(random_: random.Random, place: Path) -> dict[str, Any]:
         name = random_.choice(list(right))
-        at, notes, again = place / "work", place / "notes", partial(jobs[name], place / "work" / "out")
+        at, notes = place / "work", place / "notes"
+        again = partial(_in_folder, at, jobs[name])
         _prepare(name, models, at)
         after: list[float] = []
         ends = []
@@ -95,10 +97,16 @@ def campaign(models: Models, place: Path, plan: Plan) -> dict[str, Any]:
     return plan.carry_out(one, place)
 
 
-def _timed(job: Callable[[Path], Any], out: Path, notes: Path) -> float:
+def _in_folder(folder: Path, job: Callable[[Path], Any]) -> Any:
+    """Make the output `out` in a folder: reports so name no other paths from run to run."""
+    with contextlib.chdir(folder):
+        return job(Path("out"))
+
+
+def _timed(job: Callable[[], Any], notes: Path) -> float:
     """Seconds that a job takes in a child process."""
     begun = time.monotonic()
-    ended = run(partial(job, out), notes, 600)
+    ended = run(job, notes, 600)
     assert ended.kind == "returned", ended
     return time.monotonic() - begun
 

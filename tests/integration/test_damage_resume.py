@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -269,6 +270,14 @@ def test_outputs_by_other_names(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "link", "place"]
 
 
+def test_killed_when_all_but_the_empty_folder_was_removed(source: Path, copy: Path) -> None:
+    left = copy.with_name(f"{copy.name}.partial")
+    left.mkdir()
+    with pytest.raises(OutputError, match="is there already"):
+        pocketllm.compress(source, tiny.settings(), copy)
+    assert not left.exists()
+
+
 def test_names_that_cannot_be_made(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="the name has 250 bytes, wanted at most 200; choose a shorter one"):
         pocketllm.compress(source, tiny.settings(), tmp_path / ("x" * 250))
@@ -276,6 +285,8 @@ def test_names_that_cannot_be_made(source: Path, tmp_path: Path) -> None:
         check_target(tmp_path / ("x" * 245 + ".html"))
     with pytest.raises(OutputError, match="the name is not UTF-8; choose another"):
         pocketllm.compress(source, tiny.settings(), os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    with pytest.raises(OutputError, match="the name is not UTF-8"):
+        named_output(os.fsdecode(os.fsencode(tmp_path) + b"/\xff/out"))
     with pytest.raises(OutputError, match="cannot be written"):
         check_output(tmp_path / ("x" * 300) / "out")
     assert named_output(tmp_path / "x") == tmp_path / "x"
@@ -325,6 +336,47 @@ def test_a_stream_that_takes_no_unicode(small: Path, tmp_path: Path, monkeypatch
     stream.flush()
     written = stream.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
     assert written.splitlines() == [r'{"text": "\u00fc \u2192 \udcff"}', r"\xfc \u2192"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file names are Unicode there")
+def test_a_c_locale(small: Path, tmp_path: Path) -> None:
+    """Python then decodes names and words of the command line as ASCII, and writes ASCII alone."""
+    place = tmp_path / "größe"
+    shutil.copytree(small, place / "small")
+    calls = [
+        ["info", place / "small"],
+        ["generate", place / "small", "--prompt", "a"],
+        ["generate", small, "--prompt", "größe"],
+        ["export", small, "--to", place / "out"],
+        ["export", small, "--to", tmp_path / "out"],
+    ]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, *("|".join(map(str, call)) for call in calls)],
+        env={**{k: v for k, v in os.environ.items() if k != "PYTHONIOENCODING"}, **locale},
+        capture_output=True,
+        check=False,
+    )
+    assert done.stderr.isascii() and b"Traceback" not in done.stderr, done.stderr
+    assert done.stdout.splitlines()[-1] == b"[0, 1, 2, 1, 0]", (done.stdout, done.stderr)
+    assert done.stderr.count(b"not UTF-8") == 3
+    assert (tmp_path / "out" / "config.json").is_file() and not (place / "out").exists()
+
+
+IN_TURN = """
+import sys
+from pocketllm import cli
+
+codes = []
+for words in sys.argv[1:]:
+    sys.argv = ["pocketllm", *words.split("|")]
+    try:
+        cli.main()
+        codes.append(0)
+    except SystemExit as stop:
+        codes.append(stop.code or 0)
+print(codes)
+"""
 
 
 def test_what_the_system_refuses_is_no_traceback(

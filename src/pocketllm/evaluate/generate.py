@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import ConfigError, reason_of
+from pocketllm.files import is_utf8
 from pocketllm.text.chat import has_template
 from pocketllm.text.vocabulary import check_tokens
 from pocketllm.torch_state import in_default_torch_state
@@ -90,7 +91,8 @@ def generate(
         on_text: called with each piece of the continuation as soon as it is complete (at word boundaries).
 
     Raises:
-        ConfigError: an empty prompt, fewer than 1 new token, no chat template, or one that refuses the messages.
+        ConfigError: a prompt that is empty or no Unicode text, fewer than 1 new token, no chat template, or one that
+            refuses the messages.
         SourceError: as `check_tokens`.
     """
     return _generate(model, tokenizer, [prompt], max_new_tokens, sampling, chat, on_text)[0]
@@ -161,6 +163,8 @@ def _encode(tokenizer: Any, prompt: Prompt, chat: bool) -> list[int]:
     """Token ids of a prompt."""
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise ConfigError("prompt: is empty; give some text to continue")
+    if isinstance(prompt, str) and not is_utf8(prompt):
+        raise ConfigError(f"prompt: got {prompt!a}, which is not UTF-8; encode it, or run in a UTF-8 locale")
     if isinstance(prompt, str) and not chat:
         ids = tokenizer(prompt)["input_ids"]
     else:

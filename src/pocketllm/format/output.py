@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pocketllm.errors import OutputError
-from pocketllm.files import files_below, read_object
+from pocketllm.files import files_below, is_utf8, read_object
 from pocketllm.format.checkpoint import REPORT_NAME
 
 STATE_NAME, PUBLISHED = "state.json", "published"
@@ -31,10 +31,11 @@ def named_output(output: str | Path) -> Path:
     path = Path(output)
     if path.is_symlink() or path.name in ("", ".."):
         path = Path(os.path.realpath(path))
-    try:
-        length = len(path.name.encode())
-    except UnicodeEncodeError as error:
-        raise OutputError(f"{str(path)!a}: the name is not UTF-8; choose another name") from error
+    if not is_utf8(str(path)):
+        raise OutputError(
+            f"{str(path)!a}: the name is not UTF-8; choose another name, or run in a UTF-8 locale"
+        )
+    length = len(os.fsencode(path.name))
     if length > _LONGEST_NAME:
         raise OutputError(
             f"{path}: the name has {length} bytes, wanted at most {_LONGEST_NAME}; choose a shorter one"
@@ -70,6 +71,9 @@ def check_output(
         is_there = output.exists()
     except OSError as error:  # a name that the system does not take
         raise output_error(output, error) from error
+    if is_there:
+        with suppress(OSError):  # what is left of a run that was killed in its very last step
+            partial_folder(output).rmdir()
     if is_there and not output.is_dir():
         raise OutputError(f"{output}: exists and is a file; choose another output folder")
     if is_published(output) or (is_held(output) and _is_publishing(output)):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pocketllm.errors import SourceError, reason_of
 from pocketllm.source.folder import open_safetensors
+from pocketllm.source.model_class import shared_modules
 
 STORED_DTYPES = {
     "F64": torch.float64,
@@ -173,6 +174,30 @@ def settle_tied(
         for name in names[1:]:
             found.parts.pop(name, None)
     return {target: source for target, source in tied.items() if source in found.parts}
+
+
+def settle_shared(found: Assembly, read: Callable[[str], Tensor], folder: Path) -> dict[str, str]:
+    """Give the parameters of modules that the model holds under several paths their first names.
+
+    Args:
+        read: as in `settle_tied`. folder: of the checkpoint, for the message.
+
+    Returns:
+        Every further name -> the first, which has the parts.
+
+    Raises:
+        SourceError: stored under both names, with different values.
+    """
+    shared = shared_modules(found.model)
+    paths = {name: name.rpartition(".")[0] for name in found.model.state_dict()}
+    same = {n: f"{shared[path]}.{n.rpartition('.')[2]}" for n, path in paths.items() if path in shared}
+    stored = [name for name in same if name in found.parts]
+    if settle_tied(found, same, read) is None:
+        raise SourceError(
+            f"{folder}: stores {stored[0]} and {same[stored[0]]} with different values, but in "
+            f"{type(found.model).__name__} they are one parameter; the checkpoint is of another version of the model"
+        )
+    return same
 
 
 def lend_parts(found: Assembly, tied: Mapping[str, str]) -> None:

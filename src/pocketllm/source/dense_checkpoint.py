@@ -17,11 +17,19 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import SourceError, WeightError, reason_of
-from pocketllm.files import sha256_file
-from pocketllm.source.assembly import STORED_DTYPES, Assembly, Part, assemble, lend_parts, settle_tied
+from pocketllm.files import is_utf8, sha256_file
+from pocketllm.source.assembly import (
+    STORED_DTYPES,
+    Assembly,
+    Part,
+    assemble,
+    lend_parts,
+    settle_shared,
+    settle_tied,
+)
 from pocketllm.source.folder import dequantizer, meta_model
 from pocketllm.source.gguf_model import dense_folder, find_gguf, read_note
-from pocketllm.source.model_class import build, shared_modules
+from pocketllm.source.model_class import build
 from pocketllm.source.model_files import OTHER_WEIGHTS, PICKLES, weight_files
 from pocketllm.torch_state import in_default_torch_state
 
@@ -190,6 +198,11 @@ def resolve(name: str, progress: Callable[[str], None] = lambda message: None) -
     if gguf is not None:
         return dense_folder(gguf, progress)
     if is_folder:
+        if not is_utf8(str(path)):
+            raise SourceError(
+                f"{str(path)!a}: the name is not UTF-8, which no tokenizer can open; rename the folder, or run in a "
+                "UTF-8 locale"
+            )
         return path
     if is_there:
         raise SourceError(
@@ -261,13 +274,13 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
         is_quantized=quantizer is not None,
         trust_remote_code=trust_remote_code,
     )
-    aliases = _aliases(opened)
+    aliases = settle_shared(opened.assembly, opened.read, folder)
     tied = settle_tied(opened.assembly, ties, opened.read)
     if tied is None:
         opened.model = meta_model(folder, trust_remote_code, ties=False)
         opened.assembly = assemble(files, opened.model, quantizer)
         lend_parts(opened.assembly, ties)
-        aliases = _aliases(opened)
+        aliases = settle_shared(opened.assembly, opened.read, folder)
         opened.is_untied = True
     opened.tied = tied or {}
     parts, meta = opened.parts, opened.model.state_dict()
@@ -280,24 +293,6 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
         )
     opened.assembly.parts = {name: parts[name] for name in meta if name in parts}
     return opened
-
-
-def _aliases(opened: DenseCheckpoint) -> dict[str, str]:
-    """Parameters of modules that the model holds under several paths -> their first names, which get their parts.
-
-    Raises:
-        SourceError: stored under both names, with different values.
-    """
-    shared = shared_modules(opened.model)
-    paths = {name: name.rpartition(".")[0] for name in opened.model.state_dict()}
-    same = {n: f"{shared[path]}.{n.rpartition('.')[2]}" for n, path in paths.items() if path in shared}
-    stored = [name for name in same if name in opened.parts]
-    if settle_tied(opened.assembly, same, opened.read) is None:
-        raise SourceError(
-            f"{opened.folder}: stores {stored[0]} and {same[stored[0]]} with different values, but in "
-            f"{type(opened.model).__name__} they are one parameter; the checkpoint is of another version of the model"
-        )
-    return same
 
 
 _CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
