@@ -44,7 +44,7 @@ def answering(service: Service, **settings: Any) -> Iterator[tuple[str, int]]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(60)
         yield bound.getsockname()
     finally:
         server.should_exit = True
@@ -88,7 +88,7 @@ def alone(loaded: tuple[Any, Any], prompt: str, tokens: int) -> str:
 
 def until(condition: Callable[[], bool]) -> None:
     """Wait for what another thread does soon."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
