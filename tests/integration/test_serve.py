@@ -22,7 +22,8 @@ from pocketllm.config.serve_config import ServeConfig
 from pocketllm.errors import ConfigError
 from pocketllm.integrations import transformers_server
 from pocketllm.integrations.request_batches import Batches, OneByOne, start
-from pocketllm.integrations.transformers_server import Server, Service, listen
+from pocketllm.integrations.serve_engines import listen
+from pocketllm.integrations.transformers_server import Server, Service
 from tests import tiny
 from tests.commands import Run
 
@@ -43,7 +44,7 @@ def answering(service: Service, **settings: Any) -> Iterator[tuple[str, int]]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(60)
         yield bound.getsockname()
     finally:
         server.should_exit = True
@@ -59,11 +60,10 @@ def loaded(small: Path) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def service(loaded: tuple[Any, Any]) -> Iterator[Service]:
+def service(loaded: tuple[Any, Any]) -> Service:
     engine, reason = start(*loaded, ServeConfig())
     assert isinstance(engine, Batches) and not reason
-    yield Service("small", *loaded, engine)
-    engine.stop()
+    return Service("small", *loaded, engine)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def alone(loaded: tuple[Any, Any], prompt: str, tokens: int) -> str:
 
 def until(condition: Callable[[], bool]) -> None:
     """Wait for what another thread does soon."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -271,7 +271,9 @@ def test_32_at_once(address: tuple[str, int], service: Service, loaded: tuple[An
     del sampler.prepare_tensor_args
 
 
-def test_key_and_limit(service: Service) -> None:
+def test_key_and_limit(loaded: tuple[Any, Any]) -> None:
+    engine, _ = start(*loaded, ServeConfig())
+    service = Service("small", *loaded, engine)
     with answering(service, api_key="secret", max_requests=1, max_waiting=0) as address:
         client = client_of(address, "secret")
         assert [each.id for each in client.models.list()] == ["small"]
@@ -293,28 +295,23 @@ def test_key_and_limit(service: Service) -> None:
 
 def test_a_cache_that_holds_few_requests(loaded: tuple[Any, Any]) -> None:
     """The limit of one request is what the cache holds; several that do not fit together take turns."""
-    gigabytes = (
-        3 * 64 * 2 * 2 * 18 * 4 / 1e9
-    )  # 3 blocks of 64 tokens; keys and values, 2 layers, 1 head of 18
-    engine, _ = start(*loaded, ServeConfig(kv_cache_gb=gigabytes))
+    block = 64 * 2 * 2 * 18 * 4  # bytes: 64 tokens, keys and values, 2 layers, 1 head of 18 float32
+    engine, _ = start(*loaded, ServeConfig(kv_cache_gb=3 * block / 1e9))
     service = Service("small", *loaded, engine)
-    try:
+    with answering(service) as address:
         assert engine.room == 3 * 64
-        with answering(service) as address:
 
-            async def ask() -> list[str]:
-                client = client_of(address, cls=openai.AsyncOpenAI)
-                asked = [f"number {n} is" for n in range(4)]
-                jobs = [client.completions.create(model="small", prompt=p, max_tokens=60) for p in asked]
-                done = await asyncio.gather(*jobs)
-                await client.close()
-                return [each.choices[0].text for each in done]
+        async def ask() -> list[str]:
+            client = client_of(address, cls=openai.AsyncOpenAI)
+            asked = [f"number {n} is" for n in range(4)]
+            jobs = [client.completions.create(model="small", prompt=p, max_tokens=60) for p in asked]
+            done = await asyncio.gather(*jobs)
+            await client.close()
+            return [each.choices[0].text for each in done]
 
-            assert asyncio.run(ask()) == [alone(loaded, f"number {n} is", 60) for n in range(4)]
-            whole = client_of(address).completions.create(model="small", prompt="x" * 92, max_tokens=100)
-            assert whole.usage.total_tokens <= 192
-    finally:
-        engine.stop()
+        assert asyncio.run(ask()) == [alone(loaded, f"number {n} is", 60) for n in range(4)]
+        whole = client_of(address).completions.create(model="small", prompt="x" * 92, max_tokens=100)
+        assert whole.usage.total_tokens <= 192
 
 
 def test_a_cache_that_does_not_fit(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +395,21 @@ def test_one_at_a_time_where_batches_cannot_run(recurrent: Path) -> None:
         next(stream)
         stream.close()
         assert client.completions.create(**asked).choices[0].text == done.choices[0].text
-    engine.stop()
+
+
+def test_an_answer_that_runs_when_the_server_stops(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with an error, soon."""
+    monkeypatch.setattr(transformers_server, "_GRACE_SECONDS", 0.05)
+    engine, _ = start(*loaded, ServeConfig())
+    with answering(Service("small", *loaded, engine)) as address:
+        stream = client_of(address).completions.create(
+            model="small", prompt="hello", max_tokens=2000, stream=True
+        )
+        next(stream)
+    with pytest.raises(openai.APIError):
+        list(stream)
 
 
 def test_the_command_until_it_is_interrupted(

@@ -154,8 +154,9 @@ class Batches(Answering, CBGenerateManager):  # type: ignore[misc]
         return self._cb.background_thread_status.fatal_error
 
     def stop(self) -> None:
-        """Stop at once; what still runs fails."""
-        self._cb.stop(block=True, timeout=10, hard_stop=True)
+        """Stop after the current step; running requests fail."""
+        if self._cb.is_running():
+            self._cb.stop(block=True, timeout=10, hard_stop=True)
 
 
 class _SingleStreamer(DirectStreamer):

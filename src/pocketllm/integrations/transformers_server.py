@@ -8,6 +8,7 @@ settings; stop strings work in batches; a request is cancelled when its client d
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 import json
 import socket
@@ -30,7 +31,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import Modality
 
 from pocketllm.config.serve_config import ServeConfig
-from pocketllm.errors import ConfigError, reason_of
+from pocketllm.errors import reason_of
 from pocketllm.integrations.request_batches import Batches, OneByOne
 from pocketllm.integrations.serve_requests import (
     RequestError,
@@ -241,26 +242,6 @@ def build_app(service: Service, config: ServeConfig) -> Starlette:
     return Starlette(routes=routes, middleware=[gate], exception_handlers=handlers)
 
 
-def listen(config: ServeConfig) -> socket.socket:
-    """A socket bound to the address; it does not accept connections yet.
-
-    Raises:
-        ConfigError: the address is in use or not one of this machine.
-    """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((config.host, config.port))
-    except OSError as error:
-        bound.close()
-        raise ConfigError(
-            f"host, port: {config.host}:{config.port} cannot be listened on ({error.strerror or error}); "
-            "choose another port, or 0 for a free one"
-        ) from error
-    return bound
-
-
 class Server(uvicorn.Server):
     """A server for one `Service`. on_ready: called once it answers."""
 
@@ -283,10 +264,22 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self.on_ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Give running answers a moment to finish, then stop the engine, which ends the others with an error."""
+        for listener in self.servers:
+            listener.close()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while self.service.engine.running and time.monotonic() < deadline and not self.force_exit:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(self.service.engine.stop)
+        await super().shutdown(sockets)
+
     def serve_until_interrupted(self, bound: socket.socket) -> None:
-        """Answer until the process receives SIGINT or SIGTERM; then stop the engine."""
+        """Answer until the process receives SIGINT or SIGTERM."""
+        gc.freeze()  # what is loaded by now stays: collections need not visit it
         try:
             with suppress(KeyboardInterrupt):  # uvicorn raises it again once all is closed
                 self.run(sockets=[bound])
         finally:
-            self.service.engine.stop()
+            self.service.engine.stop()  # its thread would keep the process alive
+            gc.unfreeze()
