@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.calibrate.blocks import check_blocks
-from pocketllm.calibrate.calibration import Calibration, calibrate, read_windows, text_identity
+from pocketllm.calibrate.calibration import (
+    Calibration,
+    CalibrationText,
+    calibrate,
+    read_windows,
+    text_identity,
+)
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
 from pocketllm.codec.subvectors import fold
@@ -104,18 +110,19 @@ def compress(
     checkpoint = planned(source, config, str(model))
     check_not_nested(output, folder)
     # Errors in the input are found before anything is written and before the long work.
-    windows = read_windows(source, config)
-    if windows is not None:
-        check_blocks(source, windows, device)
+    text = read_windows(source, config)
+    if text is not None:
+        check_blocks(source, text.windows, device)
     if not Workspace.is_begun(output):
         source.check(partial(_tell, progress, "check"))
     try:
-        work = Workspace.open(output, source, config, str(model), device, text_identity(windows))
+        identity = None if text is None else text_identity(text.windows)
+        work = Workspace.open(output, source, config, str(model), device, identity)
         with locked(work.folder):
             if is_published(output):  # by an earlier run that was killed afterwards
                 work.drop()
                 return Report.from_dict(ckpt.read_report(output)).of_run(started, device)
-            found = _calibrated(source, windows, config, device, calibration_folder, work.folder, progress)
+            found = _calibrated(source, text, config, device, calibration_folder, work.folder, progress)
             if found is not None:
                 checkpoint = planned(source, config, str(model), **found.sensitivity.for_plan)
             _fit_and_encode(work, source, checkpoint.plan, found, device, progress)
@@ -154,10 +161,10 @@ def dry_run(
     source = open_dense(resolve(str(model)), trust_remote_code)
     source.check_dtypes()
     checkpoint = planned(source, config, str(model))
-    windows = read_windows(source, config)
-    if windows is not None:
-        check_blocks(source, windows, device)
-    found = _calibrated(source, windows, config, device, calibration_folder, None, progress)
+    text = read_windows(source, config)
+    if text is not None:
+        check_blocks(source, text.windows, device)
+    found = _calibrated(source, text, config, device, calibration_folder, None, progress)
     if found is not None:
         checkpoint = planned(source, config, str(model), **found.sensitivity.for_plan)
     return checkpoint.dry_report()
@@ -165,17 +172,17 @@ def dry_run(
 
 def _calibrated(
     source: DenseCheckpoint,
-    windows: Tensor | None,
+    text: CalibrationText | None,
     config: CompressConfig,
     device: str,
     folder: str | Path | None,
     scratch: Path | None,
     progress: ProgressCallback,
 ) -> Calibration | None:
-    if windows is None:
+    if text is None:
         return None
     on_progress = partial(_tell, progress, "measure", detail="sensitivity of every matrix")
-    return calibrate(source, windows, config, device, Path(folder) if folder else None, scratch, on_progress)
+    return calibrate(source, text, config, device, Path(folder) if folder else None, scratch, on_progress)
 
 
 def _fit_and_encode(
