@@ -26,8 +26,9 @@ def test_the_hessian_of_outputs_is_that_of_the_gradients(
     monkeypatch.setattr(gradients, "LOUDEST_GRADIENT", 1e9)
     source = open_dense(tiny.save(tmp_path / "dense"))
     config = tiny.on_trellis(calibration={"two_sided": True})
-    windows = read_windows(source, config)
-    assert windows is not None
+    text = read_windows(source, config)
+    assert text is not None
+    windows = text.windows
     matrices, _ = classify(source, config)
     found = sensitivity.measure(
         source, windows, matrices, 0.01, 0, two_sided=True, outputs=tmp_path / "after"

@@ -43,12 +43,12 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
 
 def test_measured_again_where_a_part_is_gone(tmp_path: Path) -> None:
     source, config = open_dense(tiny.save(tmp_path / "dense")), tiny.on_trellis()
-    windows = read_windows(source, config)
-    assert windows is not None
-    first = calibrate(source, windows, config, "cpu", tmp_path / "kept")
+    text = read_windows(source, config)
+    assert text is not None
+    first = calibrate(source, text, config, "cpu", tmp_path / "kept")
     for path in (tmp_path / "kept").glob("sensitivity-*"):
         path.unlink()
-    again = calibrate(source, windows, config, "cpu", tmp_path / "kept")
+    again = calibrate(source, text, config, "cpu", tmp_path / "kept")
     assert first.outputs == again.outputs
     assert first.sensitivity.importance == again.sensitivity.importance
 

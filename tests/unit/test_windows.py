@@ -25,7 +25,9 @@ def test_impossible_windows(context: int, count: int | None) -> None:
 def windows(texts: list[str], tokens: int, context: int = 8) -> list[str]:
     """Each window as text; the tokenizer makes a token of every character."""
     tokenizer = tiny.tokenizer()
-    found = calibration_windows(tokenizer, texts, tokens, context, seed=0)
+    found, counts = calibration_windows(tokenizer, texts, tokens, context, seed=0)
+    ids = torch.cat([torch.tensor(tokenizer(text)["input_ids"]) for text in texts])
+    assert torch.equal(counts, torch.bincount(ids))
     assert found.dtype == torch.int64
     return [tokenizer.decode(window) for window in found]
 

@@ -8,7 +8,7 @@ different position embeddings), as long as each takes the output of the previous
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -182,9 +182,65 @@ class BlockStream:
             out = getattr(self._text_model(ids, use_cache=False), "last_hidden_state", None)
         return self._activations(out)
 
+    @torch.no_grad()
+    def has_bare_head(self) -> bool:
+        """Whether the head takes what the final norm gives: no layers with weights lie between them."""
+        found: list[Tensor] = []
+
+        def record(module: nn.Module, given: tuple[Any, ...]) -> None:
+            found.append(given[0])
+            raise _CaughtError
+
+        head = output_head(self.model)
+        assert head is not None
+        hook, ids = head.register_forward_pre_hook(record), torch.zeros(1, 2, dtype=torch.int64)
+        try:
+            with (
+                self._standing_in(lambda number, start, call: self._output(start)),
+                suppress(_CaughtError),
+            ):
+                self.model(ids.to(self.device), use_cache=False)
+        except Exception:  # weights that lie between are not loaded
+            return False
+        finally:
+            hook.remove()
+        return bool(found) and not found[0].is_meta
+
     def set_weight(self, name: str, value: Tensor) -> None:
         """Put another weight into the model."""
         self._load(name, value)
+
+    def embedding_gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
+        """Gradients with respect to the looked-up rows of the embedding, one per position.
+
+        What lies between them and the first block counts: scaled embeddings, norms.
+
+        Args:
+            ids: [1, context] token ids. gradient: [1, context, C] at the input of the first block.
+
+        Returns:
+            [context, columns of the embedding] float32.
+        """
+        embedding = self.model.get_input_embeddings()
+        kept, padding = embedding._parameters["weight"], getattr(embedding, "padding_idx", None)
+        rows = kept[ids[0]].float().detach().requires_grad_()
+        positions = torch.arange(ids.shape[1], device=rows.device)[None]
+        entered: list[Tensor] = []
+
+        def record(number: int, hidden: Tensor, call: _Call) -> Any:
+            entered.append(hidden)
+            raise _CaughtError
+
+        embedding._parameters["weight"], embedding.padding_idx = rows, None
+        hook = embedding.register_forward_pre_hook(lambda module, given: (positions, *given[1:]))
+        try:
+            with self._standing_in(record), torch.enable_grad(), suppress(_CaughtError):
+                self._text_model(ids.to(self.device), use_cache=False)
+        finally:
+            hook.remove()
+            embedding._parameters["weight"], embedding.padding_idx = kept, padding
+        (found,) = torch.autograd.grad(entered[0], rows, gradient.to(entered[0].dtype))
+        return found
 
     @torch.no_grad()
     def run(self, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
@@ -254,6 +310,8 @@ def check_blocks(source: DenseCheckpoint, windows: Tensor, device: str = "cpu") 
         if out.shape != stream.hidden[0].shape:
             raise _refusal(stream.model, "has blocks that change the shape of activations")
         stream.after_blocks(out)
+        if not stream.has_bare_head():
+            raise _refusal(stream.model, "has layers between its blocks and its head")
     except PocketError:
         raise
     except Exception as error:  # whatever a model makes of being run in parts

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import pocketllm
 from pocketllm.cache import cache_folder
@@ -44,6 +45,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class CalibrationText:
+    """windows: [N, context] token ids. counts: [vocabulary] how often each token occurs in all of the text."""
+
+    windows: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
 class Calibration:
     """windows: [N, context] token ids.
 
@@ -60,7 +69,7 @@ class Calibration:
 
 def calibrate(
     source: DenseCheckpoint,
-    windows: Tensor,
+    text: CalibrationText,
     config: CompressConfig,
     device: str,
     folder: Path | None = None,
@@ -70,18 +79,26 @@ def calibrate(
     """What an error in each matrix costs; measured, or read from an earlier run on the same model and text.
 
     Args:
-        windows: [N, context] token ids; see `read_windows`. progress: called with the finished share.
+        text: see `read_windows`. progress: called with the finished share.
         folder: where measurements are kept; None keeps small ones in the cache folder.
         scratch: where large ones are kept if `folder` is None; None if they are not needed.
     """
-    settings = config.calibration
+    settings, windows = config.calibration, text.windows
     assert settings is not None
     matrices, _ = classify(source, config)
     _warn_of_few_tokens(windows, matrices)
     count = max(1, settings.sensitivity_tokens // windows.shape[1])
     measured = torch.arange(0, len(windows), max(1, len(windows) // count))[:count]
     chosen, names, two_sided = windows[measured], [m.name for m in matrices], settings.two_sided
-    key = _key(source, chosen, device, settings.damping, config.seed, two_sided, settings.weigh_tokens, names)
+    facts = (
+        settings.damping,
+        config.seed,
+        two_sided,
+        settings.weigh_tokens,
+        names,
+        text_identity(text.counts),
+    )
+    key = _key(source, chosen, device, *facts)
     place, is_writable = _place(folder)
     path = place / f"sensitivity-{key}.safetensors"
     large = folder or scratch
@@ -100,6 +117,7 @@ def calibrate(
                 two_sided=two_sided,
                 weigh_tokens=settings.weigh_tokens,
                 outputs=made,
+                counts=text.counts,
             )
             found = _read_back(found, path if is_writable else None)
     kept = None
@@ -223,8 +241,8 @@ def _key(source: DenseCheckpoint, windows: Tensor, device: str, *facts: object) 
     return hashlib.sha256(repr(identity).encode() + windows.numpy().tobytes()).hexdigest()[:16]
 
 
-def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | None:
-    """The calibration text: [N, context] token ids, or None without calibration.
+def read_windows(source: DenseCheckpoint, config: CompressConfig) -> CalibrationText | None:
+    """The calibration text: random windows of it and the frequencies of its tokens; None without calibration.
 
     Raises:
         SourceError: a text or the tokenizer cannot be read, or does not fit the model; too little text.
@@ -237,9 +255,10 @@ def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Tensor | No
     texts = [read_calibration(place, characters, tokenizer) for place in settings.texts] or [default_text()]
     positions = positions_of(source.model.config) or settings.context
     context = min(settings.context, positions)
-    windows = calibration_windows(tokenizer, texts, settings.tokens, context, config.seed)
+    windows, counts = calibration_windows(tokenizer, texts, settings.tokens, context, config.seed)
     check_tokens(source.model, windows)
-    return windows
+    rows = source.model.get_input_embeddings().weight.shape[0]
+    return CalibrationText(windows, pad(counts[:rows], (0, max(0, rows - len(counts)))))
 
 
 def _tokenizer(source: DenseCheckpoint) -> Any:
@@ -259,6 +278,6 @@ def _tokenizer(source: DenseCheckpoint) -> Any:
     return made
 
 
-def text_identity(windows: Tensor | None) -> str | None:
-    """Identity of a calibration text."""
-    return None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
+def text_identity(tokens: Tensor) -> str:
+    """Identity of token ids or counts."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]

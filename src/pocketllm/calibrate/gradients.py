@@ -21,7 +21,8 @@ from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
 from pocketllm.plan.matrices import Matrix
 
-_LOGITS_AT_ONCE = 256
+_LOGITS_AT_ONCE = 256  # positions, at most
+_LOGIT_NUMBERS = 1 << 24  # of those positions, unless the vocabulary is larger
 
 
 class ActivationSpool:
@@ -45,7 +46,11 @@ class ActivationSpool:
 
 
 class Head:
-    """The part after the blocks: final norm, head, and the loss of tokens drawn from the model itself."""
+    """The part after the blocks: final norm, head, and the loss of tokens drawn from the model itself.
+
+    rows: [vocabulary] the Fisher information of each row of the head, summed over its weights and the tokens:
+    p (1 - p) |h|^2 of every token, with p the probability of the row's token and h the input of the head.
+    """
 
     def __init__(self, stream: BlockStream, seed: int) -> None:
         self.stream, self.seed = stream, seed
@@ -65,17 +70,16 @@ class Head:
         with torch.no_grad():
             flat, out = final.detach().reshape(-1, final.shape[-1]), []
             add_square(self.hessian, flat)
-            weight_gradient = torch.zeros_like(self.head.weight)
-            for part in flat.split(_LOGITS_AT_ONCE):
+            most = max(1, min(_LOGITS_AT_ONCE, _LOGIT_NUMBERS // len(self.rows)))
+            for part in flat.split(most):
                 with autocast(flat.device):
                     logits = self.head(part).float()
                 p = logits.softmax(dim=-1)
+                self.rows += part.float().square().sum(dim=1) @ (p - p.square())
                 drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
                 p.scatter_add_(1, drawn, torch.full_like(p[:, :1], -1.0))  # d loss / d logits
                 with autocast(flat.device):
-                    weight_gradient += p.T @ part
                     out.append((p @ self.head.weight).float())
-            self.rows += weight_gradient.square().sum(dim=1)
             final_gradient = torch.cat(out).reshape(final.shape)
         final.backward(final_gradient)
         assert hidden.grad is not None
@@ -139,6 +143,8 @@ def block_backward(
         seen.clear()
         with torch.enable_grad():
             out = stream.call(block, hidden, number)
+        for name in [name for name, value in seen.items() if not value.requires_grad]:
+            del seen[name]  # computed without gradients, as indexers of sparse attention are
         asked = [hidden, *weights.values(), *seen.values()]
         found = torch.autograd.grad(out, asked, gradient, allow_unused=True)
         assert found[0] is not None

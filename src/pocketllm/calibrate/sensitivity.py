@@ -39,11 +39,19 @@ from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factorize
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import fold
-from pocketllm.config.constants import OUTPUT_DAMPING, SHORTEST_STRIPS, STRIP_START_LOSS, UNSEEN_ROW_SHARE
+from pocketllm.config.constants import (
+    OCCURRENCE_PRIOR,
+    OUTPUT_DAMPING,
+    SHORTEST_STRIPS,
+    STRIP_START_LOSS,
+    UNSEEN_ROW_SHARE,
+)
 from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
 from pocketllm.plan.matrices import Matrix
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
+
+_ROWS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,7 @@ def measure(
     two_sided: bool = False,
     weigh_tokens: bool = True,
     outputs: Path | None = None,
+    counts: Tensor | None = None,
 ) -> Sensitivity:
     """Measure a dense model.
 
@@ -125,6 +134,7 @@ def measure(
         two_sided: whether rows will compensate for each other. weigh_tokens: whether inputs will be weighted.
         outputs: folder for the Hessians of outputs, one file per block; see `output_hessians`. The inputs of
             blocks are kept there as well, or if it is None in the system's temporary folder.
+        counts: [vocabulary] how often each token occurs in all of the text; None counts those in the windows.
 
     Raises:
         OutputError: they cannot be written.
@@ -147,9 +157,11 @@ def measure(
             progress(0.4 + 0.6 * (count - number) / count)
     embedded = torch.zeros(_vocabulary(stream.model))
     for ids, gradient in zip(windows, gradients, strict=True):
-        embedded.index_add_(0, ids, gradient[0].square().sum(dim=1).cpu())
-    hessian = head.hessian / tokens
-    ends = _Ends(head.rows.cpu(), embedded, _gain(hessian, damping))
+        cost = stream.embedding_gradient(ids[None], gradient).square().sum(dim=1)
+        embedded.index_add_(0, ids, cost.cpu())
+    hessian, seen = head.hessian / tokens, torch.bincount(windows.flatten(), minlength=len(embedded))
+    expected = expected_costs(embedded, seen, seen if counts is None else counts)
+    ends = _Ends(head.rows.cpu(), expected, _gain(hessian, damping))
     at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
     return Sensitivity(
         importance=_importance(source, blocks, at_ends),
@@ -215,9 +227,13 @@ def _importance(source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, _End])
     """Loss per unit of nmse, by matrix; at least a tiny share of the largest."""
     found: dict[str, float] = {}
     for matrix in blocks.matrices:
-        if not matrix.in_tower:
-            scale, end = _mean_square(source, matrix) / 2 / blocks.tokens, ends.get(matrix.name)
-            found[matrix.name] = blocks.loss(matrix, scale) if end is None else scale * end.cost
+        if matrix.in_tower:
+            continue
+        end, scale = ends.get(matrix.name), 1 / 2 / blocks.tokens
+        if end is None:
+            found[matrix.name] = blocks.loss(matrix, _mean_square(source, matrix) * scale)
+        else:
+            found[matrix.name] = float(end.costs @ _row_squares(source, matrix)) * scale
     found |= _of_towers(blocks.matrices, found)
     floor = 1e-9 * max(found.values(), default=1.0)
     return {name: max(value, floor) for name, value in found.items()}
@@ -237,6 +253,28 @@ def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, T
         return {}
     tensors, _ = read_kept(outputs / f"{path}.safetensors")
     return {name: value.float().to(device) for name, value in tensors.items()}
+
+
+def expected_costs(costs: Tensor, seen: Tensor, counts: Tensor) -> Tensor:
+    """[vocabulary] what an error in each row of the embedding costs, for a text with the frequencies of `counts`.
+
+    The frequency of a token is estimated with absolute discounting: every count is lowered by
+    D = n1 / (n1 + 2 n2), n1 and n2 the numbers of tokens that occur once and twice, and what that frees is shared
+    equally by the vocabulary (Ney, Essen and Kneser 1994). The cost of one occurrence is the mean of the token's own,
+    shrunk towards the mean of all.
+
+    Args:
+        costs: [vocabulary] measured, summed over occurrences. seen: [vocabulary] number of those occurrences.
+        counts: [vocabulary] occurrences in a larger text.
+    """
+    total, mean = counts.sum().clamp(min=1), costs.sum() / seen.sum().clamp(min=1)
+    once, twice = (counts == 1).sum(), (counts == 2).sum()
+    discount = once / (once + 2 * twice).clamp(min=1)
+    freed = discount * (counts > 0).sum()
+    frequency = ((counts - discount).clamp(min=0) + freed / len(counts)) / total
+    one = (costs + OCCURRENCE_PRIOR * mean) / (seen + OCCURRENCE_PRIOR)
+    expected = frequency * one
+    return expected * (costs.sum() / expected.sum().clamp(min=1e-30))
 
 
 def _vocabulary(model: Any) -> int:
@@ -276,10 +314,16 @@ def _mean_square(source: DenseCheckpoint, matrix: Matrix) -> float:
     return float(fold(source.read(matrix.name), matrix.transposed).float().square().mean())
 
 
-class _End(NamedTuple):
-    """cost: Fisher trace with feedback. rows: [rows], importance with mean 1. share: of the loss as the head."""
+def _row_squares(source: DenseCheckpoint, matrix: Matrix) -> Tensor:
+    """[rows] mean square of the weights of each row; some rows at a time, since vocabularies are large."""
+    parts = fold(source.read(matrix.name), matrix.transposed).split(_ROWS_AT_ONCE)
+    return torch.cat([part.float().square().mean(dim=1) for part in parts])
 
-    cost: float
+
+class _End(NamedTuple):
+    """costs: [rows], Fisher trace with feedback. rows: [rows], importance, mean 1. share: of the loss as the head."""
+
+    costs: Tensor
     rows: Tensor
     share: float
 
@@ -301,7 +345,7 @@ class _Ends:
         embedded = self.embedded if is_input else torch.zeros_like(self.head)
         rows = head + embedded
         share = float(head.sum() / rows.sum().clamp(min=1e-30))
-        cost = float(head.sum()) * self.gain + float(embedded.sum())
+        costs = head * self.gain + embedded
         # Tokens that do not occur in the text still matter.
         rows = rows + UNSEEN_ROW_SHARE * rows.mean() + 1e-30
-        return _End(cost, rows / rows.mean(), share)
+        return _End(costs, rows / rows.mean(), share)

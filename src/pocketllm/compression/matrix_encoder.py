@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.input_hessians import Inputs
+from pocketllm.codec.column_choice import strip_lengths
 from pocketllm.codec.hessian import Hessian
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
@@ -23,6 +25,19 @@ from pocketllm.errors import WeightError
 from pocketllm.format.workspace import Workspace
 from pocketllm.plan.matrices import Matrix, Plan
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
+
+GROUP_WEIGHTS = 1 << 25
+"""Weights of a matrix that are encoded at once, if its rows do not depend on each other."""
+
+
+@dataclass(frozen=True)
+class _EncodedRows:
+    """Some rows of an encoded matrix. sums: (error, energy) of the weights, and with a Hessian of the outputs."""
+
+    stream: Tensor
+    row_scale: Tensor
+    counts: Tensor
+    sums: list[tuple[Tensor, Tensor]]
 
 
 class MatrixEncoder:
@@ -74,17 +89,21 @@ class MatrixEncoder:
         if self.done(matrix):
             return
         settings = self.plan.config.calibration
-        weight = fold(self.source.read(matrix.name), matrix.transposed).to(self.device)
-        encoded = self.codec(matrix).encode(
-            weight,
-            hessian,
-            outputs,
-            form=matrix.form(self.plan.specs[matrix.name]),
-            rotation=self.plan.rotation(matrix),
-            row_importance=row_importance,
-            passes=settings.passes if settings else 0,
-        )
-        self._keep(matrix, weight, encoded, hessian, inputs)
+        weight = fold(self.source.read(matrix.name), matrix.transposed)
+        rotation, found = self.plan.rotation(matrix), list[_EncodedRows]()
+        for rows in row_groups(matrix, is_whole=outputs is not None or rotation[0] is not None):
+            part = weight[rows].to(self.device)
+            encoded = self.codec(matrix).encode(
+                part,
+                hessian,
+                outputs,
+                form=matrix.form(self.plan.specs[matrix.name]),
+                rotation=rotation,
+                row_importance=None if row_importance is None else row_importance[rows],
+                passes=settings.passes if settings else 0,
+            )
+            found.append(self._measured(matrix, part, encoded, hessian))
+        self._keep(matrix, found, inputs)
 
     def refine(
         self,
@@ -156,41 +175,68 @@ class MatrixEncoder:
         """Whether a matrix is already encoded."""
         return self.work.has(matrix_unit(self.plan, matrix))
 
-    def _keep(
-        self,
-        matrix: Matrix,
-        weight: Tensor,
-        encoded: EncodedMatrix,
-        hessian: Hessian | None,
-        inputs: Inputs | None,
-    ) -> None:
-        """Write an encoded matrix, its errors and its codeword usage into the workspace."""
+    def _measured(
+        self, matrix: Matrix, weight: Tensor, encoded: EncodedMatrix, hessian: Hessian | None
+    ) -> _EncodedRows:
+        """Encoded rows of a matrix with their errors and their codeword usage."""
         codec, rotation = self.codec(matrix), encoded.rotation
         rotated = rotate_matrix(weight, rotation)
         error = rotated - codec.decode(encoded, rotated=True)
-        facts: dict[str, float] = {"nmse": _ratio(_energy(error), _energy(rotated))}
+        sums = [(_energy(error), _energy(rotated))]
+        if hessian is not None:
+            factor = hessian.factor(rotation[1], codec.config.vector_len)
+            h = factor.hessian[: matrix.columns, : matrix.columns]
+            loss, energy = (((x @ h) * x).sum() for x in (error, rotated))
+            sums.append((loss, energy))
+        indices = encoded.indices(codec.config.vector_len).reshape(-1)
+        counts = torch.bincount(indices, minlength=encoded.form.codebook_size)
+        return _EncodedRows(encoded.stream, encoded.row_scale, counts, sums)
+
+    def _keep(self, matrix: Matrix, found: list[_EncodedRows], inputs: Inputs | None) -> None:
+        """Write an encoded matrix, its errors and its codeword usage into the workspace."""
+        ratios = [
+            _ratio(_total([part for part, _ in pairs]), _total([total for _, total in pairs]))
+            for pairs in zip(*(rows.sums for rows in found), strict=True)
+        ]
+        facts: dict[str, float] = {"nmse": ratios[0]}
         if not math.isfinite(facts["nmse"]):
             raise WeightError(
                 f"{matrix.name}: decodes to non-finite values (beyond what float16 holds); "
                 "store a row scale, or leave the matrix dense"
             )
-        if hessian is not None:
-            factor = hessian.factor(rotation[1], codec.config.vector_len)
-            h = factor.hessian[: matrix.columns, : matrix.columns]
-            loss, energy = (((x @ h) * x).sum() for x in (error, rotated))
-            facts["proxy_error"] = _ratio(loss, energy)
+        if len(ratios) > 1:
+            facts["proxy_error"] = ratios[1]
         if inputs is not None:
             facts["input_tokens"] = inputs.tokens[matrix.name]
             facts["unseen_experts"] = inputs.unseen_experts.get(matrix.name, 0)
-        indices = encoded.indices(codec.config.vector_len).reshape(-1)
         tensors = {
-            "indices": encoded.stream,
-            "row_scale": encoded.row_scale,
-            "counts": torch.bincount(indices, minlength=encoded.form.codebook_size).to(torch.int32),
+            "indices": torch.cat([rows.stream for rows in found]),
+            "row_scale": torch.cat([rows.row_scale for rows in found]),
+            "counts": torch.stack([rows.counts for rows in found]).sum(dim=0).to(torch.int32),
         }
         if not self.plan.config.codec.row_scale:
             del tensors["row_scale"]
         self.work.save(matrix_unit(self.plan, matrix), tensors, facts)
+
+
+def row_groups(matrix: Matrix, is_whole: bool = False) -> list[slice]:
+    """Runs of strips of a matrix that are encoded one after another, so that memory does not grow with its rows.
+
+    Strips do not depend on each other, and each run has the strips that it has in the matrix.
+
+    Args:
+        is_whole: the rows depend on each other after all.
+    """
+    lengths = strip_lengths(matrix.rows, matrix.strip_rows)
+    most = max(1, GROUP_WEIGHTS // (max(lengths) * matrix.columns))
+    if is_whole or matrix.weights <= GROUP_WEIGHTS:
+        return [slice(0, matrix.rows)]
+    ends = [sum(lengths[: first + most]) for first in range(0, len(lengths), most)]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _total(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).double().sum()
 
 
 def _energy(x: Tensor) -> Tensor:

@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from pocketllm.calibrate.blocks import check_blocks
-from pocketllm.calibrate.calibration import Calibration, calibrate, read_windows, text_identity
+from pocketllm.calibrate.calibration import (
+    Calibration,
+    CalibrationText,
+    calibrate,
+    read_windows,
+    text_identity,
+)
 from pocketllm.compression.encode_blocks import encode_calibrated
 from pocketllm.compression.fit_codebooks import fitted_codecs
 from pocketllm.compression.matrix_encoder import MatrixEncoder
@@ -100,16 +104,17 @@ def compress(
     # Errors in the input are found before anything is written and before the long work.
     first = job.first_plan()
     check_not_nested(output, folder)
-    windows = job.windows()
+    text = job.text()
     if not Workspace.is_begun(output):
         source.check(partial(_tell, progress, "check"))
     try:
-        work = Workspace.open(output, source, config, job.model, device, text_identity(windows))
+        identity = None if text is None else text_identity(text.windows)
+        work = Workspace.open(output, source, config, job.model, device, identity)
         with locked(work.folder):
             if is_published(output):  # by an earlier run that was killed afterwards
                 work.drop()
                 return Report.from_dict(ckpt.read_report(output)).of_run(started, device)
-            checkpoint, found = job.calibrated(first, windows, work.folder)
+            checkpoint, found = job.calibrated(first, text, work.folder)
             job.fit_and_encode(work, checkpoint.plan, found)
             progress(Event("write", 0.0, "writing the checkpoint"))
             report = write(checkpoint, work)
@@ -146,7 +151,7 @@ def dry_run(
     source = open_dense(resolve(str(model)), trust_remote_code)
     source.check_dtypes()
     job = _Job(source, config, str(model), device, calibration_folder, progress)
-    checkpoint, _ = job.calibrated(job.first_plan(), job.windows(), None)
+    checkpoint, _ = job.calibrated(job.first_plan(), job.text(), None)
     return checkpoint.dry_report()
 
 
@@ -165,26 +170,26 @@ class _Job:
         """The plan before calibration."""
         return planned(self.source, self.config, self.model)
 
-    def windows(self) -> Tensor | None:
-        """Token windows of the calibration text, on which the blocks have been tried; None without calibration."""
-        windows = read_windows(self.source, self.config)
-        if windows is not None:
-            check_blocks(self.source, windows, self.device)
-        return windows
+    def text(self) -> CalibrationText | None:
+        """The calibration text, on which the blocks have been tried; None without calibration."""
+        text = read_windows(self.source, self.config)
+        if text is not None:
+            check_blocks(self.source, text.windows, self.device)
+        return text
 
     def calibrated(
-        self, first: PlannedModel, windows: Tensor | None, scratch: Path | None
+        self, first: PlannedModel, text: CalibrationText | None, scratch: Path | None
     ) -> tuple[PlannedModel, Calibration | None]:
         """The final plan, and the calibration that it is based on.
 
         Args:
             first: the plan before calibration. scratch: see `calibrate`.
         """
-        if windows is None:
+        if text is None:
             return first, None
         folder = Path(self.calibration_folder) if self.calibration_folder else None
         on_progress = partial(_tell, self.progress, "measure", detail="sensitivity of every matrix")
-        found = calibrate(self.source, windows, self.config, self.device, folder, scratch, on_progress)
+        found = calibrate(self.source, text, self.config, self.device, folder, scratch, on_progress)
         return planned(self.source, self.config, self.model, **found.sensitivity.for_plan), found
 
     def fit_and_encode(self, work: Workspace, plan: Plan, calibration: Calibration | None) -> None:

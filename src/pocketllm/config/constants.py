@@ -20,6 +20,8 @@ LARGEST_TOKEN_WEIGHT = 30.0
 """The largest weight of an input token, in medians of the gradient."""
 UNSEEN_ROW_SHARE = 0.25
 """Importance added to every row of embedding and head, as a share of the mean, for tokens absent from the text."""
+OCCURRENCE_PRIOR = 4.0
+"""Occurrences that the mean cost of an error in an embedding row counts for, beside those of the row's token."""
 SAMPLED_MATRICES = 4
 """Number of rotated matrices of each kind that a shared codebook is fitted to."""
 VECTOR_LENS = (2, 3, 4, 5, 6, 8)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocketllm.evaluate.logits import logit_parts
 from pocketllm.evaluate.perplexity import check_likelihood, exp_mean
 from pocketllm.text.vocabulary import (
     Vocabulary,
@@ -66,8 +67,8 @@ def text_divergence(
 ) -> Divergence:
     """KL divergence, top-1 agreement and both perplexities, in one pass over the text.
 
-    Besides the models, memory holds the logits [context, vocabulary] of one window of each, and the float32
-    distributions of 128 positions.
+    Besides the models, memory holds the logits of one window of each (of a part of it, if the vocabulary is large), and
+    the float32 distributions of 128 positions.
 
     Args:
         model, reference: transformers causal language models with the same vocabulary.
@@ -85,12 +86,18 @@ def text_divergence(
         check_tokens(each, parts)
     sums = torch.zeros(len(parts), 4, dtype=torch.float64)
     for number, window in enumerate(parts):
-        logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]
-        wanted = reference(window[None].to(reference.device), use_cache=False).logits[0, :-1]
-        check_vocabularies(
-            Vocabulary(name_of(model), logits.shape[-1]), Vocabulary(name_of(reference), wanted.shape[-1])
+        pairs = zip(
+            logit_parts(model, window[None].to(model.device)),
+            logit_parts(reference, window[None].to(reference.device)),
+            strict=True,
         )
-        sums[number] = _window_sums(logits, wanted.to(logits.device), window[1:].to(logits.device))
+        for (part, logits), (_, wanted) in pairs:
+            check_vocabularies(
+                Vocabulary(name_of(model), logits.shape[-1]),
+                Vocabulary(name_of(reference), wanted.shape[-1]),
+            )
+            targets = window[1:][part].to(logits.device)
+            sums[number] += _window_sums(logits, wanted.to(logits.device), targets)
         check_likelihood(float(sums[number, 0]), model)
         check_likelihood(float(sums[number, 1]), reference)
         progress((number + 1) / len(parts))

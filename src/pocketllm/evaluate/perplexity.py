@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.errors import WeightError
+from pocketllm.evaluate.logits import logit_parts
 from pocketllm.text.vocabulary import check_positions, check_tokens, name_of
 from pocketllm.text.windows import token_windows
 from pocketllm.torch_state import in_default_torch_state
@@ -66,8 +67,8 @@ def perplexity(
     check_tokens(model, parts)
     for number, window in enumerate(parts):
         ids = window[None].to(model.device)
-        logits = model(ids, use_cache=False).logits[0, :-1]
-        total += check_likelihood(_negative_log_likelihood(logits, ids[0, 1:]), model)
+        for part, logits in logit_parts(model, ids):
+            total += check_likelihood(_negative_log_likelihood(logits, ids[0, 1:][part]), model)
         scored += context - 1
         progress((number + 1) / len(parts))
     return Perplexity(exp_mean(total / scored), context=context, windows=len(parts), tokens=scored)

@@ -85,8 +85,13 @@ def token_windows(tokenizer: Any, text: str, context: int, windows: int | None =
     return found[:wanted]
 
 
-def calibration_windows(tokenizer: Any, texts: list[str], tokens: int, context: int, seed: int) -> Tensor:
-    """[windows, context] int64: random windows, about `tokens` tokens; texts contribute equally.
+def calibration_windows(
+    tokenizer: Any, texts: list[str], tokens: int, context: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Random windows, about `tokens` tokens, to which texts contribute equally; and how often each token occurs.
+
+    Returns:
+        [windows, context] int64, and [largest id of all texts + 1] int64.
 
     Texts shorter than a window are joined. If all of them together do not fill one, the window is shorter.
 
@@ -111,7 +116,7 @@ def calibration_windows(tokenizer: Any, texts: list[str], tokens: int, context: 
     for windows, share in zip(parts, shares, strict=True):
         order = torch.randperm(len(windows), generator=generator)[:share]
         chosen.append(windows[order.sort().values])
-    return torch.cat(chosen)
+    return torch.cat(chosen), torch.bincount(torch.cat(read))
 
 
 def _equal_shares(available: list[int], wanted: int) -> list[int]:
