@@ -24,6 +24,7 @@ from pocketllm.cli import (
     print_interrupted,
     print_json_error,
     report_command,
+    serve_command,
     settings_command,
     study_command,
 )
@@ -45,6 +46,7 @@ for group in (
     info_command,
     eval_command,
     generate_command,
+    serve_command,
     bench_command,
     export_command,
     finetune_command,

@@ -27,6 +27,7 @@ EXTRAS = {
     "jinja2": "pip install '.[report]'",
     "lm_eval": "pip install '.[eval]'",
     "datasets": "pip install '.[hub]'",
+    "uvicorn": "pip install '.[serve]'",
     "vllm": "it wants an environment of its own",
 }
 

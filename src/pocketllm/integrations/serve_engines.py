@@ -1,0 +1,54 @@
+"""Which engine serves a model, and whether what it needs is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from pocketllm.config.serve_config import ServeConfig
+from pocketllm.errors import ConfigError, ExtraError
+
+TRANSFORMERS, VLLM = "transformers", "vllm"
+_PLUGINS = "vllm.general_plugins"
+_EXTRA = ("fastapi", "jinja2", "openai", "psutil", "uvicorn")
+
+
+def choose_engine(wanted: str) -> str:
+    """The engine for `--engine`: auto is vLLM where it can read compressed models, else transformers.
+
+    Raises:
+        ConfigError: vLLM is wanted, and it cannot. ExtraError: packages of the extra `serve` are missing.
+    """
+    if wanted != TRANSFORMERS and _vllm_reads_compressed():
+        return VLLM
+    if wanted == VLLM:
+        raise ConfigError(
+            "engine: vLLM cannot read compressed models here: either vllm is not installed, or no plug-in named "
+            f"pocketllm is registered in {_PLUGINS}; use transformers"
+        )
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExtraError(
+            f"serving needs {', '.join(missing)}, not installed: pip install 'pocketllm-codec[serve]'"
+        )
+    return TRANSFORMERS
+
+
+def _vllm_reads_compressed() -> bool:
+    plugins = importlib.metadata.entry_points(group=_PLUGINS, name="pocketllm")
+    return bool(plugins) and importlib.util.find_spec("vllm") is not None
+
+
+def run_vllm(folder: Path, name: str, config: ServeConfig) -> NoReturn:
+    """Replace this process by vLLM's server. The API key goes through the environment, where `ps` does not show it."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", name, "--host", config.host, "--port", str(config.port)]
+    command += ["--max-num-seqs", str(config.max_requests)]
+    environment = dict(os.environ)
+    if config.api_key is not None:
+        environment["VLLM_API_KEY"] = config.api_key
+    os.execve(sys.executable, command, environment)
