@@ -2,7 +2,7 @@
 
 vLLM fuses, cuts, ties and places weights while it reads a checkpoint, by the names of the original one. With these
 tensors it does so as for any other model, whatever codebook, bits and rotation each of them has. A matrix may stay
-packed: then its tensor is the packed stream, with the `PackedMatrix` in the attribute `packed`.
+packed (vllm_parts.py).
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from pocketllm.integrations.vllm_parts import carrier
 from pocketllm.runtime.decode import Matrices
-from pocketllm.runtime.layers import PackedMatrix
 from pocketllm.runtime.load_checks import verify_folder
 from pocketllm.source.folder import meta_model
 from pocketllm.torch_state import in_default_torch_state
-
-PACKED = "packed"
-"""Attribute of a tensor that stands for a packed matrix."""
 
 
 @dataclass
@@ -90,10 +87,3 @@ class DenseStream:
         """What transformers makes of a parameter when it saves the model: experts apart, the original names."""
         found: dict[str, Tensor] = revert_weight_conversion(self.model, {parameter: value})
         return found
-
-
-def carrier(packed: PackedMatrix) -> Tensor:
-    """The stream of a packed matrix, which carries the matrix."""
-    tensor = packed.indices
-    setattr(tensor, PACKED, packed)
-    return tensor
