@@ -23,10 +23,24 @@ THREADS = (1, 2)
 ROUNDS = 5
 
 
-def measure(folder: str) -> dict[str, Any]:
+def compressed(scratch: Path) -> tuple[str, dict[str, Any]]:
+    """The folder named on the command line, or one that is made now; and its size."""
+    import pocketllm
+    from pocketllm.format import read_report
+
+    folder = sys.argv[1] if len(sys.argv) > 1 else str(scratch / "smol")
+    if len(sys.argv) == 1:
+        config = pocketllm.preset("calibrated-10x")
+        calibration = dataclasses.replace(config.calibration, tokens=CALIBRATION_TOKENS)
+        config = dataclasses.replace(config, target_bpw=BPW, calibration=calibration)
+        pocketllm.compress(MODEL, config, folder)
+    report = read_report(Path(folder))
+    return folder, {"bpw_blocks": report["bpw_blocks"], "bytes_on_disk": report["bytes_on_disk"]}
+
+
+def measure(folder: str) -> list[dict[str, Any]]:
     """Runs of all modes by each number of threads."""
     from pocketllm.evaluate import BenchConfig, bench
-    from pocketllm.format import read_report
 
     runs = []
     for threads in THREADS:
@@ -34,24 +48,16 @@ def measure(folder: str) -> dict[str, Any]:
         runs += [dataclasses.asdict(run) for run in bench([folder], ["packed", "dense"], config, MODEL)]
     for run in runs:
         run["model"] = MODEL if run["mode"] == "checkpoint" else "compressed"
-    report = read_report(Path(folder))
-    form = {"bpw_blocks": report["bpw_blocks"], "bytes_on_disk": report["bytes_on_disk"]}
-    return {"model": MODEL, "compressed": form, "rounds": ROUNDS, "load": os.getloadavg()[2], "runs": runs}
+    return runs
 
 
 def main() -> None:
     """Measure and write."""
-    import pocketllm
-
     with tempfile.TemporaryDirectory() as scratch:
-        folder = sys.argv[1] if len(sys.argv) > 1 else str(Path(scratch) / "smol")
-        if len(sys.argv) == 1:
-            config = pocketllm.preset("calibrated-10x")
-            calibration = dataclasses.replace(config.calibration, tokens=CALIBRATION_TOKENS)
-            config = dataclasses.replace(config, target_bpw=BPW, calibration=calibration)
-            pocketllm.compress(MODEL, config, folder)
-        values = measure(folder)
-    save("runtime", "python benchmarks/runtime.py", values)
+        folder, form = compressed(Path(scratch))
+        runs = measure(folder)
+    values = {"rounds": ROUNDS, "load": os.getloadavg()[2], "runs": runs}
+    save("runtime", "python benchmarks/runtime.py", {"model": MODEL, "compressed": form, **values})
 
 
 if __name__ == "__main__":

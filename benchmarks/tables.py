@@ -16,6 +16,7 @@ from codec_tables import codec_floor, codec_speed
 from pages import RESULTS, ROOT, load_results, markdown_table
 from peer_tables import headline, peer_bits, peers, peers_paired
 from peers.table import number
+from speed_tables import runtime, serving
 
 PAGES = (
     "docs/calibration.md",
@@ -25,6 +26,7 @@ PAGES = (
     "docs/evaluation.md",
     "docs/peers.md",
     "docs/finetuning.md",
+    "docs/serving.md",
 )
 
 
@@ -58,39 +60,6 @@ def presets() -> str:
         f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
         f"evaluated in {found['dtype']}; MB are 10^6 bytes of all files; {found['machine']['processor']}, "
         f"{found['machine']['threads']} threads. `{found['command']}`"
-    )
-    return f"{markdown_table(head, rows)}\n\n{note}"
-
-
-def runtime() -> str:
-    """Speed and memory of the loading modes."""
-    found = load_results("runtime")
-    dense = {run["threads"]: run for run in found["runs"] if run["mode"] == "checkpoint"}
-    names = {"packed": "packed", "dense": "dense, decoded at load", "checkpoint": "not compressed"}
-    rows = []
-    for run in found["runs"]:
-        other = dense[run["threads"]]
-
-        def beside(key: str, digits: int, unit: float = 1, run: Any = run, other: Any = other) -> str:
-            return f"{run[key] / unit:.{digits}f} ({run[key] / other[key]:.2f}x)"
-
-        rows.append(
-            [
-                str(run["threads"]),
-                names[run["mode"]],
-                f"{run['load_seconds']:.1f}",
-                beside("prompt_tokens_per_second", 0),
-                beside("tokens_per_second", 1),
-                beside("peak_memory_bytes", 0, 1e6),
-            ]
-        )
-    head = ["threads", "", "load, seconds", "prompt tokens/s", "tokens/s", "peak memory, MB"]
-    form = found["compressed"]
-    note = (
-        f"SmolLM2-135M at {form['bpw_blocks']:.2f} bits per weight of blocks ({form['bytes_on_disk'] / 1e6:.0f} MB on "
-        f"disk), bfloat16; a prompt of 512 tokens, 64 tokens after a single one; in brackets against the model that is "
-        f"not compressed; memory beyond a process that has imported the same libraries; medians of {found['rounds']} "
-        f"processes in turn, on a machine shared with other work. `{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
 
@@ -291,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "codec_floor": codec_floor,
     "codec_speed": codec_speed,
     "runtime": runtime,
+    "serving": serving,
     "tasks": tasks,
     "peers": peers,
     "headline": headline,

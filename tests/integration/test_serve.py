@@ -22,11 +22,13 @@ from pocketllm.config.serve_config import ServeConfig
 from pocketllm.errors import ConfigError
 from pocketllm.integrations import transformers_server
 from pocketllm.integrations.request_batches import Batches, OneByOne, start
-from pocketllm.integrations.transformers_server import Server, Service, listen
+from pocketllm.integrations.serve_engines import listen
+from pocketllm.integrations.transformers_server import Server, Service
 from tests import tiny
 from tests.commands import Run
 
 TEMPLATE = (
+    "{% if tools %}{{ tools | length }} tools {% endif %}"
     "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not that') }}{% endif %}"
     "{{ m.role }}: {{ m.content }} {% endfor %}"
 )
@@ -58,11 +60,10 @@ def loaded(small: Path) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def service(loaded: tuple[Any, Any]) -> Iterator[Service]:
+def service(loaded: tuple[Any, Any]) -> Service:
     engine, reason = start(*loaded, ServeConfig())
     assert isinstance(engine, Batches) and not reason
-    yield Service("small", *loaded, engine)
-    engine.stop()
+    return Service("small", *loaded, engine)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,29 @@ def test_stop_strings(client: Any, service: Service) -> None:
     until(lambda: idle(service))
 
 
+def test_tools_and_reasoning(client: Any, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tokenizer's response template says is taken out of the text; and a stop string before that."""
+    fields = {
+        "reasoning_content": {"open": "(", "close": ")", "content": "text"},
+        "content": {"close": "</s>", "content": "text"},
+    }
+    template = {"defaults": {"role": "assistant"}, "start_anchor": "hello ", "fields": fields}
+    monkeypatch.setattr(service.tokenizer, "response_template", template, raising=False)
+    asked = {"model": "small", "messages": USER, "max_tokens": 200, "temperature": 2, "seed": 1}
+    asked["tools"] = [{"type": "function", "function": {"name": "f"}}]
+    done = client.chat.completions.create(**asked)
+    message = done.choices[0].message
+    assert done.usage.prompt_tokens == len("1 tools user: hello ")
+    assert message.reasoning_content and "(" not in message.content
+    chunks = [chunk.choices[0].delta for chunk in client.chat.completions.create(stream=True, **asked)]
+    assert "".join(delta.content or "" for delta in chunks) == message.content
+    thought = [getattr(delta, "reasoning_content", None) or "" for delta in chunks]
+    assert "".join(thought) == message.reasoning_content
+    stop = message.content[4:6]
+    cut = client.chat.completions.create(stop=stop, **asked).choices[0].message.content
+    assert cut == message.content[: message.content.index(stop)]
+
+
 def test_models(client: Any) -> None:
     assert [each.id for each in client.models.list()] == ["small"]
     assert client.models.retrieve("small").max_model_len == 2048
@@ -171,7 +195,7 @@ def post(address: tuple[str, int], path: str, body: bytes, kind: str = "applicat
         ("/v1/completions", b"[" * 100_000, "application/json", 400),
         ("/v1/completions", b"\xff", "application/json", 400),
         ("/v1/completions", b'{"prompt": "x"}', "text/plain", 415),
-        ("/v1/completions", b" " * 8_000_001, "application/json", 413),
+        ("/v1/completions", b" " * 4_000_001, "application/json", 413),
         ("/v1/completions", b'{"prompt": ""}', "application/json", 400),
         ("/v1/models", b"{}", "application/json", 405),
         ("/load_model", b'{"model": "gpt2"}', "application/json", 404),
@@ -247,7 +271,9 @@ def test_32_at_once(address: tuple[str, int], service: Service, loaded: tuple[An
     del sampler.prepare_tensor_args
 
 
-def test_key_and_limit(service: Service) -> None:
+def test_key_and_limit(loaded: tuple[Any, Any]) -> None:
+    engine, _ = start(*loaded, ServeConfig())
+    service = Service("small", *loaded, engine)
     with answering(service, api_key="secret", max_requests=1, max_waiting=0) as address:
         client = client_of(address, "secret")
         assert [each.id for each in client.models.list()] == ["small"]
@@ -269,28 +295,23 @@ def test_key_and_limit(service: Service) -> None:
 
 def test_a_cache_that_holds_few_requests(loaded: tuple[Any, Any]) -> None:
     """The limit of one request is what the cache holds; several that do not fit together take turns."""
-    gigabytes = (
-        3 * 64 * 2 * 2 * 18 * 4 / 1e9
-    )  # 3 blocks of 64 tokens; keys and values, 2 layers, 1 head of 18
-    engine, _ = start(*loaded, ServeConfig(kv_cache_gb=gigabytes))
+    block = 64 * 2 * 2 * 18 * 4  # bytes: 64 tokens, keys and values, 2 layers, 1 head of 18 float32
+    engine, _ = start(*loaded, ServeConfig(kv_cache_gb=3 * block / 1e9))
     service = Service("small", *loaded, engine)
-    try:
+    with answering(service) as address:
         assert engine.room == 3 * 64
-        with answering(service) as address:
 
-            async def ask() -> list[str]:
-                client = client_of(address, cls=openai.AsyncOpenAI)
-                asked = [f"number {n} is" for n in range(4)]
-                jobs = [client.completions.create(model="small", prompt=p, max_tokens=60) for p in asked]
-                done = await asyncio.gather(*jobs)
-                await client.close()
-                return [each.choices[0].text for each in done]
+        async def ask() -> list[str]:
+            client = client_of(address, cls=openai.AsyncOpenAI)
+            asked = [f"number {n} is" for n in range(4)]
+            jobs = [client.completions.create(model="small", prompt=p, max_tokens=60) for p in asked]
+            done = await asyncio.gather(*jobs)
+            await client.close()
+            return [each.choices[0].text for each in done]
 
-            assert asyncio.run(ask()) == [alone(loaded, f"number {n} is", 60) for n in range(4)]
-            whole = client_of(address).completions.create(model="small", prompt="x" * 92, max_tokens=100)
-            assert whole.usage.total_tokens <= 192
-    finally:
-        engine.stop()
+        assert asyncio.run(ask()) == [alone(loaded, f"number {n} is", 60) for n in range(4)]
+        whole = client_of(address).completions.create(model="small", prompt="x" * 92, max_tokens=100)
+        assert whole.usage.total_tokens <= 192
 
 
 def test_a_cache_that_does_not_fit(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +320,26 @@ def test_a_cache_that_does_not_fit(loaded: tuple[Any, Any], monkeypatch: pytest.
     monkeypatch.setattr(cache.PagedAttentionMemoryHandler, "get_available_memory", lambda self: 1000)
     with pytest.raises(ConfigError, match="kv_cache_gb: 1 GB do not fit into memory; choose less"):
         start(*loaded, ServeConfig())
+
+
+def test_what_batches_get_wrong_is_found_at_the_start(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that loses values, and one that fails."""
+    from transformers.generation.continuous_batching import cache
+
+    kept = cache.PagedAttentionCache.update
+
+    def lossy(*arguments: Any, **options: Any) -> Any:
+        keys, values = kept(*arguments, **options)
+        return keys, values.roll(1, dims=1) * 30
+
+    monkeypatch.setattr(cache.PagedAttentionCache, "update", lossy)
+    engine, reason = start(*loaded, ServeConfig())
+    assert isinstance(engine, OneByOne) and "not those that the model finds likeliest" in reason
+    monkeypatch.setattr(cache.PagedAttentionCache, "update", lambda *arguments, **options: 1 / 0)
+    engine, reason = start(*loaded, ServeConfig())
+    assert isinstance(engine, OneByOne) and "division by zero" in reason
 
 
 def test_an_engine_that_has_ended(loaded: tuple[Any, Any]) -> None:
@@ -354,7 +395,21 @@ def test_one_at_a_time_where_batches_cannot_run(recurrent: Path) -> None:
         next(stream)
         stream.close()
         assert client.completions.create(**asked).choices[0].text == done.choices[0].text
-    engine.stop()
+
+
+def test_an_answer_that_runs_when_the_server_stops(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with an error, soon."""
+    monkeypatch.setattr(transformers_server, "_GRACE_SECONDS", 0.05)
+    engine, _ = start(*loaded, ServeConfig())
+    with answering(Service("small", *loaded, engine)) as address:
+        stream = client_of(address).completions.create(
+            model="small", prompt="hello", max_tokens=2000, stream=True
+        )
+        next(stream)
+    with pytest.raises(openai.APIError):
+        list(stream)
 
 
 def test_the_command_until_it_is_interrupted(

@@ -19,7 +19,6 @@ from pocketllm.integrations import serve_engines
 from pocketllm.integrations.request_sampling import Draw
 from pocketllm.integrations.serve_answers import AnswerQueue
 from pocketllm.integrations.serve_requests import RequestError, Wanted, check_chat, check_completion
-from pocketllm.integrations.transformers_server import listen
 
 HELLO = [{"role": "user", "content": "hello"}]
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -129,10 +128,10 @@ def test_addresses_of_this_machine_need_no_key_others_do() -> None:
 
 
 def test_an_address_in_use_is_refused() -> None:
-    with listen(ServeConfig(port=0)) as bound:
+    with serve_engines.listen(ServeConfig(port=0)) as bound:
         bound.listen()
         with pytest.raises(ConfigError, match="cannot be listened on"):
-            listen(ServeConfig(port=bound.getsockname()[1]))
+            serve_engines.listen(ServeConfig(port=bound.getsockname()[1]))
 
 
 def test_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def serve(
     trust_remote_code: Trust = False,
 ) -> None:
     """Serve a compressed or dense model with an OpenAI-compatible API until Ctrl-C."""
-    from pocketllm.integrations.serve_engines import VLLM, choose_engine, run_vllm
+    from pocketllm.integrations.serve_engines import VLLM, choose_engine, listen, run_vllm
     from pocketllm.source import resolve
 
     show = Output(json, quiet)
@@ -91,7 +91,7 @@ def serve(
         run_vllm(resolve(model), name, config)
     setup_process(device, threads)
     from pocketllm.integrations.request_batches import start
-    from pocketllm.integrations.transformers_server import Server, Service, listen
+    from pocketllm.integrations.transformers_server import Server, Service
 
     with listen(config) as bound:
         loaded, tokenizer, facts = load_any(model, mode, dtype, device, trust_remote_code, adapter)

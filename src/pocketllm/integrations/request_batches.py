@@ -1,7 +1,8 @@
 """Running the requests of a server: all together by transformers' continuous batching, or one after another.
 
-Batches are the rule. Models that they cannot run (recurrent layers, attention without a paged form) are found when
-the server starts, by a few tokens that must be what the model itself says, and are served one request at a time.
+Batching is the default. When the server starts, a few tokens generated in a batch are compared with the model's own
+logits; a model that batches cannot run (recurrent layers, attention without a paged form) is served one request at a
+time.
 """
 
 from __future__ import annotations
@@ -153,8 +154,9 @@ class Batches(Answering, CBGenerateManager):  # type: ignore[misc]
         return self._cb.background_thread_status.fatal_error
 
     def stop(self) -> None:
-        """Stop at once; what still runs fails."""
-        self._cb.stop(block=True, timeout=10, hard_stop=True)
+        """Stop after the current step; running requests fail."""
+        if self._cb.is_running():
+            self._cb.stop(block=True, timeout=10, hard_stop=True)
 
 
 class _SingleStreamer(DirectStreamer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,7 @@ def _common(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-class Answering:
+class Answering(ABC):
     """Base of both ways: streams, collects, limits and cancels; `_start` is what they do differently."""
 
     def __init__(self, model: Any, config: ServeConfig) -> None:
@@ -79,8 +80,7 @@ class Answering:
         Raises:
             RequestError: the prompt is empty or, with what is to be generated, too long.
         """
-        ids = inputs["input_ids"]
-        self._set_length(len(ids) if isinstance(ids, list) else ids.shape[-1], gen_config)
+        self._set_length(_length(inputs), gen_config)
         queue = AnswerQueue(gen_config, lambda: streamer.cancel())
         streamer = self._start(processor, inputs, queue, request_id, response_parser)
         self.running[request_id] = streamer
@@ -100,14 +100,22 @@ class Answering:
             if isinstance(item, _StreamError):
                 raise RequestError(f"generation failed: {item.msg}", status=503)
             text += item
-        ids = inputs["input_ids"]
-        return text, len(ids) if isinstance(ids, list) else ids.shape[-1], list(streamer.ids)
+        return text, _length(inputs), self._before_stop(processor, list(streamer.ids), gen_config)
 
     def end(self, request_id: str) -> None:
         """Forget a request; if it still runs, nobody waits for it any more, and it is cancelled."""
         streamer = self.running.pop(request_id, None)
         if streamer is not None:
             streamer.cancel()
+
+    @staticmethod
+    def _before_stop(processor: Any, ids: list[int], wanted: Wanted) -> list[int]:
+        """The tokens before the first stop string."""
+        text = processor.decode(ids) if wanted.stop else ""
+        ends = [at for at in map(text.find, wanted.stop) if at >= 0]
+        while ends and len(processor.decode(ids)) > min(ends):
+            ids.pop()
+        return ids
 
     def _set_length(self, prompt: int, wanted: Wanted) -> None:
         if not prompt:
@@ -125,10 +133,17 @@ class Answering:
             longest = self.config.max_new_tokens
             wanted.max_new_tokens = longest if left is None else min(longest, left)
 
+    @abstractmethod
     def _start(
         self, processor: Any, inputs: Any, queue: AnswerQueue, request_id: str, response_parser: Any
     ) -> Any:
-        raise NotImplementedError
+        """Start to generate; the streamer that fills the queue."""
+
+
+def _length(inputs: Any) -> int:
+    """Tokens of a prompt: a list, or a tensor [1, tokens]."""
+    ids = inputs["input_ids"]
+    return len(ids) if isinstance(ids, list) else int(ids.shape[-1])
 
 
 def stream_error(message: str) -> Any:

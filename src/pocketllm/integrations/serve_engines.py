@@ -1,10 +1,11 @@
-"""Which engine serves a model, and whether what it needs is installed."""
+"""Which engine serves a model, whether what it needs is installed, and the address it listens on."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +22,7 @@ def choose_engine(wanted: str) -> str:
     """The engine for `--engine`: auto is vLLM where it can read compressed models, else transformers.
 
     Raises:
-        ConfigError: vLLM is wanted, and it cannot. ExtraError: packages of the extra `serve` are missing.
+        ConfigError: vLLM is requested but cannot read them. ExtraError: packages of the extra `serve` are missing.
     """
     if wanted != TRANSFORMERS and _vllm_reads_compressed():
         return VLLM
@@ -52,3 +53,23 @@ def run_vllm(folder: Path, name: str, config: ServeConfig) -> NoReturn:
     if config.api_key is not None:
         environment["VLLM_API_KEY"] = config.api_key
     os.execve(sys.executable, command, environment)
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """A socket bound to the address; it does not accept connections yet.
+
+    Raises:
+        ConfigError: the address is in use or not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((config.host, config.port))
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"host, port: {config.host}:{config.port} cannot be listened on ({error.strerror or error}); "
+            "choose another port, or 0 for a free one"
+        ) from error
+    return bound

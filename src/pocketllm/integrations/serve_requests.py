@@ -1,7 +1,7 @@
 """What a client of the OpenAI API may ask for: the bodies of requests, checked, with defaults filled in.
 
-A field that would change the answer and is not supported is refused, so that nobody takes an answer for what it is
-not. Fields that only label a request are ignored.
+An unsupported field that would change the answer is refused instead of ignored. Fields that only label a request are
+accepted and have no effect.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def check_chat(body: Mapping[str, Any], served: str, defaults: Wanted) -> dict[s
 
 
 def check_completion(body: Mapping[str, Any], served: str, defaults: Wanted) -> dict[str, Any]:
-    """The body of /v1/completions, likewise.
+    """The body of /v1/completions, in the same form.
 
     Raises:
         RequestError: as `check_chat`.
@@ -190,7 +190,7 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 
 def _check_message(message: Any, where: str) -> None:
-    """Refuse what transformers' conversion of messages would stumble over, and content that is not text."""
+    """Refuse messages that transformers cannot convert, and content that is not text."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise RequestError(f"{where}: wanted an object whose role is one of {', '.join(_ROLES)}", where)
     if message.get("tool_calls") is not None:

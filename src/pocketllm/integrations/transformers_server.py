@@ -1,13 +1,14 @@
 """An OpenAI-compatible server on the parts of transformers': its handlers, prompts, streams and batches.
 
-What is different from `transformers serve`: it has one model, which the caller has loaded and verified, and no
-request can load another; every field of a request is checked; each request of a batch has its own sampling; stop
-strings work in batches; what a client no longer waits for is cancelled.
+It differs from `transformers serve` in these points: it serves one model, which the caller has loaded and verified,
+and no request can load another; every field of a request is checked; each request of a batch has its own sampling
+settings; stop strings work in batches; a request is cancelled when its client disconnects.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 import json
 import socket
@@ -30,7 +31,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import Modality
 
 from pocketllm.config.serve_config import ServeConfig
-from pocketllm.errors import ConfigError, reason_of
+from pocketllm.errors import reason_of
 from pocketllm.integrations.request_batches import Batches, OneByOne
 from pocketllm.integrations.serve_requests import (
     RequestError,
@@ -41,12 +42,12 @@ from pocketllm.integrations.serve_requests import (
 )
 from pocketllm.text.chat import has_template
 
-_MOST_BODY_BYTES = 8_000_000
-_GRACE_SECONDS = 2  # for answers that are under way when the server is asked to stop
+_MOST_BODY_BYTES = 4_000_000
+_GRACE_SECONDS = 2  # for running answers when the server stops
 
 
 class _Checked:
-    """Both handlers: requests are checked before, and the model is there."""
+    """Changes to both handlers: requests have been checked already, and the model is loaded."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(model_manager=service, generation_state=service)  # type: ignore[call-arg]
@@ -128,7 +129,7 @@ class Service:
         return JSONResponse(state, status_code=200 if error is None else 503)
 
     async def _answer(self, handler: Any, body: dict[str, Any], request: Request) -> Response:
-        """A handler's answer, unless the client goes before it is there."""
+        """A handler's answer; the request is cancelled if the client disconnects first."""
         task = asyncio.ensure_future(handler.handle_request(body, request.scope["request_id"]))
         gone = asyncio.ensure_future(_disconnected(request))
         try:
@@ -154,7 +155,7 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _with_end(chunks: Any) -> AsyncIterator[Any]:
-    """The events of a stream, and the one that clients take for its end."""
+    """The events of a stream, followed by the one that marks its end."""
     async for chunk in chunks:
         yield chunk
     yield "data: [DONE]\n\n"
@@ -182,7 +183,7 @@ async def _body(request: Request) -> Mapping[str, Any]:
 class _Gate:
     """In front of all endpoints: the API key, the limit on requests, and their end.
 
-    Whatever way a request ends (answered, refused, broken off), nothing of it runs on.
+    However a request ends (answered, refused, disconnected), its generation is stopped.
     """
 
     def __init__(self, app: Any, engine: Batches | OneByOne, config: ServeConfig) -> None:
@@ -241,26 +242,6 @@ def build_app(service: Service, config: ServeConfig) -> Starlette:
     return Starlette(routes=routes, middleware=[gate], exception_handlers=handlers)
 
 
-def listen(config: ServeConfig) -> socket.socket:
-    """A socket at the address, where nobody is answered yet.
-
-    Raises:
-        ConfigError: the address is in use or not one of this machine.
-    """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((config.host, config.port))
-    except OSError as error:
-        bound.close()
-        raise ConfigError(
-            f"host, port: {config.host}:{config.port} cannot be listened on ({error.strerror or error}); "
-            "choose another port, or 0 for a free one"
-        ) from error
-    return bound
-
-
 class Server(uvicorn.Server):
     """A server for one `Service`. on_ready: called once it answers."""
 
@@ -283,10 +264,22 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self.on_ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Give running answers a moment to finish, then stop the engine, which ends the others with an error."""
+        for listener in self.servers:
+            listener.close()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while self.service.engine.running and time.monotonic() < deadline and not self.force_exit:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(self.service.engine.stop)
+        await super().shutdown(sockets)
+
     def serve_until_interrupted(self, bound: socket.socket) -> None:
-        """Answer until the process is asked to stop (SIGINT, SIGTERM); then stop the engine, too."""
+        """Answer until the process receives SIGINT or SIGTERM."""
+        gc.freeze()  # what is loaded by now stays: collections need not visit it
         try:
             with suppress(KeyboardInterrupt):  # uvicorn raises it again once all is closed
                 self.run(sockets=[bound])
         finally:
-            self.service.engine.stop()
+            self.service.engine.stop()  # its thread would keep the process alive
+            gc.unfreeze()
