@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,23 @@ class Matrices:
         matrices._fill(matrices.store, STORE)
         return matrices
 
-    def read(self, name: str) -> Tensor:
-        """A decoded parameter in float32, in its shape in the model.
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A decoded parameter, in its shape in the model.
 
         Raises:
             FormatError: its tensors are missing or of another size than the layout says.
         """
-        return self._packed(name)()
+        return self.packed(name, dtype)()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter, compressed or not, in the model."""
+        entry = self.layout.matrices.get(name)
+        return tuple(self._files[name].get_slice(name).get_shape()) if entry is None else entry.shape
+
+    def stored(self, name: str) -> Tensor:
+        """A parameter that is not compressed, as it is stored."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
 
     def indices(self, name: str) -> Tensor:
         """[rows, n] int32: the codeword of every subvector of a matrix.
@@ -67,15 +77,30 @@ class Matrices:
         Raises:
             FormatError: as `read`.
         """
-        return self._packed(name).unpacked()
+        return self.packed(name, torch.float32).unpacked()
 
     def names(self) -> Iterable[str]:
         """Names of the compressed parameters."""
         return self.layout.matrices
 
-    def _packed(self, name: str) -> PackedMatrix:
+    def parameters(self) -> Iterator[str]:
+        """Names of all stored parameters, compressed or not, in the order of the files."""
+        parts = self.layout.tensors()
+        for key in self._files:
+            name = key.removesuffix(".indices")
+            if name in self.layout.matrices:
+                yield name
+            elif key not in parts:
+                yield key
+
+    def packed(self, name: str, dtype: torch.dtype) -> PackedMatrix:
+        """A compressed parameter that stays packed, and decodes to a dtype.
+
+        Raises:
+            FormatError: as `read`.
+        """
         with torch.device("meta"):
-            packed = PackedMatrix(self.layout.matrices[name], self.store, torch.float32)
+            packed = PackedMatrix(self.layout.matrices[name], self.store, dtype)
         self._fill(packed, name)
         return packed
 

@@ -1,0 +1,134 @@
+"""Compressed models in vLLM, in an environment of its own (make_environment.sh beside this file)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pocketllm
+from pocketllm.errors import ConfigError, FormatError
+from pocketllm.format.checkpoint import read_layout
+from pocketllm.runtime.export import export
+from tests import tiny
+from tests.vllm import engine
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None,
+        reason="vllm is not installed: tests/vllm/make_environment.sh",
+    ),
+    pytest.mark.filterwarnings("ignore"),  # vLLM's own
+]
+# Sizes that vLLM's kernels for CPUs take; weights far enough apart that tokens differ.
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+ROTARY = {**SIZES, "head_dim": 32, "initializer_range": 0.3}
+MODELS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "tied": ("llama", ROTARY, tiny.on_trellis(6.0)),
+    "untied": ("qwen3", ROTARY, tiny.settings()),
+    "experts": ("qwen3_moe", {**ROTARY, "moe_intermediate_size": 32, "num_experts": 4}, tiny.settings()),
+    "renamed experts": ("mixtral", {**ROTARY, "num_local_experts": 4}, tiny.settings()),
+    "transposed": ("gpt2", {"n_embd": 64, "n_head": 2, "initializer_range": 0.3}, tiny.settings()),
+}
+Pair = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """Folders of a compressed model, and of the same decoded."""
+
+    @cache
+    def made(name: str) -> Pair:
+        architecture, changes, settings = MODELS[name]
+        root = tmp_path_factory.mktemp("models")
+        source = tiny.save(root / "source", architecture, **changes)
+        pocketllm.compress(source, settings, root / "small")
+        export(root / "small", root / "dense", torch.float32)
+        return root / "small", root / "dense"
+
+    return made
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_is_that_of_the_decoded_model(pair: Callable[[str], Pair], name: str) -> None:
+    small, dense = pair(name)
+    found, wanted = engine.weights(small), engine.weights(dense)
+    assert found.keys() == wanted.keys()
+    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+
+
+def test_transformers_implementation(pair: Callable[[str], Pair]) -> None:
+    small, dense = pair("tied")
+    found, wanted = (engine.weights(folder, model_impl="transformers") for folder in (small, dense))
+    assert found.keys() == wanted.keys() and len(found) > 10
+    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_tokens_are_those_of_the_decoded_model(pair: Callable[[str], Pair], name: str) -> None:
+    small, dense = pair(name)
+    tokens, logprobs = engine.answers(dense)
+    assert len({token for answer in tokens for token in answer}) > 5
+    assert engine.answers(small) == (tokens, logprobs)
+    found, close = engine.answers(small, "packed")
+    assert found == tokens and close == pytest.approx(logprobs, rel=1e-4)
+
+
+def test_matrices_of_a_fused_layer_differ_in_form(pair: Callable[[str], Pair]) -> None:
+    """Otherwise the tests above would say little."""
+    matrices = read_layout(pair("tied")[0]).matrices
+    entries = [matrices[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qkv"]
+    assert len({(entry.codebook, entry.stride, entry.rotation) for entry in entries}) > 1
+    assert "model.embed_tokens.weight" in matrices and "lm_head.weight" not in matrices
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= read_layout(pair("untied")[0]).matrices.keys()
+
+
+def test_two_ranks(pair: Callable[[str], Pair]) -> None:
+    small, dense = pair("tied")
+    assert engine.answers(small, tensor_parallel_size=2) == engine.answers(dense, tensor_parallel_size=2)
+
+
+def test_packed_layers(pair: Callable[[str], Pair]) -> None:
+    """In mode packed, no layer has the decoded weights."""
+    named = {"quantization_config": {"quant_method": "pocketllm", "mode": "packed"}}
+    found = engine.weights(pair("tied")[0], hf_overrides=named)
+    assert {name for name, value in found.items() if value.ndim > 1} == set()
+
+
+def test_a_damaged_folder_is_refused(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(FormatError, match=r"altered|differs"):
+        engine.weights(copy)
+
+
+def test_a_missing_parameter_is_refused(copy: Path) -> None:
+    """Also where no checksum says so, as in a folder of `save_pretrained`."""
+    (copy / "pocketllm.json").unlink()
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        engine.weights(copy)
+
+
+def test_other_load_formats_are_refused(small: Path) -> None:
+    with pytest.raises(ConfigError, match="load_format: got sharded_state, wanted auto"):
+        engine.weights(small, load_format="sharded_state")
+
+
+def test_a_folder_with_an_unknown_version_is_refused(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match="format_version is 99"):
+        engine.weights(copy)
