@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm.errors import SourceError
-from pocketllm.source.dense_checkpoint import HUB_IGNORED
 from pocketllm.source.folder import load_dense
+from pocketllm.source.hub import HUB_IGNORED
 from pocketllm.source.model_files import companions, weight_files
 from tests import tiny
 from tests.commands import Run

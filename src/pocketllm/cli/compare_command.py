@@ -46,7 +46,7 @@ Adapters = Annotated[
     "  pocketllm compare smol-8x smol-16x --json"
 )
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Compressed models.")],
+    folders: Annotated[list[Path], typer.Argument(help="Compressed models: folders or Hub ids.")],
     output: Picture = None,
     adapter: Adapters = None,
     against: Against = None,
@@ -72,7 +72,9 @@ def compare(
         read_evaluations,
         save_picture,
     )
+    from pocketllm.source import folder_of
 
+    folders = [folder_of(folder) for folder in folders]
     if output is not None:
         check_picture(output, only_read(folders, adapter or [], against))
     names = [model_of(folder, "compare") for folder in folders]

@@ -95,7 +95,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exac
     f"\n\nPresets:\n\n{_PRESETS}",
 )
 def compress(
-    model: Annotated[str, typer.Argument(help="Folder, Hub id, or builtin:smollm2-135m.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder, Hub id (OWNER/NAME[@REVISION]), or builtin:smollm2-135m."),
+    ],
     output: OutputFolder,
     preset: PresetName = None,
     bpw: Bpw = None,

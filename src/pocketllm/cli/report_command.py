@@ -67,7 +67,9 @@ def report(
     show = Output(json, quiet)
     from pocketllm.recover import check_adapter
     from pocketllm.report import check_html, default_output, html_report, only_read, read_evaluations
+    from pocketllm.source import folder_of
 
+    folder = folder_of(folder)
     name = model_of(folder, "report")
     if adapter is not None:
         check_adapter(adapter, folder)

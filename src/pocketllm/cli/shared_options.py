@@ -37,8 +37,11 @@ Mode = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]
-Compressed = Annotated[Path, typer.Argument(help="Compressed model.")]
-Runnable = Annotated[str, typer.Argument(help="Compressed or dense model.")]
+Compressed = Annotated[Path, typer.Argument(help="Compressed model: folder or Hub id.")]
+Runnable = Annotated[
+    str,
+    typer.Argument(help="Compressed or dense model: folder, Hub id, or builtin:…."),
+]
 
 
 def set_option(command: str) -> OptionInfo:

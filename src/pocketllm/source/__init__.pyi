@@ -9,3 +9,7 @@ from .folder import (
     load_dense as load_dense,
     need_tokenizer as need_tokenizer,
 )
+from .hub import (
+    folder_of as folder_of,
+    name_of as name_of,
+)
