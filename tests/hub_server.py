@@ -67,8 +67,8 @@ class Hub:
 class RefusedError(Exception):
     """An answer that is not 200. code: as in the header X-Error-Code."""
 
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
-        self.status, self.code, self.message = status, code, message
+    def __init__(self, status: int, code: str = "", message: str = "", **body: str) -> None:
+        self.status, self.code, self.body = status, code, {"error": message or code, **body}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             status, found = 200, self._route(path, body, headers)
         except RefusedError as error:
-            status, found = error.status, {"error": error.message or error.code}
+            status, found = error.status, error.body
             headers = {"X-Error-Code": error.code} if error.code else {}
         data = found if isinstance(found, bytes) else json.dumps(found).encode()
         self.send_response(status)
@@ -117,13 +117,20 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:3] == ["api", "repos", "create"]:
             return self._create(json.loads(body))
         if parts[0] == "objects":
-            self.hub.objects[parts[1]] = body
-            return {}
+            return self._store(parts[1], body)
         if parts[2:6] == ["info", "lfs", "objects", "batch"]:
             return self._batch(json.loads(body))
         if parts[:2] == ["api", "models"]:
             return self._model("/".join(parts[2:4]), parts[4:], body)
+        if parts[2:3] != ["resolve"]:
+            raise RefusedError(404)
         return self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), headers)
+
+    def _store(self, digest: str, content: bytes) -> Any:
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise RefusedError(400, message="other bytes than announced")
+        self.hub.objects[digest] = content
+        return {}
 
     def _need_token(self) -> None:
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -143,7 +150,9 @@ class _Handler(BaseHTTPRequestHandler):
                 403, message="You don't have the rights to create a model under this namespace"
             )
         if name in self.hub.repositories:
-            raise RefusedError(409, message="You already created this model repo")
+            raise RefusedError(
+                409, message="You already created this model repo", url=f"{self.hub.url}/{name}"
+            )
         private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
         self.hub.repositories[name] = Repository(private=private)
         self.hub.repositories[name].commit({".gitattributes": b""})

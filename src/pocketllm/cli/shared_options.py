@@ -35,6 +35,7 @@ Windows = Annotated[int, typer.Option(help="Number of windows, with --ppl; 0 tak
 Mode = Annotated[
     str, typer.Option(help="packed (run from the packed weights), dense (decode at load), or auto.")
 ]
+Private = Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]
 Compressed = Annotated[Path, typer.Argument(help="Compressed model: folder or Hub id.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pocketllm.report.card_figures import perplexity_figure, read_figures
 from pocketllm.report.comparison import Compared, Comparison, base_of, compare
 from pocketllm.report.comparison_plot import check_picture, draw, save_picture
 from pocketllm.report.evaluations import Evaluation, read_evaluations
@@ -29,7 +30,9 @@ __all__ = [
     "html_report",
     "need_matplotlib",
     "only_read",
+    "perplexity_figure",
     "read_evaluations",
+    "read_figures",
     "read_model",
     "save_picture",
     "short",

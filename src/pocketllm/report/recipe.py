@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pocketllm.config import flat
-from pocketllm.report.command import Command, adapter_command, command_for
+from pocketllm.config import Command, adapter_command, command_for, flat
 from pocketllm.report.model_facts import AdapterFacts, ModelFacts
 from pocketllm.report.sections import Section
 from pocketllm.report.tables import Columns, Table, short

@@ -179,3 +179,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+UPSTREAM = {"builtin:smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
+"""Hub id and licence of the built-in models, for the cards of models made from them."""

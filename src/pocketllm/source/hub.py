@@ -95,7 +95,8 @@ def _refusal(name: str, error: Exception) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{name}: the Hub has {repository}, but no revision {revision!r}; name a branch, tag or commit"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{name}: {_no_folder(name)}, and no such model on the Hub, or a private one; check the name, or {LOG_IN}"
+        missing = f"{_no_folder(name)}, and no such model on the Hub, or a private one"
+        return f"{name}: {missing}; check the name, or {LOG_IN}"
     if isinstance(error, errors.LocalEntryNotFoundError):
         if isinstance(cause, errors.OfflineModeIsEnabled):
             return (
