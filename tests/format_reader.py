@@ -83,7 +83,7 @@ class Reader:
         for name, facts in report["files"].items():
             data = (folder / name).read_bytes()
             assert (len(data), hashlib.sha256(data).hexdigest()) == (facts["bytes"], facts["sha256"]), name
-        assert {p.name for p in folder.iterdir()} == {*report["files"], "pocketllm.json"}
+        assert {p.name for p in folder.iterdir()} == {*report["files"], "pocketllm.json", "README.md"}
         layout = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
         assert set(layout) == {
             *("quant_method", "producer", "mode", "format_version", "matrices", "codebooks", "decoders"),

@@ -13,6 +13,7 @@ from .errors import PocketError as PocketError
 from .evaluate.generate import generate as generate
 from .evaluate.measure import measure as measure
 from .evaluate.perplexity import perplexity as perplexity
+from .format.publish import push as push
 from .format.report import Report as Report
 from .recover.distill import distill as distill
 from .recover.lora import lora as lora

@@ -83,9 +83,13 @@ def _leads_away(path: Path) -> bool:
     folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     if target.parent == folder or not path.is_symlink():
         return False
-    places = [folder, *folder.parents]
-    hub = [place.parent.parent / "blobs" for place in places if place.parent.name == "snapshots"]
-    return target.parent not in hub and folder not in target.parents
+    models = [place.parent.parent for place in (folder, *folder.parents) if place.parent.name == "snapshots"]
+    own = [model / "blobs" for model in models]  # of the hub's cache
+    shared = [
+        model.parent / "blobs" for model in models
+    ]  # files that models have in common, in folders by hash
+    in_hub = target.parent in own or target.parent.parent in shared
+    return not in_hub and folder not in target.parents
 
 
 def files_below(folder: Path, error: type[PocketError]) -> Iterator[str]:

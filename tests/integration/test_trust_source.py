@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm.errors import SourceError
-from pocketllm.source.dense_checkpoint import HUB_IGNORED
 from pocketllm.source.folder import load_dense
+from pocketllm.source.hub import HUB_IGNORED
 from pocketllm.source.model_files import companions, weight_files
 from tests import tiny
 from tests.commands import Run
@@ -36,8 +36,9 @@ def test_named_chat_templates_come_along(dense: Path, tmp_path: Path) -> None:
     report = pocketllm.compress(dense, tiny.settings(), tmp_path / "out")
     assert planned.bytes_on_disk == report.bytes_on_disk == _bytes(tmp_path / "out")
     assert report.bytes_by_part["other_files"] == planned.bytes_by_part["other_files"]
+    moved = {"README.md": "README.base.md"}  # the model card takes its place
     for name in ("additional_chat_templates/tool_use.jinja", "README.md", "examples/a.txt"):
-        assert (tmp_path / "out" / name).read_bytes() == (dense / name).read_bytes()
+        assert (tmp_path / "out" / moved.get(name, name)).read_bytes() == (dense / name).read_bytes()
     assert "left_out" not in json.loads((tmp_path / "out" / "pocketllm.json").read_text())
     _, tokenizer = pocketllm.load(tmp_path / "out")
     talk = [{"role": "user", "content": "hi"}]

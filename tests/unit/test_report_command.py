@@ -23,7 +23,7 @@ from pocketllm.config import (
     finetune_as_options,
     preset,
 )
-from pocketllm.report.command import Command, adapter_command, command_for
+from pocketllm.config.command import Command, adapter_command, command_for
 
 BASE = preset(DEFAULT_PRESET)
 PLAIN = preset("lookup-8x")

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pocketllm
+from pocketllm.config import Command
 from pocketllm.errors import (
     FormatError,
     SourceError,
 )
 from pocketllm.report import weight_distributions
 from pocketllm.report.codebook_usage import codebooks_section, count_usage
-from pocketllm.report.command import Command
 from pocketllm.report.model_facts import AdapterFacts, block_of, mean, read_model
 from pocketllm.report.recipe import recipe_section
 from pocketllm.report.rendering import render_section

@@ -11,6 +11,7 @@ import typer
 from pocketllm.cli import (
     INTERRUPTED,
     bench_command,
+    card_command,
     compare_command,
     compress_command,
     demo_command,
@@ -53,6 +54,7 @@ for group in (
     merge_command,
     report_command,
     compare_command,
+    card_command,
     study_command,
     demo_command,
     doctor_command,

@@ -34,7 +34,7 @@ Adapters = Annotated[
 )
 @with_groups
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Compressed models.")],
+    folders: Annotated[list[Path], typer.Argument(help="Compressed models: folders or Hub ids.")],
     measured: MeasureOptions,
     run: RunOptions,
     output: Picture = None,
@@ -43,7 +43,9 @@ def compare(
     """Compare compressed models in a table and a plot: bytes, ratios, errors, perplexity."""
     show, adapters = run.output(), adapter or []
     from pocketllm.report import base_of, check_picture, compare as compare_models, only_read, save_picture
+    from pocketllm.source import folder_of
 
+    folders = [folder_of(folder) for folder in folders]
     if output is not None:
         check_picture(output, only_read(folders, adapters, measured.against))
     names = [model_of(folder, "compare") for folder in folders]

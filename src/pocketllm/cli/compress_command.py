@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocketllm.cli.process import setup_process
+from pocketllm.cli.publishing import push_folder, with_measured_card
 from pocketllm.cli.removed_options import SettingsCommand
 from pocketllm.cli.render import Bars, Output, kinds_table, parse_size, skipped_table, summary_table
 from pocketllm.cli.shared_options import (
@@ -18,6 +19,7 @@ from pocketllm.cli.shared_options import (
     OutputFolder,
     Overwrite,
     Ppl,
+    Private,
     Quiet,
     Seed,
     Threads,
@@ -80,6 +82,10 @@ RecoverText = Annotated[
     list[Path] | None,
     typer.Option(help="Text for the recovery; repeatable. The default is the calibration text."),
 ]
+Push = Annotated[
+    str | None,
+    typer.Option(metavar="OWNER/NAME", help="Upload the result to the Hugging Face Hub under this id."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exact sizes; fit nothing.")]
 
 
@@ -92,12 +98,16 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exac
     "  pocketllm compress ./my-model -o small --ratio 6 --override '*.v_proj.weight=5'\n\n"
     "  pocketllm compress ./my-model -o small --set calibration.tokens=65536 --set dense_first=1\n\n"
     "  pocketllm compress owner/name -o small --preset paper-16x --set codec.hidden=32 --json\n\n"
-    "  pocketllm compress ./my-model -o small --bpw 2.5 --recover distill --recover-text my-texts/ --ppl test.txt"
+    "  pocketllm compress ./my-model -o small --bpw 2.5 --recover distill --recover-text my-texts/ --ppl test.txt\n\n"
+    "  pocketllm compress owner/name -o small --ppl test.txt --push me/name-small"
     f"\n\nPresets:\n\n{_PRESETS}",
 )
 def compress(
     model: Annotated[
-        str, typer.Argument(help="Folder, GGUF file, Hub id, builtin:smollm2-135m or builtin:gemma-3-270m.")
+        str,
+        typer.Argument(
+            help="Folder, GGUF file, Hub id (OWNER/NAME[@REVISION]), builtin:smollm2-135m or builtin:gemma-3-270m."
+        ),
     ],
     output: OutputFolder,
     preset: PresetName = None,
@@ -115,6 +125,8 @@ def compress(
     ppl: Ppl = None,
     context: Context = EvalConfig.context,
     windows: Windows = 0,
+    push: Push = None,
+    private: Private = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     seed: Seed = 0,
@@ -147,9 +159,15 @@ def compress(
     text = None if ppl is None else read_eval_text(ppl, model, context, number, trust_remote_code)
     place = _Place(device=device, trust_remote_code=trust_remote_code, calibration_folder=calibration_cache)
     job = _Job(model, config, output, recovery=recovery, text=text, place=place)
+    if push is not None:
+        from pocketllm.format import check_push
+
+        check_push(push)
     with show.bars() as bars:
         report, measured = (job.plan(bars), {}) if dry_run else job.make(bars, overwrite)
-    _show(show, report.to_dict(), measured, job)
+        report = with_measured_card(report, output, text, measured)
+        commit = None if push is None or dry_run else push_folder(bars, output, push, private)
+    _show(show, {**report.to_dict(), "commit": commit}, measured, job)
 
 
 @dataclass(frozen=True)

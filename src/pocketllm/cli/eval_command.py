@@ -109,7 +109,7 @@ class _Subjects:
         from pocketllm.source import resolve
 
         def load() -> tuple[Any, Any]:
-            return load_any(name, mode, self.dtype, self.device, self.trust_remote_code)[:2]
+            return load_any(str(folder), mode, self.dtype, self.device, self.trust_remote_code)[:2]
 
         folder = resolve(name)
         return Model(

@@ -23,11 +23,13 @@ def info(
     """Show sizes, ratios and errors of a compressed model, and verify its files."""
     from pocketllm.format import counting_adapter, folder_bytes, read_report, verify
     from pocketllm.format.report import RUN_FACTS
+    from pocketllm.source import folder_of
 
+    title, folder = str(folder), folder_of(folder)
     report = {**dict.fromkeys(RUN_FACTS), **read_report(folder)}
     if check:
         verify(folder)
-    title = f"{folder}" + (" (checksums OK)" if check else "")
+    title += " (checksums OK)" if check else ""
     if adapter is not None:
         from pocketllm.recover import check_adapter
 

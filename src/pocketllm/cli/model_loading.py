@@ -74,9 +74,11 @@ def _load_with(
 ) -> tuple[Any, Any, dict[str, Any]]:
     from pocketllm.format import folder_bytes
     from pocketllm.recover import attach_adapter, check_adapter
+    from pocketllm.source import folder_of
 
-    check_adapter(adapter, Path(model))
-    loaded, tokenizer, facts = load_any(model, mode, dtype, device, trust_remote_code)
-    attach_adapter(loaded, Path(model), adapter)
+    base = folder_of(model)
+    check_adapter(adapter, base)
+    loaded, tokenizer, facts = load_any(str(base), mode, dtype, device, trust_remote_code)
+    attach_adapter(loaded, base, adapter)
     nbytes = facts["bytes_on_disk"] + folder_bytes(adapter)
     return loaded, tokenizer, {**facts, "bytes_on_disk": nbytes, "adapter": str(adapter)}

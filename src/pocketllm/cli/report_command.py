@@ -43,7 +43,9 @@ def report(
     show = run.output()
     from pocketllm.recover import check_adapter
     from pocketllm.report import check_html, default_output, html_report, only_read
+    from pocketllm.source import folder_of
 
+    folder = folder_of(folder)
     name = model_of(folder, "report")
     if adapter is not None:
         check_adapter(adapter, folder)

@@ -35,12 +35,13 @@ Windows = Annotated[int, typer.Option(help="Number of windows of the text; 0 tak
 Mode = Annotated[
     str, typer.Option(help="packed (run from the packed weights), dense (decode at load), or auto.")
 ]
+Private = Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]
 To = Annotated[Path, typer.Option(help="Folder to create.")]
 DenseDtype = Annotated[str, typer.Option(help="Type of the weights: bfloat16, float16 or float32.")]
-Compressed = Annotated[Path, typer.Argument(help="Compressed model.")]
-Runnable = Annotated[str, typer.Argument(help="Compressed or dense model.")]
+Compressed = Annotated[Path, typer.Argument(help="Compressed model: folder or Hub id.")]
+Runnable = Annotated[str, typer.Argument(help="Compressed or dense model: folder, Hub id, or builtin:….")]
 
 
 def set_option(command: str) -> OptionInfo:

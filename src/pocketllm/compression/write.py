@@ -12,6 +12,7 @@ from torch import Tensor
 from pocketllm.codec.codebook import codebook_perplexity, codebook_utilization
 from pocketllm.compression.matrix_encoder import codebook_unit, matrix_unit
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.model_card import CARD_NAME
 from pocketllm.format.report import Report, rounded
 from pocketllm.format.weight_files import write_safetensors
 from pocketllm.format.workspace import Workspace
@@ -32,6 +33,7 @@ def write(planned: PlannedModel, work: Workspace) -> Report:
     for name, path in form.copied_files.items():
         (final / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, final / name)
+    (final / CARD_NAME).write_text(planned.card, encoding="utf-8")
     report = planned.report(measured(planned.plan, work))
     files = ckpt.file_facts(final, list(planned.file_bytes))
     _, room = planned.bytes_on_disk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pocketllm.config.checks import flat
 from pocketllm.config.codec_config import CodecConfig, Safeguards
+from pocketllm.config.command import Command, adapter_command, command_for
 from pocketllm.config.compress_config import SCOPES, TARGET_OPTIONS, CalibrationConfig, CompressConfig
 from pocketllm.config.compress_options import COMPRESS_OPTIONS, CompressOptions, compress_settings
 from pocketllm.config.difference import as_options, finetune_as_options, left_out
@@ -42,6 +43,7 @@ __all__ = [
     "TARGET_OPTIONS",
     "CalibrationConfig",
     "CodecConfig",
+    "Command",
     "CompressConfig",
     "CompressOptions",
     "DistillConfig",
@@ -52,7 +54,9 @@ __all__ = [
     "Preset",
     "Safeguards",
     "Setting",
+    "adapter_command",
     "as_options",
+    "command_for",
     "compress_settings",
     "eval_config",
     "finetune_as_options",

@@ -9,6 +9,12 @@ from .checkpoint import (
     verify as verify,
 )
 from .layout import Layout as Layout
+from .model_card import Figure as Figure
+from .publish import (
+    check_push as check_push,
+    push as push,
+    write_card as write_card,
+)
 from .report import (
     MatrixReport as MatrixReport,
     counting_adapter as counting_adapter,

@@ -49,7 +49,7 @@ class Report:
     ratio_matrices_*: of the compressed matrices with their codebooks, decoders and scales.
     bpw_blocks: linear weights of the blocks, including those left dense; bpw_all: every parameter of the model.
     bytes_by_part: indices, row_scales, codebooks, decoders, dense, other_files (tokenizer etc.),
-        headers (of the weight files, config.json and the report).
+        headers (of the weight files, config.json, the report and the model card).
     fits: of each codebook, the sample's nmse by decoder before and after training, and how it went.
     seconds, peak_memory_bytes, peak_gpu_memory_bytes: of the run that made it. They are not stored, since the
         same arguments give the same bytes; a report read from a folder has None.

@@ -16,6 +16,7 @@ from torch import Tensor
 from pocketllm.errors import FormatError, ShapeError
 from pocketllm.files import files_below, read_object
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.model_card import CARD_NAME, card_text, dense_card, stored_names
 from pocketllm.format.report import rounded
 from pocketllm.format.trust import weights_of
 from pocketllm.format.weight_files import DTYPE_NAMES, write_safetensors
@@ -65,10 +66,12 @@ def rewrite(
     tensors = _Tensors(files, changed)
     write_safetensors(final, sizes, (tensors[name] for name in sizes))
     report = ckpt.read_report(folder)
-    for name in report["files"]:
-        if not name.endswith(".safetensors") and name != "config.json" and not (final / name).exists():
-            (final / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, final / name)
+    for name, stored in stored_names(
+        report["files"]
+    ).items():  # early versions kept the dense model's card as it was
+        if not name.endswith(".safetensors") and name != "config.json" and not (final / stored).exists():
+            (final / stored).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, final / stored)
     layout = ckpt.read_layout(folder)
     config = read_object(folder / "config.json")
     config["quantization_config"].update(_checked(layout, tensors).to_dict())
@@ -120,17 +123,26 @@ def _checked(layout: ckpt.Layout, tensors: _Tensors) -> ckpt.Layout:
 
 
 def _write_report(final: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """Write the report, which counts its own bytes."""
-    facts = ckpt.file_facts(final, files_below(final, FormatError))
-    rest = sum(entry["bytes"] for entry in facts.values())
-    report = {**report, "files": facts}
-    room = 0
+    """The model card, and the report, which counts its own bytes, beside the other files."""
+    report = {**report, "files": ckpt.file_facts(final, files_below(final, FormatError))}
+    card = card_text(report, dense_card(final, report)).encode()
+    (final / CARD_NAME).write_bytes(card)
+    (final / ckpt.REPORT_NAME).write_bytes(report_bytes(report, len(card)))
+    return ckpt.read_report(final)
+
+
+def report_bytes(report: dict[str, Any], card_bytes: int) -> bytes:
+    """The text of a report whose sizes count all of its files, the model card and itself.
+
+    Args:
+        card_bytes: of the model card, which is not among `files`.
+    """
+    rest, room = sum(entry["bytes"] for entry in report["files"].values()) + card_bytes, 0
     for text in _texts(report, rest):
         if len(text) <= room:
-            (final / ckpt.REPORT_NAME).write_bytes(text[:-1] + b" " * (room - len(text)) + b"\n")
-            break
+            return text[:-1] + b" " * (room - len(text)) + b"\n"
         room = max(room, len(text))
-    return ckpt.read_report(final)
+    raise AssertionError("the texts grow until one fits")
 
 
 def _texts(report: dict[str, Any], rest: int) -> Iterator[bytes]:

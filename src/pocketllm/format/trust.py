@@ -16,7 +16,7 @@ from pocketllm.format.layout import Layout
 from pocketllm.source.model_files import PICKLES, need_config, weight_files
 
 # No library reads these from a model's folder; everything else might be read, by this version or the next.
-_NOT_READ = (
+NOT_READ = (
     *("*.md", "*.rst", "*.html", "*.pdf", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.log"),
     *("license*", "notice*", "copying*"),
 )
@@ -42,7 +42,7 @@ def check_folder(folder: Path, listed: Collection[str], report_name: str | None)
             )
         if name in listed and _matches(name, PICKLES):
             raise FormatError(f"{path}: a pickle, which is never read; remove it, or fetch the model again")
-        if report_name is None or name in listed or name == report_name or _matches(name, _NOT_READ):
+        if report_name is None or name in listed or name == report_name or _matches(name, NOT_READ):
             continue
         raise FormatError(
             f"{path}: not listed in {report_name}, so it cannot be verified, and a library might read it; remove it"

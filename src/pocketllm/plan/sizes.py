@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.model_card import card_text
 from pocketllm.format.report import RUN_FACTS, Report, is_linear_weight_of_a_block, rounded
 from pocketllm.format.weight_files import safetensors_bytes
 from pocketllm.machine import versions
@@ -41,16 +42,25 @@ class PlannedModel:
 
     @cached_property
     def file_bytes(self) -> dict[str, int]:
-        """Exact size of every file except the report."""
+        """Exact size of every file except the report and the model card."""
         sizes = safetensors_bytes(self.form.tensors)
         sizes["config.json"] = len(self.form.config_text(self.form.no_checksums()).encode())
         return {**sizes, **{name: path.stat().st_size for name, path in self.form.copied_files.items()}}
 
     @cached_property
+    def card(self) -> str:
+        """The model card."""
+        files = {name: {"bytes": size} for name, size in self.file_bytes.items()}
+        report = self.report(
+            not_run(self.plan), bytes_on_disk=0, report_bytes=0
+        )  # no size with it is on the card
+        return card_text({**report.to_dict(), "files": files}, self.form.dense_card)
+
+    @cached_property
     def bytes_on_disk(self) -> tuple[int, int]:
         """(all files, the report alone), exact."""
         files = {name: {"bytes": size, "sha256": "0" * 64} for name, size in self.file_bytes.items()}
-        rest, report = sum(self.file_bytes.values()), 0
+        rest, report = sum(self.file_bytes.values()) + len(self.card.encode()), 0
         while True:  # the report counts its own bytes
             text = self.report_text(self.report(predicted(self.plan), rest + report, report), files)
             if len(text.encode()) <= report:

@@ -14,6 +14,7 @@ import torch
 import pocketllm
 from pocketllm.config import CodecConfig
 from pocketllm.format.layout import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
+from pocketllm.format.model_card import dense_card_name, stored_names
 from pocketllm.plan.matrices import KEPT_END, Dense, Matrix, Plan
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.model_files import companions, need_config
@@ -66,7 +67,13 @@ class StoredForm:
     @cached_property
     def copied_files(self) -> dict[str, Path]:
         """Tokenizer, chat templates, licence: what belongs to the model besides its weights, by stored name."""
-        return {name: self.source.folder / name for name in companions(self.source.folder)[0]}
+        stored = stored_names(companions(self.source.folder)[0])
+        return {stored[name]: self.source.folder / name for name in stored}
+
+    @property
+    def dense_card(self) -> Path | None:
+        """The model card of the source, if it has one."""
+        return self.copied_files.get(dense_card_name(self.copied_files) or "")
 
     @property
     def left_out(self) -> dict[str, str]:

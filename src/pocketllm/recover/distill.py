@@ -30,6 +30,7 @@ from pocketllm.recover.run_log import Run, check_places, open_run
 from pocketllm.recover.teacher import Teacher, make_teacher, open_teacher
 from pocketllm.recover.trainable import set_stored, stored_tensors
 from pocketllm.source.dense_checkpoint import open_dense, resolve
+from pocketllm.source.hub import folder_of
 from pocketllm.text.windows import token_digest
 from pocketllm.torch_state import in_default_torch_state
 
@@ -76,7 +77,7 @@ def distill(
     """Tune a compressed model towards the dense one it was made from.
 
     Args:
-        folder: the compressed model, which is not modified.
+        folder: the compressed model (folder or Hub id), which is not modified.
         output: folder to create, with the same layout and the same number of payload bytes. An unfinished run with
             the same arguments is resumed. The log of the run is written to `OUTPUT.log` (until the run is
             finished: `OUTPUT.partial/log`).
@@ -91,7 +92,7 @@ def distill(
     Example:
         >>> pocketllm.distill("smol-2bit", "smol-2bit-tuned", DistillConfig(texts=("my-texts/",)))
     """
-    config, output = config or DistillConfig(), named_output(output)
+    config, folder, output = config or DistillConfig(), folder_of(folder), named_output(output)
     check_places(output, overwrite)
     base = open_base(Path(folder), output, trust_remote_code)
     name = teacher or str(base.report["model"])
@@ -246,7 +247,7 @@ def dry_run_distill(
     Raises:
         As `distill` before its first step; the output is checked only if it is given.
     """
-    folder = Path(folder)
+    folder = folder_of(folder)
     if output is not None:
         check_places(named_output(output), overwrite)
     base = open_base(folder, None if output is None else named_output(output), trust_remote_code)

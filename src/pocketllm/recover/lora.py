@@ -31,6 +31,7 @@ from pocketllm.recover.loop import Loop, step_event
 from pocketllm.recover.lora_task import Item, LoraTask, number_of_steps, training_items, with_adapter
 from pocketllm.recover.run_log import check_places, open_run
 from pocketllm.source.folder import copy_file_mode
+from pocketllm.source.hub import folder_of
 from pocketllm.text.windows import token_digest
 from pocketllm.torch_state import in_default_torch_state
 
@@ -74,7 +75,7 @@ def lora(
     """Train an adapter on a compressed model.
 
     Args:
-        folder: the compressed model, which is not modified.
+        folder: the compressed model (folder or Hub id), which is not modified.
         output: folder to create, in PEFT's format. An unfinished run with the same arguments is resumed.
         progress: called after every step.
 
@@ -84,7 +85,7 @@ def lora(
     Example:
         >>> pocketllm.lora("smol-2bit", "smol-adapter", LoraTuneConfig(texts=("alpaca.json",)))
     """
-    config, folder, output = config or LoraTuneConfig(), Path(folder), named_output(output)
+    config, folder, output = config or LoraTuneConfig(), folder_of(folder), named_output(output)
     need_peft()
     check_places(output, overwrite, marker=RECORD_NAME, what="an adapter")
     base = open_base(folder, output, trust_remote_code)
@@ -168,7 +169,7 @@ def dry_run_lora(
     need_peft()
     if output is not None:
         check_places(named_output(output), overwrite, marker=RECORD_NAME, what="an adapter")
-    base = open_base(Path(folder), None if output is None else named_output(output), trust_remote_code)
+    base = open_base(folder_of(folder), None if output is None else named_output(output), trust_remote_code)
     check_context(base, config.context)
     train, validation = training_items(base.tokenizer, config)
     steps = number_of_steps(config, len(train))

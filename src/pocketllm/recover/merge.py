@@ -21,6 +21,7 @@ from pocketllm.recover.adapter import check_adapter, merged, need_peft
 from pocketllm.recover.base_model import Base, check_context, open_base
 from pocketllm.runtime.export import save_dense
 from pocketllm.source.folder import load_dense
+from pocketllm.source.hub import folder_of
 from pocketllm.text.default_texts import named_default
 from pocketllm.text.read import read_text
 from pocketllm.text.windows import token_windows
@@ -64,7 +65,7 @@ def merge(
     """Merge an adapter into its base and write the result as one model.
 
     Args:
-        folder: the compressed base.
+        folder: the compressed base, a folder or Hub id.
         adapter: folder of an adapter in PEFT's format, trained on the base.
         output: folder to create: the dense model, or with `reencode` the compressed one; then `OUTPUT-dense` is the
             dense one (the teacher of a later distillation).
@@ -82,7 +83,7 @@ def merge(
         SourceError: the text cannot be read, or the base has no tokenizer.
         ExtraError: no PEFT.
     """
-    folder, adapter, output = Path(folder), Path(adapter), named_output(output)
+    folder, adapter, output = folder_of(folder), Path(adapter), named_output(output)
     need_peft()
     check_adapter(adapter, folder)
     base = open_base(folder, output, trust_remote_code)

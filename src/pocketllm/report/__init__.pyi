@@ -1,4 +1,5 @@
 # What is public here and the module that defines it; __init__.py imports a name when it is used.
+from .card_figures import perplexity_figure as perplexity_figure, read_figures as read_figures
 from .comparison import Compared as Compared, Comparison as Comparison, base_of as base_of, compare as compare
 from .comparison_plot import check_picture as check_picture, draw as draw, save_picture as save_picture
 from .evaluations import Evaluation as Evaluation, read_evaluations as read_evaluations

@@ -12,6 +12,7 @@ from pocketllm.errors import ConfigError
 from pocketllm.recover import check_adapter
 from pocketllm.report.evaluations import Evaluation, same_model
 from pocketllm.report.model_facts import ModelFacts, mean, read_model, with_adapter
+from pocketllm.source import folder_of, name_of
 
 _SAME = 1e-4  # relative; rounding varies with the way of measuring and the number of threads
 
@@ -71,7 +72,7 @@ def compare(
     """Compare the sizes, errors and perplexities of several compressed models.
 
     Args:
-        folders: the compressed models. check: compare every file with its checksum.
+        folders: the compressed models, folders or Hub ids. check: compare every file with its checksum.
         evaluations: of these folders and of their dense model, all in one setting.
         progress: called with the finished share and the folder in progress.
         adapters: trained on models among the folders; each adds a row after its base.
@@ -85,7 +86,7 @@ def compare(
         >>> [m.name for m in compare(["smol-8x", "smol-16x"]).models]
         ['smol-8x', 'smol-16x']
     """
-    paths = [Path(folder) for folder in folders]
+    paths = [folder_of(folder) for folder in folders]
     if not paths:
         raise ConfigError("no model to compare; name at least one folder")
     places = [path.resolve() for path in paths]
@@ -180,8 +181,8 @@ def _check_equal(first: Evaluation, second: Evaluation, one_model: bool = True) 
 
 def _name(path: Path, paths: Sequence[Path]) -> str:
     """The folder's name; the full path where another folder has the same name."""
-    name = path.resolve().name
-    return name if [other.resolve().name for other in paths].count(name) == 1 else str(path)
+    name = name_of(path)
+    return name if [name_of(other) for other in paths].count(name) == 1 else str(path)
 
 
 def _row(model: ModelFacts, name: str, adapter: Path | None, perplexity: float | None) -> Compared:

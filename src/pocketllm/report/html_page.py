@@ -27,6 +27,7 @@ from pocketllm.report.sections import (
     weights_section,
 )
 from pocketllm.report.weight_distributions import Weights, compare_weights
+from pocketllm.source import folder_of, name_of
 from pocketllm.torch_state import in_default_torch_state
 
 Progress = Callable[[str, float, str], None]
@@ -70,10 +71,12 @@ def check_html(output: Path, folders: Iterable[str | Path] = ()) -> None:
 def default_output(folder: Path, adapter: Path | None = None) -> Path:
     """`smol-8x.html` next to the folder `smol-8x`, outside of what is counted. Provisional.
 
-    With the adapter `tuned` it is `smol-8x-with-tuned.html`, so that the page of the base is kept.
+    With the adapter `tuned` it is `smol-8x-with-tuned.html`, so that the page of the base is kept. The page of a
+    model in the Hub's cache is written to the current folder.
     """
-    folder = folder.resolve()
-    return folder.with_name(f"{folder.name}{f'-with-{adapter.resolve().name}' if adapter else ''}.html")
+    folder, name = folder.resolve(), name_of(folder)
+    place = folder.parent if name == folder.name else Path.cwd()
+    return place / f"{name}{f'-with-{adapter.resolve().name}' if adapter else ''}.html"
 
 
 @in_default_torch_state
@@ -91,7 +94,7 @@ def html_report(
     """Write an HTML file about a compressed model, or about one and its adapter together.
 
     Args:
-        folder: the compressed model. output: file to write; None takes `default_output`.
+        folder: the compressed model, a folder or Hub id. output: file to write; None takes `default_output`.
         adapter: trained on the model; its bytes are counted in every size.
         against: the dense model, as for `pocketllm.compress`; None looks for it where it was compressed
             from, on this machine only.
@@ -110,7 +113,7 @@ def html_report(
         >>> html_report("smol-8x", against="builtin:smollm2-135m").output
         PosixPath('smol-8x.html')
     """
-    folder, adapter = Path(folder), None if adapter is None else Path(adapter)
+    folder, adapter = folder_of(folder), None if adapter is None else Path(adapter)
     target = default_output(folder, adapter) if output is None else Path(output)
     check_html(target, only_read([folder], [adapter], against))
     if adapter is not None:
@@ -181,7 +184,7 @@ def _perplexity(model: ModelFacts, weights: Weights, evaluations: Sequence[Evalu
         dense=(str(model.report["model"]), weights.source),  # the latter as named by --against
         adapter=adapter,
     )
-    words = ["pocketllm", "report", model.folder.resolve().name]
+    words = ["pocketllm", "report", name_of(model.folder)]
     words += ["--adapter", adapter.name] if adapter else []
     measure = f"{shlex.join(words)} --ppl TEXT.txt --context 1024 --windows 16"
     return perplexity_section(evaluations, measure, subject)

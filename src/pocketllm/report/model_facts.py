@@ -21,6 +21,7 @@ from pocketllm.format import (
     weighted_mean,
 )
 from pocketllm.recover import check_adapter, read_record
+from pocketllm.source import name_of
 
 PER_KIND = 8  # matrices of a kind that are decoded, spread over the depth
 K = TypeVar("K")
@@ -87,7 +88,7 @@ class ModelFacts:
     @property
     def name(self) -> str:
         """The folder's name, and the adapter's."""
-        return self.folder.resolve().name + (f" + {self.adapter.name}" if self.adapter else "")
+        return name_of(self.folder) + (f" + {self.adapter.name}" if self.adapter else "")
 
     @property
     def kinds(self) -> list[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pocketllm.config import flat
-from pocketllm.report.command import Command, adapter_command, command_for
+from pocketllm.config import Command, adapter_command, command_for, flat
 from pocketllm.report.model_facts import AdapterFacts, ModelFacts
 from pocketllm.report.sections import Section
 from pocketllm.report.tables import Columns, Table, short
+from pocketllm.source import name_of
 
 _PEFT_SETTINGS = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules")
 
@@ -23,7 +23,7 @@ FIT: Columns[Mapping[str, Any]] = {
 
 def commands_of(model: ModelFacts) -> tuple[Command, Command]:
     """The commands that compress the model and train its adapter; empty if unknown."""
-    name = model.folder.resolve().name
+    name = name_of(model.folder)
     compress = command_for(str(model.report["model"]), name, model.report["config"])
     adapter = model.adapter
     if adapter is None or adapter.record is None:

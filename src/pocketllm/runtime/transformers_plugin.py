@@ -261,6 +261,7 @@ def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> Any:
 def load(
     path: str | Path,
     *,
+    revision: str | None = None,
     mode: str = "auto",
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
@@ -269,7 +270,8 @@ def load(
     """Load a compressed model, with its files verified before and its layers after loading.
 
     Args:
-        path: folder or Hub id of a compressed model.
+        path: folder or Hub id of a compressed model; a Hub id may name its revision (`owner/name@revision`).
+        revision: branch, tag or commit of a Hub id.
         mode: `packed` (weights stay packed, layers multiply straight from them), `dense` (decoded at load), or `auto`:
             packed if every layer has a kernel, else dense, with a line in the log that says why.
         dtype: to compute in; `auto` is the checkpoint's.
@@ -284,14 +286,14 @@ def load(
         FormatError: damaged, altered, or not a compressed model.
         LoadError: the layers did not load compressed, or a tensor of the model is in no file.
         SourceError: the tokenizer cannot be read, or nothing is found at `path`.
-        ConfigError: unknown mode.
+        ConfigError: unknown mode, or a revision of a folder.
 
     Example:
         >>> model, tokenizer = pocketllm.load("smol-8x")
     """
     if mode not in MODES:
         raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
-    folder = resolve(str(path))
+    folder = resolve(str(path), revision=revision)
     verify_folder(folder)
     how = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
     model = _from_pretrained(folder, mode, how)

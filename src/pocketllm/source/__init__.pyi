@@ -9,4 +9,8 @@ from .folder import (
     load_dense as load_dense,
     need_tokenizer as need_tokenizer,
 )
+from .hub import (
+    folder_of as folder_of,
+    name_of as name_of,
+)
 from .model_text import text_for as text_for

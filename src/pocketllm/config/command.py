@@ -7,15 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pocketllm.config import (
-    CompressConfig,
-    LoraTuneConfig,
-    as_options,
-    finetune_as_options,
-    flat,
-    left_out,
-    replaced,
-)
+from pocketllm.config.checks import flat
+from pocketllm.config.compress_config import CompressConfig
+from pocketllm.config.difference import as_options, finetune_as_options, left_out
+from pocketllm.config.recover_config import LoraTuneConfig
+from pocketllm.config.settings import replaced
 from pocketllm.errors import ConfigError
 
 
