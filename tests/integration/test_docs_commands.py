@@ -59,8 +59,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("wiki.test.raw", "my-texts/a.txt"):
         (folder / name).write_text("a text that is long enough for some windows. " * 400)
     (folder / "data" / "piqa").mkdir(parents=True)
-    rows = [{"goal": f"count to {n}", "sol1": "one two", "sol2": "2", "label": n % 2} for n in range(1, 9)]
-    (folder / "data" / "piqa" / "valid.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "data" / "arc_easy").mkdir()
+    counts = [{"goal": f"count to {n}", "sol1": "one two", "sol2": "2", "label": n % 2} for n in range(1, 9)]
+    choices = {"text": ["one", "two"], "label": ["A", "B"]}
+    asked = [{"question": f"what is {n}", "choices": choices, "answerKey": "AB"[n % 2]} for n in range(8)]
+    for name, rows in (("piqa/valid", counts), ("arc_easy/test", asked)):
+        (folder / "data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 

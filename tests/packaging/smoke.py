@@ -1,4 +1,4 @@
-"""What an installed package must do without a compiler: compress a tiny model, run it packed, and the command line."""
+"""What a wheel must do without a compiler: compress a tiny model, run it packed and decoded, run its commands."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ def main() -> None:
         dense.save_pretrained(folder / "dense")
         command = [str(Path(sys.executable).with_name("pocketllm"))]
         doctor = json.loads(_output([*command, "doctor", "--json"]))
+        assert doctor["compiler"] is None, doctor["compiler"]
+        assert doctor["kernels"]["packed"]["works"], doctor["kernels"]["packed"]["reason"]
         config = pocketllm.CompressConfig(vector_len=4, codebook_size=32, codebook_scope="kind")
         report = pocketllm.compress(folder / "dense", config, folder / "small")
         json.loads(_output([*command, "info", str(folder / "small"), "--json"]))
         ids = torch.arange(3, 20)[None]
         logits = [pocketllm.load(folder / "small", mode=mode)[0](ids).logits for mode in ("packed", "dense")]
         assert torch.allclose(*logits, atol=1e-4), (logits[0] - logits[1]).abs().max()
-        print(f"python {sys.version.split()[0]}, torch {torch.__version__}: {report.bytes_on_disk} bytes")
-        print(json.dumps(doctor, indent=1)[:2000])
+        versions = ", ".join(f"{name} {version}" for name, version in doctor["versions"].items())
+        print(f"{versions}: works without a compiler, {report.bytes_on_disk} bytes")
 
 
 def _output(command: list[str]) -> str:
