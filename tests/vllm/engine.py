@@ -32,15 +32,18 @@ def weights(folder: Path, **settings: Any) -> dict[str, Any]:
 
 
 def _join_alone() -> None:
-    """A group of one process."""
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.distributed.parallel_state import model_parallel_is_initialized
+    """A group of one process, made anew for each model: only some have groups of experts."""
+    from vllm.distributed import (
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
     from vllm.utils.network_utils import get_distributed_init_method, get_open_port
 
-    if not model_parallel_is_initialized():
-        address = get_distributed_init_method("127.0.0.1", get_open_port())
-        init_distributed_environment(1, 0, address, 0, backend="gloo")
-        initialize_model_parallel(1, 1)
+    address = get_distributed_init_method("127.0.0.1", get_open_port())
+    init_distributed_environment(1, 0, address, 0, backend="gloo")  # the first time, later nothing
+    destroy_model_parallel()
+    initialize_model_parallel(1, 1)
 
 
 def _settings() -> dict[str, Any]:

@@ -31,7 +31,7 @@ pytestmark = [
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 ROTARY = {**SIZES, "head_dim": 32, "initializer_range": 0.3}
 MODELS: dict[str, tuple[str, dict[str, Any], Any]] = {
-    "tied": ("llama", ROTARY, tiny.on_trellis(6.0)),
+    "tied": ("llama", ROTARY, tiny.on_trellis(4.0)),
     "untied": ("qwen3", ROTARY, tiny.settings()),
     "experts": ("qwen3_moe", {**ROTARY, "moe_intermediate_size": 32, "num_experts": 4}, tiny.settings()),
     "renamed experts": ("mixtral", {**ROTARY, "num_local_experts": 4}, tiny.settings()),
@@ -61,13 +61,6 @@ def test_every_parameter_is_that_of_the_decoded_model(pair: Callable[[str], Pair
     small, dense = pair(name)
     found, wanted = engine.weights(small), engine.weights(dense)
     assert found.keys() == wanted.keys()
-    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
-
-
-def test_transformers_implementation(pair: Callable[[str], Pair]) -> None:
-    small, dense = pair("tied")
-    found, wanted = (engine.weights(folder, model_impl="transformers") for folder in (small, dense))
-    assert found.keys() == wanted.keys() and len(found) > 10
     assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
 
 
@@ -132,3 +125,11 @@ def test_a_folder_with_an_unknown_version_is_refused(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(Exception, match="format_version is 99"):
         engine.weights(copy)
+
+
+def test_transformers_implementation(pair: Callable[[str], Pair]) -> None:
+    """Last, since vLLM then changes the classes of transformers for the rest of the process."""
+    small, dense = pair("tied")
+    found, wanted = (engine.weights(folder, model_impl="transformers") for folder in (small, dense))
+    assert found.keys() == wanted.keys() and len(found) > 10
+    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
