@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -125,6 +129,24 @@ def test_a_folder_with_an_unknown_version_is_refused(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(Exception, match="format_version is 99"):
         engine.weights(copy)
+
+
+def test_the_serve_command(pair: Callable[[str], Pair]) -> None:
+    """`pocketllm serve` hands over to vLLM, which answers as in this process."""
+    small, dense = pair("tied")
+    port = engine.free_port()
+    command = [sys.executable, "-m", "pocketllm", "serve", str(small), "--port", str(port)]
+    command += ["--engine", "vllm", "--mode", "packed", "--dtype", "float32", "--max-requests", "8"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as server:
+        try:
+            engine.wait_for_health(port, server)
+            asked = {"model": "small", "prompt": engine.PROMPTS[0], "max_tokens": 16, "temperature": 0}
+            found = engine.post(
+                port, "/v1/completions", {**asked, "ignore_eos": True, "return_token_ids": True}
+            )
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+    assert found["choices"][0]["token_ids"] == engine.answers(dense)[0][0]
 
 
 def test_transformers_implementation(pair: Callable[[str], Pair]) -> None:

@@ -57,10 +57,14 @@ def run_vllm(folder: Path, name: str, config: ServeConfig, mode: str, dtype: str
     Args:
         mode: `packed`, or else decoded at load. dtype: to compute in; `auto` is the checkpoint's.
     """
+    import torch
+
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", name, "--host", config.host, "--port", str(config.port)]
     command += ["--max-num-seqs", str(config.max_requests), "--dtype", dtype]
     command += ["--kv-cache-memory-bytes", str(int(config.kv_cache_gb * 10**9))]
+    if not torch.cuda.is_available():
+        command.append("--enforce-eager")  # on a CPU, torch.compile takes minutes and needs a C++ compiler
     if mode == "packed":
         command += [
             "--hf-overrides",
