@@ -17,7 +17,7 @@ from pages import RESULTS, ROOT, load_results, markdown_table
 from peer_tables import headline, peer_bits, peers, peers_paired
 from peers.table import number
 from speed_tables import runtime, serving
-from vllm_tables import rank_sizes, vllm_serving
+from vllm_tables import rank_sizes
 
 PAGES = (
     "docs/calibration.md",
@@ -264,7 +264,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "runtime": runtime,
     "serving": serving,
     "rank_sizes": rank_sizes,
-    "vllm_serving": vllm_serving,
     "tasks": tasks,
     "peers": peers,
     "headline": headline,

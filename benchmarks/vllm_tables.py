@@ -1,11 +1,8 @@
-"""Tables of docs/vllm.md: what each rank holds, and throughput."""
+"""The table of docs/vllm.md: what each rank holds."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from pages import load_results, markdown_table
-from speed_tables import median_and_best
 
 
 def rank_sizes() -> str:
@@ -35,25 +32,3 @@ def rank_sizes() -> str:
         f"`{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
-
-
-def vllm_serving() -> str:
-    """Throughput of vLLM by number of requests."""
-    found = load_results("vllm_serving")
-    names = {"packed": "packed", "auto": "decoded at load", "checkpoint": "not compressed"}
-    numbers = list(found["runs"][0]["tokens_per_second"])
-
-    def row(run: dict[str, Any]) -> list[str]:
-        speeds = [median_and_best(run["tokens_per_second"][n]) for n in numbers]
-        return [names[run["mode"]], *speeds, f"{run['peak_memory_bytes'] / 1e6:.0f}"]
-
-    head = ["", *(f"{n} request{'s' * (n != '1')}, tokens/s" for n in numbers), "peak memory, MB"]
-    note = (
-        f"SmolLM2-135M at {found['compressed']['bpw_blocks']:.2f} bits per weight of blocks, bfloat16, vLLM "
-        f"{found['vllm']} without torch.compile, {found['threads']} threads; {found['new_tokens']} new tokens for each "
-        "request, all sent at once; new tokens of all requests per second, median and (best) of "
-        f"{found['rounds']} rounds, each model in a process of its own, on a busy machine (load {found['load']:.0f}). "
-        "Memory: most that the process held, libraries and a key-value cache of 1 GiB included. "
-        f"`{found['command']}`"
-    )
-    return f"{markdown_table(head, [row(run) for run in found['runs']])}\n\n{note}"
