@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import recovery_table
+from architecture_table import architectures, large_models
 from codec_tables import codec_floor, codec_speed
 from pages import RESULTS, ROOT, load_results, markdown_table
 from peer_tables import headline, peer_bits, peers, peers_paired
@@ -25,6 +26,7 @@ PAGES = (
     "docs/evaluation.md",
     "docs/peers.md",
     "docs/finetuning.md",
+    "docs/models.md",
 )
 
 
@@ -288,6 +290,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "peer_bits": peer_bits,
     "peers_paired": peers_paired,
     "recovery": recovery,
+    "architectures": architectures,
+    "large_models": large_models,
 }
 
 
