@@ -1,4 +1,4 @@
-"""The table of docs/models.md: which model types work how."""
+"""The tables of docs/models.md: which model types work how, and large dimensions without weights."""
 
 from __future__ import annotations
 
@@ -24,6 +24,40 @@ def architectures() -> str:
     return (
         f"{len(types)} types of transformers {found['transformers']}, without / with calibration: {summary}.\n\n"
         f"Both ways, in both modes: {', '.join(both)}.\n\n{markdown_table(head, rows)}\n\n`{found['command']}`"
+    )
+
+
+def large_models() -> str:
+    """Exact sizes of large models, and one block of each."""
+    found = load_results("large_models")
+    rows = []
+    for name, entry in found["models"].items():
+        whole, block = entry["whole"], entry.get("block")
+        shown = ""
+        if block is not None:
+            shown = f"{block['weights'] / 1e6:.0f} M, {'agrees' if block['agrees'] else 'differs'}"
+        rows.append(
+            [
+                name,
+                f"{whole['dense_bytes'] / 1e9:.1f}",
+                f"{whole['bytes_on_disk'] / 1e9:.2f}",
+                f"{whole['bpw_matrices']:.3f}",
+                str(whole["matrices"]),
+                f"{whole['plan_seconds']:.0f}",
+                shown,
+            ]
+        )
+    head = [
+        "dimensions of",
+        "bf16, GB",
+        "at 3 bits, GB",
+        "bpw",
+        "matrices",
+        "dry run, s",
+        "one block, both modes",
+    ]
+    return (
+        f"{markdown_table(head, rows)}\n\nGB are 10^9 bytes; exact, without tokenizer. `{found['command']}`"
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import recovery_table
+from architecture_table import architectures, large_models
 from codec_tables import codec_floor, codec_speed
 from pages import RESULTS, ROOT, load_results, markdown_table
 from peer_tables import headline, peer_bits, peers, peers_paired
@@ -29,6 +30,7 @@ PAGES = (
     "docs/finetuning.md",
     "docs/vllm.md",
     "docs/serving.md",
+    "docs/models.md",
 )
 
 
@@ -270,6 +272,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "peer_bits": peer_bits,
     "peers_paired": peers_paired,
     "recovery": recovery,
+    "architectures": architectures,
+    "large_models": large_models,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from pocketllm.codec.index_form import IndexForm, form_for
 from pocketllm.codec.rotation import Seeds
@@ -57,8 +57,15 @@ class Matrix:
 
     def own_bits(self, spec: Spec, row_scale: bool) -> int:
         """Bits of packed indices (whole bytes, padding included) and row scales."""
-        indices = 8 * self.form(spec).nbytes(self.rows, subvectors_per_row(self.columns, spec.vector_len))
+        per_row = subvectors_per_row(self.columns, spec.vector_len)
+        indices = 8 * _nbytes(self.form(spec), self.rows, per_row)
         return indices + (ROW_SCALE_BITS * self.rows if row_scale else 0)
+
+
+@lru_cache(maxsize=1 << 16)
+def _nbytes(form: IndexForm, rows: int, per_row: int) -> int:
+    """Bytes of packed indices; plans ask for the same ones very often, and fused experts have thousands of strips."""
+    return form.nbytes(rows, per_row)
 
 
 @dataclass(frozen=True, order=True)
