@@ -16,7 +16,7 @@ import pocketllm
 from pocketllm.format.checkpoint import folder_bytes, read_report
 from pocketllm.recover.compress_then_distill import compress_and_distill
 from tests import tiny
-from tests.commands import digest
+from tests.commands import Run, digest
 from tests.recovery import config, make
 
 
@@ -52,45 +52,44 @@ def command(*arguments: str | Path) -> list[str]:
 def finetune(made: Path, output: Path, *more: str) -> list[str]:
     text = ("--text", str(made / "t.txt"), "--context", "24", "--steps", "12")
     loop = ("--set", "loop.batch_size=2", "--set", "loop.checkpoint_every=1")
-    return command("finetune", made / "c", "-o", output, *text, *loop, *more)
+    return ["finetune", str(made / "c"), "-o", str(output), *text, *loop, *more]
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def in_a_process(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
 
 
-def test_a_killed_command_resumes_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
-    direct = run(finetune(made, tmp_path / "direct", "--json"))
-    assert direct.returncode == 0, direct.stderr
+def test_a_killed_command_resumes_to_the_same_bytes(made: Path, tmp_path: Path, run: Run) -> None:
+    run.json(*finetune(made, tmp_path / "direct"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        finetune(made, tmp_path / "o"), stderr=subprocess.DEVNULL, env=environment
+        command(*finetune(made, tmp_path / "o")), stderr=subprocess.DEVNULL, env=environment
     ) as started:
         while started.poll() is None and not (tmp_path / "o.partial" / "checkpoint.safetensors").exists():
             time.sleep(0.002)
         started.send_signal(signal.SIGKILL)
     assert not (tmp_path / "o").exists()
-    again = run(finetune(made, tmp_path / "o", "--json"))
-    assert again.returncode == 0, again.stderr
+    code, out, err = run(*finetune(made, tmp_path / "o"), "--json")
+    assert code == 0, err
     assert digest(tmp_path / "o") == digest(tmp_path / "direct")
-    values = json.loads(again.stdout)
+    values = json.loads(out)
     assert values["kl_stored"] < values["kl_before"]
-    assert "step 12 of 12" in again.stderr
+    assert "step 12 of 12" in err
 
 
 @pytest.mark.parametrize("method", ["distill", "lora"])
-def test_two_processes_do_what_one_does(method: str, made: Path, tmp_path: Path) -> None:
+def test_two_processes_do_what_one_does(method: str, made: Path, tmp_path: Path, run: Run) -> None:
     """As `accelerate launch` starts them on GPUs; here on the CPU, each with one thread."""
     text = ("--text", made / "t.txt", "--context", "24", "--steps", "4", "--set", "loop.batch_size=4")
     asked = ("finetune", made / "c", *text, "--set", "loop.dtype=float32", "--method", method, "--json", "-o")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--main_process_port", "0", "--no_python"]
-    both = run([*launch, *command(*asked, tmp_path / "two")])
+    both = in_a_process([*launch, *command(*asked, tmp_path / "two")])
     assert both.returncode == 0, both.stderr
-    one = run(command(*asked, tmp_path / "one"))
-    found, wanted = json.loads(both.stdout), json.loads(one.stdout)
+    _, out, _ = run(*asked, tmp_path / "one")
+    found, wanted = json.loads(both.stdout), json.loads(out)
     state = json.loads((tmp_path / "two.log" / "summary.json").read_text())
     assert state["arguments"]["processes"] == 2
     key = "kl_stored" if method == "distill" else "loss_stored"
@@ -100,23 +99,17 @@ def test_two_processes_do_what_one_does(method: str, made: Path, tmp_path: Path)
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
-def test_command_line_says_what_is_wrong(made: Path, tmp_path: Path) -> None:
-    planned = run(finetune(made, tmp_path / "o", "--dry-run", "--json"))
-    assert planned.returncode == 0, planned.stderr
-    values = json.loads(planned.stdout)
+def test_command_line_says_what_is_wrong(made: Path, tmp_path: Path, run: Run) -> None:
+    values = run.json(*finetune(made, tmp_path / "o", "--dry-run"))
     assert (values["steps"], values["tokens"], values["bytes_added_to_weights"]) == (12, 12 * 2 * 24, 0)
     report = read_report(made / "c")
     assert values["trained_parameters"]["row scales"] * 2 == report["bytes_by_part"]["row_scales"]
-    wrong = run(finetune(made, tmp_path / "o", "--set", "rank=4"))
-    assert wrong.returncode == 2
-    assert "rank does not apply to --method distill" in wrong.stderr
+    code, _, err = run(*finetune(made, tmp_path / "o", "--set", "rank=4"))
+    assert code == 2 and "rank does not apply to --method distill" in err
     for option in ("--teacher=x", "--teacher-on-disk"):
-        wrong = run(command("finetune", made / "c", "-o", tmp_path / "o", "--method", "lora", option))
-        assert wrong.returncode == 2
-        assert f"{option.partition('=')[0]} does not apply to --method lora" in wrong.stderr
-    unnamed = run(finetune(made, tmp_path / "o", "--validation-text", ""))
-    assert unnamed.returncode == 1
-    assert "got an empty name" in unnamed.stderr
-    missing = run(command("finetune", made / "m", "-o", tmp_path / "o"))
-    assert missing.returncode == 1
+        code, _, err = run("finetune", made / "c", "-o", tmp_path / "o", "--method", "lora", option)
+        assert code == 2 and f"{option.partition('=')[0]} does not apply to --method lora" in err
+    code, _, err = run(*finetune(made, tmp_path / "o", "--validation-text", ""))
+    assert code == 1 and "got an empty name" in err
+    assert run("finetune", made / "m", "-o", tmp_path / "o")[0] == 1
     assert not (tmp_path / "o.partial").exists()
