@@ -5,6 +5,8 @@ Source: arXiv 2511.17637, section "Method"; k-means by Lloyd's algorithm through
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +15,19 @@ from pocketllm.codec.kernels import select
 from pocketllm.codec.kernels.reference import centroids as centroids
 from pocketllm.codec.kernels.select import Searcher as Searcher
 from pocketllm.codec.splitmix import splitmix64
+
+
+@dataclass(frozen=True)
+class FittedCodebook:
+    """A codebook, and how well it fits its points.
+
+    table: [K, d] float32. errors: mean square error over the mean square of the points, per iteration.
+    utilization: share of the codewords that the points use. The last two are set only if the fit computes them.
+    """
+
+    table: Tensor
+    errors: tuple[float, ...] = ()
+    utilization: float = 1.0
 
 
 def normal_codebook(size: int, vector_len: int, generator: torch.Generator) -> Tensor:

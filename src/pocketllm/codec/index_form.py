@@ -2,16 +2,8 @@
 
 `Independent` indices are chosen one by one and stored in `width` bits each (the paper).
 
-On a `Trellis` every index shares bits with the previous one, so a large codebook costs few bits: an index is a
-window of `width` bits onto a stream, and the next window starts `stride` bits later. Each index thus chooses from
-2^width codewords but adds only `stride` bits, and a path through all indices is found by dynamic programming
-(viterbi.py). At equal bits the error of a Gaussian source is about 20 to 25 percent below that of independent
-indices. A path runs down the rows of one column of subvectors and continues in the next column, so that error
-feedback can be applied between columns. The rows are cut into strips with independent paths (they are searched in
-parallel, and error feedback is also applied between strips); the bits before a strip's first window are zero.
-Short strips lose about 2 / rows of the error each.
-
-Source: the bitshift trellis of QTIP (arXiv 2406.11235), here with a learned codebook.
+On a `Trellis` every index shares bits with the previous one, so that a large codebook costs few bits; on a
+`HashedTrellis` 256 codewords serve in place of a large codebook (trellis_form.py).
 """
 
 from __future__ import annotations
@@ -22,43 +14,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketllm.codec.codebook import centroids, codebook_utilization, kmeans_codebook
-from pocketllm.codec.column_choice import IndependentColumns, TrellisColumns, strip_lengths
+from pocketllm.codec.codebook import FittedCodebook, kmeans_codebook
+from pocketllm.codec.column_choice import IndependentColumns, strip_lengths
+from pocketllm.codec.hashed_table import ENTRIES, WINDOWS
 from pocketllm.codec.packing import index_width, pack, packed_bytes, unpack
-from pocketllm.codec.viterbi import PathSearch
+from pocketllm.codec.trellis_form import HashedTrellis as HashedTrellis, Trellis as Trellis
 from pocketllm.config import CodecConfig
 from pocketllm.config.constants import STRIP_ROWS
 
 
-def form_for(codebook_size: int, stride: int, strip_rows: int = STRIP_ROWS) -> IndexForm:
+def form_for(codebook_size: int, stride: int, strip_rows: int = STRIP_ROWS, window: int = 0) -> IndexForm:
     """The form of the indices of a stored matrix or a plan.
 
     Args:
         codebook_size: K. stride: bits that each index adds on a trellis, 0 for independent indices.
         strip_rows: approximate number of rows of a strip.
+        window: bits of an index on a hashed trellis, 0 for the other forms.
 
     Raises:
-        ValueError: a stride that does not fit the codebook.
+        ValueError: a stride that does not fit the codebook or the window.
     """
+    if window:
+        if codebook_size != ENTRIES or not WINDOWS[0] <= window <= WINDOWS[1] or not 1 <= stride <= window:
+            raise ValueError(
+                f"stride {stride} and windows of {window} bits do not fit a hashed codebook of {codebook_size}"
+            )
+        return HashedTrellis(window, stride, strip_rows)
     if not stride:
         return Independent(codebook_size, strip_rows)
     width = index_width(codebook_size)
     if stride > width or codebook_size != 1 << width:
         raise ValueError(f"stride {stride} does not fit a codebook of {codebook_size}")
     return Trellis(width, stride, strip_rows)
-
-
-@dataclass(frozen=True)
-class FittedCodebook:
-    """A codebook, and how well it fits its points.
-
-    table: [K, d] float32. errors: mean square error over the mean square of the points, per iteration.
-    utilization: share of the codewords that the points use. The last two are set only if the fit computes them.
-    """
-
-    table: Tensor
-    errors: tuple[float, ...] = ()
-    utilization: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +96,14 @@ class Independent:
         """
         return IndependentColumns(strip_lengths(rows, self.strip_rows if in_strips else rows))
 
+    def table(self, decoded: Tensor) -> Tensor:
+        """What each index decodes to, from the decoded codebook [K, d]: the same."""
+        return decoded
+
+    def codewords(self, indices: Tensor) -> Tensor:
+        """The codeword of each index: the same."""
+        return indices
+
     def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:
         """k-means on points [N, d] float32, N >= K."""
         return FittedCodebook(kmeans_codebook(points, self.codebook_size, iterations, seed))
@@ -120,119 +115,6 @@ class Independent:
     def fit_errors(self, config: CodecConfig) -> int:
         """How many errors the fit of a codec notes: one for each epoch."""
         return config.epochs
-
-
-@dataclass(frozen=True)
-class Trellis:
-    """Indices on a trellis: windows of `width` bits (K = 2^width), `stride` bits apart, 1 <= stride <= width.
-
-    strip_rows: approximate number of rows of a strip.
-    """
-
-    width: int
-    stride: int
-    strip_rows: int = STRIP_ROWS
-    # Rotated rows of unit scale follow one distribution, so networks trained for their reconstruction have nothing to
-    # add to the codebook: they start as the identity and serve the tuning that comes after.
-    trains_networks = False
-    is_independent = False
-
-    @property
-    def codebook_size(self) -> int:
-        """K."""
-        return 1 << self.width
-
-    @property
-    def bits(self) -> int:
-        """Stored bits of an index."""
-        return self.stride
-
-    @property
-    def kept(self) -> int:
-        """Bits that a window shares with the previous one."""
-        return self.width - self.stride
-
-    def windows(self, steps: Tensor) -> Tensor:
-        """New bits [..., T] int -> indices [..., T] int32; the newest bits of a window are its highest."""
-        steps = steps.to(torch.int32)
-        length, shift, back = steps.shape[-1], self.kept, 0
-        found = torch.zeros_like(steps)
-        while shift > -self.stride and back < length:
-            shifted = steps[..., : length - back]
-            found[..., back:] |= shifted << shift if shift >= 0 else shifted >> -shift
-            shift, back = shift - self.stride, back + 1
-        return found
-
-    def steps(self, indices: Tensor) -> Tensor:
-        """Inverse of `windows`: the new bits of each index."""
-        return indices >> self.kept
-
-    def nbytes(self, rows: int, per_row: int) -> int:
-        """Bytes of [rows, per_row] packed indices; every strip begins on a byte."""
-        lengths = strip_lengths(rows, self.strip_rows)
-        return sum(packed_bytes(length * per_row, self.stride) for length in lengths)
-
-    def pack(self, indices: Tensor) -> Tensor:
-        """[rows, n] indices that form paths -> uint8 stream, strip after strip, and column after column in each."""
-        parts = self.steps(indices).split(strip_lengths(indices.shape[0], self.strip_rows))
-        return torch.cat([pack(part.T.reshape(-1), self.stride) for part in parts])
-
-    def unpack(self, stream: Tensor, rows: int, per_row: int) -> Tensor:
-        """Inverse of `pack`: [rows, per_row] int32.
-
-        Raises:
-            FormatError: the stream has another length.
-        """
-        out = torch.empty(rows, per_row, dtype=torch.int32, device=stream.device)
-        first, offset = 0, 0
-        for length in strip_lengths(rows, self.strip_rows):
-            nbytes = packed_bytes(length * per_row, self.stride)
-            last = first + length == rows
-            part = stream[offset:] if last else stream[offset : offset + nbytes]
-            steps = unpack(part, self.stride, length * per_row)
-            out[first : first + length] = self.windows(steps).reshape(per_row, length).T
-            first, offset = first + length, offset + nbytes
-        return out
-
-    def columns(self, rows: int, device: torch.device, in_strips: bool) -> TrellisColumns:
-        """The choice of indices column by column; paths run down strips whether rows make up for others or not."""
-        return TrellisColumns(strip_lengths(rows, self.strip_rows), self.width, self.stride, device)
-
-    def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:
-        """Lloyd's algorithm with cheapest paths in place of nearest codewords.
-
-        Starts from points drawn with `seed`: a trellis works well if codewords are random over states.
-
-        Args:
-            points: [N, d] float32, in random order.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(len(points), (self.codebook_size,), generator=generator).to(points.device)
-        table, search = points[drawn].float(), PathSearch(self.width, self.stride, points.device)
-        lengths = strip_lengths(len(points), self.strip_rows)
-        start = search.first_state(len(lengths))
-        which, weights = torch.zeros_like(start), torch.ones(len(points), device=points.device)
-        errors, indices = list[float](), torch.empty(0, dtype=torch.int64)
-        for _ in range(max(1, iterations)):
-            tables = search.ordered(table[None])
-            indices = search.search(points, weights, tables, which, lengths, start)
-            errors.append(_relative_error(points, table[indices]))
-            table = centroids(points, indices, table)
-        counts = torch.bincount(indices, minlength=self.codebook_size)
-        return FittedCodebook(table, tuple(errors), codebook_utilization(counts))
-
-    def predicted_nmse(self, vector_len: int) -> float:
-        """Error for a unit-variance Gaussian at b bits per weight: 2^(-2 b) (1 + 1.3 b / width).
-
-        The excess over Shannon's bound was fitted to codebooks trained on Gaussian numbers, for widths 10 to 14
-        and 1.25 to 4 bits per weight, where it is within 4 percent.
-        """
-        bits = self.bits / vector_len
-        return float(4.0**-bits * (1 + 1.3 * bits / self.width))
-
-    def fit_errors(self, config: CodecConfig) -> int:
-        """How many errors the fit of a codec notes: one for each iteration."""
-        return max(1, config.kmeans_iterations)
 
 
 IndexForm = Independent | Trellis
@@ -249,8 +131,3 @@ def predicted_nmse(vector_len: int, index_bits: float) -> float:
     sphere = math.gamma(d / 2 + 1) ** (2 / d) / ((d + 2) * math.pi)
     distortion = 2 * math.pi * sphere * ((d + 2) / d) ** ((d + 2) / 2) * 2.0 ** (-2 * index_bits / d)
     return min(1.0, distortion)
-
-
-def _relative_error(points: Tensor, decoded: Tensor) -> float:
-    """Squared distance over the energy of the points."""
-    return float((points - decoded).square().sum()) / max(float(points.square().sum()), 1e-30)

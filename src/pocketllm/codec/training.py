@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec import codebook as cb
-from pocketllm.codec.index_form import FittedCodebook, IndexForm
+from pocketllm.codec.codebook import FittedCodebook
+from pocketllm.codec.index_form import IndexForm
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.normalization import divide_rows, row_rms
 from pocketllm.codec.subvectors import cut

@@ -127,6 +127,7 @@ class MatrixEncoder:
             indices=encoded.indices(codec.config.vector_len),
             row_scale=encoded.row_scale.float(),
             codec=codec,
+            form=encoded.form,
             tunes_decoder=len(shared) == 1,
             columns=matrix.columns,
             rotation=encoded.rotation,
@@ -178,11 +179,11 @@ class MatrixEncoder:
         if inputs is not None:
             facts["input_tokens"] = inputs.tokens[matrix.name]
             facts["unseen_experts"] = inputs.unseen_experts.get(matrix.name, 0)
-        indices = encoded.indices(codec.config.vector_len).reshape(-1)
+        used = encoded.form.codewords(encoded.indices(codec.config.vector_len).reshape(-1))
         tensors = {
             "indices": encoded.stream,
             "row_scale": encoded.row_scale,
-            "counts": torch.bincount(indices, minlength=encoded.form.codebook_size).to(torch.int32),
+            "counts": torch.bincount(used, minlength=encoded.form.codebook_size).to(torch.int32),
         }
         if not self.plan.config.codec.row_scale:
             del tensors["row_scale"]

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from pocketllm.codec.hashed_table import ENTRIES
 from pocketllm.config import SCOPES, CompressConfig
-from pocketllm.config.constants import BUDGET_LEFT, DEAR_CODEBOOKS, TRELLIS_STEPS, VECTOR_LENS
+from pocketllm.config.constants import BUDGET_LEFT, DEAR_CODEBOOKS, HASHED_NMSE, TRELLIS_STEPS, VECTOR_LENS
 from pocketllm.errors import ConfigError, TargetError
 from pocketllm.plan.matrices import Dense, Matrix, Plan, Spec
 from pocketllm.plan.selection import classify, override
@@ -74,7 +75,8 @@ def _by_importance(
     if budget.codebook_share(best) > DEAR_CODEBOOKS:
         every = {spec for own in choices.values() for spec in own}
         families = [
-            {spec for spec in every if spec.vector_len == d} for d in sorted({d for d, _ in TRELLIS_STEPS})
+            {spec for spec in every if spec.vector_len == d}
+            for d in sorted({spec.vector_len for spec in every})
         ]
         starts = [best, *filter(None, (budget.best(_of(choices, some)) for some in families))]
         best = min((_fewer(budget, choices, start) for start in starts), key=budget.loss)
@@ -195,9 +197,11 @@ def _choices(matrix: Matrix, config: CompressConfig) -> list[Spec]:
     width = config.codec.trellis_width
     assert width is not None
     lens = None if config.vector_len is None else (config.vector_len,)
+    size, window = (ENTRIES, width) if config.codec.hashed else (1 << width, 0)
+    steps = HASHED_NMSE if config.codec.hashed else TRELLIS_STEPS
     specs = [
-        Spec(d, 1 << width, stride)
-        for d, stride in TRELLIS_STEPS
+        Spec(d, size, stride, window)
+        for d, stride in steps
         if stride <= width and (lens is None or d in lens)
     ]
     wanted = override(matrix.name, config)

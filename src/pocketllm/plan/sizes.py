@@ -114,7 +114,7 @@ class PlannedModel:
             yield {"name": name, "shape": [], "reason": "the model class has no use for it"}
 
     def report_text(self, report: Report, files: Mapping[str, Any]) -> str:
-        body = {"format_version": ckpt.FORMAT_VERSION, **report.to_dict(), "files": files}
+        body = {"format_version": self.form.format_version, **report.to_dict(), "files": files}
         for name in RUN_FACTS:  # stored bytes must not depend on the duration of the run or on a resumption
             del body[name]
         if not report.left_out:

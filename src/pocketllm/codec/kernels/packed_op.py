@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pocketllm.codec.column_choice import strip_lengths
 from pocketllm.codec.index_form import Trellis
-from pocketllm.codec.kernels import hashed, packed_cpu, select
+from pocketllm.codec.kernels import packed_cpu, select
 from pocketllm.codec.kernels.library import Isa
 from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, hashed_weight, packed_weight
 from pocketllm.codec.kernels.reference import hartley
@@ -199,5 +199,5 @@ def check_weights() -> Iterator[PackedWeight]:
         paths = [trellis.windows(part.T.reshape(-1)).view(-1, len(part)).T for part in steps.split(lengths)]
         stream = trellis.pack(torch.cat(paths))
         yield packed_weight(stream, table[:, :d].contiguous(), scale, columns, 12, trellis).rotated((1, 2))
-        entries = torch.randint(-127, 128, (d, hashed.ENTRIES), generator=generator).to(torch.int8)
+        entries = torch.randint(-127, 128, (d, 256), generator=generator).to(torch.int8)
         yield hashed_weight(stream, entries, scale / 64, columns, trellis)

@@ -71,7 +71,7 @@ class PackedProduct:
 
     def _decoded(self, rows: Tensor) -> Tensor:
         """`look_up` in torch: rows [m] -> [m, columns] float32."""
-        weight = self.weight
+        weight = self.weight.in_stream_order()
         subvectors = weight.table[weight.indices_of(rows)]
         found = join(subvectors, self.columns) * weight.row_scale[rows, None]
         return found if weight.signs_in is None else mixed(found) * weight.signs_in

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.column_choice import strip_lengths
-from pocketllm.codec.index_form import Trellis
+from pocketllm.codec.hashed_table import UNIT, hashed_table, int8_entries
+from pocketllm.codec.index_form import HashedTrellis, IndexForm, Trellis
 from pocketllm.codec.kernels import hashed, library
 from pocketllm.codec.packing import MAX_WIDTH, packed_bytes, unpack
 from pocketllm.codec.rotation import Seeds, signs
@@ -154,7 +155,7 @@ class PackedWeight:
         nbytes = trellis.nbytes(*shape)
         return PackedWeight(
             stream=hashed.from_bands(self.stream, trellis, *shape, nbytes),
-            table=hashed.hashed_codebook(self.table, sizes.width),
+            table=table_of(self.table, sizes.width),
             row_scale=self.row_scale,
             sizes=sizes._replace(banded=False),
             signs_out=self.signs_out,
@@ -183,6 +184,21 @@ def packed_weight(
     return PackedWeight(stream, table, row_scale, sizes)
 
 
+def form_weight(
+    stream: Tensor, form: IndexForm, decoded: Tensor, row_scale: Tensor, columns: int
+) -> PackedWeight:
+    """A matrix in any form, from its decoded codebook [K, d] float32; the other arguments as `packed_weight`."""
+    if isinstance(form, HashedTrellis):
+        return hashed_weight(stream, int8_entries(decoded), row_scale * UNIT, columns, form)
+    trellis = form if isinstance(form, Trellis) else None
+    return packed_weight(stream, decoded, row_scale, columns, form.width, trellis)
+
+
+def table_of(entries: Tensor, width: int) -> Tensor:
+    """int8 tables [d, 256] -> the table [2^width, d] float32 that they stand for, in units of an int8."""
+    return hashed_table(entries.T.float() * UNIT, width) / UNIT
+
+
 def hashed_weight(
     stream: Tensor, entries: Tensor, row_scale: Tensor, columns: int, trellis: Trellis
 ) -> PackedWeight:
@@ -193,8 +209,9 @@ def hashed_weight(
         row_scale: [rows] float32, times the scale of the tables.
     """
     if not (library.hashed_runs() and stream.device.type == "cpu" and hashed.fits_bands(trellis)):
-        codebook = hashed.hashed_codebook(entries, trellis.width)
-        return packed_weight(stream, codebook, row_scale, columns, trellis.width, trellis)
+        return packed_weight(
+            stream, table_of(entries, trellis.width), row_scale, columns, trellis.width, trellis
+        )
     rows, d = row_scale.shape[0], entries.shape[0]
     sizes = Sizes(rows, columns, d, trellis.width, trellis.stride, trellis.strip_rows, banded=True)
     return PackedWeight(hashed.to_bands(stream, trellis, rows, sizes.per_row), entries, row_scale, sizes)

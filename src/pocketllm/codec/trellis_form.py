@@ -1,0 +1,212 @@
+"""Indices on a trellis: how they are packed, and how a codebook is fitted to them.
+
+Every index shares bits with the previous one, so a large codebook costs few bits: an index is a
+window of `width` bits onto a stream, and the next window starts `stride` bits later. Each index thus chooses from
+2^width codewords but adds only `stride` bits, and a path through all indices is found by dynamic programming
+(viterbi.py). At equal bits the error of a Gaussian source is about 20 to 25 percent below that of independent
+indices. A path runs down the rows of one column of subvectors and continues in the next column, so that error
+feedback can be applied between columns. The rows are cut into strips with independent paths (they are searched in
+parallel, and error feedback is also applied between strips); the bits before a strip's first window are zero.
+Short strips lose about 2 / rows of the error each.
+
+On a `HashedTrellis` a window is not the number of a codeword: it is hashed to the numbers of a few codewords out of
+256, one for each component of the subvector (hashed_table.py). That decodes several times faster.
+
+Source: the bitshift trellis of QTIP (arXiv 2406.11235), here with a learned codebook.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pocketllm.codec.codebook import FittedCodebook, centroids, codebook_utilization
+from pocketllm.codec.column_choice import TrellisColumns, strip_lengths
+from pocketllm.codec.hashed_table import (
+    ENTRIES,
+    hashed_index,
+    hashed_table,
+    refitted_entries,
+    rounded_entries,
+    shuffled_quantiles,
+)
+from pocketllm.codec.packing import pack, packed_bytes, unpack
+from pocketllm.codec.viterbi import PathSearch
+from pocketllm.config import CodecConfig
+from pocketllm.config.constants import HASHED_NMSE, STRIP_ROWS
+
+
+@dataclass(frozen=True)
+class Trellis:
+    """Indices on a trellis: windows of `width` bits (K = 2^width), `stride` bits apart, 1 <= stride <= width.
+
+    strip_rows: approximate number of rows of a strip.
+    """
+
+    width: int
+    stride: int
+    strip_rows: int = STRIP_ROWS
+    # Rotated rows of unit scale follow one distribution, so networks trained for their reconstruction have nothing to
+    # add to the codebook: they start as the identity and serve the tuning that comes after.
+    trains_networks = False
+    is_independent = False
+
+    @property
+    def codebook_size(self) -> int:
+        """K."""
+        return 1 << self.width
+
+    @property
+    def bits(self) -> int:
+        """Stored bits of an index."""
+        return self.stride
+
+    @property
+    def kept(self) -> int:
+        """Bits that a window shares with the previous one."""
+        return self.width - self.stride
+
+    def windows(self, steps: Tensor) -> Tensor:
+        """New bits [..., T] int -> indices [..., T] int32; the newest bits of a window are its highest."""
+        steps = steps.to(torch.int32)
+        length, shift, back = steps.shape[-1], self.kept, 0
+        found = torch.zeros_like(steps)
+        while shift > -self.stride and back < length:
+            shifted = steps[..., : length - back]
+            found[..., back:] |= shifted << shift if shift >= 0 else shifted >> -shift
+            shift, back = shift - self.stride, back + 1
+        return found
+
+    def steps(self, indices: Tensor) -> Tensor:
+        """Inverse of `windows`: the new bits of each index."""
+        return indices >> self.kept
+
+    def nbytes(self, rows: int, per_row: int) -> int:
+        """Bytes of [rows, per_row] packed indices; every strip begins on a byte."""
+        lengths = strip_lengths(rows, self.strip_rows)
+        return sum(packed_bytes(length * per_row, self.stride) for length in lengths)
+
+    def pack(self, indices: Tensor) -> Tensor:
+        """[rows, n] indices that form paths -> uint8 stream, strip after strip, and column after column in each."""
+        parts = self.steps(indices).split(strip_lengths(indices.shape[0], self.strip_rows))
+        return torch.cat([pack(part.T.reshape(-1), self.stride) for part in parts])
+
+    def unpack(self, stream: Tensor, rows: int, per_row: int) -> Tensor:
+        """Inverse of `pack`: [rows, per_row] int32.
+
+        Raises:
+            FormatError: the stream has another length.
+        """
+        out = torch.empty(rows, per_row, dtype=torch.int32, device=stream.device)
+        first, offset = 0, 0
+        for length in strip_lengths(rows, self.strip_rows):
+            nbytes = packed_bytes(length * per_row, self.stride)
+            last = first + length == rows
+            part = stream[offset:] if last else stream[offset : offset + nbytes]
+            steps = unpack(part, self.stride, length * per_row)
+            out[first : first + length] = self.windows(steps).reshape(per_row, length).T
+            first, offset = first + length, offset + nbytes
+        return out
+
+    def columns(self, rows: int, device: torch.device, in_strips: bool) -> TrellisColumns:
+        """The choice of indices column by column; paths run down strips whether rows make up for others or not."""
+        return TrellisColumns(strip_lengths(rows, self.strip_rows), self.width, self.stride, device)
+
+    def table(self, decoded: Tensor) -> Tensor:
+        """What each index decodes to, [2^width, d], from the decoded codebook [K, d]."""
+        return decoded
+
+    def codewords(self, indices: Tensor) -> Tensor:
+        """The codeword of each index (on a hashed trellis: that of component 0)."""
+        return indices
+
+    def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:
+        """Lloyd's algorithm with cheapest paths in place of nearest codewords.
+
+        Args:
+            points: [N, d] float32, in random order.
+        """
+        codebook, search = (
+            self.first_codebook(points, seed),
+            PathSearch(self.width, self.stride, points.device),
+        )
+        lengths = strip_lengths(len(points), self.strip_rows)
+        start = search.first_state(len(lengths))
+        which, weights = torch.zeros_like(start), torch.ones(len(points), device=points.device)
+        errors, indices = list[float](), torch.empty(0, dtype=torch.int64)
+        for _ in range(max(1, iterations)):
+            table = self.table(codebook)
+            indices = search.search(points, weights, search.ordered(table[None]), which, lengths, start)
+            errors.append(_relative_error(points, table[indices]))
+            codebook = self.refitted(points, indices, codebook)
+        counts = torch.bincount(self.codewords(indices), minlength=self.codebook_size)
+        return FittedCodebook(codebook, tuple(errors), codebook_utilization(counts))
+
+    def first_codebook(self, points: Tensor, seed: int) -> Tensor:
+        """[K, d] points drawn with `seed`: a trellis works well if codewords are random over states."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(points), (self.codebook_size,), generator=generator).to(points.device)
+        return points[drawn].float()
+
+    def refitted(self, points: Tensor, indices: Tensor, previous: Tensor) -> Tensor:
+        """The best codebook [K, d] for given indices [N] of points [N, d]."""
+        return centroids(points, indices, previous)
+
+    def predicted_nmse(self, vector_len: int) -> float:
+        """Error for a unit-variance Gaussian at b bits per weight: 2^(-2 b) (1 + 1.3 b / width).
+
+        The excess over Shannon's bound was fitted to codebooks trained on Gaussian numbers, for widths 10 to 14
+        and 1.25 to 4 bits per weight, where it is within 4 percent.
+        """
+        bits = self.bits / vector_len
+        return float(4.0**-bits * (1 + 1.3 * bits / self.width))
+
+    def fit_errors(self, config: CodecConfig) -> int:
+        """How many errors the fit of a codec notes: one for each iteration."""
+        return max(1, config.kmeans_iterations)
+
+
+@dataclass(frozen=True)
+class HashedTrellis(Trellis):
+    """Indices on a trellis that look up 256 codewords by a hash, d = 1 or 2, 9 <= width <= 16 (hashed_table.py)."""
+
+    @property
+    def codebook_size(self) -> int:
+        """K."""
+        return ENTRIES
+
+    def table(self, decoded: Tensor) -> Tensor:
+        """[2^width, d] float32, entries rounded; differentiable in the decoded codebook [256, d]."""
+        return hashed_table(decoded, self.width)
+
+    def codewords(self, indices: Tensor) -> Tensor:
+        """The codeword that each index uses for component 0."""
+        return hashed_index(self.width, 0).to(indices.device)[indices.long()]
+
+    def first_codebook(self, points: Tensor, seed: int) -> Tensor:
+        """Quantiles of the points, spread further apart the more bits there are (measured)."""
+        return shuffled_quantiles(points.float(), 1 + self.stride / points.shape[1] / 15, seed)
+
+    def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:
+        """As on any trellis; the codewords are rounded like the entries that they are decoded to at first."""
+        fitted = super().fit_codebook(points, iterations, seed)
+        return replace(fitted, table=rounded_entries(fitted.table))
+
+    def refitted(self, points: Tensor, indices: Tensor, previous: Tensor) -> Tensor:
+        """The best codebook [256, d] for given indices [N] of points [N, d]."""
+        return refitted_entries(points, indices, previous, self.width)
+
+    def predicted_nmse(self, vector_len: int) -> float:
+        """Error for a unit-variance Gaussian, measured for windows of 12 bits; for others as on any trellis."""
+        known = HASHED_NMSE.get((vector_len, self.stride))
+        if known is None:
+            return super().predicted_nmse(vector_len)
+        usual = Trellis(12, self.stride).predicted_nmse(vector_len)
+        return known * super().predicted_nmse(vector_len) / usual
+
+
+def _relative_error(points: Tensor, decoded: Tensor) -> float:
+    """Squared distance over the energy of the points."""
+    return float((points - decoded).square().sum()) / max(float(points.square().sum()), 1e-30)
