@@ -175,7 +175,7 @@ _operator.register_autograd(_input_gradient, setup_context=_save)
 def products_differ(isa: Isa) -> str:
     """What is wrong with the CPU kernels of an instruction set, tried on small matrices of every form."""
     for weight in check_weights():
-        for count in (1, packed_cpu.FEW_ROWS + 1):
+        for count in (1, packed_cpu.FEW_ROWS + 1, packed_cpu.BANDED_ROWS + 1):
             x = torch.randn(count, weight.sizes.columns, generator=torch.Generator().manual_seed(count))
             wanted = packed_matmul_reference(x, weight)
             found = packed_cpu.multiply(x, packed_cpu.tensors_of(weight), weight.sizes, isa)

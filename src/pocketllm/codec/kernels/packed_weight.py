@@ -126,7 +126,9 @@ class PackedWeight:
         return join(self.in_stream_order().table[self.indices().long()], self.sizes.columns)
 
     def indices_of(self, rows: Tensor) -> Tensor:
-        """[m, n] int64: those of some rows [m], without unpacking any others; of a weight in stream order."""
+        """[m, n] int64: those of some rows [m], without unpacking any others."""
+        if self.sizes.banded:
+            return self.in_stream_order().indices_of(rows)
         sizes, device = self.sizes, rows.device
         columns, bits = torch.arange(sizes.per_row, device=device), torch.arange(sizes.width, device=device)
         trellis = sizes.trellis
