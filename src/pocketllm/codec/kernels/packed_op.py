@@ -17,6 +17,7 @@ from torch import Tensor
 from pocketllm.codec.column_choice import strip_lengths
 from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.kernels import packed_cpu, select
+from pocketllm.codec.kernels.banded_cpu import BANDED_ROWS
 from pocketllm.codec.kernels.library import Isa
 from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, hashed_weight, packed_weight
 from pocketllm.codec.kernels.reference import hartley
@@ -175,7 +176,7 @@ _operator.register_autograd(_input_gradient, setup_context=_save)
 def products_differ(isa: Isa) -> str:
     """What is wrong with the CPU kernels of an instruction set, tried on small matrices of every form."""
     for weight in check_weights():
-        for count in (1, packed_cpu.FEW_ROWS + 1, packed_cpu.BANDED_ROWS + 1):
+        for count in (1, packed_cpu.FEW_ROWS + 1, BANDED_ROWS + 1):
             x = torch.randn(count, weight.sizes.columns, generator=torch.Generator().manual_seed(count))
             wanted = packed_matmul_reference(x, weight)
             found = packed_cpu.multiply(x, packed_cpu.tensors_of(weight), weight.sizes, isa)
