@@ -33,6 +33,8 @@ from pocketllm.errors import ConfigError
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"vector_len": 9, "hidden": 16}, "hidden: got 16, wanted at least 18"),
         ({"codebook_source": "seed"}, "codebook_source='seed' needs a trellis"),
+        ({"codebook_source": "hashed"}, "codebook_source='hashed' needs a trellis"),
+        ({"codebook_source": "hashed", "trellis_width": 8}, "trellis_width: got 8, wanted 9 to 16"),
     ],
 )
 def test_codec_settings_are_checked(values: dict[str, Any], words: str) -> None:
