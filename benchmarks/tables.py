@@ -259,6 +259,40 @@ def rotation() -> str:
     return f"{markdown_table(head, rows)}\n\n{note}"
 
 
+def hashed() -> str:
+    """The hashed trellis against the free table."""
+    found = load_results("hashed")
+    rows = []
+    for name, entry in found["settings"].items():
+        seconds = entry["encode_processor_seconds"]
+        rows.append(
+            [
+                name,
+                f"{entry['bpw_blocks']:.2f}",
+                f"{entry['bytes_on_disk'] / 1e6:.2f}",
+                number(entry["perplexity"]),
+                f"{entry['kl']:.3f} ± {entry['kl_stderr']:.3f}",
+                f"{entry['proxy_error_blocks']:.4f}",
+                "" if seconds is None else f"{seconds:.0f}",
+            ]
+        )
+    head = [
+        "form",
+        "bpw of blocks",
+        "MB on disk",
+        "perplexity",
+        "KL, nats",
+        "proxy error",
+        "processor seconds to encode",
+    ]
+    note = (
+        f"SmolLM2-135M, embedding dense; {found['text']}, context {found['context']}, first {found['windows']} "
+        "windows, evaluated in bfloat16; before recovery, one run each; seconds of the processor. "
+        f"`{found['command']}`"
+    )
+    return f"{markdown_table(head, rows)}\n\n{note}"
+
+
 def recovery() -> str:
     """Distillation and LoRA at the same bases."""
     found = load_results("recovery")
@@ -278,6 +312,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "calibrated": calibrated,
     "ablations": ablations,
+    "hashed": hashed,
     "rotation": rotation,
     "codec_floor": codec_floor,
     "codec_speed": codec_speed,

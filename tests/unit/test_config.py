@@ -42,6 +42,9 @@ def test_codec_settings_are_checked(values: dict[str, Any], words: str) -> None:
         CodecConfig(**values)
 
 
+HASHED = CodecConfig(trellis_width=12, codebook_source="hashed")
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -53,6 +56,7 @@ def test_codec_settings_are_checked(values: dict[str, Any], words: str) -> None:
         ({"max_index_bits": 21}, "max_index_bits"),
         ({"vector_len": 65}, "vector_len"),
         ({"vector_len": 4, "codebook_size": 1}, "codebook_size"),
+        ({"vector_len": 3, "codec": HASHED}, "vector_len: got 3, wanted 1, 2 or none"),
         ({"codebook_size": 16}, "without vector_len"),
         ({"target_bpw": None}, "got no target"),
         ({"target_bytes": 100}, "got target_bpw and target_bytes"),
@@ -168,3 +172,9 @@ def test_evaluation_settings_are_checked(name: str) -> None:
 
 def test_settings_within_settings_are_named_by_their_path() -> None:
     assert flat({"a": 1, "b": {"c": (2,), "d": {"e": None}}}) == {"a": 1, "b.c": (2,), "b.d.e": None}
+
+
+@pytest.mark.parametrize("name", pocketllm.PRESETS)
+def test_calibrated_presets_are_on_a_hashed_trellis(name: str) -> None:
+    codec = pocketllm.preset(name).codec
+    assert codec.hashed == name.startswith("calibrated") == (codec.trellis_width is not None)
