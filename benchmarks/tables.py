@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import recovery_table
-from codec_tables import codec_floor, codec_speed
+from codec_tables import codec_floor, codec_speed, hashed
 from pages import RESULTS, ROOT, load_results, markdown_table
 from peer_tables import headline, peer_bits, peers, peers_paired
 from peers.table import number
@@ -256,6 +256,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "calibrated": calibrated,
     "ablations": ablations,
+    "hashed": hashed,
     "rotation": rotation,
     "codec_floor": codec_floor,
     "codec_speed": codec_speed,

@@ -15,6 +15,8 @@
 #include <cstring>
 #include <vector>
 
+#include "number.h"
+
 namespace {
 
 // Windows of one strip: that of row i (from the strip's first), column j starts at bit(i, j).
@@ -77,26 +79,6 @@ struct Shape {
         return Strip{stream, nbytes, first_bit, first_bit + stride - width, stride, length * stride, width};
     }
 };
-
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline float to_float(float value) { return value; }
-inline float to_float(BFloat16 value) {
-    const uint32_t bits = uint32_t(value.bits) << 16;
-    float found;
-    std::memcpy(&found, &bits, sizeof found);
-    return found;
-}
-
-inline void store(float value, float* to) { *to = value; }
-inline void store(float value, BFloat16* to) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to even
-    to->bits = uint16_t((value == value ? rounded : bits | 0x400000) >> 16);
-}
 
 #define BIT_FIELDS 0
 namespace plain {
