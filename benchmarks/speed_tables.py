@@ -49,7 +49,7 @@ def serving() -> str:
     rows = [
         [
             names[run["mode"]],
-            *(_median_and_best(run["tokens_per_second"][n]) for n in numbers),
+            *(median_and_best(run["tokens_per_second"][n]) for n in numbers),
             f"{run['peak_memory_bytes'] / 1e6:.0f}",
         ]
         for run in found["runs"]
@@ -67,5 +67,5 @@ def serving() -> str:
     return f"{markdown_table(head, rows)}\n\n{note}"
 
 
-def _median_and_best(speeds: list[float]) -> str:
+def median_and_best(speeds: list[float]) -> str:
     return f"{statistics.median(speeds):.0f} ({max(speeds):.0f})"

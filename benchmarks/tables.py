@@ -17,6 +17,7 @@ from pages import RESULTS, ROOT, load_results, markdown_table
 from peer_tables import headline, peer_bits, peers, peers_paired
 from peers.table import number
 from speed_tables import runtime, serving
+from vllm_tables import rank_sizes, vllm_serving
 
 PAGES = (
     "docs/calibration.md",
@@ -26,6 +27,7 @@ PAGES = (
     "docs/evaluation.md",
     "docs/peers.md",
     "docs/finetuning.md",
+    "docs/vllm.md",
     "docs/serving.md",
 )
 
@@ -262,6 +264,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "codec_speed": codec_speed,
     "runtime": runtime,
     "serving": serving,
+    "rank_sizes": rank_sizes,
+    "vllm_serving": vllm_serving,
     "tasks": tasks,
     "peers": peers,
     "headline": headline,

@@ -73,10 +73,8 @@ def run(counts: dict[str, int], seed: int, processes: int, record: Path) -> dict
         setup_process(threads=1)
         torch.set_num_threads(1)
         asked = " ".join(f"--{part} {count}" for part, count in counts.items())
-        facts = {
-            "command": f"python -m tests.campaign {asked} --seed {seed}",
-            "version": pocketllm.__version__,
-        }
+        facts = {"command": f"python -m tests.campaign {asked} --seed {seed}"}
+        facts |= {"version": pocketllm.__version__, "commit": _commit()}
         if entries(record)[:1] != [facts]:
             record.write_text(json.dumps(facts) + "\n", encoding="utf-8")
         (root / "models").mkdir()

@@ -17,8 +17,8 @@ hang, no crash, no model that loads and computes something else. The counts are 
 python -m tests.campaign --json benchmarks/results/reliability.json --page docs/reliability.md
 ```
 
-The defaults of the command (200 kills, 10,000 mutations, 150 faults) take about an hour on two cores
-(`--processes 2`; a run that was stopped goes on where it was); a small fixed part runs with the tests.
+The defaults of the command are 200 kills, 10,000 mutations and 150 faults (`--processes 2` uses two cores; the
+same command resumes a run that was stopped). A small fixed part runs with the tests.
 """
 _MUTATIONS = """
 ## Damaged folders

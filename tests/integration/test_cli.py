@@ -217,12 +217,12 @@ def test_wrong_use_as_json(arguments: list[str], kind: str, words: str, run: Run
 
 
 def test_ctrl_c(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pocketllm.compression import pipeline as compress
+    from pocketllm.compression import fit_codebooks
 
     def interrupted(*arguments: Any, **keywords: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compress, "fit", interrupted)
+    monkeypatch.setattr(fit_codebooks, "fit", interrupted)
     code, out, err = run("compress", source, "-o", tmp_path / "out", *SETTINGS)
     assert code == 130 and "interrupted; rerun the command" in err and not out and "Traceback" not in err
     assert not (tmp_path / "out").exists()

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pocketllm import evaluate
+from pocketllm.evaluate import BenchRun
 from tests import tiny
 from tests.commands import SETTINGS, Run
 
 
-def test_demo(run: Run, source: Path, tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str | Path]]:
+    """What the speed of was to be measured; the demo of the README measures, which takes two processes."""
+    asked: list[list[str | Path]] = []
+
+    def bench(
+        models: list[str], modes: list[str], config: Any, against: str, progress: Any
+    ) -> list[BenchRun]:
+        asked.append([*models, against])
+        made = zip([*models, against], (*modes, "checkpoint"), strict=True)
+        return [
+            BenchRun(model, mode, "bfloat16", 1.0, 2.0, 3.0, 4_000_000, 5_000_000, 1) for model, mode in made
+        ]
+
+    monkeypatch.setattr(evaluate, "bench", bench)
+    return asked
+
+
+def test_demo(run: Run, source: Path, tmp_path: Path, asked: list[list[str | Path]]) -> None:
     options = [
         "demo",
         "--model",
@@ -30,9 +51,12 @@ def test_demo(run: Run, source: Path, tmp_path: Path) -> None:
     assert values["recovered"]["perplexity"] != values["compressed"]["perplexity"]
     assert values["report"]["recover"]["steps"] == 2
     assert values["text"].startswith("hello")
+    assert asked == [[str(tmp_path / "demo-recovered"), str(source)]]
+    assert [one["mode"] for one in values["speed"]] == ["auto", "checkpoint"]
     code, out, err = run(*options)  # finds what is there
     assert code == 0 and "perplexity" in out and "> hello" in out and "recovered by distill" in out
     assert err.count("exists already") == 2
+    assert "4,000,000 (4.0 MB)" in out and "Try next:" in out and "demo:  60%" in err
     code, out, err = run(*options[:-1], "3")  # other steps: only that part is made again
     assert code == 0 and err.count("exists already") == 1 and "step 3 of 3" in err
     assert "recovered" not in run.json(*options[:-1], "0")

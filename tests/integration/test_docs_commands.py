@@ -6,6 +6,7 @@ A block that is preceded by `<!-- not run: REASON -->` is not run here; its comm
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import shlex
@@ -24,14 +25,19 @@ ROOT = Path(__file__).parents[2]
 GUIDES = ("install", "quickstart", "sizes", "hub", "evaluation", "report")
 BLOCK = re.compile(r"^(?:<!-- not run: (.+?) -->\n)?```(?:bash)?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(?:\.venv/bin/)?pocketllm (.+)$", re.MULTILINE)
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}  # so large that 3 bits can be met
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "head_dim": 32,
+    "num_hidden_layers": 1,
+}  # 3 bits can be met
 SMALL = "codec.trellis_width=6 codec.kmeans_iterations=3 codec.depth=1 codec.hidden=8 decoder_scope=matrix"
 SMALL += " calibration.tokens=512 calibration.context=32 calibration.sensitivity_tokens=128"
 QUICK = {  # what is added to a command, or replaced in it, to make it fit a tiny model
     "compress": [word for setting in SMALL.split() for word in ("--set", setting)],
     "finetune": ["--steps", "2", "--context", "32", "--dry-run"],
 }
-REPLACED = {"60MB": "250KB"}
+REPLACED = {"60MB": "40KB"}
 
 
 def commands(page: str) -> Iterator[tuple[str, str | None]]:
@@ -53,8 +59,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("wiki.test.raw", "my-texts/a.txt"):
         (folder / name).write_text("a text that is long enough for some windows. " * 400)
     (folder / "data" / "piqa").mkdir(parents=True)
-    rows = [{"goal": f"count to {n}", "sol1": "one two", "sol2": "2", "label": n % 2} for n in range(1, 9)]
-    (folder / "data" / "piqa" / "valid.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "data" / "arc_easy").mkdir()
+    counts = [{"goal": f"count to {n}", "sol1": "one two", "sol2": "2", "label": n % 2} for n in range(1, 9)]
+    choices = {"text": ["one", "two"], "label": ["A", "B"]}
+    asked = [{"question": f"what is {n}", "choices": choices, "answerKey": "AB"[n % 2]} for n in range(8)]
+    for name, rows in (("piqa/valid", counts), ("arc_easy/test", asked)):
+        (folder / "data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
@@ -75,7 +85,6 @@ def test_the_commands_of_a_guide(
 ) -> None:
     shutil.copytree(models, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("POCKETLLM_CACHE", str(tmp_path / "kept"))
     monkeypatch.delenv("POCKETLLM_DATA", raising=False)
     for command, reason in commands(page):
         if reason is not None:
@@ -93,7 +102,10 @@ def _words(command: str) -> tuple[list[str], str | None]:
     """The words of a command as it is run here, and the file that its output goes to."""
     text, _, target = shlex.join(shlex.split(command, comments=True)).partition(" '>' ")
     words = [REPLACED.get(word, word) for word in shlex.split(text)]
-    return [*words, *QUICK.get(words[0], [])], target or None
+    expanded = [
+        found for word in words for found in (sorted(glob.glob(word)) if "*" in word else []) or [word]
+    ]
+    return [*expanded, *QUICK.get(words[0], [])], target or None
 
 
 def test_every_guide_has_commands_that_run() -> None:

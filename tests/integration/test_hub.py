@@ -249,6 +249,14 @@ def test_a_damaged_model_is_not_pushed(hub: Hub, copy: Path) -> None:
     assert "me/model" not in hub.repositories
 
 
+def test_files_of_others_are_not_pushed(hub: Hub, copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of the machine")
+    (copy / "notes.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(FormatError, match=r"notes\.md: a link that leads out of the folder"):
+        pocketllm.push(copy, "me/model")
+    assert "me/model" not in hub.repositories
+
+
 @pytest.mark.parametrize("name", ["model", "me/model/more", "me/mo del", "", "me/modèle"])
 def test_names_that_no_repository_has(name: str, hub: Hub, small: Path) -> None:
     with pytest.raises(ConfigError, match=r"push: got .*, wanted OWNER/NAME"):

@@ -147,7 +147,7 @@ def test_a_model_that_was_made_of_another(source: Path, tmp_path: Path) -> None:
 def test_metadata_that_cannot_be_read_is_left_out(
     small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for number, metadata in enumerate(("license: [", "- a", "license: {a: b}", "")):
+    for number, metadata in enumerate(("license: [", "- a", "license: {a: b}", "license: [{a: b}]", "")):
         path = tmp_path / f"{number}.md"
         path.write_text(f"---\n{metadata}\n---\n" if metadata else "none")
         with caplog.at_level(logging.WARNING, "pocketllm"):
@@ -170,6 +170,12 @@ def test_a_card_with_a_checksum_is_not_replaced(copy: Path) -> None:
     (copy / "pocketllm.json").write_text(json.dumps(report))
     verify(copy)
     with pytest.raises(FormatError, match=r"README\.md: belongs to the dense model and has a checksum"):
+        write_card(copy)
+
+
+def test_the_dense_model_s_card_is_a_file(copy: Path, tmp_path: Path) -> None:
+    (copy / "README.base.md").unlink()
+    with pytest.raises(FormatError, match=r"README\.base\.md: missing"):
         write_card(copy)
 
 

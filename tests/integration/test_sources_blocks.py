@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,11 @@ def test_towers_stay_dense_and_are_listed(settings: Any, tmp_path: Path) -> None
         assert model(IDS, use_cache=False).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("sequential", [True, False, None])
-def test_towers_are_compressed_where_that_is_wanted(sequential: bool | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [tiny.target(9.0), tiny.on_trellis(6.5, calibration=QUICK)])
+def test_towers_are_compressed_where_that_is_wanted(settings: Any, tmp_path: Path) -> None:
     dense = multimodal()
     source = save(tmp_path / "dense", dense)
-    settings = tiny.target(9.0, towers=True)
-    if sequential is not None:
-        settings = tiny.on_trellis(6.5, calibration={**QUICK, "sequential": sequential}, towers=True)
+    settings = dataclasses.replace(settings, towers=True)
     report = pocketllm.compress(source, settings, tmp_path / "out")
     coded = {m.name: m for m in report.matrices}
     vision = [m for name, m in coded.items() if "vision_tower" in name]

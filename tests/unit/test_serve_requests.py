@@ -145,12 +145,18 @@ def test_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group, name: [(group, name)])
     assert serve_engines.choose_engine("auto") == serve_engines.choose_engine("vllm") == "vllm"
+    assert serve_engines.choose_engine("auto", has_adapter=True) == "transformers"
+    with pytest.raises(ConfigError, match="--adapter is for transformers"):
+        serve_engines.choose_engine("vllm", has_adapter=True)
     calls: list[Any] = []
     monkeypatch.setattr(os, "execve", lambda *arguments: calls.append(arguments))
-    serve_engines.run_vllm(tmp_path, "small", ServeConfig(api_key="secret"))
+    serve_engines.run_vllm(tmp_path, "small", ServeConfig(api_key="secret"), "packed", "auto")
     program, command, environment = calls[0]
     assert program == command[0] == sys.executable and "secret" not in command
     assert environment["VLLM_API_KEY"] == "secret" and command[command.index("--model") + 1] == str(tmp_path)
+    assert '"mode": "packed"' in command[command.index("--hf-overrides") + 1]
+    serve_engines.run_vllm(tmp_path, "small", ServeConfig(), "auto", "bfloat16")
+    assert "--hf-overrides" not in calls[1][1] and "bfloat16" in calls[1][1]
 
 
 def pieces(wanted: Wanted, *items: Any) -> tuple[list[Any], int]:

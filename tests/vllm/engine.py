@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +38,18 @@ def weights(folder: Path, **settings: Any) -> dict[str, Any]:
 
 
 def _join_alone() -> None:
-    """A group of one process."""
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.distributed.parallel_state import model_parallel_is_initialized
+    """A group of one process, made anew for each model: only some have groups of experts."""
+    from vllm.distributed import (
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
     from vllm.utils.network_utils import get_distributed_init_method, get_open_port
 
-    if not model_parallel_is_initialized():
-        address = get_distributed_init_method("127.0.0.1", get_open_port())
-        init_distributed_environment(1, 0, address, 0, backend="gloo")
-        initialize_model_parallel(1, 1)
+    address = get_distributed_init_method("127.0.0.1", get_open_port())
+    init_distributed_environment(1, 0, address, 0, backend="gloo")  # the first time, later nothing
+    destroy_model_parallel()
+    initialize_model_parallel(1, 1)
 
 
 def _settings() -> dict[str, Any]:
@@ -56,3 +65,34 @@ def answers(folder: Path, mode: str | None = None, **settings: Any) -> tuple[lis
     asked = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=0)
     found = [done.outputs[0] for done in llm.generate(list(PROMPTS), asked, use_tqdm=False)]
     return [list(one.token_ids) for one in found], [one.cumulative_logprob for one in found]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+def wait_for_health(port: int, server: subprocess.Popen[bytes], seconds: float = 600) -> None:
+    """Return when a server answers; fail when it ends, or after some minutes."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert server.poll() is None, "the server has ended"
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(2)
+    raise AssertionError("the server does not answer")
+
+
+def post(port: int, path: str, body: dict[str, Any]) -> Any:
+    """The answer to a request."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)

@@ -7,8 +7,9 @@ different position embeddings), as long as each takes the output of the previous
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class BlockStream:
         batches = windows.split(self.batch)
         self.calls: list[list[_Call]] = []  # by block, then by batch
         self.hidden: list[Tensor] = []
-        self.as_tuple = False
+        self.as_tuple = self.in_float32 = False
         if not self._capture(batches):
             self.as_tuple = True
             if not self._capture(batches):
@@ -174,6 +175,13 @@ class BlockStream:
                 self._load(name, self.source.read(name))
         if head.weight.is_meta:
             head._parameters["weight"] = self.model.get_input_embeddings().weight
+        path = next(name for name, module in self.model.named_modules() if module is head)
+        for leaf, value in head._parameters.items():  # a bias that is stored under another name
+            source = self.source.tied.get(f"{path}.{leaf}")
+            if value is not None and value.is_meta and source is not None:
+                head._parameters[leaf] = nn.Parameter(
+                    self.source.read(source).to(self.device, torch.float32), requires_grad=False
+                )
 
     def after_blocks(self, hidden: Tensor) -> Tensor:
         """The head's input for an output of the last block [1, context, C]: the final norm."""
@@ -250,8 +258,14 @@ class BlockStream:
     def call(self, block: Callable[..., Any], hidden: Tensor, number: int) -> Tensor:
         """Output of the loaded block (or of a function in its place) for an input of batch `number`."""
         args, kwargs = self.current[number]
-        with autocast(self.device):
-            result = block(hidden, *args, **kwargs)
+        try:
+            with nullcontext() if self.in_float32 else autocast(self.device):
+                result = block(hidden, *args, **kwargs)
+        except RuntimeError as error:
+            if self.in_float32 or not re.search("same (scalar |d)?type", str(error)):
+                raise
+            self.in_float32 = True  # some experts add up in place, which autocast does not convert
+            return self.call(block, hidden, number)
         return self._activations(result[0] if isinstance(result, tuple) else result)
 
     def _activations(self, found: Any) -> Tensor:

@@ -46,10 +46,11 @@ def bench(
     modes = [part.strip() for part in mode.split(",")]
     with show.bars() as bars:
         runs = measure(models, modes, config, against, lambda share, what: bars.update("bench", share, what))
-    show.result({"runs": [dataclasses.asdict(run) for run in runs]}, _table(runs))
+    show.result({"runs": [dataclasses.asdict(run) for run in runs]}, speed_table(runs))
 
 
-def _table(runs: Sequence[BenchRun]) -> Any:
+def speed_table(runs: Sequence[BenchRun]) -> Any:
+    """Speed and memory of each run."""
     from rich.table import Table
 
     table = Table(title=f"{runs[0].dtype}, {runs[0].threads} threads")

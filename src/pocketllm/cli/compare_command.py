@@ -28,7 +28,7 @@ Adapters = Annotated[
 
 @app.command(
     epilog="Examples:\n\n  pocketllm compare smol-8x smol-16x\n\n"
-    "  pocketllm compare smol-* -o smol.png --ppl wiki.test.raw --windows 16\n\n"
+    "  pocketllm compare smol-*x -o smol.png --ppl wiki.test.raw --windows 16\n\n"
     "  pocketllm compare smol-2bit smol-2bit-tuned --adapter smol-2bit-lora\n\n"
     "  pocketllm compare smol-8x smol-16x --json"
 )

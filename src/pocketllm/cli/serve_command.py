@@ -87,8 +87,8 @@ def serve(
         max_new_tokens=max_new_tokens,
     )
     name = Path(model).resolve().name if Path(model).exists() else model
-    if choose_engine(config.engine) == VLLM:
-        run_vllm(resolve(model), name, config)
+    if choose_engine(config.engine, adapter is not None) == VLLM:
+        run_vllm(resolve(model), name, config, mode, dtype)
     setup_process(device, threads)
     from pocketllm.integrations.request_batches import start
     from pocketllm.integrations.transformers_server import Server, Service

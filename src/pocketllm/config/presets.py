@@ -10,8 +10,8 @@ from pocketllm.config.compress_config import CalibrationConfig, CompressConfig
 from pocketllm.config.recover_config import DistillConfig, LoopConfig
 from pocketllm.errors import ConfigError
 
-DEMO_TOKENS = 16384
-"""Calibration tokens of the demo: half the default, to save time."""
+DEMO_CALIBRATION = {"calibration.tokens": 16384, "calibration.sensitivity_tokens": 2048}
+"""Calibration settings of the demo: fewer tokens than the default, to save time."""
 DEMO_RECOVERY = DistillConfig(
     steps=12,
     context=256,

@@ -136,7 +136,14 @@ def _carried(dense: Path | None) -> dict[str, Any]:
     except Exception as error:  # whatever a YAML parser makes of a text by hand
         logger.warning("%s: its metadata cannot be read (%s); the model card has no licence", dense, error)
         found = {}
-    return {key: found[key] for key in _CARRIED if isinstance(found.get(key), str | list)}
+    return {key: found[key] for key in _CARRIED if _is_text(found.get(key))}
+
+
+def _is_text(value: Any) -> bool:
+    """A text, or a list of some."""
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    )
 
 
 def _weight_bytes(report: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import ConfigError, FormatError, OutputError, PocketError, reason_of
-from pocketllm.files import files_below
+from pocketllm.files import files_below, need_regular
 from pocketllm.format.checkpoint import REPORT_NAME, read_report, verify
 from pocketllm.format.model_card import CARD_NAME, PLACEHOLDER, Figure, card_text, dense_card
 from pocketllm.format.output import output_error
@@ -31,7 +31,7 @@ def write_card(folder: Path, figures: Sequence[Figure] = (), base_model: str | N
         The file.
 
     Raises:
-        FormatError: not a compressed model, or one whose README.md has a checksum.
+        FormatError: not a compressed model, or one whose README.md has a checksum; README.base.md is no file.
         OutputError: it cannot be written.
     """
     report, path = read_report(folder), folder / CARD_NAME
@@ -40,7 +40,10 @@ def write_card(folder: Path, figures: Sequence[Figure] = (), base_model: str | N
             f"{path}: belongs to the dense model and has a checksum (an early version wrote the folder); compress the "
             "model again to get a model card"
         )
-    text = card_text(report, dense_card(folder, report), base_model=base_model, figures=figures).encode()
+    dense = dense_card(folder, report)
+    if dense is not None:
+        need_regular(dense, FormatError)
+    text = card_text(report, dense, base_model=base_model, figures=figures).encode()
     try:
         _replace(folder / REPORT_NAME, report_bytes(report, len(text)))
         _replace(path, text)
@@ -97,6 +100,8 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
     api = _api(repository)
     verify(folder)
     names = list(files_below(folder, FormatError))
+    for name in names:
+        need_regular(folder / name, FormatError)
     with _refusals(repository):
         api.create_repo(repository, private=private or None, exist_ok=True)
         stored = _stored(api, repository)

@@ -34,6 +34,7 @@ from pocketllm.source.dense_checkpoint import resolve
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 HEAD = "lm_head.weight"
+_OURS = "reads_compressed"
 
 
 class PocketConfig(QuantizationConfig):  # type: ignore[misc] # where vllm is not installed, it has no type
@@ -109,7 +110,7 @@ def register_with_vllm() -> None:
     """Add the method to vLLM's, and supply its loader with the tensors of compressed models."""
     register_quantization_config(STORE)(PocketConfig)
     read_all = DefaultModelLoader.get_all_weights
-    if hasattr(read_all, "__wrapped__"):
+    if hasattr(read_all, _OURS):  # vLLM may register more than once in a process
         return
 
     @wraps(read_all)
@@ -119,6 +120,7 @@ def register_with_vllm() -> None:
         self.enable_weights_track = True  # a parameter that no tensor fills is an error, as for a dense model
         return decoded_weights(model_config, model)
 
+    setattr(get_all_weights, _OURS, True)
     DefaultModelLoader.get_all_weights = get_all_weights
 
 
