@@ -42,7 +42,7 @@ def _base(bpw: float, **changes: Any) -> CompressConfig:
 def settings() -> dict[str, CompressConfig]:
     """Every setting by name."""
     whole = {f"everything at {bpw}": _base(bpw) for bpw in (4.0, 3.0, 2.5, 2.0)}
-    plain = {"trellis_width": None}
+    plain = {"trellis_width": None, "codebook_source": "fit"}
 
     def at_two(**changes: Any) -> CompressConfig:
         return _base(2.05, keep_embeddings=True, **changes)
@@ -50,6 +50,7 @@ def settings() -> dict[str, CompressConfig]:
     ablations = {
         "2.05, one codebook per kind": at_two(codebook_scope="kind"),
         "2.05, decoder per kind": at_two(decoder_scope="kind"),
+        "2.05, free table of 4096 pairs": at_two(codec={"codebook_source": "fit"}),
         "2.05, codebook from a seed": at_two(codec={"codebook_source": "seed"}),
         "2.05, independent indices": at_two(codec=plain),
         "2.05, refined": at_two(calibration={"refine_epochs": 2}),

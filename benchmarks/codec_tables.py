@@ -1,8 +1,9 @@
-"""Tables about the codec alone: its error against k-means, its speed."""
+"""Tables about the codec alone: its error against k-means, its speed, and its form of trellis."""
 
 from __future__ import annotations
 
 from pages import load_results, markdown_table
+from peers.table import number
 
 
 def codec_floor() -> str:
@@ -51,3 +52,37 @@ def codec_speed() -> str:
         f"({nearest['gflop_per_second']:.0f} GFLOP/s). {found['machine']['processor']}, "
         f"{found['machine']['threads']} threads. `{found['command']}`"
     )
+
+
+def hashed() -> str:
+    """The hashed trellis against the free table."""
+    found = load_results("hashed")
+    rows = []
+    for name, entry in found["settings"].items():
+        seconds = entry["encode_processor_seconds"]
+        rows.append(
+            [
+                name,
+                f"{entry['bpw_blocks']:.2f}",
+                f"{entry['bytes_on_disk'] / 1e6:.2f}",
+                number(entry["perplexity"]),
+                f"{entry['kl']:.3f} ± {entry['kl_stderr']:.3f}",
+                f"{entry['proxy_error_blocks']:.4f}",
+                "" if seconds is None else f"{seconds:.0f}",
+            ]
+        )
+    head = [
+        "form",
+        "bpw of blocks",
+        "MB on disk",
+        "perplexity",
+        "KL, nats",
+        "proxy error",
+        "processor seconds to encode",
+    ]
+    note = (
+        f"SmolLM2-135M, embedding dense; {found['text']}, context {found['context']}, first {found['windows']} "
+        "windows, evaluated in bfloat16; before recovery, one run each; seconds of the processor. "
+        f"`{found['command']}`"
+    )
+    return f"{markdown_table(head, rows)}\n\n{note}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import recovery_table
 from architecture_table import architectures, large_models
-from codec_tables import codec_floor, codec_speed
+from codec_tables import codec_floor, codec_speed, hashed
 from pages import RESULTS, ROOT, load_results, markdown_table
 from peer_tables import headline, peer_bits, peers, peers_paired
 from peers.table import number
@@ -260,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "calibrated": calibrated,
     "ablations": ablations,
+    "hashed": hashed,
     "rotation": rotation,
     "codec_floor": codec_floor,
     "codec_speed": codec_speed,

@@ -74,12 +74,21 @@ def rotation(size: int, seed: int) -> np.ndarray:
     return np.kron(hadamard, hartley) * np.array(signs)
 
 
+def hashed(table: np.ndarray, indices: np.ndarray, window: int) -> np.ndarray:
+    """Decoded codebook [256, d], indices [rows, n] -> [rows, n, d]."""
+    entries = np.clip(np.rint(table * 32), -127, 127) / 32
+    low, high = indices % 256, indices >> (window - 8)
+    reverse = np.array([int(f"{byte:08b}"[::-1], 2) for byte in range(256)])
+    found = [entries[(low + part) % 256, n] for n, part in enumerate((reverse[high], high)[: table.shape[1]])]
+    return np.stack(found, axis=-1)
+
+
 class Reader:
     """A compressed folder. `decode(name)` gives a parameter in float64."""
 
     def __init__(self, folder: Path) -> None:
         report = json.loads((folder / "pocketllm.json").read_text(encoding="utf-8"))
-        assert report["format_version"] == 2
+        assert report["format_version"] in (2, 3)
         for name, facts in report["files"].items():
             data = (folder / name).read_bytes()
             assert (len(data), hashlib.sha256(data).hexdigest()) == (facts["bytes"], facts["sha256"]), name
@@ -88,10 +97,12 @@ class Reader:
         assert set(layout) == {
             *("quant_method", "producer", "mode", "format_version", "matrices", "codebooks", "decoders"),
         }
-        assert (layout["quant_method"], layout["format_version"]) == ("pocketllm", 2)
+        assert (layout["quant_method"], layout["format_version"]) == ("pocketllm", report["format_version"])
         assert isinstance(layout["producer"], str) or set(layout["producer"]) == {"name", "version"}
         self.matrices: dict[str, Any] = layout["matrices"]
         self.codebooks: list[Any] = layout["codebooks"]
+        if layout["format_version"] == 2:
+            self.codebooks = [[*entry, 0] for entry in self.codebooks]
         self.decoders: list[dict[str, Any]] = layout["decoders"]
         self.stored: dict[str, tuple[str, np.ndarray]] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -104,7 +115,7 @@ class Reader:
             rows, columns = math.prod(shape[:-2]) * shape[-1], shape[-2]
         else:
             rows, columns = math.prod(shape[:-1]), shape[-1]
-        size, d, _, _ = self.codebooks[number]
+        size, d, _, _, window = self.codebooks[number]
         per_row = -(-columns // d)
         packed = self.stored[f"{name}.indices"]
         assert packed[0] == "U8" and packed[1].ndim == 1
@@ -117,8 +128,14 @@ class Reader:
             assert f"{name}.row_scale" not in self.stored
             scale, scale_bytes = np.ones(rows, np.float32), b""
         assert f"{zlib.crc32(data + scale_bytes):08x}" == crc32
-        indices = self._indices(data, rows, per_row, size, stride, strip)
-        unit = self._decoded(self.codebook(number)[indices], self.decoders[decoder], decoder)
+        width = window or max(1, math.ceil(math.log2(size)))
+        indices = self._indices(data, rows, per_row, width, stride, strip)
+        if window:
+            table = self._decoded(self.codebook(number)[None], self.decoders[decoder], decoder)[0]
+            unit = hashed(table, indices, window)
+        else:
+            assert stride == 0 or size == 1 << width
+            unit = self._decoded(self.codebook(number)[indices], self.decoders[decoder], decoder)
         matrix = scale[:, None] * unit.reshape(rows, -1)[:, :columns]
         if s1 is not None:
             matrix = rotation(rows, s1).T @ matrix
@@ -130,13 +147,11 @@ class Reader:
         return np.swapaxes(matrix.reshape(*experts, rows, columns), -1, -2)
 
     @staticmethod
-    def _indices(data: bytes, rows: int, per_row: int, size: int, stride: int, strip: int) -> np.ndarray:
+    def _indices(data: bytes, rows: int, per_row: int, width: int, stride: int, strip: int) -> np.ndarray:
         """[rows, n]."""
-        width = max(1, math.ceil(math.log2(size)))
         if stride == 0:
             assert len(data) == packed_size(width, rows * per_row)
             return np.array(unpack(data, width, rows * per_row)).reshape(rows, per_row)
-        assert size == 1 << width
         found = np.zeros((rows, per_row), dtype=np.int64)
         strips = max(1, round(rows / strip))
         first = offset = 0
@@ -153,7 +168,8 @@ class Reader:
 
     def codebook(self, number: int) -> np.ndarray:
         """[K, d] float32."""
-        size, d, seed, crc32 = self.codebooks[number]
+        size, d, seed, crc32, window = self.codebooks[number]
+        assert not window or (9 <= window <= 16 and size == 256 and d in (1, 2) and seed is None)
         name = f"pocketllm.codebooks.{number}.weight"
         if seed is None:
             dtype, values = self.stored[name]

@@ -9,7 +9,7 @@ from torch import Tensor
 from pocketllm.codec.column_choice import strip_lengths
 from pocketllm.codec.index_form import Independent, Trellis
 from pocketllm.codec.kernels import hashed, library
-from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, packed_weight
+from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, packed_weight, table_of
 from pocketllm.codec.packing import pack
 from pocketllm.codec.subvectors import subvectors_per_row
 
@@ -47,8 +47,7 @@ def on_hashed_trellis(rows: int, columns: int, trellis: Trellis, d: int, banded:
     entries = torch.randint(-127, 128, (d, 256)).to(torch.int8)
     scale = (torch.rand(rows) + 0.5) / 64
     if not banded:
-        table = hashed.hashed_codebook(entries, trellis.width)
-        return packed_weight(stream, table, scale, columns, trellis)
+        return packed_weight(stream, table_of(entries, trellis.width), scale, columns, trellis)
     sizes = Sizes(rows, columns, d, trellis.width, trellis.stride, trellis.strip_rows, banded=True)
     return PackedWeight(hashed.to_bands(stream, trellis, rows, per_row), entries, scale, sizes)
 

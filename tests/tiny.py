@@ -105,11 +105,16 @@ def calibrated(config: CompressConfig) -> CompressConfig:
 
 
 def on_trellis(bpw: float | None = 6.0, **changes: Any) -> CompressConfig:
-    """The calibrated presets at a tiny scale; `calibration` changes some of its settings."""
+    """The calibrated presets at a tiny scale; `calibration` and `codec` change some of their settings."""
+    codec = {"trellis_width": 6, "kmeans_iterations": 3, "depth": 1, "hidden": 8, **changes.pop("codec", {})}
     calibration = {"tokens": 512, "context": 32, "sensitivity_tokens": 128, **changes.pop("calibration", {})}
     return CompressConfig(
-        codec=pocketllm.CodecConfig(trellis_width=6, kmeans_iterations=3, depth=1, hidden=8),
+        codec=pocketllm.CodecConfig(**codec),
         calibration=pocketllm.config.CalibrationConfig(**calibration),
         target_bpw=bpw,
         **{"decoder_scope": "matrix", **changes},
     )
+
+
+HASHED = {"trellis_width": 9, "codebook_source": "hashed", "max_sample": 1 << 12}
+"""Settings of the codec for a hashed trellis."""

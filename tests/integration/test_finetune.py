@@ -101,14 +101,15 @@ def test_other_forms_are_distilled(codec: dict[str, Any], made: Path, tmp_path: 
     assert ("row scales" in done.trained_parameters) == codec.get("row_scale", True)
 
 
-@pytest.mark.parametrize("source", ["fit", "seed"])
+@pytest.mark.parametrize("source", ["fit", "hashed", "seed"])
 def test_overlapping_indices_are_distilled(source: str, made: Path, tmp_path: Path) -> None:
-    codec = {"trellis_width": 6, "codebook_source": source, "max_sample": 1 << 12}
+    width = 9 if source == "hashed" else 6
+    codec = {"trellis_width": width, "codebook_source": source, "max_sample": 1 << 12}
     settings = tiny.target(4.5, codec=codec)
     pocketllm.compress(made / "m", tiny.calibrated(settings), tmp_path / "c")
     done = pocketllm.distill(tmp_path / "c", tmp_path / "o", config(made, steps=4))
     assert done.kl_stored < done.kl_before
-    assert ("codebooks" in done.trained_parameters) == (source == "fit")
+    assert ("codebooks" in done.trained_parameters) == (source != "seed")
 
 
 @pytest.mark.parametrize("step", [1, 4, 8])

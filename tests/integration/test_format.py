@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import pocketllm
 from pocketllm import CompressConfig
+from pocketllm.format import read_report
 from pocketllm.runtime.decode import Matrices
 from tests import tiny
 from tests.format_reader import Reader
@@ -39,6 +40,10 @@ LLAMA = {
     "row, no norm": tiny.settings(codec={"decoder": "row", "norm": "none"}),
     "trellis": on_trellis(),
     "trellis, codebook from a seed": on_trellis(codebook_source="seed"),
+    "trellis, hashed": on_trellis(**tiny.HASHED),
+    "trellis, hashed, pairs, no network": dataclasses.replace(
+        on_trellis(**tiny.HASHED, depth=0), vector_len=2
+    ),
 }
 
 
@@ -70,6 +75,9 @@ def test_second_reader(kind: str, tmp_path: Path) -> None:
     assert (strides != {0}) == kind.startswith("trellis")
     assert (len(rotations) > 1) == (kind.startswith("trellis") or kind.endswith("rotated"))
     assert all((entry[2] is not None) == kind.endswith("seed") for entry in reader.codebooks)
+    windows = {entry[4] for entry in reader.codebooks}
+    assert windows == ({9} if "hashed" in kind else {0})
+    assert read_report(tmp_path / "out")["format_version"] == (3 if "hashed" in kind else 2)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3_moe"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.index_form import Trellis
-from pocketllm.codec.kernels import hashed, library, packed_cpu, select
+from pocketllm.codec.kernels import library, packed_cpu, select
 from pocketllm.codec.kernels.library import Isa
 from pocketllm.codec.kernels.packed_op import (
     packed_matmul,
@@ -326,9 +326,3 @@ def test_errors_say_what_was_wanted() -> None:
         dataclasses.replace(weight, sizes=weight.sizes._replace(stride=0, banded=True))
     with pytest.raises(ConfigError, match="use the stream without bands"):
         dataclasses.replace(weight, sizes=weight.sizes._replace(stride=8, banded=True))
-    with pytest.raises(ConfigError, match="wanted 9 to 16"):
-        hashed.hashed_index(8, 0)
-    with pytest.raises(ConfigError, match="vector_len 1 or 2"):
-        hashed.hashed_index(12, 2)
-    with pytest.raises(ShapeError, match="hashed table"):
-        hashed.hashed_codebook(torch.zeros(256), 12)

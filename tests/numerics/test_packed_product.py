@@ -8,14 +8,23 @@ import pytest
 import torch
 
 from pocketllm.codec.index_form import Trellis
-from pocketllm.codec.kernels import select
+from pocketllm.codec.kernels import library, select
 from pocketllm.codec.kernels.packed_op import packed_matmul_reference
 from pocketllm.codec.kernels.packed_product import PackedProduct
 from pocketllm.codec.kernels.packed_weight import PackedWeight
 from pocketllm.errors import ShapeError
-from tests.packed_weights import FLOAT32, independent, needs_compiler, on_trellis, relative
+from tests.packed_weights import (
+    FLOAT32,
+    INTEGERS,
+    independent,
+    needs_compiler,
+    on_hashed_trellis,
+    on_trellis,
+    relative,
+)
 
 BFLOAT16 = 4e-3  # the product is rounded to 8 bits, nothing before it
+ROUNDED_TWICE = 6e-3
 
 
 def weights() -> Iterator[PackedWeight]:
@@ -27,6 +36,25 @@ def weights() -> Iterator[PackedWeight]:
         for width, stride, d in ((12, 4, 2), (12, 3, 2), (14, 8, 4), (6, 6, 3), (16, 2, 1)):
             weight = on_trellis(rows, columns, Trellis(width, stride, strip_rows=16), d)
             yield from (weight, weight.rotated((1, 2)), weight.rotated((None, 2)), weight.rotated((1, None)))
+
+
+def banded() -> Iterator[PackedWeight]:
+    """Hashed trellises in bands, which are what a processor with the kernel has."""
+    for rows, columns in ((1, 1), (3, 7), (37, 50), (130, 51), (200, 36)):
+        for width, stride, d in (
+            (12, 1, 1),
+            (12, 3, 1),
+            (16, 4, 1),
+            (12, 1, 2),
+            (12, 4, 2),
+            (12, 7, 2),
+            (9, 2, 2),
+        ):
+            weight = on_hashed_trellis(rows, columns, Trellis(width, stride, strip_rows=16), d, banded=True)
+            yield from (weight, weight.rotated((1, 2)), weight.rotated((None, 2)), weight.rotated((1, None)))
+
+
+needs_bands = pytest.mark.skipif(not library.hashed_runs(), reason="no kernel for hashed trellises")
 
 
 @pytest.fixture(params=["kernel", "torch"])
@@ -54,10 +82,26 @@ def test_products_in_bfloat16_are_rounded_once() -> None:
         assert found.dtype == torch.bfloat16 and relative(found, wanted) < BFLOAT16
 
 
+@needs_bands
+@pytest.mark.parametrize("count", [1, 2, 5, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_bands(count: int, dtype: torch.dtype) -> None:
+    for weight in banded():
+        x = torch.randn(1, count, weight.sizes.columns).to(dtype)
+        bias = torch.randn(weight.sizes.rows).to(dtype)
+        product, wanted = PackedProduct(weight), packed_matmul_reference(x, weight, torch.float64)
+        found = product.linear(x, bias)
+        tolerance = 2 * INTEGERS if dtype == torch.float32 else BFLOAT16
+        if dtype == torch.bfloat16 and count > 64:
+            tolerance = 2 * ROUNDED_TWICE  # x is rounded after its rotation, too
+        assert found.dtype == dtype and relative(found, wanted + bias) < tolerance
+        assert torch.equal(product.linear(x), product.linear(x, torch.zeros_like(bias)))
+
+
 @pytest.mark.usefixtures("_either")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows(dtype: torch.dtype) -> None:
-    for weight in weights():
+    for weight in (*weights(), *(banded() if library.hashed_runs() else ())):
         if weight.signs_out is not None:
             continue
         rows = torch.randint(weight.sizes.rows, (2, 9))
@@ -69,7 +113,7 @@ def test_rows(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("_either")
 def test_indices_of_rows_are_those_of_all() -> None:
-    for weight in weights():
+    for weight in (*weights(), *(banded() if library.hashed_runs() else ())):
         rows = torch.randint(weight.sizes.rows, (20,))
         assert torch.equal(weight.indices_of(rows), weight.indices()[rows].long())
 

@@ -54,13 +54,15 @@ def layout(folder: Path) -> dict[str, Any]:
 
 
 def test_there_are_some() -> None:
-    assert [folder.name for folder in FOLDERS] == ["0.1.0-calibrated", "0.1.0-published", "0.1.0-seeded"]
+    assert [folder.name for folder in FOLDERS] == [
+        f"0.1.0-{name}" for name in ("calibrated", "hashed", "published", "seeded")
+    ]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=ids)
 def test_their_checksums_are_right(folder: Path) -> None:
     assert set(verify(folder).matrices) == set(wanted(folder))
-    assert read_report(folder)["format_version"] == 2
+    assert read_report(folder)["format_version"] == (3 if folder.name.endswith("hashed") else 2)
 
 
 @pytest.mark.parametrize("mode", ["dense", "packed"])
@@ -100,7 +102,7 @@ def test_a_new_compression_has_the_same_layout(tmp_path: Path) -> None:
         assert one["nmse"] == pytest.approx(other["nmse"], rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["calibrated", "seeded"])
+@pytest.mark.parametrize("name", ["calibrated", "hashed", "seeded"])
 def test_a_new_calibrated_compression_is_about_as_good(name: str, tmp_path: Path) -> None:
     """Bits of single matrices follow from measurements; shapes, rotations, settings and the sum do not."""
     folder, new = make.HERE / f"0.1.0-{name}", compressed_again(name, tmp_path)

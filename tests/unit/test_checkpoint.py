@@ -78,6 +78,15 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 
 
 EMBEDDING = "model.embed_tokens.weight"
+
+
+def hashed(layout: Any, entry: list[Any]) -> None:
+    """Version 3, with such a codebook in the place of every other."""
+    size, d, seed, window = entry
+    books = [[size, d, seed, crc32, window] for *_, crc32 in layout["codebooks"]]
+    layout.update(format_version=3, codebooks=books)
+
+
 LAYOUT_DAMAGE: dict[str, Callable[[Any], Any]] = {
     "format_version is 99": lambda q: q.update(format_version=99),
     "unknown key 'rotation'": lambda q: q.update(rotation=1),
@@ -106,6 +115,22 @@ LAYOUT_DAMAGE: dict[str, Callable[[Any], Any]] = {
     "malformed.*decoder.*True": lambda q: q["decoders"][0].update(hidden=True),
     "its codebook has vector_len 5, its decoder 4": lambda q: [d.update(vector_len=4) for d in q["decoders"]],
     "stride 6 does not fit a codebook of 32": lambda q: q["matrices"][EMBEDDING].__setitem__(4, 6),
+    "malformed.*codebook: got 4 values, wanted 5": lambda q: q.update(format_version=3),
+    "malformed.*codebook: got 5 values, wanted 4": lambda q: q["codebooks"][0].append(0),
+    "malformed.*hashed codebook's window: got 8, wanted": lambda q: hashed(q, [256, 1, None, 8]),
+    "malformed.*window: got 17, wanted": lambda q: hashed(q, [256, 1, None, 17]),
+    "malformed.*window: got True, wanted": lambda q: hashed(q, [256, 1, None, True]),
+    "malformed.*hashed codebook's K: got 32, wanted": lambda q: hashed(q, [32, 1, None, 9]),
+    "malformed.*hashed codebook's d: got 5, wanted": lambda q: hashed(q, [256, 5, None, 9]),
+    "malformed.*a hashed codebook has no seed": lambda q: hashed(q, [256, 1, 3, 9]),
+    "its codebook is hashed, its decoder of form row": lambda q: [
+        hashed(q, [256, 2, None, 9]),
+        [d.update(vector_len=2, form="row") for d in q["decoders"]],
+    ],
+    "stride 0 and windows of 9 bits do not fit": lambda q: [
+        hashed(q, [256, 2, None, 9]),
+        [d.update(vector_len=2) for d in q["decoders"]],
+    ],
     "not compressed by pocketllm": lambda q: q.update(quant_method="gptq"),
 }
 
@@ -130,8 +155,8 @@ def test_config_missing_or_no_json(copy: Path) -> None:
 
 def test_report_missing_damaged_or_newer(copy: Path) -> None:
     report = copy / ckpt.REPORT_NAME
-    edit(report, lambda value: value.update(format_version=3))
-    with pytest.raises(FormatError, match="format_version is 3"):
+    edit(report, lambda value: value.update(format_version=4))
+    with pytest.raises(FormatError, match="format_version is 4, this version reads 2 and 3"):
         ckpt.read_report(copy)
     report.write_text("[]")
     with pytest.raises(FormatError, match="damaged"):

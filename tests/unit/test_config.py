@@ -33,11 +33,16 @@ from pocketllm.errors import ConfigError
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"vector_len": 9, "hidden": 16}, "hidden: got 16, wanted at least 18"),
         ({"codebook_source": "seed"}, "codebook_source='seed' needs a trellis"),
+        ({"codebook_source": "hashed"}, "codebook_source='hashed' needs a trellis"),
+        ({"codebook_source": "hashed", "trellis_width": 8}, "trellis_width: got 8, wanted 9 to 16"),
     ],
 )
 def test_codec_settings_are_checked(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         CodecConfig(**values)
+
+
+HASHED = CodecConfig(trellis_width=12, codebook_source="hashed")
 
 
 @pytest.mark.parametrize(
@@ -51,6 +56,7 @@ def test_codec_settings_are_checked(values: dict[str, Any], words: str) -> None:
         ({"max_index_bits": 21}, "max_index_bits"),
         ({"vector_len": 65}, "vector_len"),
         ({"vector_len": 4, "codebook_size": 1}, "codebook_size"),
+        ({"vector_len": 3, "codec": HASHED}, "vector_len: got 3, wanted 1, 2 or none"),
         ({"codebook_size": 16}, "without vector_len"),
         ({"target_bpw": None}, "got no target"),
         ({"target_bytes": 100}, "got target_bpw and target_bytes"),
@@ -173,3 +179,9 @@ def test_evaluation_settings_are_checked(name: str) -> None:
 
 def test_settings_within_settings_are_named_by_their_path() -> None:
     assert flat({"a": 1, "b": {"c": (2,), "d": {"e": None}}}) == {"a": 1, "b.c": (2,), "b.d.e": None}
+
+
+@pytest.mark.parametrize("name", pocketllm.PRESETS)
+def test_calibrated_presets_are_on_a_hashed_trellis(name: str) -> None:
+    codec = pocketllm.preset(name).codec
+    assert codec.hashed == name.startswith("calibrated") == (codec.trellis_width is not None)

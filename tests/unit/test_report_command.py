@@ -104,7 +104,7 @@ CONFIGS = {
     ),
     "refined three times": with_calibration(refine_epochs=3, refine_rate=1e-4, sensitivity_tokens=512),
     "trellis": with_codec(BASE, trellis_width=10, codebook_source="seed"),
-    "independent indices, calibrated": with_codec(BASE, trellis_width=None),
+    "independent indices, calibrated": with_codec(BASE, trellis_width=None, codebook_source="fit"),
     "d of the codec": with_codec(vector_len=2),
     "target unused": dataclasses.replace(PLAIN, vector_len=8, codebook_size=64, target_bpw=2.02),
     "networks at another target": dataclasses.replace(with_codec(depth=1, hidden=0), target_bpw=2.5),

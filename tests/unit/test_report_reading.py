@@ -53,9 +53,12 @@ def test_decoded_matrices_are_those_of_the_model(small: Path) -> None:
     assert matrices.indices(UP).shape == (52, 8)
 
 
-@pytest.mark.parametrize("source_of_codebook", ["fit", "seed"])
+@pytest.mark.parametrize("source_of_codebook", ["fit", "hashed", "seed"])
 def test_matrices_on_a_trellis(source_of_codebook: str, source: Path, tmp_path: Path) -> None:
-    codec = {"trellis_width": 6, "codebook_source": source_of_codebook}
+    codec = {
+        "trellis_width": 9 if source_of_codebook == "hashed" else 6,
+        "codebook_source": source_of_codebook,
+    }
     config = tiny.target(5.0, codec=codec)
     pocketllm.compress(source, config, tmp_path / "out")
     expected, _ = pocketllm.load(tmp_path / "out", mode="dense", dtype=torch.float32)

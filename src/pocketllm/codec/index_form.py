@@ -2,7 +2,8 @@
 
 `Independent` indices are chosen one by one and stored in `width` bits each (the paper).
 
-On a `Trellis` every index shares bits with the previous one; see trellis_form.py.
+On a `Trellis` every index shares bits with the previous one, so that a large codebook costs few bits; on a
+`HashedTrellis` 256 codewords serve in place of a large codebook (trellis_form.py).
 """
 
 from __future__ import annotations
@@ -15,22 +16,30 @@ from torch import Tensor
 
 from pocketllm.codec.codebook import FittedCodebook, kmeans_codebook
 from pocketllm.codec.column_choice import IndependentColumns, strip_lengths
+from pocketllm.codec.hashed_table import ENTRIES, WINDOWS
 from pocketllm.codec.packing import index_width, pack, packed_bytes, unpack
-from pocketllm.codec.trellis_form import Trellis as Trellis
+from pocketllm.codec.trellis_form import HashedTrellis as HashedTrellis, Trellis as Trellis
 from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.config.constants import STRIP_ROWS, VECTOR_LENS
 
 
-def form_for(codebook_size: int, stride: int, strip_rows: int = STRIP_ROWS) -> IndexForm:
+def form_for(codebook_size: int, stride: int, strip_rows: int = STRIP_ROWS, window: int = 0) -> IndexForm:
     """The form of the indices of a stored matrix or a plan.
 
     Args:
         codebook_size: K. stride: bits that each index adds on a trellis, 0 for independent indices.
         strip_rows: approximate number of rows of a strip.
+        window: bits of an index on a hashed trellis, 0 for the other forms.
 
     Raises:
-        ValueError: a stride that does not fit the codebook.
+        ValueError: a stride that does not fit the codebook or the window.
     """
+    if window:
+        if codebook_size != ENTRIES or not WINDOWS[0] <= window <= WINDOWS[1] or not 1 <= stride <= window:
+            raise ValueError(
+                f"stride {stride} and windows of {window} bits do not fit a hashed codebook of {codebook_size}"
+            )
+        return HashedTrellis(window, stride, strip_rows)
     if not stride:
         return Independent(codebook_size, strip_rows)
     width = index_width(codebook_size)
@@ -41,7 +50,9 @@ def form_for(codebook_size: int, stride: int, strip_rows: int = STRIP_ROWS) -> I
 
 def form_of(config: CodecConfig) -> type[IndexForm]:
     """The form of index that the settings select."""
-    return Independent if config.trellis_width is None else Trellis
+    if config.trellis_width is None:
+        return Independent
+    return HashedTrellis if config.hashed else Trellis
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class Independent:
     codebook_size: int
     strip_rows: int = STRIP_ROWS
     stride = 0
+    window = 0  # bits of an index that is hashed
     chosen_jointly = (
         False  # whether the index of a subvector depends on those of others, whatever the Hessian
     )
@@ -120,6 +132,14 @@ class Independent:
             in_strips: whether rows compensate for those above them, strip by strip.
         """
         return IndependentColumns(strip_lengths(rows, self.strip_rows if in_strips else rows))
+
+    def table(self, decoded: Tensor) -> Tensor:
+        """What each index decodes to, from the decoded codebook [K, d]: the same."""
+        return decoded
+
+    def codewords(self, indices: Tensor) -> Tensor:
+        """The codeword of each index: the same."""
+        return indices
 
     def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:
         """k-means on points [N, d] float32, N >= K."""

@@ -4,7 +4,7 @@
 
     published:  z = encoder(S);  index = nearest codeword to z;  S^ = decoder(codebook[index])
     default:    index = best codeword for the layer's inputs (Hessian H) and the gradients at its outputs
-                (Hessian G), with error feedback, on a trellis;  S^ = decoded_codebook[index]
+                (Hessian G), with error feedback, on a trellis;  S^ = table(decoded_codebook)[index]
 
     W^ = R1^T (row_scale * join(S^)) R2;   stored: packed indices, row_scale, and, shared, codebook and decoder
 
@@ -15,7 +15,7 @@ Source: arXiv 2511.17637, section "Method". Two forms of decoder:
   closer to the row.
 - `lookup`: no norm inside, so `decoded_codebook = decoder(codebook)` [K, d] is exact and decoding is a
   table look-up. Indices are chosen by distance to the decoded codewords, the quantity that matters; the
-  encoder is needed in training only.
+  encoder is needed in training only. (A hashed trellis makes its table from it: hashed_table.py.)
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class MatrixCodec(nn.Module):
             indices, scale = assign(
                 rotated,
                 hessian.factor(rotation[1], self.config.vector_len),
-                self.decoded_codebook(),
+                form.table(self.decoded_codebook()),
                 row_rms(rotated),
                 form,
                 outputs=None if outputs is None else outputs.factor(rotation[0], 1),
@@ -218,7 +218,7 @@ class MatrixCodec(nn.Module):
             table = self.decoded_codebook()
         indices, scale = encoded.indices(self.config.vector_len), encoded.row_scale.float()
         rotation = (None, None) if rotated else encoded.rotation
-        decode = table if table is not None else self._decode_rows
+        decode = encoded.form.table(table) if table is not None else self._decode_rows
         if rotation != (None, None):
             return reconstruct(indices, decode, scale, encoded.columns, rotation).to(dtype)
         out = torch.empty(len(indices), encoded.columns, dtype=dtype, device=indices.device)

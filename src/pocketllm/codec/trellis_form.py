@@ -9,22 +9,33 @@ feedback can be applied between columns. The rows are cut into strips with indep
 parallel, and error feedback is also applied between strips); the bits before a strip's first window are zero.
 Short strips lose about 2 / rows of the error each.
 
+On a `HashedTrellis` a window is not the number of a codeword: it is hashed to the numbers of a few codewords out of
+256, one for each component of the subvector (hashed_table.py). That decodes several times faster.
+
 Source: the bitshift trellis of QTIP (arXiv 2406.11235), here with a learned codebook.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pocketllm.codec.codebook import FittedCodebook, centroids, codebook_utilization
 from pocketllm.codec.column_choice import TrellisColumns, strip_lengths
+from pocketllm.codec.hashed_table import (
+    ENTRIES,
+    hashed_index,
+    hashed_table,
+    refitted_entries,
+    rounded_entries,
+    shuffled_quantiles,
+)
 from pocketllm.codec.packing import pack, packed_bytes, unpack
 from pocketllm.codec.viterbi import PathSearch
 from pocketllm.config import CodecConfig, CompressConfig
-from pocketllm.config.constants import STRIP_ROWS, TRELLIS_STEPS
+from pocketllm.config.constants import HASHED_NMSE, STRIP_ROWS, TRELLIS_STEPS
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Trellis:
     trains_networks = False
     chosen_jointly = True
     mixes_rates = True
+    rates = TRELLIS_STEPS  # (d, stride) that a plan chooses from
 
     @classmethod
     def offered(cls, config: CompressConfig) -> list[tuple[int, Trellis]]:
@@ -50,7 +62,7 @@ class Trellis:
         assert width is not None
         return [
             (d, cls(width, stride))
-            for d, stride in TRELLIS_STEPS
+            for d, stride in cls.rates
             if stride <= width and config.vector_len in (None, d)
         ]
 
@@ -62,6 +74,11 @@ class Trellis:
     def codebook_size(self) -> int:
         """K."""
         return 1 << self.width
+
+    @property
+    def window(self) -> int:
+        """Bits of an index that is hashed; 0 if it is the number of a codeword."""
+        return 0
 
     @property
     def bits(self) -> int:
@@ -135,28 +152,43 @@ class Trellis:
         """The choice of indices column by column; paths run down strips in any case."""
         return TrellisColumns(strip_lengths(rows, self.strip_rows), self.width, self.stride, device)
 
+    def table(self, decoded: Tensor) -> Tensor:
+        """What each index decodes to, [2^width, d], from the decoded codebook [K, d]."""
+        return decoded
+
+    def codewords(self, indices: Tensor) -> Tensor:
+        """The codeword of each index (on a hashed trellis: that of component 0)."""
+        return indices
+
     def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:
         """Lloyd's algorithm with cheapest paths in place of nearest codewords.
-
-        Starts from points drawn with `seed`: a trellis works well if codewords are random over states.
 
         Args:
             points: [N, d] float32, in random order.
         """
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(len(points), (self.codebook_size,), generator=generator).to(points.device)
-        table, search = points[drawn].float(), PathSearch(self.width, self.stride, points.device)
+        codebook = self.first_codebook(points, seed)
+        search = PathSearch(self.width, self.stride, points.device)
         lengths = strip_lengths(len(points), self.strip_rows)
         start = search.first_state(len(lengths))
         which, weights = torch.zeros_like(start), torch.ones(len(points), device=points.device)
         errors, indices = list[float](), torch.empty(0, dtype=torch.int64)
         for _ in range(max(1, iterations)):
-            tables = search.ordered(table[None])
-            indices = search.search(points, weights, tables, which, lengths, start)
+            table = self.table(codebook)
+            indices = search.search(points, weights, search.ordered(table[None]), which, lengths, start)
             errors.append(_relative_error(points, table[indices]))
-            table = centroids(points, indices, table)
-        counts = torch.bincount(indices, minlength=self.codebook_size)
-        return FittedCodebook(table, tuple(errors), codebook_utilization(counts))
+            codebook = self.refitted(points, indices, codebook)
+        counts = torch.bincount(self.codewords(indices), minlength=self.codebook_size)
+        return FittedCodebook(codebook, tuple(errors), codebook_utilization(counts))
+
+    def first_codebook(self, points: Tensor, seed: int) -> Tensor:
+        """[K, d] points drawn with `seed`: a trellis works well if codewords are random over states."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(points), (self.codebook_size,), generator=generator).to(points.device)
+        return points[drawn].float()
+
+    def refitted(self, points: Tensor, indices: Tensor, previous: Tensor) -> Tensor:
+        """The best codebook [K, d] for given indices [N] of points [N, d]."""
+        return centroids(points, indices, previous)
 
     def predicted_nmse(self, vector_len: int) -> float:
         """Error for a unit-variance Gaussian at b bits per weight: 2^(-2 b) (1 + 1.3 b / width).
@@ -170,6 +202,52 @@ class Trellis:
     def fit_errors(self, config: CodecConfig) -> int:
         """How many errors the fit of a codec notes: one for each iteration."""
         return max(1, config.kmeans_iterations)
+
+
+@dataclass(frozen=True)
+class HashedTrellis(Trellis):
+    """Indices on a trellis that look up 256 codewords by a hash, d = 1 or 2, 9 <= width <= 16 (hashed_table.py)."""
+
+    rates = tuple(HASHED_NMSE)
+
+    @property
+    def codebook_size(self) -> int:
+        """K."""
+        return ENTRIES
+
+    @property
+    def window(self) -> int:
+        """Bits of an index."""
+        return self.width
+
+    def table(self, decoded: Tensor) -> Tensor:
+        """[2^width, d] float32, entries rounded; differentiable in the decoded codebook [256, d]."""
+        return hashed_table(decoded, self.width)
+
+    def codewords(self, indices: Tensor) -> Tensor:
+        """The codeword that each index uses for component 0."""
+        return hashed_index(self.width, 0).to(indices.device)[indices.long()]
+
+    def first_codebook(self, points: Tensor, seed: int) -> Tensor:
+        """Quantiles of the points, spread further apart the more bits there are (measured)."""
+        return shuffled_quantiles(points.float(), 1 + self.stride / points.shape[1] / 15, seed)
+
+    def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:
+        """As on any trellis; the codewords are rounded like the entries that they are decoded to at first."""
+        fitted = super().fit_codebook(points, iterations, seed)
+        return replace(fitted, table=rounded_entries(fitted.table))
+
+    def refitted(self, points: Tensor, indices: Tensor, previous: Tensor) -> Tensor:
+        """The best codebook [256, d] for given indices [N] of points [N, d]."""
+        return refitted_entries(points, indices, previous, self.width)
+
+    def predicted_nmse(self, vector_len: int) -> float:
+        """Error for a unit-variance Gaussian, measured for windows of 12 bits; for others as on any trellis."""
+        known = HASHED_NMSE.get((vector_len, self.stride))
+        if known is None:
+            return super().predicted_nmse(vector_len)
+        usual = Trellis(12, self.stride).predicted_nmse(vector_len)
+        return known * super().predicted_nmse(vector_len) / usual
 
 
 def _relative_error(points: Tensor, decoded: Tensor) -> float:

@@ -71,7 +71,10 @@ def _samples(
     """Random rows of the group's matrices, within the limits on the sample."""
     spec = plan.specs[group[0].name]
     settings = plan.config.codec
-    budget = min(settings.max_sample, settings.sample_per_codeword * spec.codebook_size)
+    # On a hashed trellis every window counts as a codeword: there are as many paths to learn from.
+    budget = min(
+        settings.max_sample, settings.sample_per_codeword * max(spec.codebook_size, 1 << spec.window)
+    )
     same_distribution = plan.config.calibration is not None and plan.config.calibration.rotate
     if same_distribution and (not spec.form.trains_networks or plan.config.decoder_scope != "matrix"):
         group = _some(group)  # a few matrices represent all

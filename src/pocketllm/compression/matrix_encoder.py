@@ -150,6 +150,7 @@ class MatrixEncoder:
             indices=encoded.indices(codec.config.vector_len),
             row_scale=encoded.row_scale.float(),
             codec=codec,
+            form=encoded.form,
             tunes_decoder=len(shared) == 1,
             columns=matrix.columns,
             rotation=encoded.rotation,
@@ -188,8 +189,8 @@ class MatrixEncoder:
             h = factor.hessian[: matrix.columns, : matrix.columns]
             loss, energy = (((x @ h) * x).sum() for x in (error, rotated))
             sums.append((loss, energy))
-        indices = encoded.indices(codec.config.vector_len).reshape(-1)
-        counts = torch.bincount(indices, minlength=encoded.form.codebook_size)
+        used = encoded.form.codewords(encoded.indices(codec.config.vector_len).reshape(-1))
+        counts = torch.bincount(used, minlength=encoded.form.codebook_size)
         return _EncodedRows(encoded.stream, encoded.row_scale, counts, sums)
 
     def _keep(self, matrix: Matrix, found: list[_EncodedRows], inputs: Inputs | None) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pocketllm.codec.index_form import IndexForm
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.reconstruct import Lookup, decoded_table
 from pocketllm.codec.rotation import Seeds
@@ -32,6 +33,7 @@ class EncodedParameter:
     indices: Tensor
     row_scale: Tensor
     codec: MatrixCodec
+    form: IndexForm
     tunes_decoder: bool
     columns: int
     rotation: Seeds
@@ -77,9 +79,9 @@ class _Parameters:
         """Parameters of the block by their names in it, differentiable."""
         found = {name.removeprefix(self.prefix): value for name, value in self.vectors.items()}
         for name, c in self.encoded.items():
-            table = decoded_table(c.codec.config, c.codec.codebook.detach(), *self.decoders[name])
+            decoded = decoded_table(c.codec.config, c.codec.codebook.detach(), *self.decoders[name])
             scale = c.row_scale * self.gains[name].exp()
-            matrix = Lookup.apply(c.indices, table, scale, c.columns, c.rotation)
+            matrix = Lookup.apply(c.indices, c.form.table(decoded), scale, c.columns, c.rotation)
             found[name.removeprefix(self.prefix)] = c.unfold(matrix)
         return found
 

@@ -30,7 +30,8 @@ class CodecConfig:
     sample_per_codeword: Largest number of subvectors per codeword to fit a codebook and its networks to.
     max_sample: Largest number of subvectors to fit a codebook and its networks to.
     trellis_width: Bits of an index on a trellis, where indices overlap; none for independent indices.
-    codebook_source: fit, or seed (Gaussian numbers generated from a seed; no codebook is stored).
+    codebook_source: fit; hashed (fitted, too, but 256 codewords, which windows of a trellis of 9 to 16 bits look up by
+        a hash: decodes several times faster); or seed (Gaussian numbers generated from a seed; no codebook is stored).
     """
 
     vector_len: int = 4
@@ -57,13 +58,17 @@ class CodecConfig:
         one_of("decoder", self.decoder, ("row", "lookup"))
         one_of("init", self.init, ("kmeans", "normal"))
         one_of("loss", self.loss, ("mse", "rmse"))
-        one_of("codebook_source", self.codebook_source, ("fit", "seed"))
+        one_of("codebook_source", self.codebook_source, ("fit", "hashed", "seed"))
         if self.trellis_width is not None:
             self._check_trellis(self.trellis_width)
         elif self.codebook_source == "seed":
             raise ConfigError(
                 "codebook_source='seed' needs a trellis (trellis_width): training would change the codebook, and none "
                 "is stored"
+            )
+        elif self.hashed:
+            raise ConfigError(
+                "codebook_source='hashed' needs a trellis; set trellis_width, or codebook_source='fit'"
             )
         for name in ("vector_len", "batch_size", "sample_per_codeword", "max_sample"):
             at_least(name, getattr(self, name), 1)
@@ -85,8 +90,15 @@ class CodecConfig:
     def _check_trellis(self, width: int) -> None:
         if not 2 <= width <= 16:
             raise ConfigError(f"trellis_width: got {width}, wanted 2 to 16")
+        if self.hashed and width < 9:
+            raise ConfigError(f"trellis_width: got {width}, wanted 9 to 16 with codebook_source='hashed'")
         if self.decoder != "lookup" or not self.row_scale:
             raise ConfigError("trellis_width needs decoder='lookup' and row_scale=True")
+
+    @property
+    def hashed(self) -> bool:
+        """Whether windows of the trellis look up codewords by a hash."""
+        return self.codebook_source == "hashed"
 
     @property
     def decoder_norm(self) -> str:

@@ -129,6 +129,11 @@ class CompressConfig:
             self._check_target()
         if self.codebook_size is not None and self.codec.trellis_width is not None:
             raise ConfigError("codebook_size and trellis_width cannot be combined; K is 2^trellis_width")
+        if self.codec.hashed and self.vector_len not in (None, 1, 2):
+            raise ConfigError(
+                f"vector_len: got {self.vector_len}, wanted 1, 2 or none with codec.codebook_source='hashed'; set it "
+                "to fit for others"
+            )
         for pattern, bits in self.overrides:
             if not 0 < bits <= 16:
                 raise ConfigError(

@@ -47,9 +47,11 @@ def _paper(bpw: float, vector_len: int) -> CompressConfig:
 
 
 def _calibrated(bpw: float) -> CompressConfig:
-    """Indices on a trellis, chosen to preserve the outputs of layers; bits allocated where they matter."""
+    """Indices on a hashed trellis, chosen to preserve the outputs of layers; bits allocated where they matter."""
     return CompressConfig(
-        codec=CodecConfig(trellis_width=12, kmeans_iterations=10, max_sample=1 << 18),
+        codec=CodecConfig(
+            trellis_width=12, codebook_source="hashed", kmeans_iterations=10, max_sample=1 << 18
+        ),
         calibration=CalibrationConfig(),
         decoder_scope="matrix",
         target_bpw=bpw,

@@ -16,7 +16,13 @@ from safetensors import SafetensorError, safe_open
 
 from pocketllm.errors import ConfigError, FormatError
 from pocketllm.files import need_regular, read_object, sha256_file
-from pocketllm.format.layout import FORMAT_VERSION as FORMAT_VERSION, PARTS, STORE as STORE, Layout as Layout
+from pocketllm.format.layout import (
+    FORMAT_VERSION as FORMAT_VERSION,
+    PARTS,
+    READABLE_VERSIONS,
+    STORE as STORE,
+    Layout as Layout,
+)
 from pocketllm.format.report import check_report
 from pocketllm.format.trust import check_folder, check_sizes, weights_of
 from pocketllm.format.weight_files import DTYPE_NAMES, checksum as checksum
@@ -77,10 +83,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     need_regular(path, FormatError)
     try:
         report = read_object(path)
-        if report.get("format_version") != FORMAT_VERSION:
+        if report.get("format_version") not in READABLE_VERSIONS:
             raise FormatError(
-                f"{path}: format_version is {report.get('format_version')!r}, this version reads "
-                f"{FORMAT_VERSION}; update pocketllm-codec"
+                f"{path}: format_version is {report.get('format_version')!r}, this version reads 2 and 3; "
+                "update pocketllm-codec"
             )
         check_report(report)
         _check_files(report.get("files"))

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
+from pocketllm.codec.hashed_table import ENTRIES, MOST_COMPONENTS, WINDOWS
 from pocketllm.codec.index_form import IndexForm, form_for
 from pocketllm.codec.subvectors import subvectors_per_row
 from pocketllm.config import CodecConfig
 from pocketllm.errors import ConfigError, FormatError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # the newest; `Layout.format_version` is what a model needs
+READABLE_VERSIONS = (2, 3)
 _MAX_SIZE, _MAX_VECTOR_LEN = 1 << 20, 64  # K and d of a codebook
 STORE = "pocketllm"
 PARTS = ("indices", "row_scale", "weight", "up", "down")  # of a matrix, a codebook, a decoder
@@ -55,13 +57,13 @@ class MatrixEntry:
         _integers("strip_rows", [self.strip_rows], 1)
         _integers("rotation", [seed for seed in self.rotation if seed is not None], 0)
 
-    def form(self, codebook_size: int) -> IndexForm:
+    def form(self, codebook: CodebookEntry) -> IndexForm:
         """How its indices are stored.
 
         Raises:
             ValueError: the stride does not fit the codebook.
         """
-        return form_for(codebook_size, self.stride, self.strip_rows)
+        return form_for(codebook.size, self.stride, self.strip_rows, codebook.window)
 
     @property
     def rows(self) -> int:
@@ -80,18 +82,27 @@ class CodebookEntry:
     """Size of a codebook [size, vector_len], the CRC-32 of its bytes, and the seed it is generated from.
 
     seed: None for a stored codebook; a generated one is not stored.
+    window: bits of an index on the hashed trellis that uses it, 0 for a codebook that indices number.
     """
 
     size: int
     vector_len: int
     seed: int | None
     crc32: str
+    window: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
         _integers("codebook's K", [self.size], 2, _MAX_SIZE)
         _integers("codebook's d", [self.vector_len], 1, _MAX_VECTOR_LEN)
         _integers("seed", [] if self.seed is None else [self.seed], 0)
+        _integers("codebook's window", [self.window], 0, WINDOWS[1])
+        if self.window:
+            _integers("hashed codebook's window", [self.window], *WINDOWS)
+            _integers("hashed codebook's K", [self.size], ENTRIES, ENTRIES)
+            _integers("hashed codebook's d", [self.vector_len], 1, MOST_COMPONENTS)
+            if self.seed is not None:
+                raise ValueError("a hashed codebook has no seed")
         _checksum(self.crc32)
 
 
@@ -115,15 +126,23 @@ class Layout:
     codebooks: tuple[CodebookEntry, ...]
     decoders: tuple[DecoderEntry, ...]
 
+    @property
+    def format_version(self) -> int:
+        """The oldest version that has what this layout uses: hashed codebooks came with version 3."""
+        return 3 if any(entry.window for entry in self.codebooks) else 2
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "matrices": {
                 name: [getattr(entry, field.name) for field in fields(MatrixEntry)]
                 for name, entry in self.matrices.items()
             },
-            "codebooks": [[e.size, e.vector_len, e.seed, e.crc32] for e in self.codebooks],
+            "codebooks": [
+                [getattr(entry, field.name) for field in fields(CodebookEntry)[: 2 + self.format_version]]
+                for entry in self.codebooks
+            ],
             "decoders": [
                 {
                     "vector_len": e.codec.vector_len,
@@ -146,9 +165,9 @@ class Layout:
             FormatError: unknown version or key, or a malformed entry.
         """
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise FormatError(
-                f"{where}: format_version is {version!r}, this version reads {FORMAT_VERSION}; "
+                f"{where}: format_version is {version!r}, this version reads 2 and 3; "
                 + ("compress the model again" if version == 1 else "update pocketllm-codec")
             )
         known = {"format_version", "matrices", "codebooks", "decoders"}
@@ -164,7 +183,7 @@ class Layout:
                 of_columns, of_rows = entry["rotation"]
                 entry |= {"shape": tuple(entry["shape"]), "rotation": (of_columns, of_rows)}
                 matrices[name] = MatrixEntry(**entry)
-            codebooks = tuple(CodebookEntry(*entry) for entry in values["codebooks"])
+            codebooks = tuple(_codebook_entry(entry, version) for entry in values["codebooks"])
             decoders = tuple(_decoder_entry(entry) for entry in values["decoders"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ConfigError) as error:
             raise FormatError(f"{where}: malformed quantization_config ({error!r})") from error
@@ -183,8 +202,10 @@ class Layout:
         codebook, codec = self.codebooks[entry.codebook], self.decoders[entry.decoder].codec
         if codebook.vector_len != codec.vector_len:
             return f"its codebook has vector_len {codebook.vector_len}, its decoder {codec.vector_len}"
+        if codebook.window and codec.decoder != "lookup":
+            return f"its codebook is hashed, its decoder of form {codec.decoder}; wanted lookup"
         try:
-            entry.form(codebook.size)
+            entry.form(codebook)
         except ValueError as error:
             return str(error)
         return ""
@@ -201,7 +222,7 @@ class Layout:
         for name, entry in self.matrices.items():
             codebook = self.codebooks[entry.codebook]
             per_row = subvectors_per_row(entry.columns, codebook.vector_len)
-            nbytes = entry.form(codebook.size).nbytes(entry.rows, per_row)
+            nbytes = entry.form(codebook).nbytes(entry.rows, per_row)
             found[f"{name}.indices"] = torch.uint8, (nbytes,)
             if self.decoders[entry.decoder].codec.row_scale:
                 found[f"{name}.row_scale"] = torch.bfloat16, (entry.rows,)
@@ -213,6 +234,13 @@ class Layout:
             for part, net_shape in zip(("up", "down"), decoder.codec.network_shapes, strict=True):
                 found[f"{STORE}.decoders.{number}.{part}"] = torch.float16, net_shape
         return found
+
+
+def _codebook_entry(stored: Sequence[Any], version: int) -> CodebookEntry:
+    """Four values in version 2, five in version 3."""
+    if len(stored) != 2 + version:
+        raise ValueError(f"codebook: got {len(stored)} values, wanted {2 + version}")
+    return CodebookEntry(*stored)
 
 
 def _decoder_entry(entry: Mapping[str, Any]) -> DecoderEntry:

@@ -86,7 +86,7 @@ class Budget(ABC):
             ConfigError: there are none.
         """
         found = [
-            Spec(d, form.codebook_size, form.stride)
+            Spec(d, form.codebook_size, form.stride, form.window)
             for d, form in form_of(self.config.codec).offered(self.config)
         ]
         if not found:

@@ -53,7 +53,7 @@ class Matrix:
 
     def form(self, spec: Spec) -> IndexForm:
         """How its indices are stored."""
-        return form_for(spec.codebook_size, spec.stride, self.strip_rows)
+        return form_for(spec.codebook_size, spec.stride, self.strip_rows, spec.window)
 
     def own_bits(self, spec: Spec, row_scale: bool) -> int:
         """Bits of packed indices (whole bytes, padding included) and row scales."""
@@ -70,16 +70,20 @@ def _nbytes(form: IndexForm, rows: int, per_row: int) -> int:
 
 @dataclass(frozen=True, order=True)
 class Spec:
-    """Size of a codec: d and K; stride: bits each index adds on a trellis, 0 for independent indices."""
+    """Size of a codec: d and K; stride: bits each index adds on a trellis, 0 for independent indices.
+
+    window: bits of an index on a hashed trellis, 0 for the other forms.
+    """
 
     vector_len: int
     codebook_size: int
     stride: int = 0
+    window: int = 0
 
     @property
     def form(self) -> IndexForm:
         """How indices are stored, except for the strips of a matrix; see `Matrix.form`."""
-        return form_for(self.codebook_size, self.stride)
+        return form_for(self.codebook_size, self.stride, window=self.window)
 
     @cached_property
     def index_bpw(self) -> float:
@@ -137,7 +141,7 @@ class Plan:
 
     def codebook_bits(self, spec: Spec) -> int:
         """Stored bits of a codebook."""
-        stored = self.config.codec.codebook_source == "fit"
+        stored = self.config.codec.codebook_source != "seed"
         return CODEWORD_BITS * spec.codebook_size * spec.vector_len if stored else 0
 
     def own_bits(self, matrix: Matrix) -> int:
@@ -196,4 +200,5 @@ class Plan:
 def _codebook_key(matrix: Matrix, spec: Spec, scope: str) -> str:
     shared = {"matrix": matrix.name, "kind": matrix.kind, "model": ""}[scope]
     overlap = f"+{spec.stride}" if spec.stride else ""
+    overlap += f"/{spec.window}" if spec.window else ""
     return f"{spec.vector_len}x{spec.codebook_size}{overlap}|{shared}"

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.model_card import card_text
 from pocketllm.format.report import RUN_FACTS, Report, is_linear_weight_of_a_block, rounded
 from pocketllm.format.weight_files import safetensors_bytes
@@ -126,7 +125,7 @@ class PlannedModel:
             yield {"name": name, "shape": [], "reason": "the model class has no use for it"}
 
     def report_text(self, report: Report, files: Mapping[str, Any]) -> str:
-        body = {"format_version": ckpt.FORMAT_VERSION, **report.to_dict(), "files": files}
+        body = {"format_version": self.form.format_version, **report.to_dict(), "files": files}
         for name in RUN_FACTS:  # stored bytes must not depend on the duration of the run or on a resumption
             del body[name]
         for name in ("left_out", "gguf"):

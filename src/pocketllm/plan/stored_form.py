@@ -49,7 +49,7 @@ class StoredForm:
     @property
     def codebooks_are_stored(self) -> bool:
         """False if they are generated from a seed."""
-        return self.plan.config.codec.codebook_source == "fit"
+        return self.plan.config.codec.codebook_source != "seed"
 
     def _codebook_shape(self, group: list[Matrix]) -> tuple[int, int]:
         spec = self.plan.specs[group[0].name]
@@ -104,6 +104,7 @@ class StoredForm:
                     *self._codebook_shape(group),
                     None if self.codebooks_are_stored else self.plan.config.seed,
                     crcs[f"codebook {n}"],
+                    self.plan.specs[group[0].name].window,
                 )
                 for n, group in enumerate(groups.values())
             ),
@@ -111,6 +112,11 @@ class StoredForm:
                 DecoderEntry(codec, crcs[f"decoder {n}"]) for n, codec in enumerate(self._decoders.values())
             ),
         )
+
+    @property
+    def format_version(self) -> int:
+        """The version of the format that it needs."""
+        return self.layout(self.no_checksums()).format_version
 
     def config_text(self, crcs: Mapping[str, str]) -> str:
         """The body of config.json."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pocketllm.codec.hashed_table import hashed_table, off_halves
 from pocketllm.codec.reconstruct import decoded_tables, reconstruct, reconstruct_gradients, row_decoder
 from pocketllm.codec.subvectors import unfold
 from pocketllm.config import CodecConfig
@@ -27,6 +28,7 @@ class TrainableStore(nn.Module):
 
     codecs: list[CodecConfig]
     seeds: list[int | None]
+    windows: list[int]
 
     def __init__(self, store: Store) -> None:
         super().__init__()
@@ -34,6 +36,7 @@ class TrainableStore(nn.Module):
         nets = [net for net in store.decoders if isinstance(net, Decoder)]
         self.codecs = [net.entry.codec for net in nets]
         self.seeds = [book.entry.seed for book in books]
+        self.windows = [book.entry.window for book in books]
         self.codebooks = nn.ParameterList(nn.Parameter(book.value().float()) for book in books)
         self.ups = nn.ParameterList(nn.Parameter(net.up.float()) for net in nets)
         self.downs = nn.ParameterList(nn.Parameter(net.down.float()) for net in nets)
@@ -61,7 +64,7 @@ class TrainableStore(nn.Module):
         self._prepare()
 
     def shared(self, codebook: int, decoder: int) -> tuple[Tensor, ...]:
-        """Tensors that decode the indices: (table [K, d],) in the look-up form, else (codebook, up, down)."""
+        """Tensors that decode the indices: (table [2^width, d],) in the look-up form, else (codebook, up, down)."""
         key = codebook, decoder, torch.is_grad_enabled()
         if key not in self._cache:
             self._prepare()
@@ -69,17 +72,18 @@ class TrainableStore(nn.Module):
 
     def _prepare(self) -> None:
         """Compute tables of one shape together: launching an operation takes longer than running it."""
-        same_shape: dict[tuple[CodecConfig, torch.Size], list[tuple[int, int]]] = defaultdict(list)
+        same_shape: dict[tuple[CodecConfig, torch.Size, int], list[tuple[int, int]]] = defaultdict(list)
         for pair in sorted(self.pairs):
             parts = self.codebooks[pair[0]], self.ups[pair[1]], self.downs[pair[1]]
             self._cache[*pair, torch.is_grad_enabled()] = parts
             if self.codecs[pair[1]].decoder == "lookup":
-                same_shape[self.codecs[pair[1]], parts[0].shape].append(pair)
-        for (codec, _), pairs in same_shape.items():
+                same_shape[self.codecs[pair[1]], parts[0].shape, self.windows[pair[0]]].append(pair)
+        for (codec, _, window), pairs in same_shape.items():
             keys = [(*pair, torch.is_grad_enabled()) for pair in pairs]
             stacked = [torch.stack(part) for part in zip(*(self._cache[key] for key in keys), strict=True)]
             with torch.autocast(stacked[0].device.type, enabled=False):
                 tables = decoded_tables(codec, *stacked)
+                tables = hashed_table(tables, window) if window else tables
             self._cache.update((key, (table,)) for key, table in zip(keys, tables.unbind(), strict=True))
 
 
@@ -247,6 +251,10 @@ def stored_tensors(model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, T
     """
     store: TrainableStore = getattr(model, STORE)
     found = {name: value.detach().half() for name, value in store.stored().items()}
+    for number, window in enumerate(store.windows):
+        if window:
+            name = f"{STORE}.codebooks.{number}.weight"
+            found[name] = off_halves(store.codebooks[number].detach())
     for name, module in model.named_modules():
         if isinstance(module, TrainableMatrix) and module.codec.row_scale:
             found[f"{parameter_name(name)}.row_scale"] = (

@@ -50,7 +50,7 @@ def count_usage(
     for number, matrix in enumerate(chosen):
         progress(number / len(chosen), matrix.name)
         size = model.layout.codebooks[matrix.codebook].size
-        found = torch.bincount(matrices.indices(matrix.name).flatten(), minlength=size)
+        found = torch.bincount(matrices.codewords(matrix.name).flatten(), minlength=size)
         counts[matrix.codebook] = counts.get(matrix.codebook, 0) + found
     return [
         CodebookUsage(codebook=key, covered=_covered(count), used=float((count > 0).double().mean()))

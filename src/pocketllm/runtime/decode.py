@@ -72,12 +72,21 @@ class Matrices:
         return tensor
 
     def indices(self, name: str) -> Tensor:
-        """[rows, n] int32: the codeword of every subvector of a matrix.
+        """[rows, n] int32: the index of every subvector of a matrix.
 
         Raises:
             FormatError: as `read`.
         """
         return self.packed(name, torch.float32).unpacked()
+
+    def codewords(self, name: str) -> Tensor:
+        """[rows, n]: the codeword of every subvector of a matrix (on a hashed trellis: that of its first number).
+
+        Raises:
+            FormatError: as `read`.
+        """
+        packed = self.packed(name, torch.float32)
+        return packed.form.codewords(packed.unpacked())
 
     def names(self) -> Iterable[str]:
         """Names of the compressed parameters."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.kernels.packed_product import PackedProduct
-from pocketllm.codec.kernels.packed_weight import packed_weight
+from pocketllm.codec.kernels.packed_weight import form_weight
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.subvectors import subvectors_per_row, unfold
 from pocketllm.format.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
@@ -90,7 +90,7 @@ class Store(nn.Module):
 
     @torch.no_grad()
     def codec(self, codebook: int, decoder: int, device: torch.device) -> tuple[MatrixCodec, Tensor | None]:
-        """A codec for decoding on a device, with its table where the look-up form has one; cached."""
+        """A codec for decoding on a device, with its decoded codebook in the look-up form; cached."""
         key = (codebook, decoder, device)
         if key not in self._codecs:
             weights, net = self.codebooks[codebook], self.decoders[decoder]
@@ -117,7 +117,7 @@ class PackedMatrix(_FixedDtype):
         self.float_dtype = float_dtype
         codebook = store.codebooks[entry.codebook].entry
         assert isinstance(codebook, CodebookEntry)
-        self.form = entry.form(codebook.size)
+        self.form = entry.form(codebook)
         self.per_row = subvectors_per_row(entry.columns, codebook.vector_len)
         nbytes = self.form.nbytes(entry.rows, self.per_row)
         self.register_buffer("indices", torch.empty(nbytes, dtype=torch.uint8))
@@ -130,7 +130,7 @@ class PackedMatrix(_FixedDtype):
         self._store = [store]  # a list hides it from nn.Module: shared, so it must not be registered
 
     def unpacked(self) -> Tensor:
-        """[rows, n] int32 indices."""
+        """[rows, n] int32 indices; on a hashed trellis, windows."""
         return self.form.unpack(self.indices, self.entry.rows, self.per_row)
 
     def __getstate__(
@@ -150,12 +150,12 @@ class PackedMatrix(_FixedDtype):
         if stream.is_meta:
             return None
         with default_torch_state(), torch.no_grad():
-            table = self._store[0].codec(entry.codebook, entry.decoder, stream.device)[1]
-            if table is None:
+            decoded = self._store[0].codec(entry.codebook, entry.decoder, stream.device)[1]
+            if decoded is None:
                 return None
             scale = self._buffers.get("row_scale")
             scale = torch.ones(entry.rows, device=stream.device) if scale is None else scale.float()
-            weight = packed_weight(stream, table, scale, entry.columns, self.form)
+            weight = form_weight(stream, self.form, decoded, scale, entry.columns)
             return PackedProduct(weight.rotated(entry.rotation))
 
     def forward(self) -> Tensor:
@@ -171,6 +171,6 @@ class PackedMatrix(_FixedDtype):
         if scale is None:
             scale = torch.ones(self.entry.rows, dtype=torch.bfloat16, device=self.indices.device)
         store = self._store[0]
-        codec, table = store.codec(self.entry.codebook, self.entry.decoder, self.indices.device)
+        codec, decoded = store.codec(self.entry.codebook, self.entry.decoder, self.indices.device)
         encoded = EncodedMatrix(self.indices, scale, self.entry.columns, self.form, self.entry.rotation)
-        return unfold(codec.decode(encoded, self.float_dtype, table), self.entry)
+        return unfold(codec.decode(encoded, self.float_dtype, decoded), self.entry)

@@ -1,4 +1,4 @@
-"""Compress three tiny models and keep the weights that they decode to, for tests/numerics/test_stored_bytes.py.
+"""Compress four tiny models and keep the weights that they decode to, for tests/numerics/test_stored_bytes.py.
 
     PYTHONPATH=. python tests/data/compressed/make.py
 
@@ -35,6 +35,11 @@ def settings() -> dict[str, tuple[str, dict[str, int], pocketllm.CompressConfig]
     return {
         "published": ("gpt2", {"n_layer": 1, "n_embd": 24}, published),
         "calibrated": ("llama", {"num_hidden_layers": 1}, calibrated),
+        "hashed": (
+            "llama",
+            {"num_hidden_layers": 1},
+            dataclasses.replace(tiny.on_trellis(4.0, codec=tiny.HASHED), seed=3),
+        ),
         "seeded": (
             "mixtral",
             {"num_hidden_layers": 1, "intermediate_size": 20},
@@ -53,7 +58,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
             pocketllm.compress(tiny.save(Path(name), architecture, **sizes), config, folder)
         layout = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        model, _ = pocketllm.load(folder, dtype=torch.float32)
+        model, _ = pocketllm.load(folder, mode="dense", dtype=torch.float32)
         decoded = {key: model.get_parameter(key).contiguous() for key in layout["matrices"]}
         save_file(decoded, HERE / f"{folder.name}.decoded.safetensors")
 

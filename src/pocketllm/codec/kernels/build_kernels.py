@@ -40,8 +40,15 @@ RECIPES = {
     # Without fused operations it computes exactly what torch does.
     "trellis": Recipe(("trellis.cpp",), flags=("-march=native", "-ffp-contract=off")),
     "packed": Recipe(
-        ("packed_matmul.cpp", "hashed_matmul.cpp", "hashed_bands.cpp"),
-        ("packed_rows.inc", "rotate.inc", "rotate_eight.inc", "hashed_layout.h"),
+        ("packed_matmul.cpp", "hashed_matmul.cpp", "hashed_rows.cpp", "hashed_bands.cpp"),
+        (
+            "packed_rows.inc",
+            "rotate.inc",
+            "rotate_eight.inc",
+            "number.h",
+            "hashed_layout.h",
+            "hashed_decode.h",
+        ),
     ),
 }
 

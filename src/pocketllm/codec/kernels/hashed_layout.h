@@ -20,6 +20,10 @@ struct Shape {
     int64_t strip_rows(int64_t strip) const { return rows / strips + (strip < rows % strips); }
     int64_t longer_before(int64_t strip) const { return strip < rows % strips ? strip : rows % strips; }
     int64_t strip_first(int64_t strip) const { return rows / strips * strip + longer_before(strip); }
+    int64_t strip_of(int64_t row) const {
+        const int64_t base = rows / strips, longer = rows % strips, rest = row - longer * (base + 1);
+        return rest < 0 ? row / (base + 1) : longer + rest / base;
+    }
     int64_t band_bytes(int64_t strip) const { return width - stride + strip_rows(strip) * stride; }
     int64_t strip_bits(int64_t strip) const { return strip_rows(strip) * n * stride; }
 

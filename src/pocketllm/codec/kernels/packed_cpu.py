@@ -2,7 +2,8 @@
 
 Precision: one or two rows of x are multiplied in float32; more of them in bfloat16 if x is, else in float32, by a
 matrix product with a few rows of U at a time, so that nothing of the size of W is made. Banded weights (hashed
-trellis) take x as 16-bit integers with one scale per row: a relative error of about 3e-5. Rotations are float32.
+trellis, banded_cpu.py) take up to 64 rows of x as 16-bit integers with one scale per row: a relative error of about
+3e-5. Rotations are float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pocketllm.codec.kernels import hashed, library
+from pocketllm.codec.kernels import library
+from pocketllm.codec.kernels.banded_cpu import BANDED_ROWS, PreparedBands
 from pocketllm.codec.kernels.library import Isa
 from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, kernel_sizes
 from pocketllm.codec.kernels.reference import hartley
@@ -48,11 +50,14 @@ def multiply(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | 
     if sizes.banded and isa < Isa.AVX512:
         plain = PackedWeight(*weight[:3], sizes).in_stream_order()
         sizes, weight = plain.sizes, weight._replace(stream=plain.stream, table=plain.table)
-    if len(x) > FEW_ROWS and not sizes.banded:
+    if sizes.banded and len(x) <= BANDED_ROWS:
+        prepared = PreparedBands(*weight, sizes)
+        return prepared.linear(x if x.dtype in DTYPES else x.float(), bias)
+    if len(x) > FEW_ROWS:
         return _multiply_many(x if x.dtype in DTYPES else x.float(), weight, sizes, isa, bias)
     if weight.signs_in is not None:
         x = rotate_(x.to(torch.float32, copy=True), weight.signs_in, isa, inverse=False)
-    out = _multiply_banded(x, weight, sizes) if sizes.banded else _multiply_rows(x, weight, sizes, isa)
+    out = _multiply_rows(x, weight, sizes, isa)
     if weight.signs_out is not None:
         out = rotate_(out, weight.signs_out, isa, inverse=True)
     return out if bias is None else out + bias
@@ -115,8 +120,15 @@ def rotate_(x: Tensor, signs: Tensor, isa: Isa, *, inverse: bool) -> Tensor:
 def tiles(weight: Tensors, sizes: Sizes, dtype: torch.dtype, isa: Isa) -> Iterator[tuple[int, int, Tensor]]:
     """Rows of U, a few at a time: (begin, end, [end - begin, columns] of `dtype`, overwritten by the next)."""
     step = max(64, TILE_WEIGHTS // max(1, sizes.columns) // 64 * 64)
-    table = _full_table(weight.table, sizes).to(dtype)
     memory = torch.empty(min(step, sizes.rows), sizes.columns, dtype=dtype)
+    if sizes.banded:
+        bands = PreparedBands(*weight, sizes)
+        for begin in range(0, sizes.rows, step):
+            end = min(begin + step, sizes.rows)
+            bands.decode(begin, end, memory)
+            yield begin, end, memory[: end - begin]
+        return
+    table = _full_table(weight.table, sizes).to(dtype)
     entry_bytes, row_bytes = (n * table.element_size() for n in (sizes.vector_len, sizes.columns))
     tensors = (weight.stream, weight.stream.numel(), table, entry_bytes, memory, row_bytes)
     for begin in range(0, sizes.rows, step):
@@ -148,26 +160,14 @@ def _multiply_rows(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa) -> Tensor
     return out
 
 
-def _multiply_banded(x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
-    d, n, x = sizes.vector_len, sizes.per_row, x.float()
-    if missing := n * d - sizes.columns:
-        x = pad(x, (0, missing))
-    if d > 1:
-        x = x.view(len(x), n, d).transpose(1, 2)
-    if missing := -n % hashed.COLUMNS:
-        x = pad(x, (0, missing))
-    out, x = torch.empty(len(x), sizes.rows, dtype=torch.float32), x.contiguous()
-    tensors = (weight.stream, weight.table, d, weight.row_scale, x, len(x), out)
-    library.call("packed", "hashed_multiply", *tensors, *kernel_sizes(sizes), torch.get_num_threads())
-    return out
-
-
 class Prepared:
     """A weight in stream order as the kernels take it at once: addresses and sizes (`Matrix` of packed_matmul.cpp).
 
     Args:
         weight: on the CPU. isa: the instruction set to run with.
     """
+
+    few_rows = FEW_ROWS
 
     def __init__(self, weight: PackedWeight, isa: Isa) -> None:
         sizes, d = weight.sizes, weight.sizes.vector_len

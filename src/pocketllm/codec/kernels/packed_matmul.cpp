@@ -15,6 +15,8 @@
 #include <cstring>
 #include <vector>
 
+#include "number.h"
+
 namespace {
 
 // Windows of one strip: that of row i (from the strip's first), column j starts at bit(i, j).
@@ -78,26 +80,6 @@ struct Shape {
     }
 };
 
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline float to_float(float value) { return value; }
-inline float to_float(BFloat16 value) {
-    const uint32_t bits = uint32_t(value.bits) << 16;
-    float found;
-    std::memcpy(&found, &bits, sizeof found);
-    return found;
-}
-
-inline void store(float value, float* to) { *to = value; }
-inline void store(float value, BFloat16* to) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to even
-    to->bits = uint16_t((value == value ? rounded : bits | 0x400000) >> 16);
-}
-
 #define BIT_FIELDS 0
 namespace plain {
 #include "packed_rows.inc"
@@ -127,7 +109,29 @@ namespace avx2 {
 #undef BIT_FIELDS
 #endif
 
-enum Isa { PLAIN = 0, AVX2 = 1 };
+#if defined(__x86_64__)
+#define BIT_FIELDS 1
+#define SIXTEEN 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,avx512f,avx512vl,avx512bw,avx512dq"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512vl,avx512bw,avx512dq,prefer-vector-width=512")
+#endif
+namespace avx512 {
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+#include "rotate_eight.inc"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef BIT_FIELDS
+#endif
+
+enum Isa { PLAIN = 0, AVX2 = 1, AVX512 = 2 };
 
 struct Kernels {
     decltype(&plain::multiply_block) multiply;
@@ -194,22 +198,31 @@ void rotate_all(const In* x, Out* out, int64_t count, int64_t n, const float* si
         if (signs) (inverse ? after : before)[i] *= signs[i];
     }
     const float* matrix = signs ? mixer : nullptr;
+    const auto eight = [&](int64_t i, int64_t width, void* memory) {
+#if defined(__x86_64__)
+        if (isa >= AVX2)
+            return avx2::rotate_eight(x + i * n, out + i * n, width, n, before.data(), matrix, odd, after.data(), bias,
+                                      (avx2::Eight*)memory);
+#endif
+        plain::rotate_eight(x + i * n, out + i * n, width, n, before.data(), matrix, odd, after.data(), bias,
+                            (plain::Eight*)memory);
+    };
+    const int64_t step = isa >= AVX512 && n % 8 == 0 ? 16 : 8;
 #pragma omp parallel num_threads((int)threads) if (threads > 1 && count > 8)
     {
-        std::vector<float> memory((n + odd) * 8);
+        std::vector<float> bytes((n + odd) * step + 16);
+        float* memory = (float*)(((uintptr_t)bytes.data() + 63) / 64 * 64);  // whole vectors are aligned
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < count; i += 8) {
-            const int64_t width = i + 8 < count ? 8 : count - i;
-            void* to = memory.data();
+        for (int64_t i = 0; i < count; i += step) {
 #if defined(__x86_64__)
-            if (isa >= AVX2) {
-                avx2::rotate_eight(x + i * n, out + i * n, width, n, before.data(), matrix, odd, after.data(), bias,
-                                   (avx2::Eight*)to);
+            if (step == 16 && i + step <= count) {
+                avx512::rotate_sixteen(x + i * n, out + i * n, n, before.data(), matrix, odd, after.data(), bias,
+                                       (avx512::Eight*)memory);
                 continue;
             }
 #endif
-            plain::rotate_eight(x + i * n, out + i * n, width, n, before.data(), matrix, odd, after.data(), bias,
-                                (plain::Eight*)to);
+            for (int64_t j = i; j < i + step && j < count; j += 8)
+                eight(j, j + 8 < count ? 8 : count - j, memory);
         }
     }
     (void)isa;

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.column_choice import strip_lengths
+from pocketllm.codec.hashed_table import ENTRIES
 from pocketllm.codec.index_form import Independent, Trellis
-from pocketllm.codec.kernels import hashed, packed_cpu, select
+from pocketllm.codec.kernels import packed_cpu, select
+from pocketllm.codec.kernels.banded_cpu import BANDED_ROWS
 from pocketllm.codec.kernels.library import Isa
 from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, hashed_weight, packed_weight
 from pocketllm.codec.kernels.reference import hartley
@@ -148,7 +150,7 @@ _operator.register_autograd(_input_gradient, setup_context=_save)
 def products_differ(isa: Isa) -> str:
     """How the CPU kernels of an instruction set differ from the reference; empty if they agree."""
     for weight in check_weights():
-        for count in (1, packed_cpu.FEW_ROWS + 1):
+        for count in (1, packed_cpu.FEW_ROWS + 1, BANDED_ROWS + 1):
             x = torch.randn(count, weight.sizes.columns, generator=torch.Generator().manual_seed(count))
             wanted = packed_matmul_reference(x, weight)
             found = packed_cpu.multiply(x, packed_cpu.tensors_of(weight), weight.sizes, isa)
@@ -172,5 +174,5 @@ def check_weights() -> Iterator[PackedWeight]:
         paths = [trellis.windows(part.T.reshape(-1)).view(-1, len(part)).T for part in steps.split(lengths)]
         stream = trellis.pack(torch.cat(paths))
         yield packed_weight(stream, table[:, :d].contiguous(), scale, columns, trellis).rotated((1, 2))
-        entries = torch.randint(-127, 128, (d, hashed.ENTRIES), generator=generator).to(torch.int8)
+        entries = torch.randint(-127, 128, (d, ENTRIES), generator=generator).to(torch.int8)
         yield hashed_weight(stream, entries, scale / 64, columns, trellis)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.kernels import packed_cpu, select
-from pocketllm.codec.kernels.packed_cpu import FEW_ROWS, Prepared
+from pocketllm.codec.kernels.banded_cpu import PreparedBands
+from pocketllm.codec.kernels.library import Isa
+from pocketllm.codec.kernels.packed_cpu import Prepared
 from pocketllm.codec.kernels.packed_op import mixed, packed_matmul
 from pocketllm.codec.kernels.packed_weight import PackedWeight
 from pocketllm.codec.subvectors import join
@@ -27,16 +29,18 @@ class PackedProduct:
     def __init__(self, weight: PackedWeight) -> None:
         self.weight, self.columns, self.rows = weight, weight.sizes.columns, weight.sizes.rows
         self.tensors = packed_cpu.tensors_of(weight)
-        on_cpu = weight.stream.device.type == "cpu" and not weight.sizes.banded
-        self.isa = select.packed_isa() if on_cpu else None
-        self._prepared: Prepared | None = None
+        self.isa = select.packed_isa() if weight.stream.device.type == "cpu" else None
+        if weight.sizes.banded and self.isa is not None and self.isa < Isa.AVX512:
+            self.isa = None
+        self._prepared: Prepared | PreparedBands | None = None
 
     @property
-    def prepared(self) -> Prepared:
+    def prepared(self) -> Prepared | PreparedBands:
         """The weight as the kernel takes it; made when it is first needed, so not while torch traces."""
         if self._prepared is None:
             assert self.isa is not None
-            self._prepared = Prepared(self.weight, self.isa)
+            banded = self.weight.sizes.banded
+            self._prepared = PreparedBands.of(self.weight) if banded else Prepared(self.weight, self.isa)
         return self._prepared
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,7 +54,7 @@ class PackedProduct:
             return out if bias is None else out + bias
         if x.shape[-1] != self.columns:
             raise ShapeError(f"packed product: got x [..., {x.shape[-1]}], wanted [..., {self.columns}]")
-        if x.numel() <= FEW_ROWS * self.columns and x.dtype in packed_cpu.DTYPES:
+        if x.numel() <= self.prepared.few_rows * self.columns and x.dtype in packed_cpu.DTYPES:
             return self.prepared.linear(x, bias)
         flat = x.reshape(-1, self.columns)
         out = packed_cpu.multiply(flat, self.tensors, self.weight.sizes, self.isa, bias)
@@ -71,7 +75,7 @@ class PackedProduct:
 
     def _decoded(self, rows: Tensor) -> Tensor:
         """`look_up` in torch: rows [m] -> [m, columns] float32."""
-        weight = self.weight
+        weight = self.weight.in_stream_order()
         subvectors = weight.table[weight.indices_of(rows)]
         found = join(subvectors, self.columns) * weight.row_scale[rows, None]
         return found if weight.signs_in is None else mixed(found) * weight.signs_in

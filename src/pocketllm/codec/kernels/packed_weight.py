@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pocketllm.codec.index_form import IndexForm, Trellis, form_for
+from pocketllm.codec.hashed_table import UNIT, hashed_table, int8_entries
+from pocketllm.codec.index_form import HashedTrellis, IndexForm, Trellis, form_for
 from pocketllm.codec.kernels import hashed, library
 from pocketllm.codec.packing import MAX_WIDTH
 from pocketllm.codec.rotation import Seeds, signs
@@ -123,7 +124,9 @@ class PackedWeight:
         return join(self.in_stream_order().table[self.indices().long()], self.sizes.columns)
 
     def indices_of(self, rows: Tensor) -> Tensor:
-        """[m, n] int64: those of some rows [m], without unpacking any others; of a weight in stream order."""
+        """[m, n] int64: those of some rows [m], without unpacking any others."""
+        if self.sizes.banded:
+            return self.in_stream_order().indices_of(rows)
         sizes = self.sizes
         start, first = sizes.form.first_bits(rows, sizes.rows, sizes.per_row)
         bits = torch.arange(sizes.width, device=rows.device)
@@ -139,7 +142,7 @@ class PackedWeight:
         shape, trellis = (sizes.rows, sizes.per_row), sizes.trellis
         return PackedWeight(
             stream=hashed.from_bands(self.stream, trellis, *shape, trellis.nbytes(*shape)),
-            table=hashed.hashed_codebook(self.table, sizes.width),
+            table=table_of(self.table, sizes.width),
             row_scale=self.row_scale,
             sizes=sizes._replace(banded=False),
             signs_out=self.signs_out,
@@ -168,6 +171,20 @@ def packed_weight(
     return PackedWeight(stream, table, row_scale, sizes)
 
 
+def form_weight(
+    stream: Tensor, form: IndexForm, decoded: Tensor, row_scale: Tensor, columns: int
+) -> PackedWeight:
+    """A matrix in any form, from its decoded codebook [K, d] float32; the other arguments as `packed_weight`."""
+    if isinstance(form, HashedTrellis):
+        return hashed_weight(stream, int8_entries(decoded), row_scale * UNIT, columns, form)
+    return packed_weight(stream, decoded, row_scale, columns, form)
+
+
+def table_of(entries: Tensor, width: int) -> Tensor:
+    """int8 tables [d, 256] -> the table [2^width, d] float32 that they stand for, in units of an int8."""
+    return hashed_table(entries.T.float() * UNIT, width) / UNIT
+
+
 def hashed_weight(
     stream: Tensor, entries: Tensor, row_scale: Tensor, columns: int, trellis: Trellis
 ) -> PackedWeight:
@@ -178,8 +195,7 @@ def hashed_weight(
         row_scale: [rows] float32, times the scale of the tables.
     """
     if not (library.hashed_runs() and stream.device.type == "cpu" and hashed.fits_bands(trellis)):
-        codebook = hashed.hashed_codebook(entries, trellis.width)
-        return packed_weight(stream, codebook, row_scale, columns, trellis)
+        return packed_weight(stream, table_of(entries, trellis.width), row_scale, columns, trellis)
     rows, d = row_scale.shape[0], entries.shape[0]
     sizes = Sizes(rows, columns, d, trellis.width, trellis.stride, trellis.strip_rows, banded=True)
     return PackedWeight(hashed.to_bands(stream, trellis, rows, sizes.per_row), entries, row_scale, sizes)
