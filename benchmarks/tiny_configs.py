@@ -53,6 +53,8 @@ _ASSISTANT = {
 _REFUSED_DEFAULTS = ("gemma4_assistant",)
 _INDEXER = {f"indexer_{k}": v for k, v in (("n_heads", 2), ("kv_heads", 1), ("head_dim", 16))}
 _INDEXER |= {"indexer_budget": 8, "indexer_compress_ratio": 2}
+_LATENT = {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16}
+_LATENT |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "head_dim": 24}
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
     "blt": {"encoder_hash_byte_group_vocab": 64, "vocab_size": 260},
@@ -60,6 +62,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note": {"text_config": {"per_layer_config": {"01": _LATENT}}},
+    "dots3_note_text": {"per_layer_config": {"01": _LATENT}},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "gemma3n_text": {
         "num_kv_shared_layers": 0,

@@ -1,0 +1,81 @@
+"""Models whose blocks run but whose head cannot be reached, and blocks that autocast does not suit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, BertGenerationConfig
+
+from pocketllm.calibrate.blocks import BlockStream, check_blocks
+from pocketllm.calibrate.gradients import Head
+from pocketllm.errors import ConfigError
+from pocketllm.source.dense_checkpoint import open_dense
+from tests import tiny
+
+WINDOWS = torch.arange(3, 35)[None]
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def stored(folder: Path, config: object) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_layers_between_blocks_and_head(tmp_path: Path) -> None:
+    folder = stored(tmp_path, BertConfig(**_SIZES, vocab_size=96, is_decoder=True))
+    with pytest.raises(ConfigError, match="BertLMHeadModel has layers between its blocks and its head"):
+        check_blocks(open_dense(folder), WINDOWS)
+
+
+def test_a_bias_of_the_head_that_is_stored_under_another_name(tmp_path: Path) -> None:
+    source = open_dense(stored(tmp_path, BertGenerationConfig(**_SIZES, vocab_size=96, is_decoder=True)))
+    check_blocks(source, WINDOWS)
+    stream = BlockStream(source, WINDOWS, batch=1)
+    Head(stream, 0)
+    assert not any(p.is_meta for p in stream.model.get_output_embeddings().parameters())
+
+
+def test_a_block_that_autocast_does_not_suit_runs_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = BlockStream(open_dense(tiny.save(tmp_path / "dense")), WINDOWS)
+    calls: list[bool] = []
+
+    def block(hidden: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(stream.in_float32)
+        if not stream.in_float32:
+            raise RuntimeError(
+                "index_add_(): self (Float) and source (BFloat16) must have the same scalar type"
+            )
+        return hidden
+
+    with stream.loaded(0):
+        assert torch.equal(stream.call(block, stream.hidden[0], 0), stream.hidden[0])
+    assert calls == [False, True]
+
+    def broken(hidden: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    stream.in_float32 = False
+    with pytest.raises(RuntimeError, match="out of memory"), stream.loaded(0):
+        stream.call(broken, stream.hidden[0], 0)
+
+
+def test_outputs_without_gradient_are_left_out(tmp_path: Path) -> None:
+    """Indexers of sparse attention compute without gradients; their outputs have no Hessian."""
+    from pocketllm.calibrate.gradients import block_backward
+    from pocketllm.plan.selection import classify
+
+    source = open_dense(tiny.save(tmp_path / "dense"))
+    stream = BlockStream(source, WINDOWS, batch=1)
+    matrices = [m for m in classify(source, tiny.on_trellis())[0] if ".layers.0." in m.name]
+    with stream.loaded(0) as (_, block):
+        layer = block.self_attn.k_proj
+        forward = layer.forward
+        layer.forward = lambda x: forward(x).detach()
+        _, after = block_backward(stream, block, matrices, [torch.randn_like(stream.hidden[0])], {})
+    names = {name.split(".layers.0.")[1] for name in after.squares}
+    assert "self_attn.k_proj.weight" not in names and "self_attn.q_proj.weight" in names
