@@ -31,7 +31,8 @@ def write_kept(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with system_errors(temporary):
-            save_file(stored, str(temporary), {"facts": text, "crc32": _crc32(stored, text)})
+            # One entry: safetensors writes several in any order, and the same content has the same bytes.
+            save_file(stored, str(temporary), {"facts": f"{_crc32(stored, text)} {text}"})
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -52,11 +53,11 @@ def read_kept(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(str(path), framework="pt") as handle:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-            metadata = handle.metadata() or {}
-        facts = json.loads(metadata["facts"])
+            checksum, _, text = (handle.metadata() or {})["facts"].partition(" ")
+        facts = json.loads(text)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not what was written ({error!r})") from error
-    if metadata.get("crc32") != _crc32(tensors, metadata["facts"]):
+    if checksum != _crc32(tensors, text):
         raise ValueError("altered (CRC-32 differs)")
     return tensors, facts
 
