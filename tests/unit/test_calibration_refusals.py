@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertGenerationConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pocketllm.calibrate.blocks import BlockStream, check_blocks
 from pocketllm.calibrate.gradients import Head
+from pocketllm.calibrate.sensitivity import _Ends
 from pocketllm.errors import ConfigError
+from pocketllm.plan.matrices import Matrix
 from pocketllm.source.dense_checkpoint import open_dense
 from tests import tiny
 
@@ -79,3 +82,22 @@ def test_outputs_without_gradient_are_left_out(tmp_path: Path) -> None:
         _, after = block_backward(stream, block, matrices, [torch.randn_like(stream.hidden[0])], {})
     names = {name.split(".layers.0.")[1] for name in after.squares}
     assert "self_attn.k_proj.weight" not in names and "self_attn.q_proj.weight" in names
+
+
+def test_a_model_that_runs_without_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_dense(tiny.save(tmp_path / "dense"))
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, hidden: hidden.detach())
+    with pytest.raises(ConfigError, match="LlamaForCausalLM runs its blocks without gradients"):
+        check_blocks(source, WINDOWS)
+
+
+def test_an_embedding_with_more_rows_than_the_head(tmp_path: Path) -> None:
+    """As Moshi has: a token that is never predicted."""
+    source = open_dense(tiny.save(tmp_path / "dense", "qwen3"))
+    stream = BlockStream(source, WINDOWS, batch=1)
+    ends = _Ends(torch.ones(96), torch.ones(97), 1.0)
+    embedding = Matrix("model.embed_tokens.weight", (97, 36), 97, 36, "embed", False)
+    costs, rows, share = ends.of(stream, embedding)
+    assert costs.shape == rows.shape == (97,) and share == 0.0
+    costs, rows, share = ends.of(stream, Matrix("lm_head.weight", (96, 36), 96, 36, "head", False))
+    assert costs.shape == rows.shape == (96,) and share == 1.0

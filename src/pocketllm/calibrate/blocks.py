@@ -323,7 +323,11 @@ def check_blocks(source: DenseCheckpoint, windows: Tensor, device: str = "cpu") 
             (out,) = stream.run(block, stream.hidden)
         if out.shape != stream.hidden[0].shape:
             raise _refusal(stream.model, "has blocks that change the shape of activations")
-        stream.after_blocks(out)
+        with torch.enable_grad():
+            final = stream.after_blocks(out.detach().requires_grad_())
+        if not final.requires_grad:
+            raise _refusal(stream.model, "runs its blocks without gradients")
+        stream.embedding_gradient(windows[:1, :16], torch.zeros_like(out))
         if not stream.has_bare_head():
             raise _refusal(stream.model, "has layers between its blocks and its head")
     except PocketError:

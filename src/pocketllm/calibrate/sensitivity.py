@@ -341,8 +341,8 @@ class _Ends:
         module = stream.model.get_submodule(matrix.name.rpartition(".")[0])
         is_input = module is stream.model.get_input_embeddings()
         is_head = not is_input or stream.is_tied
-        head = self.head if is_head else torch.zeros_like(self.head)
-        embedded = self.embedded if is_input else torch.zeros_like(self.head)
+        none = torch.zeros(matrix.rows)  # embedding and head may differ in size
+        head, embedded = self.head if is_head else none, self.embedded if is_input else none
         rows = head + embedded
         share = float(head.sum() / rows.sum().clamp(min=1e-30))
         costs = head * self.gain + embedded
