@@ -40,6 +40,7 @@ from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factori
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import fold
 from pocketllm.config.constants import (
+    LOUDEST_POSITION,
     OCCURRENCE_PRIOR,
     OUTPUT_DAMPING,
     SHORTEST_STRIPS,
@@ -157,8 +158,8 @@ def measure(
             progress(0.4 + 0.6 * (count - number) / count)
     embedded = torch.zeros(_vocabulary(stream.model))
     for ids, gradient in zip(windows, gradients, strict=True):
-        cost = stream.embedding_gradient(ids[None], gradient).square().sum(dim=1)
-        embedded.index_add_(0, ids, cost.cpu())
+        size = stream.embedding_gradient(ids[None], gradient).norm(dim=1)
+        embedded.index_add_(0, ids, size.clamp(max=LOUDEST_POSITION * size.median()).square().cpu())
     hessian, seen = head.hessian / tokens, torch.bincount(windows.flatten(), minlength=len(embedded))
     expected = expected_costs(embedded, seen, seen if counts is None else counts)
     ends = _Ends(head.rows.cpu(), expected, _gain(hessian, damping))

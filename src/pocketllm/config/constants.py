@@ -20,6 +20,9 @@ LARGEST_TOKEN_WEIGHT = 30.0
 """The largest weight of an input token, in medians of the gradient."""
 UNSEEN_ROW_SHARE = 0.25
 """Importance added to every row of embedding and head, as a share of the mean, for tokens absent from the text."""
+LOUDEST_POSITION = 10.0
+"""Largest gradient at a position in the cost of embedding rows, in medians of its window: the loss that the few above
+would predict is far beyond what coarse errors there cost (Gemma 3 270M, nmse 0.02: 2.2 times without, 0.96 with)."""
 OCCURRENCE_PRIOR = 4.0
 """Occurrences that the mean cost of an error in an embedding row counts for, beside those of the row's token."""
 SAMPLED_MATRICES = 4
