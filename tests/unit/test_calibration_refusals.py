@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertGenerationConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertGenerationConfig, ZambaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import pocketllm
 from pocketllm.calibrate.blocks import BlockStream, check_blocks
 from pocketllm.calibrate.gradients import Head
 from pocketllm.calibrate.sensitivity import _Ends
 from pocketllm.errors import ConfigError
 from pocketllm.plan.matrices import Matrix
+from pocketllm.runtime.layers import packed_matrices
 from pocketllm.source.dense_checkpoint import open_dense
+from pocketllm.source.folder import load_dense
 from tests import tiny
 
 WINDOWS = torch.arange(3, 35)[None]
@@ -101,3 +104,39 @@ def test_an_embedding_with_more_rows_than_the_head(tmp_path: Path) -> None:
     assert costs.shape == rows.shape == (97,) and share == 0.0
     costs, rows, share = ends.of(stream, Matrix("lm_head.weight", (96, 36), 96, 36, "head", False))
     assert costs.shape == rows.shape == (96,) and share == 1.0
+
+
+def _zamba(folder: Path) -> Path:
+    config = ZambaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        attention_hidden_size=64,
+        attention_head_dim=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        mamba_dt_rank=4,
+        mamba_d_state=4,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+        pad_token_id=1,
+    )
+    return stored(folder, config)
+
+
+def test_blocks_that_share_weights(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ZambaForCausalLM has blocks that share weights"):
+        check_blocks(open_dense(_zamba(tmp_path)), WINDOWS)
+
+
+def test_a_model_with_an_attribute_named_as_its_ties_loads(tmp_path: Path) -> None:
+    """Zamba keeps `_tied_weights_keys` in the instance; its shared blocks are stored once and decode the same."""
+    folder = _zamba(tmp_path / "dense")
+    pocketllm.compress(folder, tiny.settings(codebook_scope="model"), tmp_path / "out")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    dense = load_dense(folder, torch.float32)
+    with torch.no_grad():
+        for name, matrix in packed_matrices(packed).items():
+            dense.get_parameter(name).copy_(matrix())
+        wanted, got = (model(WINDOWS, use_cache=False).logits for model in (dense, packed))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)

@@ -317,6 +317,9 @@ def check_blocks(source: DenseCheckpoint, windows: Tensor, device: str = "cpu") 
     Raises:
         ConfigError: they cannot.
     """
+    path, _ = block_list(source.model)
+    if any(name.startswith(f"{path}.") for name in source.tied):
+        raise _refusal(source.model, "has blocks that share weights")
     try:
         stream = BlockStream(source, windows[:1, :16], device)
         with stream.loaded(0) as (_, block):

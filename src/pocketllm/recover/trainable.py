@@ -20,7 +20,7 @@ from pocketllm.codec.reconstruct import decoded_tables, reconstruct, reconstruct
 from pocketllm.codec.subvectors import unfold
 from pocketllm.config import CodecConfig
 from pocketllm.format.checkpoint import STORE
-from pocketllm.runtime.layers import PACKED, Codebook, Decoder, PackedMatrix, Store, parameter_name
+from pocketllm.runtime.layers import PACKED, TIED, Codebook, Decoder, PackedMatrix, Store, parameter_name
 
 
 class TrainableStore(nn.Module):
@@ -214,7 +214,7 @@ def make_trainable(model: Any, dense: bool = False) -> dict[str, TrainableMatrix
                 module._modules[key] = matrix
     for module in list(model.modules()):
         for key, held in list(module.__dict__.items()):
-            if key.startswith("_tied_"):
+            if key.startswith(TIED):
                 held[0] = made[id(held[0])]
                 held[0].uses += 1
         _fast_linear(module)

@@ -28,6 +28,7 @@ from pocketllm.runtime.packed_tensors import (
 )
 
 PACKED = "packed_"
+TIED = "_packed_tied_"  # unlike `_tied_weights_keys`, which classes of transformers may set
 
 
 def replace_parameters(model: nn.Module, layout: Layout, float_dtype: torch.dtype) -> None:
@@ -47,7 +48,7 @@ def attach_tied(model: nn.Module, name: str, source: str) -> None:
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     module._parameters.pop(leaf, None)
-    module.__dict__[f"_tied_{leaf}"] = [packed]  # the list hides it: registered once, as `source`
+    module.__dict__[TIED + leaf] = [packed]  # the list hides it: registered once, as `source`
 
 
 def packed_matrices(model: nn.Module) -> dict[str, PackedMatrix]:
@@ -124,9 +125,7 @@ def _packed_leaves(module: nn.Module) -> list[tuple[str, PackedMatrix]]:
     children = module._modules.items()
     own = [(key.removeprefix(PACKED), m) for key, m in children if isinstance(m, PackedMatrix)]
     tied = [
-        (key.removeprefix("_tied_"), held[0])
-        for key, held in module.__dict__.items()
-        if key.startswith("_tied_")
+        (key.removeprefix(TIED), held[0]) for key, held in module.__dict__.items() if key.startswith(TIED)
     ]
     return own + tied
 
@@ -144,7 +143,7 @@ class _Packed(nn.Module):
         """Replace a packed parameter by an ordinary one."""
         if name in self._leaves:
             self._modules.pop(PACKED + name, None)
-            self.__dict__.pop(f"_tied_{name}", None)
+            self.__dict__.pop(TIED + name, None)
             rest = tuple(leaf for leaf in self._leaves if leaf != name)
             dense: Any = self._dense_class
             self.__class__ = _packed_class(dense, rest) if rest else dense
@@ -212,7 +211,7 @@ def decode_in_place(model: nn.Module) -> dict[str, PackedMatrix]:
     for module in list(model.modules()):
         for leaf, matrix in _packed_leaves(module):
             module._modules.pop(leaf, None)
-            module.__dict__.pop(f"_tied_{leaf}", None)
+            module.__dict__.pop(TIED + leaf, None)
             module.register_parameter(leaf, decoded[id(matrix)])
     delattr(model, STORE)
     return packed

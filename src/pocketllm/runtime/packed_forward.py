@@ -43,7 +43,7 @@ def product_of(module: nn.Module, transposed: bool = False) -> PackedProduct | N
 def _matrix_of(module: nn.Module) -> Any:
     """The `PackedMatrix` of a module's weight."""
     matrix = module._modules.get("packed_weight")
-    return module.__dict__.get("_tied_weight", [None])[0] if matrix is None else matrix
+    return module.__dict__.get("_packed_tied_weight", [None])[0] if matrix is None else matrix
 
 
 def _multiply(product: PackedProduct, x: Tensor, bias: Tensor | None) -> Tensor:
