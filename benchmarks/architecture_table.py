@@ -43,7 +43,7 @@ def large_models() -> str:
                 f"{whole['bytes_on_disk'] / 1e9:.2f}",
                 f"{whole['bpw_matrices']:.3f}",
                 str(whole["matrices"]),
-                f"{whole['plan_seconds']:.0f}",
+                f"{whole['plan_seconds']:.1f}",
                 shown,
             ]
         )

@@ -6,6 +6,7 @@ vocabulary is compressed, its bytes are those of its plan, and packed and dense 
 holds the decoded weights.
 
 python benchmarks/large_models.py            # all, into results/large_models.json
+python benchmarks/large_models.py --whole    # the exact sizes only, which takes minutes
 python benchmarks/large_models.py phi-4      # some, shown
 """
 
@@ -205,14 +206,16 @@ def block(large: Large) -> dict[str, Any]:
 
 def main() -> None:
     quiet()
-    chosen = sys.argv[1:] or list(MODELS)
+    names = [name for name in sys.argv[1:] if name != "--whole"]
+    is_whole = "--whole" in sys.argv
+    steps: tuple[Callable[[Large], dict[str, Any]], ...] = (whole,) if is_whole else (whole, block)
     found: dict[str, Any] = {}
-    steps: tuple[Callable[[Large], dict[str, Any]], ...] = (whole, block)
-    for name in chosen:
+    for name in names or list(MODELS):
         found[name] = {step.__name__: step(MODELS[name]) for step in steps}
         print(name, found[name], flush=True)
-    if not sys.argv[1:]:
-        save("large_models", "python benchmarks/large_models.py", {"bpw": BPW, "models": found})
+    if not names:
+        command = "python benchmarks/large_models.py" + (" --whole" if is_whole else "")
+        save("large_models", command, {"bpw": BPW, "models": found})
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ from pocketllm.format.workspace import Workspace
 from pocketllm.plan.matrices import Matrix, Plan
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
-GROUP_WEIGHTS = 1 << 25
-"""Weights of a matrix that are encoded at once, if its rows do not depend on each other."""
+LARGE_WEIGHTS = 1 << 25
+"""Weights of a matrix from which on it is encoded in groups of rows, if its rows do not depend on each other."""
+GROUP_WEIGHTS = 1 << 23
+"""Weights of such a group."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def row_groups(matrix: Matrix, is_whole: bool = False) -> list[slice]:
     """
     lengths = strip_lengths(matrix.rows, matrix.strip_rows)
     most = max(1, GROUP_WEIGHTS // (max(lengths) * matrix.columns))
-    if is_whole or matrix.weights <= GROUP_WEIGHTS:
+    if is_whole or matrix.weights <= LARGE_WEIGHTS:
         return [slice(0, matrix.rows)]
     ends = [sum(lengths[: first + most]) for first in range(0, len(lengths), most)]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
