@@ -39,7 +39,7 @@ def part_of(name: str) -> str:
 def measured(dense: Path, compressed: Path) -> dict[str, float]:
     """KL to the dense model by part, in nats per token."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     import pocketllm  # noqa: F401  # registers the format
     from pocketllm.evaluate import text_divergence
@@ -48,7 +48,11 @@ def measured(dense: Path, compressed: Path) -> dict[str, float]:
 
     text = data_file(*TEXT).read_text(encoding="utf-8")
     tokenizer, reference = need_tokenizer(dense), load_dense(dense, torch.float32)
-    packed = packed_matrices(AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32))
+    config = AutoConfig.from_pretrained(compressed)
+    config.quantization_config["mode"] = "packed"
+    packed = packed_matrices(
+        AutoModelForCausalLM.from_pretrained(compressed, config=config, dtype=torch.float32)
+    )
     found = {}
     for part in ("ends", "blocks", "all"):
         model = load_dense(dense, torch.float32)
