@@ -106,12 +106,12 @@ def test_ctrl_c(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_ctrl_c_where_no_bar_is_shown(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pocketllm.cli import generate_command
+    from pocketllm.cli import option_groups
 
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate_command, "load_any", interrupted)
+    monkeypatch.setattr(option_groups, "load_any", interrupted)
     code, out, err = run("generate", small, "--prompt", "hello")
     assert code == 130 and "interrupted" in err and not out and "Traceback" not in err
     code, out, _ = run("generate", small, "--prompt", "hello", "--json")
