@@ -22,6 +22,12 @@ def partial_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def remove_empty(output: Path) -> None:
+    """Remove the working folder of a finished output if a run was killed just before its removal."""
+    with suppress(OSError):
+        partial_folder(output).rmdir()
+
+
 def named_output(output: str | Path) -> Path:
     """The folder that an output path refers to: links, `.` and `..` are resolved.
 
@@ -72,8 +78,7 @@ def check_output(
     except OSError as error:  # a name that the system does not take
         raise output_error(output, error) from error
     if is_there:
-        with suppress(OSError):  # what is left of a run that was killed in its very last step
-            partial_folder(output).rmdir()
+        remove_empty(output)
     if is_there and not output.is_dir():
         raise OutputError(f"{output}: exists and is a file; choose another output folder")
     if is_published(output) or (is_held(output) and _is_publishing(output)):
