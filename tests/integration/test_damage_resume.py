@@ -19,6 +19,7 @@ from pocketllm.config import DistillConfig, LoopConfig, LoraTuneConfig
 from pocketllm.errors import OutputError, ResumeError
 from pocketllm.files import write_json
 from pocketllm.format import workspace
+from pocketllm.format.checkpoint import verify
 from pocketllm.format.output import check_output, named_output
 from pocketllm.format.workspace import Workspace, remove_published
 from pocketllm.report.output_files import check_target
@@ -282,6 +283,43 @@ def test_outputs_by_other_names(
     with pytest.raises(OutputError, match="exists and is not a compressed model"):
         pocketllm.compress(source, tiny.settings(), "..")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "link", "place"]
+
+
+def test_outputs_that_are_no_place(source: Path, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    for output in (loop, tmp_path / ".." / tmp_path.name / "loop"):
+        with pytest.raises(OutputError, match="loop: links in a loop; choose another"):
+            pocketllm.compress(source, tiny.settings(), output)
+    with pytest.raises(OutputError, match=r"cannot be written|links in a loop"):
+        pocketllm.compress(source, tiny.settings(), loop / "out")
+    for root in ("/", "/."):
+        with pytest.raises(OutputError, match="/: is the root folder; choose another output folder"):
+            named_output(root)
+
+
+def test_nothing_is_written_into_a_compressed_model(source: Path, copy: Path) -> None:
+    for output in (copy / "out", copy / "a" / "b"):
+        with pytest.raises(OutputError, match=f"is inside the compressed model {copy}"):
+            pocketllm.compress(source, tiny.settings(), output)
+        with pytest.raises(OutputError, match="is inside the compressed model"):
+            pocketllm.export(copy, output, torch.float32)
+    verify(copy)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs")
+def test_a_working_folder_with_something_that_blocks(source: Path, tmp_path: Path) -> None:
+    left = tmp_path / "out.partial"
+    left.mkdir()
+    write_json(left / "state.json", {})
+    os.mkfifo(left / "lock")
+    with pytest.raises(OutputError, match="lock: not a regular file; remove it"):
+        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    (left / "lock").unlink()
+    (left / "lock").symlink_to(source / "config.json")
+    with pytest.raises(OutputError, match="lock: a link that leads out of the folder"):
+        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    assert (source / "config.json").stat().st_size > 0
 
 
 def test_killed_when_all_but_the_empty_folder_was_removed(source: Path, copy: Path) -> None:

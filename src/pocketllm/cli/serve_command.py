@@ -22,6 +22,7 @@ from pocketllm.cli.shared_options import (
     Trust,
 )
 from pocketllm.config.serve_config import ServeConfig
+from pocketllm.files import real_path
 
 if TYPE_CHECKING:
     from pocketllm.integrations.transformers_server import Server
@@ -86,7 +87,7 @@ def serve(
         max_batch_tokens=max_batch_tokens,
         max_new_tokens=max_new_tokens,
     )
-    name = Path(model).resolve().name if Path(model).exists() else model
+    name = real_path(Path(model)).name if Path(model).exists() else model
     if choose_engine(config.engine, adapter is not None) == VLLM:
         run_vllm(resolve(model), name, config, mode, dtype)
     setup_process(device, threads)

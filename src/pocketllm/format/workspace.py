@@ -18,7 +18,7 @@ import pocketllm
 from pocketllm.config import CompressConfig
 from pocketllm.config.checks import flat
 from pocketllm.errors import OutputError, ResumeError, reason_of
-from pocketllm.files import files_below, read_object, sync_folder, write_json
+from pocketllm.files import files_below, need_regular, read_object, sync_folder, write_json
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.kept import read_kept, write_kept
 from pocketllm.format.output import (
@@ -121,6 +121,8 @@ class Workspace:
         wanted = json.loads(json.dumps(flat(arguments)))  # as it is read back: lists for tuples
         state = folder / STATE_NAME
         if state.is_file():
+            for name in files_below(folder, OutputError):
+                need_regular(folder / name, OutputError)
             found = _read_state(state)
             found.pop(PUBLISHED, None)
             differing = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
