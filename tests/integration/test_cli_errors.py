@@ -80,6 +80,7 @@ def test_errors_as_json(run: Run, tmp_path: Path) -> None:
         (["compress"], "MissingParameter", "Missing argument"),
         (["compress", "m", "-o", "OUT", "--fast"], "NoSuchOption", "--fast"),
         (["compress", "m", "-o", "OUT", "--seed", "x"], "BadParameter", "--seed"),
+        (["compress", "m", "-o", "OUT", "--threads", "1000000"], "BadParameter", "--threads"),
         (["compress", "m", "-o", "OUT", "--bpw", "0"], "ConfigError", "--bpw: got 0"),
         (["compress", "m", "-o", "OUT", "--hidden", "8"], "ConfigError", "use --set codec.hidden=8"),
         (["compress", "m", "-o", "OUT", "--set", "codec.hiden=8"], "ConfigError", "closest: codec.hidden"),

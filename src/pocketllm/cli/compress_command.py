@@ -80,7 +80,7 @@ Recover = Annotated[
     str | None, typer.Option(help="distill: then recover accuracy, as `pocketllm finetune` does.")
 ]
 RecoverText = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(help="Text for the recovery; repeatable. The default is the calibration text."),
 ]
 Push = Annotated[
@@ -270,7 +270,7 @@ def parse_overrides(options: list[str]) -> tuple[tuple[str, float], ...]:
     return tuple(found)
 
 
-def recovery_of(options: CompressOptions, method: str | None, texts: list[Path]) -> DistillConfig | None:
+def recovery_of(options: CompressOptions, method: str | None, texts: list[str]) -> DistillConfig | None:
     """The settings of the recovery; None without one.
 
     Raises:
@@ -283,4 +283,4 @@ def recovery_of(options: CompressOptions, method: str | None, texts: list[Path])
         return None
     if method != "distill":
         raise ConfigError(f"--recover: got {method!r}, wanted distill (for lora use pocketllm finetune)")
-    return options.recovery(tuple(map(str, texts)))
+    return options.recovery(tuple(texts))

@@ -11,6 +11,7 @@ from pocketllm.cli.option_groups import LoadOptions, RunOptions, with_groups
 from pocketllm.cli.render import Output
 from pocketllm.cli.shared_options import Runnable
 from pocketllm.config.serve_config import ServeConfig
+from pocketllm.files import real_path
 
 if TYPE_CHECKING:
     from pocketllm.integrations.transformers_server import Server
@@ -30,7 +31,7 @@ def serve(model: Runnable, *, config: ServeConfig, how: LoadOptions, run: RunOpt
     from pocketllm.source import resolve
 
     show = run.output()
-    name = Path(model).resolve().name if Path(model).exists() else model
+    name = real_path(Path(model)).name if Path(model).exists() else model
     if choose_engine(config.engine, how.adapter is not None) == VLLM:
         run_vllm(resolve(model), name, config, how.mode, how.dtype)
     run.setup()
