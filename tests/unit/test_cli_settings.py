@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from pocketllm import preset
+from pocketllm.cli import serve_command
 from pocketllm.cli.compress_command import parse_overrides, recovery_of
 from pocketllm.cli.render import parse_size
 from pocketllm.config import DEFAULT_PRESET, PLAIN_PRESET, CalibrationConfig, CompressConfig, CompressOptions
+from pocketllm.config.serve_config import ServeConfig
+from pocketllm.config.settings import help_of
 from pocketllm.errors import ConfigError
 
 
@@ -163,3 +167,11 @@ def test_recovery() -> None:
 def test_settings_that_are_refused(setting: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         made(setting)
+
+
+def test_options_of_a_configuration_have_its_help_and_defaults() -> None:
+    command = get_command(serve_command.app)
+    found = {option.name: option for option in command.params}
+    assert found["max_waiting"].help == help_of(ServeConfig)["max_waiting"]  # type: ignore[attr-defined]
+    assert found["max_waiting"].default == ServeConfig.max_waiting
+    assert found["api_key"].envvar == "POCKETLLM_API_KEY"

@@ -28,12 +28,12 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
+from pocketllm.calibrate.embedding_cost import EndCost, EndCosts, embedding_costs, row_squares
 from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
 from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.calibrate.row_gain import row_gain
@@ -41,19 +41,14 @@ from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factori
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import fold
 from pocketllm.config.constants import (
-    LOUDEST_POSITION,
-    OCCURRENCE_PRIOR,
     OUTPUT_DAMPING,
     SHORTEST_STRIPS,
     STRIP_START_LOSS,
-    UNSEEN_ROW_SHARE,
 )
 from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
 from pocketllm.plan.matrices import Matrix
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
-
-_ROWS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -159,13 +154,9 @@ def measure(
         for number in reversed(range(count)):
             gradients = blocks.backward(number, spool.pop(number), gradients)
             progress(0.4 + 0.6 * (count - number) / count)
-    embedded = torch.zeros(_vocabulary(stream.model))
-    for ids, gradient in zip(windows, gradients, strict=True):
-        size = stream.embedding_gradient(ids[None], gradient).norm(dim=1)
-        embedded.index_add_(0, ids, size.clamp(max=LOUDEST_POSITION * size.median()).square().cpu())
-    hessian, seen = head.hessian / tokens, torch.bincount(windows.flatten(), minlength=len(embedded))
-    expected = expected_costs(embedded, seen, seen if counts is None else counts)
-    ends = _Ends(head.rows.cpu(), expected, _gain(hessian, damping))
+    embedded = embedding_costs(stream, windows, gradients, counts)
+    hessian = head.hessian / tokens
+    ends = EndCosts(head.rows.cpu(), embedded, _gain(hessian, damping))
     at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
     return Sensitivity(
         importance=_importance(source, blocks, at_ends, on_paths),
@@ -228,7 +219,7 @@ class _Blocks:
 
 
 def _importance(
-    source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, _End], on_paths: bool
+    source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, EndCost], on_paths: bool
 ) -> dict[str, float]:
     """Loss per unit of nmse, by matrix; at least a tiny share of the largest."""
     found: dict[str, float] = {}
@@ -239,7 +230,7 @@ def _importance(
         if end is None:
             found[matrix.name] = blocks.loss(matrix, _mean_square(source, matrix) * scale)
         else:
-            squares = _row_squares(source, matrix)
+            squares = row_squares(source, matrix)
             gain = row_gain(end.rows * squares) if on_paths else 1.0
             found[matrix.name] = float(end.costs @ squares) * scale * gain
     found |= _of_towers(blocks.matrices, found)
@@ -261,33 +252,6 @@ def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, T
         return {}
     tensors, _ = read_kept(outputs / f"{path}.safetensors")
     return {name: value.float().to(device) for name, value in tensors.items()}
-
-
-def expected_costs(costs: Tensor, seen: Tensor, counts: Tensor) -> Tensor:
-    """[vocabulary] what an error in each row of the embedding costs, for a text with the frequencies of `counts`.
-
-    The frequency of a token is estimated with absolute discounting: every count is lowered by
-    D = n1 / (n1 + 2 n2), n1 and n2 the numbers of tokens that occur once and twice, and what that frees is shared
-    equally by the vocabulary (Ney, Essen and Kneser 1994). The cost of one occurrence is the mean of the token's own,
-    shrunk towards the mean of all.
-
-    Args:
-        costs: [vocabulary] measured, summed over occurrences. seen: [vocabulary] number of those occurrences.
-        counts: [vocabulary] occurrences in a larger text.
-    """
-    total, mean = counts.sum().clamp(min=1), costs.sum() / seen.sum().clamp(min=1)
-    once, twice = (counts == 1).sum(), (counts == 2).sum()
-    discount = once / (once + 2 * twice).clamp(min=1)
-    freed = discount * (counts > 0).sum()
-    frequency = ((counts - discount).clamp(min=0) + freed / len(counts)) / total
-    one = (costs + OCCURRENCE_PRIOR * mean) / (seen + OCCURRENCE_PRIOR)
-    expected = frequency * one
-    return expected * (costs.sum() / expected.sum().clamp(min=1e-30))
-
-
-def _vocabulary(model: Any) -> int:
-    """Rows of the input embedding."""
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _input_gains(matrices: list[Matrix], hessians: dict[str, Tensor], damping: float) -> dict[str, float]:
@@ -320,40 +284,3 @@ def strips_for(factor: HessianFactor) -> tuple[int, float]:
 
 def _mean_square(source: DenseCheckpoint, matrix: Matrix) -> float:
     return float(fold(source.read(matrix.name), matrix.transposed).float().square().mean())
-
-
-def _row_squares(source: DenseCheckpoint, matrix: Matrix) -> Tensor:
-    """[rows] mean square of the weights of each row; some rows at a time, since vocabularies are large."""
-    parts = fold(source.read(matrix.name), matrix.transposed).split(_ROWS_AT_ONCE)
-    return torch.cat([part.float().square().mean(dim=1) for part in parts])
-
-
-class _End(NamedTuple):
-    """costs: [rows], Fisher trace with feedback. rows: [rows], importance, mean 1. share: of the loss as the head."""
-
-    costs: Tensor
-    rows: Tensor
-    share: float
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """head: [rows] squared gradients of the head's rows; embedded: of the embedding's; gain: of the head."""
-
-    head: Tensor
-    embedded: Tensor
-    gain: float
-
-    def of(self, stream: BlockStream, matrix: Matrix) -> _End:
-        """The measurement of embedding or head."""
-        module = stream.model.get_submodule(matrix.name.rpartition(".")[0])
-        is_input = module is stream.model.get_input_embeddings()
-        is_head = not is_input or stream.is_tied
-        none = torch.zeros(matrix.rows)  # embedding and head may differ in size
-        head, embedded = self.head if is_head else none, self.embedded if is_input else none
-        rows = head + embedded
-        share = float(head.sum() / rows.sum().clamp(min=1e-30))
-        costs = head * self.gain + embedded
-        # Tokens that do not occur in the text still matter.
-        rows = rows + UNSEEN_ROW_SHARE * rows.mean() + 1e-30
-        return _End(costs, rows / rows.mean(), share)

@@ -61,7 +61,7 @@ Data = Annotated[
 @with_groups
 def evaluate(
     model: Runnable,
-    run: RunOptions,
+    *,
     adapter: Adapter = None,
     ppl: PplTexts = None,
     against: Against = None,
@@ -74,6 +74,7 @@ def evaluate(
     cache: Annotated[bool, typer.Option(help="Reuse earlier results of tasks, and store new ones.")] = True,
     mode: Mode = "dense",
     dtype: Dtype = "auto",
+    run: RunOptions,
 ) -> None:
     """Measure perplexity, KL divergence from a dense model, and zero-shot tasks of a compressed or dense model."""
     from pocketllm import measure
