@@ -36,6 +36,7 @@ from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.embedding_cost import EndCost, EndCosts, embedding_costs, row_squares
 from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
 from pocketllm.calibrate.input_hessians import regularized_hessian
+from pocketllm.calibrate.row_gain import row_gain
 from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factorize
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import fold
@@ -119,6 +120,7 @@ def measure(
     *,
     two_sided: bool = False,
     weigh_tokens: bool = True,
+    on_paths: bool = False,
     outputs: Path | None = None,
     counts: Tensor | None = None,
 ) -> Sensitivity:
@@ -128,6 +130,7 @@ def measure(
         windows: [N, context] token ids. matrices: those to encode. damping: of the Hessians of inputs.
         seed: of the tokens drawn from the model. progress: called with the finished share.
         two_sided: whether rows will compensate for each other. weigh_tokens: whether inputs will be weighted.
+        on_paths: whether indices lie on paths down the rows; see `row_gain`.
         outputs: folder for the Hessians of outputs, one file per block; see `output_hessians`. The inputs of
             blocks are kept there as well, or if it is None in the system's temporary folder.
         counts: [vocabulary] how often each token occurs in all of the text; None counts those in the windows.
@@ -156,7 +159,7 @@ def measure(
     ends = EndCosts(head.rows.cpu(), embedded, _gain(hessian, damping))
     at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
     return Sensitivity(
-        importance=_importance(source, blocks, at_ends),
+        importance=_importance(source, blocks, at_ends, on_paths),
         head_hessian=hessian.cpu(),
         head_share={name: end.share for name, end in at_ends.items()},
         row_importance={name: end.rows for name, end in at_ends.items()},
@@ -215,7 +218,9 @@ class _Blocks:
         return scale * self.energy.get(matrix.name, 0.0) * self.gains[matrix.name]
 
 
-def _importance(source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, EndCost]) -> dict[str, float]:
+def _importance(
+    source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, EndCost], on_paths: bool
+) -> dict[str, float]:
     """Loss per unit of nmse, by matrix; at least a tiny share of the largest."""
     found: dict[str, float] = {}
     for matrix in blocks.matrices:
@@ -225,7 +230,9 @@ def _importance(source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, EndCos
         if end is None:
             found[matrix.name] = blocks.loss(matrix, _mean_square(source, matrix) * scale)
         else:
-            found[matrix.name] = float(end.costs @ row_squares(source, matrix)) * scale
+            squares = row_squares(source, matrix)
+            gain = row_gain(end.rows * squares) if on_paths else 1.0
+            found[matrix.name] = float(end.costs @ squares) * scale * gain
     found |= _of_towers(blocks.matrices, found)
     floor = 1e-9 * max(found.values(), default=1.0)
     return {name: max(value, floor) for name, value in found.items()}

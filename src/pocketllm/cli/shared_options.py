@@ -30,6 +30,12 @@ Evaluations = Annotated[
 ]
 Check = Annotated[bool, typer.Option(help="Verify the checksum of every file first.")]
 Ppl = Annotated[Path | None, typer.Option(help="UTF-8 text file to measure perplexity on.")]
+PplTexts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--ppl", help="UTF-8 text file to measure perplexity on; repeat for several, and their mean."
+    ),
+]
 Context = Annotated[int, typer.Option(help="Tokens per window of the text.")]
 Windows = Annotated[int, typer.Option(help="Number of windows of the text; 0 takes all.")]
 Mode = Annotated[
