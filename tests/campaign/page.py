@@ -51,7 +51,7 @@ full disk stopped a run, the same command was rerun with enough space, and compl
 _ENDS = {
     "refused": "refused with a PocketLLM error",
     "right": "completed with the right result",
-    "described": "completed, with the result that the changed files describe",
+    "described": "completed; the result depends on the changed files and was not compared",
 }
 
 
