@@ -273,7 +273,7 @@ def test_pushing_needs_a_login(
         pocketllm.push(small, "me/model")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(OutputError, match="me/model: pushing needs a login; log in"):
+    with pytest.raises(OutputError, match="me/model: pushing requires a login; log in"):
         check_push("me/model")
 
 
