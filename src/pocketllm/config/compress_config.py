@@ -34,9 +34,9 @@ class CalibrationConfig:
     sequential: Encode each block for the inputs that the compressed blocks before it produce; false uses those
         of the dense model, which can be cached.
     refine_epochs: Passes over the text to tune each encoded block; 0 is off.
-    refine_rate: Learning rate of that tuning.
-    texts: Files, folders or data sets of the Hub (OWNER/NAME[:CONFIG[:SPLIT]]); the default is the text that
-        comes with Python.
+    refine_rate: Learning rate for refine_epochs.
+    texts: Files, folders or data sets on the Hub (OWNER/NAME[:CONFIG[:SPLIT]]); the default is Python's own
+        documentation.
     """
 
     tokens: int = 32768
