@@ -170,7 +170,13 @@ def test_full_disk(
     ],
 )
 def test_a_disk_that_takes_no_more(
-    what: str, limit: int, words: str, source: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str,
+    limit: int,
+    words: str,
+    source: Path,
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The limit stays with the process, so that a copy of this one takes it."""
     import resource
