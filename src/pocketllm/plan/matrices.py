@@ -167,7 +167,7 @@ class Plan:
         """Stored bits: indices, row_scales, codebooks, decoders."""
         row_scale, matrices = self.config.codec.row_scale, self.matrices
         specs = [self.specs[m.name] for m in matrices]
-        # The search for a plan comes here ten thousands of times: pairs in place of the text of the keys.
+        # The search for a plan comes here tens of thousands of times: pairs in place of the text of the keys.
         codebooks = list(zip(specs, _shared(matrices, self.codebook_scope), strict=True))
         decoders = zip(codebooks, _shared(matrices, self.config.decoder_scope), strict=True)
         lengths = Counter(spec.vector_len for (spec, _), _ in set(decoders))
