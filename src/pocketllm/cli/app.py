@@ -34,7 +34,7 @@ from pocketllm.errors import ConfigError, PocketError
 
 app = typer.Typer(
     name="pocketllm",
-    help="Compress the weights of a language model 8 to 20 times, and run the result.",
+    help="Compress the weights of a language model 4 to 10 times (relative to bf16), and run the result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -104,4 +104,4 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Compress the weights of a language model 8 to 20 times, and run the result."""
+    """Compress the weights of a language model 4 to 10 times (relative to bf16), and run the result."""
