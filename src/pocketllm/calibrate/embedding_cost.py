@@ -63,7 +63,7 @@ def row_squares(source: DenseCheckpoint, matrix: Matrix) -> Tensor:
 
 
 class EndCost(NamedTuple):
-    """costs: [rows], Fisher trace with feedback. rows: [rows], importance, mean 1. share: of the loss as the head."""
+    """costs: [rows], Fisher trace. rows: [rows], importance, mean 1. share: of the loss as the head."""
 
     costs: Tensor
     rows: Tensor
@@ -72,11 +72,10 @@ class EndCost(NamedTuple):
 
 @dataclass(frozen=True)
 class EndCosts:
-    """head: [rows] squared gradients of the head's rows; embedded: of the embedding's; gain: of the head."""
+    """head: [rows] squared gradients of the head's rows; embedded: of the embedding's."""
 
     head: Tensor
     embedded: Tensor
-    gain: float
 
     def of(self, stream: BlockStream, matrix: Matrix) -> EndCost:
         """The measurement of embedding or head."""
@@ -85,9 +84,19 @@ class EndCosts:
         is_head = not is_input or stream.is_tied
         none = torch.zeros(matrix.rows)  # embedding and head may differ in size
         head, embedded = self.head if is_head else none, self.embedded if is_input else none
-        rows = head + embedded
-        share = float(head.sum() / rows.sum().clamp(min=1e-30))
-        costs = head * self.gain + embedded
+        costs = head + embedded
+        share = float(head.sum() / costs.sum().clamp(min=1e-30))
         # Tokens that do not occur in the text still matter.
-        rows = rows + UNSEEN_ROW_SHARE * rows.mean() + 1e-30
+        rows = costs + UNSEEN_ROW_SHARE * costs.mean() + 1e-30
         return EndCost(costs, rows / rows.mean(), share)
+
+
+def end_hessian(head: Tensor, share: float) -> Tensor:
+    """[C, C] what errors in a row of embedding or head cost: as the head by the Hessian of its inputs, else uniformly.
+
+    Args:
+        head: [C, C] Hessian of the inputs of the head. share: of the loss that errors cause as the head.
+    """
+    hessian = share * head / head.diagonal().mean()
+    hessian.diagonal().add_(1 - share)
+    return hessian

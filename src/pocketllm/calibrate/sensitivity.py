@@ -33,7 +33,13 @@ from typing import Any
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
-from pocketllm.calibrate.embedding_cost import EndCost, EndCosts, embedding_costs, row_squares
+from pocketllm.calibrate.embedding_cost import (
+    EndCost,
+    EndCosts,
+    embedding_costs,
+    end_hessian,
+    row_squares,
+)
 from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
 from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.calibrate.row_gain import row_gain
@@ -155,11 +161,10 @@ def measure(
             gradients = blocks.backward(number, spool.pop(number), gradients)
             progress(0.4 + 0.6 * (count - number) / count)
     embedded = embedding_costs(stream, windows, gradients, counts)
-    hessian = head.hessian / tokens
-    ends = EndCosts(head.rows.cpu(), embedded, _gain(hessian, damping))
+    hessian, ends = head.hessian / tokens, EndCosts(head.rows.cpu(), embedded)
     at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
     return Sensitivity(
-        importance=_importance(source, blocks, at_ends, on_paths),
+        importance=_importance(source, blocks, at_ends, hessian, on_paths),
         head_hessian=hessian.cpu(),
         head_share={name: end.share for name, end in at_ends.items()},
         row_importance={name: end.rows for name, end in at_ends.items()},
@@ -219,7 +224,7 @@ class _Blocks:
 
 
 def _importance(
-    source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, EndCost], on_paths: bool
+    source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, EndCost], head: Tensor, on_paths: bool
 ) -> dict[str, float]:
     """Loss per unit of nmse, by matrix; at least a tiny share of the largest."""
     found: dict[str, float] = {}
@@ -231,7 +236,8 @@ def _importance(
             found[matrix.name] = blocks.loss(matrix, _mean_square(source, matrix) * scale)
         else:
             squares = row_squares(source, matrix)
-            gain = row_gain(end.rows * squares) if on_paths else 1.0
+            gain = _gain(end_hessian(head, end.share), blocks.damping)
+            gain *= row_gain(end.rows * squares) if on_paths else 1.0
             found[matrix.name] = float(end.costs @ squares) * scale * gain
     found |= _of_towers(blocks.matrices, found)
     floor = 1e-9 * max(found.values(), default=1.0)
