@@ -10,28 +10,11 @@ from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.codec.subvectors import fold
-from pocketllm.config.constants import LOUDEST_POSITION, OCCURRENCE_PRIOR, UNSEEN_ROW_SHARE
+from pocketllm.config.constants import OCCURRENCE_PRIOR, UNSEEN_ROW_SHARE
 from pocketllm.plan.matrices import Matrix
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
 _ROWS_AT_ONCE = 1 << 14
-
-
-def embedding_costs(
-    stream: BlockStream, windows: Tensor, gradients: list[Tensor], counts: Tensor | None = None
-) -> Tensor:
-    """[vocabulary] what an error in each row of the embedding costs; see `expected_costs`.
-
-    Args:
-        windows: [N, context] token ids. gradients: of each window, [1, context, C] at the input of the first block.
-        counts: [vocabulary] how often each token occurs in all of the text; None counts those in the windows.
-    """
-    costs = torch.zeros(stream.model.get_input_embeddings().weight.shape[0])
-    for ids, gradient in zip(windows, gradients, strict=True):
-        size = stream.embedding_gradient(ids[None], gradient).norm(dim=1)
-        costs.index_add_(0, ids, size.clamp(max=LOUDEST_POSITION * size.median()).square().cpu())
-    seen = torch.bincount(windows.flatten(), minlength=len(costs))
-    return expected_costs(costs, seen, seen if counts is None else counts)
 
 
 def expected_costs(costs: Tensor, seen: Tensor, counts: Tensor) -> Tensor:

@@ -30,16 +30,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
-from pocketllm.calibrate.embedding_cost import EndCost, EndCosts, embedding_costs, row_squares
+from pocketllm.calibrate.embedding_cost import EndCost, EndCosts, expected_costs, row_squares
 from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
 from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factorize
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import fold
 from pocketllm.config.constants import (
+    LOUDEST_POSITION,
     OUTPUT_DAMPING,
     SHORTEST_STRIPS,
     STRIP_START_LOSS,
@@ -151,9 +153,13 @@ def measure(
         for number in reversed(range(count)):
             gradients = blocks.backward(number, spool.pop(number), gradients)
             progress(0.4 + 0.6 * (count - number) / count)
-    embedded = embedding_costs(stream, windows, gradients, counts)
-    hessian = head.hessian / tokens
-    ends = EndCosts(head.rows.cpu(), embedded, _gain(hessian, damping))
+    embedded = torch.zeros(_vocabulary(stream.model))
+    for ids, gradient in zip(windows, gradients, strict=True):
+        size = stream.embedding_gradient(ids[None], gradient).norm(dim=1)
+        embedded.index_add_(0, ids, size.clamp(max=LOUDEST_POSITION * size.median()).square().cpu())
+    hessian, seen = head.hessian / tokens, torch.bincount(windows.flatten(), minlength=len(embedded))
+    expected = expected_costs(embedded, seen, seen if counts is None else counts)
+    ends = EndCosts(head.rows.cpu(), expected, _gain(hessian, damping))
     at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
     return Sensitivity(
         importance=_importance(source, blocks, at_ends),
@@ -245,6 +251,11 @@ def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, T
         return {}
     tensors, _ = read_kept(outputs / f"{path}.safetensors")
     return {name: value.float().to(device) for name, value in tensors.items()}
+
+
+def _vocabulary(model: Any) -> int:
+    """Rows of the input embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _input_gains(matrices: list[Matrix], hessians: dict[str, Tensor], damping: float) -> dict[str, float]:
