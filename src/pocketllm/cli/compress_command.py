@@ -59,7 +59,7 @@ Calibration = Annotated[
     ),
 ]
 NoCalibration = Annotated[
-    bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone.")
+    bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone; needs no text.")
 ]
 Cache = Annotated[
     Path | None,
@@ -71,13 +71,14 @@ Override = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATTERN=BITS",
-        help="Bits per weight of matrices by name, such as 'model.layers.0.*=4'; 16 leaves them dense; the last "
+        help="Bits of the indices per weight of matrices by name, such as 'model.layers.0.*=4'; 16 leaves them dense; the last "
         "matching pattern applies; repeatable.",
     ),
 ]
 KeepEmbeddings = Annotated[bool, typer.Option("--keep-embeddings", help="Leave embedding and head dense.")]
 Recover = Annotated[
-    str | None, typer.Option(help="distill: then recover accuracy, as `pocketllm finetune` does.")
+    str | None,
+    typer.Option(help="distill: recover accuracy after the compression, as `pocketllm finetune` does."),
 ]
 RecoverText = Annotated[
     list[str] | None,
@@ -163,6 +164,8 @@ def compress(
     show, trust = run.output(), run.trust_remote_code
     options = recipe.parsed()
     config, number = options.config(), count("--windows", windows)
+    if options.note():
+        show.note(options.note())
     recovery = recovery_of(options, recover, recover_text or [])
     run.setup()
     text = None if ppl is None else read_eval_text(ppl, model, context, number, trust)
