@@ -71,8 +71,8 @@ Override = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATTERN=BITS",
-        help="Bits of the indices per weight of matrices by name, such as 'model.layers.0.*=4'; 16 leaves them dense; the last "
-        "matching pattern applies; repeatable.",
+        help="Bits of the indices per weight of matrices by name, such as 'model.layers.0.*=4'; 16 leaves them dense; "
+        "the last matching pattern applies; repeatable.",
     ),
 ]
 KeepEmbeddings = Annotated[bool, typer.Option("--keep-embeddings", help="Leave embedding and head dense.")]
