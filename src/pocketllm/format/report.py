@@ -176,8 +176,8 @@ def warnings_of(report: Mapping[str, Any]) -> list[str]:
     unused = [e["name"] for e in report["skipped"] if e["reason"] == NO_USE and e["name"].endswith(".weight")]
     if unused:
         found.append(
-            f"left out {_some(unused, 'tensors')}, for which the model class has no use: check that config.json belongs to the "
-            "weights"
+            f"left out {_some(unused, 'tensors')}, for which the model class has no use: check that config.json "
+            "belongs to the weights"
         )
     if unseen:
         found.append(
