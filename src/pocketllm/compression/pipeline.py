@@ -120,7 +120,7 @@ def compress(
             job.fit_and_encode(work, checkpoint.plan, found)
             progress(Event("write", 0.0, "writing the checkpoint"))
             report = write(checkpoint, work)
-            work.publish(output)
+            work.publish(output, overwrite)
     except OSError as error:
         raise output_error(output, error) from error
     progress(Event("write", 1.0, str(output)))

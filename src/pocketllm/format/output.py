@@ -162,6 +162,19 @@ def check_parent(output: Path, kind: str) -> None:
         ) from error
 
 
+def check_still_free(output: Path, overwrite: bool) -> None:
+    """Check before publishing that no other process has created the output since `check_output`.
+
+    Raises:
+        OutputError: it has, and `overwrite` is not set.
+    """
+    if not overwrite and not is_held(output) and output.is_dir() and any(output.iterdir()):
+        raise OutputError(
+            f"{output}: was created by another process meanwhile; move it away and rerun the command, or choose "
+            "another output folder"
+        )
+
+
 def _published_files(output: Path) -> dict[str, int]:
     """Files of the result that a run was publishing, with their sizes; empty where there is none."""
     state = partial_folder(output) / STATE_NAME
