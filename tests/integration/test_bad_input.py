@@ -101,6 +101,8 @@ def test_a_pointer_of_git_lfs(source: Path, tmp_path: Path) -> None:
         ("generation_config.json", "[]"),
         ("generation_config.json", '{"eos_token_id": "x"}'),
         ("generation_config.json", '{"eos_token_id": [1, null]}'),
+        ("generation_config.json", '{"bos_token_id": {}}'),
+        ("generation_config.json", '{"pad_token_id": 1180591620717411303424}'),
         ("generation_config.json", '{"max_new_tokens": -1}'),
     ],
 )

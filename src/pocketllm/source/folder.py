@@ -214,7 +214,8 @@ def check_generation(folder: Path, error: type[PocketError] = SourceError) -> No
         settings = GenerationConfig(**read_object(path))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             token = getattr(settings, name)
-            if not all(isinstance(one, int) for one in (token if isinstance(token, list) else [token or 0])):
+            several = token if isinstance(token, list) else [] if token is None else [token]
+            if not all(isinstance(one, int) and -(2**31) <= one < 2**31 for one in several):
                 raise ValueError(f"{name} is {token!r}")
     except Exception as problem:  # as in `read_tokenizer`
         raise error(
