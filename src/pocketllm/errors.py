@@ -71,5 +71,8 @@ class TrainingError(PocketError):
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of the message of another package's error; its type if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of the message of another package's error, and the second if the first announces it; the type of
+    the error if it has no message.
+    """
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first

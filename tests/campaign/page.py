@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _INTRO = """# Reliability
@@ -20,6 +20,11 @@ python -m tests.campaign --json benchmarks/results/reliability.json --page docs/
 By default the command makes 200 kills, 10,000 mutations and 150 faults (`--processes 2` uses two cores; rerun the
 command to resume). A small fixed part of it belongs to the test suite.
 """
+_AGAIN = """
+{count} of the runs ended in a traceback. After the fix they were made again (commit {commit}) and are counted by
+how they ended then:
+
+{runs}"""
 _MUTATIONS = """
 ## Damaged folders
 
@@ -62,6 +67,9 @@ def text(result: Mapping[str, Any]) -> str:
     good = kills["count"] - len(kills["bad"])
     commit = f" (commit {result['commit']})" if result.get("commit") else ""
     found = _INTRO.format(command=result["command"], version=result["version"], commit=commit)
+    if "again" in result:
+        count, again = len(result["again"]["runs"]), result["again"]["commit"]
+        found += _AGAIN.format(count=count, commit=again, runs=_runs(result["again"]["runs"]))
     found += _MUTATIONS.format(count=f"{parts['mutations']['count']:,}") + _rows(parts["mutations"]["ends"])
     found += _KILLS.format(count=kills["count"], good=good) + _rows(kills["jobs"])
     found += _FAULTS.format(count=parts["faults"]["count"]) + _rows(parts["faults"]["ends"])
@@ -79,6 +87,13 @@ def summary(result: Mapping[str, Any]) -> str:
     """One line for each part."""
     return "\n".join(
         f"{name}: {part['count']} runs, {len(part['bad'])} failed" for name, part in result["parts"].items()
+    )
+
+
+def _runs(entries: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(
+        f"- {run['part']} {run['number']}: {run['what']}, `{run['damage']}`: {run['after']}\n"
+        for run in entries
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pocketllm
-from pocketllm.errors import ConfigError, PocketError, SourceError, WeightError
+from pocketllm.errors import ConfigError, FormatError, PocketError, SourceError, WeightError
 from pocketllm.format.report import warnings_of
+from pocketllm.runtime.export import save_dense
 from pocketllm.source.folder import load_dense
 from tests import tiny
 
@@ -80,6 +83,61 @@ def test_damaged_safetensors(source: Path, tmp_path: Path) -> None:
     path = source / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
     refused(source, tmp_path / "out", SourceError, r"model\.safetensors: not a readable safetensors file")
+
+
+def test_a_pointer_of_git_lfs(source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused(
+        source, tmp_path / "out", SourceError, "a pointer of Git LFS, not the weights; run 'git lfs pull'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", "{"),
+        ("generation_config.json", "{"),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", '{"eos_token_id": "x"}'),
+        ("generation_config.json", '{"eos_token_id": [1, null]}'),
+        ("generation_config.json", '{"bos_token_id": {}}'),
+        ("generation_config.json", '{"pad_token_id": 1180591620717411303424}'),
+        ("generation_config.json", '{"max_new_tokens": -1}'),
+    ],
+)
+def test_what_comes_along_is_looked_at_before_the_work(
+    name: str, text: str, source: Path, tmp_path: Path
+) -> None:
+    """Also without calibration, which needs no tokenizer: the result could not be loaded."""
+    (source / name).write_text(text)
+    words = "its tokenizer cannot be read" if "tokenizer" in name else f"{name}: damaged"
+    refused(source, tmp_path / "out", SourceError, words)
+    if "generation" in name:
+        with pytest.raises(SourceError, match=words):
+            load_dense(source)
+
+
+def test_options_of_calls_in_the_configuration(source: Path, tmp_path: Path) -> None:
+    """Outputs are asked for by name, whatever config.json says; what cannot be saved is named."""
+    config = json.loads((source / "config.json").read_text())
+    options = {"return_dict": False, "output_attentions": True}
+    (source / "config.json").write_text(json.dumps({**config, **options}))
+    assert load_dense(source)(torch.arange(9)[None]).logits.shape == (1, 9, 96)
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    model, _ = pocketllm.load(tmp_path / "out")
+    assert model(torch.arange(9)[None]).logits.shape == (1, 9, 96)
+    with pytest.raises(
+        FormatError, match=r"cannot save the decoded model .*output_attentions.*; correct its"
+    ):
+        save_dense(model, None, tmp_path / "exported")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs")
+def test_what_cannot_be_copied_is_found_before_the_work(source: Path, tmp_path: Path) -> None:
+    os.mkfifo(source / "notes.txt")
+    refused(source, tmp_path / "out", SourceError, r"notes\.txt: not a regular file")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,32 @@ def test_two_runs_for_one_output(source: Path, small: Path, tmp_path: Path) -> N
 
     pocketllm.compress(source, tiny.settings(), tmp_path / "out", progress=progress)
     assert "in use by another process" in refusals[0]
+    assert contents(tmp_path / "out") == contents(small)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_another_process_created_meanwhile(
+    overwrite: bool, source: Path, small: Path, tmp_path: Path
+) -> None:
+    def progress(event: Event) -> None:
+        if event.stage == "write" and event.share == 0:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").touch()
+
+    def run() -> object:
+        return pocketllm.compress(
+            source, tiny.settings(), tmp_path / "out", progress=progress, overwrite=overwrite
+        )
+
+    if overwrite:
+        run()
+        assert contents(tmp_path / "out") == contents(small)
+        return
+    with pytest.raises(OutputError, match="out: was created by another process meanwhile; move it away and"):
+        run()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+    shutil.rmtree(tmp_path / "out")
+    pocketllm.compress(source, tiny.settings(), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(small)
 
 

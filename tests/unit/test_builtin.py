@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import subprocess
 import sys
 import types
@@ -200,3 +201,11 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
     assert cache.cache_folder() == Path("/c/.cache/pocketllm")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no home folder
+    assert cache.cache_folder() == Path(os.devnull) / "no-home-folder" / "pocketllm"
+    with pytest.raises(OSError):
+        cache.cache_folder().mkdir(parents=True)
+    monkeypatch.setenv("POCKETLLM_CACHE", ".")
+    assert cache.cache_folder() == Path()
+    monkeypatch.setenv("POCKETLLM_CACHE", "~nobody/x")
+    assert cache.cache_folder() == Path(os.devnull) / "no-home-folder"

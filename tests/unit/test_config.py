@@ -54,6 +54,7 @@ HASHED = CodecConfig(trellis_width=12, codebook_source="hashed")
         ({"decoder_scope": "auto"}, "decoder_scope"),
         ({"dense_first": -1}, "dense_first"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed: got 4294967296, wanted 0 to 4294967295"),
         ({"max_index_bits": 0}, "max_index_bits"),
         ({"max_index_bits": 21}, "max_index_bits"),
         ({"vector_len": 65}, "vector_len"),

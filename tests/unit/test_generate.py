@@ -92,6 +92,8 @@ def test_sampling_limits(model: Any, tokenizer: Any) -> None:
     for limit in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
         sampling = Sampling(temperature=5.0, seed=3, **limit)  # type: ignore[arg-type]
         assert generation.generate(model, tokenizer, "hello", 6, sampling).text == greedy, limit
+    cold = Sampling(temperature=1e-300)
+    assert generation.generate(model, tokenizer, "hello", 6, cold).text == greedy
     ids = tokenizer("hello")["input_ids"]
     done = generation.generate(model, tokenizer, "hello", 8, Sampling(repetition_penalty=1e9))
     new = tokenizer(done.continuation)["input_ids"]
@@ -102,6 +104,8 @@ def test_sampling_limits(model: Any, tokenizer: Any) -> None:
     ("values", "message"),
     [
         ({"temperature": -1.0}, "temperature: got -1.0, wanted 0 or more"),
+        ({"temperature": float("inf")}, "temperature: got inf, wanted 0 or more"),
+        ({"seed": 2**32}, "seed: got 4294967296, wanted 0 to 4294967295"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p: got 0.0, wanted above 0, at most 1"),
         ({"min_p": 2.0}, "min_p"),

@@ -199,4 +199,5 @@ def test_draws_follow_the_distribution() -> None:
     assert torch.allclose(shares(Wanted(temperature=1.0, top_k=2, seed=0)), two, atol=0.04)
     assert torch.allclose(shares(Wanted(temperature=1.0, top_p=0.7, seed=0)), two, atol=0.04)
     assert shares(Wanted(temperature=1.0, top_p=0.0, seed=0))[0] == 1
+    assert shares(Wanted(temperature=1e-300, seed=0))[0] == 1
     assert torch.equal(shares(Wanted(temperature=1.0, seed=5)), shares(Wanted(temperature=1.0, seed=5)))

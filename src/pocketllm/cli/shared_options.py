@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 from typer.models import OptionInfo
 
+from pocketllm.config.checks import MOST_SEED
 from pocketllm.errors import ConfigError
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 uses all cores.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder contains.")]

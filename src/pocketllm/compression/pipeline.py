@@ -42,6 +42,7 @@ from pocketllm.plan.matrices import Plan
 from pocketllm.plan.sizes import PlannedModel
 from pocketllm.plan.target import planned
 from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense, resolve
+from pocketllm.source.folder import check_companions
 from pocketllm.torch_state import in_default_torch_state
 
 
@@ -104,6 +105,7 @@ def compress(
     # Errors in the input are found before anything is written and before the long work.
     first = job.first_plan()
     check_not_nested(output, folder)
+    check_companions(source.folder, trust_remote_code)
     text = job.text()
     if not Workspace.is_begun(output):
         source.check(partial(_tell, progress, "check"))
@@ -118,7 +120,7 @@ def compress(
             job.fit_and_encode(work, checkpoint.plan, found)
             progress(Event("write", 0.0, "writing the checkpoint"))
             report = write(checkpoint, work)
-            work.publish(output)
+            work.publish(output, overwrite)
     except OSError as error:
         raise output_error(output, error) from error
     progress(Event("write", 1.0, str(output)))

@@ -10,6 +10,9 @@ from typing import Any
 
 from pocketllm.errors import ConfigError
 
+MOST_SEED = 2**32 - 1
+"""The largest seed: seeds of parts of a run are derived from it, within 64 bits."""
+
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises ConfigError if a value is not one of those allowed."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from pocketllm.config.checks import at_least, one_of, plain, positive
+from pocketllm.config.checks import MOST_SEED, at_least, between, one_of, plain, positive
 from pocketllm.config.codec_config import CodecConfig
 from pocketllm.errors import ConfigError
 
@@ -111,7 +111,8 @@ class CompressConfig:
     def __post_init__(self) -> None:
         one_of("codebook_scope", self.codebook_scope, ("auto", *SCOPES))
         one_of("decoder_scope", self.decoder_scope, SCOPES)
-        for name in ("dense_first", "dense_last", "embedding_extra_bits", "seed"):
+        between("seed", self.seed, 0, MOST_SEED)
+        for name in ("dense_first", "dense_last", "embedding_extra_bits"):
             at_least(name, getattr(self, name), 0)
         if not 1 <= self.max_index_bits <= 20:
             raise ConfigError(f"max_index_bits: got {self.max_index_bits}, wanted 1 to 20")

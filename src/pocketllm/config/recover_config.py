@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pocketllm.config.checks import at_least, one_of, plain, positive
+from pocketllm.config.checks import MOST_SEED, at_least, between, one_of, plain, positive
 from pocketllm.errors import ConfigError
 
 
@@ -39,7 +39,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_every", "checkpoint_every"):
             at_least(name, getattr(self, name), 1)
-        for name in ("micro_batch", "patience", "max_grad_norm", "seed"):
+        between("seed", self.seed, 0, MOST_SEED)
+        for name in ("micro_batch", "patience", "max_grad_norm"):
             at_least(name, getattr(self, name), 0)
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup: got {self.warmup}, wanted 0 to less than 1")

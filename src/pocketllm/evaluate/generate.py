@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocketllm.config.checks import MOST_SEED
 from pocketllm.errors import ConfigError, reason_of
 from pocketllm.files import is_utf8
 from pocketllm.text.chat import has_template
@@ -42,11 +44,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         wanted = {
-            "temperature": (self.temperature >= 0, "0 or more"),
+            "temperature": (0 <= self.temperature < math.inf, "0 or more"),
             "top_k": (self.top_k >= 0, "0 (all) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+            "seed": (0 <= self.seed <= MOST_SEED, f"0 to {MOST_SEED}"),
         }
         for name, (good, words) in wanted.items():
             if not good:
@@ -58,7 +61,8 @@ class Sampling:
         if not self.temperature:
             return {"do_sample": False, **penalty}
         limits = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p or None}
-        return {"do_sample": True, "temperature": self.temperature, **limits, **penalty}
+        warmth = max(self.temperature, 1e-6)  # colder ones overflow, and choose the same
+        return {"do_sample": True, "temperature": warmth, **limits, **penalty}
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ def _check_not_in_model(output: Path) -> None:
     for parent in real_path(output).parents:
         if (parent / REPORT_NAME).is_file():
             raise OutputError(
-                f"{output}: is inside the compressed model {parent}; choose another output folder"
+                f"{output}: is inside the compressed model {parent}, which must stay unchanged; "
+                "choose another output folder"
             )
 
 
@@ -160,6 +161,19 @@ def check_parent(output: Path, kind: str) -> None:
         raise OutputError(
             f"{parent}: cannot be written ({error.strerror or error}); choose another output {kind}"
         ) from error
+
+
+def check_still_free(output: Path, overwrite: bool) -> None:
+    """Check before publishing that no other process has created the output since `check_output`.
+
+    Raises:
+        OutputError: it has, and `overwrite` is not set.
+    """
+    if not overwrite and not is_held(output) and output.is_dir() and any(output.iterdir()):
+        raise OutputError(
+            f"{output}: was created by another process meanwhile; move it away and rerun the command, or choose "
+            "another output folder"
+        )
 
 
 def _published_files(output: Path) -> dict[str, int]:

@@ -24,6 +24,7 @@ from pocketllm.format.kept import read_kept, write_kept
 from pocketllm.format.output import (
     PUBLISHED,
     STATE_NAME,
+    check_still_free,
     is_held,
     is_published,
     output_error,
@@ -174,11 +175,15 @@ class Workspace:
             found |= self.load(path.name)[0]
         return found
 
-    def publish(self, output: Path) -> None:
+    def publish(self, output: Path, overwrite: bool = False) -> None:
         """Rename the finished result into place and drop the rest.
 
         The state records what is being published, so that a run killed meanwhile can be rerun.
+
+        Raises:
+            OutputError: as `check_still_free`.
         """
+        check_still_free(output, overwrite)
         final, old = self.folder / "final", self.folder / "old"
         facts = {name: (final / name).stat().st_size for name in files_below(final, OutputError)}
         for name in facts:

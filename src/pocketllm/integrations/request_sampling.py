@@ -30,7 +30,7 @@ class Draw:
 
     def scores(self, logits: Tensor) -> Tensor:
         """Scores, the largest of which is the token that is drawn. logits: float32 [vocabulary]."""
-        scores = logits / self.wanted.temperature
+        scores = logits / max(self.wanted.temperature, 1e-6)  # colder ones overflow, and choose the same
         if 0 < self.wanted.top_k < len(scores):
             least = scores.topk(self.wanted.top_k).values[-1]
             scores = scores.masked_fill(scores < least, -torch.inf)

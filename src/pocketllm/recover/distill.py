@@ -105,7 +105,7 @@ def distill(
         "text": token_digest(torch.cat(windows)),
         **config.to_dict(),
     }
-    with open_run(output, base, arguments, config.loop, device) as run:
+    with open_run(output, base, arguments, config.loop, device, overwrite) as run:
         if is_published(output):  # by an earlier run that was killed afterwards
             return run.recall(DistillResult)
         source = _teacher(run, base, dense, windows, config, teacher_on_disk, progress)

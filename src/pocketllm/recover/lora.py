@@ -94,7 +94,7 @@ def lora(
     steps = number_of_steps(config, len(items[0]))
     tokens = torch.cat([item.ids for part in items for item in part])
     arguments = {"method": "lora", "text": token_digest(tokens), **config.to_dict()}
-    with open_run(output, base, arguments, config.loop, device) as run:
+    with open_run(output, base, arguments, config.loop, device, overwrite) as run:
         if is_published(output):  # by an earlier run that was killed afterwards
             return run.recall(LoraResult)
         model, adapted = with_adapter(base, config, run.state.device)

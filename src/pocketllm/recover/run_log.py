@@ -18,7 +18,7 @@ from pocketllm.config import LoopConfig
 from pocketllm.errors import OutputError
 from pocketllm.files import read_object, write_json
 from pocketllm.format.checkpoint import REPORT_NAME
-from pocketllm.format.output import check_output, output_error, partial_folder
+from pocketllm.format.output import check_output, check_still_free, output_error, partial_folder
 from pocketllm.format.workspace import Workspace, damaged, locked
 from pocketllm.machine import machine
 from pocketllm.recover.base_model import Base, compute_dtype
@@ -138,11 +138,13 @@ class RunLog:
 class Run:
     """A run in progress; no other run uses its folder meanwhile.
 
-    output: final folder of the result. work: the unfinished output. log: of this run.
+    output: final folder of the result. overwrite: whether it may replace another.
+    work: the unfinished output. log: of this run.
     state: this process among those launched together. dtype: of matrix products.
     """
 
     output: Path
+    overwrite: bool
     work: Workspace
     log: RunLog
     state: PartialState
@@ -160,8 +162,9 @@ class Run:
         """Complete the log, then move log and result to their final folders; every process waits for that."""
         self.log.finish(summary, history)
         if self.state.is_main_process:
+            check_still_free(self.output, self.overwrite)
             self.log.publish(self.output)
-            self.work.publish(self.output)
+            self.work.publish(self.output, self.overwrite)
         self.state.wait_for_everyone()
 
     def recall(self, kind: type[Result]) -> Result:
@@ -179,7 +182,12 @@ class Run:
 
 @contextmanager
 def open_run(
-    output: Path, base: Base, arguments: Mapping[str, Any], config: LoopConfig, device: str
+    output: Path,
+    base: Base,
+    arguments: Mapping[str, Any],
+    config: LoopConfig,
+    device: str,
+    overwrite: bool,
 ) -> Iterator[Run]:
     """Start or resume the run of an output.
 
@@ -211,7 +219,7 @@ def open_run(
                 arguments=everything,
                 device=state.device.type,
             )
-            yield Run(output=output, work=work, log=log, state=state, dtype=dtype)
+            yield Run(output=output, overwrite=overwrite, work=work, log=log, state=state, dtype=dtype)
     except OSError as error:
         raise output_error(output, error) from error
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pocketllm.errors import OutputError
+from pocketllm.errors import FormatError, OutputError, reason_of
 from pocketllm.files import write_json
 from pocketllm.format.checkpoint import folder_bytes
 from pocketllm.format.kept import system_errors
@@ -79,10 +79,18 @@ def save_dense(
 
 def _save(model: Any, tokenizer: Any, final: Path, record: Mapping[str, Mapping[str, Any]]) -> None:
     shutil.rmtree(final, ignore_errors=True)
-    with system_errors(final):
-        model.save_pretrained(final, state_dict=stored_once(model))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(final)
+    try:
+        with system_errors(final):
+            model.save_pretrained(final, state_dict=stored_once(model))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(final)
+    except OSError:
+        raise
+    except Exception as error:  # transformers checks settings when it saves them
+        raise FormatError(
+            f"{model.name_or_path}: transformers cannot save the decoded model ({reason_of(error)}); correct its "
+            "config.json or generation_config.json"
+        ) from error
     copy_file_mode(final, "config.json")
     for name, facts in record.items():
         write_json(final / name, facts)

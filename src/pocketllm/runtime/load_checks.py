@@ -14,6 +14,7 @@ from torch import nn
 from pocketllm.errors import FormatError, LoadError
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.runtime.layers import Codebook, packed_matrices
+from pocketllm.source.folder import check_generation
 from pocketllm.source.model_files import check_counts, need_config
 
 _verified: ContextVar[Path | None] = ContextVar("_verified", default=None)
@@ -32,6 +33,7 @@ def verify_folder(folder: Path, is_partial: bool = False) -> None:
     shapes = [shape for _, shape in layout.tensors().values()]
     shapes += [entry.shape for entry in layout.matrices.values()]
     check_counts(need_config(folder), shapes, folder / "config.json", FormatError)
+    check_generation(folder, FormatError)
 
 
 @contextmanager

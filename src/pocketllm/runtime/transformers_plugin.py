@@ -244,7 +244,8 @@ def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> Any:
         LoadError: transformers cannot; and what the plug-in raises.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=how["trust_remote_code"])
+        trust = how["trust_remote_code"]
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, return_dict=True)
         config.quantization_config["mode"] = mode
         with known_as_verified(folder):
             return model_class(config).from_pretrained(folder, config=config, use_safetensors=True, **how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pocketllm.errors import PocketError, SourceError, reason_of
-from pocketllm.files import need_regular
+from pocketllm.files import need_regular, read_object
 from pocketllm.source.model_class import build, model_class
-from pocketllm.source.model_files import check_counts, need_config, unusual_name, weight_files
+from pocketllm.source.model_files import check_counts, companions, need_config, unusual_name, weight_files
 from pocketllm.text.vocabulary import Vocabulary
 from pocketllm.torch_state import in_default_torch_state
 
 ADAPTER_NAME = "adapter_config.json"
+_LFS_POINTER = b"version https://git-lfs"
 _TOKENIZERS = ("tokenizer*.json", "tokenizer*.model", "spiece.model", "vocab*", "*.tiktoken", "tekken.json")
 
 
@@ -29,6 +31,9 @@ def open_safetensors(file: Path, error: type[PocketError] = SourceError) -> Any:
     try:
         return safe_open(str(file), framework="pt").__enter__()
     except (SafetensorError, OSError) as problem:
+        with file.open("rb") as stream:
+            if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise error(f"{file}: a pointer of Git LFS, not the weights; run 'git lfs pull'") from problem
         raise error(f"{file}: not a readable safetensors file ({problem}); fetch it again") from problem
 
 
@@ -51,7 +56,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
 
     check_counts(need_config(folder), _stored_shapes(folder), folder / "config.json", SourceError)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, return_dict=True)
     except Exception as error:  # whatever transformers makes of a config.json that it did not expect
         raise _not_built(folder, error) from error
 
@@ -151,6 +156,7 @@ def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = Fals
             f"{folder / ADAPTER_NAME}: an adapter next to the weights, which transformers would apply "
             "automatically; move its files to another folder, or merge it into the model first"
         )
+    check_generation(folder)
     config, named = read_config(folder, trust_remote_code), unusual_name(folder)
     if named is not None:
         config.transformers_weights = named
@@ -190,6 +196,42 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         raise SourceError(
             f"{folder}: its tokenizer cannot be read ({reason_of(error)}); fetch its files again"
         ) from error
+
+
+def check_generation(folder: Path, error: type[PocketError] = SourceError) -> None:
+    """Check that generation_config.json, if there is one, can be used: transformers ignores or trips over a bad one.
+
+    Raises:
+        error: naming the file.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not os.path.lexists(path):
+        return
+    need_regular(path, error)
+    try:
+        settings = GenerationConfig(**read_object(path))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            token = getattr(settings, name)
+            several = token if isinstance(token, list) else [] if token is None else [token]
+            if not all(isinstance(one, int) and -(2**31) <= one < 2**31 for one in several):
+                raise ValueError(f"{name} is {token!r}")
+    except Exception as problem:  # as in `read_tokenizer`
+        raise error(
+            f"{path}: damaged, so that transformers cannot use it ({reason_of(problem)}); fetch it again"
+        ) from problem
+
+
+def check_companions(folder: Path, trust_remote_code: bool) -> None:
+    """Check before a long run that what comes along with the weights can be copied and used afterwards.
+
+    Raises:
+        SourceError: a file that is no regular one, or a damaged tokenizer or generation_config.json.
+    """
+    companions(folder)
+    check_generation(folder)
+    read_tokenizer(folder, trust_remote_code)
 
 
 def need_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

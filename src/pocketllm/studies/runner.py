@@ -85,12 +85,14 @@ def run_study(
     if (folder := resolve_local(model)) is not None:
         check_not_nested(output, folder)
     setup = _setup(study, model, output, quick, seed, device, texts)
-    result = _measured(study, setup, output, progress)
+    result = _measured(study, setup, output, overwrite, progress)
     progress("", 1.0)
     return Outcome(output, result, tuple(sorted(output.iterdir())))
 
 
-def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> dict[str, Any]:
+def _measured(
+    study: Study, setup: Setup, output: Path, overwrite: bool, progress: Progress
+) -> dict[str, Any]:
     """Run the steps that are not done yet and publish the finished folder; returns the contents of result.json."""
     asked, steps = _asked(study, setup), study.measurement.steps(setup)
     try:
@@ -111,7 +113,7 @@ def _measured(study: Study, setup: Setup, output: Path, progress: Progress) -> d
             final.mkdir(exist_ok=True)
             write_json(final / RESULT_NAME, result)
             study_page.write(study, result, final)
-            work.publish(output)
+            work.publish(output, overwrite)
     except OSError as error:
         raise output_error(output, error) from error
     return result
