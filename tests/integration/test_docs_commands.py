@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("my-model-8x", "my-model-16x"):
         pocketllm.compress(folder / "my-model", tiny.settings(), folder / name)
     (folder / "my-texts").mkdir()
-    for name in ("wiki.test.raw", "my-texts/a.txt"):
+    for name in ("wiki.test.raw", "c4.txt", "code.txt", "my-texts/a.txt"):
         (folder / name).write_text("a text that is long enough for some windows. " * 400)
     (folder / "data" / "piqa").mkdir(parents=True)
     (folder / "data" / "arc_easy").mkdir()

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,8 +83,11 @@ def test_stopped_between_record_and_result_both_are_there_afterwards(
 ) -> None:
     from pocketllm.format.workspace import Workspace
 
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(Workspace, "publish", lambda self, output: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(Workspace, "publish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pocketllm.distill(made / "c", tmp_path / "o", config(made))
     pocketllm.distill(made / "c", tmp_path / "o", config(made))
