@@ -59,7 +59,7 @@ def test_demo(run: Run, source: Path, tmp_path: Path, asked: list[list[str | Pat
     assert not list(tmp_path.glob("*.partial"))
     assert code == 0 and "perplexity" in out and "> hello" in out and "recovered by distill" in out
     assert err.count("exists already") == 2
-    assert "4,000,000 (4.0 MB)" in out and "Try next:" in out and "demo:  60%" in err
+    assert "4,000,000 (4.0 MB)" in out and "Try next:" in out and "demo:  63%" in err
     code, out, err = run(*options[:-1], "3")  # other steps: only that part is made again
     assert code == 0 and err.count("exists already") == 1 and "step 3 of 3" in err
     assert "recovered" not in run.json(*options[:-1], "0")

@@ -17,22 +17,22 @@ from pocketllm.cli.process import setup_process
 from pocketllm.cli.render import Bars, Output, kinds_table, summary_table
 from pocketllm.cli.shared_options import Json, Overwrite, Quiet, Threads
 from pocketllm.cli.text_perplexity import EvalText, perplexity_table
-from pocketllm.config import DEMO_CALIBRATION, DEMO_RECOVERY, CompressConfig, CompressOptions, replaced
+from pocketllm.config import DEMO_RECOVERY, DEMO_SETTINGS, CompressConfig, CompressOptions, replaced
 from pocketllm.errors import SourceError
 
 app = typer.Typer()
 
 # Where each stage begins and ends in the total time, as measured with the built-in model on two cores.
 _PARTS = {
-    "compress": (0.0, 0.6),
+    "compress": (0.0, 0.63),
     "check": (0.0, 0.01),
-    "measure": (0.01, 0.15),
-    "fit": (0.15, 0.2),
-    "encode": (0.2, 0.6),
-    "teacher": (0.6, 0.65),
-    "train": (0.65, 0.82),
-    "perplexity": (0.82, 0.94),
-    "bench": (0.94, 1.0),
+    "measure": (0.01, 0.14),
+    "fit": (0.14, 0.15),
+    "encode": (0.15, 0.63),
+    "teacher": (0.63, 0.68),
+    "train": (0.68, 0.89),
+    "perplexity": (0.89, 0.98),
+    "bench": (0.98, 1.0),
 }
 
 
@@ -50,7 +50,7 @@ def demo(
     ] = DEMO_RECOVERY.steps,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The three primary colors are",
     context: Annotated[int, typer.Option(min=2, help="Tokens per measured window.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Largest number of windows to measure.")] = 6,
+    windows: Annotated[int, typer.Option(min=1, help="Largest number of windows to measure.")] = 4,
     overwrite: Overwrite = False,
     threads: Threads = 0,
     json: Json = False,
@@ -80,11 +80,11 @@ def demo(
 
 
 def demo_config(preset: str | None, bpw: float | None, no_calibration: bool) -> CompressConfig:
-    """The settings of the compression: those of `compress`, with fewer calibration tokens."""
+    """The settings of the compression: those of `compress`, with some that save time."""
     config = CompressOptions(preset=preset, bpw=bpw, no_calibration=no_calibration).config()
     if config.calibration is None:
         return config
-    return replaced(config, DEMO_CALIBRATION)
+    return replaced(config, DEMO_SETTINGS)
 
 
 @dataclass

@@ -17,8 +17,8 @@ from pocketllm.config.finetune_options import (
 )
 from pocketllm.config.presets import (
     DEFAULT_PRESET,
-    DEMO_CALIBRATION,
     DEMO_RECOVERY,
+    DEMO_SETTINGS,
     PLAIN_PRESET,
     PLAIN_SETTINGS,
     PRESETS,
@@ -31,8 +31,8 @@ from pocketllm.config.settings import Setting, replaced, settings_of, text_of
 __all__ = [
     "COMPRESS_OPTIONS",
     "DEFAULT_PRESET",
-    "DEMO_CALIBRATION",
     "DEMO_RECOVERY",
+    "DEMO_SETTINGS",
     "EVAL_OPTIONS",
     "FINETUNE_METHODS",
     "FINETUNE_OPTIONS",
