@@ -31,6 +31,7 @@ from pocketllm.cli.shared_options import (
 from pocketllm.cli.text_perplexity import EvalText, perplexity_table, read_eval_text
 from pocketllm.config import PRESETS, CompressConfig, CompressOptions, DistillConfig, EvalConfig
 from pocketllm.errors import ConfigError
+from pocketllm.ranks import launched
 
 if TYPE_CHECKING:
     from pocketllm import Report
@@ -140,7 +141,8 @@ def compress(
 
     --recover also recovers accuracy; --ppl measures the dense model and every result.
     """
-    show = Output(json, quiet)
+    is_first = launched()[0] == 0
+    show = Output(json, quiet or not is_first)
     options = CompressOptions(
         preset=preset,
         bpw=bpw,
@@ -165,6 +167,8 @@ def compress(
         check_push(push)
     with show.bars() as bars:
         report, measured = (job.plan(bars), {}) if dry_run else job.make(bars, overwrite)
+        if not is_first:
+            return
         report = with_measured_card(report, output, text, measured)
         commit = None if push is None or dry_run else push_folder(bars, output, push, private)
     _show(show, {**report.to_dict(), "commit": commit}, measured, job)
@@ -207,7 +211,7 @@ class _Job:
         found: dict[str, Any] = {}
 
         def measure(title: str, model: str | Path) -> None:
-            if self.text is not None:
+            if self.text is not None and launched()[0] == 0:
                 found[title] = self.text.measure(
                     title, model, bars.update, self.place.device, self.place.trust_remote_code
                 )
@@ -265,7 +269,8 @@ def recovery_of(options: CompressOptions, method: str | None, texts: list[Path])
     """The settings of the recovery; None without one.
 
     Raises:
-        ConfigError: another method than distill, or settings or texts of a recovery without --recover.
+        ConfigError: another method than distill, settings or texts of a recovery without --recover, or several
+            processes.
     """
     if method is None:
         given = [*(["--recover-text"] if texts else []), *options.recovery_keys]
@@ -274,4 +279,9 @@ def recovery_of(options: CompressOptions, method: str | None, texts: list[Path])
         return None
     if method != "distill":
         raise ConfigError(f"--recover: got {method!r}, wanted distill (for lora use pocketllm finetune)")
+    if launched()[1] > 1:
+        raise ConfigError(
+            "--recover: got several processes, wanted one; compress without it, then launch `pocketllm finetune` "
+            "in the same way"
+        )
     return options.recovery(tuple(map(str, texts)))
