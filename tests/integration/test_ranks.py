@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,17 +25,23 @@ CASES = {
     "plain": ("llama", tiny.settings()),
     "sequential": ("llama", tiny.on_trellis()),
     "dense inputs": ("qwen3_moe", tiny.on_trellis(calibration={"sequential": False})),
+    "dense inputs, refined": (
+        "llama",
+        tiny.on_trellis(calibration={"sequential": False, "refine_epochs": 1}),
+    ),
     "refined": ("gemma3", tiny.on_trellis(calibration={"refine_epochs": 1})),
     "experts": ("mixtral", tiny.on_trellis()),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[] if name == "experts" else pytest.mark.large) for name in CASES]
+)
 def test_any_number_of_ranks_gives_the_same_bytes(case: str, tmp_path: Path) -> None:
     architecture, config = CASES[case]
     source = tiny.save(tmp_path / "dense", architecture)
 
-    def compress(name: str) -> Any:
+    def compress(name: str) -> pocketllm.Report:
         place = tmp_path / name
         return pocketllm.compress(source, config, place, calibration_folder=tmp_path / f"{name}-measured")
 
@@ -43,12 +50,34 @@ def test_any_number_of_ranks_gives_the_same_bytes(case: str, tmp_path: Path) -> 
         name = f"of-{size}"
 
         def job(rank: int, name: str = name) -> None:
-            found = compress(name)
-            assert found.bytes_on_disk == report.bytes_on_disk
+            assert compress(name).bytes_on_disk == report.bytes_on_disk
 
         assert on_ranks(size, job) == [0] * size
         assert contents(tmp_path / name) == contents(tmp_path / "one")
         assert not (tmp_path / f"{name}.partial").exists()
+
+
+def test_ranks_with_file_systems_of_their_own(source: Path, whole: Path, tmp_path: Path) -> None:
+    """Every rank has other folders, as on machines that share none; the second run finds half of the work done."""
+
+    def job(rank: int) -> None:
+        place = tmp_path / str(rank)
+        place.mkdir(exist_ok=True)
+        compress(source, place / "out", calibration_folder=place / "measured")
+
+    def broken(rank: int) -> None:
+        at_save(2, kill_now)
+        job(rank)
+
+    assert on_ranks(2, broken) == [-9, -9]
+    assert [len(list((tmp_path / f"{rank}/out.partial").glob("*.safetensors"))) for rank in (0, 1)] == [2, 2]
+    assert on_ranks(2, job) == [0, 0]
+    assert contents(tmp_path / "0/out") == contents(whole)
+    assert [path.name for path in (tmp_path / "1").iterdir()] == ["measured"]
+
+
+def compress(source: Path, output: Path, **how: Any) -> pocketllm.Report:
+    return pocketllm.compress(source, tiny.on_trellis(), output, **how)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +146,7 @@ def at_save(number: int, act: Callable[[], object]) -> None:
     Workspace.save = save  # type: ignore[method-assign]  # in a fork
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("victim", [0, *(pytest.param(rank, marks=pytest.mark.large) for rank in (1, 2))])
 def test_a_killed_rank_ends_all_with_one_message_and_another_number_resumes(
     victim: int, source: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -160,7 +189,7 @@ def test_without_a_command_line_the_other_ranks_raise(source: Path, tmp_path: Pa
         if rank == 1:
             at_save(2, kill_now)
         with pytest.raises(RankError, match="rank 1 of 2 ended without a message"):
-            pocketllm.compress(source, tiny.on_trellis(), tmp_path / "out", calibration_folder=tmp_path / "m")
+            compress(source, tmp_path / "out", calibration_folder=tmp_path / "measured")
 
     assert on_ranks(2, job) == [0, -9]
 
@@ -172,3 +201,42 @@ def test_recovery_runs_in_a_launch_of_its_own(
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = run("compress", source, "-o", tmp_path / "out", "--recover", "distill")
     assert code == 2 and "--recover: got several processes, wanted one" in err
+
+
+KILLED_ONCE = """
+import os, signal
+from pocketllm.format.workspace import Workspace
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+    original = Workspace.save
+    def save(self, *arguments):
+        original(self, *arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+    Workspace.save = save
+from pocketllm.cli import main
+main()
+"""
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_torchrun(is_killed: bool, source: Path, whole: Path, tmp_path: Path) -> None:
+    """With and without a killed process, after which torchrun starts all of them again."""
+    launched = Launched(source, tmp_path)
+    (tmp_path / "killed_once.py").write_text(KILLED_ONCE)
+    program = ["--max-restarts", "1", str(tmp_path / "killed_once.py")] if is_killed else ["-m", "pocketllm"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *program,
+    ]
+    command += ["compress", str(source), "-o", str(launched.output), *launched.arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bytes_on_disk"] == sum(map(len, contents(whole).values()))
+    assert contents(launched.output) == contents(whole)
+    lost = "error: rank 1 of 2 ended without a message"
+    assert (lost in done.stderr) == is_killed
