@@ -1,7 +1,8 @@
 """Predicted against measured loss of the parts of a compressed model: embedding and head, blocks.
 
 The parts are put one by one into the dense model, and the KL divergence is measured on held-out text. Predicted is
-what the plan counted on: importance (nats per unit of nmse) times the nmse that was reached.
+what the plan counted on: importance (nats per unit of nmse) times the nmse of the form of index. (The nmse that is
+reached is larger, since error feedback shapes errors for the inputs, which the importance takes into account.)
 
 python benchmarks/predicted_loss.py MODEL COMPRESSED MEASURED    # MEASURED: folder of --calibration-cache
 """
@@ -19,15 +20,17 @@ CONTEXT, WINDOWS = 512, 8
 TEXT = ("wikitext2", "wiki.valid.near_raw.txt")
 
 
-def predicted(report: dict[str, Any], measured: Path) -> dict[str, float]:
-    """Nats per token by part."""
+def predicted(name: str, settings: dict[str, Any], cache: Path) -> dict[str, float]:
+    """Nats per token by part, of the plan for these settings."""
+    import pocketllm
     from pocketllm.calibrate.sensitivity import Sensitivity
 
-    (path,) = measured.glob("sensitivity-*.safetensors")
+    plan = pocketllm.dry_run(name, pocketllm.CompressConfig.from_dict(settings), calibration_folder=cache)
+    (path,) = cache.glob("sensitivity-*.safetensors")
     importance = Sensitivity.load(path).importance
     found = {"ends": 0.0, "blocks": 0.0}
-    for matrix in report["matrices"]:
-        found[part_of(matrix["name"])] += importance[matrix["name"]] * matrix["nmse"]
+    for matrix in plan.matrices:
+        found[part_of(matrix.name)] += importance[matrix.name] * matrix.nmse
     return found
 
 
@@ -70,7 +73,7 @@ def main() -> None:
 
     name, compressed, cache = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     report = json.loads((compressed / "pocketllm.json").read_text())
-    wanted, got = predicted(report, cache), measured(resolve(name), compressed)
+    wanted, got = predicted(name, report["config"], cache), measured(resolve(name), compressed)
     ratios = {part: got[part] / wanted[part] for part in wanted}
     values = {"model": name, "bpw": report["bpw_matrices"], "predicted": wanted, "kl": got, "ratio": ratios}
     print(json.dumps(values, indent=1))

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too
 import random
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -45,6 +45,18 @@ def _seeded() -> None:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     return Run(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A tiny dense model in memory."""
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Its tokenizer."""
+    return tiny.tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,6 +52,29 @@ def on_hashed_trellis(rows: int, columns: int, trellis: Trellis, d: int, banded:
         return packed_weight(stream, table_of(entries, trellis.width), scale, columns, trellis)
     sizes = Sizes(rows, columns, d, trellis.width, trellis.stride, trellis.strip_rows, banded=True)
     return PackedWeight(hashed.to_bands(stream, trellis, rows, per_row), entries, scale, sizes)
+
+
+Rates = Iterable[tuple[int, int, int]]  # (width, stride, d) of trellises
+
+
+def on_trellises(rows: int, columns: int, rates: Rates, strip_rows: int = 16) -> Iterator[PackedWeight]:
+    for width, stride, d in rates:
+        yield on_trellis(rows, columns, Trellis(width, stride, strip_rows=strip_rows), d)
+
+
+def in_bands(rows: int, columns: int, rates: Rates, strip_rows: int = 16) -> Iterator[PackedWeight]:
+    for width, stride, d in rates:
+        yield on_hashed_trellis(rows, columns, Trellis(width, stride, strip_rows=strip_rows), d, banded=True)
+
+
+def is_same_with_any_number_of_threads(product: Callable[[], Tensor]) -> bool:
+    """Whether a product has the same bits with one, two and three threads."""
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(product())
+    torch.set_num_threads(before)
+    return torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

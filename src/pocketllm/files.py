@@ -56,6 +56,11 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def real_path(path: Path) -> Path:
+    """An absolute path without links, `.` and `..`; unlike `Path.resolve`, links in a loop raise nothing."""
+    return Path(os.path.realpath(path))
+
+
 def need_regular(path: Path, error: type[PocketError]) -> None:
     """Check that a path is a regular file inside its folder. Opening a FIFO or a device may block forever, and a
     link may point to someone else's file. Links within the folder and those of the Hub's cache are accepted.
@@ -75,12 +80,12 @@ def need_regular(path: Path, error: type[PocketError]) -> None:
         raise error(f"{path}: not a regular file; remove it, or fetch the model again")
     if _leads_away(path):
         raise error(
-            f"{path}: a link that leads out of the folder (to {os.path.realpath(path)}); put the file itself there"
+            f"{path}: a link that leads out of the folder (to {real_path(path)}); put the file itself there"
         )
 
 
 def _leads_away(path: Path) -> bool:
-    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    folder, target = real_path(path.parent), real_path(path)
     if target.parent == folder or not path.is_symlink():
         return False
     models = [place.parent.parent for place in (folder, *folder.parents) if place.parent.name == "snapshots"]

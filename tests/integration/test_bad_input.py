@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm.errors import ConfigError, PocketError, SourceError, WeightError
+from pocketllm.format.report import warnings_of
 from pocketllm.source.folder import load_dense
 from tests import tiny
 
@@ -120,6 +121,14 @@ def test_wrong_shape(source: Path, tmp_path: Path) -> None:
 def test_missing_parameter(source: Path, tmp_path: Path) -> None:
     change(source, lambda tensors: tensors.pop(UP))
     refused(source, tmp_path / "out", SourceError, f"no file contains {UP}")
+
+
+def test_weights_that_the_model_does_not_use_are_a_warning(source: Path) -> None:
+    assert warnings_of(pocketllm.dry_run(str(source), tiny.settings()).to_dict()) == []
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    (found,) = warnings_of(pocketllm.dry_run(str(source), tiny.settings()).to_dict())
+    assert "left out 9 tensors (model.layers.1.input_layernorm.weight and others), for which the" in found
 
 
 def test_missing_shard(source: Path, tmp_path: Path) -> None:

@@ -70,8 +70,9 @@ def test_what_is_refused(models: tuple[str, str], tmp_path: Path) -> None:
     for field in ("prompt_tokens", "new_tokens", "rounds"):
         with pytest.raises(ConfigError, match=f"{field}: got 0, wanted 1 or more"):
             BenchConfig(**{field: 0})
-    with pytest.raises(ConfigError, match="threads: got -1"):
-        BenchConfig(threads=-1)
+    for threads in (-1, 10**6):
+        with pytest.raises(ConfigError, match=rf"threads: got {threads}, wanted 0 \(all cores\) to 1024"):
+            BenchConfig(threads=threads)
     with pytest.raises(ConfigError, match="dtype: got 'int8'"):
         BenchConfig(dtype="int8")
 

@@ -1,8 +1,7 @@
-"""The calibrated path on tiny models: every architecture, same bytes every time, resuming, reuse, warnings."""
+"""The calibrated path on tiny models: every architecture, same bytes every time, resuming, reuse."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pocketllm
 from pocketllm.calibrate.calibration import read_windows
 from pocketllm.compression import encode_blocks
 from pocketllm.compression.pipeline import Event
-from pocketllm.errors import ConfigError, ResumeError, SourceError
+from pocketllm.errors import ConfigError, ResumeError
 from pocketllm.format.report import warnings_of
 from pocketllm.runtime.layers import packed_matrices
 from pocketllm.source.dense_checkpoint import open_dense
@@ -222,66 +221,6 @@ def test_experts_that_see_no_token_are_told(tmp_path: Path) -> None:
     fused = {m.name: m.unseen_experts for m in report.matrices if m.unseen_experts}
     assert len(fused) == 4 and set(fused.values()) == {1}
     assert any("4 experts in 4 matrices" in text for text in warnings_of(report.to_dict()))
-
-
-def test_little_text_is_told_and_damped(
-    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "text.txt").write_text("too little text.")
-    config = tiny.on_trellis(calibration={"texts": (str(tmp_path / "text.txt"),)})
-    with caplog.at_level(logging.WARNING, logger="pocketllm"):
-        report = compress(source, config, tmp_path / "out")
-    assert "16 tokens are fewer than the widest layer has inputs (52)" in caplog.text
-    assert all(m.input_tokens == 16 for m in report.matrices if m.input_tokens is not None)
-    (told,) = warnings_of(report.to_dict())
-    assert "fewer tokens than inputs in 14 matrices" in told and "16 tokens for 52 inputs" in told
-    assert torch.isfinite(logits(load(tmp_path / "out", "dense"))).all()
-
-
-def test_no_text(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(".")
-    config = tiny.on_trellis(calibration={"texts": (str(tmp_path / "text.txt"),)})
-    with pytest.raises(SourceError, match="the texts have 1 tokens"):
-        compress(source, config, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-
-
-def test_a_context_longer_than_the_model_has_positions(tmp_path: Path) -> None:
-    source = tiny.save(tmp_path / "dense", "gpt2", n_positions=16)
-    report = compress(source, tiny.on_trellis(), tmp_path / "out")
-    assert {m.input_tokens for m in report.matrices} == {512, None}
-
-
-@pytest.mark.parametrize(
-    ("architecture", "files", "words"),
-    [
-        ("llama", ("tokenizer.json", "tokenizer_config.json"), "tokenizer, which cannot be read"),
-        ("gpt2", ("tokenizer.json", "tokenizer_config.json"), "it has no tokens"),
-        ("llama", ("tokenizer.json",), "tokenizer, which cannot be read"),
-    ],
-)
-def test_a_tokenizer_without_its_files(
-    architecture: str, files: tuple[str, ...], words: str, tmp_path: Path
-) -> None:
-    source = tiny.save(tmp_path / "dense", architecture)
-    for name in files:
-        (source / name).unlink()
-    with pytest.raises(SourceError, match=words):
-        compress(source, tiny.on_trellis(), tmp_path / "out")
-
-
-@pytest.mark.parametrize("content", ["{", "{}", '{"model": {}}'])
-def test_a_damaged_tokenizer(content: str, tmp_path: Path) -> None:
-    source = tiny.save(tmp_path / "dense")
-    (source / "tokenizer.json").write_text(content)
-    with pytest.raises(SourceError, match="tokenizer, which cannot be read"):
-        compress(source, tiny.on_trellis(), tmp_path / "out")
-
-
-def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
-    source = tiny.save(tmp_path / "dense", vocab_size=40)
-    with pytest.raises(SourceError, match="embedding has 40 rows"):
-        compress(source, tiny.on_trellis(), tmp_path / "out")
 
 
 def test_overrides(source: Path, tmp_path: Path) -> None:

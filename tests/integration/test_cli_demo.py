@@ -53,7 +53,10 @@ def test_demo(run: Run, source: Path, tmp_path: Path, asked: list[list[str | Pat
     assert values["text"].startswith("hello")
     assert asked == [[str(tmp_path / "demo-recovered"), str(source)]]
     assert [one["mode"] for one in values["speed"]] == ["auto", "checkpoint"]
+    for left in ("demo.partial", "demo-recovered.partial"):  # by a kill just before their removal
+        (tmp_path / left).mkdir()
     code, out, err = run(*options)  # finds what is there
+    assert not list(tmp_path.glob("*.partial"))
     assert code == 0 and "perplexity" in out and "> hello" in out and "recovered by distill" in out
     assert err.count("exists already") == 2
     assert "4,000,000 (4.0 MB)" in out and "Try next:" in out and "demo:  60%" in err

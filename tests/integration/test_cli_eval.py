@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,26 @@ def test_eval(run: Run, small: Path, source: Path, text: Path) -> None:
     assert not dense["compressed"] and dense["perplexity"] != found["perplexity"]
     code, out, _ = run("eval", small, *options)
     assert code == 0 and f"{text}: context 32, 3 windows, 93 tokens\n" in out
+
+
+def test_several_texts_and_their_mean(
+    run: Run, small: Path, source: Path, text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(reversed(text.read_text().split())))
+    options = ["--context", "32", "--windows", "3", "--against", source]
+    both = run.json("eval", small, "--ppl", text, "--ppl", other, *options)
+    single = [run.json("eval", small, "--ppl", name, *options) for name in (text, other)]
+    assert [found["text"] for found in both["texts"]] == [str(text), str(other)] and both["text"] is None
+    for found, alone in zip(both["texts"], single, strict=True):
+        assert found == alone["texts"][0] and found["kl"] == alone["kl"]
+        assert found["reference_perplexity"] == alone["against"]["perplexity"]
+    assert both["kl"] == pytest.approx((single[0]["kl"] + single[1]["kl"]) / 2)
+    assert both["perplexity"] == pytest.approx((single[0]["perplexity"] * single[1]["perplexity"]) ** 0.5)
+    assert both["kl_stderr"] == pytest.approx(math.hypot(*(each["kl_stderr"] for each in single)) / 2)
+    assert both["windows"] == 6
+    _, out, _ = run("eval", small, "--ppl", text, "--ppl", other, *options)
+    assert f"{other}: context 32" in out and "mean over 2 texts" in out
 
 
 def test_rows_are_read_as_rows(run: Run, small: Path, source: Path, text: Path, tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ import torch
 import pocketllm
 from pocketllm.config import DistillConfig, LoopConfig, LoraTuneConfig
 from pocketllm.errors import OutputError, ResumeError
+from pocketllm.files import write_json
 from pocketllm.format import workspace
+from pocketllm.format.checkpoint import verify
 from pocketllm.format.output import check_output, named_output
-from pocketllm.format.workspace import Workspace
+from pocketllm.format.workspace import Workspace, remove_published
 from pocketllm.report.output_files import check_target
 from tests import tiny
 from tests.commands import Run, digest
@@ -172,12 +174,14 @@ def test_merge_killed_before_the_compression_resumes(
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(pocketllm, "compress", killed)
+        patch.setattr(Workspace, "drop", killed)
         with pytest.raises(KilledError):
             merge()
         made = (tmp_path / "out-dense" / "model.safetensors").stat().st_mtime_ns
+        assert (tmp_path / "out-dense.partial" / "state.json").is_file()
     assert merge().output == str(tmp_path / "out")
     assert (tmp_path / "out-dense" / "model.safetensors").stat().st_mtime_ns == made
+    assert {path.name for path in tmp_path.glob("out*")} == {"out", "out-dense"}
 
 
 def test_compress_and_recover_killed_at_the_very_end(
@@ -194,11 +198,22 @@ def test_compress_and_recover_killed_at_the_very_end(
             raise KilledError
         original(path, **keywords)
 
+    def killed_at_once(*arguments: Any) -> None:
+        raise KilledError
+
+    def run() -> Any:
+        return module.compress_and_distill(str(source), tiny.settings(), recovery, tmp_path / "out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "drop", killed_at_once)
+        with pytest.raises(KilledError):  # the model before recovery is published
+            run()
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "rmtree", killed)
         with pytest.raises(KilledError):
-            module.compress_and_distill(str(source), tiny.settings(), recovery, tmp_path / "out")
-    report, done = module.compress_and_distill(str(source), tiny.settings(), recovery, tmp_path / "out")
+            run()
+    (tmp_path / "out.partial").mkdir()
+    report, done = run()
     assert done.steps == 1 and report.bytes_on_disk > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.log"]
     (tmp_path / "out.plain").mkdir()
@@ -270,12 +285,83 @@ def test_outputs_by_other_names(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "link", "place"]
 
 
+def test_outputs_that_are_no_place(source: Path, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    for output in (loop, tmp_path / ".." / tmp_path.name / "loop"):
+        with pytest.raises(OutputError, match="loop: links in a loop; choose another"):
+            pocketllm.compress(source, tiny.settings(), output)
+    with pytest.raises(OutputError, match=r"cannot be written|links in a loop"):
+        pocketllm.compress(source, tiny.settings(), loop / "out")
+    for root in ("/", "/."):
+        with pytest.raises(OutputError, match="/: is the root folder; choose another output folder"):
+            named_output(root)
+
+
+def test_nothing_is_written_into_a_compressed_model(source: Path, copy: Path) -> None:
+    for output in (copy / "out", copy / "a" / "b"):
+        with pytest.raises(OutputError, match=f"is inside the compressed model {copy}"):
+            pocketllm.compress(source, tiny.settings(), output)
+        with pytest.raises(OutputError, match="is inside the compressed model"):
+            pocketllm.export(copy, output, torch.float32)
+    verify(copy)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs")
+def test_a_working_folder_with_something_that_blocks(source: Path, tmp_path: Path) -> None:
+    left = tmp_path / "out.partial"
+    left.mkdir()
+    write_json(left / "state.json", {})
+    os.mkfifo(left / "lock")
+    with pytest.raises(OutputError, match="lock: not a regular file; remove it"):
+        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    (left / "lock").unlink()
+    (left / "lock").symlink_to(source / "config.json")
+    with pytest.raises(OutputError, match="lock: a link that leads out of the folder"):
+        pocketllm.compress(source, tiny.settings(), tmp_path / "out")
+    assert (source / "config.json").stat().st_size > 0
+
+
 def test_killed_when_all_but_the_empty_folder_was_removed(source: Path, copy: Path) -> None:
     left = copy.with_name(f"{copy.name}.partial")
     left.mkdir()
     with pytest.raises(OutputError, match="already exists"):
         pocketllm.compress(source, tiny.settings(), copy)
     assert not left.exists()
+
+
+def test_what_a_killed_run_left_of_a_stage(tmp_path: Path) -> None:
+    output, left = tmp_path / "out", tmp_path / "out.partial"
+    left.mkdir()
+    remove_published(output)
+    assert left.is_dir()  # there is no output yet
+    output.mkdir()
+    remove_published(output)
+    assert not left.exists()
+    (output / "config.json").write_text("{}")
+    left.mkdir()
+    write_json(left / "state.json", {"published": {"config.json": 3}})
+    (left / "unit.safetensors").touch()
+    remove_published(output)
+    assert left.is_dir()  # of another output
+    write_json(left / "state.json", {"published": {"config.json": 2}})
+    with workspace.locked(left), pytest.raises(OutputError, match="in use by another process"):
+        remove_published(output)
+    (left / "final").mkdir()
+    remove_published(output)
+    assert left.is_dir()  # not published yet
+    (left / "final").rmdir()
+    remove_published(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_stage_whose_rest_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(workspace, "is_published", refused)
+    with pytest.raises(OutputError, match="out: no permission to write"):
+        remove_published(tmp_path / "out")
 
 
 def test_names_that_cannot_be_made(source: Path, tmp_path: Path) -> None:

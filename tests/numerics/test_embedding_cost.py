@@ -10,8 +10,8 @@ import torch
 
 import pocketllm
 from pocketllm.calibrate.blocks import BlockStream
+from pocketllm.calibrate.embedding_cost import expected_costs
 from pocketllm.calibrate.gradients import Head
-from pocketllm.calibrate.sensitivity import expected_costs
 from pocketllm.compression import matrix_encoder
 from pocketllm.format.checkpoint import folder_bytes
 from pocketllm.plan.matrices import Matrix

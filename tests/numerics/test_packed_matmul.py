@@ -26,13 +26,27 @@ from tests.packed_weights import (
     BFLOAT16,
     FLOAT32,
     INTEGERS,
+    in_bands,
     independent,
+    is_same_with_any_number_of_threads,
     needs_compiler,
     on_hashed_trellis,
     on_trellis,
+    on_trellises,
     relative,
 )
 
+RATES = ((12, 4, 2), (12, 3, 2), (12, 5, 2), (12, 1, 1), (14, 8, 4), (6, 6, 3), (16, 2, 1))
+BANDED_RATES = (
+    (12, 1, 1),
+    (12, 2, 1),
+    (12, 3, 1),
+    (12, 4, 1),
+    (16, 2, 1),
+    (12, 3, 2),
+    (12, 5, 2),
+    (16, 6, 2),
+)
 SHAPES = [(1, 1), (3, 7), (8, 64), (37, 50), (130, 51)]
 
 
@@ -45,35 +59,15 @@ def general() -> Iterator[PackedWeight]:
         yield independent(rows, columns, width=20, d=1)
         for d in (5, 8, 12, 16, 24):
             yield independent(rows, columns, width=7, d=d)
-        for width, stride, d in (
-            (12, 4, 2),
-            (12, 3, 2),
-            (12, 5, 2),
-            (12, 1, 1),
-            (14, 8, 4),
-            (6, 6, 3),
-            (16, 2, 1),
-        ):
-            weight = on_trellis(rows, columns, Trellis(width, stride, strip_rows=16), d)
-            yield weight
-            yield weight.rotated((rows, columns))
+        for weight in on_trellises(rows, columns, RATES):
+            yield from (weight, weight.rotated((rows, columns)))
 
 
 def banded() -> Iterator[PackedWeight]:
     """Every form in bands."""
     yield on_hashed_trellis(72, 130, Trellis(12, 2, strip_rows=64), 1, banded=True).rotated((1, 2))
     for rows, columns in [*SHAPES, (200, 130)]:
-        for width, stride, d in (
-            (12, 1, 1),
-            (12, 2, 1),
-            (12, 3, 1),
-            (12, 4, 1),
-            (16, 2, 1),
-            (12, 3, 2),
-            (12, 5, 2),
-            (16, 6, 2),
-        ):
-            yield on_hashed_trellis(rows, columns, Trellis(width, stride, strip_rows=64), d, banded=True)
+        yield from in_bands(rows, columns, BANDED_RATES, strip_rows=64)
 
 
 def check_products(weight: PackedWeight, isa: Isa, tolerance: float) -> None:
@@ -109,12 +103,8 @@ def test_every_form_multiplies_as_in_float64(isa: Isa) -> None:
 @needs_compiler
 def test_the_same_bits_with_any_number_of_threads() -> None:
     weight, x = on_trellis(130, 51, Trellis(12, 4, strip_rows=16), 2), torch.randn(1, 51)
-    before, found = torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(packed_cpu.multiply(x, packed_cpu.tensors_of(weight), weight.sizes, library.best_isa()))
-    torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    tensors, isa = packed_cpu.tensors_of(weight), library.best_isa()
+    assert is_same_with_any_number_of_threads(lambda: packed_cpu.multiply(x, tensors, weight.sizes, isa))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

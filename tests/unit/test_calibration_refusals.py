@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import pocketllm
 from pocketllm.calibrate.blocks import BlockStream, check_blocks
+from pocketllm.calibrate.embedding_cost import EndCosts
 from pocketllm.calibrate.gradients import Head
-from pocketllm.calibrate.sensitivity import _Ends
 from pocketllm.errors import ConfigError
 from pocketllm.plan.matrices import Matrix
 from pocketllm.runtime.layers import packed_matrices
@@ -98,7 +98,7 @@ def test_an_embedding_with_more_rows_than_the_head(tmp_path: Path) -> None:
     """As Moshi has: a token that is never predicted."""
     source = open_dense(tiny.save(tmp_path / "dense", "qwen3"))
     stream = BlockStream(source, WINDOWS, batch=1)
-    ends = _Ends(torch.ones(96), torch.ones(97), 1.0)
+    ends = EndCosts(torch.ones(96), torch.ones(97), 1.0)
     embedding = Matrix("model.embed_tokens.weight", (97, 36), 97, 36, "embed", False)
     costs, rows, share = ends.of(stream, embedding)
     assert costs.shape == rows.shape == (97,) and share == 0.0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from pocketllm import preset
+from pocketllm.cli import serve_command
 from pocketllm.cli.compress_command import parse_overrides, recovery_of
 from pocketllm.cli.render import parse_size
 from pocketllm.config import DEFAULT_PRESET, PLAIN_PRESET, CalibrationConfig, CompressConfig, CompressOptions
+from pocketllm.config.serve_config import ServeConfig
+from pocketllm.config.settings import help_of
 from pocketllm.errors import ConfigError
 
 
@@ -116,6 +119,11 @@ def test_calibration_switched_off() -> None:
         made("calibration.rotate=false", no_calibration=True, calibration=("a.txt",))
 
 
+def test_an_empty_name_is_no_preset() -> None:
+    with pytest.raises(ConfigError, match="unknown preset ''; known: "):
+        made(preset="")
+
+
 def test_overrides() -> None:
     assert parse_overrides([]) == ()
     found = parse_overrides(["model.layers.0.*=4", "a=b*=2.5", "lm_head.weight=16"])
@@ -133,14 +141,14 @@ def test_overrides() -> None:
 def test_recovery() -> None:
     assert recovery_of(CompressOptions(), None, []) is None
     options = CompressOptions(settings=("recover.steps=7", "recover.loop.batch_size=2"), seed=3)
-    found = recovery_of(options, "distill", [Path("a.txt")])
+    found = recovery_of(options, "distill", ["a.txt"])
     assert found is not None and (found.texts, found.steps) == (("a.txt",), 7)
     assert (found.loop.batch_size, found.loop.seed) == (2, 3)
     assert options.config() == made(seed=3)
     own = recovery_of(CompressOptions(calibration=("b.txt",)), "distill", [])
     assert own is not None and own.texts == ("b.txt",)
     with pytest.raises(ConfigError, match=r"^--recover-text, recover\.steps, .*: needs --recover distill"):
-        recovery_of(options, None, [Path("a.txt")])
+        recovery_of(options, None, ["a.txt"])
     with pytest.raises(ConfigError, match="wanted distill"):
         recovery_of(CompressOptions(), "magic", [])
     with pytest.raises(ConfigError, match=r"recover\.steps: got 0, wanted at least 1"):
@@ -155,7 +163,8 @@ def test_recovery() -> None:
         ("calibration.texts=a.txt", "use the option --calibration"),
         ("recover.loop.seed=1", "use the option --seed"),
         ("overrides=x", "unknown key 'overrides'"),
-        ("codec.hidden=-1", "codec.hidden: got -1, wanted at least 0"),
+        ("codec.hidden=-1", "codec.hidden: got -1, wanted 0 to 16384"),
+        ("codec.epochs=-1", "codec.epochs: got -1, wanted at least 0"),
         ("calibration.passes=1", "calibration.passes: coordinate descent needs two_sided=False"),
         ("calibration.tokens=1", "calibration.tokens: got 1, wanted at least 512"),
     ],
@@ -163,3 +172,11 @@ def test_recovery() -> None:
 def test_settings_that_are_refused(setting: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         made(setting)
+
+
+def test_options_of_a_configuration_have_its_help_and_defaults() -> None:
+    command = get_command(serve_command.app)
+    found = {option.name: option for option in command.params}
+    assert found["max_waiting"].help == help_of(ServeConfig)["max_waiting"]  # type: ignore[attr-defined]
+    assert found["max_waiting"].default == ServeConfig.max_waiting
+    assert found["api_key"].envvar == "POCKETLLM_API_KEY"

@@ -24,6 +24,8 @@ from pocketllm.errors import ConfigError
         ({"vector_len": 0}, "vector_len"),
         ({"hidden": -1}, "hidden"),
         ({"depth": -1}, "depth"),
+        ({"hidden": 10**9}, "hidden: got 1000000000, wanted 0 to 16384"),
+        ({"depth": 10**9}, "depth: got 1000000000, wanted 0 to 256"),
         ({"depth": 0, "decoder": "row"}, "depth=0 needs decoder='lookup'"),
         ({"depth": 0, "vq_weight": 0.0}, "vq_weight above 0"),
         ({"batch_size": 0}, "batch_size"),

@@ -15,16 +15,6 @@ from tests import tiny
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}reply:"
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny.tokenizer()
-
-
 def test_generation(model: Any, tokenizer: Any) -> None:
     first = generation.generate(model, tokenizer, "hello", 6)
     assert first.text.startswith("hello") and 1 <= first.tokens <= 6 and first.tokens_per_second > 0

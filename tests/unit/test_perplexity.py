@@ -15,16 +15,6 @@ from tests import tiny
 TEXT = "Some text, long enough to fill a few windows of tokens; and then some more of it. " * 3
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny.tokenizer()
-
-
 @pytest.mark.parametrize("windows", [None, 1, 3])
 def test_definition(windows: int | None, model: Any, tokenizer: Any) -> None:
     found = perplexity(model, tokenizer, TEXT, 20, windows)

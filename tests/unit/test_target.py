@@ -70,7 +70,7 @@ def test_bytes(nbytes: int, source: DenseCheckpoint, importance: dict[str, float
 
 @pytest.mark.parametrize("ratio", [2.0, 3.0, 4.2, 6.0])
 def test_ratio(ratio: float, source: DenseCheckpoint, importance: dict[str, float]) -> None:
-    """Of the whole folder, against one in bf16: this checkpoint is fp32, half of it and the tokenizer."""
+    """The ratio compares folders, and the dense one counts as bf16: half of this fp32 checkpoint, plus tokenizer."""
     found = planned(source, at(target_ratio=ratio), "m", importance)
     weights = source.folder / "model.safetensors"
     dense = weights.stat().st_size / 2 + folder_bytes(source.folder) - weights.stat().st_size

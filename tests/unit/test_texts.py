@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,31 @@ def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text(" \n")
     with pytest.raises(SourceError, match="contains no text"):
         read_text(tmp_path / "empty")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs devices and FIFOs")
+def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
+    for read in (read_text, read_calibration):
+        with pytest.raises(SourceError, match="/dev/zero: a device; wanted a text file"):
+            read("/dev/zero")
+    for name in ("a.txt", "b.parquet"):
+        (tmp_path / name).symlink_to("/dev/zero")
+        with pytest.raises(SourceError, match=f"{name}: a device"):
+            read_calibration(tmp_path / name)
+        with pytest.raises(SourceError, match=f"{name}: not a regular file; move it out of the folder"):
+            read_calibration(tmp_path)
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / "c.txt")
+    with pytest.raises(SourceError, match=r"c\.txt: not a regular file"):
+        read_calibration(tmp_path)
+    writer = threading.Thread(target=(tmp_path / "c.txt").write_text, args=("as of <(command)",))
+    writer.start()
+    assert read_text(tmp_path / "c.txt") == "as of <(command)"
+    writer.join()
+    (tmp_path / "c.txt").unlink()
+    (tmp_path / "d.txt").mkdir()
+    (tmp_path / "d.txt" / "e.txt").write_text("a text")
+    assert read_calibration(tmp_path) == "a text"
 
 
 def test_unreadable_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def test_spread_is_told_of_several_values_only() -> None:
 
 
 def test_a_difference_is_held_against_its_noise() -> None:
-    """Of two pairs, one degree of freedom: the interval is 12.7 standard errors wide to each side."""
+    """Two pairs leave one degree of freedom, for which the 95 % interval is ± 12.7 standard errors."""
     gap = significance.by_seed([1.0, 1.2], [0.8, 0.9])
     assert gap is not None and gap.value == pytest.approx(0.25) and gap.error == pytest.approx(0.05)
     assert gap.margin == pytest.approx(12.706 * 0.05) and not gap.clear

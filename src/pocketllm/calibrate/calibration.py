@@ -26,6 +26,7 @@ import pocketllm
 from pocketllm.cache import cache_folder
 from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.calibrate.sensitivity import Sensitivity, measure
+from pocketllm.codec.index_form import form_of
 from pocketllm.config import CompressConfig
 from pocketllm.errors import OutputError, SourceError, reason_of
 from pocketllm.format.kept import read_kept
@@ -93,11 +94,13 @@ def calibrate(
     count = max(1, settings.sensitivity_tokens // windows.shape[1])
     measured = torch.arange(0, len(windows), max(1, len(windows) // count))[:count]
     chosen, names, two_sided = windows[measured], [m.name for m in matrices], settings.two_sided
+    on_paths = form_of(config.codec).chosen_jointly
     facts = (
         settings.damping,
         config.seed,
         two_sided,
         settings.weigh_tokens,
+        on_paths,
         names,
         text_identity(text.counts),
     )
@@ -123,6 +126,7 @@ def calibrate(
                 progress=progress,
                 two_sided=two_sided,
                 weigh_tokens=settings.weigh_tokens,
+                on_paths=on_paths,
                 outputs=made,
                 counts=text.counts,
                 ranks=ranks,

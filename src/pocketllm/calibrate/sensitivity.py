@@ -29,33 +29,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
+from pocketllm.calibrate.embedding_cost import EndCost, EndCosts, expected_costs, row_squares
 from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
 from pocketllm.calibrate.input_hessians import regularized_hessian
+from pocketllm.calibrate.row_gain import row_gain
 from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factorize
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import fold
 from pocketllm.config.constants import (
     LOUDEST_POSITION,
-    OCCURRENCE_PRIOR,
     OUTPUT_DAMPING,
     SHORTEST_STRIPS,
     STRIP_START_LOSS,
-    UNSEEN_ROW_SHARE,
 )
 from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
 from pocketllm.plan.matrices import Matrix
 from pocketllm.ranks import SOLO, Ranks
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
-
-_ROWS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,7 @@ def measure(
     *,
     two_sided: bool = False,
     weigh_tokens: bool = True,
+    on_paths: bool = False,
     outputs: Path | None = None,
     counts: Tensor | None = None,
     ranks: Ranks = SOLO,
@@ -137,6 +136,7 @@ def measure(
         windows: [N, context] token ids. matrices: those to encode. damping: of the Hessians of inputs.
         seed: of the tokens drawn from the model. progress: called with the finished share.
         two_sided: whether rows will compensate for each other. weigh_tokens: whether inputs will be weighted.
+        on_paths: whether indices lie on paths down the rows; see `row_gain`.
         outputs: folder for the Hessians of outputs, one file per block; see `output_hessians`. The inputs of
             blocks are kept there as well, or if it is None in the system's temporary folder.
         counts: [vocabulary] how often each token occurs in all of the text; None counts those in the windows.
@@ -164,10 +164,10 @@ def measure(
     embedded = _embedding_costs(stream, windows, gradients)
     hessian, seen = head.hessian / tokens, torch.bincount(windows.flatten(), minlength=len(embedded))
     expected = expected_costs(embedded, seen, seen if counts is None else counts)
-    ends = _Ends(head.rows.cpu(), expected, _gain(hessian, damping))
+    ends = EndCosts(head.rows.cpu(), expected, _gain(hessian, damping))
     at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
     return Sensitivity(
-        importance=_importance(source, blocks, at_ends),
+        importance=_importance(source, blocks, at_ends, on_paths),
         head_hessian=hessian.cpu(),
         head_share={name: end.share for name, end in at_ends.items()},
         row_importance={name: end.rows for name, end in at_ends.items()},
@@ -249,7 +249,9 @@ class _Blocks:
         return scale * self.energy.get(matrix.name, 0.0) * self.gains[matrix.name]
 
 
-def _importance(source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, _End]) -> dict[str, float]:
+def _importance(
+    source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, EndCost], on_paths: bool
+) -> dict[str, float]:
     """Loss per unit of nmse, by matrix; at least a tiny share of the largest."""
     found: dict[str, float] = {}
     inside = [m for m in blocks.matrices if not m.in_tower and m.name not in ends]
@@ -263,7 +265,9 @@ def _importance(source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, _End])
         if end is None:
             found[matrix.name] = blocks.loss(matrix, squares[matrix.name] * scale)
         else:
-            found[matrix.name] = float(end.costs @ _row_squares(source, matrix)) * scale
+            by_row = row_squares(source, matrix)
+            gain = row_gain(end.rows * by_row) if on_paths else 1.0
+            found[matrix.name] = float(end.costs @ by_row) * scale * gain
     found |= _of_towers(blocks.matrices, found)
     floor = 1e-9 * max(found.values(), default=1.0)
     return {name: max(value, floor) for name, value in found.items()}
@@ -283,28 +287,6 @@ def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, T
         return {}
     tensors, _ = read_kept(outputs / f"{path}.safetensors")
     return {name: value.float().to(device) for name, value in tensors.items()}
-
-
-def expected_costs(costs: Tensor, seen: Tensor, counts: Tensor) -> Tensor:
-    """[vocabulary] what an error in each row of the embedding costs, for a text with the frequencies of `counts`.
-
-    The frequency of a token is estimated with absolute discounting: every count is lowered by
-    D = n1 / (n1 + 2 n2), n1 and n2 the numbers of tokens that occur once and twice, and what that frees is shared
-    equally by the vocabulary (Ney, Essen and Kneser 1994). The cost of one occurrence is the mean of the token's own,
-    shrunk towards the mean of all.
-
-    Args:
-        costs: [vocabulary] measured, summed over occurrences. seen: [vocabulary] number of those occurrences.
-        counts: [vocabulary] occurrences in a larger text.
-    """
-    total, mean = counts.sum().clamp(min=1), costs.sum() / seen.sum().clamp(min=1)
-    once, twice = (counts == 1).sum(), (counts == 2).sum()
-    discount = once / (once + 2 * twice).clamp(min=1)
-    freed = discount * (counts > 0).sum()
-    frequency = ((counts - discount).clamp(min=0) + freed / len(counts)) / total
-    one = (costs + OCCURRENCE_PRIOR * mean) / (seen + OCCURRENCE_PRIOR)
-    expected = frequency * one
-    return expected * (costs.sum() / expected.sum().clamp(min=1e-30))
 
 
 def _vocabulary(model: Any) -> int:
@@ -343,40 +325,3 @@ def strips_for(factor: HessianFactor) -> tuple[int, float]:
 
 def _mean_square(source: DenseCheckpoint, matrix: Matrix) -> float:
     return float(fold(source.read(matrix.name), matrix.transposed).float().square().mean())
-
-
-def _row_squares(source: DenseCheckpoint, matrix: Matrix) -> Tensor:
-    """[rows] mean square of the weights of each row; some rows at a time, since vocabularies are large."""
-    parts = fold(source.read(matrix.name), matrix.transposed).split(_ROWS_AT_ONCE)
-    return torch.cat([part.float().square().mean(dim=1) for part in parts])
-
-
-class _End(NamedTuple):
-    """costs: [rows], Fisher trace with feedback. rows: [rows], importance, mean 1. share: of the loss as the head."""
-
-    costs: Tensor
-    rows: Tensor
-    share: float
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """head: [rows] squared gradients of the head's rows; embedded: of the embedding's; gain: of the head."""
-
-    head: Tensor
-    embedded: Tensor
-    gain: float
-
-    def of(self, stream: BlockStream, matrix: Matrix) -> _End:
-        """The measurement of embedding or head."""
-        module = stream.model.get_submodule(matrix.name.rpartition(".")[0])
-        is_input = module is stream.model.get_input_embeddings()
-        is_head = not is_input or stream.is_tied
-        none = torch.zeros(matrix.rows)  # embedding and head may differ in size
-        head, embedded = self.head if is_head else none, self.embedded if is_input else none
-        rows = head + embedded
-        share = float(head.sum() / rows.sum().clamp(min=1e-30))
-        costs = head * self.gain + embedded
-        # Tokens that do not occur in the text still matter.
-        rows = rows + UNSEEN_ROW_SHARE * rows.mean() + 1e-30
-        return _End(costs, rows / rows.mean(), share)

@@ -35,10 +35,11 @@ Adapters = Annotated[
 @with_groups
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Compressed models: folders or Hub ids.")],
-    measured: MeasureOptions,
-    run: RunOptions,
+    *,
     output: Picture = None,
     adapter: Adapters = None,
+    measured: MeasureOptions,
+    run: RunOptions,
 ) -> None:
     """Compare compressed models in a table and a plot: bytes, ratios, errors, perplexity."""
     show, adapters = run.output(), adapter or []

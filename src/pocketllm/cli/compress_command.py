@@ -8,22 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketllm.cli.process import setup_process
+from pocketllm.cli.option_groups import RunOptions, with_groups
 from pocketllm.cli.publishing import push_folder, with_measured_card
 from pocketllm.cli.removed_options import SettingsCommand
 from pocketllm.cli.render import Bars, Output, kinds_table, parse_size, skipped_table, summary_table
 from pocketllm.cli.shared_options import (
     Context,
-    Device,
-    Json,
     OutputFolder,
     Overwrite,
     Ppl,
     Private,
-    Quiet,
     Seed,
-    Threads,
-    Trust,
     Windows,
     count,
     set_option,
@@ -39,6 +34,12 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 _PRESETS = "\n\n".join(f"  {name}: {entry.summary}" for name, entry in PRESETS.items())
+DenseModel = Annotated[
+    str,
+    typer.Argument(
+        help="Folder, GGUF file, Hub id (OWNER/NAME[@REVISION]), builtin:smollm2-135m or builtin:gemma-3-270m."
+    ),
+]
 PresetName = Annotated[
     str | None,
     typer.Option("--preset", help="Named configuration; listed at the end of 'pocketllm compress --help'."),
@@ -80,7 +81,7 @@ Recover = Annotated[
     str | None, typer.Option(help="distill: then recover accuracy, as `pocketllm finetune` does.")
 ]
 RecoverText = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(help="Text for the recovery; repeatable. The default is the calibration text."),
 ]
 Push = Annotated[
@@ -88,6 +89,41 @@ Push = Annotated[
     typer.Option(metavar="OWNER/NAME", help="Upload the result to the Hugging Face Hub under this id."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exact sizes; fit nothing.")]
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """What to make; see `CompressOptions`."""
+
+    preset: PresetName = None
+    bpw: Bpw = None
+    ratio: Ratio = None
+    size: Size = None
+    calibration: Calibration = None
+    no_calibration: NoCalibration = False
+    override: Override = None
+    keep_embeddings: KeepEmbeddings = False
+    settings: Annotated[list[str] | None, set_option("compress")] = None
+    seed: Seed = 0
+
+    def parsed(self) -> CompressOptions:
+        """The options with their values parsed.
+
+        Raises:
+            ConfigError: a size or override that cannot be read.
+        """
+        return CompressOptions(
+            preset=self.preset,
+            bpw=self.bpw,
+            ratio=self.ratio,
+            size=None if self.size is None else parse_size(self.size),
+            calibration=tuple(self.calibration or ()),
+            no_calibration=self.no_calibration,
+            keep_embeddings=self.keep_embeddings,
+            overrides=parse_overrides(self.override or []),
+            seed=self.seed,
+            settings=tuple(self.settings or ()),
+        )
 
 
 @app.command(
@@ -103,24 +139,13 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exac
     "  pocketllm compress owner/name -o small --ppl test.txt --push me/name-small"
     f"\n\nPresets:\n\n{_PRESETS}",
 )
+@with_groups
 def compress(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Folder, GGUF file, Hub id (OWNER/NAME[@REVISION]), builtin:smollm2-135m or builtin:gemma-3-270m."
-        ),
-    ],
+    model: DenseModel,
     output: OutputFolder,
-    preset: PresetName = None,
-    bpw: Bpw = None,
-    ratio: Ratio = None,
-    size: Size = None,
-    calibration: Calibration = None,
-    no_calibration: NoCalibration = False,
+    *,
+    recipe: RecipeOptions,
     calibration_cache: Cache = None,
-    override: Override = None,
-    keep_embeddings: KeepEmbeddings = False,
-    settings: Annotated[list[str] | None, set_option("compress")] = None,
     recover: Recover = None,
     recover_text: RecoverText = None,
     ppl: Ppl = None,
@@ -130,36 +155,19 @@ def compress(
     private: Private = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    threads: Threads = 0,
-    json: Json = False,
-    quiet: Quiet = False,
-    trust_remote_code: Trust = False,
+    run: RunOptions,
 ) -> None:
     """Compress a model: plan, fit, encode, write. Rerun the command to resume.
 
     --recover also recovers accuracy; --ppl measures the dense model and every result.
     """
-    is_first = launched()[0] == 0
-    show = Output(json, quiet or not is_first)
-    options = CompressOptions(
-        preset=preset,
-        bpw=bpw,
-        ratio=ratio,
-        size=None if size is None else parse_size(size),
-        calibration=tuple(calibration or ()),
-        no_calibration=no_calibration,
-        keep_embeddings=keep_embeddings,
-        overrides=parse_overrides(override or []),
-        seed=seed,
-        settings=tuple(settings or ()),
-    )
+    show, trust, is_first = run.output(), run.trust_remote_code, launched()[0] == 0
+    options = recipe.parsed()
     config, number = options.config(), count("--windows", windows)
     recovery = recovery_of(options, recover, recover_text or [])
-    setup_process(device, threads)
-    text = None if ppl is None else read_eval_text(ppl, model, context, number, trust_remote_code)
-    place = _Place(device=device, trust_remote_code=trust_remote_code, calibration_folder=calibration_cache)
+    run.setup()
+    text = None if ppl is None else read_eval_text(ppl, model, context, number, trust)
+    place = _Place(device=run.device, trust_remote_code=trust, calibration_folder=calibration_cache)
     job = _Job(model, config, output, recovery=recovery, text=text, place=place)
     if push is not None:
         from pocketllm.format import check_push
@@ -265,7 +273,7 @@ def parse_overrides(options: list[str]) -> tuple[tuple[str, float], ...]:
     return tuple(found)
 
 
-def recovery_of(options: CompressOptions, method: str | None, texts: list[Path]) -> DistillConfig | None:
+def recovery_of(options: CompressOptions, method: str | None, texts: list[str]) -> DistillConfig | None:
     """The settings of the recovery; None without one.
 
     Raises:
@@ -284,4 +292,4 @@ def recovery_of(options: CompressOptions, method: str | None, texts: list[Path])
             "--recover: got several processes, wanted one; compress without it, then launch `pocketllm finetune` "
             "in the same way"
         )
-    return options.recovery(tuple(map(str, texts)))
+    return options.recovery(tuple(texts))

@@ -187,9 +187,11 @@ class Demo:
         import pocketllm
         from pocketllm.compression.pipeline import is_made
         from pocketllm.format import verify
+        from pocketllm.format.workspace import remove_published
 
         if is_made(self.output, self.model, self.config):
             verify(self.output)
+            remove_published(self.output)
             self.bars.update("compress", 1.0, f"{self.output} exists already")
         else:
             pocketllm.compress(
@@ -201,6 +203,7 @@ class Demo:
         """The recovered model in a folder next to it, created unless it already exists."""
         import pocketllm
         from pocketllm.format import REPORT_NAME, read_report, verify
+        from pocketllm.format.workspace import remove_published
         from pocketllm.recover.base_model import identity
 
         output = self._recovered_folder
@@ -210,6 +213,7 @@ class Demo:
             wanted = (identity(read_report(self.output)), recovery.to_dict())
             if (facts.get("base"), facts.get("config")) == wanted:
                 verify(output)
+                remove_published(output)
                 self.bars.update("train", 1.0, f"{output} exists already")
                 return output
         pocketllm.distill(

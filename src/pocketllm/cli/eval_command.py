@@ -18,7 +18,7 @@ from pocketllm.cli.shared_options import (
     Context,
     Dtype,
     Mode,
-    Ppl,
+    PplTexts,
     Runnable,
     Windows,
     count,
@@ -54,16 +54,16 @@ Data = Annotated[
     name="eval",
     cls=SettingsCommand,
     epilog="Examples:\n\n  pocketllm eval smol-8x --ppl wiki.test.raw --context 1024 --windows 16\n\n"
-    "  pocketllm eval smol-8x --against builtin:smollm2-135m --ppl wiki.test.raw\n\n"
+    "  pocketllm eval smol-8x --against builtin:smollm2-135m --ppl wiki.test.raw --ppl c4.txt\n\n"
     "  pocketllm eval smol-8x --against builtin:smollm2-135m --tasks piqa,arc_easy --data ./data --limit 400\n\n"
     "  pocketllm eval smol-8x --tasks paper --set batch_tokens=4096",
 )
 @with_groups
 def evaluate(
     model: Runnable,
-    run: RunOptions,
+    *,
     adapter: Adapter = None,
-    ppl: Ppl = None,
+    ppl: PplTexts = None,
     against: Against = None,
     tasks: Tasks = None,
     data: Data = None,
@@ -74,6 +74,7 @@ def evaluate(
     cache: Annotated[bool, typer.Option(help="Reuse earlier results of tasks, and store new ones.")] = True,
     mode: Mode = "dense",
     dtype: Dtype = "auto",
+    run: RunOptions,
 ) -> None:
     """Measure perplexity, KL divergence from a dense model, and zero-shot tasks of a compressed or dense model."""
     from pocketllm import measure
@@ -81,17 +82,17 @@ def evaluate(
     from pocketllm.source import text_for
 
     config = eval_config(context, count("--windows", windows), count("--limit", limit), tuple(settings or ()))
-    if ppl is None and tasks is None:
+    if not ppl and tasks is None:
         raise ConfigError("nothing to measure: give --ppl FILE, --tasks NAMES or both")
     show = run.output()
-    text = None if ppl is None else text_for(ppl, model, run.trust_remote_code)
+    texts = {str(file): text_for(file, model, run.trust_remote_code) for file in ppl or ()}
     options = task_options(tasks, data, cache)
     run.setup()
     subjects = _Subjects(dtype, run.device, run.trust_remote_code)
     other = None if against is None else subjects.named(against, "dense")
     with show.bars() as bars:
-        values = measure(subjects.named(model, mode, adapter), other, text, options, config, bars.update)
-    values |= {"text": None if ppl is None else str(ppl), "dtype": str(dtype_of(dtype, run.device))}
+        values = measure(subjects.named(model, mode, adapter), other, texts, options, config, bars.update)
+    values["dtype"] = str(dtype_of(dtype, run.device))
     show.result(values, *eval_tables(values))
 
 

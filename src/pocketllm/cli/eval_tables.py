@@ -16,7 +16,7 @@ def eval_tables(values: Mapping[str, Any]) -> list[Table | str]:
     if values["against"]:
         shown.append(f"against: {_described(values['against'])}")
     if values["perplexity"] is not None:
-        shown += [_convention(values), _text_table(values)]
+        shown += _text_tables(values)
     if values["tasks"]:
         shown.append(_task_table(values))
         shown += _notes(values)
@@ -30,21 +30,33 @@ def _described(entry: Mapping[str, Any]) -> str:
     return f"{entry['model']}: {kind}; {size(entry['bytes_on_disk'])} on disk"
 
 
-def _convention(values: Mapping[str, Any]) -> str:
+def _text_tables(values: Mapping[str, Any]) -> list[Table | str]:
+    """Each text with what was measured on it, and the mean over several."""
+    shown: list[Table | str] = []
+    for found in values["texts"]:
+        shown += [_convention(found), _text_table(found)]
+    if len(values["texts"]) > 1:
+        shown += [f"mean over {len(values['texts'])} texts (perplexity: geometric)", _text_table(values)]
+    return shown
+
+
+def _convention(found: Mapping[str, Any]) -> str:
     """The text, context and windows that the values depend on."""
-    windows = f"context {values['context']}, {values['windows']} windows, {values['tokens']} tokens"
-    return f"{values['text']}: {windows}"
+    windows = f"context {found['context']}, {found['windows']} windows, {found['tokens']} tokens"
+    return f"{found['text']}: {windows}"
 
 
-def _text_table(values: Mapping[str, Any]) -> Table:
+def _text_table(found: Mapping[str, Any]) -> Table:
+    """found: of one text, or the values of the command with the mean over all."""
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    table.add_row("perplexity", f"{values['perplexity']:.3f}")
-    if values["kl"] is not None:
-        table.add_row("perplexity of the other", f"{values['against']['perplexity']:.3f}")
-        table.add_row("KL(other || this), nats per token", number(values["kl"], values["kl_stderr"]))
-        agreement = _percent(values["top1_agreement"], values["top1_agreement_stderr"])
+    table.add_row("perplexity", f"{found['perplexity']:.3f}")
+    if found["kl"] is not None:
+        reference = found.get("reference_perplexity") or found["against"]["perplexity"]
+        table.add_row("perplexity of the other", f"{reference:.3f}")
+        table.add_row("KL(other || this), nats per token", number(found["kl"], found["kl_stderr"]))
+        agreement = _percent(found["top1_agreement"], found["top1_agreement_stderr"])
         table.add_row("same most likely token", agreement)
     return table
 

@@ -8,20 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketllm.cli.process import setup_process
+from pocketllm.cli.option_groups import RunOptions, with_groups
 from pocketllm.cli.removed_options import SettingsCommand
-from pocketllm.cli.render import Output
 from pocketllm.cli.result_table import result_table
 from pocketllm.cli.shared_options import (
     Compressed,
-    Device,
-    Json,
     OutputFolder,
     Overwrite,
-    Quiet,
     Seed,
-    Threads,
-    Trust,
     set_option,
 )
 from pocketllm.config import DistillConfig, FinetuneOptions, LoraTuneConfig
@@ -64,9 +58,11 @@ ValidationText = Annotated[
     "  pocketllm finetune smol-2bit -o smol-adapter --method lora --text alpaca.json --set rank=16\n\n"
     "  accelerate launch --no-python pocketllm finetune big-2bit -o tuned --device cuda --text my-texts/",
 )
+@with_groups
 def finetune(
     folder: Compressed,
     output: OutputFolder,
+    *,
     method: Method = "distill",
     text: Text = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
@@ -80,11 +76,7 @@ def finetune(
     ] = False,
     overwrite: Overwrite = False,
     seed: Seed = 0,
-    device: Device = "cpu",
-    threads: Threads = 0,
-    json: Json = False,
-    quiet: Quiet = False,
-    trust_remote_code: Trust = False,
+    run: RunOptions,
 ) -> None:
     """Recover the accuracy of a compressed model. Rerun the command to resume."""
     config = FinetuneOptions(
@@ -97,18 +89,20 @@ def finetune(
         settings=tuple(settings or ()),
     ).config()
     teaching = _teaching(method, teacher, teacher_on_disk)
-    show = Output(json, quiet)
-    setup_process(device, threads)
+    show = run.output()
+    run.setup()
     from accelerate import PartialState
 
-    is_main = PartialState(cpu=device == "cpu").is_main_process
+    is_main = PartialState(cpu=run.device == "cpu").is_main_process
     show.quiet = show.quiet or not is_main
-    how = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    how = {"overwrite": overwrite, "trust_remote_code": run.trust_remote_code}
     with show.bars() as bars:
         if dry_run:
             values = _plan(folder, config, output=output, **teaching, **how)
         else:
-            values = _train(folder, output, config, progress=bars.on_event, device=device, **teaching, **how)
+            values = _train(
+                folder, output, config, progress=bars.on_event, device=run.device, **teaching, **how
+            )
     if is_main:
         title = f"plan for {folder} (nothing was trained)" if dry_run else f"{folder} -> {output}"
         show.result(values, result_table(values, title))

@@ -9,21 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketllm.cli.model_loading import load_any
-from pocketllm.cli.process import setup_process
+from pocketllm.cli.option_groups import LoadOptions, RunOptions, with_groups
 from pocketllm.cli.render import Output
-from pocketllm.cli.shared_options import (
-    Adapter,
-    Device,
-    Dtype,
-    Json,
-    Mode,
-    Quiet,
-    Runnable,
-    Seed,
-    Threads,
-    Trust,
-)
+from pocketllm.cli.shared_options import Runnable, Seed
 from pocketllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,8 +25,10 @@ app = typer.Typer()
     "  pocketllm generate my-chat-model --chat --temperature 0.7 --top-p 0.9\n\n"
     '  pocketllm generate smol-8x --prompt "Rome is" --prompt "Paris is" --json'
 )
+@with_groups
 def generate(
     model: Runnable,
+    *,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Text to continue; several are batched. Without it, stdin is read."),
@@ -55,38 +45,32 @@ def generate(
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1 makes tokens that have occurred less likely.")
     ] = 1.0,
-    adapter: Adapter = None,
-    mode: Mode = "auto",
-    dtype: Dtype = "auto",
     seed: Seed = 0,
-    device: Device = "cpu",
-    threads: Threads = 0,
-    json: Json = False,
-    quiet: Quiet = False,
-    trust_remote_code: Trust = False,
+    how: LoadOptions,
+    run: RunOptions,
 ) -> None:
     """Generate text with a compressed or dense model; the text appears as it is generated."""
     from pocketllm.evaluate import Sampling
 
-    show = Output(json, quiet)
-    setup_process(device, threads)
+    show = run.output()
+    run.setup()
     if system is not None and not chat:
         raise ConfigError("--system: is a message of a chat; add --chat")
     conversing = chat and not prompt
-    if conversing and json:
+    if conversing and run.json:
         raise ConfigError("--json: a conversation has no single result; add --prompt")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     prompts = prompt or ([] if conversing else [sys.stdin.read()])
     if any(not text.strip() for text in prompts):
         raise ConfigError("prompt: is empty; give some text to continue")
-    loaded, tokenizer, facts = load_any(model, mode, dtype, device, trust_remote_code, adapter)
-    run = _Run(loaded, tokenizer, max_new_tokens, sampling, _system_turn(system), show)
+    loaded, tokenizer, facts = how.load(model, run)
+    job = _Run(loaded, tokenizer, max_new_tokens, sampling, _system_turn(system), show)
     if conversing:
-        run.converse()
+        job.converse()
     elif len(prompts) == 1:
-        run.one(prompts[0], chat, {**facts, "model": model})
+        job.one(prompts[0], chat, {**facts, "model": model})
     else:
-        run.batch(prompts, chat, {**facts, "model": model})
+        job.batch(prompts, chat, {**facts, "model": model})
 
 
 def _system_turn(text: str | None) -> list[dict[str, str]]:

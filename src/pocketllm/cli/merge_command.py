@@ -25,7 +25,7 @@ def merge(
     folder: Annotated[Path, typer.Argument(help="Compressed base, which is not modified.")],
     adapter: Annotated[Path, typer.Option(help="Adapter trained on the base.")],
     to: To,
-    run: RunOptions,
+    *,
     reencode: Annotated[
         bool,
         typer.Option("--reencode", help="Compress the merged model again, with the settings of the base."),
@@ -36,6 +36,7 @@ def merge(
     context: Context = 512,
     windows: Windows = 0,
     dtype: DenseDtype = "bfloat16",
+    run: RunOptions,
 ) -> None:
     """Merge an adapter into its base and write a dense model, or with --reencode a compressed one."""
     show = run.output()

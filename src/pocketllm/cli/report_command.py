@@ -34,10 +34,11 @@ HtmlFile = Annotated[
 @with_groups
 def report(
     folder: Compressed,
-    measured: MeasureOptions,
-    run: RunOptions,
+    *,
     output: HtmlFile = None,
     adapter: Adapter = None,
+    measured: MeasureOptions,
+    run: RunOptions,
 ) -> None:
     """Write one HTML file about a compressed model: sizes, errors, codebooks, weights, perplexity."""
     show = run.output()

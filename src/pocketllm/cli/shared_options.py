@@ -16,7 +16,7 @@ Json = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores.")]
+Threads = Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 uses all cores.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder contains.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (float32 on a CPU).")]
 Adapter = Annotated[
@@ -30,6 +30,12 @@ Evaluations = Annotated[
 ]
 Check = Annotated[bool, typer.Option(help="Verify the checksum of every file first.")]
 Ppl = Annotated[Path | None, typer.Option(help="UTF-8 text file to measure perplexity on.")]
+PplTexts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--ppl", help="UTF-8 text file to measure perplexity on; repeat for several, and their mean."
+    ),
+]
 Context = Annotated[int, typer.Option(help="Tokens per window of the text.")]
 Windows = Annotated[int, typer.Option(help="Number of windows of the text; 0 takes all.")]
 Mode = Annotated[

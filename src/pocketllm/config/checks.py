@@ -23,6 +23,12 @@ def at_least(name: str, value: float, least: float) -> None:
         raise ConfigError(f"{name}: got {value}, wanted at least {least}")
 
 
+def between(name: str, value: float, least: float, most: float) -> None:
+    """Raises ConfigError if a value is below `least` or above `most`."""
+    if not least <= value <= most:
+        raise ConfigError(f"{name}: got {value}, wanted {least} to {most}")
+
+
 def positive(name: str, value: float) -> None:
     """Raises ConfigError if a value is not above 0 or not finite."""
     if not 0 < value < math.inf:

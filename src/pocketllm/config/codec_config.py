@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pocketllm.config.checks import at_least, one_of, positive
+from pocketllm.config.checks import at_least, between, one_of, positive
 from pocketllm.errors import ConfigError
+
+_WIDEST, _DEEPEST = 1 << 14, 256  # of networks on subvectors of at most 64 weights
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class CodecConfig:
             )
         for name in ("vector_len", "batch_size", "sample_per_codeword", "max_sample"):
             at_least(name, getattr(self, name), 1)
-        for name in ("hidden", "depth", "epochs", "kmeans_iterations", "vq_weight", "commitment_weight"):
+        between("hidden", self.hidden, 0, _WIDEST)
+        between("depth", self.depth, 0, _DEEPEST)
+        for name in ("epochs", "kmeans_iterations", "vq_weight", "commitment_weight"):
             at_least(name, getattr(self, name), 0)
         positive("learning_rate", self.learning_rate)
         if self.depth == 0 and (self.decoder != "lookup" or self.vq_weight == 0):

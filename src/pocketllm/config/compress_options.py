@@ -78,7 +78,7 @@ class CompressOptions:
         _at_most_one({**targets, "codebook_size": self.given.get("codebook_size")})
         given = {key: value for key, value in self.given.items() if not key.startswith(_RECOVER)}
         set_keys = [key for key, value in given.items() if value is not None]
-        base = preset(self.preset or default_preset(self.no_calibration, set_keys))
+        base = preset(default_preset(self.no_calibration, set_keys) if self.preset is None else self.preset)
         if self.calibration:
             given["calibration.texts"] = self.calibration
         return replaced(base, {**given, **self._options(), **self._calibration(base, given)})

@@ -15,12 +15,12 @@ ENGINES = ("auto", "transformers", "vllm")
 class ServeConfig:
     """How a model is served.
 
-    host: Address to listen on.
+    host: Address to listen on; others than this machine's own need an API key.
     port: Port to listen on; 0 takes a free one.
-    api_key: Key that clients must send; none lets everyone in.
-    engine: auto, transformers or vllm.
+    api_key: Key that clients must send.
+    engine: transformers, vllm, or auto (vllm where it can read compressed models).
     max_requests: Requests computed together; more wait.
-    max_waiting: Requests that may wait; more are refused with status 429.
+    max_waiting: Requests that may wait; more are refused (429).
     kv_cache_gb: Size of the key-value cache that all requests share, in GB (10^9 bytes).
     max_batch_tokens: Tokens computed in one step, prompts included.
     max_new_tokens: Tokens to generate where a request sets no limit.
@@ -28,7 +28,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False, metadata={"envvar": "POCKETLLM_API_KEY"})
     engine: str = "auto"
     max_requests: int = 32
     max_waiting: int = 256

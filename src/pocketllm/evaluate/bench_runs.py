@@ -47,8 +47,8 @@ class BenchConfig:
         for name in ("prompt_tokens", "new_tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, wanted 1 or more")
-        if self.threads < 0:
-            raise ConfigError(f"threads: got {self.threads}, wanted 0 (all cores) or more")
+        if not 0 <= self.threads <= 1024:
+            raise ConfigError(f"threads: got {self.threads}, wanted 0 (all cores) to 1024")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype: got {self.dtype!r}, wanted float32, bfloat16 or float16")
 

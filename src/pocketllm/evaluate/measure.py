@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ class TaskOptions:
 def measure(
     own: Model,
     other: Model | None,
-    text: str | None,
+    texts: Mapping[str, str] | None,
     tasks: TaskOptions | None,
     config: EvalConfig,
     progress: Progress = lambda stage, share: None,
@@ -138,12 +139,13 @@ def measure(
 
     Args:
         other: model to compare with, usually the dense one.
-        text: for perplexity and, with `other`, divergence.
+        texts: for perplexity and, with `other`, divergence, by name.
 
     Returns:
         model, adapter, compressed, matrices, adapter_bytes, bytes_on_disk; perplexity, context, windows,
         tokens; kl, kl_stderr, top1_agreement, top1_agreement_stderr; tasks, average, limit; against: the same
-        of `other`; difference: as `compare`.
+        of `other`; difference: as `compare`. text: name of the text; None with several, where perplexity, kl and
+        top1_agreement are means over texts (of perplexity the geometric one). texts: what was measured on each.
 
     Raises:
         ConfigError: vocabularies that differ, or windows that do not fit.
@@ -156,7 +158,7 @@ def measure(
     values = own.described()
     if other is not None:
         check_vocabularies(own.vocabulary(), other.vocabulary())
-    values |= _on_text(own, other, text, config, progress)
+    values |= _on_texts(own, other, texts or {}, config, progress)
     reference = values.pop("reference_perplexity")
     models = [model for model in (own, other) if model is not None]
     results = [_on_tasks(model, sources, config, cache, progress) for model in models]
@@ -168,24 +170,52 @@ def measure(
     return values
 
 
-def _on_text(
-    own: Model, other: Model | None, text: str | None, config: EvalConfig, progress: Progress
+def _on_texts(
+    own: Model, other: Model | None, texts: Mapping[str, str], config: EvalConfig, progress: Progress
 ) -> dict[str, Any]:
-    values: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Divergence))
-    if text is None:
-        return values
+    unknown = dict.fromkeys(["text", *(field.name for field in dataclasses.fields(Divergence))])
+    found = []
+    for number, (name, text) in enumerate(texts.items()):
+
+        def on_progress(share: float, done: int = number) -> None:
+            progress("text", (done + share) / len(texts))
+
+        found.append(unknown | {"text": name} | _on_text(own, other, text, config, on_progress))
+    values = unknown if not found else found[0] if len(found) == 1 else unknown | _mean(found)
+    return values | {"texts": found}
+
+
+def _on_text(
+    own: Model, other: Model | None, text: str, config: EvalConfig, progress: Callable[[float], None]
+) -> dict[str, Any]:
     model, tokenizer = own.load()
     found: Any
-    how: dict[str, Any] = {
-        "context": config.context,
-        "windows": config.windows,
-        "progress": lambda share: progress("text", share),
-    }
+    how: dict[str, Any] = {"context": config.context, "windows": config.windows, "progress": progress}
     if other is None:
         found = perplexity(model, tokenizer, text, **how)
     else:
         found = text_divergence(model, other.load()[0], tokenizer, text, **how)
-    return values | dataclasses.asdict(found)
+    return dataclasses.asdict(found)
+
+
+def _mean(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over texts, each of which counts equally; its standard error from those of the texts."""
+    count = len(found)
+
+    def column(name: str) -> list[Any] | None:
+        values = [each[name] for each in found]
+        return None if None in values else values
+
+    mean: dict[str, Any] = {"context": found[0]["context"]}
+    mean |= {name: sum(column(name) or ()) for name in ("windows", "tokens")}
+    for name in ("perplexity", "reference_perplexity"):
+        values = column(name)
+        mean[name] = values and math.exp(sum(map(math.log, values)) / count)
+    for name in ("kl", "top1_agreement"):
+        values, errors = column(name), column(f"{name}_stderr")
+        mean[name] = values and sum(values) / count
+        mean[f"{name}_stderr"] = errors and math.hypot(*errors) / count
+    return mean
 
 
 def _on_tasks(

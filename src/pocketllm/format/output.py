@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pocketllm.errors import OutputError
-from pocketllm.files import files_below, is_utf8, read_object
+from pocketllm.files import files_below, is_utf8, read_object, real_path
 from pocketllm.format.checkpoint import REPORT_NAME
 
 STATE_NAME, PUBLISHED = "state.json", "published"
@@ -22,15 +22,26 @@ def partial_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def remove_empty(output: Path) -> None:
+    """Remove the working folder of a finished output if a run was killed just before its removal."""
+    with suppress(OSError):
+        partial_folder(output).rmdir()
+
+
 def named_output(output: str | Path) -> Path:
     """The folder that an output path refers to: links, `.` and `..` are resolved.
 
     Raises:
-        OutputError: the name is not UTF-8, or too long for the temporary names derived from it.
+        OutputError: links in a loop, the root folder, or a name that is not UTF-8 or too long for the temporary names
+            derived from it.
     """
     path = Path(output)
     if path.is_symlink() or path.name in ("", ".."):
-        path = Path(os.path.realpath(path))
+        path = real_path(path)
+    if path.is_symlink():
+        raise OutputError(f"{path}: links in a loop; choose another output folder")
+    if not path.name:
+        raise OutputError(f"{path}: is the root folder; choose another output folder")
     if not is_utf8(str(path)):
         raise OutputError(
             f"{str(path)!a}: the name is not UTF-8; choose another name, or run in a UTF-8 locale"
@@ -64,18 +75,18 @@ def check_output(
         what: description of such a folder, for messages.
 
     Raises:
-        OutputError: it exists and was not created by pocketllm, or it exists and `overwrite` is not set, or it
-            cannot be created.
+        OutputError: it exists and was not created by pocketllm, or it exists and `overwrite` is not set, or it lies
+            inside a compressed model, or it cannot be created.
     """
     try:
         is_there = output.exists()
     except OSError as error:  # a name that the system does not take
         raise output_error(output, error) from error
     if is_there:
-        with suppress(OSError):  # what is left of a run that was killed in its very last step
-            partial_folder(output).rmdir()
+        remove_empty(output)
     if is_there and not output.is_dir():
         raise OutputError(f"{output}: exists and is a file; choose another output folder")
+    _check_not_in_model(output)
     if is_published(output) or (is_held(output) and _is_publishing(output)):
         return
     if output.is_dir() and any(output.iterdir()):
@@ -93,6 +104,15 @@ def check_output(
     check_parent(output, "folder")
 
 
+def _check_not_in_model(output: Path) -> None:
+    """Raises OutputError if the folder lies inside a compressed model, which would be refused as altered."""
+    for parent in real_path(output).parents:
+        if (parent / REPORT_NAME).is_file():
+            raise OutputError(
+                f"{output}: is inside the compressed model {parent}; choose another output folder"
+            )
+
+
 def check_not_nested(output: Path, folder: Path, kind: str = "folder") -> None:
     """Check that an output does not overlap a folder that is only read.
 
@@ -102,7 +122,7 @@ def check_not_nested(output: Path, folder: Path, kind: str = "folder") -> None:
     Raises:
         OutputError: it is that folder, lies inside it, or contains it.
     """
-    wanted, read = output.resolve(), folder.resolve()
+    wanted, read = real_path(output), real_path(folder)
     if read in (wanted, *wanted.parents):
         where = "the model itself" if wanted == read else f"inside {folder}"
         raise OutputError(f"{output}: is {where}, which must stay unchanged; choose another output {kind}")

@@ -10,6 +10,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 RUN_FACTS = ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")  # of a Report; not stored
+NO_USE = "the model class has no use for it"
+"""Why a stored tensor is skipped that belongs to no parameter of the model."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,18 @@ def _at(values: Any, key: str) -> Any:
 
 
 def warnings_of(report: Mapping[str, Any]) -> list[str]:
-    """Warnings about the calibration of a report's matrices."""
+    """Warnings about weights that were left out, and about the calibration of a report's matrices."""
     matrices = [m for m in report["matrices"] if m.get("input_tokens") is not None]
     unseen = [m["name"] for m in matrices if m["input_tokens"] == 0]
     experts = [m for m in matrices if m.get("unseen_experts")]
     thin = [m for m in matrices if 0 < m["input_tokens"] < m["columns"]]
     found = []
+    unused = [e["name"] for e in report["skipped"] if e["reason"] == NO_USE and e["name"].endswith(".weight")]
+    if unused:
+        found.append(
+            f"left out {_some(unused, 'tensors')}, for which the model class has no use: check that "
+            "config.json belongs to the weights"
+        )
     if unseen:
         found.append(
             f"no input of {_some(unseen)} was seen (no calibration token reached the layer, or it is not a linear "
@@ -212,8 +220,8 @@ def rounded(value: float) -> float:
     return 0.0 if abs(value) < 1e-9 else float(f"{value:.6g}")
 
 
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} matrices ({names[0]} and others)"
+def _some(names: list[str], kind: str = "matrices") -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} {kind} ({names[0]} and others)"
 
 
 def peak_memory_bytes(device: str = "cpu") -> tuple[int | None, int | None]:

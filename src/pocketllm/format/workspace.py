@@ -18,10 +18,18 @@ import pocketllm
 from pocketllm.config import CompressConfig
 from pocketllm.config.checks import flat
 from pocketllm.errors import OutputError, ResumeError, reason_of
-from pocketllm.files import files_below, read_object, sync_folder, write_json
+from pocketllm.files import files_below, need_regular, read_object, sync_folder, write_json
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.kept import read_kept, write_kept
-from pocketllm.format.output import PUBLISHED, STATE_NAME, is_held, partial_folder
+from pocketllm.format.output import (
+    PUBLISHED,
+    STATE_NAME,
+    is_held,
+    is_published,
+    output_error,
+    partial_folder,
+    remove_empty,
+)
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
 try:
@@ -113,6 +121,8 @@ class Workspace:
         wanted = json.loads(json.dumps(flat(arguments)))  # as it is read back: lists for tuples
         state = folder / STATE_NAME
         if state.is_file():
+            for name in files_below(folder, OutputError):
+                need_regular(folder / name, OutputError)
             found = _read_state(state)
             found.pop(PUBLISHED, None)
             differing = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
@@ -194,6 +204,25 @@ class Workspace:
             elif path.name != STATE_NAME:
                 path.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def remove_published(output: Path) -> None:
+    """Remove the working folder of a finished output, which a run that was killed after publishing has left.
+
+    Commands whose output is made in several stages call it for each stage that they do not make again.
+
+    Raises:
+        OutputError: it is in use, or cannot be removed.
+    """
+    try:
+        if is_published(output):
+            work = Workspace(partial_folder(output))
+            with locked(work.folder):
+                work.drop()
+        elif output.exists():
+            remove_empty(output)
+    except OSError as error:
+        raise output_error(output, error) from error
 
 
 def _move_into(final: Path, output: Path) -> None:

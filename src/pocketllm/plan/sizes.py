@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pocketllm.format.model_card import card_text
-from pocketllm.format.report import RUN_FACTS, Report, is_linear_weight_of_a_block, rounded
+from pocketllm.format.report import NO_USE, RUN_FACTS, Report, is_linear_weight_of_a_block, rounded
 from pocketllm.format.weight_files import safetensors_bytes
 from pocketllm.machine import versions
 from pocketllm.plan.matrices import Plan
@@ -122,7 +122,7 @@ class PlannedModel:
         for name, target in self.source.tied.items():
             yield {"name": name, "shape": [], "reason": f"tied to {target}, stored once"}
         for name in self.source.unused:
-            yield {"name": name, "shape": [], "reason": "the model class has no use for it"}
+            yield {"name": name, "shape": [], "reason": NO_USE}
 
     def report_text(self, report: Report, files: Mapping[str, Any]) -> str:
         body = {"format_version": self.form.format_version, **report.to_dict(), "files": files}

@@ -14,6 +14,7 @@ from pocketllm.errors import OutputError
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.output import named_output
 from pocketllm.format.report import Report
+from pocketllm.format.workspace import remove_published
 from pocketllm.recover.distill import DistillResult, distill
 from pocketllm.recover.distill_task import training_windows
 from pocketllm.recover.run_log import check_places, read_result
@@ -52,11 +53,14 @@ def compress_and_distill(
     plain = output.with_name(output.name + ".plain")
     if plain.exists() and _is_done(output, str(model), config, recovery):  # killed while `plain` was removed
         shutil.rmtree(plain)
+        remove_published(output)
         return Report.from_dict(ckpt.read_report(output)), read_result(output, DistillResult)
     check_places(output, overwrite)
     _check_plain(plain, str(model), config)
     check_recovery(model, recovery, trust_remote_code)
-    if not plain.exists():
+    if plain.exists():
+        remove_published(plain)
+    else:
         compress(
             model,
             config,

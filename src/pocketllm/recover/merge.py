@@ -17,6 +17,7 @@ from pocketllm.evaluate.results import folder_digest
 from pocketllm.files import read_object
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.output import check_output, named_output
+from pocketllm.format.workspace import remove_published
 from pocketllm.recover.adapter import check_adapter, merged, need_peft
 from pocketllm.recover.base_model import Base, check_context, open_base
 from pocketllm.runtime.export import save_dense
@@ -96,7 +97,9 @@ def merge(
     config = _settings(base) if reencode else None
     if config is not None:
         check_output(output, marker=None)
-    if config is None or not _is_merged(dense, facts):
+    if config is not None and _is_merged(dense, facts):
+        remove_published(dense)
+    else:
         check_output(dense, marker=None)
         model = merged(base, adapter, device).to(dtype)
         save_dense(model, base.tokenizer, dense, {_RECORD_NAME: facts} if reencode else {})

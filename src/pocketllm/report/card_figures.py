@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 from pocketllm.errors import SourceError
 from pocketllm.format import Figure
-from pocketllm.report.evaluations import same_model
+from pocketllm.report.evaluations import read_json, same_model
 
 _OUTPUT = "the output of 'pocketllm eval --json' on the compressed model"
 _ON_TEXT = {  # key of the JSON -> (in words, name of the metric)
@@ -29,12 +28,7 @@ def read_figures(path: Path, folder: Path) -> list[Figure]:
     Raises:
         SourceError: missing, or not the output of `pocketllm eval --json` on a compressed model.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not JSON ({error}); wanted {_OUTPUT}") from error
+    values = read_json(path, _OUTPUT)
     if not isinstance(values, dict) or values.get("compressed") is not True or values.get("adapter"):
         raise SourceError(f"{path}: not of a compressed model alone; wanted {_OUTPUT}")
     found = [*_on_text(values), *_on_tasks(values)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import ConfigError
+from pocketllm.files import real_path
 from pocketllm.recover import check_adapter
 from pocketllm.report.evaluations import Evaluation, same_model
 from pocketllm.report.model_facts import ModelFacts, mean, read_model, with_adapter
@@ -89,7 +90,7 @@ def compare(
     paths = [folder_of(folder) for folder in folders]
     if not paths:
         raise ConfigError("no model to compare; name at least one folder")
-    places = [path.resolve() for path in paths]
+    places = [real_path(path) for path in paths]
     for path, place in zip(paths, places, strict=True):
         if places.count(place) > 1:
             raise ConfigError(f"{path}: given twice; name every model once")
@@ -121,7 +122,7 @@ def _notes(dense: Evaluation | None, sources: Sequence[str]) -> tuple[str, ...]:
 
 
 def _key(folder: Path, adapter: Path | None) -> _Key:
-    return folder.resolve(), adapter and adapter.resolve()
+    return real_path(folder), adapter and real_path(adapter)
 
 
 def base_of(adapter: Path, folders: Sequence[Path]) -> Path:
@@ -191,7 +192,7 @@ def _row(model: ModelFacts, name: str, adapter: Path | None, perplexity: float |
     blocks = [m for m in encoded if m.block is not None]
     calibrated = [m for m in encoded if m.proxy_error is not None]
     return Compared(
-        name=name if adapter is None else f"{name} + {adapter.resolve().name}",
+        name=name if adapter is None else f"{name} + {real_path(adapter).name}",
         adapter=str(adapter or ""),
         folder=str(model.folder),
         model=str(report["model"]),

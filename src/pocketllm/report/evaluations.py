@@ -89,12 +89,7 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     Raises:
         SourceError: missing, unreadable, not JSON, or not the output of `pocketllm eval --json`.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not JSON ({error}); wanted {_OUTPUT}") from error
+    values = read_json(path, _OUTPUT)
     if not isinstance(values, dict):
         raise SourceError(f"{path}: not a JSON object; wanted {_OUTPUT}")
     own = Evaluation.from_dict(values, str(path))
@@ -105,6 +100,20 @@ def read_evaluations(path: Path) -> list[Evaluation]:
         return [own]
     inherited = {**values, "dtype": "", "adapter": "", "bytes_on_disk": 0}
     return [own, Evaluation.from_dict({**inherited, **other}, f"{path}: against")]
+
+
+def read_json(path: Path, wanted: str) -> Any:
+    """What a JSON file holds. wanted: what it should be, for the error.
+
+    Raises:
+        SourceError: missing, unreadable, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: not JSON ({error}); wanted {wanted}") from error
 
 
 def same_model(one: str, other: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pocketllm
 from pocketllm.errors import ConfigError
+from pocketllm.files import real_path
 from pocketllm.recover import check_adapter
 from pocketllm.report.codebook_usage import CodebookUsage, codebooks_section, count_usage
 from pocketllm.report.evaluations import Evaluation
@@ -74,9 +75,9 @@ def default_output(folder: Path, adapter: Path | None = None) -> Path:
     With the adapter `tuned` it is `smol-8x-with-tuned.html`, so that the page of the base is kept. The page of a
     model in the Hub's cache is written to the current folder.
     """
-    folder, name = folder.resolve(), name_of(folder)
+    folder, name = real_path(folder), name_of(folder)
     place = folder.parent if name == folder.name else Path.cwd()
-    return place / f"{name}{f'-with-{adapter.resolve().name}' if adapter else ''}.html"
+    return place / f"{name}{f'-with-{real_path(adapter).name}' if adapter else ''}.html"
 
 
 @in_default_torch_state

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pocketllm.errors import FormatError
+from pocketllm.files import real_path
 from pocketllm.format import (
     REPORT_NAME,
     Layout,
@@ -67,7 +68,7 @@ class AdapterFacts:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return real_path(self.folder).name
 
 
 @dataclass(frozen=True)

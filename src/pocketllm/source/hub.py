@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from pocketllm.errors import SourceError, reason_of
+from pocketllm.files import real_path
 from pocketllm.source.model_files import OTHER_WEIGHTS, PICKLES
 
 HUB_IGNORED = [*PICKLES, *OTHER_WEIGHTS, "original/*", "*/*.safetensors"]
@@ -78,7 +79,7 @@ def folder_of(name: str | Path) -> Path:
 
 def name_of(folder: Path) -> str:
     """The name of a model's folder; of one in the Hub's cache, which is named by a commit, that of the model."""
-    folder = folder.resolve()
+    folder = real_path(folder)
     cached = folder.parent.parent.name.split("--")
     return cached[-1] if folder.parent.name == "snapshots" and len(cached) > 1 else folder.name
 

@@ -18,7 +18,7 @@ import torch
 
 import pocketllm
 from pocketllm.errors import ConfigError, ResumeError
-from pocketllm.files import read_object, write_json
+from pocketllm.files import read_object, real_path, write_json
 from pocketllm.format.output import check_not_nested, check_output, is_published, named_output, output_error
 from pocketllm.format.workspace import Workspace, locked
 from pocketllm.machine import machine
@@ -159,7 +159,7 @@ def _check_texts(study: Study, texts: Sequence[str]) -> None:
         raise ConfigError(f"{study.name}: does not use text; omit the texts")
     if len(texts) > 1 and not study.measurement.several_texts:
         raise ConfigError(f"{study.name}: uses one text, got {len(texts)}; name one of them")
-    places = [Path(text).resolve() for text in texts]
+    places = [real_path(Path(text)) for text in texts]
     for text, place in zip(texts, places, strict=True):
         if places.count(place) > 1:
             raise ConfigError(f"{text}: given twice; name every text once")

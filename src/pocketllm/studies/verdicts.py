@@ -18,19 +18,19 @@ class Verdict(StrEnum):
 
 
 def holds(condition: bool) -> Verdict:
-    """Of a claim that is a matter of counting."""
+    """The verdict on a claim that can be checked exactly, without noise."""
     return Verdict.HELD if condition else Verdict.FAILED
 
 
 def above_zero(found: Difference | None) -> Verdict:
-    """Of the claim that a difference is above zero; None is a difference that is not known."""
+    """The verdict on the claim that a difference is above zero; None is a difference that was not measured."""
     if found is None or not found.clear:
         return Verdict.NOT_SEEN
     return holds(found.value > 0)
 
 
 def together(verdicts: Iterable[Verdict]) -> Verdict:
-    """Of a claim that has several parts, at least one."""
+    """The verdict on a claim from the verdicts on its parts, of which there is at least one."""
     found = set(verdicts)
     if len(found) == 1:
         return found.pop()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import json
 import logging
+import os
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import ExtraError, SourceError, reason_of
 from pocketllm.text.chat import Chat, render
+from pocketllm.text.plain_text import need_end, read_plain
 from pocketllm.text.rows import Document, document_of
 
 logger = logging.getLogger(__name__)
@@ -23,13 +22,6 @@ SUFFIXES = (".txt", *_ROW_SUFFIXES, ".md", ".raw")  # each but .parquet also wit
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
 _SURROGATE = re.compile(r"\\u[dD][89A-Fa-f]")  # in JSON: of a pair, or alone
 _HUB_CHARACTERS = 1 << 25  # Hub data sets can be endless
-_MARKS = {  # byte order mark -> encoding; the longest first, as one begins with another
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 
 
 def read_text(path: str | Path, tokenizer: Any | None = None) -> str:
@@ -43,58 +35,13 @@ def read_text(path: str | Path, tokenizer: Any | None = None) -> str:
     """
     path = Path(path)
     if not holds_rows(path) or not path.is_file():
-        return _read_plain(path)
+        return read_plain(path)
     return read_calibration(path, tokenizer=tokenizer)
 
 
 def holds_rows(path: Path) -> bool:
     """Whether a file holds rows, by its name."""
     return _kind(path) in _ROW_SUFFIXES
-
-
-def _read_plain(path: Path) -> str:
-    """Read a UTF-8 text file; another encoding if it has a byte order mark, decompressed if it is a `.gz`.
-
-    Raises:
-        SourceError: as `read_text`.
-    """
-    if path.is_dir():
-        raise SourceError(f"{path}: a folder; wanted a UTF-8 text file")
-    try:
-        stored = path.read_bytes()
-        stored = gzip.decompress(stored) if path.suffix == ".gz" else stored
-    except FileNotFoundError as error:
-        raise SourceError(f"{path}: no such file; wanted a UTF-8 text file") from error
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SourceError(f"{path}: cannot be read ({reason})") from error
-    text = _decoded(stored, path)
-    if not text.strip():
-        raise SourceError(f"{path}: contains no text")
-    return text
-
-
-def _decoded(stored: bytes, path: Path) -> str:
-    """The text in bytes, by their byte order mark; UTF-8 without one.
-
-    Raises:
-        SourceError: names the first byte that does not fit, and its line.
-    """
-    encoding = next((name for mark, name in _MARKS.items() if stored.startswith(mark)), "utf-8")
-    shown = encoding.removesuffix("-sig").upper()
-    try:
-        text = stored.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = stored[: error.start].decode(encoding, "replace").count("\n") + 1
-        raise SourceError(
-            f"{path}: not {shown} (byte {error.start}) on line {line}; convert it to UTF-8 first"
-        ) from error
-    if 4 * text.count("\0") > len(text):
-        raise SourceError(
-            f"{path}: contains NUL bytes on line {text[: text.index(chr(0))].count(chr(10)) + 1}: not text, or UTF-16 "
-            "without a byte order mark; convert it to UTF-8 first"
-        )
-    return text
 
 
 def read_calibration(
@@ -147,7 +94,7 @@ def _read_documents(place: str | Path, characters: int, prefer_chat: bool = Fals
     if not path.exists() and _HUB_ID.fullmatch(str(place)) and path.suffix not in (*SUFFIXES, ".gz"):
         return _read_hub(str(place), characters, prefer_chat)
     if not holds_rows(path):
-        return [_read_plain(path)]
+        return [read_plain(path)]
     rows = enumerate_rows(path)
     documents = [document_of(row, f"{path}: row {number}", prefer_chat) for number, row in rows]
     return _not_empty(documents, path)
@@ -174,9 +121,12 @@ def text_paths(place: str | Path) -> list[Path]:
     path = _named(place)
     if not path.is_dir():
         return [path]
-    files = sorted(p for p in path.rglob("*") if _kind(p) in SUFFIXES)
+    files = sorted(p for p in path.rglob("*") if _kind(p) in SUFFIXES and not p.is_dir())
     if not files:
         raise SourceError(f"{path}: no {', '.join(f'*{s}' for s in SUFFIXES)} file in this folder")
+    for file in files:
+        if file.exists() and not file.is_file():
+            raise SourceError(f"{file}: not a regular file; move it out of the folder")
     return files
 
 
@@ -198,7 +148,7 @@ def enumerate_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if _kind(path) == ".parquet":
         yield from enumerate(_parquet_rows(path), 1)
         return
-    text, repaired = _read_plain(path), list[int]()
+    text, repaired = read_plain(path), list[int]()
     suspected = _SURROGATE.search(text) is not None
     if _kind(path) == ".jsonl":  # not splitlines: strings may hold other separators
         lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
@@ -248,6 +198,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         raise ExtraError(
             f"{path}: `pyarrow` is needed to read parquet, and is not installed: pip install 'pocketllm-codec[hub]'"
         ) from error
+    need_end(path)
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
@@ -288,8 +239,8 @@ def _read_hub(name: str, characters: int, prefer_chat: bool) -> list[Document]:
 
 def warn_of_shared(texts: tuple[str, ...], validation: str) -> None:
     """Log a warning if the validation text is also trained on: its loss then says little about other text."""
-    trained = {path.resolve() for text in texts for path in text_paths(text)}
-    shared = [path for path in text_paths(validation) if path.resolve() in trained]
+    trained = {os.path.realpath(path) for text in texts for path in text_paths(text)}
+    shared = [path for path in text_paths(validation) if os.path.realpath(path) in trained]
     if shared:
         logger.warning(
             "%s is used for both training and validation; name another --validation-text", shared[0]

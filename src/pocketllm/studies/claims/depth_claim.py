@@ -71,7 +71,7 @@ def _tuning(results: Results) -> Iterator[Values]:
 
 
 def _closes(values: Values) -> Verdict:
-    """Of the claim that tuning closes the gap between 5 and 3 blocks, if there is one."""
+    """The verdict on the claim that tuning closes the gap between 5 and 3 blocks; not seen without a gap."""
     before, left, closed = (values[key] for key in ("before", "left", "closed"))
     if not values["compared"] or above_zero(before) != Verdict.HELD:
         return Verdict.NOT_SEEN

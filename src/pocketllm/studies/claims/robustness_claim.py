@@ -64,7 +64,7 @@ def _accuracy(results: Results) -> Iterator[Values]:
 
 
 def _no_more(values: Values) -> Verdict:
-    """Of the claim that no more is lost than in the paper: it holds where noise hides that more is."""
+    """The verdict on the claim that losses are no larger than in the paper; it holds unless one is clearly larger."""
     over = values["over"].values()
     return together(holds(above_zero(gap) != Verdict.HELD) for gap in over) if over else Verdict.NOT_SEEN
 
