@@ -21,7 +21,7 @@ from pocketllm.codec.index_form import HashedTrellis, Trellis, form_for
 from pocketllm.codec.kernels import hashed, library
 from pocketllm.codec.kernels.packed_op import packed_matmul
 from pocketllm.codec.kernels.packed_weight import hashed_weight, table_of
-from pocketllm.codec.viterbi import PathSearch
+from pocketllm.codec.trellis_form import PathSearch
 from pocketllm.config.constants import HASHED_NMSE
 from pocketllm.errors import ConfigError, ShapeError
 from tests.packed_weights import INTEGERS, needs_compiler, paths, relative

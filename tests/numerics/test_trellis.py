@@ -13,7 +13,7 @@ from pocketllm.codec.feedback import assign
 from pocketllm.codec.hessian import factorize
 from pocketllm.codec.index_form import Independent, Trellis, form_for, strip_lengths
 from pocketllm.codec.kernels import cpu, library
-from pocketllm.codec.viterbi import PathSearch, reversed_bits
+from pocketllm.codec.trellis_form import PathSearch, reversed_bits
 from pocketllm.errors import FormatError
 from tests.numerics.test_calibrated import correlated, proxy
 

@@ -32,6 +32,7 @@ from pocketllm.cli.shared_options import (
     Windows,
 )
 from pocketllm.config.settings import help_of
+from pocketllm.ranks import launched
 
 if TYPE_CHECKING:
     from pocketllm.report import Evaluation

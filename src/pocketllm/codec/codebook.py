@@ -14,7 +14,7 @@ from torch import Tensor
 from pocketllm.codec.kernels import select
 from pocketllm.codec.kernels.reference import centroids as centroids
 from pocketllm.codec.kernels.select import Searcher as Searcher
-from pocketllm.codec.splitmix import splitmix64
+from pocketllm.codec.rotation import splitmix64
 
 
 @dataclass(frozen=True)

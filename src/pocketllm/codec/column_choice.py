@@ -1,4 +1,4 @@
-"""How the indices of one column of subvectors are chosen: independently, or as a path down each strip of rows."""
+"""How the indices of one column of subvectors are chosen: independently here, as paths in trellis_form.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.codebook import Searcher
-from pocketllm.codec.viterbi import PathSearch
-from pocketllm.config.constants import LOOKAHEAD_ROWS
 
 
 class ColumnChoice(Protocol):
@@ -78,35 +76,6 @@ class IndependentColumns:
 
     def again(self, points: Tensor, weights: Tensor, table: Tensor, before: Tensor, now: Tensor) -> Tensor:
         return Searcher(table).nearest(points)
-
-
-class TrellisColumns:
-    """Chooses the indices of a column as one path for each strip of rows; see `ColumnChoice`."""
-
-    def __init__(self, lengths: list[int], width: int, stride: int, device: torch.device) -> None:
-        self.lengths = self.together = lengths
-        self.lookahead, self.nearest_is_slow = LOOKAHEAD_ROWS, True
-        self.search = PathSearch(width, stride, device)
-        self.last = torch.tensor(lengths, device=device).cumsum(0) - 1
-
-    def prepared(self, tables: Tensor) -> tuple[Tensor, Tensor]:
-        return self.search.ordered(tables)
-
-    def first(
-        self,
-        points: Tensor,
-        weights: Tensor,
-        tables: tuple[Tensor, Tensor],
-        which: Tensor,
-        lengths: list[int],
-        before: Tensor,
-        lookahead: list[int],
-    ) -> Tensor:
-        return self.search.search(points, weights, tables, which, lengths, before, lookahead=lookahead)
-
-    def again(self, points: Tensor, weights: Tensor, table: Tensor, before: Tensor, now: Tensor) -> Tensor:
-        tables, which = self.search.ordered(table[None]), torch.zeros_like(before)
-        return self.search.search(points, weights, tables, which, self.lengths, before, end=now[self.last])
 
 
 def strip_lengths(rows: int, strip_rows: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The table of a hashed trellis: a window is hashed to 8 bits, which choose one of 256 entries for each component.
+"""The hashed trellis: a window is hashed to 8 bits, which choose one of 256 entries for each component.
 
     component 0 of an index:  entries[(low byte + reversed bits of the high byte) mod 256, 0]
     component 1 of an index:  entries[(low byte + high byte) mod 256, 1]
@@ -12,13 +12,16 @@ rounded to those.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pocketllm.codec.viterbi import reversed_bits
+from pocketllm.codec.codebook import FittedCodebook
+from pocketllm.codec.trellis_form import Trellis, reversed_bits
+from pocketllm.config.constants import HASHED_NMSE
 from pocketllm.errors import ConfigError, ShapeError
 
 ENTRIES = 256
@@ -29,6 +32,52 @@ MOST_COMPONENTS = 2
 UNIT = 1 / 32
 """What entries are multiples of. A power of two: the product with a row scale is the same before and after it."""
 _LARGEST = 127
+
+
+@dataclass(frozen=True)
+class HashedTrellis(Trellis):
+    """Indices on a trellis that look up 256 codewords by a hash, d = 1 or 2, 9 <= width <= 16."""
+
+    rates = tuple(HASHED_NMSE)
+
+    @property
+    def codebook_size(self) -> int:
+        """K."""
+        return ENTRIES
+
+    @property
+    def window(self) -> int:
+        """Bits of an index."""
+        return self.width
+
+    def table(self, decoded: Tensor) -> Tensor:
+        """[2^width, d] float32, entries rounded; differentiable in the decoded codebook [256, d]."""
+        return hashed_table(decoded, self.width)
+
+    def codewords(self, indices: Tensor) -> Tensor:
+        """The codeword that each index uses for component 0."""
+        return hashed_index(self.width, 0).to(indices.device)[indices.long()]
+
+    def first_codebook(self, points: Tensor, seed: int) -> Tensor:
+        """Quantiles of the points, spread further apart the more bits there are (measured)."""
+        return shuffled_quantiles(points.float(), 1 + self.stride / points.shape[1] / 15, seed)
+
+    def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:
+        """As on any trellis; the codewords are rounded like the entries that they are decoded to at first."""
+        fitted = super().fit_codebook(points, iterations, seed)
+        return replace(fitted, table=rounded_entries(fitted.table))
+
+    def refitted(self, points: Tensor, indices: Tensor, previous: Tensor) -> Tensor:
+        """The best codebook [256, d] for given indices [N] of points [N, d]."""
+        return refitted_entries(points, indices, previous, self.width)
+
+    def predicted_nmse(self, vector_len: int) -> float:
+        """Error for a unit-variance Gaussian, measured for windows of 12 bits; for others as on any trellis."""
+        known = HASHED_NMSE.get((vector_len, self.stride))
+        if known is None:
+            return super().predicted_nmse(vector_len)
+        usual = Trellis(12, self.stride).predicted_nmse(vector_len)
+        return known * super().predicted_nmse(vector_len) / usual
 
 
 @lru_cache(maxsize=32)

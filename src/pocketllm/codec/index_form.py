@@ -2,8 +2,8 @@
 
 `Independent` indices are chosen one by one and stored in `width` bits each (the paper).
 
-On a `Trellis` every index shares bits with the previous one, so that a large codebook costs few bits; on a
-`HashedTrellis` 256 codewords serve in place of a large codebook (trellis_form.py).
+On a `Trellis` every index shares bits with the previous one, so that a large codebook costs few bits
+(trellis_form.py); on a `HashedTrellis` 256 codewords serve in place of a large codebook (hashed_table.py).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pocketllm.codec.codebook import FittedCodebook, kmeans_codebook
 from pocketllm.codec.column_choice import IndependentColumns, strip_lengths
-from pocketllm.codec.hashed_table import ENTRIES, WINDOWS
+from pocketllm.codec.hashed_table import ENTRIES, WINDOWS, HashedTrellis as HashedTrellis
 from pocketllm.codec.packing import index_width, pack, packed_bytes, unpack
-from pocketllm.codec.trellis_form import HashedTrellis as HashedTrellis, Trellis as Trellis
+from pocketllm.codec.trellis_form import Trellis as Trellis
 from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.config.constants import STRIP_ROWS, VECTOR_LENS
 

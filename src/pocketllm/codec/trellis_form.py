@@ -1,41 +1,34 @@
 """Indices on a trellis: windows onto a stream of bits, and the codebook that is fitted to their paths.
 
-Every index shares bits with the previous one, so a large codebook costs few bits: an index is a
-window of `width` bits onto a stream, and the next window starts `stride` bits later. Each index thus chooses from
-2^width codewords but adds only `stride` bits, and a path through all indices is found by dynamic programming
-(viterbi.py). At equal bits the error of a Gaussian source is about 20 to 25 percent below that of independent
-indices. A path runs down the rows of one column of subvectors and continues in the next column, so that error
-feedback can be applied between columns. The rows are cut into strips with independent paths (they are searched in
-parallel, and error feedback is also applied between strips); the bits before a strip's first window are zero.
-Short strips lose about 2 / rows of the error each.
+Every index shares bits with the previous one, so a large codebook costs few bits: an index is a window of `width`
+bits onto a stream, and the next window starts `stride` bits later. Each index thus chooses from 2^width codewords but
+adds only `stride` bits, and the cheapest path through all indices is found by Viterbi's algorithm (`PathSearch`, with
+its recursion in kernels/). At equal bits the error of a Gaussian source is about 20 to 25 percent below that of
+independent indices. A path runs down the rows of one column of subvectors and continues in the next column, so that
+error feedback can be applied between columns. The rows are cut into strips with independent paths (they are searched
+in parallel, and error feedback is also applied between strips); the bits before a strip's first window are zero. Short
+strips lose about 2 / rows of the error each.
 
-On a `HashedTrellis` a window is not the number of a codeword: it is hashed to the numbers of a few codewords out of
-256, one for each component of the subvector (hashed_table.py). That decodes several times faster.
+On a `HashedTrellis` (hashed_table.py) a window is not the number of a codeword: it is hashed to the numbers of a few
+codewords out of 256, one for each component of the subvector. That decodes several times faster.
 
 Source: the bitshift trellis of QTIP (arXiv 2406.11235), here with a learned codebook.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pocketllm.codec.codebook import FittedCodebook, centroids, codebook_utilization
-from pocketllm.codec.column_choice import TrellisColumns, strip_lengths
-from pocketllm.codec.hashed_table import (
-    ENTRIES,
-    hashed_index,
-    hashed_table,
-    refitted_entries,
-    rounded_entries,
-    shuffled_quantiles,
-)
+from pocketllm.codec.column_choice import strip_lengths
+from pocketllm.codec.kernels import select
+from pocketllm.codec.kernels.reference import PathProblem
 from pocketllm.codec.packing import pack, packed_bytes, unpack
-from pocketllm.codec.viterbi import PathSearch
 from pocketllm.config import CodecConfig, CompressConfig
-from pocketllm.config.constants import HASHED_NMSE, STRIP_ROWS, TRELLIS_STEPS
+from pocketllm.config.constants import LOOKAHEAD_ROWS, STRIP_ROWS, TRELLIS_STEPS
 
 
 @dataclass(frozen=True)
@@ -172,10 +165,11 @@ class Trellis:
         start = search.first_state(len(lengths))
         which, weights = torch.zeros_like(start), torch.ones(len(points), device=points.device)
         errors, indices = list[float](), torch.empty(0, dtype=torch.int64)
+        energy = max(float(points.square().sum()), 1e-30)
         for _ in range(max(1, iterations)):
             table = self.table(codebook)
             indices = search.search(points, weights, search.ordered(table[None]), which, lengths, start)
-            errors.append(_relative_error(points, table[indices]))
+            errors.append(float((points - table[indices]).square().sum()) / energy)
             codebook = self.refitted(points, indices, codebook)
         counts = torch.bincount(self.codewords(indices), minlength=self.codebook_size)
         return FittedCodebook(codebook, tuple(errors), codebook_utilization(counts))
@@ -204,52 +198,102 @@ class Trellis:
         return max(1, config.kmeans_iterations)
 
 
-@dataclass(frozen=True)
-class HashedTrellis(Trellis):
-    """Indices on a trellis that look up 256 codewords by a hash, d = 1 or 2, 9 <= width <= 16 (hashed_table.py)."""
+class TrellisColumns:
+    """Chooses the indices of a column as one path for each strip of rows; see `ColumnChoice`."""
 
-    rates = tuple(HASHED_NMSE)
+    def __init__(self, lengths: list[int], width: int, stride: int, device: torch.device) -> None:
+        self.lengths = self.together = lengths
+        self.lookahead, self.nearest_is_slow = LOOKAHEAD_ROWS, True
+        self.search = PathSearch(width, stride, device)
+        self.last = torch.tensor(lengths, device=device).cumsum(0) - 1
 
-    @property
-    def codebook_size(self) -> int:
-        """K."""
-        return ENTRIES
+    def prepared(self, tables: Tensor) -> tuple[Tensor, Tensor]:
+        return self.search.ordered(tables)
 
-    @property
-    def window(self) -> int:
-        """Bits of an index."""
-        return self.width
+    def first(
+        self,
+        points: Tensor,
+        weights: Tensor,
+        tables: tuple[Tensor, Tensor],
+        which: Tensor,
+        lengths: list[int],
+        before: Tensor,
+        lookahead: list[int],
+    ) -> Tensor:
+        return self.search.search(points, weights, tables, which, lengths, before, lookahead=lookahead)
 
-    def table(self, decoded: Tensor) -> Tensor:
-        """[2^width, d] float32, entries rounded; differentiable in the decoded codebook [256, d]."""
-        return hashed_table(decoded, self.width)
-
-    def codewords(self, indices: Tensor) -> Tensor:
-        """The codeword that each index uses for component 0."""
-        return hashed_index(self.width, 0).to(indices.device)[indices.long()]
-
-    def first_codebook(self, points: Tensor, seed: int) -> Tensor:
-        """Quantiles of the points, spread further apart the more bits there are (measured)."""
-        return shuffled_quantiles(points.float(), 1 + self.stride / points.shape[1] / 15, seed)
-
-    def fit_codebook(self, points: Tensor, iterations: int, seed: int) -> FittedCodebook:
-        """As on any trellis; the codewords are rounded like the entries that they are decoded to at first."""
-        fitted = super().fit_codebook(points, iterations, seed)
-        return replace(fitted, table=rounded_entries(fitted.table))
-
-    def refitted(self, points: Tensor, indices: Tensor, previous: Tensor) -> Tensor:
-        """The best codebook [256, d] for given indices [N] of points [N, d]."""
-        return refitted_entries(points, indices, previous, self.width)
-
-    def predicted_nmse(self, vector_len: int) -> float:
-        """Error for a unit-variance Gaussian, measured for windows of 12 bits; for others as on any trellis."""
-        known = HASHED_NMSE.get((vector_len, self.stride))
-        if known is None:
-            return super().predicted_nmse(vector_len)
-        usual = Trellis(12, self.stride).predicted_nmse(vector_len)
-        return known * super().predicted_nmse(vector_len) / usual
+    def again(self, points: Tensor, weights: Tensor, table: Tensor, before: Tensor, now: Tensor) -> Tensor:
+        tables, which = self.search.ordered(table[None]), torch.zeros_like(before)
+        return self.search.search(points, weights, tables, which, self.lengths, before, end=now[self.last])
 
 
-def _relative_error(points: Tensor, decoded: Tensor) -> float:
-    """Squared distance over the energy of the points."""
-    return float((points - decoded).square().sum()) / max(float(points.square().sum()), 1e-30)
+class PathSearch:
+    """Cheapest paths for one column of each strip, all strips at once.
+
+    Args:
+        width: bits of a window. stride: bits from one window to the next. device: of the points.
+    """
+
+    def __init__(self, width: int, stride: int, device: torch.device) -> None:
+        self.width, self.stride = width, stride
+        self.order = reversed_bits(width).to(device)
+
+    def first_state(self, strips: int) -> Tensor:
+        """[strips] int64: the window before a strip's first one, all of whose bits are zero."""
+        return torch.zeros(strips, dtype=torch.int64, device=self.order.device)
+
+    def ordered(self, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables [..., 2^width, d] as the search takes them: [..., d, 2^width], and |c|^2 / 2."""
+        tables = tables[..., self.order, :]  # bit-reversed: the bits that survive a step lie together
+        return tables.transpose(-1, -2).contiguous(), tables.square().sum(dim=-1) / 2
+
+    def search(
+        self,
+        points: Tensor,
+        weights: Tensor,
+        tables: tuple[Tensor, Tensor],
+        which: Tensor,
+        lengths: list[int],
+        start: Tensor,
+        *,
+        end: Tensor | None = None,
+        lookahead: list[int] | None = None,
+    ) -> Tensor:
+        """Indices of the paths of least sum over rows of weight * |point - table[index]|^2.
+
+        Args:
+            points: [rows, d] float32. weights: [rows] float32, positive.
+            tables: what `ordered` makes of tables [C, 2^width, d]. which: [strips] int64, the table of each.
+            lengths: rows of each strip. start: [strips] int64, the index before its first row.
+            end: [strips] int64, the index each strip must end with; None leaves it free.
+            lookahead: number of points at the end of each strip that belong to the next column and use the table
+                after the strip's own: they count in the search, but the returned path does not include them.
+
+        Returns:
+            [rows] int64.
+        """
+        start = self.order[start]
+        problem = PathProblem(
+            points=points.contiguous(),
+            weights=weights.contiguous(),
+            tables=tables[0],
+            halves=tables[1],
+            which=which,
+            after=(which + 1).clamp(max=len(tables[0]) - 1),
+            start=start,
+            stop=torch.full_like(start, -1) if end is None else self.order[end],
+            lengths=lengths,
+            lookahead=lookahead or [0] * len(lengths),
+            width=self.width,
+            stride=self.stride,
+        )
+        return self.order[select.cheapest_paths(problem)]
+
+
+def reversed_bits(width: int) -> Tensor:
+    """[2^width] int64 permutation that reverses the bits of an index; its own inverse."""
+    index = torch.arange(1 << width)
+    found = torch.zeros_like(index)
+    for bit in range(width):
+        found |= ((index >> bit) & 1) << (width - 1 - bit)
+    return found

@@ -1,4 +1,4 @@
-"""Cheapest paths through a bitshift trellis on a GPU, a Triton program for each strip (see viterbi.py).
+"""Cheapest paths through a bitshift trellis on a GPU, a Triton program for each strip (see trellis_form.py).
 
 The same operations in the same order as in torch, without fused ones.
 """
