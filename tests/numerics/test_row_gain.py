@@ -7,8 +7,8 @@ import torch
 
 from pocketllm.calibrate.row_gain import row_gain
 from pocketllm.codec.feedback import assign
+from pocketllm.codec.hashed_table import HashedTrellis
 from pocketllm.codec.hessian import IdentityHessian
-from pocketllm.codec.trellis_form import HashedTrellis
 
 
 def test_equal_rows_gain_nothing() -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.column_choice import strip_lengths
-from pocketllm.codec.trellis_form import HashedTrellis
-from pocketllm.codec.viterbi import PathSearch
+from pocketllm.codec.hashed_table import HashedTrellis
+from pocketllm.codec.trellis_form import PathSearch
 
 _FORM = HashedTrellis(12, 2)
 _FITTED = 1 << 14  # Gaussian numbers for the codebook
