@@ -1,0 +1,298 @@
+"""Predict time, memory, disk and traffic of a compression on 1 to 64 GPUs from stage times measured on one.
+
+Work of a stage is divided in one of four ways: by windows (rounds), by units (greedy by cost, as `Ranks.split` does),
+not at all (every rank does all of it), or by one rank alone. The time of a stage on N ranks is that of one rank times
+the largest share. `--check` holds this against runs with 1, 2 and 4 processes (scaling_runs.py). `RATES` says which
+figures were measured and which are assumed.
+
+python benchmarks/scaling.py            # predictions, into results/scaling.json
+python benchmarks/scaling.py --check    # against the runs in results/scaling_runs.json, shown
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from common import RESULTS, save
+
+from pocketllm.config import CalibrationConfig
+from pocketllm.ranks import Ranks
+
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+_BATCH = 4096  # tokens that run through a block at once
+
+
+@dataclass(frozen=True)
+class Stage:
+    """seconds: on one rank. how: rounds, units, all or first. units: their costs, or for rounds their number."""
+
+    name: str
+    seconds: float
+    how: str
+    units: Sequence[float] = ()
+
+    def on(self, size: int) -> float:
+        """Seconds on the busiest of some ranks."""
+        if self.how == "rounds":
+            return self.seconds * -(-len(self.units) // size) / len(self.units)
+        if self.how != "units" or not self.units or not self.seconds:
+            return self.seconds
+        loads = [0.0] * size
+        for cost, owner in zip(self.units, Ranks(0, size).split(self.units), strict=True):
+            loads[owner] += cost
+        return self.seconds * max(loads) / sum(self.units)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """rows, columns: of one matrix. inputs: number of the inputs that it shares with others. experts: stacked in it,
+    of which a token visits `active`.
+    """
+
+    rows: int
+    columns: int
+    inputs: int
+    experts: int = 1
+    active: int = 1
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns * self.experts
+
+    @property
+    def used(self) -> int:
+        """Weights that a token is multiplied by."""
+        return self.rows * self.columns * self.active
+
+
+@dataclass(frozen=True)
+class Model:
+    """blocks: number of equal ones. block: matrices of one."""
+
+    blocks: int
+    hidden: int
+    vocabulary: int
+    block: tuple[Matrix, ...]
+
+    @property
+    def weights(self) -> int:
+        """Those of the blocks, embedding and head."""
+        return self.blocks * sum(m.weights for m in self.block) + 2 * self.hidden * self.vocabulary
+
+    def inputs(self) -> list[Matrix]:
+        """The first matrix of each group that shares inputs."""
+        return list({m.inputs: m for m in reversed(self.block)}.values())
+
+
+def llama(blocks: int, hidden: int, inner: int, key_value: int, vocabulary: int = 128256) -> Model:
+    """A model of Llama's form. key_value: rows of the key projection."""
+    attention = [Matrix(rows, hidden, 0) for rows in (hidden, key_value, key_value)]
+    mlp = [Matrix(inner, hidden, 2), Matrix(inner, hidden, 2), Matrix(hidden, inner, 3)]
+    return Model(blocks, hidden, vocabulary, (*attention, Matrix(hidden, hidden, 1), *mlp))
+
+
+MODELS = {
+    "8B": llama(32, 4096, 14336, 1024),
+    "70B": llama(80, 8192, 28672, 1024),
+    "405B": llama(126, 16384, 53248, 1024),
+    "1T MoE": Model(  # the dimensions of Kimi K2, every block a mixture; experts are stored fused
+        *(60, 7168, 163840),
+        (
+            *(Matrix(1536, 7168, 0), Matrix(576, 7168, 0), Matrix(12288, 1536, 1), Matrix(16384, 512, 2)),
+            *(Matrix(7168, 8192, 3), Matrix(2048, 7168, 4), Matrix(2048, 7168, 4), Matrix(7168, 2048, 5)),
+            *(Matrix(4096, 7168, 6, 384, 8), Matrix(7168, 2048, 7, 384, 8)),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one rank does in a second: weights encoded; products of x^T x (multiplications); n^3 of factorizations;
+    multiplications of the model; bytes read from disk, hashed, and exchanged with other ranks.
+    """
+
+    encode: float
+    product: float
+    factor: float
+    forward: float
+    disk: float
+    hash: float
+    network: float
+
+
+def measured_rates() -> dict[str, Any]:
+    """The rates of an H200 at 2 bits from results/block_time.json, and where each is from."""
+    run = json.loads((RESULTS / "block_time.json").read_text())["runs"]["NVIDIA H200, 2 bits"]
+    steps, hidden, inner = run["seconds_by_step"], 4096, 11008
+    rows = [hidden] * 4 + [inner] * 2 + [hidden]
+    products = run["tokens"] * (3 * hidden**2 + inner**2) + run["gradients"] * sum(r * r for r in rows)
+    factors = sum(n**3 for n in (hidden, hidden, hidden, inner, *rows))
+    weights = 4 * hidden**2 + 3 * hidden * inner
+    rates = Rates(
+        encode=weights / (steps["indices"] + steps["rotation"] + steps["decoding"]),
+        product=products / steps["hessians"],
+        factor=factors / steps["factors"],
+        forward=1e14,
+        disk=2e9,
+        hash=1.5e9,
+        network=5e9,
+    )
+    return {
+        "rates": asdict(rates),
+        "measured": {"encode": "block_time.json", "product": "block_time.json", "factor": "block_time.json"},
+        "assumed": ["forward", "disk", "hash", "network"],
+    }
+
+
+def stages(model: Model, rates: Rates, settings: CalibrationConfig) -> list[Stage]:
+    """What a run does, on one rank."""
+    measured, tokens, count = settings.sensitivity_tokens, settings.tokens, model.blocks
+    used, windows = sum(m.used for m in model.block), measured // settings.context
+    inputs, dense = model.inputs(), 2 * model.weights
+    square = [m.columns**2 * m.active for m in inputs]
+    outputs = [m.rows**2 for m in model.block if m.experts == 1]
+    cubes = [float(m.columns) ** 3 for m in inputs]
+    ends = [float(model.hidden * model.vocabulary)] * 2
+    block = [float(m.weights) for m in model.block]
+    if settings.sequential:
+        encode = Stage("encode", count * sum(block) / rates.encode, "units", block)
+    else:
+        encode = Stage("encode", count * sum(block) / rates.encode, "units", [sum(block)] * count)
+    whole = "rounds" if settings.sequential else "all"
+    batches = range(tokens // _BATCH)
+    product = Stage("products", count * tokens * sum(square) / rates.product, "units", square)
+    if not settings.sequential:  # of own blocks alone, from activations that every rank has
+        product = Stage("products", product.seconds, "units", [1.0] * count)
+    return [
+        Stage("read and check", dense / rates.disk, "first"),
+        Stage("identify", dense / rates.hash, "all"),
+        Stage("measure: passes", count * 5 * measured * used / rates.forward, "rounds", range(windows)),
+        Stage("measure: load blocks", 2 * dense / rates.disk, "all"),
+        Stage(
+            "measure: products",
+            count * measured * (sum(square) + sum(outputs)) / rates.product,
+            "units",
+            [*square, *outputs],
+        ),
+        Stage(
+            "measure: factors",
+            count * (sum(cubes) + sum(r**1.5 for r in outputs)) / rates.factor,
+            "units",
+            [*cubes, *(r**1.5 for r in outputs)],
+        ),
+        Stage("embedding and head", sum(ends) / rates.encode, "units", ends),
+        Stage("load blocks", dense / rates.disk, "all"),
+        Stage("run blocks", count * 2 * tokens * used / rates.forward, whole, batches),
+        product,
+        Stage(
+            "factors",
+            count * sum(cubes) / rates.factor,
+            "units",
+            cubes if settings.sequential else [sum(cubes)] * count,
+        ),
+        encode,
+        Stage("write", 2 * model.weights * 2 / 8 / rates.disk, "first"),
+    ]
+
+
+def traffic(model: Model, settings: CalibrationConfig, size: int) -> float:
+    """Bytes that a rank sends or receives on average on a shared file system: inputs on their way to the rank that
+    sums them up, and the sums on their way to all.
+    """
+    if size == 1:
+        return 0.0
+    passes = settings.sensitivity_tokens + (settings.tokens if settings.sequential else 0)
+    sums = 2 if settings.sequential else 1
+    inputs = model.inputs()
+    values = passes * sum(m.columns * m.active for m in inputs)
+    values += settings.sensitivity_tokens * sum(m.rows for m in model.block if m.experts == 1)
+    sent = 2 * 4 * values * (size - 1) / size / size  # sent once, received once
+    hessians = 4 * sum(m.columns**2 for m in inputs)
+    stored = 2 * sum(m.rows**2 for m in model.block if m.experts == 1)
+    return model.blocks * (sent + sums * hessians + 2 * stored / size)
+
+
+def memory(model: Model, settings: CalibrationConfig, size: int) -> float:
+    """Bytes on a rank at its peak, which is when a block is measured: its weights and their gradients in float32, the
+    sums, activations of this rank's windows, and what lies outside of the blocks.
+    """
+    weights, inputs = sum(m.weights for m in model.block), model.inputs()
+    sums = sum(m.columns**2 for m in inputs) + sum(m.rows**2 for m in model.block if m.experts == 1)
+    rounds = -(-settings.tokens // _BATCH // size)
+    own = rounds * _BATCH * model.hidden if settings.sequential else settings.tokens * model.hidden
+    return 4.0 * (2 * weights + 2 * sums + 2 * own + 2 * model.hidden * model.vocabulary)
+
+
+def disk(model: Model, settings: CalibrationConfig) -> dict[str, float]:
+    """Bytes on disk while a run works, apart from the dense model."""
+    outputs = 2.0 * model.blocks * sum(m.rows**2 for m in model.block if m.experts == 1)
+    spool = 4.0 * model.blocks * settings.sensitivity_tokens * model.hidden
+    units = model.weights * 2 / 8
+    return {"hessians of outputs": outputs, "activations": spool, "units and result": 2 * units}
+
+
+def predict(model: Model, rates: Rates, settings: CalibrationConfig, size: int) -> dict[str, Any]:
+    """Time by stage and in all, memory, disk and traffic of a rank."""
+    seconds = {stage.name: stage.on(size) for stage in stages(model, rates, settings)}
+    sent = traffic(model, settings, size)
+    seconds["exchange"] = sent / rates.network
+    return {
+        "ranks": size,
+        "hours": sum(seconds.values()) / 3600,
+        "hours_by_stage": {name: value / 3600 for name, value in seconds.items()},
+        "memory_bytes": memory(model, settings, size),
+        "disk_bytes": disk(model, settings),
+        "traffic_bytes": sent,
+    }
+
+
+def predictions() -> dict[str, Any]:
+    """Every model on every number of GPUs, blocks after each other and apart."""
+    import dataclasses
+
+    known = measured_rates()
+    rates, found = Rates(**known["rates"]), dict[str, Any]()
+    for name, model in MODELS.items():
+        for mode, is_sequential in (("sequential", True), ("dense inputs", False)):
+            settings = dataclasses.replace(CalibrationConfig(), sequential=is_sequential)
+            entries = [predict(model, rates, settings, size) for size in RANKS]
+            found.setdefault(name, {})[mode] = entries
+    return {**known, "bits": 2, "models": found}
+
+
+def check() -> dict[str, Any]:
+    """Predicted against measured processor seconds of the busiest rank, by run and stage."""
+    runs = json.loads((RESULTS / "scaling_runs.json").read_text())
+    single, found = runs["runs"]["1"], {}
+    for size in ("2", "4"):
+        rows = {}
+        for name, how in runs["stages"].items():
+            stage = Stage(name, single["busiest_seconds"][name], how["how"], how["units"])
+            rows[name] = {
+                "predicted": stage.on(int(size)),
+                "measured": runs["runs"][size]["busiest_seconds"][name],
+            }
+        total = {kind: sum(row[kind] for row in rows.values()) for kind in ("predicted", "measured")}
+        found[size] = {**rows, "all": total}
+    return found
+
+
+def main() -> None:
+    if "--check" in sys.argv:
+        print(json.dumps(check(), indent=1))
+        return
+    found = predictions()
+    for name, modes in found["models"].items():
+        for mode, entries in modes.items():
+            hours = ", ".join(f"{e['ranks']}: {e['hours']:.2f} h" for e in entries)
+            print(f"{name}, {mode}: {hours}; {entries[0]['memory_bytes'] / 1e9:.0f} GB a rank")
+    save("scaling", "python benchmarks/scaling.py", found)
+
+
+if __name__ == "__main__":
+    main()
