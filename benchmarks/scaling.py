@@ -1,9 +1,8 @@
 """Predict time, memory, disk and traffic of a compression on 1 to 64 GPUs from stage times measured on one.
 
-Work of a stage is divided in one of four ways: by windows (rounds), by units (greedy by cost, as `Ranks.split` does),
-not at all (every rank does all of it), or by one rank alone. The time of a stage on N ranks is that of one rank times
-the largest share. `--check` holds this against runs with 1, 2 and 4 processes (scaling_runs.py). `RATES` says which
-figures were measured and which are assumed.
+The work of a stage is divided by windows (rounds), by units (greedy by cost, as `Ranks.split` does), or not at all. The
+time of a stage on N ranks is that of a single one times the largest share. `--check` holds this against runs with 1, 2
+and 4 processes (scaling_runs.py). The results say which rates were measured and which are assumed.
 
 python benchmarks/scaling.py            # predictions, into results/scaling.json
 python benchmarks/scaling.py --check    # against the runs in results/scaling_runs.json, shown
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,25 +25,47 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 _BATCH = 4096  # tokens that run through a block at once
 
 
+Share = Callable[[int], float]  # number of ranks -> the busiest one's share of the work of a single rank
+
+
+def rounds(count: int) -> Share:
+    """Windows or batches, of which every rank runs one in a round."""
+    return lambda size: -(-count // size) / count
+
+
+def units(*groups: Sequence[float]) -> Share:
+    """Jobs by cost; groups come one after another."""
+
+    def share(size: int) -> float:
+        busiest = [max(_loads(costs, size)) for costs in groups]
+        return sum(busiest) / sum(map(sum, groups))
+
+    return share
+
+
+def _loads(costs: Sequence[float], size: int) -> list[float]:
+    loads = [0.0] * size
+    for cost, owner in zip(costs, Ranks(0, size).split(costs), strict=True):
+        loads[owner] += cost
+    return loads
+
+
+def undivided(size: int) -> float:
+    """What every rank does, or one while the others wait."""
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Stage:
-    """seconds: on one rank. how: rounds, units, all or first. units: their costs, or for rounds their number."""
+    """seconds: on a single rank."""
 
     name: str
     seconds: float
-    how: str
-    units: Sequence[float] = ()
+    share: Share
 
     def on(self, size: int) -> float:
         """Seconds on the busiest of some ranks."""
-        if self.how == "rounds":
-            return self.seconds * -(-len(self.units) // size) / len(self.units)
-        if self.how != "units" or not self.units or not self.seconds:
-            return self.seconds
-        loads = [0.0] * size
-        for cost, owner in zip(self.units, Ranks(0, size).split(self.units), strict=True):
-            loads[owner] += cost
-        return self.seconds * max(loads) / sum(self.units)
+        return self.seconds * self.share(size)
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,21 @@ class Model:
     def inputs(self) -> list[Matrix]:
         """The first matrix of each group that shares inputs."""
         return list({m.inputs: m for m in reversed(self.block)}.values())
+
+
+def factors(model: Model) -> Share:
+    """Every rank factorizes the Hessians that its matrices of a block need."""
+
+    def share(size: int) -> float:
+        needed: list[set[int]] = [set() for _ in range(size)]
+        for matrix, owner in zip(
+            model.block, Ranks(0, size).split([m.weights for m in model.block]), strict=True
+        ):
+            needed[owner].add(matrix.inputs)
+        costs = {m.inputs: float(m.columns) ** 3 for m in model.block}
+        return max(sum(costs[n] for n in some) for some in needed) / sum(costs.values())
+
+    return share
 
 
 def llama(blocks: int, hidden: int, inner: int, key_value: int, vocabulary: int = 128256) -> Model:
@@ -159,44 +195,31 @@ def stages(model: Model, rates: Rates, settings: CalibrationConfig) -> list[Stag
     cubes = [float(m.columns) ** 3 for m in inputs]
     ends = [float(model.hidden * model.vocabulary)] * 2
     block = [float(m.weights) for m in model.block]
-    if settings.sequential:
-        encode = Stage("encode", count * sum(block) / rates.encode, "units", block)
-    else:
-        encode = Stage("encode", count * sum(block) / rates.encode, "units", [sum(block)] * count)
-    whole = "rounds" if settings.sequential else "all"
-    batches = range(tokens // _BATCH)
-    product = Stage("products", count * tokens * sum(square) / rates.product, "units", square)
-    if not settings.sequential:  # of own blocks alone, from activations that every rank has
-        product = Stage("products", product.seconds, "units", [1.0] * count)
+    of_blocks = units([1.0] * count)  # blocks are spread: each rank has some to itself
+    is_divided = settings.sequential
+    every, batches = (units(block), rounds(tokens // _BATCH)) if is_divided else (of_blocks, undivided)
+    products = units([*square, *outputs])
+    cubes_of_outputs = [r**1.5 for r in outputs]
+    measuring = count * measured * (sum(square) + sum(outputs)) / rates.product
+    factoring = count * (sum(cubes) + sum(cubes_of_outputs)) / rates.factor
     return [
-        Stage("read and check", dense / rates.disk, "first"),
-        Stage("identify", dense / rates.hash, "all"),
-        Stage("measure: passes", count * 5 * measured * used / rates.forward, "rounds", range(windows)),
-        Stage("measure: load blocks", 2 * dense / rates.disk, "all"),
+        Stage("read and check", dense / rates.disk, undivided),
+        Stage("identify", dense / rates.hash, undivided),
+        Stage("measure: load blocks", 2 * dense / rates.disk, undivided),
+        Stage("measure: passes", count * 5 * measured * used / rates.forward, rounds(windows)),
+        Stage("measure: products", measuring, products),
+        Stage("measure: factors", factoring, units(cubes, cubes_of_outputs)),
+        Stage("embedding and head", sum(ends) / rates.encode, units(ends)),
+        Stage("load blocks", dense / rates.disk, undivided),
+        Stage("run blocks", count * 2 * tokens * used / rates.forward, batches),
         Stage(
-            "measure: products",
-            count * measured * (sum(square) + sum(outputs)) / rates.product,
-            "units",
-            [*square, *outputs],
+            "products",
+            count * tokens * sum(square) / rates.product,
+            units(square) if is_divided else of_blocks,
         ),
-        Stage(
-            "measure: factors",
-            count * (sum(cubes) + sum(r**1.5 for r in outputs)) / rates.factor,
-            "units",
-            [*cubes, *(r**1.5 for r in outputs)],
-        ),
-        Stage("embedding and head", sum(ends) / rates.encode, "units", ends),
-        Stage("load blocks", dense / rates.disk, "all"),
-        Stage("run blocks", count * 2 * tokens * used / rates.forward, whole, batches),
-        product,
-        Stage(
-            "factors",
-            count * sum(cubes) / rates.factor,
-            "units",
-            cubes if settings.sequential else [sum(cubes)] * count,
-        ),
-        encode,
-        Stage("write", 2 * model.weights * 2 / 8 / rates.disk, "first"),
+        Stage("factors", count * sum(cubes) / rates.factor, factors(model) if is_divided else of_blocks),
+        Stage("encode", count * sum(block) / rates.encode, every),
+        Stage("write", 2 * model.weights * 2 / 8 / rates.disk, undivided),
     ]
 
 
@@ -266,19 +289,46 @@ def predictions() -> dict[str, Any]:
 
 
 def check() -> dict[str, Any]:
-    """Predicted against measured processor seconds of the busiest rank, by run and stage."""
+    """Predicted against measured: processor seconds of the busiest rank and bytes exchanged, by number of ranks."""
+    import dataclasses
+
     runs = json.loads((RESULTS / "scaling_runs.json").read_text())
-    single, found = runs["runs"]["1"], {}
+    shape, single = runs["model"], runs["runs"]["1"]["busiest_seconds"]
+    hidden, key_value = shape["hidden_size"], shape["hidden_size"] // shape["num_attention_heads"]
+    model = llama(
+        *(shape["num_hidden_layers"], hidden, shape["intermediate_size"]),
+        *(key_value * shape["num_key_value_heads"], shape["vocab_size"]),
+    )
+    settings = dataclasses.replace(CalibrationConfig(), **runs["settings"])
+    square, rows = [float(m.columns**2) for m in model.inputs()], [float(m.rows) for m in model.block]
+    block = [float(m.weights) for m in model.block]
+    shares = {
+        "passes": rounds(settings.tokens // _BATCH),
+        "products": units(
+            [settings.tokens * x for x in square],
+            [settings.sensitivity_tokens * x for x in (*square, *(r * r for r in rows))],
+        ),
+        "factors of measuring": units([x**1.5 for x in square], [r**3 for r in rows]),
+        "encode": units([float(hidden * shape["vocab_size"])] * 2, *[block] * model.blocks),
+        "factors": factors(model),
+    }
+    found = {}
     for size in ("2", "4"):
-        rows = {}
-        for name, how in runs["stages"].items():
-            stage = Stage(name, single["busiest_seconds"][name], how["how"], how["units"])
-            rows[name] = {
-                "predicted": stage.on(int(size)),
-                "measured": runs["runs"][size]["busiest_seconds"][name],
+        run = runs["runs"][size]
+        entries = {
+            name: {
+                "predicted": Stage(name, single[name], share).on(int(size)),
+                "measured": run["busiest_seconds"][name],
             }
-        total = {kind: sum(row[kind] for row in rows.values()) for kind in ("predicted", "measured")}
-        found[size] = {**rows, "all": total}
+            for name, share in shares.items()
+        }
+        sent = [rank["bytes_exchanged"] for rank in run["ranks"]]
+        entries["all"] = {k: sum(e[k] for e in entries.values()) for k in ("predicted", "measured")}
+        entries["bytes exchanged"] = {
+            "predicted": traffic(model, settings, int(size)),
+            "measured": sum(sent) / len(sent),
+        }
+        found[size] = entries
     return found
 
 

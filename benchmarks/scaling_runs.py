@@ -27,8 +27,8 @@ from typing import Any
 from common import quiet, save
 
 SIZES = (1, 2, 4)
-_BLOCKS, _HIDDEN, _INNER, _KEY_VALUE, _VOCABULARY = 2, 256, 704, 64, 2048
-_TOKENS, _MEASURED, _CONTEXT, _BATCH = 16384, 4096, 512, 4096
+_BLOCKS, _HIDDEN, _INNER, _VOCABULARY = 2, 256, 704, 2048
+_TOKENS, _MEASURED, _CONTEXT = 16384, 4096, 512
 
 
 @dataclasses.dataclass
@@ -133,23 +133,6 @@ def run(place: Path, size: int) -> dict[str, Any]:
     }
 
 
-def stages(is_small: bool) -> dict[str, dict[str, Any]]:
-    """How the work of each stage is divided: see `scaling.Stage`."""
-    from scaling import llama
-
-    model = llama(_BLOCKS, _HIDDEN, _INNER, _KEY_VALUE, _VOCABULARY)
-    inputs = [m.columns for m in model.inputs()]
-    rows = [m.rows for m in model.block]
-    products = [_TOKENS / _MEASURED * c**2 + c**2 for c in inputs] + [r**2 for r in rows]
-    return {
-        "passes": {"how": "rounds", "units": list(range(1 if is_small else _TOKENS // _BATCH))},
-        "products": {"how": "units", "units": products},
-        "factors of measuring": {"how": "units", "units": [float(n) ** 3 for n in (*inputs, *rows)]},
-        "factors": {"how": "units", "units": [float(n) ** 3 for n in inputs]},
-        "encode": {"how": "units", "units": [float(m.weights) for m in model.block]},
-    }
-
-
 def main() -> None:
     quiet()
     if "--child" in sys.argv:
@@ -180,7 +163,7 @@ def main() -> None:
     assert len({entry["sha256"] for entry in runs.values()}) == 1, "the bytes differ"
     print(json.dumps({size: entry["busiest_seconds"] for size, entry in runs.items()}, indent=1))
     if not is_small:
-        body = {"model": {**shape, **heads}, "settings": settings, "stages": stages(is_small), "runs": runs}
+        body = {"model": {**shape, **heads}, "settings": settings, "runs": runs}
         save("scaling_runs", "python benchmarks/scaling_runs.py", body)
 
 

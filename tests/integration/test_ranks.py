@@ -236,7 +236,9 @@ def test_torchrun(is_killed: bool, source: Path, whole: Path, tmp_path: Path) ->
     command += ["compress", str(source), "-o", str(launched.output), *launched.arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["bytes_on_disk"] == sum(map(len, contents(whole).values()))
+    assert json.loads(done.stdout.splitlines()[-1])["bytes_on_disk"] == sum(
+        map(len, contents(whole).values())
+    )
     assert contents(launched.output) == contents(whole)
     lost = "error: rank 1 of 2 ended without a message"
     assert (lost in done.stderr) == is_killed
