@@ -22,8 +22,9 @@ def architectures() -> str:
     summary = "; ".join(f"{state}: {number}" for state, number in count.most_common())
     head = ["type", "without calibration", "with calibration", "reason"]
     return (
-        f"{len(types)} types of transformers {found['transformers']}, without / with calibration: {summary}.\n\n"
-        f"Both ways, in both modes: {', '.join(both)}.\n\n{markdown_table(head, rows)}\n\n`{found['command']}`"
+        f"{len(types)} model types of transformers {found['transformers']}. Without / with calibration: {summary}.\n\n"
+        f"Types that work with and without calibration, in both modes: {', '.join(both)}.\n\n"
+        f"{markdown_table(head, rows)}\n\n`{found['command']}`"
     )
 
 
@@ -48,7 +49,7 @@ def large_models() -> str:
             ]
         )
     head = [
-        "dimensions of",
+        "model",
         "bf16, GB",
         "at 3 bits, GB",
         "bpw",
@@ -56,9 +57,8 @@ def large_models() -> str:
         "dry run, s",
         "one block, both modes",
     ]
-    return (
-        f"{markdown_table(head, rows)}\n\nGB are 10^9 bytes; exact, without tokenizer. `{found['command']}`"
-    )
+    note = f"GB are 10^9 bytes; sizes are exact and exclude the tokenizer. `{found['command']}`"
+    return f"{markdown_table(head, rows)}\n\n{note}"
 
 
 def _is(entry: dict[str, Any], without: str, calibrated: str) -> bool:

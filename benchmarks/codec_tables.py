@@ -36,7 +36,7 @@ def codec_speed() -> str:
     found = load_results("codec_speed")
     nearest = found["nearest"]
     packing = markdown_table(
-        ["bits of an index", "packing, million a second", "unpacking, million a second"],
+        ["bits of an index", "packing, million indices/s", "unpacking, million indices/s"],
         [
             [
                 str(entry["width"]),
@@ -55,14 +55,14 @@ def codec_speed() -> str:
 
 
 def hashed() -> str:
-    """The hashed trellis against the free table."""
+    """The hashed trellis against the full table."""
     found = load_results("hashed")
     rows = []
     for name, entry in found["settings"].items():
         seconds = entry["encode_processor_seconds"]
         rows.append(
             [
-                name,
+                name.replace("table,", "full table,"),
                 f"{entry['bpw_blocks']:.2f}",
                 f"{entry['bytes_on_disk'] / 1e6:.2f}",
                 number(entry["perplexity"]),
@@ -78,11 +78,11 @@ def hashed() -> str:
         "perplexity",
         "KL, nats",
         "proxy error",
-        "processor seconds to encode",
+        "CPU seconds to encode",
     ]
     note = (
         f"SmolLM2-135M, embedding dense; {found['text']}, context {found['context']}, first {found['windows']} "
-        "windows, evaluated in bfloat16; before recovery, one run each; seconds of the processor. "
+        "windows, evaluated in bfloat16; before recovery, one run each. "
         f"`{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"

@@ -1,8 +1,9 @@
 """Predicted against measured loss of the parts of a compressed model: embedding and head, blocks.
 
-The parts are put one by one into the dense model, and the KL divergence is measured on held-out text. Predicted is
-what the plan counted on: importance (nats per unit of nmse) times the nmse of the form of index. (The nmse that is
-reached is larger, since error feedback shapes errors for the inputs, which the importance takes into account.)
+The parts are put one by one into the dense model, and the KL divergence is measured on text that the calibration did
+not see. Predicted is what the plan counted on: importance (nats per unit of nmse) times the nmse of the form of index.
+(The nmse that is reached is larger, since error feedback shapes errors for the inputs, which the importance takes into
+account.)
 
 python benchmarks/predicted_loss.py MODEL COMPRESSED MEASURED    # MEASURED: folder of --calibration-cache
 """
@@ -17,7 +18,7 @@ from typing import Any
 from common import data_file, quiet, save
 
 CONTEXT, WINDOWS = 512, 8
-TEXT = ("wikitext2", "wiki.valid.near_raw.txt")
+TEXT = ("wikitext2", "wiki.test.raw")
 
 
 def predicted(name: str, settings: dict[str, Any], cache: Path) -> dict[str, float]:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 HEAD = [
-    "base, bpw of blocks",
+    "bpw of blocks",
     "method",
     "MB on disk",
     "added MB",
@@ -22,8 +22,8 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
     """The dense model, then every base with its runs."""
     dense = found["dense_perplexity"]
     lines = [["dense (bf16)", "", "", "", f"{dense:.2f}", "0", "", "", ""]]
-    for name, base in found["bases"].items():
-        title = f"{name}, {base['bpw_blocks']:.2f}"
+    for base in found["bases"].values():
+        title = f"{base['bpw_blocks']:.2f}"
         figures = f"{base['perplexity']:.2f}", f"{base['kl']:.3f}"
         lines.append([title, "none", _mb(base["bytes_on_disk"]), "", *figures, "", "", ""])
         for method, run in base["runs"].items():
@@ -44,7 +44,7 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def regained(before: float, after: float, dense: float) -> float:
-    """Share of what compression cost in log perplexity that recovery won back."""
+    """Share of the increase in log perplexity that recovery removes."""
     return math.log(before / after) / math.log(before / dense)
 
 
@@ -65,9 +65,7 @@ def verdict(found: dict[str, Any]) -> str:
             shares.append(share)
         else:
             nats = math.log(tuned / best["perplexity"]) / (best["added_bytes"] / 1e6)
-            higher.append(
-                f"{name} ({share:.0%} more bytes, {nats:.3f} nats of perplexity's logarithm per MB)"
-            )
+            higher.append(f"{name} ({share:.0%} more bytes, {nats:.3f} nats of log perplexity per MB)")
     parts = []
     if lower:
         parts.append(
@@ -93,7 +91,7 @@ def verdict(found: dict[str, Any]) -> str:
         )
     if closer:
         parts.append(
-            "Divergence from the dense model with distillation and with LoRA: "
+            "KL divergence from the dense model with distillation and with LoRA: "
             f"{'; '.join(closer)}. LoRA learns the answers of its text, not the dense model's distribution."
         )
     return " ".join(parts)
@@ -102,7 +100,7 @@ def verdict(found: dict[str, Any]) -> str:
 def _method(method: str, config: dict[str, Any]) -> str:
     if method.startswith("distill"):
         weight = config.get("label_weight", 0)
-        return f"distillation, labels weigh {weight:g}" if weight else "distillation"
+        return f"distillation, label_weight {weight:g}" if weight else "distillation"
     recipe = config["rank"], config["alpha"], config["loop"]["batch_size"], config["epochs"], config["steps"]
     name = (
         "LoRA by the paper's recipe" if recipe == (32, 64, 16, 3.0, None) else f"LoRA, rank {config['rank']}"

@@ -34,9 +34,9 @@ def runtime() -> str:
     form = found["compressed"]
     note = (
         f"SmolLM2-135M at {form['bpw_blocks']:.2f} bits per weight of blocks ({form['bytes_on_disk'] / 1e6:.0f} MB on "
-        f"disk), bfloat16; a prompt of 512 tokens, 64 tokens after a single one; in brackets against the model that is "
-        f"not compressed; memory beyond a process that has imported the same libraries; medians of {found['rounds']} "
-        f"processes in turn, on a machine shared with other work. `{found['command']}`"
+        f"disk), bfloat16; a prompt of 512 tokens; 64 tokens generated after a prompt of one; in brackets relative to "
+        f"the uncompressed model; memory minus that of a process that only imports the libraries; medians of "
+        f"{found['rounds']} processes, run in turn on a machine shared with other work. `{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
 
@@ -59,10 +59,10 @@ def serving() -> str:
     note = (
         f"SmolLM2-135M at {form['bpw_blocks']:.2f} bits per weight of blocks ({form['bytes_on_disk'] / 1e6:.0f} MB on "
         f"disk), bfloat16, {found['machine']['threads']} threads; {found['new_tokens']} new tokens after a prompt of "
-        f"about 25 for each request, all sent at once; new tokens of all requests per second, median and (best) of "
-        f"{found['rounds']} rounds in turn, on a busy machine (load {found['load']:.0f}). "
-        f"Memory: most that the process held, libraries and a key-value cache of "
-        f"{found['kv_cache_gb'] * 1000:.0f} MB included. `{found['command']}`"
+        f"about 25 tokens for each request, all sent at once; new tokens of all requests per second, median and (best) "
+        f"of {found['rounds']} rounds, run in turn on a busy machine (load {found['load']:.0f}). "
+        f"Memory: peak of the process, including libraries and a key-value cache of "
+        f"{found['kv_cache_gb'] * 1000:.0f} MB. `{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
 

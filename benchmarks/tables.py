@@ -110,7 +110,7 @@ def tasks() -> str:
                 "" if kept is None else f"{kept:.0%}",
             ]
         )
-    head = ["model", "bpw of blocks", "MB on disk", "perplexity", "KL, nats", "same top token"]
+    head = ["model", "bpw of blocks", "MB on disk", "perplexity", "KL, nats", "top-1 agreement"]
     head += [*(_TASK_TITLES.get(name, name) for name in names), "average", "margin over chance kept"]
     which = "all documents" if found["limit"] is None else f"the first {found['limit']} documents of each"
     version = dense["tasks"][names[0]]["versions"]["lm-eval"]
@@ -182,10 +182,10 @@ def calibrated() -> str:
     rows += [_calibrated_row(f"blocks at {e['named_bits']}", _beside_peers(e)) for e in _ours()]
     rows += [_calibrated_row(n, e) for n, e in found["settings"].items() if n.startswith("everything")]
     note = (
-        "SmolLM2-135M; 'blocks': embedding and head left in bf16, 'everything': encoded as well. "
+        "SmolLM2-135M; 'blocks': embedding and head left in bf16; 'everything': compressed as well. "
         f"{found['text']}, context {found['context']}, first {found['windows']} windows, evaluated in "
         f"{found['dtype']}; calibrated on {found['calibration']}; {found['machine']['processor']}, "
-        f"{found['machine']['cores']} cores, shared with other work, so seconds do not compare between "
+        f"{found['machine']['cores']} cores, shared with other work, so seconds cannot be compared between "
         f"rows. `{found['command']}`; blocks: "
         "`python benchmarks/peers/run.py`"
     )
@@ -247,10 +247,10 @@ def recovery() -> str:
     found = load_results("recovery")
     note = (
         f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
-        f"evaluated in {found['dtype']}; trained on other text; MB are 10^6 bytes of all files, adapter "
-        "included; runs shared the machine. The bases were compressed in runs of their own, in which sums were taken "
-        "in another order; a search for paths amplifies that, so their perplexity differs from the rows of the table "
-        f"of quantizers by up to {_spread_of_bases(found):.0%}. `{found['command']}`"
+        f"evaluated in {found['dtype']}; trained on text other than the test text; MB are 10^6 bytes of all files, "
+        "adapter included; runs shared the machine. The bases were compressed separately from the models in the table "
+        "of quantizers, with sums in another order; the path search amplifies such differences, so perplexities differ "
+        f"by up to {_spread_of_bases(found):.0%}. `{found['command']}`"
     )
     said = recovery_table.verdict(found)
     return "\n\n".join(

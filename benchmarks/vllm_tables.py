@@ -28,7 +28,7 @@ def rank_sizes() -> str:
     ]
     note = (
         f"Computed from the shapes: {found['bpw_blocks']:g} bits per weight of blocks, {found['bpw_ends']:g} of "
-        "embedding and head, in the files; decoded to bf16 in memory. GB are 10^9 bytes; of the stage that holds most. "
-        f"`{found['command']}`"
+        "embedding and head, in the files; decoded to bf16 in memory. GB are 10^9 bytes; for the stage that needs "
+        f"most. `{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"

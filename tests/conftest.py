@@ -22,6 +22,7 @@ import torch
 from hypothesis import settings
 
 import pocketllm
+from pocketllm.text import windows
 from tests import tiny
 from tests.commands import Run
 
@@ -40,6 +41,25 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _long_texts_are_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text that calibration takes by default has 0.4 MB, and most tests take it: its tokens are kept."""
+    original = windows.tokenize
+
+    def tokenize(tokenizer: Any, text: str) -> torch.Tensor:
+        if len(text) < 100_000 or not getattr(tokenizer, "is_fast", False):
+            return original(tokenizer, text)
+        key = (tokenizer.backend_tokenizer.to_str(), text)
+        if key not in _TOKENS:
+            _TOKENS[key] = original(tokenizer, text)
+        return _TOKENS[key].clone()
+
+    monkeypatch.setattr(windows, "tokenize", tokenize)
+
+
+_TOKENS: dict[tuple[str, str], torch.Tensor] = {}
 
 
 @pytest.fixture

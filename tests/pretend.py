@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 _GPU = torch.device("cuda", 0)
 # Operations that a real GPU lets take tensors of both sides, or that only look at them.
@@ -39,6 +39,17 @@ def _off_gpu(value: Tensor) -> Tensor:
     return value.as_subclass(Tensor) if isinstance(value, OnGpu) else value
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of a function; several times faster than torch's `tree_flatten`."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from _tensors(one)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
 class PretendGpu(TorchFunctionMode):
     """Stands for a GPU while it is entered."""
 
@@ -46,7 +57,7 @@ class PretendGpu(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        tensors = list(_tensors((args, kwargs)))
         ours = [value for value in tensors if isinstance(value, OnGpu)]
         if name == "cpu":
             return _off_gpu(args[0])
@@ -66,7 +77,9 @@ class PretendGpu(TorchFunctionMode):
             made_there = torch.device(kwargs["device"]).type == "cuda"
             kwargs["device"] = "cpu" if made_there else kwargs["device"]
         result = func(*args, **kwargs)
-        return tree_map(_on_gpu, result) if made_there else result
+        if not made_there:
+            return result
+        return tree_map(_on_gpu, result) if isinstance(result, tuple | list | dict) else _on_gpu(result)
 
     @staticmethod
     def _to(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:

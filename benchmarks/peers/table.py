@@ -41,7 +41,7 @@ def fallbacks(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         lines.append(
             [entry["title"], f"{entry['named_bits']:g}", f"{entry['bpw']:.2f}", more, "; ".join(parts)]
         )
-    return ["setting", "bits its name says", "bpw stored", "more", "stored as"], lines
+    return ["setting", "nominal bits", "stored bpw", "difference", "stored as"], lines
 
 
 def paired(found: dict[str, Any], titles: dict[str, str]) -> tuple[list[str], list[list[str]]]:
@@ -55,7 +55,7 @@ def paired(found: dict[str, Any], titles: dict[str, str]) -> tuple[list[str], li
         for name, m in found["medians"].items()
     ]
     over = [f"{found['ratios'][key]:.2f}" for key in ("seconds", "cpu_seconds", "peak_mib")]
-    return ["setting", "seconds", "CPU seconds", "peak MiB"], [*lines, ["the second over the first", *over]]
+    return ["setting", "seconds", "CPU seconds", "peak MiB"], [*lines, ["PocketLLM / AutoRound", *over]]
 
 
 def ran(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""PocketLLM: compress the weights of language models 8 to 20 times and run the result.
+"""PocketLLM: compress the weights of language models 4 to 10 times (relative to bf16) and run the result.
 
     import pocketllm
     pocketllm.compress("builtin:smollm2-135m", pocketllm.preset("lookup-8x"), "out")

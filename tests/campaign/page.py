@@ -7,51 +7,51 @@ from typing import Any
 
 _INTRO = """# Reliability
 
-Tiny models are compressed, damaged, interrupted and starved at random, and every command is run on what is left.
-Each of these must end in the right result or in an error of PocketLLM that names the file: no traceback, no
-hang, no crash, no model that loads and computes something else. The counts are those of one run, of version
-{version}{commit}:
+Tests with random faults: tiny compressed models are damaged, runs are killed, and commands are run without enough
+disk space, memory or permission. Every command must end with the right result or with a PocketLLM error that names
+the file: no traceback, no hang, no crash, and no model that loads but computes something else. The counts below are
+from one run of version {version}{commit}:
 
 ```
 {command} --json benchmarks/results/reliability.json
 python -m tests.campaign --json benchmarks/results/reliability.json --page docs/reliability.md
 ```
 
-The defaults of the command are 200 kills, 10,000 mutations and 150 faults (`--processes 2` uses two cores; the
-same command resumes a run that was stopped). A small fixed part runs with the tests.
+By default the command makes 200 kills, 10,000 mutations and 150 faults (`--processes 2` uses two cores; rerun the
+command to resume). A small fixed part of it belongs to the test suite.
 """
 _MUTATIONS = """
 ## Damaged folders
 
-{count} times a compressed model, an adapter or a dense model is damaged in one way (a bit flipped, a file
-truncated, a JSON value replaced, checksums made to fit by whoever changed it, a file added that nobody listed, a
-FIFO, a device or a link in place of a file), and a command is run on it under limits of time and memory.
+{count} times, a compressed model, an adapter or a dense model was damaged in one way, and a command was run on it
+with limits on time and memory. Kinds of damage: a flipped bit, a truncated file, a replaced JSON value, a change with
+matching new checksums, an extra file that the report does not list, and a FIFO, a device or a link in place of a file.
 
-| end | runs |
+| outcome | runs |
 |---|---|
 """
 _KILLS = """
 ## Kills
 
-{count} runs were killed (SIGKILL) one to three times at random moments, and then run again without a kill.
-{good} of them ended in the bytes of an unbroken run and left nothing beside them.
+{count} runs were killed (SIGKILL) one to three times at random moments, then rerun to the end. {good} of them wrote the
+same bytes as an uninterrupted run and left no other files behind.
 
 | command | runs |
 |---|---|
 """
 _FAULTS = """
-## A system that refuses
+## Full disk, no permission, little memory
 
-{count} runs met a limit on the size of files, an output folder without permission, or too little memory. Where a
-full disk stopped a run, the same command was run again with room, and finished.
+{count} runs met a limit on the size of files, an output folder without write permission, or too little memory. Where a
+full disk stopped a run, the same command was rerun with enough space, and completed.
 
-| fault and end | runs |
+| fault and outcome | runs |
 |---|---|
 """
 _ENDS = {
-    "refused": "refused with an error of PocketLLM",
-    "right": "ended well, with the right result",
-    "described": "ended well (commands whose result depends on what the files say)",
+    "refused": "refused with a PocketLLM error",
+    "right": "completed with the right result",
+    "described": "completed; the result depends on the changed files and was not compared",
 }
 
 

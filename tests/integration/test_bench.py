@@ -57,7 +57,7 @@ def test_what_is_refused(models: tuple[str, str], tmp_path: Path) -> None:
     small, dense = models
     with pytest.raises(ConfigError, match="bench: got no model"):
         bench([], ["packed"], SHORT)
-    with pytest.raises(ConfigError, match="mode: got fast, wanted some of packed, dense, auto"):
+    with pytest.raises(ConfigError, match="mode: got fast, wanted one or more of packed, dense, auto"):
         bench([small], ["packed", "fast"], SHORT)
     with pytest.raises(ConfigError, match="mode: got none"):
         bench([small], [], SHORT)

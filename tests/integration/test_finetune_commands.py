@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ import pocketllm
 from pocketllm.format.checkpoint import folder_bytes, read_report
 from pocketllm.recover.compress_then_distill import compress_and_distill
 from tests import tiny
-from tests.commands import Run, digest
+from tests.commands import Run, digest, in_a_copy
 from tests.recovery import config, make
 
 
@@ -45,30 +46,20 @@ def test_the_models_of_a_chain_are_shown_when_they_are_made(made: Path, tmp_path
     assert shown == [("compressed", False), ("recovered", True)]
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-c", "from pocketllm.cli import main; main()", *map(str, arguments)]
-
-
 def finetune(made: Path, output: Path, *more: str) -> list[str]:
     text = ("--text", str(made / "t.txt"), "--context", "24", "--steps", "12")
     loop = ("--set", "loop.batch_size=2", "--set", "loop.checkpoint_every=1")
     return ["finetune", str(made / "c"), "-o", str(output), *text, *loop, *more]
 
 
-def in_a_process(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
-
-
 def test_a_killed_command_resumes_to_the_same_bytes(made: Path, tmp_path: Path, run: Run) -> None:
     run.json(*finetune(made, tmp_path / "direct"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command(*finetune(made, tmp_path / "o")), stderr=subprocess.DEVNULL, env=environment
-    ) as started:
-        while started.poll() is None and not (tmp_path / "o.partial" / "checkpoint.safetensors").exists():
-            time.sleep(0.002)
-        started.send_signal(signal.SIGKILL)
+    child = in_a_copy(lambda: run(*finetune(made, tmp_path / "o")))
+    while not (tmp_path / "o.partial" / "checkpoint.safetensors").exists():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     assert not (tmp_path / "o").exists()
     code, out, err = run(*finetune(made, tmp_path / "o"), "--json")
     assert code == 0, err
@@ -78,24 +69,59 @@ def test_a_killed_command_resumes_to_the_same_bytes(made: Path, tmp_path: Path, 
     assert "step 12 of 12" in err
 
 
-@pytest.mark.parametrize("method", ["distill", "lora"])
-def test_two_processes_do_what_one_does(method: str, made: Path, tmp_path: Path, run: Run) -> None:
-    """As `accelerate launch` starts them on GPUs; here on the CPU, each with one thread."""
-    text = ("--text", made / "t.txt", "--context", "24", "--steps", "4", "--set", "loop.batch_size=4")
-    asked = ("finetune", made / "c", *text, "--set", "loop.dtype=float32", "--method", method, "--json", "-o")
+METHODS = ("distill", "lora")
+IN_TURN = """
+import sys
+from pocketllm.cli import main
+for method in sys.argv.pop(1).split():
+    arguments = [word.replace("METHOD", method) for word in sys.argv]
+    sys.argv, kept = arguments, sys.argv
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    sys.argv = kept
+"""
+
+
+def trained_by_two(made: Path, output: Path) -> list[str]:
+    text = ("--text", str(made / "t.txt"), "--context", "24", "--steps", "4", "--set", "loop.batch_size=4")
+    more = ("--set", "loop.dtype=float32", "--method", "METHOD", "--json", "-o", str(output / "METHOD"))
+    return ["finetune", str(made / "c"), *text, *more]
+
+
+@pytest.fixture(scope="module")
+def two(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Each method in two processes, as `accelerate launch` starts them on GPUs; here on the CPU, with one thread.
+
+    Returns where the results are, and what the command said of each. One start of the processes does for both.
+    """
+    output = tmp_path_factory.mktemp("two")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--main_process_port", "0", "--no_python"]
-    both = in_a_process([*launch, *command(*asked, tmp_path / "two")])
+    command = [sys.executable, "-c", IN_TURN, " ".join(METHODS), *trained_by_two(made, output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = subprocess.run([*launch, *command], capture_output=True, text=True, check=False, env=environment)
     assert both.returncode == 0, both.stderr
-    _, out, _ = run(*asked, tmp_path / "one")
-    found, wanted = json.loads(both.stdout), json.loads(out)
-    state = json.loads((tmp_path / "two.log" / "summary.json").read_text())
+    said = map(json.loads, both.stdout.splitlines())
+    return output, dict(zip(METHODS, said, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_do_what_one_does(
+    method: str, two: tuple[Path, dict[str, Any]], made: Path, tmp_path: Path, run: Run
+) -> None:
+    output, said = two
+    _, out, _ = run(*(word.replace("METHOD", method) for word in trained_by_two(made, tmp_path)))
+    found, wanted = said[method], json.loads(out)
+    state = json.loads((output / f"{method}.log" / "summary.json").read_text())
     assert state["arguments"]["processes"] == 2
     key = "kl_stored" if method == "distill" else "loss_stored"
     assert found[key] == pytest.approx(wanted[key], rel=1e-4)
     assert found[key] < found[key.replace("stored", "before")]
-    lines = (tmp_path / "two.log" / "steps.jsonl").read_text().splitlines()
+    lines = (output / f"{method}.log" / "steps.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 

@@ -90,22 +90,23 @@ def test_pushing_needs_a_login(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "another")
     with pytest.raises(
-        OutputError, match=r"me/model: the Hub refuses .* check that your token may write to it"
+        OutputError, match=r"me/model: the Hub refused the request .* check that your token may write to it"
     ):
         pocketllm.push(small, "me/model")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(OutputError, match="me/model: pushing needs a login; log in"):
+    with pytest.raises(OutputError, match="me/model: pushing requires a login; log in"):
         check_push("me/model")
 
 
 def test_a_hub_that_refuses_or_is_away(hub: Hub, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        OutputError, match=r"somebody/model: the Hub refuses .* check that your token may write to it"
+        OutputError,
+        match=r"somebody/model: the Hub refused the request .* check that your token may write to it",
     ):
         pocketllm.push(small, "somebody/model")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OutputError, match="me/model: HF_HUB_OFFLINE forbids to push"):
+    with pytest.raises(OutputError, match="me/model: HF_HUB_OFFLINE is set, so nothing can be uploaded"):
         pocketllm.push(small, "me/model")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
@@ -130,7 +131,7 @@ def test_a_hub_that_is_broken(hub: Hub, small: Path, monkeypatch: pytest.MonkeyP
         raise RefusedError(507, message="no space")
 
     monkeypatch.setattr("tests.hub_server._Handler._create", broken)
-    with pytest.raises(OutputError, match=r"me/model: the Hub refuses .* try again later"):
+    with pytest.raises(OutputError, match=r"me/model: the Hub refused the request .* try again later"):
         pocketllm.push(small, "me/model")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,9 @@ from pocketllm.compression.pipeline import Event
 from pocketllm.errors import OutputError, ResumeError
 from pocketllm.format import kept, workspace
 from pocketllm.format.checkpoint import verify
+from pocketllm.runtime.export import export
 from tests import tiny
-from tests.commands import contents, kill_now, killed
+from tests.commands import contents, kill_now, killed, raised_in_a_copy
 
 
 @pytest.mark.parametrize(
@@ -159,25 +159,6 @@ def test_full_disk(
     assert contents(tmp_path / "out") == contents(small)
 
 
-_LIMITED = """
-import resource, sys
-import pocketllm
-from pathlib import Path
-from pocketllm.runtime.export import export
-from tests import tiny
-import torch
-config = tiny.calibrated(tiny.settings())
-pocketllm.dry_run(sys.argv[1], config)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)
-if sys.argv[3] == "compress":
-    pocketllm.compress(sys.argv[1], tiny.settings(), sys.argv[2])
-elif sys.argv[3] == "export":
-    export(Path(sys.argv[1]).parent / "small", Path(sys.argv[2]), torch.float32)
-else:
-    pocketllm.dry_run(sys.argv[1], tiny.calibrated(tiny.settings(seed=1)))
-"""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits on file sizes")
 @pytest.mark.parametrize(
     ("what", "limit", "words"),
@@ -189,18 +170,32 @@ else:
     ],
 )
 def test_a_disk_that_takes_no_more(
-    what: str, limit: int, words: str, source: Path, small: Path, tmp_path: Path
+    what: str,
+    limit: int,
+    words: str,
+    source: Path,
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command = [sys.executable, "-c", _LIMITED, str(source), str(tmp_path / "out"), what, str(limit)]
-    root = Path(__file__).parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")]),
-        "POCKETLLM_CACHE": str(tmp_path / "cache"),
+    """The limit stays with the process, so that a copy of this one takes it."""
+    import resource
+
+    monkeypatch.setenv("POCKETLLM_CACHE", str(tmp_path / "cache"))
+    config = tiny.calibrated(tiny.settings())
+    jobs: dict[str, Callable[[], object]] = {
+        "compress": lambda: pocketllm.compress(source, tiny.settings(), tmp_path / "out"),
+        "export": lambda: export(small, tmp_path / "out", torch.float32),
+        "sensitivity": lambda: pocketllm.dry_run(source, tiny.calibrated(tiny.settings(seed=1))),
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert re.search(f"OutputError: .*{words}", done.stderr), done.stderr
+    pocketllm.dry_run(source, config)
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        jobs[what]()
+
+    said = raised_in_a_copy(limited)
+    assert re.search(f"OutputError: .*{words}", said), said
     assert {path.name for path in tmp_path.iterdir()} <= {"cache", "out.partial"}
     assert not list((tmp_path / "cache").glob("*.tmp"))
 

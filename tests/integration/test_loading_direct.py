@@ -103,7 +103,7 @@ def test_a_missing_tensor_is_not_filled_at_random(cls: Any, saved: Path) -> None
     tensors = load_file(path)
     del tensors["model.norm.weight"]
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(LoadError, match=r"no file holds (model\.)?norm\.weight \(1 tensors missing\)"):
+    with pytest.raises(LoadError, match=r"no file contains (model\.)?norm\.weight \(1 tensors missing\)"):
         cls.from_pretrained(saved)
 
 

@@ -38,7 +38,7 @@ def test_a_tensor_that_no_file_holds_is_named(name: str, mode: str, saved: Path)
     tensors = load_file(path)
     del tensors[name]
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(LoadError, match=rf"no file holds {name} \(1 tensors missing\)"):
+    with pytest.raises(LoadError, match=rf"no file contains {name} \(1 tensors missing\)"):
         pocketllm.load(saved, mode=mode)
 
 
@@ -52,14 +52,14 @@ def test_a_tensor_that_the_class_may_do_without_is_missing_all_the_same(
 @pytest.mark.parametrize("mode", ["dense", "packed"])
 def test_a_head_that_is_no_longer_tied_is_missing(mode: str, saved: Path) -> None:
     configured(saved, tie_word_embeddings=False)
-    with pytest.raises(LoadError, match=r"no file holds lm_head\.weight"):
+    with pytest.raises(LoadError, match=r"no file contains lm_head\.weight"):
         pocketllm.load(saved, mode=mode)
 
 
 def test_a_head_that_is_stored_and_tied_is_refused(saved: Path) -> None:
     path = saved / "model.safetensors"
     save_file({**load_file(path), "lm_head.weight": torch.zeros(96, 36)}, path, {"format": "pt"})
-    with pytest.raises(LoadError, match=r"a file holds lm_head\.weight, which config\.json ties"):
+    with pytest.raises(LoadError, match=r"a file contains lm_head\.weight, which config\.json ties"):
         pocketllm.load(saved)
 
 

@@ -51,13 +51,15 @@ def is_packed(model: Any) -> bool:
     return any(isinstance(module, PackedMatrix) for module in model.modules())
 
 
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gpt_neox", "phi"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compressed model of each architecture."""
+    return compressed(tmp_path_factory.mktemp(request.param), request.param)
+
+
 @needs_compiler
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "phi"])
 @pytest.mark.parametrize("tokens", [1, 2, 37])
-def test_packed_by_default_and_as_dense(
-    architecture: str, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = compressed(tmp_path, architecture)
+def test_packed_by_default_and_as_dense(folder: Path, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, _ = pocketllm.load(folder, mode="dense", dtype=torch.float32)
     model, _ = pocketllm.load(folder, dtype=torch.float32)
     assert is_packed(model) and not is_packed(dense)

@@ -78,7 +78,7 @@ def test_a_cache_that_does_not_fit(loaded: tuple[Any, Any], monkeypatch: pytest.
     from transformers.generation.continuous_batching import cache
 
     monkeypatch.setattr(cache.PagedAttentionMemoryHandler, "get_available_memory", lambda self: 1000)
-    with pytest.raises(ConfigError, match="kv_cache_gb: 1 GB do not fit into memory; choose less"):
+    with pytest.raises(ConfigError, match="kv_cache_gb: 1 GB do not fit into memory; choose a smaller value"):
         start(*loaded, ServeConfig())
 
 
@@ -96,7 +96,7 @@ def test_what_batches_get_wrong_is_found_at_the_start(
 
     monkeypatch.setattr(cache.PagedAttentionCache, "update", lossy)
     engine, reason = start(*loaded, ServeConfig())
-    assert isinstance(engine, OneByOne) and "not those that the model finds likeliest" in reason
+    assert isinstance(engine, OneByOne) and "not the most likely ones without batching" in reason
     monkeypatch.setattr(cache.PagedAttentionCache, "update", lambda *arguments, **options: 1 / 0)
     engine, reason = start(*loaded, ServeConfig())
     assert isinstance(engine, OneByOne) and "division by zero" in reason

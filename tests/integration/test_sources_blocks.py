@@ -135,7 +135,7 @@ def test_linear_layers_with_a_forward_of_their_own_stay_dense(settings: Any, tmp
 
 
 REFUSED = {
-    "blocks that return something else than activations": lambda: t.OpenAIGPTLMHeadModel(
+    "blocks that return something other than activations": lambda: t.OpenAIGPTLMHeadModel(
         t.OpenAIGPTConfig(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=2)
     ),
     "blocks that do not form a simple chain": lambda: t.Gemma3nForCausalLM(

@@ -32,6 +32,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 with torch.inference_mode():
     torch.save(model(torch.tensor([{tokens}])).logits, sys.argv[2])
 """
+HAS_FORMAT = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('pocketllm' in m)"
 TASK = """
 task: words
 dataset_path: json
@@ -46,7 +47,6 @@ metric_list:
     aggregation: perplexity
     higher_is_better: false
 """
-HAS_FORMAT = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('pocketllm' in m)"
 MODULES = "import sys; print(*sys.modules)"
 
 
@@ -111,7 +111,8 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_program_that_knows_nothing_of_it_gets_the_right_logits(
     installed: Python, compressed: Path, tmp_path: Path
 ) -> None:
-    done = installed(LOAD.format(tokens=TOKENS), compressed, tmp_path / "logits.pt")
+    done = installed(LOAD.format(tokens=TOKENS) + HAS_FORMAT, compressed, tmp_path / "logits.pt")
+    assert done.stdout.strip() == "True"
     model, _ = pocketllm.load(compressed)
     with torch.inference_mode():
         wanted = model(torch.tensor([TOKENS])).logits
@@ -199,14 +200,23 @@ def test_what_python_loads_when_it_starts(installed: Python, bare: Python) -> No
 
 
 def test_it_can_be_switched_off(installed: Python) -> None:
-    assert installed(HAS_FORMAT).stdout.strip() == "True"
+    """Where it is not, the same line prints True (`test_a_program_that_knows_nothing_of_it_...`)."""
     assert installed(HAS_FORMAT, **{pocketllm_startup.OFF: "1"}).stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("installed", ["build_wheel"], indirect=True)
 def test_the_import_works_where_it_is_switched_off(installed: Python) -> None:
-    done = installed(f"import pocketllm; {HAS_FORMAT}", **{pocketllm_startup.OFF: "1"})
-    assert done.stdout.strip() == "True"
+    """And the module that was waited for is as it was: its loader is Python's own, and asking for its spec does not
+    use up the hook.
+    """
+    code = (
+        "import sys, importlib.util, pocketllm; name = 'transformers.quantizers.auto'\n"
+        "importlib.util.find_spec(name)\n"
+        f"{HAS_FORMAT}; print(type(sys.modules[name].__loader__).__name__, end=' ')\n"
+        "print(type(sys.modules[name].__spec__.loader).__name__)"
+    )
+    done = installed(code, **{pocketllm_startup.OFF: "1"})
+    assert done.stdout.split() == ["True", "SourceFileLoader", "SourceFileLoader"]
 
 
 def test_python_starts_where_the_package_is_half_removed(tmp_path: Path) -> None:
@@ -221,18 +231,6 @@ def test_python_starts_where_the_package_is_half_removed(tmp_path: Path) -> None
     done = python(HAS_FORMAT)
     assert done.stdout.strip() == "False"
     assert "cannot load models compressed by pocketllm: ModuleNotFoundError" in done.stderr
-
-
-def test_the_module_that_was_waited_for_is_as_it_was() -> None:
-    """Its loader is Python's own, and asking for its spec does not use up the hook."""
-    code = (
-        "import sys, importlib.util, pocketllm; name = 'transformers.quantizers.auto'\n"
-        "importlib.util.find_spec(name)\n"
-        f"{HAS_FORMAT}; print(type(sys.modules[name].__loader__).__name__, end=' ')\n"
-        "print(type(sys.modules[name].__spec__.loader).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "SourceFileLoader", "SourceFileLoader"]
 
 
 def test_missing_modules_are_missing() -> None:

@@ -144,7 +144,7 @@ def test_without_a_report_an_adapter_is_still_refused(small: Path, tmp_path: Pat
         part.save_pretrained(tmp_path / "saved")
     pocketllm.load(tmp_path / "saved")
     (tmp_path / "saved" / "adapter_config.json").write_text("{}")
-    with pytest.raises(FormatError, match="apply without being asked"):
+    with pytest.raises(FormatError, match="apply automatically"):
         pocketllm.load(tmp_path / "saved")
 
 

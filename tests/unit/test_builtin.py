@@ -70,7 +70,7 @@ def convert(gguf: Path, made: Path, *options: Any) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(SourceError, match=f"there is {NAME}"):
+    with pytest.raises(SourceError, match=f"known: {NAME}"):
         builtin.fetch("builtin:gpt-7")
 
 

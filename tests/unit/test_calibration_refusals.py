@@ -98,7 +98,7 @@ def test_an_embedding_with_more_rows_than_the_head(tmp_path: Path) -> None:
     """As Moshi has: a token that is never predicted."""
     source = open_dense(tiny.save(tmp_path / "dense", "qwen3"))
     stream = BlockStream(source, WINDOWS, batch=1)
-    ends = EndCosts(torch.ones(96), torch.ones(97), 1.0)
+    ends = EndCosts(torch.ones(96), torch.ones(97))
     embedding = Matrix("model.embed_tokens.weight", (97, 36), 97, 36, "embed", False)
     costs, rows, share = ends.of(stream, embedding)
     assert costs.shape == rows.shape == (97,) and share == 0.0

@@ -70,6 +70,14 @@ def test_settings_of_the_networks_start_from_the_preset_without_calibration() ->
     assert made("codec.epochs=5", preset="calibrated-8x").codec.epochs == 5
 
 
+def test_a_preset_that_settings_choose_is_noted() -> None:
+    note = CompressOptions(settings=("codec.hidden=8",)).note()
+    assert note.startswith("codec.hidden does not apply") and PLAIN_PRESET in note
+    for options in ({}, {"preset": PLAIN_PRESET}, {"no_calibration": True}):
+        settings = ("codec.hidden=8",) if options else ("codec.vq_weight=1.0",)
+        assert CompressOptions(settings=settings, **options).note() == ""
+
+
 def test_the_last_of_a_key_counts() -> None:
     assert made("dense_first=1", "dense_first=2").dense_first == 2
 

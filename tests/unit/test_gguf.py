@@ -169,7 +169,7 @@ def test_scaled_positions_are_not_read(dense: Any, tmp_path: Path, caplog: pytes
 def test_damaged_note(file: Path) -> None:
     folder = resolve(str(file))
     (folder / gguf_conversion.NOTE_NAME).write_text("[")
-    with pytest.raises(SourceError, match=r"pocketllm_gguf.json: damaged .* remove the folder"):
+    with pytest.raises(SourceError, match=r"pocketllm_gguf.json: damaged .* delete the folder"):
         gguf_model.read_note(folder)
 
 

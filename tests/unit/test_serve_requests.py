@@ -97,7 +97,7 @@ def test_refused(fields: dict[str, Any], named: str) -> None:
 
 @pytest.mark.parametrize("prompt", ["", [], ["a", "b"], [1, 2], None])
 def test_refused_prompts(prompt: Any) -> None:
-    with pytest.raises(RequestError, match="prompt: wanted one text"):
+    with pytest.raises(RequestError, match="prompt: wanted a single string"):
         check_completion({"prompt": prompt}, "small", Wanted())
 
 
@@ -130,7 +130,7 @@ def test_addresses_of_this_machine_need_no_key_others_do() -> None:
 def test_an_address_in_use_is_refused() -> None:
     with serve_engines.listen(ServeConfig(port=0)) as bound:
         bound.listen()
-        with pytest.raises(ConfigError, match="cannot be listened on"):
+        with pytest.raises(ConfigError, match="cannot listen on"):
             serve_engines.listen(ServeConfig(port=bound.getsockname()[1]))
 
 

@@ -18,6 +18,10 @@ from pocketllm.text.vocabulary import (
 from tests import tiny
 
 
+def test_positions_of_a_model_without_a_limit() -> None:
+    assert positions_of(transformers.XLNetConfig()) is None  # its class says -1
+
+
 def test_positions_of_a_model_whose_text_part_is_nested() -> None:
     text = tiny.config("gemma3", max_position_embeddings=50)
     config = transformers.Gemma3Config(text_config=text.to_dict())

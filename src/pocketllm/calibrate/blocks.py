@@ -201,7 +201,7 @@ class BlockStream(BlockWeights):
 
     def _activations(self, found: Any) -> Tensor:
         if not isinstance(found, Tensor):
-            raise refusal(self.model, "has blocks that return something else than activations")
+            raise refusal(self.model, "has blocks that return something other than activations")
         return found.float()
 
     def inputs(

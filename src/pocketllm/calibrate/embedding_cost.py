@@ -9,12 +9,35 @@ import torch
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
+from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.codec.subvectors import fold
-from pocketllm.config.constants import OCCURRENCE_PRIOR, UNSEEN_ROW_SHARE
+from pocketllm.config.constants import LOUDEST_POSITION, OCCURRENCE_PRIOR, UNSEEN_ROW_SHARE
 from pocketllm.plan.matrices import Matrix
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
 _ROWS_AT_ONCE = 1 << 14
+
+
+def embedding_costs(
+    stream: BlockStream, windows: Tensor, gradients: list[Tensor], counts: Tensor | None = None
+) -> Tensor:
+    """[vocabulary] what an error in each row of the embedding costs; see `expected_costs`.
+
+    Args:
+        windows: [N, context] token ids. gradients: of each window of this rank, [1, context, C] at the input of the first block.
+        counts: [vocabulary] how often each token occurs in all of the text; None counts those in the windows.
+    """
+    costs = torch.zeros(stream.model.get_input_embeddings().weight.shape[0])
+    sums = WindowSums(ranks=stream.ranks)
+    for turn in range(stream.rounds):
+        for number, gradient in list(zip(stream.numbers, gradients, strict=True))[turn : turn + 1]:
+            size = stream.embedding_gradient(windows[number][None], gradient).norm(dim=1)
+            sums.add_item("sizes", size.clamp(max=LOUDEST_POSITION * size.median()).square().cpu())
+        sums.end_round()
+    for ids, size in zip(windows, sums.items["sizes"], strict=True):
+        costs.index_add_(0, ids, size)
+    seen = torch.bincount(windows.flatten(), minlength=len(costs))
+    return expected_costs(costs, seen, seen if counts is None else counts)
 
 
 def expected_costs(costs: Tensor, seen: Tensor, counts: Tensor) -> Tensor:
@@ -46,7 +69,7 @@ def row_squares(source: DenseCheckpoint, matrix: Matrix) -> Tensor:
 
 
 class EndCost(NamedTuple):
-    """costs: [rows], Fisher trace with feedback. rows: [rows], importance, mean 1. share: of the loss as the head."""
+    """costs: [rows], Fisher trace. rows: [rows], importance, mean 1. share: of the loss as the head."""
 
     costs: Tensor
     rows: Tensor
@@ -55,11 +78,10 @@ class EndCost(NamedTuple):
 
 @dataclass(frozen=True)
 class EndCosts:
-    """head: [rows] squared gradients of the head's rows; embedded: of the embedding's; gain: of the head."""
+    """head: [rows] squared gradients of the head's rows; embedded: of the embedding's."""
 
     head: Tensor
     embedded: Tensor
-    gain: float
 
     def of(self, stream: BlockStream, matrix: Matrix) -> EndCost:
         """The measurement of embedding or head."""
@@ -68,9 +90,19 @@ class EndCosts:
         is_head = not is_input or stream.is_tied
         none = torch.zeros(matrix.rows)  # embedding and head may differ in size
         head, embedded = self.head if is_head else none, self.embedded if is_input else none
-        rows = head + embedded
-        share = float(head.sum() / rows.sum().clamp(min=1e-30))
-        costs = head * self.gain + embedded
+        costs = head + embedded
+        share = float(head.sum() / costs.sum().clamp(min=1e-30))
         # Tokens that do not occur in the text still matter.
-        rows = rows + UNSEEN_ROW_SHARE * rows.mean() + 1e-30
+        rows = costs + UNSEEN_ROW_SHARE * costs.mean() + 1e-30
         return EndCost(costs, rows / rows.mean(), share)
+
+
+def end_hessian(head: Tensor, share: float) -> Tensor:
+    """[C, C] what errors in a row of embedding or head cost: as the head by the Hessian of its inputs, else uniformly.
+
+    Args:
+        head: [C, C] Hessian of the inputs of the head. share: of the loss that errors cause as the head.
+    """
+    hessian = share * head / head.diagonal().mean()
+    hessian.diagonal().add_(1 - share)
+    return hessian

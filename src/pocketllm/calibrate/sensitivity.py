@@ -31,11 +31,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
-from pocketllm.calibrate.embedding_cost import EndCost, EndCosts, expected_costs, row_squares
+from pocketllm.calibrate.embedding_cost import (
+    EndCost,
+    EndCosts,
+    embedding_costs,
+    end_hessian,
+    row_squares,
+)
 from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
 from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.calibrate.row_gain import row_gain
@@ -44,7 +49,6 @@ from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factori
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import fold
 from pocketllm.config.constants import (
-    LOUDEST_POSITION,
     OUTPUT_DAMPING,
     SHORTEST_STRIPS,
     STRIP_START_LOSS,
@@ -161,32 +165,17 @@ def measure(
         for number in reversed(range(count)):
             gradients = blocks.backward(number, spool.pop(number), gradients)
             progress(0.4 + 0.6 * (count - number) / count)
-    embedded = _embedding_costs(stream, windows, gradients)
-    hessian, seen = head.hessian / tokens, torch.bincount(windows.flatten(), minlength=len(embedded))
-    expected = expected_costs(embedded, seen, seen if counts is None else counts)
-    ends = EndCosts(head.rows.cpu(), expected, _gain(hessian, damping))
+    embedded = embedding_costs(stream, windows, gradients, counts)
+    hessian, ends = head.hessian / tokens, EndCosts(head.rows.cpu(), embedded)
     at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
     return Sensitivity(
-        importance=_importance(source, blocks, at_ends, on_paths),
+        importance=_importance(source, blocks, at_ends, hessian, on_paths),
         head_hessian=hessian.cpu(),
         head_share={name: end.share for name, end in at_ends.items()},
         row_importance={name: end.rows for name, end in at_ends.items()},
         strip_rows=blocks.strip_rows,
         token_weights=blocks.token_weights,
     )
-
-
-def _embedding_costs(stream: BlockStream, windows: Tensor, gradients: list[Tensor]) -> Tensor:
-    """[vocabulary] squared gradients of the embedding's rows, summed; see `LOUDEST_POSITION`."""
-    sums, embedded = WindowSums(ranks=stream.ranks), torch.zeros(_vocabulary(stream.model))
-    for turn in range(stream.rounds):
-        for number, gradient in list(zip(stream.numbers, gradients, strict=True))[turn : turn + 1]:
-            size = stream.embedding_gradient(windows[number][None], gradient).norm(dim=1)
-            sums.add_item("sizes", size.clamp(max=LOUDEST_POSITION * size.median()).square().cpu())
-        sums.end_round()
-    for ids, size in zip(windows, sums.items["sizes"], strict=True):
-        embedded.index_add_(0, ids, size)
-    return embedded
 
 
 @dataclass
@@ -250,7 +239,7 @@ class _Blocks:
 
 
 def _importance(
-    source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, EndCost], on_paths: bool
+    source: DenseCheckpoint, blocks: _Blocks, ends: dict[str, EndCost], head: Tensor, on_paths: bool
 ) -> dict[str, float]:
     """Loss per unit of nmse, by matrix; at least a tiny share of the largest."""
     found: dict[str, float] = {}
@@ -266,7 +255,8 @@ def _importance(
             found[matrix.name] = blocks.loss(matrix, squares[matrix.name] * scale)
         else:
             by_row = row_squares(source, matrix)
-            gain = row_gain(end.rows * by_row) if on_paths else 1.0
+            gain = _gain(end_hessian(head, end.share), blocks.damping)
+            gain *= row_gain(end.rows * by_row) if on_paths else 1.0
             found[matrix.name] = float(end.costs @ by_row) * scale * gain
     found |= _of_towers(blocks.matrices, found)
     floor = 1e-9 * max(found.values(), default=1.0)
@@ -287,11 +277,6 @@ def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, T
         return {}
     tensors, _ = read_kept(outputs / f"{path}.safetensors")
     return {name: value.float().to(device) for name, value in tensors.items()}
-
-
-def _vocabulary(model: Any) -> int:
-    """Rows of the input embedding."""
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _input_gains(

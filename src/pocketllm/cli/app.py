@@ -35,7 +35,7 @@ from pocketllm.ranks import REPORTED, launched
 
 app = typer.Typer(
     name="pocketllm",
-    help="Compress the weights of a language model 8 to 20 times, and run the result.",
+    help="Compress the weights of a language model 4 to 10 times (relative to bf16), and run the result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -108,4 +108,4 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Compress the weights of a language model 8 to 20 times, and run the result."""
+    """Compress the weights of a language model 4 to 10 times (relative to bf16), and run the result."""

@@ -29,7 +29,7 @@ def bench(
         str, typer.Option(help="Modes to run each model in: packed, dense, auto, separated by commas.")
     ] = "packed,dense",
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate after a single one.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate after a prompt of one token.")] = 64,
     rounds: Annotated[int, typer.Option(help="Processes for each model and mode; medians are shown.")] = 3,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     threads: Threads = 0,

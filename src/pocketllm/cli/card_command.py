@@ -32,7 +32,7 @@ def card(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the model card (README.md) of a compressed model anew, with measured values."""
+    """Rewrite the model card (README.md) of a compressed model, with measured values."""
     from pocketllm.format import write_card
     from pocketllm.report import read_figures
 

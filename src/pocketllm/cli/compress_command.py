@@ -57,7 +57,7 @@ Calibration = Annotated[
     ),
 ]
 NoCalibration = Annotated[
-    bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone.")
+    bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone; needs no text.")
 ]
 Cache = Annotated[
     Path | None,
@@ -69,13 +69,14 @@ Override = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATTERN=BITS",
-        help="Bits per weight of matrices by name, such as 'model.layers.0.*=4'; 16 leaves them dense; the last "
-        "matching pattern applies; repeatable.",
+        help="Bits of the indices per weight of matrices by name, such as 'model.layers.0.*=4'; 16 leaves them dense; "
+        "the last matching pattern applies; repeatable.",
     ),
 ]
 KeepEmbeddings = Annotated[bool, typer.Option("--keep-embeddings", help="Leave embedding and head dense.")]
 Recover = Annotated[
-    str | None, typer.Option(help="distill: then recover accuracy, as `pocketllm finetune` does.")
+    str | None,
+    typer.Option(help="distill: recover accuracy after the compression, as `pocketllm finetune` does."),
 ]
 RecoverText = Annotated[
     list[str] | None,
@@ -164,6 +165,8 @@ def compress(
     show, trust, is_first = run.output(), run.trust_remote_code, launched()[0] == 0
     options = recipe.parsed()
     configs, number = [each.config() for each in options], count("--windows", windows)
+    if options[0].note():
+        show.note(options[0].note())
     recovery = recovery_of(options[0], recover, recover_text or [])
     if len(configs) > 1:
         refuse_for_several({"--recover": recover, "--push": push})

@@ -33,7 +33,8 @@ Method = Annotated[
 Text = Annotated[
     list[str] | None,
     typer.Option(
-        help="Training text: file, folder or JSON lines; repeatable. The default is Python's documentation."
+        help="Training text: file (text, JSON, JSON lines, parquet) or folder; repeatable. "
+        "The default is Python's documentation."
     ),
 ]
 Teacher = Annotated[

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream, block_list
+from pocketllm.calibrate.embedding_cost import end_hessian
 from pocketllm.calibrate.input_hessians import Inputs
 from pocketllm.calibrate.sensitivity import Sensitivity, output_hessians
 from pocketllm.codec.hessian import Hessian
@@ -210,8 +211,7 @@ def _encode_ends(
 def _encode_end(encoder: MatrixEncoder, matrix: Matrix, sensitivity: Sensitivity) -> None:
     """Encode embedding or head: errors in the head are weighted by its Hessian, errors in looked-up rows uniformly."""
     head, share = sensitivity.head_hessian.to(encoder.device), sensitivity.head_share[matrix.name]
-    hessian = share * head / head.diagonal().mean()
-    hessian.diagonal().add_(1 - share)
+    hessian = end_hessian(head, share)
     settings, rows = encoder.plan.config.calibration, sensitivity.row_importance[matrix.name]
     assert settings is not None
     encoder.encode(matrix, Hessian(hessian, settings.damping), row_importance=rows.to(encoder.device))

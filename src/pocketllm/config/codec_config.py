@@ -32,8 +32,9 @@ class CodecConfig:
     sample_per_codeword: Largest number of subvectors per codeword to fit a codebook and its networks to.
     max_sample: Largest number of subvectors to fit a codebook and its networks to.
     trellis_width: Bits of an index on a trellis, where indices overlap; none for independent indices.
-    codebook_source: fit; hashed (fitted, too, but 256 codewords, which windows of a trellis of 9 to 16 bits look up by
-        a hash: decodes several times faster); or seed (Gaussian numbers generated from a seed; no codebook is stored).
+    codebook_source: fit (K fitted codewords); hashed (256 fitted codewords, looked up by a hash of the index, which is
+        a trellis window of 9 to 16 bits; several times faster to decode on CPUs with AVX-512 VBMI); or seed (Gaussian
+        numbers generated from a seed; no codebook is stored).
     """
 
     vector_len: int = 4

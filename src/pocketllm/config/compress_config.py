@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from pocketllm.config.checks import at_least, one_of, plain, positive
@@ -34,9 +35,9 @@ class CalibrationConfig:
     sequential: Encode each block for the inputs that the compressed blocks before it produce; false uses those
         of the dense model, which can be cached.
     refine_epochs: Passes over the text to tune each encoded block; 0 is off.
-    refine_rate: Learning rate of that tuning.
-    texts: Files, folders or data sets of the Hub (OWNER/NAME[:CONFIG[:SPLIT]]); the default is the text that
-        comes with Python.
+    refine_rate: Learning rate for refine_epochs.
+    texts: Files, folders or data sets on the Hub (OWNER/NAME[:CONFIG[:SPLIT]]); the default is Python's own
+        documentation.
     """
 
     tokens: int = 32768
@@ -161,8 +162,7 @@ class CompressConfig:
 
     def codec_for(self, vector_len: int) -> CodecConfig:
         """The codec settings at another vector_len; `hidden` grows if the identity initialization needs it."""
-        hidden = max(self.codec.hidden, 2 * vector_len) if self.codec.hidden else 0
-        return dataclasses.replace(self.codec, vector_len=vector_len, hidden=hidden)
+        return _codec_for(self.codec, vector_len)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `towers` only where it is true, as files of models without it are older."""
@@ -195,3 +195,9 @@ class CompressConfig:
                 "overrides": overrides,
             }
         )
+
+
+@lru_cache(maxsize=1 << 8)
+def _codec_for(codec: CodecConfig, vector_len: int) -> CodecConfig:
+    hidden = max(codec.hidden, 2 * vector_len) if codec.hidden else 0
+    return dataclasses.replace(codec, vector_len=vector_len, hidden=hidden)

@@ -77,11 +77,27 @@ class CompressOptions:
         _at_most_one({"--preset": self.preset, **targets})
         _at_most_one({**targets, "codebook_size": self.given.get("codebook_size")})
         given = {key: value for key, value in self.given.items() if not key.startswith(_RECOVER)}
-        set_keys = [key for key, value in given.items() if value is not None]
-        base = preset(default_preset(self.no_calibration, set_keys) if self.preset is None else self.preset)
+        base = preset(self._start if self.preset is None else self.preset)
         if self.calibration:
             given["calibration.texts"] = self.calibration
         return replaced(base, {**given, **self._options(), **self._calibration(base, given)})
+
+    @property
+    def _start(self) -> str:
+        """The preset that the settings start from if none is named."""
+        return default_preset(
+            self.no_calibration, [key for key, value in self.given.items() if value is not None]
+        )
+
+    def note(self) -> str:
+        """What settings have changed beyond their own values, for the user; empty if nothing."""
+        if self.preset is not None or self.no_calibration or self._start == DEFAULT_PRESET:
+            return ""
+        keys = ", ".join(key for key in self.given if default_preset(False, [key]) != DEFAULT_PRESET)
+        return (
+            f"{keys} does not apply to the default, which chooses indices on a trellis: starting from preset "
+            f"{self._start}, without calibration; name a preset to choose another"
+        )
 
     def recovery(self, texts: tuple[str, ...] = ()) -> DistillConfig:
         """Settings of the distillation that follows a compression.

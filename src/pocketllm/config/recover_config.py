@@ -55,14 +55,14 @@ class DistillConfig:
 
     steps: Training steps.
     context: Tokens per window.
-    texts: Files or folders to train on; the default is the text that comes with Python.
+    texts: Files or folders to train on; the default is Python's own documentation.
     validation_windows: Windows of the text kept for validation.
     validation_text: File or folder to validate on, instead of a part of the training text.
-    lr_codebook: Learning rate of codebooks, relative.
+    lr_codebook: Learning rate of codebooks, relative to the size of their values.
     lr_decoder: Learning rate of decoders.
-    lr_scale: Learning rate of row scales, relative.
-    lr_norm: Learning rate of norms, biases and other vectors, relative.
-    lr_dense: Learning rate of matrices that are stored dense (embedding and head if they are kept), relative.
+    lr_scale: Learning rate of row scales, relative to their size.
+    lr_norm: Learning rate of norms, biases and other vectors, relative to the size of their values.
+    lr_dense: Learning rate of matrices that are stored dense (such as kept embeddings), relative to their size.
     teacher_top_k: Compute the teacher's k most likely tokens once; 0 runs the teacher on every batch.
     label_weight: w in the loss w (-log q) + (1 - w) KL, q of the text's own next token; 0 is the divergence
         alone. Above 0 the model also learns the text, and matches the dense model less closely.
@@ -109,7 +109,7 @@ class LoraTuneConfig:
     steps: Training steps, instead of epochs; none trains for epochs.
     learning_rate: Learning rate.
     context: Tokens per window of plain text; an instruction with its answer is cut to this length.
-    texts: Chats, instructions (rows of JSON or parquet) or plain text; the default is the text that comes with Python.
+    texts: Chats, instructions (rows of JSON or parquet) or plain text; the default is Python's own documentation.
     validation_items: Windows or instructions kept for validation.
     mode: Form of the base in memory: dense (fast) or packed (small).
     loop: Settings of the training loop.

@@ -95,7 +95,7 @@ def bench(
         raise ConfigError("bench: got no model; name a compressed model, or a dense one with --against")
     wrong = [mode for mode in modes if mode not in MODES]
     if wrong or not modes:
-        raise ConfigError(f"mode: got {', '.join(wrong) or 'none'}, wanted some of {', '.join(MODES)}")
+        raise ConfigError(f"mode: got {', '.join(wrong) or 'none'}, wanted one or more of {', '.join(MODES)}")
     jobs = [(model, mode) for model in models for mode in modes]
     jobs += [] if against is None else [(against, CHECKPOINT)]
     for model, mode in jobs:

@@ -169,7 +169,7 @@ def _encode(tokenizer: Any, prompt: Prompt, chat: bool) -> list[int]:
         ids = tokenizer(prompt)["input_ids"]
     else:
         if not has_template(tokenizer):
-            raise ConfigError("chat: this model's tokenizer has no chat template; leave --chat out")
+            raise ConfigError("chat: this model's tokenizer has no chat template; omit --chat")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[

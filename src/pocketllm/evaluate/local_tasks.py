@@ -89,7 +89,7 @@ def local_task_digest(name: str, data: Path | None) -> str:
     """
     place = local_tasks()[name].find(data)
     if place is None:
-        raise SourceError(f"{name}: {data or 'no data folder'} does not contain it")
+        raise SourceError(f"{name}: no file for this task in {data or 'the data folder (none is given)'}")
     body = place[0].read_bytes() + "\n".join(_labels(place[0]) or []).encode()
     return hashlib.sha256(body).hexdigest()[:16]
 

@@ -21,7 +21,7 @@ from pocketllm.source.hub import LOG_IN
 
 
 def write_card(folder: Path, figures: Sequence[Figure] = (), base_model: str | None = None) -> Path:
-    """Write the model card of a compressed model anew; the sizes in its report count it.
+    """Rewrite the model card of a compressed model; the sizes in its report count it.
 
     Args:
         figures: measured values to show.
@@ -162,13 +162,17 @@ def _refusals(repository: str) -> Iterator[None]:
     try:
         yield
     except errors.LocalTokenNotFoundError as error:
-        raise OutputError(f"{repository}: pushing needs a login; {LOG_IN}") from error
+        raise OutputError(f"{repository}: pushing requires a login; {LOG_IN}") from error
     except errors.OfflineModeIsEnabled as error:
-        raise OutputError(f"{repository}: HF_HUB_OFFLINE forbids to push; unset it") from error
+        raise OutputError(
+            f"{repository}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it"
+        ) from error
     except errors.HfHubHTTPError as error:
         denied = error.response.status_code in (401, 403)
         advice = f"check that your token may write to it, or {LOG_IN}" if denied else "try again later"
-        raise OutputError(f"{repository}: the Hub refuses ({reason_of(error)}); {advice}") from error
+        raise OutputError(
+            f"{repository}: the Hub refused the request ({reason_of(error)}); {advice}"
+        ) from error
     except PocketError:
         raise
     except Exception as error:  # whatever a transfer comes upon

@@ -37,8 +37,8 @@ def check_folder(folder: Path, listed: Collection[str], report_name: str | None)
         path = folder / name
         if _matches(name, _ADAPTER):
             raise FormatError(
-                f"{path}: an adapter inside the model's folder, which transformers would apply without being "
-                "asked; remove it, or keep it in a folder of its own and pass that with --adapter"
+                f"{path}: an adapter inside the model's folder, which transformers would apply "
+                "automatically; remove it, or keep it in a separate folder and pass that with --adapter"
             )
         if name in listed and _matches(name, PICKLES):
             raise FormatError(f"{path}: a pickle, which is never read; remove it, or fetch the model again")

@@ -108,7 +108,7 @@ class Batches(Answering, CBGenerateManager):  # type: ignore[misc]
             )
             if isinstance(error, MemoryError):
                 raise ConfigError(
-                    f"kv_cache_gb: {self.config.kv_cache_gb:g} GB do not fit into memory; choose less"
+                    f"kv_cache_gb: {self.config.kv_cache_gb:g} GB do not fit into memory; choose a smaller value"
                 )
             raise LoadError(str(error))
         with torch.inference_mode():
@@ -117,7 +117,7 @@ class Batches(Answering, CBGenerateManager):  # type: ignore[misc]
         chosen = logits.gather(1, torch.tensor(done.generated_tokens, device=logits.device)[:, None])[:, 0]
         most = logits.amax(dim=1)
         if not bool((most - chosen <= _LEAST_MARGIN * (most - logits.mean(dim=1))).all()):
-            raise LoadError("its tokens in a batch are not those that the model finds likeliest")
+            raise LoadError("tokens generated in a batch are not the most likely ones without batching")
 
     def _start(
         self, processor: Any, inputs: Any, queue: AnswerQueue, request_id: str, response_parser: Any

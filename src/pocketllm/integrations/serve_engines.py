@@ -90,7 +90,7 @@ def listen(config: ServeConfig) -> socket.socket:
     except OSError as error:
         bound.close()
         raise ConfigError(
-            f"host, port: {config.host}:{config.port} cannot be listened on ({error.strerror or error}); "
+            f"host, port: cannot listen on {config.host}:{config.port} ({error.strerror or error}); "
             "choose another port, or 0 for a free one"
         ) from error
     return bound

@@ -124,7 +124,7 @@ def check_completion(body: Mapping[str, Any], served: str, defaults: Wanted) -> 
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
     if not isinstance(prompt, str) or not prompt:
-        raise RequestError("prompt: wanted one text; send a request for each of several", "prompt")
+        raise RequestError("prompt: wanted a single string; send one request per prompt", "prompt")
     return {"prompt": prompt, "stream": _flag(body, "stream"), "wanted": wanted}
 
 
@@ -185,7 +185,7 @@ def _stop(value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value or []
     fits = isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
     if not fits or len(texts) > _MOST_STOPS:
-        raise RequestError(f"stop: wanted a text, or up to {_MOST_STOPS} of them, none empty", "stop")
+        raise RequestError(f"stop: wanted a string or up to {_MOST_STOPS} of them, none empty", "stop")
     return tuple(texts)
 
 
@@ -203,7 +203,7 @@ def _check_message(message: Any, where: str) -> None:
         isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts
     )
     if not (isinstance(content, str) or parts) or not text_only:
-        raise RequestError(f"{where}.content: wanted a text, or a list of parts of type text", where)
+        raise RequestError(f"{where}.content: wanted a string, or a list of parts of type text", where)
 
 
 def _check_tool_calls(calls: Any, where: str) -> None:
@@ -233,7 +233,7 @@ def _template_settings(value: Any) -> dict[str, Any]:
         key in own or not isinstance(setting, str | bool | int | float) for key, setting in settings.items()
     ):
         raise RequestError(
-            "chat_template_kwargs: wanted an object of variables that the chat template reads, each a text, "
+            "chat_template_kwargs: wanted an object of variables of the chat template, each a string, "
             "a number, true or false",
             "chat_template_kwargs",
         )

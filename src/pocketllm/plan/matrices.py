@@ -53,19 +53,12 @@ class Matrix:
 
     def form(self, spec: Spec) -> IndexForm:
         """How its indices are stored."""
-        return form_for(spec.codebook_size, spec.stride, self.strip_rows, spec.window)
+        return _form(spec, self.strip_rows)
 
     def own_bits(self, spec: Spec, row_scale: bool) -> int:
         """Bits of packed indices (whole bytes, padding included) and row scales."""
-        per_row = subvectors_per_row(self.columns, spec.vector_len)
-        indices = 8 * _nbytes(self.form(spec), self.rows, per_row)
+        indices = 8 * _nbytes(spec, self.rows, self.columns, self.strip_rows)
         return indices + (ROW_SCALE_BITS * self.rows if row_scale else 0)
-
-
-@lru_cache(maxsize=1 << 16)
-def _nbytes(form: IndexForm, rows: int, per_row: int) -> int:
-    """Bytes of packed indices; plans ask for the same ones very often, and fused experts have thousands of strips."""
-    return form.nbytes(rows, per_row)
 
 
 @dataclass(frozen=True, order=True)
@@ -96,6 +89,16 @@ class Spec:
         return self.form.predicted_nmse(self.vector_len)
 
 
+@lru_cache(maxsize=1 << 16)
+def _nbytes(spec: Spec, rows: int, columns: int, strip_rows: int) -> int:
+    """Bytes of packed indices; plans ask for the same ones very often, and fused experts have thousands of strips."""
+    return _form(spec, strip_rows).nbytes(rows, subvectors_per_row(columns, spec.vector_len))
+
+
+def _form(spec: Spec, strip_rows: int) -> IndexForm:
+    return form_for(spec.codebook_size, spec.stride, strip_rows, spec.window)
+
+
 @dataclass(frozen=True)
 class Dense:
     """A tensor that is left dense, and the reason."""
@@ -124,8 +127,8 @@ class Plan:
 
     def decoder_key(self, matrix: Matrix) -> str:
         """Matrices with the same key share a decoder (and a codebook)."""
-        scope = {"matrix": matrix.name, "kind": matrix.kind, "model": ""}[self.config.decoder_scope]
-        return f"{self.codebook_key(matrix)}|{scope}"
+        (shared,) = _shared((matrix,), self.config.decoder_scope)
+        return f"{self.codebook_key(matrix)}|{shared}"
 
     def rotation(self, matrix: Matrix) -> Seeds:
         """Seeds of the rotations of a matrix; the same for all that have the same inputs.
@@ -162,16 +165,18 @@ class Plan:
 
     def bits_by_part(self) -> dict[str, int]:
         """Stored bits: indices, row_scales, codebooks, decoders."""
-        row_scales = sum(ROW_SCALE_BITS * m.rows for m in self.matrices) if self.config.codec.row_scale else 0
-        codebooks = {self.codebook_key(m): self.specs[m.name] for m in self.matrices}
-        decoders = {self.decoder_key(m): self.specs[m.name] for m in self.matrices}
+        row_scale, matrices = self.config.codec.row_scale, self.matrices
+        specs = [self.specs[m.name] for m in matrices]
+        # The search for a plan comes here tens of thousands of times: pairs in place of the text of the keys.
+        codebooks = list(zip(specs, _shared(matrices, self.codebook_scope), strict=True))
+        decoders = zip(codebooks, _shared(matrices, self.config.decoder_scope), strict=True)
+        lengths = Counter(spec.vector_len for (spec, _), _ in set(decoders))
         return {
-            "indices": sum(self.own_bits(m) for m in self.matrices) - row_scales,
-            "row_scales": row_scales,
-            "codebooks": sum(self.codebook_bits(spec) for spec in codebooks.values()),
+            "indices": sum(m.own_bits(spec, False) for m, spec in zip(matrices, specs, strict=True)),
+            "row_scales": sum(ROW_SCALE_BITS * m.rows for m in matrices) if row_scale else 0,
+            "codebooks": sum(self.codebook_bits(spec) for spec, _ in set(codebooks)),
             "decoders": sum(
-                count * self.config.codec_for(vector_len).decoder_bits
-                for vector_len, count in Counter(spec.vector_len for spec in decoders.values()).items()
+                count * self.config.codec_for(length).decoder_bits for length, count in lengths.items()
             ),
         }
 
@@ -198,7 +203,14 @@ class Plan:
 
 
 def _codebook_key(matrix: Matrix, spec: Spec, scope: str) -> str:
-    shared = {"matrix": matrix.name, "kind": matrix.kind, "model": ""}[scope]
+    (shared,) = _shared((matrix,), scope)
     overlap = f"+{spec.stride}" if spec.stride else ""
     overlap += f"/{spec.window}" if spec.window else ""
     return f"{spec.vector_len}x{spec.codebook_size}{overlap}|{shared}"
+
+
+def _shared(matrices: tuple[Matrix, ...], scope: str) -> list[str]:
+    """What the matrices that share a codebook or decoder have in common: `matrix`, `kind` or `model`."""
+    if scope == "model":
+        return [""] * len(matrices)
+    return [m.name if scope == "matrix" else m.kind for m in matrices]

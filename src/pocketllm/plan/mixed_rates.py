@@ -99,13 +99,14 @@ class MixedRates(Budget):
             best = spent
 
     def _at_price(self, price: float, choices: Choices) -> dict[str, Spec]:
-        return {
-            m.name: min(
-                choices[m.name],
-                key=lambda spec: self.value(m) * spec.nmse + price * spec.index_bpw * m.weights,
+        def cheapest(matrix: Matrix) -> Spec:
+            value, weights = self.value(matrix), matrix.weights
+            return min(
+                choices[matrix.name],
+                key=lambda spec: value * spec.nmse + price * spec.index_bpw * weights,
             )
-            for m in self.matrices
-        }
+
+        return {m.name: cheapest(m) for m in self.matrices}
 
     def _spend(self, specs: dict[str, Spec], choices: Choices) -> dict[str, Spec]:
         """Raise single matrices to their next codec, most useful first, while the budget lasts.

@@ -123,14 +123,14 @@ def check_filled(model: Any, tied: Mapping[str, str], loading: Any) -> None:
     missing = sorted(key for key in loading.missing_keys if not has_own_head or key.startswith(inner))
     if missing:
         raise LoadError(
-            f"{folder}: no file holds {missing[0]} ({len(missing)} tensors missing), so it was filled with new values; "
-            "fetch the model again, or save it anew"
+            f"{folder}: no file contains {missing[0]} ({len(missing)} tensors missing), so it was newly initialized; "
+            "fetch the model again, or save it again"
         )
     apart = sorted(set(loading.unexpected_keys) & set(tied))
     if apart:
         raise LoadError(
-            f"{folder}: a file holds {apart[0]}, which config.json ties to {tied[apart[0]]}; set "
-            "tie_word_embeddings to false there if it is a parameter of its own, else remove it"
+            f"{folder}: a file contains {apart[0]}, which config.json ties to {tied[apart[0]]}; set "
+            "tie_word_embeddings to false there if it is an independent parameter, otherwise remove it"
         )
 
 

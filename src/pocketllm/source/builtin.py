@@ -97,7 +97,7 @@ def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> 
     """
     short = name.removeprefix(BUILTIN_PREFIX)
     if short not in _BUILTINS:
-        raise SourceError(f"{name}: no such built-in model; there is {', '.join(_names())}")
+        raise SourceError(f"{name}: no such built-in model; known: {', '.join(_names())}")
     builtin = _BUILTINS[short]
 
     def make(scratch: Path) -> Path:

@@ -148,8 +148,8 @@ def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = Fals
     """
     if (folder / ADAPTER_NAME).exists():
         raise SourceError(
-            f"{folder / ADAPTER_NAME}: an adapter next to the weights, which transformers would apply without being "
-            "asked; move its files to another folder, or merge it into the model first"
+            f"{folder / ADAPTER_NAME}: an adapter next to the weights, which transformers would apply "
+            "automatically; move its files to another folder, or merge it into the model first"
         )
     config, named = read_config(folder, trust_remote_code), unusual_name(folder)
     if named is not None:

@@ -121,4 +121,4 @@ def read_note(folder: Path) -> dict[str, Any] | None:
     try:
         return read_object(path)
     except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: damaged ({error}); remove the folder, it is made again") from error
+        raise SourceError(f"{path}: damaged ({error}); delete the folder, it will be rebuilt") from error

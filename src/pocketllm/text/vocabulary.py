@@ -16,7 +16,8 @@ def name_of(model: Any) -> str:
 
 def positions_of(config: Any) -> int | None:
     """Largest number of tokens in a window, by a model's transformers configuration; None if it sets no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None  # XLNet says -1
 
 
 def check_positions(config: Any, context: int, name: str) -> None:

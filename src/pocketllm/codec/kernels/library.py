@@ -82,7 +82,9 @@ def best_isa() -> Isa:
     if not wanted:
         return found
     if wanted.upper() not in Isa.__members__ or Isa[wanted.upper()] > found:
-        raise ConfigError(f"POCKETLLM_ISA: got {wanted!r}, this processor has plain to {found.name.lower()}")
+        raise ConfigError(
+            f"POCKETLLM_ISA: got {wanted!r}, this processor supports plain to {found.name.lower()}"
+        )
     return Isa[wanted.upper()]
 
 
