@@ -181,6 +181,11 @@ class Ranks:
                 temporary.write_bytes(data.numpy().tobytes())
                 temporary.replace(path)
 
+    def sync_folder(self, folder: Path) -> None:
+        """`sync_files` of those that the first rank has in a folder."""
+        names = self.from_first(lambda: sorted(path.name for path in folder.iterdir()))
+        self.sync_files(folder, names)
+
     @contextmanager
     def _exchange(self) -> Iterator[None]:
         """Say which rank has failed if an exchange breaks off."""

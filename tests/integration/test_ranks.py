@@ -200,7 +200,7 @@ def test_recovery_runs_in_a_launch_of_its_own(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = run("compress", source, "-o", tmp_path / "out", "--recover", "distill")
-    assert code == 2 and "--recover: got several processes, wanted one" in err
+    assert code == 2 and "--recover: runs in one process" in err
 
 
 KILLED_ONCE = """

@@ -95,8 +95,8 @@ def test_targets_that_are_no_list(run: Run, source: Path, tmp_path: Path) -> Non
     for words, reason in (
         (["--bpw", "5,5"], "several targets: got 5 bits per weight twice"),
         (["--bpw", "5,x"], "--bpw: got '5,x', wanted a number, or several as in 2,3,4"),
-        (["--bpw", "5,6", "--push", "me/it"], "--bpw with several targets cannot be combined with --push"),
-        (["--bpw", "5,6", "--recover", "distill"], "cannot be combined with --recover"),
+        (["--bpw", "5,6", "--push", "me/it"], "--push: applies to one target; give one to --bpw"),
+        (["--bpw", "5,6", "--recover", "distill"], "--recover: applies to one target"),
     ):
         code, _, err = run("compress", source, "-o", tmp_path / "out", *words, "--no-calibration")
         assert code == 2 and reason in " ".join(err.replace("│", " ").split()), err

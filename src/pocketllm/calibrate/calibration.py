@@ -112,7 +112,6 @@ def calibrate(
     found = _kept(path, outputs) if ranks.is_first else None
     if ranks.from_first(lambda: found is not None):
         ranks.sync_files(place, [path.name])
-        _sync_folder(outputs, ranks)
         found = found or Sensitivity.load(path)
     else:
         with _atomic_folder(outputs, ranks) as made:
@@ -132,7 +131,8 @@ def calibrate(
                 ranks=ranks,
             )
             found = _read_back(found, path if is_writable and ranks.is_first else None)
-        _sync_folder(outputs, ranks)
+    if outputs is not None:
+        ranks.sync_folder(outputs)
     kept = None
     if folder is not None and not settings.sequential:
         inside = [m.name for m in matrices if m.in_blocks]
@@ -216,17 +216,9 @@ def _kept(path: Path, outputs: Path | None) -> Sensitivity | None:
         return None
 
 
-def _sync_folder(folder: Path | None, ranks: Ranks) -> None:
-    if folder is not None:
-        names = ranks.from_first(lambda: sorted(path.name for path in folder.iterdir()))
-        ranks.sync_files(folder, names)
-
-
 @contextmanager
 def _atomic_folder(folder: Path | None, ranks: Ranks = SOLO) -> Iterator[Path | None]:
-    """A temporary folder of this rank; that of the first is renamed to its final name when complete, unless another
-    process was faster.
-    """
+    """A temporary folder of this rank; that of the first is renamed when complete, unless another run was faster."""
     if folder is None:
         yield None
         return

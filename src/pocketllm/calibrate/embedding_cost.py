@@ -24,7 +24,8 @@ def embedding_costs(
     """[vocabulary] what an error in each row of the embedding costs; see `expected_costs`.
 
     Args:
-        windows: [N, context] token ids. gradients: of each window of this rank, [1, context, C] at the input of the first block.
+        windows: [N, context] token ids.
+        gradients: of each window of this rank, [1, context, C] at the input of the first block.
         counts: [vocabulary] how often each token occurs in all of the text; None counts those in the windows.
     """
     costs = torch.zeros(stream.model.get_input_embeddings().weight.shape[0])

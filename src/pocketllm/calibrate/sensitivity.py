@@ -34,13 +34,7 @@ from typing import Any
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
-from pocketllm.calibrate.embedding_cost import (
-    EndCost,
-    EndCosts,
-    embedding_costs,
-    end_hessian,
-    row_squares,
-)
+from pocketllm.calibrate.embedding_cost import EndCost, EndCosts, embedding_costs, end_hessian, row_squares
 from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
 from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.calibrate.row_gain import row_gain
@@ -48,11 +42,7 @@ from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factorize
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import fold
-from pocketllm.config.constants import (
-    OUTPUT_DAMPING,
-    SHORTEST_STRIPS,
-    STRIP_START_LOSS,
-)
+from pocketllm.config.constants import OUTPUT_DAMPING, SHORTEST_STRIPS, STRIP_START_LOSS
 from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
 from pocketllm.plan.matrices import Matrix
@@ -219,8 +209,7 @@ class _Blocks:
 
     def _measure_outputs(self, sums: WindowSums) -> dict[str, Tensor]:
         """Choose the strips of matrices from the sums of g g^T; returns their Hessians as stored, on the first rank."""
-        ranks, own = self.stream.ranks, list[tuple[str, Tensor]]()
-        chosen: dict[str, tuple[int, float]] = {}
+        ranks, own, chosen = self.stream.ranks, list[tuple[str, Tensor]](), dict[str, tuple[int, float]]()
         for name in list(sums.squares):
             scaled = regularized_hessian(sums.squares.pop(name), self.tokens)
             scaled /= scaled.diagonal().mean()
@@ -245,14 +234,13 @@ def _importance(
     found: dict[str, float] = {}
     inside = [m for m in blocks.matrices if not m.in_tower and m.name not in ends]
     jobs = [partial(_mean_square, source, m) for m in inside]
-    means = blocks.stream.ranks.map(jobs, [m.weights for m in inside])
-    squares = dict(zip([m.name for m in inside], means, strict=True))
+    means = iter(blocks.stream.ranks.map(jobs, [m.weights for m in inside]))
     for matrix in blocks.matrices:
         if matrix.in_tower:
             continue
         end, scale = ends.get(matrix.name), 1 / 2 / blocks.tokens
         if end is None:
-            found[matrix.name] = blocks.loss(matrix, squares[matrix.name] * scale)
+            found[matrix.name] = blocks.loss(matrix, next(means) * scale)
         else:
             by_row = row_squares(source, matrix)
             gain = _gain(end_hessian(head, end.share), blocks.damping)

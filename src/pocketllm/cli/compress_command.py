@@ -23,7 +23,7 @@ from pocketllm.cli.shared_options import (
     count,
     set_option,
 )
-from pocketllm.cli.target_list import Several, Targets, parse_bpw, refuse_for_several
+from pocketllm.cli.target_list import Several, Targets, parse_bpw, refuse
 from pocketllm.cli.text_perplexity import EvalText, perplexity_table, read_eval_text
 from pocketllm.config import PRESETS, CompressConfig, CompressOptions, DistillConfig, EvalConfig
 from pocketllm.errors import ConfigError
@@ -169,7 +169,9 @@ def compress(
         show.note(options[0].note())
     recovery = recovery_of(options[0], recover, recover_text or [])
     if len(configs) > 1:
-        refuse_for_several({"--recover": recover, "--push": push})
+        refuse("applies to one target; give one to --bpw", {"--recover": recover, "--push": push})
+    if launched()[1] > 1:
+        refuse("runs in one process; compress first, then launch pocketllm finetune", {"--recover": recover})
     run.setup()
     text = None if ppl is None else read_eval_text(ppl, model, context, number, trust)
     place = _Place(device=run.device, trust_remote_code=trust, calibration_folder=calibration_cache)
@@ -285,8 +287,7 @@ def recovery_of(options: CompressOptions, method: str | None, texts: list[str]) 
     """The settings of the recovery; None without one.
 
     Raises:
-        ConfigError: another method than distill, settings or texts of a recovery without --recover, or several
-            processes.
+        ConfigError: another method than distill, or settings or texts of a recovery without --recover.
     """
     if method is None:
         given = [*(["--recover-text"] if texts else []), *options.recovery_keys]
@@ -295,9 +296,4 @@ def recovery_of(options: CompressOptions, method: str | None, texts: list[str]) 
         return None
     if method != "distill":
         raise ConfigError(f"--recover: got {method!r}, wanted distill (for lora use pocketllm finetune)")
-    if launched()[1] > 1:
-        raise ConfigError(
-            "--recover: got several processes, wanted one; compress without it, then launch `pocketllm finetune` "
-            "in the same way"
-        )
     return options.recovery(tuple(texts))

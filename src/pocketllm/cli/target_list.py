@@ -43,17 +43,15 @@ Targets = Annotated[
 ]
 
 
-def refuse_for_several(options: dict[str, object]) -> None:
-    """Refuse options that apply to a single result.
+def refuse(reason: str, options: Mapping[str, object]) -> None:
+    """Refuse options that do not apply.
 
     Raises:
         ConfigError: one is given.
     """
     given = [name for name, value in options.items() if value]
     if given:
-        raise ConfigError(
-            f"--bpw with several targets cannot be combined with {' and '.join(given)}; give one target"
-        )
+        raise ConfigError(f"{' and '.join(given)}: {reason}")
 
 
 @dataclass(frozen=True)
