@@ -1,13 +1,14 @@
 """Seconds to code one block of Llama-2-7B's shape at 2 and 3 bits per weight. Writes results/block_time.json.
 
-    python benchmarks/block_time.py [--device cuda] [--scale 8] [--bpw 2 --bpw 3] [--tokens N]
+    python benchmarks/block_time.py [--device cuda] [--scale 8] [--bpw 2 --bpw 3] [--tokens N] [--small]
 
 Random weights with outliers; Hessians of random correlated inputs and of random correlated gradients at outputs
 (a power law of directions, mixed), as many tokens as the default preset takes. Timed are the steps that the
-calibrated path takes for every block: Hessians from inputs and gradients, their rotation and factors, and for each
-matrix its rotation, its indices and what they decode to. Running the block itself (twice forward, once backward) is
-not among them, nor is refinement. `--scale` divides all sizes, to try it out;
-only the full size is written down.
+calibrated path takes for every block: passes of the block (its inputs and its outputs, and forward twice and backward
+for the gradients), Hessians from inputs and gradients, their rotation and factors, and for each matrix its rotation,
+its indices and what they decode to. Refinement is not among them. `--scale` divides all sizes, to try it out, and
+`--small` is a scale and a number of tokens for any processor; only the full size is written down. (Runs that were
+written down without `passes` are older.)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from common import RESULTS
 from torch import Tensor
 
 import pocketllm
+from pocketllm.calibrate.autocast import autocast
 from pocketllm.calibrate.sensitivity import OUTPUT_DAMPING, strips_for
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign
@@ -38,6 +40,7 @@ from pocketllm.format.report import peak_memory_bytes
 from pocketllm.machine import machine
 
 HIDDEN, INTERMEDIATE, BLOCKS = 4096, 11008, 32
+HEADS, WINDOW = 32, 512
 VECTOR_LEN = 2
 _CHUNK = 4096  # tokens
 
@@ -107,6 +110,33 @@ def measured(clock: Clock, tokens: int, size: int, generator: torch.Generator) -
         return rotate_hessian(hessian / tokens, 1)
 
 
+def run_block(setting: Setting, clock: Clock, generator: torch.Generator) -> None:
+    """Time the passes of a block with random weights."""
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes = {"hidden_size": HIDDEN // setting.scale, "intermediate_size": INTERMEDIATE // setting.scale}
+    heads = {"num_attention_heads": max(1, HEADS // setting.scale), "num_hidden_layers": 1, "vocab_size": 8}
+    with torch.device(setting.device):
+        model = LlamaModel(LlamaConfig(**sizes, **heads, pad_token_id=0)).eval()
+
+    def forward(count: int) -> Tensor:
+        shape = (-(-count // WINDOW), min(count, WINDOW), HIDDEN // setting.scale)
+        hidden = torch.randn(shape, generator=generator, device=setting.device)
+        with clock.step("passes"), autocast(setting.device):
+            return model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+
+    with torch.no_grad():
+        for begin in range(0, setting.tokens, _CHUNK):
+            for _ in ("inputs", "outputs"):
+                forward(min(_CHUNK, setting.tokens - begin))
+        for begin in range(0, setting.gradients, WINDOW):
+            forward(min(WINDOW, setting.gradients - begin))
+    for begin in range(0, setting.gradients, WINDOW):
+        out = forward(min(WINDOW, setting.gradients - begin))
+        with clock.step("passes"):
+            out.float().square().sum().backward()
+
+
 def code_block(setting: Setting) -> dict[str, Any]:
     """Code every matrix of a block; seconds by step and proxy error by matrix."""
     preset = pocketllm.preset(DEFAULT_PRESET)
@@ -115,6 +145,7 @@ def code_block(setting: Setting) -> dict[str, Any]:
     table = seeded_codebook(1 << width, VECTOR_LEN, 0).float().to(setting.device)
     generator = torch.Generator(setting.device).manual_seed(0)
     clock, errors = Clock(setting.device), {}
+    run_block(setting, clock, generator)
     for group, matrices in setting.groups().items():
         columns = setting.columns(group)
         hessian = measured(clock, setting.tokens, columns, generator)
@@ -159,6 +190,7 @@ def main(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of each Hessian; by default the preset's.")
     ] = None,
+    small: Annotated[bool, typer.Option("--small", help="Sizes / 32, 512 tokens, to try it out.")] = False,
 ) -> None:
     """Measure, print, and write down what was measured at full size."""
     import json
@@ -167,6 +199,7 @@ def main(
     kept = json.loads(path.read_text())["runs"] if path.is_file() else {}
     calibration = pocketllm.preset(DEFAULT_PRESET).calibration
     assert calibration is not None
+    scale, tokens = (32, 512) if small else (scale, tokens)
     for bits in bpw or [2, 3]:
         setting = Setting(
             *(device, scale, bits, tokens or calibration.tokens, tokens or calibration.sensitivity_tokens)

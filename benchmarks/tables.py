@@ -17,6 +17,7 @@ from codec_tables import codec_floor, codec_speed, hashed
 from pages import RESULTS, ROOT, load_results, markdown_table
 from peer_tables import headline, peer_bits, peers, peers_paired
 from peers.table import number
+from scaling_tables import large_plan, scaling_predictions, scaling_runs
 from speed_tables import runtime, serving
 from vllm_tables import rank_sizes
 
@@ -31,6 +32,7 @@ PAGES = (
     "docs/vllm.md",
     "docs/serving.md",
     "docs/models.md",
+    "docs/scaling.md",
 )
 
 
@@ -275,6 +277,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "recovery": recovery,
     "architectures": architectures,
     "large_models": large_models,
+    "large_plan": large_plan,
+    "scaling": scaling_predictions,
+    "scaling_runs": scaling_runs,
 }
 
 

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +102,35 @@ def raised_in_a_copy(job: Callable[[], object]) -> str:
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 1, status
     return found
+
+
+def on_ranks(size: int, job: Callable[[int], object], seconds: int = 120) -> list[int]:
+    """Run a job in as many forks as torchrun would launch processes; their exit codes, -9 for one that was killed."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:
+            code = 1
+            try:
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost"}
+                os.environ |= {"MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+                signal.alarm(seconds)  # nothing may hang
+                job(rank)
+                code = 0
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def kill_now() -> None:

@@ -9,6 +9,7 @@ __all__ = [
     "LoadError",
     "OutputError",
     "PocketError",
+    "RankError",
     "ResumeError",
     "ShapeError",
     "SourceError",
@@ -56,6 +57,10 @@ class OutputError(PocketError):
 
 class ResumeError(PocketError):
     """An unfinished output was started with other arguments."""
+
+
+class RankError(PocketError):
+    """Another of the processes that torchrun launched together has failed; the message names its rank."""
 
 
 class LoadError(PocketError):

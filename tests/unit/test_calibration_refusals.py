@@ -82,7 +82,7 @@ def test_outputs_without_gradient_are_left_out(tmp_path: Path) -> None:
         layer = block.self_attn.k_proj
         forward = layer.forward
         layer.forward = lambda x: forward(x).detach()
-        _, after = block_backward(stream, block, matrices, [torch.randn_like(stream.hidden[0])], {})
+        _, after = block_backward(stream, block, matrices, [torch.randn_like(stream.hidden[0])])
     names = {name.split(".layers.0.")[1] for name in after.squares}
     assert "self_attn.k_proj.weight" not in names and "self_attn.q_proj.weight" in names
 

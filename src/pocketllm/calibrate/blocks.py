@@ -25,8 +25,10 @@ from pocketllm.calibrate.block_list import (
 )
 from pocketllm.calibrate.block_weights import BlockWeights
 from pocketllm.calibrate.input_hessians import Collector, Inputs
+from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.errors import PocketError, reason_of
 from pocketllm.plan.matrices import Matrix
+from pocketllm.ranks import SOLO, Ranks
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.model_class import output_head
 
@@ -41,6 +43,7 @@ class BlockStream(BlockWeights):
         device: where blocks run; activations between them are float32.
         batch: windows that run together; 0 takes about 4096 tokens.
         weights: of parameters outside the blocks, to use instead of the dense ones.
+        ranks: among which the batches are divided; this stream runs those of its rank (`numbers`).
     """
 
     def __init__(
@@ -50,10 +53,15 @@ class BlockStream(BlockWeights):
         device: str = "cpu",
         batch: int = 0,
         weights: Mapping[str, Tensor] | None = None,
+        ranks: Ranks = SOLO,
     ) -> None:
         super().__init__(source, device, weights)
+        self.ranks = ranks
         self.batch = batch or max(1, _BATCH_TOKENS // windows.shape[1])
         batches = windows.split(self.batch)
+        self.numbers = range(ranks.rank, len(batches), ranks.size)
+        self.rounds = -(-len(batches) // ranks.size)
+        batches = tuple(batches[number] for number in self.numbers)
         self.calls: list[list[Call]] = []  # by block, then by batch
         self.hidden: list[Tensor] = []
         self.as_tuple = self.in_float32 = False
@@ -204,13 +212,16 @@ class BlockStream(BlockWeights):
         Args:
             token_weights: [N, context] that inputs of a matrix are multiplied by, by name.
         """
-        collector, given = Collector(self.model, matrices), token_weights or {}
+        sums, given = WindowSums(self.device, self.ranks), token_weights or {}
+        collector = Collector(self.model, matrices, sums)
         own = {m.name: given[m.name].to(self.device) for m in matrices if m.name in given}
         with torch.no_grad(), collector.watching():
-            for number, hidden in enumerate(self.hidden):
-                some = slice(number * self.batch, (number + 1) * self.batch)
-                with collector.batch({name: weights[some].flatten() for name, weights in own.items()}):
-                    self.call(block, hidden, number)
+            for turn in range(self.rounds):
+                for number in self.numbers[turn : turn + 1]:
+                    some = slice(number * self.batch, (number + 1) * self.batch)
+                    with collector.batch({name: weights[some].flatten() for name, weights in own.items()}):
+                        self.call(block, self.hidden[turn], turn)
+                sums.end_round()
         return collector.inputs(self.device)
 
 

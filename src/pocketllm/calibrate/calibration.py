@@ -33,6 +33,7 @@ from pocketllm.format.kept import read_kept
 from pocketllm.format.output import check_parent
 from pocketllm.plan.matrices import Matrix
 from pocketllm.plan.selection import classify
+from pocketllm.ranks import SOLO, Ranks
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.folder import read_tokenizer
 from pocketllm.text.default_texts import default_text
@@ -76,6 +77,7 @@ def calibrate(
     folder: Path | None = None,
     scratch: Path | None = None,
     progress: Callable[[float], None] = lambda share: None,
+    ranks: Ranks = SOLO,
 ) -> Calibration:
     """What an error in each matrix costs; measured, or read from an earlier run on the same model and text.
 
@@ -83,6 +85,7 @@ def calibrate(
         text: see `read_windows`. progress: called with the finished share.
         folder: where measurements are kept; None keeps small ones in the cache folder.
         scratch: where large ones are kept if `folder` is None; None if they are not needed.
+        ranks: that measure together; the first writes.
     """
     settings, windows = config.calibration, text.windows
     assert settings is not None
@@ -106,9 +109,12 @@ def calibrate(
     path = place / f"sensitivity-{key}.safetensors"
     large = folder or scratch
     outputs = large / f"outputs-{key}" if large is not None and two_sided else None
-    found = _kept(path, outputs)
-    if found is None:
-        with _atomic_folder(outputs) as made:
+    found = _kept(path, outputs) if ranks.is_first else None
+    if ranks.from_first(lambda: found is not None):
+        ranks.sync_files(place, [path.name])
+        found = found or Sensitivity.load(path)
+    else:
+        with _atomic_folder(outputs, ranks) as made:
             found = measure(
                 source,
                 chosen,
@@ -122,8 +128,11 @@ def calibrate(
                 on_paths=on_paths,
                 outputs=made,
                 counts=text.counts,
+                ranks=ranks,
             )
-            found = _read_back(found, path if is_writable else None)
+            found = _read_back(found, path if is_writable and ranks.is_first else None)
+    if outputs is not None:
+        ranks.sync_folder(outputs)
     kept = None
     if folder is not None and not settings.sequential:
         inside = [m.name for m in matrices if m.in_blocks]
@@ -208,21 +217,23 @@ def _kept(path: Path, outputs: Path | None) -> Sensitivity | None:
 
 
 @contextmanager
-def _atomic_folder(folder: Path | None) -> Iterator[Path | None]:
-    """A temporary folder, renamed to its final name when complete unless another process was faster."""
+def _atomic_folder(folder: Path | None, ranks: Ranks = SOLO) -> Iterator[Path | None]:
+    """A temporary folder of this rank; that of the first is renamed when complete, unless another run was faster."""
     if folder is None:
         yield None
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     filled = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    for left in folder.parent.glob(f"{folder.name}.*.partial"):
+    for left in folder.parent.glob(f"{folder.name}.*.partial") if ranks.is_first else ():
         if not _is_running(int(left.name.split(".")[-2])):
             shutil.rmtree(left, ignore_errors=True)
+    ranks.wait()  # ranks on other machines are not running on this one
     filled.mkdir()
     try:
         yield filled
         try:
-            filled.replace(folder)
+            if ranks.is_first:
+                filled.replace(folder)
         except OSError:
             if not folder.is_dir():
                 raise

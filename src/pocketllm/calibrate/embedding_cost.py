@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
+from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.codec.subvectors import fold
 from pocketllm.config.constants import LOUDEST_POSITION, OCCURRENCE_PRIOR, UNSEEN_ROW_SHARE
 from pocketllm.plan.matrices import Matrix
@@ -23,13 +24,19 @@ def embedding_costs(
     """[vocabulary] what an error in each row of the embedding costs; see `expected_costs`.
 
     Args:
-        windows: [N, context] token ids. gradients: of each window, [1, context, C] at the input of the first block.
+        windows: [N, context] token ids.
+        gradients: of each window of this rank, [1, context, C] at the input of the first block.
         counts: [vocabulary] how often each token occurs in all of the text; None counts those in the windows.
     """
     costs = torch.zeros(stream.model.get_input_embeddings().weight.shape[0])
-    for ids, gradient in zip(windows, gradients, strict=True):
-        size = stream.embedding_gradient(ids[None], gradient).norm(dim=1)
-        costs.index_add_(0, ids, size.clamp(max=LOUDEST_POSITION * size.median()).square().cpu())
+    sums = WindowSums(ranks=stream.ranks)
+    for turn in range(stream.rounds):
+        for number, gradient in list(zip(stream.numbers, gradients, strict=True))[turn : turn + 1]:
+            size = stream.embedding_gradient(windows[number][None], gradient).norm(dim=1)
+            sums.add_item("sizes", size.clamp(max=LOUDEST_POSITION * size.median()).square().cpu())
+        sums.end_round()
+    for ids, size in zip(windows, sums.items["sizes"], strict=True):
+        costs.index_add_(0, ids, size)
     seen = torch.bincount(windows.flatten(), minlength=len(costs))
     return expected_costs(costs, seen, seen if counts is None else counts)
 

@@ -6,6 +6,7 @@ pass runs block by block (`block_backward`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pocketllm.calibrate.autocast import autocast
 from pocketllm.calibrate.blocks import BlockStream
-from pocketllm.codec.kernels.select import add_square
+from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.config.constants import LARGEST_TOKEN_WEIGHT, LOUDEST_GRADIENT, UNEVEN_GRADIENTS
 from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
@@ -56,26 +57,47 @@ class Head:
         self.stream, self.seed = stream, seed
         stream.load_head()
         self.head = stream.model.get_output_embeddings()
-        self.rows = torch.zeros(self.head.weight.shape[0], device=stream.device)
-        columns = self.head.weight.shape[1]
-        self.hessian = torch.zeros(columns, columns, device=stream.device)
+        self.sums = WindowSums(stream.device, stream.ranks)
 
-    def backward(self, number: int) -> Tensor:
-        """Gradient of a window's loss with respect to the output of the blocks, [1, context, C]."""
-        hidden = self.stream.hidden[number].detach().clone().requires_grad_()
+    @property
+    def rows(self) -> Tensor:
+        """[vocabulary], see above."""
+        return self.sums.values["rows"]
+
+    @property
+    def hessian(self) -> Tensor:
+        """[C, C] sum of x x^T of the head's inputs; all ranks must ask for it."""
+        return self.sums.shared()["hessian"]
+
+    def all_backward(self) -> list[Tensor]:
+        """`backward` of every window of this rank."""
+        found = []
+        for turn in range(self.stream.rounds):
+            found += [self.backward(number) for number in range(turn, len(self.stream.hidden))[:1]]
+            self.sums.end_round()
+        return found
+
+    def backward(self, turn: int) -> Tensor:
+        """Gradient of a window's loss with respect to the output of the blocks, [1, context, C].
+
+        Args:
+            turn: number of the window among those of this rank.
+        """
+        hidden = self.stream.hidden[turn].detach().clone().requires_grad_()
         with torch.enable_grad():
             final = self.stream.after_blocks(hidden)
         final_gradient = torch.zeros_like(final)
-        generator = torch.Generator().manual_seed(self.seed + number)
+        generator = torch.Generator().manual_seed(self.seed + self.stream.numbers[turn])
         with torch.no_grad():
             flat, out = final.detach().reshape(-1, final.shape[-1]), []
-            add_square(self.hessian, flat)
-            most = max(1, min(_LOGITS_AT_ONCE, _LOGIT_NUMBERS // len(self.rows)))
+            self.sums.add_square("hessian", flat)
+            most = max(1, min(_LOGITS_AT_ONCE, _LOGIT_NUMBERS // len(self.head.weight)))
             for part in flat.split(most):
                 with autocast(flat.device):
                     logits = self.head(part).float()
                 p = logits.softmax(dim=-1)
-                self.rows += part.float().square().sum(dim=1) @ (p - p.square())
+                rows = part.float().square().sum(dim=1) @ (p - p.square())
+                self.sums.add_value("rows", rows.cpu())
                 drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
                 p.scatter_add_(1, drawn, torch.full_like(p[:, :1], -1.0))  # d loss / d logits
                 with autocast(flat.device):
@@ -88,19 +110,36 @@ class Head:
 
 @dataclass
 class OutputGradients:
-    """Gradients at the outputs of a block's layers: sums of g g^T and the norm per token, by matrix."""
+    """Gradients at the outputs of a block's layers, by matrix.
 
-    squares: dict[str, Tensor] = field(default_factory=dict)
-    norms: dict[str, list[Tensor]] = field(default_factory=dict)
+    sums: of g g^T, lists of the norms per token of every window, and the squared gradients of the weights.
+    """
+
+    sums: WindowSums = field(default_factory=WindowSums)
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Add the gradient of one window, [1, context, rows]."""
         flat = gradient.reshape(-1, gradient.shape[-1]).float()
         size = flat.norm(dim=1)
-        self.norms.setdefault(name, []).append(size.cpu())
+        self.sums.add_item(name, size.cpu())
         most = LOUDEST_GRADIENT * size.median()
-        flat = flat * (most / size.clamp(min=1e-30)).clamp(max=1)[:, None]
-        add_square(self.squares.setdefault(name, flat.new_zeros(flat.shape[1], flat.shape[1])), flat)
+        self.sums.add_square(name, flat * (most / size.clamp(min=1e-30)).clamp(max=1)[:, None])
+
+    def add_weights(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Add the squared gradients of weights for one window."""
+        for name, value in gradients.items():
+            if value is not None:
+                self.sums.add_value(name, value.square().sum().double().cpu())
+
+    @property
+    def squares(self) -> dict[str, Tensor]:
+        """Sums of g g^T that this rank keeps."""
+        return self.sums.squares
+
+    @property
+    def energy(self) -> dict[str, float]:
+        """Squared gradient of each weight, summed over windows."""
+        return {name: float(value) for name, value in self.sums.values.items()}
 
     def token_weights(self, windows: int) -> dict[str, Tensor]:
         """Weights [N, context] float16 of the matrices in which a few tokens have most of the gradient.
@@ -108,7 +147,7 @@ class OutputGradients:
         Matrices that did not see every token of every window, such as experts, are left out.
         """
         found = {}
-        for name, norms in self.norms.items():
+        for name, norms in self.sums.items.items():
             if len(norms) < windows:
                 continue
             sizes = torch.stack(norms)
@@ -119,42 +158,39 @@ class OutputGradients:
 
 
 def block_backward(
-    stream: BlockStream,
-    block: nn.Module,
-    matrices: list[Matrix],
-    gradients: list[Tensor],
-    energy: dict[str, float],
+    stream: BlockStream, block: nn.Module, matrices: list[Matrix], gradients: list[Tensor]
 ) -> tuple[list[Tensor], OutputGradients]:
-    """Gradients before a block from those after it; also collects those at the outputs of its layers.
-
-    Adds each weight's squared gradient to `energy`.
+    """Gradients before a block from those after it, of the windows of this rank; also collects those of all windows
+    at the outputs of its layers, and the squared gradient of each weight.
     """
     weights = {m.name: stream.model.get_parameter(m.name).requires_grad_() for m in matrices}
     layers = {m.name: stream.model.get_submodule(m.name.rpartition(".")[0]) for m in matrices}
-    before, after = list[Tensor](), OutputGradients()
+    before, after = list[Tensor](), OutputGradients(WindowSums(stream.device, stream.ranks))
     seen: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_hook(lambda _layer, _inputs, out, name=name: seen.update({name: out}))
         for name, layer in layers.items()
         if isinstance(layer, nn.Linear | Conv1D)
     ]
-    for number, gradient in enumerate(gradients):
-        hidden = stream.hidden[number].detach().clone().requires_grad_()
-        seen.clear()
-        with torch.enable_grad():
-            out = stream.call(block, hidden, number)
-        for name in [name for name, value in seen.items() if not value.requires_grad]:
-            del seen[name]  # computed without gradients, as indexers of sparse attention are
-        asked = [hidden, *weights.values(), *seen.values()]
-        found = torch.autograd.grad(out, asked, gradient, allow_unused=True)
-        assert found[0] is not None
-        before.append(found[0])
-        for name, value in zip(weights, found[1:], strict=False):
-            if value is not None:
-                energy[name] = energy.get(name, 0.0) + float(value.square().sum())
-        for name, value in zip(seen, found[1 + len(weights) :], strict=True):
-            if value is not None and value.numel() == value.shape[-1] * hidden.shape[1]:  # not some experts'
-                after.add(name, value)
+    for turn in range(stream.rounds):
+        for gradient in gradients[turn : turn + 1]:
+            hidden = stream.hidden[turn].detach().clone().requires_grad_()
+            seen.clear()
+            with torch.enable_grad():
+                out = stream.call(block, hidden, turn)
+            for name in [name for name, value in seen.items() if not value.requires_grad]:
+                del seen[name]  # computed without gradients, as indexers of sparse attention are
+            asked = [hidden, *weights.values(), *seen.values()]
+            found = torch.autograd.grad(out, asked, gradient, allow_unused=True)
+            assert found[0] is not None
+            before.append(found[0])
+            after.add_weights(dict(zip(weights, found[1:], strict=False)))
+            for name, value in zip(seen, found[1 + len(weights) :], strict=True):
+                if (
+                    value is not None and value.numel() == value.shape[-1] * hidden.shape[1]
+                ):  # not some experts'
+                    after.add(name, value)
+        after.sums.end_round()
     for hook in hooks:
         hook.remove()
     return before, after

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pocketllm.codec.kernels.select import add_square
+from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.errors import SourceError
 from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
@@ -94,8 +94,7 @@ class Collector:
 
     model: nn.Module
     matrices: list[Matrix]
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
+    sums: WindowSums = field(default_factory=WindowSums)
     by_expert: dict[str, list[int]] = field(default_factory=dict)
     unseen: set[str] = field(default_factory=set)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -142,8 +141,7 @@ class Collector:
             if matrix.name in self.weights:
                 self._add(matrix.name, x, self.weights[matrix.name])
             elif latest and latest[0][0] is x:
-                self.sums[matrix.name] = self.sums[latest[0][1]]
-                self.tokens[matrix.name] = self.tokens[latest[0][1]]
+                self.sums.share(matrix.name, latest[0][1])
             else:
                 latest[:] = [(x, matrix.name)]
                 self._add(matrix.name, x)
@@ -172,10 +170,7 @@ class Collector:
         if weights is not None and len(weights) == len(flat):
             there = weights > 0
             flat = flat[there] * weights[there, None]
-        if name not in self.sums:
-            self.sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
-        add_square(self.sums[name], flat)
-        self.tokens[name] = self.tokens.get(name, 0) + len(flat)
+        self.sums.add_square(name, flat)
 
     def inputs(self, device: torch.device | str) -> Inputs:
         """The Hessian of every matrix.
@@ -183,10 +178,11 @@ class Collector:
         Raises:
             SourceError: inputs are not finite.
         """
-        fillers = self._fillers()
+        sums, rows, by_expert = self.sums.shared(), self.sums.rows, self._by_expert()
+        fillers = self._fillers(sums)
         made: dict[int, Tensor] = {}
         hessians: dict[str, Tensor] = {}
-        for name, seen in self.sums.items():
+        for name, seen in sums.items():
             if not bool(seen.isfinite().all()):
                 raise SourceError(
                     f"{name}: the inputs of this layer overflow on the calibration text (NaN or Inf); "
@@ -194,30 +190,37 @@ class Collector:
                 )
         for matrix in self.matrices:
             filler = fillers.get((matrix.kind, matrix.columns))
-            total = self.sums.get(matrix.name)
+            total = sums.get(matrix.name)
             if total is None:  # siblings of the same kind share what stands for inputs not seen
                 total = torch.zeros(matrix.columns, matrix.columns, device=device)
                 key = id(filler) if filler is not None else -matrix.columns
             else:
                 key = id(total)
             if key not in made:
-                made[key] = regularized_hessian(total, self.tokens.get(matrix.name, 0), filler)
+                made[key] = regularized_hessian(total, rows.get(matrix.name, 0), filler)
             hessians[matrix.name] = made[key]
-        tokens = {m.name: self.tokens.get(m.name, 0) for m in self.matrices}
-        return Inputs(hessians, tokens, {name: seen.count(0) for name, seen in self.by_expert.items()})
+        tokens = {m.name: rows.get(m.name, 0) for m in self.matrices}
+        return Inputs(hessians, tokens, {name: seen.count(0) for name, seen in by_expert.items()})
 
-    def _fillers(self) -> dict[tuple[str, int], Tensor]:
+    def _by_expert(self) -> dict[str, list[int]]:
+        """Tokens by expert, of all ranks."""
+        found = self.sums.ranks.gather(self.by_expert)
+        return {
+            name: [sum(counts) for counts in zip(*(f[name] for f in found), strict=True)] for name in found[0]
+        }
+
+    def _fillers(self, sums: Mapping[str, Tensor]) -> dict[tuple[str, int], Tensor]:
         """Mean Hessian of siblings, by kind and columns, where one of them saw too few tokens."""
         kinds: dict[tuple[str, int], list[Matrix]] = defaultdict(list)
         for matrix in self.matrices:
             kinds[matrix.kind, matrix.columns].append(matrix)
         found = {}
         for key, members in kinds.items():
-            seen = [m.name for m in members if m.name in self.sums]
-            enough = all(self.tokens.get(m.name, 0) >= m.columns for m in members)
+            seen = [m.name for m in members if m.name in sums]
+            enough = all(self.sums.rows.get(m.name, 0) >= m.columns for m in members)
             if len(members) > 1 and seen and not enough:
-                total = torch.stack([self.sums[name] for name in seen]).sum(dim=0)
-                found[key] = regularized_hessian(total, sum(self.tokens[name] for name in seen))
+                total = torch.stack([sums[name] for name in seen]).sum(dim=0)
+                found[key] = regularized_hessian(total, sum(self.sums.rows[name] for name in seen))
         return found
 
 

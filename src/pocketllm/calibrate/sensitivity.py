@@ -27,33 +27,26 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
-from pocketllm.calibrate.embedding_cost import (
-    EndCost,
-    EndCosts,
-    embedding_costs,
-    end_hessian,
-    row_squares,
-)
+from pocketllm.calibrate.embedding_cost import EndCost, EndCosts, embedding_costs, end_hessian, row_squares
 from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
 from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.calibrate.row_gain import row_gain
+from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factorize
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import fold
-from pocketllm.config.constants import (
-    OUTPUT_DAMPING,
-    SHORTEST_STRIPS,
-    STRIP_START_LOSS,
-)
+from pocketllm.config.constants import OUTPUT_DAMPING, SHORTEST_STRIPS, STRIP_START_LOSS
 from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
 from pocketllm.plan.matrices import Matrix
+from pocketllm.ranks import SOLO, Ranks
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
 
@@ -129,6 +122,7 @@ def measure(
     on_paths: bool = False,
     outputs: Path | None = None,
     counts: Tensor | None = None,
+    ranks: Ranks = SOLO,
 ) -> Sensitivity:
     """Measure a dense model.
 
@@ -140,13 +134,14 @@ def measure(
         outputs: folder for the Hessians of outputs, one file per block; see `output_hessians`. The inputs of
             blocks are kept there as well, or if it is None in the system's temporary folder.
         counts: [vocabulary] how often each token occurs in all of the text; None counts those in the windows.
+        ranks: among which the windows are divided; the first writes the Hessians of outputs.
 
     Raises:
         OutputError: they cannot be written.
     """
-    stream = BlockStream(source, windows, device, batch=1)
+    stream = BlockStream(source, windows, device, batch=1, ranks=ranks)
     tokens = windows.numel()
-    blocks = _Blocks(stream, matrices, tokens, damping, two_sided, weigh_tokens, outputs)
+    blocks = _Blocks(stream, matrices, len(windows), tokens, damping, two_sided, weigh_tokens, outputs)
     if outputs is not None:
         outputs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="inputs-", dir=outputs) as scratch:
@@ -156,7 +151,7 @@ def measure(
             stream.hidden = stream.run(block, stream.hidden)
             progress(0.3 * (number + 1) / count)
         head = Head(stream, seed)
-        gradients = [head.backward(n) for n in range(len(windows))]
+        gradients = head.all_backward()
         for number in reversed(range(count)):
             gradients = blocks.backward(number, spool.pop(number), gradients)
             progress(0.4 + 0.6 * (count - number) / count)
@@ -177,12 +172,14 @@ def measure(
 class _Blocks:
     """The backward pass through the blocks, last one first, and what it measures, by matrix.
 
-    damping, two_sided, weigh_tokens, outputs: as in `measure`. energy: squared gradients of the weights, summed.
+    windows, tokens: numbers of them. damping, two_sided, weigh_tokens, outputs: as in `measure`.
+    energy: squared gradients of the weights, summed.
     gains: of feedback along inputs and, with `two_sided`, outputs.
     """
 
     stream: BlockStream
     matrices: list[Matrix]
+    windows: int
     tokens: int
     damping: float
     two_sided: bool
@@ -195,28 +192,35 @@ class _Blocks:
 
     def backward(self, number: int, hidden: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         """Measure a block; hidden: its inputs. gradients at its outputs -> gradients at its inputs."""
+        ranks = self.stream.ranks
         with self.stream.loaded(number) as (path, block):
             inside = [m for m in self.matrices if m.name.startswith(f"{path}.")]
             self.stream.hidden = hidden
-            self.gains |= _input_gains(inside, self.stream.inputs(block, inside).hessians, self.damping)
-            gradients, after = block_backward(self.stream, block, inside, gradients, self.energy)
+            hessians = self.stream.inputs(block, inside).hessians
+            self.gains |= _input_gains(inside, hessians, self.damping, ranks)
+            gradients, after = block_backward(self.stream, block, inside, gradients)
+        self.energy |= after.energy
         if self.weigh_tokens:
-            self.token_weights |= after.token_weights(len(gradients))
-        squares = after.squares if self.two_sided else {}
-        for name, square in squares.items():
-            squares[name] = self._measure_outputs(name, square)
-        if self.outputs is not None:
-            keep_tensors(self.outputs / f"{path}.safetensors", squares, {})
+            self.token_weights |= after.token_weights(self.windows)
+        measured = self._measure_outputs(after.sums) if self.two_sided else {}
+        if self.outputs is not None and ranks.is_first:
+            keep_tensors(self.outputs / f"{path}.safetensors", measured, {})
         return gradients
 
-    def _measure_outputs(self, name: str, square: Tensor) -> Tensor:
-        """Choose the strips of a matrix from the sum of g g^T; returns its Hessian as stored."""
-        scaled = regularized_hessian(square, self.tokens)
-        scaled /= scaled.diagonal().mean()
-        rotated = rotate_hessian(scaled, 1)
-        self.strip_rows[name], gain = strips_for(factorize(rotated, 1, OUTPUT_DAMPING))
-        self.gains[name] *= gain
-        return scaled.half().cpu()
+    def _measure_outputs(self, sums: WindowSums) -> dict[str, Tensor]:
+        """Choose the strips of matrices from the sums of g g^T; returns their Hessians as stored, on the first rank."""
+        ranks, own, chosen = self.stream.ranks, list[tuple[str, Tensor]](), dict[str, tuple[int, float]]()
+        for name in list(sums.squares):
+            scaled = regularized_hessian(sums.squares.pop(name), self.tokens)
+            scaled /= scaled.diagonal().mean()
+            chosen[name] = strips_for(factorize(rotate_hessian(scaled, 1), 1, OUTPUT_DAMPING))
+            own.append((name, scaled.half().cpu()))
+        everywhere = {name: found for part in ranks.gather(chosen) for name, found in part.items()}
+        for name in sums.rows:
+            self.strip_rows[name], gain = everywhere[name]
+            self.gains[name] *= gain
+        stored = ranks.in_order(own, lambda name, shape: 0)
+        return {name: value for name, value in stored if value is not None}
 
     def loss(self, matrix: Matrix, scale: float) -> float:
         """`scale` times the Fisher trace of a matrix, summed over tokens, with feedback."""
@@ -228,17 +232,20 @@ def _importance(
 ) -> dict[str, float]:
     """Loss per unit of nmse, by matrix; at least a tiny share of the largest."""
     found: dict[str, float] = {}
+    inside = [m for m in blocks.matrices if not m.in_tower and m.name not in ends]
+    jobs = [partial(_mean_square, source, m) for m in inside]
+    means = iter(blocks.stream.ranks.map(jobs, [m.weights for m in inside]))
     for matrix in blocks.matrices:
         if matrix.in_tower:
             continue
         end, scale = ends.get(matrix.name), 1 / 2 / blocks.tokens
         if end is None:
-            found[matrix.name] = blocks.loss(matrix, _mean_square(source, matrix) * scale)
+            found[matrix.name] = blocks.loss(matrix, next(means) * scale)
         else:
-            squares = row_squares(source, matrix)
+            by_row = row_squares(source, matrix)
             gain = _gain(end_hessian(head, end.share), blocks.damping)
-            gain *= row_gain(end.rows * squares) if on_paths else 1.0
-            found[matrix.name] = float(end.costs @ squares) * scale * gain
+            gain *= row_gain(end.rows * by_row) if on_paths else 1.0
+            found[matrix.name] = float(end.costs @ by_row) * scale * gain
     found |= _of_towers(blocks.matrices, found)
     floor = 1e-9 * max(found.values(), default=1.0)
     return {name: max(value, floor) for name, value in found.items()}
@@ -260,12 +267,13 @@ def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, T
     return {name: value.float().to(device) for name, value in tensors.items()}
 
 
-def _input_gains(matrices: list[Matrix], hessians: dict[str, Tensor], damping: float) -> dict[str, float]:
+def _input_gains(
+    matrices: list[Matrix], hessians: dict[str, Tensor], damping: float, ranks: Ranks
+) -> dict[str, float]:
     """Gain of feedback along the inputs, by matrix; 1 where no inputs were seen."""
-    found: dict[int, float] = {}
-    for hessian in hessians.values():
-        if id(hessian) not in found:
-            found[id(hessian)] = _gain(hessian, damping)
+    unique = {id(hessian): hessian for hessian in hessians.values()}
+    jobs = [partial(_gain, hessian, damping) for hessian in unique.values()]
+    found = dict(zip(unique, ranks.map(jobs, [len(h) ** 3 for h in unique.values()]), strict=True))
     return {m.name: found[id(hessians[m.name])] if m.name in hessians else 1.0 for m in matrices}
 
 

@@ -31,6 +31,7 @@ from pocketllm.cli import (
 )
 from pocketllm.config import TARGET_OPTIONS
 from pocketllm.errors import ConfigError, PocketError
+from pocketllm.ranks import REPORTED, launched
 
 app = typer.Typer(
     name="pocketllm",
@@ -69,7 +70,7 @@ def run() -> None:
     except PocketError as error:
         _fail(error)
     except (OSError, MemoryError, UnicodeError, RecursionError) as error:  # of the system, met in some file
-        _fail(PocketError(str(error) or type(error).__name__))
+        _fail(PocketError(str(error) or type(error).__name__), error)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             print_interrupted()
@@ -80,14 +81,17 @@ def run() -> None:
         raise
 
 
-def _fail(error: PocketError) -> None:
+def _fail(error: PocketError, cause: BaseException | None = None) -> None:
+    is_usage, notes = isinstance(error, ConfigError), getattr(cause or error, "__notes__", ())
+    if REPORTED in notes or (is_usage and launched()[0]):  # another process that runs this command shows it
+        raise SystemExit(2 if is_usage else 1)
     message = str(error)
-    if isinstance(error, ConfigError):
+    if is_usage:
         for setting, option in TARGET_OPTIONS.items():
             message = re.sub(rf"(?<!--set ){setting}\b", option, message)
     print_json_error(type(error).__name__, message)
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2 if isinstance(error, ConfigError) else 1)
+    raise SystemExit(2 if is_usage else 1)
 
 
 def _version(shown: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,9 +23,11 @@ from pocketllm.cli.shared_options import (
     count,
     set_option,
 )
+from pocketllm.cli.target_list import Several, Targets, parse_bpw, refuse
 from pocketllm.cli.text_perplexity import EvalText, perplexity_table, read_eval_text
 from pocketllm.config import PRESETS, CompressConfig, CompressOptions, DistillConfig, EvalConfig
 from pocketllm.errors import ConfigError
+from pocketllm.ranks import launched
 
 if TYPE_CHECKING:
     from pocketllm import Report
@@ -42,10 +44,6 @@ DenseModel = Annotated[
 PresetName = Annotated[
     str | None,
     typer.Option("--preset", help="Named configuration; listed at the end of 'pocketllm compress --help'."),
-]
-Bpw = Annotated[
-    float | None,
-    typer.Option(help="Target: stored bits per weight of the compressed matrices, everything counted."),
 ]
 Ratio = Annotated[
     float | None,
@@ -96,7 +94,7 @@ class RecipeOptions:
     """What to make; see `CompressOptions`."""
 
     preset: PresetName = None
-    bpw: Bpw = None
+    bpw: Targets = None
     ratio: Ratio = None
     size: Size = None
     calibration: Calibration = None
@@ -106,15 +104,16 @@ class RecipeOptions:
     settings: Annotated[list[str] | None, set_option("compress")] = None
     seed: Seed = 0
 
-    def parsed(self) -> CompressOptions:
-        """The options with their values parsed.
+    def parsed(self) -> list[CompressOptions]:
+        """The options with their values parsed, for every target.
 
         Raises:
             ConfigError: a size or override that cannot be read.
         """
-        return CompressOptions(
+        bpw = [None] if self.bpw is None else list(parse_bpw(self.bpw))
+        first = CompressOptions(
             preset=self.preset,
-            bpw=self.bpw,
+            bpw=bpw[0],
             ratio=self.ratio,
             size=None if self.size is None else parse_size(self.size),
             calibration=tuple(self.calibration or ()),
@@ -124,6 +123,7 @@ class RecipeOptions:
             seed=self.seed,
             settings=tuple(self.settings or ()),
         )
+        return [first, *(replace(first, bpw=more) for more in bpw[1:])]
 
 
 @app.command(
@@ -131,6 +131,7 @@ class RecipeOptions:
     epilog="Examples:\n\n  pocketllm compress builtin:smollm2-135m -o smol-8x --preset calibrated-8x\n\n"
     "  pocketllm compress ./model-Q8_0.gguf -o small --bpw 3\n\n"
     "  pocketllm compress ./my-model -o small --bpw 3 --dry-run\n\n"
+    "  pocketllm compress ./my-model -o several --bpw 2,3,4\n\n"
     "  pocketllm compress ./my-model -o small --size 60MB --calibration my-texts/\n\n"
     "  pocketllm compress ./my-model -o small --ratio 6 --override '*.v_proj.weight=5'\n\n"
     "  pocketllm compress ./my-model -o small --set calibration.tokens=65536 --set dense_first=1\n\n"
@@ -161,22 +162,31 @@ def compress(
 
     --recover also recovers accuracy; --ppl measures the dense model and every result.
     """
-    show, trust = run.output(), run.trust_remote_code
+    show, trust, is_first = run.output(), run.trust_remote_code, launched()[0] == 0
     options = recipe.parsed()
-    config, number = options.config(), count("--windows", windows)
-    if options.note():
-        show.note(options.note())
-    recovery = recovery_of(options, recover, recover_text or [])
+    configs, number = [each.config() for each in options], count("--windows", windows)
+    if options[0].note():
+        show.note(options[0].note())
+    recovery = recovery_of(options[0], recover, recover_text or [])
+    if len(configs) > 1:
+        refuse("applies to one target; give one to --bpw", {"--recover": recover, "--push": push})
+    if launched()[1] > 1:
+        refuse("runs in one process; compress first, then launch pocketllm finetune", {"--recover": recover})
     run.setup()
     text = None if ppl is None else read_eval_text(ppl, model, context, number, trust)
     place = _Place(device=run.device, trust_remote_code=trust, calibration_folder=calibration_cache)
-    job = _Job(model, config, output, recovery=recovery, text=text, place=place)
+    if len(configs) > 1:
+        several = Several(model, configs, output, text=text, place=vars(place), overwrite=overwrite)
+        return several.plan(show) if dry_run else several.make(show)
+    job = _Job(model, configs[0], output, recovery=recovery, text=text, place=place)
     if push is not None:
         from pocketllm.format import check_push
 
         check_push(push)
     with show.bars() as bars:
         report, measured = (job.plan(bars), {}) if dry_run else job.make(bars, overwrite)
+        if not is_first:
+            return
         report = with_measured_card(report, output, text, measured)
         commit = None if push is None or dry_run else push_folder(bars, output, push, private)
     _show(show, {**report.to_dict(), "commit": commit}, measured, job)
@@ -219,7 +229,7 @@ class _Job:
         found: dict[str, Any] = {}
 
         def measure(title: str, model: str | Path) -> None:
-            if self.text is not None:
+            if self.text is not None and launched()[0] == 0:
                 found[title] = self.text.measure(
                     title, model, bars.update, self.place.device, self.place.trust_remote_code
                 )

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pocketllm.cli.bench_command import speed_table
-from pocketllm.cli.compress_command import Bpw, NoCalibration, PresetName
+from pocketllm.cli.compress_command import NoCalibration, PresetName
 from pocketllm.cli.model_loading import load_any
 from pocketllm.cli.process import setup_process
 from pocketllm.cli.render import Bars, Output, kinds_table, summary_table
@@ -21,6 +21,11 @@ from pocketllm.config import DEMO_RECOVERY, DEMO_SETTINGS, CompressConfig, Compr
 from pocketllm.errors import SourceError
 
 app = typer.Typer()
+
+Bpw = Annotated[
+    float | None,
+    typer.Option(help="Target: stored bits per weight of the compressed matrices, everything counted."),
+]
 
 # Where each stage begins and ends in the total time, as measured with the built-in model on two cores.
 _PARTS = {

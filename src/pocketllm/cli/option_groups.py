@@ -32,6 +32,7 @@ from pocketllm.cli.shared_options import (
     Windows,
 )
 from pocketllm.config.settings import help_of
+from pocketllm.ranks import launched
 
 if TYPE_CHECKING:
     from pocketllm.report import Evaluation
@@ -88,8 +89,8 @@ class RunOptions:
     trust_remote_code: Trust = False
 
     def output(self) -> Output:
-        """The output of the command."""
-        return Output(self.json, self.quiet)
+        """The output of the command; of several processes, only the first shows progress."""
+        return Output(self.json, self.quiet or launched()[0] > 0)
 
     def setup(self) -> None:
         """Set up the process for the device and threads."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,11 @@ from pocketllm.calibrate.embedding_cost import end_hessian
 from pocketllm.calibrate.input_hessians import Inputs
 from pocketllm.calibrate.sensitivity import Sensitivity, output_hessians
 from pocketllm.codec.hessian import Hessian
-from pocketllm.compression.matrix_encoder import MatrixEncoder
+from pocketllm.compression.matrix_encoder import MatrixEncoder, matrix_unit, refined_unit
 from pocketllm.config.constants import OUTPUT_DAMPING
 from pocketllm.format.kept import is_intact
 from pocketllm.plan.matrices import Matrix, Plan
+from pocketllm.ranks import SOLO, Ranks
 
 Progress = Callable[[float, str], None]
 _MOST_PARALLEL = 4  # jobs at once; each takes memory of its own
@@ -31,6 +32,7 @@ def encode_calibrated(
     progress: Progress,
     kept: Path | None = None,
     token_weights: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = SOLO,
 ) -> None:
     """Encode towers (without calibration), embedding and head, then one block after another for its inputs.
 
@@ -38,21 +40,26 @@ def encode_calibrated(
         windows: [N, context] token ids of the calibration text.
         token_weights: [N, context] by matrix, see `BlockStream.inputs`.
         kept: folder with the Hessians of the dense model's inputs from an earlier run; see `_on_dense_inputs`.
+        ranks: that encode together. Each has all matrices afterwards if blocks are encoded for the outputs of encoded
+            blocks, otherwise only those of its own.
     """
     settings = encoder.plan.config.calibration
     assert settings is not None
-    for matrix in encoder.plan.matrices:
-        if matrix.in_tower:
-            progress(encoder.share, matrix.name)
-            encoder.encode(matrix)
-            encoder.passed += matrix.weights
-        elif not matrix.in_blocks:
-            progress(encoder.share, matrix.name)
-            _encode_end(encoder, matrix, sensitivity)
+    refines, ends = settings.refine_epochs > 0, [m for m in encoder.plan.matrices if not _is_inside(m)]
     if settings.sequential:
-        _on_compressed_inputs(encoder, windows, progress, settings.refine_epochs > 0, token_weights)
-    else:
-        _on_dense_inputs(encoder, windows, progress, settings.refine_epochs > 0, kept, token_weights)
+        _encode_ends(encoder, ranks.mine(_left(encoder, ends, ranks), _weights), sensitivity, progress)
+        _share(encoder, ends, ranks)
+        encoder.passed = sum(map(_weights, ends))
+        _on_compressed_inputs(encoder, windows, progress, refines, token_weights, ranks)
+        return
+    path, blocks = block_list(encoder.source.model)
+    units = [ends, *(_inside(encoder.plan, f"{path}.{number}") for number in range(len(blocks)))]
+    owners = ranks.split([sum(map(_weights, _left(encoder, unit, ranks))) for unit in units])
+    own = {f"{path}.{number}" for number, owner in enumerate(owners[1:]) if owner == ranks.rank}
+    if owners[0] == ranks.rank:
+        _encode_ends(encoder, ends, sensitivity, progress)
+    encoder.passed = sum(map(_weights, ends))
+    _on_dense_inputs(encoder, windows, progress, refines, kept, token_weights, own)
 
 
 def _on_compressed_inputs(
@@ -61,19 +68,26 @@ def _on_compressed_inputs(
     progress: Progress,
     refines: bool,
     token_weights: Mapping[str, Tensor] | None,
+    ranks: Ranks,
 ) -> None:
-    """Encode every block for the outputs of the encoded blocks before it."""
+    """Encode every block for the outputs of the encoded blocks before it.
+
+    Refinement takes steps on one batch after another: with it every rank runs all batches, and the first refines.
+    """
     ends = {m.name: encoder.decoded(m) for m in encoder.plan.matrices if not m.in_blocks}
-    stream = BlockStream(encoder.source, windows, encoder.device, weights=ends)
+    of_batches = SOLO if refines else ranks
+    stream = BlockStream(encoder.source, windows, encoder.device, weights=ends, ranks=of_batches)
     targets = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
     for number, (path, block) in enumerate(stream):
         inside = _inside(encoder.plan, path)
         see = partial(stream.inputs, block, inside, token_weights)
-        _encode_block(encoder, path, inside, see, progress)
+        _encode_block(encoder, path, inside, see, progress, ranks)
         if refines:
             targets = stream.run(block, targets)
             progress(encoder.share, f"{path}: refinement")
-            encoder.refine(number, f"{path}.", block, inside, stream, targets)
+            if ranks.is_first:
+                encoder.refine(number, f"{path}.", block, inside, stream, targets)
+            ranks.sync_files(encoder.work.folder, [refined_unit(number)])
         encoder.install(number, inside, stream)
         stream.hidden = stream.run(block, stream.hidden)
 
@@ -85,16 +99,14 @@ def _on_dense_inputs(
     refines: bool,
     kept: Path | None,
     token_weights: Mapping[str, Tensor] | None,
+    own: Collection[str],
 ) -> None:
-    """Encode every block for its inputs in the dense model.
+    """Encode the blocks whose paths are in `own` for their inputs in the dense model, without waiting for other ranks.
 
     These inputs depend only on model and text. They are kept in the folder `kept`, and a run at another target
     reads them there and need not run the model at all, unless it refines.
     """
-    list_path, blocks = block_list(encoder.source.model)
-    files = {}
-    if kept is not None:
-        files = {f"{list_path}.{n}": kept / f"{list_path}.{n}.safetensors" for n in range(len(blocks))}
+    files = {path: kept / f"{path}.safetensors" for path in own} if kept is not None else {}
 
     def see(path: str, measured: Callable[[], Inputs]) -> Inputs:
         if path in files and is_intact(files[path]):
@@ -104,49 +116,96 @@ def _on_dense_inputs(
             found.save(files[path])
         return found
 
+    list_path, blocks = block_list(encoder.source.model)
     if files and not refines and all(map(is_intact, files.values())):
-        for path, file in files.items():
-            inside = _inside(encoder.plan, path)
-            _encode_block(encoder, path, inside, partial(Inputs.load, file, encoder.device), progress)
+        for path in (f"{list_path}.{number}" for number in range(len(blocks))):
+            if path in own:
+                load = partial(Inputs.load, files[path], encoder.device)
+                _encode_block(encoder, path, _inside(encoder.plan, path), load, progress, SOLO)
         return
-    stream = BlockStream(encoder.source, windows, encoder.device)
-    for number, (path, block) in enumerate(stream):
-        inside = _inside(encoder.plan, path)
-        seen = partial(see, path, partial(stream.inputs, block, inside, token_weights))
-        _encode_block(encoder, path, inside, seen, progress)
+    stream, left = BlockStream(encoder.source, windows, encoder.device), len(own)
+    for number, (path, block) in enumerate(stream if own else ()):
+        inside, is_own = _inside(encoder.plan, path), path in own
+        left -= is_own
+        if is_own:
+            seen = partial(see, path, partial(stream.inputs, block, inside, token_weights))
+            _encode_block(encoder, path, inside, seen, progress, SOLO)
+        if not left and not refines:
+            break
         outputs = stream.run(block, stream.hidden)
-        if refines:
+        if is_own and refines:
             progress(encoder.share, f"{path}: refinement")
             encoder.refine(number, f"{path}.", block, inside, stream, outputs)
         stream.hidden = outputs
+
+
+def _is_inside(matrix: Matrix) -> bool:
+    return matrix.in_blocks and not matrix.in_tower
+
+
+def _weights(matrix: Matrix) -> int:
+    return matrix.weights
 
 
 def _inside(plan: Plan, path: str) -> list[Matrix]:
     return [m for m in plan.matrices if m.name.startswith(f"{path}.")]
 
 
+def _left(encoder: MatrixEncoder, matrices: Sequence[Matrix], ranks: Ranks) -> list[Matrix]:
+    """The matrices that are not yet encoded; all ranks take the same for that."""
+    done = ranks.from_first(lambda: [encoder.done(m) for m in matrices])
+    return [m for m, is_done in zip(matrices, done, strict=True) if not is_done]
+
+
+def _share(encoder: MatrixEncoder, matrices: Sequence[Matrix], ranks: Ranks) -> None:
+    """Wait until the ranks have encoded some matrices, and take over those of the others."""
+    ranks.sync_files(encoder.work.folder, [matrix_unit(encoder.plan, m) for m in matrices])
+
+
 def _encode_block(
-    encoder: MatrixEncoder, path: str, inside: list[Matrix], see: Callable[[], Inputs], progress: Progress
+    encoder: MatrixEncoder,
+    path: str,
+    inside: list[Matrix],
+    see: Callable[[], Inputs],
+    progress: Progress,
+    ranks: Ranks,
 ) -> None:
-    """Encode the matrices of a block; `see` returns their inputs and is not called if all are already encoded."""
-    if all(encoder.done(m) for m in inside):
-        encoder.passed += sum(m.weights for m in inside)
-        return
-    progress(encoder.share, f"{path}: inputs")
-    inputs = see()
-    after = output_hessians(encoder.outputs, path, encoder.device)
+    """Encode the matrices of a block, each on one of the ranks.
 
-    hessians = _input_hessians(inside, inputs, encoder.plan)
+    Args:
+        see: returns their inputs; not called if all are already encoded.
+    """
+    passed = encoder.passed + sum(map(_weights, inside))
+    if left := _left(encoder, inside, ranks):
+        progress(encoder.share, f"{path}: inputs")
+        inputs = see()
+        after = output_hessians(encoder.outputs, path, encoder.device)
+        own = ranks.mine(left, _weights)
+        hessians = _input_hessians(own, inputs, encoder.plan)
 
-    def encode(matrix: Matrix) -> None:
-        found = after.get(matrix.name)
-        outputs = None if found is None else Hessian(found, OUTPUT_DAMPING)
-        encoder.encode(matrix, hessians[matrix.name], outputs, inputs=inputs)
+        def encode(matrix: Matrix) -> None:
+            found = after.get(matrix.name)
+            outputs = None if found is None else Hessian(found, OUTPUT_DAMPING)
+            encoder.encode(matrix, hessians[matrix.name], outputs, inputs=inputs)
 
-    jobs = [partial(encode, matrix) for matrix in inside]
-    for number, _ in enumerate(run_parallel(jobs, encoder.device)):
-        progress(encoder.share, inside[number].name)
-        encoder.passed += inside[number].weights
+        jobs = [partial(encode, matrix) for matrix in own]
+        for number, _ in enumerate(run_parallel(jobs, encoder.device, of=len(inside))):
+            progress(encoder.share, own[number].name)
+            encoder.passed += own[number].weights
+        _share(encoder, inside, ranks)
+    encoder.passed = passed
+
+
+def _encode_ends(
+    encoder: MatrixEncoder, matrices: list[Matrix], sensitivity: Sensitivity, progress: Progress
+) -> None:
+    for matrix in matrices:
+        progress(encoder.share, matrix.name)
+        if matrix.in_tower:
+            encoder.encode(matrix)
+        else:
+            _encode_end(encoder, matrix, sensitivity)
+        encoder.passed += matrix.weights
 
 
 def _encode_end(encoder: MatrixEncoder, matrix: Matrix, sensitivity: Sensitivity) -> None:
@@ -172,14 +231,19 @@ def _input_hessians(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> dict[
     return {m.name: shared[id(inputs.hessians[m.name])] for m in matrices}
 
 
-def run_parallel(jobs: Sequence[Callable[[], None]], device: torch.device | str) -> Iterator[None]:
+def run_parallel(
+    jobs: Sequence[Callable[[], None]], device: torch.device | str, of: int = 0
+) -> Iterator[None]:
     """Run jobs that do not depend on each other; yields before each, and ends when all are done.
 
     On a CPU some run at once and share the threads: jobs of many small operations gain little from threads of
     their own. Results depend only on the number of threads.
+
+    Args:
+        of: number of jobs that these are a part of, which decides how many threads each has.
     """
     threads, jobs = torch.get_num_threads(), [torch.no_grad()(job) for job in jobs]
-    workers = min(threads, len(jobs), _MOST_PARALLEL)
+    workers = min(threads, max(of, len(jobs)), _MOST_PARALLEL)
     if torch.device(device).type != "cpu" or workers < 2:
         for job in jobs:
             yield

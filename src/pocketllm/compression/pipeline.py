@@ -4,10 +4,14 @@ Unfinished work is in `OUTPUT.partial`: a file per fitted codebook and a file pe
 temporary name and renamed. An interrupted run loses at most the unit it was working on; every unit has its own
 seed, so the bytes are those of an uninterrupted run. At the end the checkpoint is assembled in
 `OUTPUT.partial/final` and renamed to OUTPUT.
+
+Processes launched together by torchrun share the work: each makes some of the units, all take part in the
+measurements, and the first assembles the checkpoint.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +26,10 @@ from pocketllm.calibrate.calibration import (
     read_windows,
     text_identity,
 )
+from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.compression.encode_blocks import encode_calibrated
 from pocketllm.compression.fit_codebooks import fitted_codecs
-from pocketllm.compression.matrix_encoder import MatrixEncoder
+from pocketllm.compression.matrix_encoder import MatrixEncoder, codebook_unit
 from pocketllm.compression.write import write
 from pocketllm.config import CompressConfig
 from pocketllm.errors import FormatError
@@ -41,6 +46,7 @@ from pocketllm.format.workspace import Workspace, locked
 from pocketllm.plan.matrices import Plan
 from pocketllm.plan.sizes import PlannedModel
 from pocketllm.plan.target import planned
+from pocketllm.ranks import Ranks, joined
 from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense, resolve
 from pocketllm.source.folder import check_companions
 from pocketllm.torch_state import in_default_torch_state
@@ -76,11 +82,13 @@ def compress(
 ) -> Report:
     """Compress a causal language model.
 
+    Processes launched by torchrun do it together; see docs/scaling.md. Each returns the report.
+
     Args:
         model: local folder, GGUF file, Hub id, `builtin:smollm2-135m` or `builtin:gemma-3-270m`.
         config: the settings; see `pocketllm.preset`.
         output: folder to create. An unfinished run with the same arguments is resumed.
-        progress: called often, from this thread.
+        progress: called often, from this thread; of processes launched together, in the first.
         device: where codecs are fitted and matrices encoded, `cpu` or `cuda`.
         overwrite: replace an earlier compressed model at `output`.
         trust_remote_code: let transformers run code that the model folder contains.
@@ -91,38 +99,32 @@ def compress(
 
     Raises:
         SourceError, WeightError, ConfigError, OutputError, ResumeError: `output` is not created; finished work
-            stays in `output.partial` for the next run.
+            stays in `output.partial` for the next run. RankError: as these, in another process.
 
     Example:
         >>> report = pocketllm.compress("builtin:smollm2-135m", pocketllm.preset("lookup-8x"), "out")
     """
-    started = time.monotonic()
-    output = named_output(output)
-    check_output(output, overwrite)
-    folder = resolve(str(model), lambda message: progress(Event("fetch", 0.0, message)))
-    source = open_dense(folder, trust_remote_code)
-    job = _Job(source, config, str(model), device, calibration_folder, progress)
-    # Errors in the input are found before anything is written and before the long work.
-    first = job.first_plan()
-    check_not_nested(output, folder)
-    check_companions(source.folder, trust_remote_code)
-    text = job.text()
-    if not Workspace.is_begun(output):
-        source.check(partial(_tell, progress, "check"))
-    try:
-        identity = None if text is None else text_identity(text.windows)
-        work = Workspace.open(output, source, config, job.model, device, identity)
-        with locked(work.folder):
-            if is_published(output):  # by an earlier run that was killed afterwards
-                work.drop()
-                return Report.from_dict(ckpt.read_report(output)).of_run(started, device)
-            checkpoint, found = job.calibrated(first, text, work.folder)
-            job.fit_and_encode(work, checkpoint.plan, found)
-            progress(Event("write", 0.0, "writing the checkpoint"))
-            report = write(checkpoint, work)
-            work.publish(output, overwrite)
-    except OSError as error:
-        raise output_error(output, error) from error
+    started, output = time.monotonic(), named_output(output)
+    with joined(device) as ranks:
+        if ranks.is_first:
+            check_output(output, overwrite)
+        else:
+            progress = _ignore
+        fetched = partial(_tell, progress, "fetch", 0.0)
+        folder = ranks.first_goes_first(partial(resolve, str(model), fetched))
+        source = open_dense(folder, trust_remote_code)
+        job = _Job(source, config, str(model), device, calibration_folder, progress, ranks)
+        # Errors in the input are found before anything is written and before the long work.
+        first = job.first_plan()
+        check_not_nested(output, folder)
+        check_companions(source.folder, trust_remote_code)
+        text = job.text()
+        if not ranks.from_first(lambda: Workspace.is_begun(output)) and ranks.is_first:
+            source.check(partial(_tell, progress, "check"))
+        try:
+            report = job.run(output, overwrite, first, text)
+        except OSError as error:
+            raise output_error(output, error) from error
     progress(Event("write", 1.0, str(output)))
     return report.of_run(started, device)
 
@@ -152,9 +154,11 @@ def dry_run(
     """
     source = open_dense(resolve(str(model)), trust_remote_code)
     source.check_dtypes()
-    job = _Job(source, config, str(model), device, calibration_folder, progress)
-    checkpoint, _ = job.calibrated(job.first_plan(), job.text(), None)
-    return checkpoint.dry_report()
+    with joined(device) as ranks:
+        on_progress = progress if ranks.is_first else _ignore
+        job = _Job(source, config, str(model), device, calibration_folder, on_progress, ranks)
+        checkpoint, _ = job.calibrated(job.first_plan(), job.text(), None)
+        return checkpoint.dry_report()
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,48 @@ class _Job:
     device: str
     calibration_folder: str | Path | None
     progress: ProgressCallback
+    ranks: Ranks
+
+    def run(self, output: Path, overwrite: bool, first: PlannedModel, text: CalibrationText | None) -> Report:
+        """Do the work that no earlier run has done, and put the result at `output`."""
+        ranks, identity = self.ranks, None if text is None else text_identity(text.windows)
+        work = ranks.first_goes_first(
+            partial(Workspace.open, output, self.source, self.config, self.model, self.device, identity)
+        )
+        with locked(work.folder, ranks.is_first):
+            if ranks.from_first(lambda: is_published(output)):  # by an earlier run that was killed afterwards
+                return self._shared(partial(self._published, output, work), work)
+            self._sync(work)
+            planned, found = self.calibrated(first, text, work.folder)
+            self.fit_and_encode(work, planned.plan, found)
+            self._sync(work)
+
+            def make() -> Report:
+                self.progress(Event("write", 0.0, "writing the checkpoint"))
+                report = write(planned, work)
+                work.publish(output, overwrite)
+                return report
+
+            return self._shared(make, work)
+
+    def _shared(self, make: Callable[[], Report], work: Workspace) -> Report:
+        """The report of the first rank, which drops the workspace; others drop that on a file system of their own."""
+        if self.ranks.size == 1:
+            return make()
+        found = self.ranks.from_first(lambda: make().to_dict())
+        shutil.rmtree(work.folder, ignore_errors=True)
+        return Report.from_dict(found)
+
+    @staticmethod
+    def _published(output: Path, work: Workspace) -> Report:
+        work.drop()
+        return Report.from_dict(ckpt.read_report(output))
+
+    def _sync(self, work: Workspace) -> None:
+        """Send units to the ranks that do not see them."""
+        if self.ranks.size > 1:
+            names = self.ranks.gather([path.name for path in work.folder.glob("*.safetensors")])
+            self.ranks.sync_files(work.folder, sorted({name for some in names for name in some}))
 
     def first_plan(self) -> PlannedModel:
         """The plan before calibration."""
@@ -191,26 +237,37 @@ class _Job:
             return first, None
         folder = Path(self.calibration_folder) if self.calibration_folder else None
         on_progress = partial(_tell, self.progress, "measure", detail="sensitivity of every matrix")
-        found = calibrate(self.source, text, self.config, self.device, folder, scratch, on_progress)
+        found = calibrate(
+            self.source, text, self.config, self.device, folder, scratch, on_progress, self.ranks
+        )
         return planned(self.source, self.config, self.model, **found.sensitivity.for_plan), found
 
     def fit_and_encode(self, work: Workspace, plan: Plan, calibration: Calibration | None) -> None:
         """Fit every codebook group and encode its matrices; with calibration, encode after all are fitted."""
         outputs = None if calibration is None else calibration.outputs
         encoder = MatrixEncoder(work, self.source, plan, self.device, outputs)
-        for number, (key, group) in enumerate(plan.groups().items()):
-            which = f"codebook {number + 1} of {len(plan.groups())} ({key.split('|')[0]})"
+        groups, ranks = list(plan.groups().items()), self.ranks
+
+        def fitted(number: int) -> dict[str, MatrixCodec]:
+            which = f"codebook {number + 1} of {len(groups)} ({groups[number][0].split('|')[0]})"
             on_progress = partial(_tell, self.progress, "fit", detail=which)
-            fitted = fitted_codecs(work, self.source, plan, number, self.device, on_progress)
-            if calibration is not None:
-                encoder.codecs.update(fitted)
-                continue
-            encoder.codecs = fitted
-            for matrix in group:
-                self.progress(Event("encode", encoder.share, matrix.name))
-                encoder.encode(matrix)
-                encoder.passed += matrix.weights
-        if calibration is not None:
+            return fitted_codecs(work, self.source, plan, number, self.device, on_progress)
+
+        if ranks.size > 1:
+            for number in ranks.mine(range(len(groups)), lambda n: sum(m.weights for m in groups[n][1])):
+                fitted(number)
+            ranks.sync_files(work.folder, [codebook_unit(number) for number in range(len(groups))])
+        if calibration is None:
+            own = {m.name for m in ranks.mine(plan.matrices, lambda m: m.weights)}
+            for number, (_, group) in enumerate(groups):
+                encoder.codecs = fitted(number)
+                for matrix in (m for m in group if m.name in own):
+                    self.progress(Event("encode", encoder.share, matrix.name))
+                    encoder.encode(matrix)
+                    encoder.passed += matrix.weights
+        else:
+            for number in range(len(groups)):
+                encoder.codecs.update(fitted(number))
             encode_calibrated(
                 encoder,
                 calibration.windows,
@@ -218,8 +275,13 @@ class _Job:
                 partial(_tell, self.progress, "encode"),
                 kept=calibration.kept,
                 token_weights=calibration.token_weights,
+                ranks=ranks,
             )
         self.progress(Event("encode", 1.0, f"{plan.weights:,} weights"))
+
+
+def _ignore(event: Event) -> None:
+    """No progress is shown."""
 
 
 def _tell(progress: ProgressCallback, stage: str, share: float, detail: str) -> None:

@@ -1,0 +1,63 @@
+"""Tables of docs/scaling.md, for tables.py."""
+
+from __future__ import annotations
+
+import scaling
+from pages import load_results, markdown_table
+
+
+def scaling_runs() -> str:
+    """Processor seconds of the busiest rank, measured and predicted, with 1, 2 and 4 processes."""
+    found, checked = load_results("scaling_runs"), scaling.check()
+    single = found["runs"]["1"]["busiest_seconds"]
+    rows = []
+    for name in (*single, "all"):
+        first = sum(single.values()) if name == "all" else single[name]
+        pairs = [checked[size][name] for size in ("2", "4")]
+        cells = [f"{pair['measured']:.2f} ({pair['predicted']:.2f})" for pair in pairs]
+        rows.append([name, f"{first:.2f}", *cells])
+    sent = [checked[size]["bytes exchanged"] for size in ("2", "4")]
+    peak = {size: max(r["peak_memory_bytes"] for r in run["ranks"]) for size, run in found["runs"].items()}
+    exchanged = [f"{pair['measured'] / 1e6:.0f} ({pair['predicted'] / 1e6:.0f})" for pair in sent]
+    rows.append(["MB exchanged by a rank", "0", *exchanged])
+    rows.append(["peak memory, MB", *(f"{value / 1e6:.0f}" for value in peak.values())])
+    head = ["seconds: measured (predicted)", "1 process", "2 processes", "4 processes"]
+    shape = found["model"]
+    note = (
+        f"{shape['num_hidden_layers']} blocks of width {shape['hidden_size']}, {found['settings']['tokens']} tokens; "
+        f"{found['machine']['processor']}, {found['machine']['cores']} cores. `{found['command']}`"
+    )
+    return f"{markdown_table(head, rows)}\n\n{note}"
+
+
+def scaling_predictions() -> str:
+    """Hours, memory, disk and traffic of large models on 1 to 64 GPUs."""
+    found, rows = load_results("scaling"), []
+    for name, modes in found["models"].items():
+        for mode, entries in modes.items():
+            disk = sum(entries[0]["disk_bytes"].values())
+            most = max(entry["traffic_bytes"] for entry in entries)
+            rows.append(
+                [
+                    *(name, mode, *(f"{entry['hours']:.2g}" for entry in entries)),
+                    *(f"{entries[0]['memory_bytes'] / 1e9:.0f}", f"{disk / 1e9:.0f}", f"{most / 1e9:.0f}"),
+                ]
+            )
+    ranks = [str(entry["ranks"]) for entry in entries]
+    head = ["model", "blocks", *ranks, "memory of a rank, GB", "disk, GB", "most traffic of a rank, GB"]
+    return f"{markdown_table(head, rows)}\n\nHours by number of GPUs; predicted. `{found['command']}`"
+
+
+def large_plan() -> str:
+    """Time and memory of plans."""
+    found = load_results("large_plan")
+    rows = [
+        [
+            *(name, f"{entry['dense_bytes'] / 1e9:.0f}", str(entry["matrices"])),
+            *(f"{entry['seconds']:.0f}", f"{entry['processor_seconds']:.0f}"),
+            f"{entry['peak_memory_bytes'] / 1e6:.0f}",
+        ]
+        for name, entry in found["models"].items()
+    ]
+    head = ["model", "dense, GB", "matrices", "seconds", "processor seconds", "peak memory, MB"]
+    return f"{markdown_table(head, rows)}\n\n`{found['command']}`"
