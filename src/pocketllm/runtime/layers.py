@@ -19,6 +19,7 @@ from torch import nn
 
 from pocketllm.codec.kernels import select
 from pocketllm.format.layout import STORE, Layout
+from pocketllm.format.mapped_pages import MappedPages
 from pocketllm.runtime.packed_forward import has_packed_forward, packed_bases
 from pocketllm.runtime.packed_tensors import (
     Codebook as Codebook,
@@ -101,8 +102,11 @@ def compute_weights(model: nn.Module) -> None:
             }
             dense: Any = type(module)
             module.__class__ = _packed_class(dense, leaves)
+    pages = MappedPages()
     for matrix in packed_matrices(model).values():
-        matrix.product()  # now, so that torch.compile does not trace how it is made
+        product = matrix.product()  # now, so that torch.compile does not trace how it is made
+        if product is not None and product.weight.sizes.banded:
+            pages.drop(matrix.indices)  # bands are what is multiplied with; the file holds the stream
 
 
 def reason_to_decode(model: nn.Module) -> str:
@@ -116,7 +120,7 @@ def reason_to_decode(model: nn.Module) -> str:
                 return "there are no kernels: no C++ compiler was found, or POCKETLLM_COMPILE=0 is set"
             if leaf != "weight" or not has_packed_forward(type(module)):
                 return f"there is no kernel for {name}.{leaf} ({type(module).__name__})"
-            if matrix.product() is None:
+            if not matrix.is_lookup:
                 return f"there is no kernel for {name}.{leaf}, whose decoder has row statistics"
     return ""
 

@@ -2,8 +2,8 @@
 
 Precision: one or two rows of x are multiplied in float32; more of them in bfloat16 if x is, else in float32, by a
 matrix product with a few rows of U at a time, so that nothing of the size of W is made. Banded weights (hashed
-trellis, banded_cpu.py) take up to 64 rows of x as 16-bit integers with one scale per row: a relative error of about
-3e-5. Rotations are float32.
+trellis, banded_cpu.py) take up to 64 rows of x as 16-bit integers with one scale per row, a relative error of about
+3e-5, and more rows of bfloat16 as 8-bit integers, about 1e-2. Rotations are float32.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def multiply(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | 
 
 def _multiply_many(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | None) -> Tensor:
     """`multiply` of many rows of x in one of `DTYPES`, by decoded tiles."""
+    if sizes.banded and x.dtype == torch.bfloat16:
+        return _multiply_integers(x.contiguous(), weight, sizes, isa, bias)
     x, out = x.contiguous(), torch.empty(len(x), sizes.rows, dtype=x.dtype)
     if weight.signs_in is not None:
         x = _rotated(x, torch.empty_like(x), weight.signs_in, isa, inverse=False)
@@ -75,6 +77,31 @@ def _multiply_many(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Ten
             out[:, begin:end] = x @ tile.T
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     return _rotated(out, out, weight.signs_out, isa, inverse=True, scale=weight.row_scale, bias=bias)
+
+
+def _multiply_integers(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | None) -> Tensor:
+    """`multiply` of many rows of x [T, columns] bfloat16, with entries and rotated rows of x as 8-bit integers."""
+    count, threads = len(x), torch.get_num_threads()
+    whole, unit = torch.empty(x.shape, dtype=torch.int8), torch.empty(count)
+    mixers = [_mixer(signs) for signs in (weight.signs_in, weight.signs_out)]
+    rotation = (count, sizes.columns, weight.signs_in, mixers[0], int(isa), threads)
+    library.call("packed", "packed_rotate_to_integers", x, whole, unit, *rotation)
+    sums = torch.empty(count, sizes.rows, dtype=torch.int32)
+    for begin, end, tile in tiles(weight, sizes, torch.int8, isa):
+        if end - begin == sizes.rows:
+            torch._int_mm(whole, tile.T, out=sums)
+        else:
+            sums[:, begin:end] = torch._int_mm(whole, tile.T)
+    out, bias = torch.empty(count, sizes.rows, dtype=x.dtype), None if bias is None else bias.to(x.dtype)
+    rotation = (count, sizes.rows, weight.signs_out, mixers[1])
+    others = (weight.row_scale, None if bias is None else bias.contiguous(), int(isa), threads)
+    library.call("packed", "packed_rotate_from_integers", sums, unit, out, *rotation, *others)
+    return out
+
+
+def _mixer(signs: Tensor | None) -> Tensor | None:
+    """The factor of odd size of a rotation."""
+    return None if signs is None else hartley(len(signs) // (len(signs) & -len(signs)))
 
 
 def _rotated(
@@ -89,7 +116,7 @@ def _rotated(
 ) -> Tensor:
     """Rows of x [T, n], of one of `DTYPES`, times `scale`, rotated where there are signs, plus bias, into `out`."""
     count, n = x.shape
-    mixer = None if signs is None else hartley(n // (n & -n))
+    mixer = _mixer(signs)
     half, threads = int(x.dtype == torch.bfloat16), torch.get_num_threads()
     sizes = (half, count, n, signs, mixer, int(inverse), scale, bias, int(isa), threads)
     library.call("packed", "packed_rotate", x, out, *sizes)
