@@ -57,9 +57,9 @@ class BenchConfig:
 class BenchRun:
     """One model in one mode; medians over the rounds.
 
-    mode: packed or dense, as it ran, or `checkpoint` for a dense model. load_seconds: of model and tokenizer. peak_memory_bytes: most resident memory
-    beyond that of a process that has imported the same libraries. weights_bytes: of the parameters and buffers in
-    memory.
+    mode: packed or dense, as it ran, or `checkpoint` for a dense model. load_seconds: of model and tokenizer.
+    peak_memory_bytes: most resident memory beyond that of a process that has imported the same libraries.
+    weights_bytes: of the parameters and buffers in memory.
     """
 
     model: str

@@ -29,7 +29,9 @@ class MappedPages:
     def __init__(self) -> None:
         lines = _MAPS.read_text(errors="replace").splitlines() if _MAPS.is_file() else []
         fields = [line.split(maxsplit=5) for line in lines]
-        ranges = [tuple(int(x, 16) for x in f[0].split("-")) for f in fields if len(f) == 6 and f[5][0] == "/"]
+        ranges = [
+            tuple(int(x, 16) for x in f[0].split("-")) for f in fields if len(f) == 6 and f[5][0] == "/"
+        ]
         self._begins, self._ends = [r[0] for r in ranges], [r[1] for r in ranges]
 
     def drop(self, *tensors: Tensor) -> None:

@@ -30,12 +30,13 @@ DTYPE_NAMES = {
 
 def tensor_bytes(tensor: Tensor) -> bytes:
     """The tensor's raw little-endian bytes, row-major."""
-    return bytes(_raw(tensor))
+    found: bytes = _raw(tensor).tobytes()
+    return found
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    """`tensor_bytes` without a copy where the tensor lies so in memory."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def _raw(tensor: Tensor) -> Any:
+    """`tensor_bytes` as an array, without a copy where the tensor lies so in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def checksum(*tensors: Tensor) -> str:

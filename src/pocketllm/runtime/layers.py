@@ -20,7 +20,8 @@ from torch import nn
 from pocketllm.codec.kernels import select
 from pocketllm.format.layout import STORE, Layout
 from pocketllm.format.mapped_pages import MappedPages
-from pocketllm.runtime.packed_forward import has_packed_forward, packed_bases
+from pocketllm.runtime.packed_forward import packed_bases, reason_without_kernel
+from pocketllm.runtime.packed_parameter import value_of
 from pocketllm.runtime.packed_tensors import (
     Codebook as Codebook,
     Decoder as Decoder,
@@ -118,10 +119,11 @@ def reason_to_decode(model: nn.Module) -> str:
                 return f"there are no kernels for {device.type}"
             if select.packed_isa() is None:
                 return "there are no kernels: no C++ compiler was found, or POCKETLLM_COMPILE=0 is set"
-            if leaf != "weight" or not has_packed_forward(type(module)):
-                return f"there is no kernel for {name}.{leaf} ({type(module).__name__})"
             if not matrix.is_lookup:
                 return f"there is no kernel for {name}.{leaf}, whose decoder has row statistics"
+            kind = reason_without_kernel(module, leaf, matrix)
+            if kind:
+                return f"there is no kernel for {name}.{leaf} ({kind})"
     return ""
 
 
@@ -188,10 +190,10 @@ def _packed_class(dense: Any, leaves: tuple[str, ...]) -> Any:
     """A subclass in which some parameters are decoded on access."""
 
     def decoded(leaf: str) -> property:
-        return property(lambda self: dict(_packed_leaves(self))[leaf]())
+        return property(lambda self: value_of(self, dict(_packed_leaves(self))[leaf]))
 
     members: dict[str, Any] = {leaf: decoded(leaf) for leaf in leaves}
-    bases = packed_bases(dense) if "weight" in leaves else (dense,)
+    bases = packed_bases(dense)
     return type(
         f"Packed{dense.__name__}", (_Packed, *bases), {**members, "_dense_class": dense, "_leaves": leaves}
     )

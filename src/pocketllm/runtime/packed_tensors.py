@@ -151,6 +151,11 @@ class PackedMatrix(_FixedDtype):
         """[rows, n] int32 indices; on a hashed trellis, windows."""
         return self.form.unpack(self.indices, self.entry.rows, self.per_row)
 
+    def expert_rows(self, expert: int) -> range:
+        """Rows of the stored matrix that hold one of several fused experts."""
+        count = self.entry.rows // self.entry.shape[0]
+        return range(expert * count, (expert + 1) * count)
+
     def __getstate__(
         self,
     ) -> dict[str, Any]:  # a product holds addresses, and is made again where it is needed

@@ -45,7 +45,13 @@ from pocketllm.runtime.load_checks import (
     verify_folder,
     verify_loaded,
 )
-from pocketllm.runtime.model_methods import initialize, resize, stored_once, tie
+from pocketllm.runtime.model_methods import (
+    initialize,
+    resize,
+    run_experts_one_by_one,
+    stored_once,
+    tie,
+)
 from pocketllm.source.dense_checkpoint import resolve
 from pocketllm.source.folder import read_tokenizer
 from pocketllm.source.model_class import model_class
@@ -159,6 +165,7 @@ class PocketQuantizer(HfQuantizer):
             model.all_tied_weights_keys = {**(model.all_tied_weights_keys or {}), **self._tied}
         else:
             compute_weights(model)
+            run_experts_one_by_one(model)
             model.tie_weights = partial(tie, model)
             model.resize_token_embeddings = partial(resize, model)
         return model
