@@ -9,10 +9,10 @@ from pages import load_results, markdown_table
 
 
 def runtime() -> str:
-    """Speed and memory of the loading modes."""
+    """Speed and memory of the loading modes, and of llama.cpp."""
     found = load_results("runtime")
     dense = {run["threads"]: run for run in found["runs"] if run["mode"] == "checkpoint"}
-    names = {"packed": "packed", "dense": "dense, decoded at load", "checkpoint": "not compressed"}
+    forms = found["compressed"]
     rows = []
     for run in found["runs"]:
         other = dense[run["threads"]]
@@ -23,7 +23,7 @@ def runtime() -> str:
         rows.append(
             [
                 str(run["threads"]),
-                names[run["mode"]],
+                _runtime_name(run, forms),
                 f"{run['load_seconds']:.1f}",
                 beside("prompt_tokens_per_second", 0),
                 beside("tokens_per_second", 1),
@@ -31,14 +31,24 @@ def runtime() -> str:
             ]
         )
     head = ["threads", "", "load, seconds", "prompt tokens/s", "tokens/s", "peak memory, MB"]
-    form = found["compressed"]
     note = (
-        f"SmolLM2-135M at {form['bpw_blocks']:.2f} bits per weight of blocks ({form['bytes_on_disk'] / 1e6:.0f} MB on "
-        f"disk), bfloat16; a prompt of 512 tokens; 64 tokens generated after a prompt of one; in brackets relative to "
-        f"the uncompressed model; memory minus that of a process that only imports the libraries; medians of "
-        f"{found['rounds']} processes, run in turn on a machine shared with other work. `{found['command']}`"
+        "SmolLM2-135M, bfloat16; rows name the bits per weight of blocks and the size on disk; a prompt of 512 tokens; "
+        f"64 tokens generated after a prompt of one; in brackets relative to the uncompressed model; memory minus that "
+        f"of a process that only imports the libraries; medians of {found['rounds']} processes, run in turn on a "
+        f"machine shared with other work. `{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
+
+
+def _runtime_name(run: dict[str, Any], forms: dict[str, Any]) -> str:
+    """What a run is called in the table."""
+    if run["mode"] == "checkpoint":
+        return "not compressed"
+    if run["mode"] == "llama.cpp":
+        return f"llama.cpp, {run['dtype']}, {run['weights_bytes'] / 1e6:.0f} MB"
+    form = forms[run["model"]]
+    how = {"packed": "packed", "dense": "decoded at load"}[run["mode"]]
+    return f"{form['bpw_blocks']:.2f} bits, {form['bytes_on_disk'] / 1e6:.0f} MB, {how}"
 
 
 def serving() -> str:

@@ -36,6 +36,7 @@ def config(architecture: str, **changes: Any) -> Any:
         "gemma2": (t.Gemma2Config, {**_ROTARY, **_SLIDING, "query_pre_attn_scalar": 18}),
         "qwen3_sliding": (t.Qwen3Config, {**_ROTARY, **_SLIDING, "use_sliding_window": True}),
         "mixtral": (t.MixtralConfig, _EXPERTS),
+        "gpt_oss": (t.GptOssConfig, {**_EXPERTS, **_SLIDING}),
         "qwen3_moe": (
             t.Qwen3MoeConfig,
             {**_ROTARY, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20},

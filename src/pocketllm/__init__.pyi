@@ -19,6 +19,6 @@ from .recover.distill import distill as distill
 from .recover.lora import lora as lora
 from .recover.merge import merge as merge
 from .runtime.export import export as export
-from .runtime.transformers_plugin import load as load
+from .runtime.load_model import load as load
 
 __version__: str

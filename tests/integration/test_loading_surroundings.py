@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 import pocketllm
 from pocketllm.config import LoopConfig
+from pocketllm.errors import FormatError
 from pocketllm.evaluate import verify_compressed
 from pocketllm.evaluate.kl import text_divergence
 from pocketllm.report import html_report
@@ -68,6 +70,20 @@ def all_at_once() -> Iterator[None]:
         for name in ("deterministic", "default bfloat16", "inference_mode", "device meta", "autocast"):
             stack.enter_context(SURROUNDINGS[name]())
         yield
+
+
+def test_what_is_frozen_stays_so_and_nothing_else(small: Path, tmp_path: Path) -> None:
+    pocketllm.load(small)
+    (small_config := tmp_path / "config.json").write_text((small / "config.json").read_text())
+    with pytest.raises(FormatError):
+        pocketllm.load(small_config.parent)
+    assert not gc.get_freeze_count()
+    gc.freeze()
+    try:
+        pocketllm.load(small)
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", SURROUNDINGS)

@@ -93,6 +93,36 @@ def test_products_of_bands(count: int, dtype: torch.dtype) -> None:
         assert torch.equal(product.linear(x), product.linear(x, torch.zeros_like(bias)))
 
 
+@needs_bands
+@pytest.mark.parametrize("columns", [50, 64])
+def test_many_rows_as_integers_of_their_own_scale(columns: int) -> None:
+    """One row does not change what another gives, whatever its size; what is not finite stays visible."""
+    weight = on_hashed_trellis(37, columns, Trellis(12, 2, strip_rows=16), 1, banded=True).rotated((1, 2))
+    product, x = PackedProduct(weight), torch.randn(83, columns).bfloat16()
+    before = product.linear(x)
+    x[3], x[20], x[80] = 0, x[20] * 1024, float("nan")
+    x[40, 7] = float("inf")
+    found, same = product.linear(x), torch.ones(83, dtype=torch.bool)
+    assert not found[3].any() and torch.equal(found[20], before[20] * 1024)
+    assert bool(found[80].isnan().all()) and bool(found[40].isnan().all())
+    same[[3, 20, 40, 80]] = False
+    assert torch.equal(found[same], before[same])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_with_some_rows_of_the_matrix(dtype: torch.dtype) -> None:
+    for weight in (*weights(), *(banded() if library.hashed_runs() else ())):
+        if weight.signs_out is not None:
+            continue
+        some = range(weight.sizes.rows // 3, weight.sizes.rows // 3 + max(1, weight.sizes.rows // 2))
+        x = torch.randn(2, 3, weight.sizes.columns).to(dtype)
+        wanted = packed_matmul_reference(x, weight, torch.float64)[..., some.start : some.stop]
+        found = PackedProduct(weight).linear_rows(x, some)
+        tolerance = FLOAT32 if dtype == torch.float32 else 2 * ROUNDED_TWICE
+        assert found.dtype == dtype and relative(found, wanted) < tolerance
+
+
 @pytest.mark.usefixtures("_either")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows(dtype: torch.dtype) -> None:

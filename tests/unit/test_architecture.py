@@ -149,7 +149,7 @@ def later():
         ("pocketllm.plan.target", False),
         ("pocketllm.compression.pipeline", False),
         ("pocketllm", False),
-        ("pocketllm.runtime.transformers_plugin", False),
+        ("pocketllm.runtime.load_model", False),
         ("pocketllm.format", False),
         ("pocketllm.format.checkpoint", False),
         ("pocketllm.codec.kernels.triton", False),

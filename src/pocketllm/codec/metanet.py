@@ -116,10 +116,12 @@ class _MetaNet(nn.Module):
 
     def set_weights(self, up: Tensor, down: Tensor) -> None:
         """Inverse of `weights`; computes in float32 whatever was stored."""
-        self.load_state_dict(
-            {f"blocks.{n}.up": up[n].float() for n in range(len(up))}
-            | {f"blocks.{n}.down": down[n].float() for n in range(len(down))}
-        )
+        with torch.no_grad():
+            for block, upper, lower in zip(self.blocks, up, down, strict=True):
+                assert isinstance(block, MLPBlock | AffineBlock)
+                assert block.up.shape == upper.shape and block.down.shape == lower.shape
+                block.up.copy_(upper)
+                block.down.copy_(lower)
 
 
 class MetaEncoder(_MetaNet):

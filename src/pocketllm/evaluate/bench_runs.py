@@ -57,9 +57,9 @@ class BenchConfig:
 class BenchRun:
     """One model in one mode; medians over the rounds.
 
-    mode: packed or dense, as it ran, or `checkpoint` for a dense model. peak_memory_bytes: most resident memory
-    beyond that of a process that has imported the same libraries. weights_bytes: of the parameters and buffers in
-    memory.
+    mode: packed or dense, as it ran, or `checkpoint` for a dense model. load_seconds: of model and tokenizer.
+    peak_memory_bytes: most resident memory beyond that of a process that has imported the same libraries.
+    weights_bytes: of the parameters and buffers in memory.
     """
 
     model: str
@@ -154,7 +154,7 @@ def run_here(model: str, mode: str, config: BenchConfig) -> BenchRun:
     import_all(str(folder))
     base = peak_bytes("cpu", forget=True)
     started = time.perf_counter()
-    loaded = _loaded(folder, mode, dtype, config.trust_remote_code)
+    loaded, _ = _loaded(folder, mode, dtype, config.trust_remote_code)
     load_seconds = time.perf_counter() - started
     prompt, token = _speeds(loaded, config)
     return BenchRun(
@@ -170,13 +170,15 @@ def run_here(model: str, mode: str, config: BenchConfig) -> BenchRun:
     )
 
 
-def _loaded(folder: Path, mode: str, dtype: Any, trust_remote_code: bool) -> Any:
+def _loaded(folder: Path, mode: str, dtype: Any, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Model and tokenizer."""
     import pocketllm
     from pocketllm.source import load_dense
+    from pocketllm.source.folder import read_tokenizer
 
     if mode == CHECKPOINT:
-        return load_dense(folder, dtype, trust_remote_code)
-    return pocketllm.load(folder, mode=mode, dtype=dtype, trust_remote_code=trust_remote_code)[0]
+        return load_dense(folder, dtype, trust_remote_code), read_tokenizer(folder, trust_remote_code)
+    return pocketllm.load(folder, mode=mode, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _speeds(model: Any, config: BenchConfig) -> tuple[float, float]:

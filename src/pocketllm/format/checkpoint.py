@@ -23,6 +23,7 @@ from pocketllm.format.layout import (
     STORE as STORE,
     Layout as Layout,
 )
+from pocketllm.format.mapped_pages import MappedPages
 from pocketllm.format.report import check_report
 from pocketllm.format.trust import check_folder, check_sizes, weights_of
 from pocketllm.format.weight_files import DTYPE_NAMES, checksum as checksum
@@ -163,9 +164,13 @@ def _check_tensors(folder: Path, weights: list[Path], layout: Layout) -> None:
                     f"{file}: {name}: stored as {stored.get_dtype()} {tuple(stored.get_shape())}, wanted "
                     f"{DTYPE_NAMES[dtype]} {shape}; fetch the file again"
                 )
+        pages = MappedPages()
         for prefix, crc32 in layout.checksums().items():
             keys = [f"{prefix}.{part}" for part in PARTS if f"{prefix}.{part}" in wanted]
-            if keys and checksum(*(places[key][1].get_tensor(key) for key in keys)) != crc32:
+            tensors = [places[key][1].get_tensor(key) for key in keys]
+            found = checksum(*tensors)
+            pages.drop(*tensors)
+            if keys and found != crc32:
                 raise FormatError(
                     f"{places[keys[0]][0]}: {prefix}: altered (CRC-32 differs); fetch the file again"
                 )

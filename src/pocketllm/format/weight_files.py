@@ -30,14 +30,20 @@ DTYPE_NAMES = {
 
 def tensor_bytes(tensor: Tensor) -> bytes:
     """The tensor's raw little-endian bytes, row-major."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    found: bytes = _raw(tensor).tobytes()
+    return found
+
+
+def _raw(tensor: Tensor) -> Any:
+    """`tensor_bytes` as an array, without a copy where the tensor lies so in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def checksum(*tensors: Tensor) -> str:
     """CRC-32 of the tensors' bytes one after another, 8 hex digits."""
     value = 0
     for tensor in tensors:
-        value = zlib.crc32(tensor_bytes(tensor), value)
+        value = zlib.crc32(_raw(tensor), value)
     return f"{value:08x}"
 
 

@@ -35,7 +35,7 @@ def export(folder: Path, output: Path, dtype: torch.dtype, trust_remote_code: bo
         OutputError: the output exists or cannot be written.
         FormatError: the compressed model is damaged.
     """
-    from pocketllm.runtime.transformers_plugin import load
+    from pocketllm.runtime.load_model import load
 
     output = named_output(output)
     check_output(output, marker=None)

@@ -19,7 +19,9 @@ from torch import nn
 
 from pocketllm.codec.kernels import select
 from pocketllm.format.layout import STORE, Layout
-from pocketllm.runtime.packed_forward import has_packed_forward, packed_bases
+from pocketllm.format.mapped_pages import MappedPages
+from pocketllm.runtime.packed_forward import packed_bases, reason_without_kernel
+from pocketllm.runtime.packed_parameter import value_of
 from pocketllm.runtime.packed_tensors import (
     Codebook as Codebook,
     Decoder as Decoder,
@@ -101,8 +103,11 @@ def compute_weights(model: nn.Module) -> None:
             }
             dense: Any = type(module)
             module.__class__ = _packed_class(dense, leaves)
+    pages = MappedPages()
     for matrix in packed_matrices(model).values():
-        matrix.product()  # now, so that torch.compile does not trace how it is made
+        product = matrix.product()  # now, so that torch.compile does not trace how it is made
+        if product is not None and product.weight.sizes.banded:
+            pages.drop(matrix.indices)  # bands are what is multiplied with; the file holds the stream
 
 
 def reason_to_decode(model: nn.Module) -> str:
@@ -114,10 +119,11 @@ def reason_to_decode(model: nn.Module) -> str:
                 return f"there are no kernels for {device.type}"
             if select.packed_isa() is None:
                 return "there are no kernels: no C++ compiler was found, or POCKETLLM_COMPILE=0 is set"
-            if leaf != "weight" or not has_packed_forward(type(module)):
-                return f"there is no kernel for {name}.{leaf} ({type(module).__name__})"
-            if matrix.product() is None:
+            if not matrix.is_lookup:
                 return f"there is no kernel for {name}.{leaf}, whose decoder has row statistics"
+            kind = reason_without_kernel(module, leaf, matrix)
+            if kind:
+                return f"there is no kernel for {name}.{leaf} ({kind})"
     return ""
 
 
@@ -184,10 +190,10 @@ def _packed_class(dense: Any, leaves: tuple[str, ...]) -> Any:
     """A subclass in which some parameters are decoded on access."""
 
     def decoded(leaf: str) -> property:
-        return property(lambda self: dict(_packed_leaves(self))[leaf]())
+        return property(lambda self: value_of(self, dict(_packed_leaves(self))[leaf]))
 
     members: dict[str, Any] = {leaf: decoded(leaf) for leaf in leaves}
-    bases = packed_bases(dense) if "weight" in leaves else (dense,)
+    bases = packed_bases(dense)
     return type(
         f"Packed{dense.__name__}", (_Packed, *bases), {**members, "_dense_class": dense, "_leaves": leaves}
     )

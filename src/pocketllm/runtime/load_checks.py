@@ -13,6 +13,7 @@ from torch import nn
 
 from pocketllm.errors import FormatError, LoadError
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.mapped_pages import MappedPages
 from pocketllm.runtime.layers import Codebook, packed_matrices
 from pocketllm.source.folder import check_generation
 from pocketllm.source.model_files import check_counts, need_config
@@ -163,12 +164,14 @@ def verify_loaded(model: nn.Module, layout: ckpt.Layout) -> None:
         expected.append((f"{ckpt.STORE}.codebooks.{n}", store.codebooks[n], codebook.crc32))
     for n, decoder in enumerate(layout.decoders):
         expected.append((f"{ckpt.STORE}.decoders.{n}", store.decoders[n], decoder.crc32))
+    pages = MappedPages()
     for name, module, crc32 in expected:
         buffers = [module.value()] if isinstance(module, Codebook) else list(module.buffers(recurse=False))
         if any(buffer.is_meta for buffer in buffers):
             raise LoadError(f"{name}: was not loaded; the files do not contain it")
         if ckpt.checksum(*buffers) != crc32:
             raise FormatError(f"{name}: altered (CRC-32 differs from config.json); fetch the model again")
+        pages.drop(*buffers)
 
 
 def _need_all(wanted: Collection[str], packed: Collection[str]) -> None:

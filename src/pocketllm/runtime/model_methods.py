@@ -24,6 +24,16 @@ def tie(model: Any, missing_keys: set[str] | None = None, recompute_mapping: boo
     type(model).tie_weights(model, missing_keys=missing_keys, recompute_mapping=False)
 
 
+def run_experts_one_by_one(model: Any) -> None:
+    """Let fused experts that stay packed run by the loop of their class, which slices the chosen ones.
+
+    What transformers takes by default multiplies with all of them at once, so they would be decoded.
+    """
+    fused = any(len(matrix.entry.shape) == 3 for matrix in packed_matrices(model).values())
+    if fused and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+
+
 def stored_once(model: Any, state: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """The tensors to save of a model that holds modules under several names, each under the first of them.
 

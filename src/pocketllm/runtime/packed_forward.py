@@ -1,8 +1,8 @@
 """Forward methods that multiply by packed weights, for known layer types: nothing is decoded to a dense matrix.
 
 The class of a packed layer inherits from one of these classes in addition to the class whose forward it
-replaces. A subclass that overrides that forward and calls `super()` (an embedding that scales its rows) works as
-well; every other layer decodes its weight on access, as layers.py describes.
+replaces. An embedding that overrides that forward and calls `super()` (to scale its rows) works as well, and so do
+fused experts, on stand-ins of their parameters; every other layer decodes its weight on access, as layers.py describes.
 """
 
 from __future__ import annotations
@@ -14,19 +14,30 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pocketllm.codec.kernels.packed_product import PackedProduct
+from pocketllm.runtime.packed_parameter import RunsOnStandIns, takes_stand_in
+from pocketllm.runtime.packed_tensors import PackedMatrix
 
 
 def packed_bases(dense: type[nn.Module]) -> tuple[type[nn.Module], ...]:
     """Base classes of the packed form of a layer's class, with a forward of this module where there is one."""
     for packed, plain in ((PackedLinear, nn.Linear), (PackedConv1D, Conv1D), (PackedEmbedding, nn.Embedding)):
         if issubclass(dense, plain):
-            return (packed,) if dense is plain else (dense, packed)
-    return (dense,)
+            if dense is plain:
+                return (packed,)
+            return (RunsOnStandIns, dense, packed) if plain is nn.Embedding else (dense, packed)
+    return (RunsOnStandIns, dense)
 
 
-def has_packed_forward(dense: type[nn.Module]) -> bool:
-    """Whether the packed form of a layer's class runs by a forward of this module, without decoding its weight."""
-    return any(dense.forward is plain.forward for plain in (nn.Linear, Conv1D, nn.Embedding))
+def reason_without_kernel(module: nn.Module, leaf: str, matrix: PackedMatrix) -> str:
+    """Why a layer cannot run without decoding a parameter; empty if it can."""
+    dense = type(module)
+    plain = any(dense.forward is known.forward for known in (nn.Linear, Conv1D, nn.Embedding))
+    embeds = issubclass(dense, nn.Embedding) and takes_stand_in(matrix)
+    if leaf == "weight" and (plain or embeds):
+        return ""
+    if len(matrix.entry.shape) == 3 and takes_stand_in(matrix):
+        return ""
+    return dense.__name__
 
 
 def product_of(module: nn.Module, transposed: bool = False) -> PackedProduct | None:

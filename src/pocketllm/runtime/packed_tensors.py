@@ -16,7 +16,9 @@ from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.kernels.packed_product import PackedProduct
 from pocketllm.codec.kernels.packed_weight import form_weight
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
+from pocketllm.codec.metanet import MetaDecoder
 from pocketllm.codec.subvectors import subvectors_per_row, unfold
+from pocketllm.config import CodecConfig
 from pocketllm.format.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.torch_state import default_torch_state
 
@@ -84,9 +86,10 @@ class Store(nn.Module):
         self.codebooks = nn.ModuleList(Codebook(entry) for entry in layout.codebooks)
         self.decoders = nn.ModuleList(Decoder(entry) for entry in layout.decoders)
         self._codecs: dict[tuple[int, int, torch.device], tuple[MatrixCodec, Tensor | None]] = {}
+        self._nets: dict[tuple[CodecConfig, torch.device], MetaDecoder] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_codecs": {}}  # made anew where it is needed
+        return {**self.__dict__, "_codecs": {}, "_nets": {}}  # made anew where they are needed
 
     @torch.no_grad()
     def codec(self, codebook: int, decoder: int, device: torch.device) -> tuple[MatrixCodec, Tensor | None]:
@@ -101,6 +104,20 @@ class Store(nn.Module):
             made = made.to(device)
             self._codecs[key] = made, (made.decoded_codebook() if made.is_lookup else None)
         return self._codecs[key]
+
+    @torch.no_grad()
+    def decoded_codebook(self, codebook: int, decoder: int, device: torch.device) -> Tensor:
+        """[K, d] float32: what a decoder in the look-up form makes of a codebook; without a codec of its own."""
+        weights, net = self.codebooks[codebook], self.decoders[decoder]
+        assert isinstance(weights, Codebook) and isinstance(net, Decoder)
+        config, key = net.entry.codec, (net.entry.codec, device)
+        if key not in self._nets:
+            made = MetaDecoder(config.vector_len, config.hidden, config.depth, config.decoder_norm)
+            self._nets[key] = made.to(device)
+        made = self._nets[key]
+        made.set_weights(net.up, net.down)
+        found: Tensor = made(weights.value().to(device).float()[None])[0]
+        return found
 
 
 class PackedMatrix(_FixedDtype):
@@ -123,6 +140,7 @@ class PackedMatrix(_FixedDtype):
         self.register_buffer("indices", torch.empty(nbytes, dtype=torch.uint8))
         decoder = store.decoders[entry.decoder].entry
         assert isinstance(decoder, DecoderEntry)
+        self.is_lookup = decoder.codec.decoder == "lookup"  # else values depend on the row
         if decoder.codec.row_scale:
             self.register_buffer("row_scale", torch.empty(entry.rows, dtype=torch.bfloat16))
         self._product: PackedProduct | None = None
@@ -132,6 +150,11 @@ class PackedMatrix(_FixedDtype):
     def unpacked(self) -> Tensor:
         """[rows, n] int32 indices; on a hashed trellis, windows."""
         return self.form.unpack(self.indices, self.entry.rows, self.per_row)
+
+    def expert_rows(self, expert: int) -> range:
+        """Rows of the stored matrix that hold one of several fused experts."""
+        count = self.entry.rows // self.entry.shape[0]
+        return range(expert * count, (expert + 1) * count)
 
     def __getstate__(
         self,
@@ -147,12 +170,10 @@ class PackedMatrix(_FixedDtype):
 
     def _made_product(self) -> PackedProduct | None:
         entry, stream = self.entry, self.indices
-        if stream.is_meta:
+        if stream.is_meta or not self.is_lookup:
             return None
         with default_torch_state(), torch.no_grad():
-            decoded = self._store[0].codec(entry.codebook, entry.decoder, stream.device)[1]
-            if decoded is None:
-                return None
+            decoded = self._store[0].decoded_codebook(entry.codebook, entry.decoder, stream.device)
             scale = self._buffers.get("row_scale")
             scale = torch.ones(entry.rows, device=stream.device) if scale is None else scale.float()
             weight = form_weight(stream, self.form, decoded, scale, entry.columns)

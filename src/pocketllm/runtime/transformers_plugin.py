@@ -8,7 +8,6 @@ layers. `auto` is `packed` where every layer has a kernel, `dense` elsewhere.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.core_model_loading import rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pocketllm.errors import ConfigError, LoadError, OutputError, PocketError, reason_of
+from pocketllm.errors import ConfigError, OutputError
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.runtime.layers import (
     PackedMatrix,
@@ -38,18 +36,18 @@ from pocketllm.runtime.load_checks import (
     check_shapes,
     give_back_missing,
     is_named,
-    known_as_verified,
     take_over_missing,
     verify_before_building,
     verify_before_reading,
-    verify_folder,
     verify_loaded,
 )
-from pocketllm.runtime.model_methods import initialize, resize, stored_once, tie
-from pocketllm.source.dense_checkpoint import resolve
-from pocketllm.source.folder import read_tokenizer
-from pocketllm.source.model_class import model_class
-from pocketllm.torch_state import in_default_torch_state
+from pocketllm.runtime.model_methods import (
+    initialize,
+    resize,
+    run_experts_one_by_one,
+    stored_once,
+    tie,
+)
 
 MODES = ("auto", "dense", "packed")
 
@@ -159,6 +157,7 @@ class PocketQuantizer(HfQuantizer):
             model.all_tied_weights_keys = {**(model.all_tied_weights_keys or {}), **self._tied}
         else:
             compute_weights(model)
+            run_experts_one_by_one(model)
             model.tie_weights = partial(tie, model)
             model.resize_token_embeddings = partial(resize, model)
         return model
@@ -235,71 +234,3 @@ def layout_for(model: Any, layout: ckpt.Layout) -> ckpt.Layout:
         if found in names or is_named(model) or name.startswith(f"{prefix}."):
             matrices[found] = entry
     return replace(layout, matrices=matrices)
-
-
-def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> Any:
-    """The model of a verified folder, as transformers loads it.
-
-    Raises:
-        LoadError: transformers cannot; and what the plug-in raises.
-    """
-    try:
-        trust = how["trust_remote_code"]
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, return_dict=True)
-        config.quantization_config["mode"] = mode
-        with known_as_verified(folder):
-            return model_class(config).from_pretrained(folder, config=config, use_safetensors=True, **how)
-    except (PocketError, ImportError, MemoryError):
-        raise
-    except Exception as error:  # transformers raises whatever it comes upon
-        hint = "; pass --trust-remote-code if you trust it" if "custom code" in str(error) else ""
-        raise LoadError(
-            f"{folder}: transformers cannot load this model ({reason_of(error)}){hint}"
-        ) from error
-
-
-@in_default_torch_state
-def load(
-    path: str | Path,
-    *,
-    revision: str | None = None,
-    mode: str = "auto",
-    dtype: torch.dtype | str = "auto",
-    device_map: Any = None,
-    trust_remote_code: bool = False,
-) -> tuple[Any, Any]:
-    """Load a compressed model, with its files verified before and its layers after loading.
-
-    Args:
-        path: folder or Hub id of a compressed model; a Hub id may name its revision (`owner/name@revision`).
-        revision: branch, tag or commit of a Hub id.
-        mode: `packed` (weights stay packed, layers multiply straight from them), `dense` (decoded at load), or `auto`:
-            packed if every layer has a kernel, else dense, with a line in the log that says why.
-        dtype: to compute in; `auto` is the checkpoint's.
-        device_map: as in transformers.
-        trust_remote_code: let transformers run code that the folder contains.
-
-    Returns:
-        (model, tokenizer); the model in eval mode, its weights not trainable. The tokenizer is None if the
-        folder has none.
-
-    Raises:
-        FormatError: damaged, altered, or not a compressed model.
-        LoadError: the layers did not load compressed, or a tensor of the model is in no file.
-        SourceError: the tokenizer cannot be read, or nothing is found at `path`.
-        ConfigError: unknown mode, or a revision of a folder.
-
-    Example:
-        >>> model, tokenizer = pocketllm.load("smol-8x")
-    """
-    if mode not in MODES:
-        raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
-    folder = resolve(str(path), revision=revision)
-    verify_folder(folder)
-    how = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-    model = _from_pretrained(folder, mode, how)
-    if not isinstance(getattr(model, "hf_quantizer", None), PocketQuantizer):
-        raise LoadError(
-            f"{folder}: transformers loaded it without pocketllm, so its weights are random; load it in a new process"
-        )
-    return model.eval().requires_grad_(False), read_tokenizer(folder, trust_remote_code)

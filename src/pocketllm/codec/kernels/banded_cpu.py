@@ -82,6 +82,6 @@ class PreparedBands:
         return out
 
     def decode(self, begin: int, end: int, out: Tensor) -> None:
-        """Rows [begin, end) of U, in units of an entry, into the first rows of `out`, float32 or bfloat16."""
-        half, threads = int(out.dtype == torch.bfloat16), torch.get_num_threads()
-        library.call("packed", "hashed_decode", self.address, begin, end, half, out, threads)
+        """Rows [begin, end) of U, in units of an entry, into the first rows of `out`: float32, bfloat16 or int8."""
+        size, threads = out.element_size(), torch.get_num_threads()
+        library.call("packed", "hashed_decode", self.address, begin, end, size, out, threads)

@@ -49,6 +49,10 @@ HASHED_TARGET inline void store_sixteen(__m128i entries, __mmask16 which, BFloat
     _mm256_mask_storeu_epi16(to, which, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
 }
 
+HASHED_TARGET inline void store_sixteen(__m128i entries, __mmask16 which, int8_t* to) {
+    _mm_mask_storeu_epi8(to, which, entries);
+}
+
 // Rows [first, first + count) of a strip, count <= 8, as integers; `pitch` numbers from one to the next.
 template <int D, class Number>
 HASHED_TARGET void decode_rows(const Matrix& m, int64_t strip, int64_t first, int64_t count, Number* out,
@@ -166,10 +170,12 @@ int hashed_look_up(const Matrix* matrix, const int64_t* ids, int64_t count, int6
     return 0;
 }
 
-// out [last - first, columns]: rows of U in units of an entry, which bfloat16 holds exactly.
-int hashed_decode(const Matrix* matrix, int64_t first, int64_t last, int64_t half, void* out, int64_t threads) {
+// out [last - first, columns]: rows of U in units of an entry, as numbers of `bytes` (float32, bfloat16, int8).
+int hashed_decode(const Matrix* matrix, int64_t first, int64_t last, int64_t bytes, void* out, int64_t threads) {
 #if defined(__x86_64__)
-    if (half)
+    if (bytes == 1)
+        decode_tile(*matrix, first, last, (int8_t*)out, threads);
+    else if (bytes == 2)
         decode_tile(*matrix, first, last, (BFloat16*)out, threads);
     else
         decode_tile(*matrix, first, last, (float*)out, threads);

@@ -1,4 +1,4 @@
-// Numbers as layers hold them: float32 or bfloat16.
+// Numbers as layers hold them: float32 or bfloat16; and the integers of a product of integers.
 
 #pragma once
 
@@ -10,6 +10,8 @@ struct BFloat16 {
 };
 
 inline float to_float(float value) { return value; }
+inline float to_float(int8_t value) { return (float)value; }
+inline float to_float(int32_t value) { return (float)value; }
 inline float to_float(BFloat16 value) {
     const uint32_t bits = uint32_t(value.bits) << 16;
     float found;
@@ -18,6 +20,10 @@ inline float to_float(BFloat16 value) {
 }
 
 inline void store(float value, float* to) { *to = value; }
+inline void store(float value, int8_t* to) {  // rounded to the nearest, ties to even
+    const float shifted = value + 12582912.0f;
+    std::memcpy(to, &shifted, 1);
+}
 inline void store(float value, BFloat16* to) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);

@@ -2,8 +2,8 @@
 
 Precision: one or two rows of x are multiplied in float32; more of them in bfloat16 if x is, else in float32, by a
 matrix product with a few rows of U at a time, so that nothing of the size of W is made. Banded weights (hashed
-trellis, banded_cpu.py) take up to 64 rows of x as 16-bit integers with one scale per row: a relative error of about
-3e-5. Rotations are float32.
+trellis, banded_cpu.py) take up to 64 rows of x as 16-bit integers with one scale per row, a relative error of about
+3e-5, and more rows of bfloat16 as 8-bit integers, about 1e-2. Rotations are float32.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def multiply(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | 
 
 def _multiply_many(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | None) -> Tensor:
     """`multiply` of many rows of x in one of `DTYPES`, by decoded tiles."""
+    if sizes.banded and x.dtype == torch.bfloat16:
+        return _multiply_integers(x.contiguous(), weight, sizes, isa, bias)
     x, out = x.contiguous(), torch.empty(len(x), sizes.rows, dtype=x.dtype)
     if weight.signs_in is not None:
         x = _rotated(x, torch.empty_like(x), weight.signs_in, isa, inverse=False)
@@ -75,6 +77,43 @@ def _multiply_many(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Ten
             out[:, begin:end] = x @ tile.T
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     return _rotated(out, out, weight.signs_out, isa, inverse=True, scale=weight.row_scale, bias=bias)
+
+
+def multiply_rows(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, rows: range) -> Tensor:
+    """x [T, columns] of one of `DTYPES` -> x W[rows]^T; W is not rotated on the side of its outputs."""
+    x, out = x.contiguous(), torch.empty(len(x), len(rows), dtype=x.dtype)
+    if weight.signs_in is not None:
+        x = _rotated(x, torch.empty_like(x), weight.signs_in, isa, inverse=False)
+    for begin, end, tile in tiles(weight, sizes, x.dtype, isa, rows):
+        out[:, begin - rows.start : end - rows.start] = x @ tile.T
+    scale = weight.row_scale[rows.start : rows.stop].contiguous()
+    return _rotated(out, out, None, isa, inverse=True, scale=scale)
+
+
+def _multiply_integers(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | None) -> Tensor:
+    """`multiply` of many rows of x [T, columns] bfloat16, with entries and rotated rows of x as 8-bit integers."""
+    count, threads = len(x), torch.get_num_threads()
+    whole, unit, half = torch.empty(x.shape, dtype=torch.int8), torch.empty(count), x.dtype
+    into = (count, sizes.columns, weight.signs_in, _mixer(weight.signs_in), int(isa), threads)
+    library.call("packed", "packed_rotate_to_integers", x, whole, unit, *into)
+    sums = torch.empty(count, sizes.rows, dtype=torch.int32)
+    for begin, end, tile in tiles(weight, sizes, torch.int8, isa):
+        if end - begin == sizes.rows:
+            torch._int_mm(whole, tile.T, out=sums)
+        else:
+            sums[:, begin:end] = torch._int_mm(whole, tile.T)
+    out, bias = (
+        torch.empty(count, sizes.rows, dtype=half),
+        None if bias is None else bias.to(half).contiguous(),
+    )
+    back = (count, sizes.rows, weight.signs_out, _mixer(weight.signs_out), weight.row_scale, bias)
+    library.call("packed", "packed_rotate_from_integers", sums, unit, out, *back, int(isa), threads)
+    return out
+
+
+def _mixer(signs: Tensor | None) -> Tensor | None:
+    """The factor of odd size of a rotation."""
+    return None if signs is None else hartley(len(signs) // (len(signs) & -len(signs)))
 
 
 def _rotated(
@@ -89,7 +128,7 @@ def _rotated(
 ) -> Tensor:
     """Rows of x [T, n], of one of `DTYPES`, times `scale`, rotated where there are signs, plus bias, into `out`."""
     count, n = x.shape
-    mixer = None if signs is None else hartley(n // (n & -n))
+    mixer = _mixer(signs)
     half, threads = int(x.dtype == torch.bfloat16), torch.get_num_threads()
     sizes = (half, count, n, signs, mixer, int(inverse), scale, bias, int(isa), threads)
     library.call("packed", "packed_rotate", x, out, *sizes)
@@ -117,22 +156,27 @@ def rotate_(x: Tensor, signs: Tensor, isa: Isa, *, inverse: bool) -> Tensor:
     return x
 
 
-def tiles(weight: Tensors, sizes: Sizes, dtype: torch.dtype, isa: Isa) -> Iterator[tuple[int, int, Tensor]]:
-    """Rows of U, a few at a time: (begin, end, [end - begin, columns] of `dtype`, overwritten by the next)."""
+def tiles(
+    weight: Tensors, sizes: Sizes, dtype: torch.dtype, isa: Isa, rows: range | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows of U, a few at a time: (begin, end, [end - begin, columns] of `dtype`, overwritten by the next).
+
+    rows: which; all of them if None.
+    """
+    rows = range(sizes.rows) if rows is None else rows
     step = max(64, TILE_WEIGHTS // max(1, sizes.columns) // 64 * 64)
-    memory = torch.empty(min(step, sizes.rows), sizes.columns, dtype=dtype)
+    memory = torch.empty(min(step, len(rows)), sizes.columns, dtype=dtype)
+    parts = [(begin, min(begin + step, rows.stop)) for begin in range(rows.start, rows.stop, step)]
     if sizes.banded:
         bands = PreparedBands(*weight, sizes)
-        for begin in range(0, sizes.rows, step):
-            end = min(begin + step, sizes.rows)
+        for begin, end in parts:
             bands.decode(begin, end, memory)
             yield begin, end, memory[: end - begin]
         return
     table = _full_table(weight.table, sizes).to(dtype)
     entry_bytes, row_bytes = (n * table.element_size() for n in (sizes.vector_len, sizes.columns))
     tensors = (weight.stream, weight.stream.numel(), table, entry_bytes, memory, row_bytes)
-    for begin in range(0, sizes.rows, step):
-        end = min(begin + step, sizes.rows)
+    for begin, end in parts:
         threads = torch.get_num_threads()
         library.call("packed", "packed_decode", *tensors, begin, end, *kernel_sizes(sizes), int(isa), threads)
         yield begin, end, memory[: end - begin]

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "number.h"
@@ -187,9 +188,10 @@ void rotate_one(const Kernels& run, float* x, int64_t n, const float* signs, con
 const int64_t WORTH_A_THREAD = 1 << 20;  // weights: fewer take less time than waking a thread that sleeps
 
 // out [count, n] = vectors x [count, n] times `scale`, rotated, plus bias; without signs they are not rotated.
+// unit_of [count]: the unit of each vector's integers; read if x are integers, written if `out` are.
 template <class In, class Out>
 void rotate_all(const In* x, Out* out, int64_t count, int64_t n, const float* signs, const float* mixer, bool inverse,
-                const float* scale, const Out* bias, int64_t isa, int64_t threads) {
+                const float* scale, const Out* bias, float* unit_of, int64_t isa, int64_t threads) {
     const int64_t power = n & -n, odd = n / power;
     const float unit = signs ? 1.0f / std::sqrt((float)power) : 1.0f;
     std::vector<float> before(n, 1.0f), after(n, unit);
@@ -202,10 +204,10 @@ void rotate_all(const In* x, Out* out, int64_t count, int64_t n, const float* si
 #if defined(__x86_64__)
         if (isa >= AVX2)
             return avx2::rotate_eight(x + i * n, out + i * n, width, n, before.data(), matrix, odd, after.data(), bias,
-                                      (avx2::Eight*)memory);
+                                      (avx2::Eight*)memory, unit_of + i);
 #endif
         plain::rotate_eight(x + i * n, out + i * n, width, n, before.data(), matrix, odd, after.data(), bias,
-                            (plain::Eight*)memory);
+                            (plain::Eight*)memory, unit_of + i);
     };
     const int64_t step = isa >= AVX512 && n % 8 == 0 ? 16 : 8;
 #pragma omp parallel num_threads((int)threads) if (threads > 1 && count > 8)
@@ -217,7 +219,7 @@ void rotate_all(const In* x, Out* out, int64_t count, int64_t n, const float* si
 #if defined(__x86_64__)
             if (step == 16 && i + step <= count) {
                 avx512::rotate_sixteen(x + i * n, out + i * n, n, before.data(), matrix, odd, after.data(), bias,
-                                       (avx512::Eight*)memory);
+                                       (avx512::Eight*)memory, unit_of + i);
                 continue;
             }
 #endif
@@ -371,10 +373,25 @@ int packed_rotate(const void* x, void* out, int64_t half, int64_t count, int64_t
                   int64_t threads) {
     if (half)
         rotate_all((const BFloat16*)x, (BFloat16*)out, count, n, signs, mixer, inverse != 0, scale,
-                   (const BFloat16*)bias, isa, threads);
+                   (const BFloat16*)bias, nullptr, isa, threads);
     else
-        rotate_all((const float*)x, (float*)out, count, n, signs, mixer, inverse != 0, scale, (const float*)bias, isa,
-                   threads);
+        rotate_all((const float*)x, (float*)out, count, n, signs, mixer, inverse != 0, scale, (const float*)bias,
+                   nullptr, isa, threads);
+    return 0;
+}
+
+// The same on both sides of a product of integers, in bfloat16: x to integers `whole` int8 with `unit_of` [count], and
+// sums `whole` int32 of those, times unit_of and `scale`, back.
+int packed_rotate_to_integers(const BFloat16* x, int8_t* whole, float* unit_of, int64_t count, int64_t n,
+                              const float* signs, const float* mixer, int64_t isa, int64_t threads) {
+    rotate_all(x, whole, count, n, signs, mixer, false, nullptr, (const int8_t*)nullptr, unit_of, isa, threads);
+    return 0;
+}
+
+int packed_rotate_from_integers(const int32_t* whole, float* unit_of, BFloat16* out, int64_t count, int64_t n,
+                                const float* signs, const float* mixer, const float* scale, const BFloat16* bias,
+                                int64_t isa, int64_t threads) {
+    rotate_all(whole, out, count, n, signs, mixer, true, scale, bias, unit_of, isa, threads);
     return 0;
 }
 }

@@ -60,6 +60,14 @@ class PackedProduct:
         out = packed_cpu.multiply(flat, self.tensors, self.weight.sizes, self.isa, bias)
         return out.to(x.dtype).view(*x.shape[:-1], self.rows)
 
+    def linear_rows(self, x: Tensor, rows: range) -> Tensor:
+        """x [..., columns] -> x W[rows]^T, where kernels run; W as for `look_up`."""
+        assert self.isa is not None
+        flat = x.reshape(-1, self.columns)
+        flat = flat if x.dtype in packed_cpu.DTYPES else flat.float()
+        out = packed_cpu.multiply_rows(flat, self.tensors, self.weight.sizes, self.isa, rows)
+        return out.to(x.dtype).view(*x.shape[:-1], len(rows))
+
     def look_up(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of W: integers [...] -> [..., columns]; of a weight that is rotated on the side of its rows alone.
 

@@ -1,0 +1,50 @@
+"""Memory that maps a file: tensors of safetensors files are read on access, and their pages stay resident.
+
+What has been read for the last time can be dropped: pages without changes are in the file, and return from there on
+the next access. Only Linux says which memory maps files; elsewhere nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+from bisect import bisect_right
+from pathlib import Path
+
+from torch import Tensor
+
+_MAPS = Path("/proc/self/maps")
+_DONT_NEED = getattr(mmap, "MADV_DONTNEED", None)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+class MappedPages:
+    """The parts of this process's memory that map files at the time it is made."""
+
+    def __init__(self) -> None:
+        lines = _MAPS.read_text(errors="replace").splitlines() if _MAPS.is_file() else []
+        fields = [line.split(maxsplit=5) for line in lines]
+        ranges = [
+            tuple(int(x, 16) for x in f[0].split("-")) for f in fields if len(f) == 6 and f[5][0] == "/"
+        ]
+        self._begins, self._ends = [r[0] for r in ranges], [r[1] for r in ranges]
+
+    def drop(self, *tensors: Tensor) -> None:
+        """Drop the pages of tensors from memory where they map a file.
+
+        Each must hold what the file does: a change made in memory would be lost.
+        """
+        for tensor in tensors:
+            if tensor.device.type != "cpu" or not tensor.is_contiguous() or _DONT_NEED is None:
+                continue
+            page, begin = mmap.PAGESIZE, tensor.data_ptr()
+            end = (begin + tensor.numel() * tensor.element_size()) // page * page
+            begin = -(-begin // page) * page
+            at = bisect_right(self._begins, begin) - 1
+            if begin < end and at >= 0 and end <= self._ends[at]:
+                _c_library().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED)

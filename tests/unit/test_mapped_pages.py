@@ -1,0 +1,40 @@
+"""Pages of mapped files can be dropped from memory and come back; other memory is left alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pocketllm.format.mapped_pages import MappedPages
+from pocketllm.format.weight_files import checksum
+
+MEBIBYTE = 1 << 20
+
+
+def resident_file_bytes() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssFile:")).split()[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which memory maps files")
+def test_mapped_tensors_leave_memory_and_return(tmp_path: Path) -> None:
+    stored = torch.arange(32 * MEBIBYTE // 8)
+    save_file({"x": stored}, tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        mapped = file.get_tensor("x")
+    before = checksum(mapped)
+    held = resident_file_bytes()
+    MappedPages().drop(mapped)
+    assert resident_file_bytes() < held - 28 * MEBIBYTE
+    assert checksum(mapped) == before and torch.equal(mapped, stored)
+
+
+def test_other_memory_is_left_alone() -> None:
+    kept = torch.arange(MEBIBYTE)
+    MappedPages().drop(kept, kept[::2], torch.empty(3, device="meta"), torch.empty(0))
+    assert torch.equal(kept, torch.arange(MEBIBYTE))
