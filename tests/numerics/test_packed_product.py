@@ -20,6 +20,7 @@ from tests.packed_weights import (
     independent,
     is_same_with_any_number_of_threads,
     needs_compiler,
+    on_hashed_trellis,
     on_trellis,
     on_trellises,
     relative,
