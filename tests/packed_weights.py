@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocketllm.codec.column_choice import strip_lengths
 from pocketllm.codec.index_form import Independent, Trellis
 from pocketllm.codec.kernels import hashed, library
 from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, packed_weight, table_of
 from pocketllm.codec.packing import pack
-from pocketllm.codec.subvectors import subvectors_per_row
+from pocketllm.codec.subvectors import strip_lengths, subvectors_per_row
 
 FLOAT32 = 2e-6  # sums of some hundred products in float32
 BFLOAT16 = 1e-2  # rows of U and the product are rounded to 8 bits

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from pocketllm.codec.column_choice import strip_lengths
 from pocketllm.codec.hashed_table import (
     ENTRIES,
     UNIT,
@@ -21,6 +20,7 @@ from pocketllm.codec.index_form import HashedTrellis, Trellis, form_for
 from pocketllm.codec.kernels import hashed, library
 from pocketllm.codec.kernels.packed_op import packed_matmul
 from pocketllm.codec.kernels.packed_weight import hashed_weight, table_of
+from pocketllm.codec.subvectors import strip_lengths
 from pocketllm.codec.trellis_form import PathSearch
 from pocketllm.config.constants import HASHED_NMSE
 from pocketllm.errors import ConfigError, ShapeError

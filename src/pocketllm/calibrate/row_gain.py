@@ -13,8 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pocketllm.codec.column_choice import strip_lengths
 from pocketllm.codec.hashed_table import HashedTrellis
+from pocketllm.codec.subvectors import strip_lengths
 from pocketllm.codec.trellis_form import PathSearch
 
 _FORM = HashedTrellis(12, 2)

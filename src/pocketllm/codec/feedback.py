@@ -39,10 +39,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketllm.codec.column_choice import ColumnChoice
 from pocketllm.codec.feedback_schedule import ColumnFeedback, RowFeedback, Strips
 from pocketllm.codec.hessian import HessianFactor
-from pocketllm.codec.index_form import IndexForm
+from pocketllm.codec.index_form import ColumnChoice, IndexForm
 from pocketllm.codec.subvectors import cut
 from pocketllm.config.constants import PEAKED_KURTOSIS, RELIABLE_STRIP_WEIGHTS
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from pocketllm.codec.codebook import FittedCodebook, centroids, codebook_utilization
-from pocketllm.codec.column_choice import strip_lengths
 from pocketllm.codec.kernels import select
 from pocketllm.codec.kernels.reference import PathProblem
 from pocketllm.codec.packing import pack, packed_bytes, unpack
+from pocketllm.codec.subvectors import strip_lengths
 from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.config.constants import LOOKAHEAD_ROWS, STRIP_ROWS, TRELLIS_STEPS
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.input_hessians import Inputs
-from pocketllm.codec.column_choice import strip_lengths
 from pocketllm.codec.hessian import Hessian
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
-from pocketllm.codec.subvectors import fold, unfold
+from pocketllm.codec.subvectors import fold, strip_lengths, unfold
 from pocketllm.compression.refine import EncodedParameter, refine_block
 from pocketllm.errors import WeightError
 from pocketllm.format.workspace import Workspace

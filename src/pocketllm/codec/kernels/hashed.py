@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pocketllm.codec.column_choice import strip_lengths
 from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.kernels import library
+from pocketllm.codec.subvectors import strip_lengths
 
 COLUMNS = 8  # of subvectors in a band
 _READ_BYTES = 64  # by the kernel at a time

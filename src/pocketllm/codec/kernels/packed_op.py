@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.codec.column_choice import strip_lengths
 from pocketllm.codec.hashed_table import ENTRIES
 from pocketllm.codec.index_form import Independent, Trellis
 from pocketllm.codec.kernels import packed_cpu, select
@@ -23,6 +22,7 @@ from pocketllm.codec.kernels.library import Isa
 from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, hashed_weight, packed_weight
 from pocketllm.codec.kernels.reference import hartley
 from pocketllm.codec.packing import pack
+from pocketllm.codec.subvectors import strip_lengths
 from pocketllm.errors import ShapeError
 from pocketllm.torch_state import in_default_torch_state
 
