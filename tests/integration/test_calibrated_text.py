@@ -46,7 +46,7 @@ def test_a_context_longer_than_the_model_has_positions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "files", "words"),
     [
-        ("llama", ("tokenizer.json", "tokenizer_config.json"), "tokenizer cannot be read"),
+        ("llama", ("tokenizer.json", "tokenizer_config.json"), "tokenizer, which cannot be read"),
         ("gpt2", ("tokenizer.json", "tokenizer_config.json"), "it has no tokens"),
         ("llama", ("tokenizer.json",), "tokenizer cannot be read"),
     ],
