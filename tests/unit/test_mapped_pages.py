@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pocketllm.format.mapped_pages import MappedPages
+from pocketllm.format.mapped_pages import MappedPages, drop_files
 from pocketllm.format.weight_files import checksum
 
 MEBIBYTE = 1 << 20
@@ -32,6 +32,23 @@ def test_mapped_tensors_leave_memory_and_return(tmp_path: Path) -> None:
     MappedPages().drop(mapped)
     assert resident_file_bytes() < held - 28 * MEBIBYTE
     assert checksum(mapped) == before and torch.equal(mapped, stored)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which memory maps files")
+def test_all_memory_that_maps_a_file(tmp_path: Path) -> None:
+    stored = torch.arange(32 * MEBIBYTE // 8)
+    for name in ("x", "y"):
+        save_file({"x": stored, "z": stored[:5].clone()}, tmp_path / f"{name}.safetensors")
+    mapped = []
+    for name in ("x", "y"):
+        with safe_open(tmp_path / f"{name}.safetensors", framework="pt") as file:
+            mapped.append(file.get_tensor("x"))
+    assert checksum(mapped[0]) == checksum(mapped[1])
+    held = resident_file_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "x.safetensors")
+    drop_files([tmp_path / "link", tmp_path / "absent"])
+    assert held - 36 * MEBIBYTE < resident_file_bytes() < held - 28 * MEBIBYTE
+    assert torch.equal(mapped[0], stored)
 
 
 def test_other_memory_is_left_alone() -> None:

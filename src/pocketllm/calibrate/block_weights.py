@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.calibrate.block_list import block_list, check_shared, refusal
+from pocketllm.format.mapped_pages import drop_files
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.model_class import language_model_path, output_head
 
@@ -45,7 +46,10 @@ class BlockWeights:
             parent, inside = name.rpartition(".")[0], f"{self.text_path}." if self.text_path else ""
             is_outside = name.startswith(inside) and not name.startswith(f"{self.path}.")
             if is_outside and self.model.get_submodule(parent) is not head:
-                self.set_weight(name, (weights or {}).get(name, source.read(name)))
+                given = (weights or {}).get(name)
+                self.set_weight(name, source.read(name) if given is None else given)
+        self._files = {part.file for parts in source.parts.values() for part in parts}
+        drop_files(self._files)
 
     def set_weight(self, name: str, value: Tensor) -> None:
         """Put a weight or buffer into the model, floating-point values in float32."""
@@ -75,6 +79,12 @@ class BlockWeights:
             for leaf, value in module._parameters.items():
                 if value is not None:
                     module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
+        drop_files(self._files)
+
+    def drop_embedding(self) -> None:
+        """Free the token embedding, which is the largest of the weights outside the blocks and comes before them."""
+        embedding = self.model.get_input_embeddings()
+        embedding._parameters["weight"] = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
 
     @property
     def is_tied(self) -> bool:

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import mmap
 from bisect import bisect_right
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import Tensor
@@ -27,11 +28,7 @@ class MappedPages:
     """The parts of this process's memory that map files at the time it is made."""
 
     def __init__(self) -> None:
-        lines = _MAPS.read_text(errors="replace").splitlines() if _MAPS.is_file() else []
-        fields = [line.split(maxsplit=5) for line in lines]
-        ranges = [
-            tuple(int(x, 16) for x in f[0].split("-")) for f in fields if len(f) == 6 and f[5][0] == "/"
-        ]
+        ranges = _mapped_ranges()
         self._begins, self._ends = [r[0] for r in ranges], [r[1] for r in ranges]
 
     def drop(self, *tensors: Tensor) -> None:
@@ -47,4 +44,28 @@ class MappedPages:
             begin = -(-begin // page) * page
             at = bisect_right(self._begins, begin) - 1
             if begin < end and at >= 0 and end <= self._ends[at]:
-                _c_library().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED)
+                _drop(begin, end)
+
+
+def drop_files(files: Collection[Path]) -> None:
+    """Drop the pages of all memory that maps one of these files.
+
+    None of it may have been changed: the change would be lost.
+    """
+    names = {str(file.resolve()) for file in files}
+    for begin, end, name in _mapped_ranges() if _DONT_NEED is not None else ():
+        if name in names:
+            _drop(begin, end)
+
+
+def _mapped_ranges() -> list[tuple[int, int, str]]:
+    """(begin, end, file) of this process's memory that maps files."""
+    lines = _MAPS.read_text(errors="replace").splitlines() if _MAPS.is_file() else []
+    fields = [line.split(maxsplit=5) for line in lines]
+    found = [(*f[0].split("-"), f[5]) for f in fields if len(f) == 6 and f[5][0] == "/"]
+    return [(int(begin, 16), int(end, 16), name) for begin, end, name in found]
+
+
+def _drop(begin: int, end: int) -> None:
+    assert _DONT_NEED is not None
+    _c_library().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED)
