@@ -66,7 +66,8 @@ def ours(model: str, mode: str, threads: int) -> Run:
 
     config = BenchConfig(threads=threads, rounds=1)
     against = mode == "checkpoint"
-    (run,) = bench([] if against else [model], [mode], config, model if against else None)
+    models, modes = ([], ["auto"]) if against else ([model], [mode])
+    (run,) = bench(models, modes, config, model if against else None)
     return {**dataclasses.asdict(run), "model": MODEL if against else Path(model).name}
 
 
