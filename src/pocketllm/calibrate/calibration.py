@@ -93,43 +93,27 @@ def calibrate(
     _warn_of_few_tokens(windows, matrices)
     count = max(1, settings.sensitivity_tokens // windows.shape[1])
     measured = torch.arange(0, len(windows), max(1, len(windows) // count))[:count]
-    chosen, names, two_sided = windows[measured], [m.name for m in matrices], settings.two_sided
-    on_paths = form_of(config.codec).chosen_jointly
-    facts = (
-        settings.damping,
-        config.seed,
-        two_sided,
-        settings.weigh_tokens,
-        on_paths,
-        names,
-        text_identity(text.counts),
-    )
-    key = _key(source, chosen, device, *facts)
+    chosen, names = windows[measured], [m.name for m in matrices]
+    how: dict[str, Any] = {
+        "damping": settings.damping,
+        "seed": config.seed,
+        "two_sided": settings.two_sided,
+        "weigh_tokens": settings.weigh_tokens,
+        "on_paths": form_of(config.codec).chosen_jointly,
+    }
+    key = _key(source, chosen, device, *how.values(), names, text_identity(text.counts))
     place, is_writable = _place(folder)
     path = place / f"sensitivity-{key}.safetensors"
     large = folder or scratch
-    outputs = large / f"outputs-{key}" if large is not None and two_sided else None
+    outputs = large / f"outputs-{key}" if large is not None and settings.two_sided else None
     found = _kept(path, outputs) if ranks.is_first else None
     if ranks.from_first(lambda: found is not None):
         ranks.sync_files(place, [path.name])
         found = found or Sensitivity.load(path)
     else:
         with _atomic_folder(outputs, ranks) as made:
-            found = measure(
-                source,
-                chosen,
-                matrices,
-                damping=settings.damping,
-                seed=config.seed,
-                device=device,
-                progress=progress,
-                two_sided=two_sided,
-                weigh_tokens=settings.weigh_tokens,
-                on_paths=on_paths,
-                outputs=made,
-                counts=text.counts,
-                ranks=ranks,
-            )
+            shared = {"device": device, "progress": progress, "outputs": made, "ranks": ranks}
+            found = measure(source, chosen, matrices, counts=text.counts, **how, **shared)
             found = _read_back(found, path if is_writable and ranks.is_first else None)
     if outputs is not None:
         ranks.sync_folder(outputs)
