@@ -112,7 +112,7 @@ def calibrate(
         found = found or Sensitivity.load(path)
     else:
         with _atomic_folder(outputs, ranks) as made:
-            shared = {"device": device, "progress": progress, "outputs": made, "ranks": ranks}
+            shared: dict[str, Any] = {"device": device, "progress": progress, "outputs": made, "ranks": ranks}
             found = measure(source, chosen, matrices, counts=text.counts, **how, **shared)
             found = _read_back(found, path if is_writable and ranks.is_first else None)
     if outputs is not None:
