@@ -202,9 +202,9 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
 def test_a_damaged_tokenizer(tmp_path: Path) -> None:
     tiny.save(tmp_path / "dense")
     (tmp_path / "dense" / "tokenizer.json").write_text("{")
-    pocketllm.compress(tmp_path / "dense", tiny.settings(), tmp_path / "out")
-    with pytest.raises(SourceError, match="out: its tokenizer cannot be read"):
-        pocketllm.load(tmp_path / "out")
+    with pytest.raises(SourceError, match="dense: its tokenizer cannot be read"):
+        pocketllm.compress(tmp_path / "dense", tiny.settings(), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("order", ["pocketllm, transformers", "transformers, pocketllm"])
