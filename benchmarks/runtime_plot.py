@@ -30,7 +30,7 @@ PANELS = (
 
 def draw(found: dict[str, Any]) -> Figure:
     """Both speeds over the peak memory, filled on two threads, hollow on one."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     for axis, (key, label) in zip(axes, PANELS, strict=True):
         for mode, (name, color, marker) in KINDS.items():
             for threads in sorted({run["threads"] for run in found["runs"]}):
@@ -48,7 +48,7 @@ def draw(found: dict[str, Any]) -> Figure:
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=4)
     figure.suptitle("SmolLM2-135M: speed against memory; to the upper left is better")
     return figure
 
