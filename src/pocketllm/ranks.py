@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pocketllm.errors import PocketError, RankError, reason_of
+from pocketllm.errors import ConfigError, PocketError, RankError, reason_of
 from pocketllm.rank_watch import Watch
 
 if TYPE_CHECKING:
@@ -25,12 +25,33 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest rank; a dead one is noticed at once
 _joined = count()
+_UNSET = "launch with torchrun, or unset WORLD_SIZE to run a single process"
 
 
 def launched() -> tuple[int, int]:
-    """(rank, number of ranks) as torchrun gives them; (0, 1) for a process of its own."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    return (int(os.environ["RANK"]), size) if size > 1 and "RANK" in os.environ else (0, 1)
+    """(rank, number of ranks) as torchrun gives them; (0, 1) for a process of its own.
+
+    Raises:
+        ConfigError: environment variables that torchrun would not set like this.
+    """
+    size = _number("WORLD_SIZE", 1, None)
+    if size == 1 or "RANK" not in os.environ:
+        return 0, 1
+    rank = _number("RANK", 0, size - 1)
+    if "MASTER_ADDR" not in os.environ:
+        raise ConfigError(f"MASTER_ADDR: not set, but WORLD_SIZE is {size}; {_UNSET}")
+    _number("MASTER_PORT", 1, 65535)
+    return rank, size
+
+
+def _number(name: str, least: int, most: int | None) -> int:
+    """An environment variable of torchrun."""
+    text = os.environ.get(name, str(least) if most is None else "nothing")
+    found = int(text) if text.isdecimal() else -1
+    if found < least or (most is not None and found > most):
+        wanted = f"a number from {least}{'' if most is None else f' to {most}'}"
+        raise ConfigError(f"{name}: got {text!r}, wanted {wanted}; {_UNSET}")
+    return found
 
 
 @dataclass(frozen=True)

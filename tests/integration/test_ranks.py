@@ -200,8 +200,9 @@ def test_without_a_command_line_the_other_ranks_raise(source: Path, tmp_path: Pa
 def test_recovery_runs_in_a_launch_of_its_own(
     run: Run, source: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
     code, _, err = run("compress", source, "-o", tmp_path / "out", "--recover", "distill")
     assert code == 2 and "--recover: runs in one process" in err
 

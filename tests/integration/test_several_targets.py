@@ -10,7 +10,7 @@ import pytest
 from pocketllm.calibrate import calibration
 from pocketllm.compression import compress_targets
 from pocketllm.compression.pipeline import Event
-from pocketllm.errors import ConfigError, TargetError
+from pocketllm.errors import ConfigError, OutputError, TargetError
 from tests import tiny
 from tests.commands import Run, contents, kill_now, killed
 
@@ -89,6 +89,17 @@ def test_an_impossible_target_is_refused_before_anything_is_made(source: Path, t
     with pytest.raises(TargetError):
         compress_targets(source, configs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_taken_is_refused_before_anything_is_made(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "6").mkdir(parents=True)
+    (tmp_path / "out" / "6" / "mine").write_text("kept")
+    configs = [tiny.on_trellis(bpw) for bpw in (5.0, 6.0)]
+    with pytest.raises(OutputError, match="out/6: exists and is not"):
+        compress_targets(source, configs, tmp_path / "out")
+    with pytest.raises(OutputError, match="which must stay unchanged"):
+        compress_targets(source, configs, source / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["6"]
 
 
 def test_targets_that_are_no_list(run: Run, source: Path, tmp_path: Path) -> None:

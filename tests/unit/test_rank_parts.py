@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from pocketllm.calibrate.window_sums import WindowSums
-from pocketllm.errors import RankError
+from pocketllm.errors import ConfigError, RankError
 from pocketllm.ranks import SOLO, Ranks, joined, launched
 
 
@@ -23,6 +23,27 @@ def test_every_job_is_done_once(costs: list[int], size: int) -> None:
     assert sorted(number for share in shares for number in share) == list(range(len(costs)))
 
 
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE: got 'x', wanted a number from 1; launch with torchrun"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: got '0'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: got '2', wanted a number from 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR: not set, but WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, "MASTER_PORT: got 'nothing'"),
+    ],
+)
+def test_variables_that_no_launcher_sets(
+    variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=words):
+        launched()
+
+
 def test_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert launched() == (0, 1)
@@ -33,6 +54,8 @@ def test_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.map([lambda: 1, lambda: 2], [1, 1]) == [1, 2] and ranks.from_first(lambda: 3) == 3
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert launched() == (3, 4)
 
 

@@ -115,8 +115,8 @@ def compress(
         source = open_dense(folder, trust_remote_code)
         job = _Job(source, config, str(model), device, calibration_folder, progress, ranks)
         # Errors in the input are found before anything is written and before the long work.
-        first = job.first_plan()
         check_not_nested(output, folder)
+        first = job.first_plan()
         check_companions(source.folder, trust_remote_code)
         text = job.text()
         if not ranks.from_first(lambda: Workspace.is_begun(output)) and ranks.is_first:
@@ -154,6 +154,7 @@ def dry_run(
     """
     source = open_dense(resolve(str(model)), trust_remote_code)
     source.check_dtypes()
+    check_companions(source.folder, trust_remote_code)
     with joined(device) as ranks:
         on_progress = progress if ranks.is_first else _ignore
         job = _Job(source, config, str(model), device, calibration_folder, on_progress, ranks)

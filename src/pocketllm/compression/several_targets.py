@@ -11,9 +11,10 @@ from pocketllm.compression.pipeline import ProgressCallback, compress, is_made
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.output import check_not_nested, check_output
 from pocketllm.format.report import Report
 from pocketllm.plan.target import planned
-from pocketllm.ranks import joined
+from pocketllm.ranks import joined, launched
 from pocketllm.source.dense_checkpoint import open_dense, resolve
 
 _MEASURED = "measured.partial"
@@ -46,12 +47,18 @@ def compress_targets(
         The report of every result by its name.
 
     Raises:
-        As `compress`; TargetError, if no plan meets one of the targets, before anything is made.
+        As `compress`; TargetError and OutputError, if no plan meets one of the targets or one of the folders cannot
+            be created, before anything is made.
     """
     output, names = Path(output), target_names(configs)
     source = open_dense(resolve(str(model)), trust_remote_code)
     for config in configs:
         planned(source, config, str(model))
+    if launched()[0] == 0:
+        for name, config in zip(names, configs, strict=True):
+            check_not_nested(output / name, source.folder)
+            if overwrite or not is_made(output / name, str(model), config):
+                check_output(output / name, overwrite)
     measured, reports = output / _MEASURED, dict[str, Report]()
     for name, config in zip(names, configs, strict=True):
         folder = output / name

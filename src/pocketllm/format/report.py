@@ -252,7 +252,7 @@ def counting_adapter(report: Mapping[str, Any], nbytes: int) -> dict[str, Any]:
         report: as stored in `pocketllm.json`.
     """
     matrices = [(m, math.prod(m["shape"])) for m in report["matrices"]]
-    coded = sum(weights for _, weights in matrices)
+    encoded = sum(weights for _, weights in matrices)
     blocks = sum(
         math.prod(m["shape"])
         for m in (*report["matrices"], *report["skipped"])
@@ -263,11 +263,11 @@ def counting_adapter(report: Mapping[str, Any], nbytes: int) -> dict[str, Any]:
         "bytes_on_disk": disk + nbytes,
         "bytes_by_part": {**report["bytes_by_part"], "adapter": nbytes},
         "bpw_all": rounded(report["bpw_all"] + bits / (report["dense_model_bytes_bf16"] / 2)),
-        "bpw_matrices": rounded(report["bpw_matrices"] + bits / coded),
+        "bpw_matrices": rounded(report["bpw_matrices"] + bits / encoded),
         "bpw_blocks": rounded(report["bpw_blocks"] + bits / blocks) if blocks else report["bpw_blocks"],
     }
     for dtype, dense_bits in (("bf16", 16), ("fp32", 32)):
-        stored = dense_bits * coded / report[f"ratio_matrices_{dtype}"]
-        changed[f"ratio_matrices_{dtype}"] = rounded(dense_bits * coded / (stored + bits))
+        stored = dense_bits * encoded / report[f"ratio_matrices_{dtype}"]
+        changed[f"ratio_matrices_{dtype}"] = rounded(dense_bits * encoded / (stored + bits))
         changed[f"ratio_files_{dtype}"] = rounded(report[f"ratio_files_{dtype}"] * disk / (disk + nbytes))
     return {**report, **changed}

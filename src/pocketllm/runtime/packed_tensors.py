@@ -121,7 +121,7 @@ class Store(nn.Module):
 
 
 class PackedMatrix(_FixedDtype):
-    """One coded parameter: `indices` uint8 (packed) and `row_scale` bfloat16 [rows].
+    """One encoded parameter: `indices` uint8 (packed) and `row_scale` bfloat16 [rows].
 
     Calling it decodes: the parameter's shape, in the dtype the model computes in.
     """
