@@ -71,8 +71,10 @@ def test_ranks_with_file_systems_of_their_own(source: Path, whole: Path, tmp_pat
         at_save(2, kill_now)
         job(rank)
 
-    assert on_ranks(2, broken) == [-9, -9]
-    assert all(list((tmp_path / f"{rank}/out.partial").glob("*.safetensors")) for rank in (0, 1))
+    codes = on_ranks(2, broken)
+    assert -9 in codes and set(codes) <= {-9, 1}  # the first to be killed may end the other
+    killed = codes.index(-9)
+    assert list((tmp_path / f"{killed}/out.partial").glob("*.safetensors"))
     assert on_ranks(2, job) == [0, 0]
     assert contents(tmp_path / "0/out") == contents(whole)
     assert [path.name for path in (tmp_path / "1").iterdir()] == ["measured"]
