@@ -23,14 +23,13 @@ from pocketllm.format.mapped_pages import MappedPages
 from pocketllm.runtime.packed_forward import packed_bases, reason_without_kernel
 from pocketllm.runtime.packed_parameter import value_of
 from pocketllm.runtime.packed_tensors import (
+    PACKED as PACKED,
+    TIED as TIED,
     Codebook as Codebook,
     Decoder as Decoder,
     PackedMatrix as PackedMatrix,
     Store as Store,
 )
-
-PACKED = "packed_"
-TIED = "_packed_tied_"  # unlike `_tied_weights_keys`, which classes of transformers may set
 
 
 def replace_parameters(model: nn.Module, layout: Layout, float_dtype: torch.dtype) -> None:

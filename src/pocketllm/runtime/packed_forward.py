@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pocketllm.codec.kernels.packed_product import PackedProduct
 from pocketllm.runtime.packed_parameter import RunsOnStandIns, takes_stand_in
-from pocketllm.runtime.packed_tensors import PackedMatrix
+from pocketllm.runtime.packed_tensors import PACKED, TIED, PackedMatrix
 
 
 def packed_bases(dense: type[nn.Module]) -> tuple[type[nn.Module], ...]:
@@ -53,8 +53,8 @@ def product_of(module: nn.Module, transposed: bool = False) -> PackedProduct | N
 
 def _matrix_of(module: nn.Module) -> Any:
     """The `PackedMatrix` of a module's weight."""
-    matrix = module._modules.get("packed_weight")
-    return module.__dict__.get("_packed_tied_weight", [None])[0] if matrix is None else matrix
+    matrix = module._modules.get(f"{PACKED}weight")
+    return module.__dict__.get(f"{TIED}weight", [None])[0] if matrix is None else matrix
 
 
 def _multiply(product: PackedProduct, x: Tensor, bias: Tensor | None) -> Tensor:

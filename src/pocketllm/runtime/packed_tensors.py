@@ -22,6 +22,11 @@ from pocketllm.config import CodecConfig
 from pocketllm.format.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.torch_state import default_torch_state
 
+PACKED = "packed_"
+"""Prefix under which a module registers the packed matrix of a parameter."""
+TIED = "_packed_tied_"
+"""Prefix of a reference to another module's; unlike `_tied_weights_keys`, which classes of transformers may set."""
+
 
 class _FixedDtype(nn.Module):
     """A module whose buffers keep their dtype when the model is cast; `float_dtype` follows the cast."""
