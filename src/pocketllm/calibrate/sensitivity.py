@@ -151,12 +151,12 @@ def measure(
             stream.hidden = stream.run(block, stream.hidden)
             progress(0.3 * (number + 1) / count)
         head = Head(stream, seed)
-        gradients = head.all_backward()
+        gradients, hessian, rows = head.all_backward(), head.hessian / tokens, head.rows.cpu()
+        stream.drop_head()
         for number in reversed(range(count)):
             gradients = blocks.backward(number, spool.pop(number), gradients)
             progress(0.4 + 0.6 * (count - number) / count)
-    embedded = embedding_costs(stream, windows, gradients, counts)
-    hessian, ends = head.hessian / tokens, EndCosts(head.rows.cpu(), embedded)
+    ends = EndCosts(rows, embedding_costs(stream, windows, gradients, counts))
     at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
     return Sensitivity(
         importance=_importance(source, blocks, at_ends, hessian, on_paths),
