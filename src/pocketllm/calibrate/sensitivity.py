@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
@@ -139,8 +140,7 @@ def measure(
     Raises:
         OutputError: they cannot be written.
     """
-    stream = BlockStream(source, windows, device, batch=1, ranks=ranks)
-    tokens = windows.numel()
+    stream, tokens = BlockStream(source, windows, device, batch=1, ranks=ranks), windows.numel()
     blocks = _Blocks(stream, matrices, len(windows), tokens, damping, two_sided, weigh_tokens, outputs)
     if outputs is not None:
         outputs.mkdir(parents=True, exist_ok=True)
@@ -200,8 +200,7 @@ class _Blocks:
             self.gains |= _input_gains(inside, hessians, self.damping, ranks)
             gradients, after = block_backward(self.stream, block, inside, gradients)
         self.energy |= after.energy
-        if self.weigh_tokens:
-            self.token_weights |= after.token_weights(self.windows)
+        self.token_weights |= after.token_weights(self.windows) if self.weigh_tokens else {}
         measured = self._measure_outputs(after.sums) if self.two_sided else {}
         if self.outputs is not None and ranks.is_first:
             keep_tensors(self.outputs / f"{path}.safetensors", measured, {})
@@ -212,7 +211,8 @@ class _Blocks:
         ranks, own, chosen = self.stream.ranks, list[tuple[str, Tensor]](), dict[str, tuple[int, float]]()
         for name in list(sums.squares):
             scaled = regularized_hessian(sums.squares.pop(name), self.tokens)
-            scaled /= scaled.diagonal().mean()
+            mean = scaled.diagonal().mean()
+            scaled /= torch.where(mean > 0, mean, 1.0)  # a router of one normalized expert has no gradient
             chosen[name] = strips_for(factorize(rotate_hessian(scaled, 1), 1, OUTPUT_DAMPING))
             own.append((name, scaled.half().cpu()))
         everywhere = {name: found for part in ranks.gather(chosen) for name, found in part.items()}
