@@ -82,4 +82,4 @@ def _reason(entry: dict[str, Any]) -> str:
 
 def _cell(text: str) -> str:
     shown = text.removesuffix("; use a preset without calibration (lookup-8x)").removeprefix("calibration: ")
-    return shown.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")[:160]
+    return shown.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
