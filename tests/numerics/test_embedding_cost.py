@@ -39,6 +39,22 @@ def test_gradient_of_looked_up_rows(architecture: str, tmp_path: Path) -> None:
     assert embedding.padding_idx == again.model.get_input_embeddings().padding_idx
 
 
+def test_a_large_vocabulary_is_not_in_memory_in_float32(tmp_path: Path) -> None:
+    """Of the embedding, the rows that the text uses are loaded; the head is as it is stored, and dropped at the end."""
+    model = tiny.model(vocab_size=1000).bfloat16()
+    model.save_pretrained(tmp_path / "dense")
+    ids = torch.tensor([[5, 700, 5, 1, 2, 999]])
+    stream = BlockStream(open_dense(tmp_path / "dense"), ids)
+    embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
+    assert embedding.weight.shape == (5, 36) and head.weight.is_meta
+    assert torch.equal(embedding(ids), model.model.embed_tokens.weight[ids].float())
+    stream.load_head()
+    assert head.weight.dtype == torch.bfloat16
+    assert torch.equal(head.weight, model.model.embed_tokens.weight)
+    stream.drop_head()
+    assert head.weight.is_meta
+
+
 def test_fisher_information_of_the_rows_of_the_head(tmp_path: Path) -> None:
     """Against the mean over drawn tokens of the squared gradient of the loss."""
     folder = tiny.save(tmp_path / "dense", "qwen3")
