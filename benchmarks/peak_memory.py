@@ -1,11 +1,11 @@
 """Peak memory of calibrated compression, by stage, beside a process that has loaded nothing.
 
-    POCKETLLM_DATA=... python benchmarks/peak_memory.py [MODEL ...]
+    POCKETLLM_DATA=... python benchmarks/peak_memory.py [--keep FOLDER] [MODEL ...]
 
 Each model is compressed with the default preset at 3 bits per weight, embedding included, in a process of its own that
 samples its resident memory. Part of it are pages of the mapped weight file, which the system can drop at any time; the
 rest is anonymous. Calibrated on the first part of WikiText-2's train text. Writes results/peak_memory.json; models that
-are not named keep their results.
+are not named keep their results. With --keep, an interrupted run is resumed, as are its samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,11 @@ def resident() -> tuple[int, int]:
 
 
 class Samples:
-    """Largest resident memory by stage, sampled by a thread of its own."""
+    """Largest resident memory by stage, sampled by a thread of its own and kept in a file."""
 
-    def __init__(self) -> None:
-        self.stage = "start"
-        self.peaks: dict[str, tuple[int, int]] = {}
+    def __init__(self, file: Path) -> None:
+        self.stage, self.file = "start", file
+        self.peaks: dict[str, list[int]] = json.loads(file.read_text()) if file.is_file() else {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -54,8 +54,10 @@ class Samples:
 
     def _run(self) -> None:
         while not self._ended.wait(_SECONDS):
-            known = self.peaks.get(self.stage, (0, 0))
-            self.peaks[self.stage] = tuple(map(max, known, resident()))  # type: ignore[assignment]
+            stage, known = self.stage, self.peaks.get(self.stage, [0, 0])
+            self.peaks[stage] = [max(pair) for pair in zip(known, resident(), strict=True)]
+            if self.peaks[stage] != known:
+                self.file.write_text(json.dumps(self.peaks))
 
 
 def child(model: str, folder: str) -> None:
@@ -73,8 +75,7 @@ def child(model: str, folder: str) -> None:
     texts = (str(data_file("wikitext2", "wiki.train.first_part.txt")),)
     calibration = dataclasses.replace(config.calibration, texts=texts)
     config = dataclasses.replace(config, target_bpw=BPW, calibration=calibration)
-    started = time.monotonic()
-    with Samples() as samples:
+    with Samples(Path(folder, "peaks.json")) as samples:
 
         def progress(event: Event) -> None:
             is_end = event.stage == "encode" and "embed" in event.detail
@@ -90,7 +91,6 @@ def child(model: str, folder: str) -> None:
         "stages": {stage: list(peaks) for stage, peaks in samples.peaks.items()},
         "dense_bytes": report.dense_model_bytes_bf16,
         "bytes_on_disk": report.bytes_on_disk,
-        "seconds": round(time.monotonic() - started, 1),
         "threads": torch.get_num_threads(),
     }
     print(json.dumps(facts))
@@ -99,9 +99,15 @@ def child(model: str, folder: str) -> None:
 def main() -> None:
     path = RESULTS / "peak_memory.json"
     found: dict[str, Any] = json.loads(path.read_text())["models"] if path.is_file() else {}
-    for model in sys.argv[1:] or MODELS:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "--child", model, folder]
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--keep", help="folder for the runs")
+    given = parser.parse_args()
+    for model in given.models:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(given.keep or scratch, model.removeprefix("builtin:"))
+            folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, __file__, "--child", model, str(folder)]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
         found[model] = json.loads(done.stdout.splitlines()[-1])
         print(model, found[model], flush=True)
