@@ -54,14 +54,13 @@ def large_models() -> str:
         "dry run, s",
         "one block, M weights",
         "loaded in both modes",
-        "s to compress",
+        "processor s",
         "peak GB",
     ]
     machine = found["machine"]
     note = (
         "GB are 10^9 bytes; sizes are exact and exclude the tokenizer. Time and memory are of compressing the block "
-        f"without calibration; {machine['processor']}, {machine['cores']} cores, shared with other work. "
-        f"`{found['command']}`"
+        f"without calibration; {machine['processor']}, {machine['cores']} cores. `{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
 
@@ -92,7 +91,7 @@ def _block(block: dict[str, Any]) -> list[str]:
     """Cells of the block of a large model."""
     state = "agrees" if block["agrees"] and block["bytes_are_planned"] else "differs"
     peak = f"{block['peak_memory_bytes'] / 1e9:.1f}"
-    return [f"{block['weights'] / 1e6:.0f}", state, f"{block['seconds']:.0f}", peak]
+    return [f"{block['weights'] / 1e6:.0f}", state, f"{block['processor_seconds']:.0f}", peak]
 
 
 def _is(entry: dict[str, Any], without: str, calibrated: str) -> bool:

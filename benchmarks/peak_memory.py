@@ -23,6 +23,8 @@ from typing import Any
 
 from common import RESULTS, data_file, quiet, save
 
+from pocketllm.files import write_json
+
 MODELS = ("builtin:gemma-3-270m", "builtin:smollm2-135m")
 BPW = 3.0
 _SECONDS = 0.01  # between samples
@@ -57,7 +59,7 @@ class Samples:
             stage, known = self.stage, self.peaks.get(self.stage, [0, 0])
             self.peaks[stage] = [max(pair) for pair in zip(known, resident(), strict=True)]
             if self.peaks[stage] != known:
-                self.file.write_text(json.dumps(self.peaks))
+                write_json(self.file, self.peaks)
 
 
 def child(model: str, folder: str) -> None:
