@@ -4,7 +4,7 @@ Each type is compressed without and with calibration, and loaded in both modes; 
 model with the decoded weights. Types that are there are taken up again, so that an interrupted sweep goes on.
 
 python benchmarks/architectures.py                   # all, into results/architectures.json
-python benchmarks/architectures.py llama mamba       # some, shown
+python benchmarks/architectures.py llama mamba       # some, shown; the others keep their results
 """
 
 from __future__ import annotations
@@ -220,25 +220,26 @@ def main() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="*", help="show these only")
+    parser.add_argument("types", nargs="*", help="measure these only")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
-    if given.types:
-        sweep(given.types, lambda result: print(json.dumps(asdict(result), indent=1)), given.jobs)
-        return
-    partial = RESULTS / ".architectures.partial.json"
+    partial, path = RESULTS / ".architectures.partial.json", RESULTS / "architectures.json"
     known = json.loads(partial.read_text()) if partial.is_file() else {}
+    if given.types:
+        known = json.loads(path.read_text())["types"]
 
     def keep(result: Outcome) -> None:
         known[result.kind] = asdict(result)
-        partial.write_text(json.dumps(known))
-        print(result.kind, result.not_built or result.results, flush=True)
+        if not given.types:
+            partial.write_text(json.dumps(known))
+        print(result.kind, result.not_built or json.dumps(result.results), flush=True)
 
     every = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    sweep([kind for kind in every if kind not in known], keep, given.jobs)
+    sweep(given.types or [kind for kind in every if kind not in known], keep, given.jobs)
     found = {kind: known[kind] for kind in every}
     save("architectures", "python benchmarks/architectures.py", {"transformers": __version__, "types": found})
-    partial.unlink(missing_ok=True)
+    if not given.types:
+        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
