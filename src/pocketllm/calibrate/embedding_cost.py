@@ -72,6 +72,13 @@ def row_squares(source: DenseCheckpoint, matrix: Matrix) -> Tensor:
     return found
 
 
+def mean_square(source: DenseCheckpoint, matrix: Matrix) -> float:
+    """Mean square of the weights of a matrix."""
+    found = float(fold(source.read(matrix.name), matrix.transposed).float().square().mean())
+    drop_files(source.files)
+    return found
+
+
 class EndCost(NamedTuple):
     """costs: [rows], Fisher trace. rows: [rows], importance, mean 1. share: of the loss as the head."""
 

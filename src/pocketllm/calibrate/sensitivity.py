@@ -35,14 +35,20 @@ import torch
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
-from pocketllm.calibrate.embedding_cost import EndCost, EndCosts, embedding_costs, end_hessian, row_squares
+from pocketllm.calibrate.embedding_cost import (
+    EndCost,
+    EndCosts,
+    embedding_costs,
+    end_hessian,
+    mean_square,
+    row_squares,
+)
 from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
 from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.calibrate.row_gain import row_gain
 from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factorize
 from pocketllm.codec.rotation import rotate_hessian
-from pocketllm.codec.subvectors import fold
 from pocketllm.config.constants import OUTPUT_DAMPING, SHORTEST_STRIPS, STRIP_START_LOSS
 from pocketllm.format.kept import read_kept
 from pocketllm.format.workspace import keep_tensors
@@ -233,7 +239,7 @@ def _importance(
     """Loss per unit of nmse, by matrix; at least a tiny share of the largest."""
     found: dict[str, float] = {}
     inside = [m for m in blocks.matrices if not m.in_tower and m.name not in ends]
-    jobs = [partial(_mean_square, source, m) for m in inside]
+    jobs = [partial(mean_square, source, m) for m in inside]
     means = iter(blocks.stream.ranks.map(jobs, [m.weights for m in inside]))
     for matrix in blocks.matrices:
         if matrix.in_tower:
@@ -294,7 +300,3 @@ def strips_for(factor: HessianFactor) -> tuple[int, float]:
     gains = {rows: float(conditional_diagonal(factor, rows).mean()) / mean for rows in SHORTEST_STRIPS}
     best = min(gains, key=lambda rows: gains[rows] * (1 + STRIP_START_LOSS / rows))
     return best, gains[best]
-
-
-def _mean_square(source: DenseCheckpoint, matrix: Matrix) -> float:
-    return float(fold(source.read(matrix.name), matrix.transposed).float().square().mean())
