@@ -100,14 +100,13 @@ class Sensitivity:
             ValueError: damaged. OSError: it cannot be read.
         """
         tensors, facts = read_kept(path)
-        hessian = tensors.pop("head_hessian")
 
         def named(what: str) -> dict[str, Tensor]:
             return {k.removeprefix(what): value for k, value in tensors.items() if k.startswith(what)}
 
         return cls(
             importance=facts["importance"],
-            head_hessian=hessian,
+            head_hessian=tensors["head_hessian"],
             head_share=facts["head_share"],
             row_importance=named("rows|"),
             strip_rows=facts["strip_rows"],
@@ -239,8 +238,8 @@ def _importance(
     """Loss per unit of nmse, by matrix; at least a tiny share of the largest."""
     found: dict[str, float] = {}
     inside = [m for m in blocks.matrices if not m.in_tower and m.name not in ends]
-    jobs = [partial(mean_square, source, m) for m in inside]
-    means = iter(blocks.stream.ranks.map(jobs, [m.weights for m in inside]))
+    jobs, costs = [partial(mean_square, source, m) for m in inside], [m.weights for m in inside]
+    means = iter(blocks.stream.ranks.map(jobs, costs))
     for matrix in blocks.matrices:
         if matrix.in_tower:
             continue
@@ -260,8 +259,7 @@ def _importance(
 def _of_towers(matrices: list[Matrix], importance: Mapping[str, float]) -> dict[str, float]:
     """The importance of what text does not run through: per weight, that of the blocks on average."""
     measured = [m for m in matrices if m.in_blocks and not m.in_tower]
-    total = sum(importance[m.name] for m in measured)
-    per_weight = total / max(1, sum(m.weights for m in measured))
+    per_weight = sum(importance[m.name] for m in measured) / max(1, sum(m.weights for m in measured))
     return {m.name: per_weight * m.weights for m in matrices if m.in_tower}
 
 
