@@ -5,11 +5,39 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that figures are reported on.
+
+    name: of the `builtin:` model. title: in tables. windows: of WikiText-2's raw test text, CONTEXT tokens each.
+    """
+
+    name: str
+    title: str
+    windows: int
+
+    @property
+    def source(self) -> str:
+        """What `pocketllm.compress` takes."""
+        return f"builtin:{self.name}"
+
+    def results(self, kind: str) -> str:
+        """Name of the results of one kind of measurement: those of the first model have no suffix."""
+        return kind if self is SMOLLM2 else f"{kind}_{self.name}"
+
+
+CONTEXT = 1024
+SMOLLM2 = Subject("smollm2-135m", "SmolLM2-135M", 16)
+GEMMA = Subject("gemma-3-270m", "Gemma 3 270M", 6)
+SUBJECTS = {subject.name: subject for subject in (SMOLLM2, GEMMA)}
 
 
 def data_file(*parts: str) -> Path:
