@@ -10,7 +10,8 @@ NAME is what the table calls the compressed model in FOLDER. Each run is `pocket
 its own, into WORK/NAME-METHOD; stopped and started again, it goes on. `--run NAME:METHOD=FOLDER` names another
 folder; a finished run in it is not repeated: its settings and its time are read from its report and its log.
 `distill-labels` is distillation with `label_weight=0.3`. Trained on text that is not test text and validated
-on WikiText-2's validation text; measured on WikiText-2 raw test, context 1024, first 16 windows (Gemma: 6), in bfloat16.
+on WikiText-2's validation text; measured on WikiText-2 raw test, context 1024, first 16 windows (Gemma: 6), in
+bfloat16.
 What was measured before and did not change is kept.
 """
 
