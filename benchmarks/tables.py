@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import recovery_table
-from architecture_table import architectures, large_models
+from architecture_table import architectures, large_models, peak_memory
 from codec_tables import codec_floor, codec_speed, hashed
 from common import GEMMA
 from pages import RESULTS, ROOT, load_results, markdown_table, optional_results
@@ -97,6 +97,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recovery": recovery,
     "architectures": architectures,
     "large_models": large_models,
+    "peak_memory": peak_memory,
     "large_plan": large_plan,
     "scaling": scaling_predictions,
     "scaling_runs": scaling_runs,
