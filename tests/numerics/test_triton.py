@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,19 +23,41 @@ from pocketllm.codec.kernels.reference import PathProblem
 from tests.packed_weights import on_hashed_trellis
 
 CPU = torch.device("cpu")
-HERE = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(
+needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="no Triton; it comes with CUDA builds of torch"
 )
+
+
+@needs_triton
 def test_in_the_interpreter() -> None:
     """In a process of its own: see interpreted/conftest.py."""
     options = ["-n", "0", "-q", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, str(HERE / "interpreted")]
+    command = [sys.executable, "-m", "pytest", *options, str(ROOT / "tests" / "interpreted")]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_triton
+def test_compiled(tmp_path: Path) -> None:
+    """No GPU is needed for that, only Triton; also in a process of its own, since it must not be interpreted there."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.interpreted.compile_for_gpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_benchmark_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its dry run is in interpreted/test_gpu_runtime.py."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    monkeypatch.setattr(sys, "argv", ["gpu_runtime.py"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / "gpu_runtime.py"), run_name="__main__")
+    assert str(ended.value.code).startswith("gpu_runtime.py needs a GPU, and torch sees none")
 
 
 def test_another_search_is_tried_first(caplog: pytest.LogCaptureFixture) -> None:

@@ -39,7 +39,7 @@ def multiply(x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
     dtype = x.dtype if x.dtype == torch.bfloat16 and len(x) > 1 else torch.float32
     x = _rotated(x, weight.signs_in, inverse=False).to(dtype).contiguous()
     with torch.cuda.device_of(x):
-        out = (_few if len(x) <= FEW_TOKENS else _many)(x, weight, sizes)
+        out = (from_stream if len(x) <= FEW_TOKENS else by_decoding)(x, weight, sizes)
     return _rotated(out, weight.signs_out, inverse=True)
 
 
@@ -69,8 +69,8 @@ def _rotated(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
     return x.float() if signs is None else rotate_rows(x.float(), signs, inverse)
 
 
-def _few(x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
-    """x [T, columns] -> x U^T diag(row_scale) [T, rows] float32, from the stream."""
+def from_stream(x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
+    """x [T, columns] -> x U^T diag(row_scale) [T, rows] float32, straight from the stream, for few rows of x."""
     block_tokens = 1 if len(x) == 1 else max(_LEAST_ROWS, 1 << (len(x) - 1).bit_length())
     block_rows = _block_rows(sizes, _BLOCK_ROWS[0] if block_tokens == 1 else _BLOCK_ROWS[-1])
     block_columns = _TILE // block_rows
@@ -89,8 +89,8 @@ def _few(x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
     return out[0] if parts == 1 else out.sum(dim=0)
 
 
-def _many(x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
-    """`_few` by decoded rows of U."""
+def by_decoding(x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
+    """The same by decoded rows of U, for any number of rows of x."""
     out = torch.empty(len(x), sizes.rows, device=x.device)
     for rows, unit in _temporaries(weight, sizes, x.dtype):
         out[:, rows] = (x @ unit).float()

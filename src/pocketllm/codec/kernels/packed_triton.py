@@ -96,7 +96,7 @@ def _add(  # type: ignore[no-untyped-def]
     return total
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+@triton.jit(do_not_specialize=["tokens", "nbytes", "step"])  # type: ignore[untyped-decorator,unused-ignore]
 def multiply(  # type: ignore[no-untyped-def]
     x,
     tokens,
@@ -147,7 +147,7 @@ def multiply(  # type: ignore[no-untyped-def]
     tl.store(out, total, mask=(token < tokens) & (row < count))
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+@triton.jit(do_not_specialize=["nbytes", "step"])  # type: ignore[untyped-decorator,unused-ignore]
 def decode(  # type: ignore[no-untyped-def]
     columns,
     stream,
