@@ -57,10 +57,10 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def save(name: str, command: str, values: dict[str, Any]) -> None:
+def save(name: str, command: str, values: dict[str, Any], device: str = "cpu") -> None:
     """Write results/NAME.json."""
     from pocketllm.machine import machine
 
     RESULTS.mkdir(exist_ok=True)
-    body = {"command": command, "machine": machine(), **values}
+    body = {"command": command, "machine": machine(device), **values}
     (RESULTS / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")

@@ -113,11 +113,9 @@ def reason_to_decode(model: nn.Module) -> str:
     """Why a model cannot run from packed weights in every layer; empty if it can."""
     for name, module in model.named_modules():
         for leaf, matrix in _packed_leaves(module):
-            device = matrix.indices.device
-            if device.type != "cpu":
-                return f"there are no kernels for {device.type}"
-            if select.packed_isa() is None:
-                return "there are no kernels: no C++ compiler was found, or POCKETLLM_COMPILE=0 is set"
+            why = select.no_packed_kernels(matrix.indices.device)
+            if why:
+                return why
             if not matrix.is_lookup:
                 return f"there is no kernel for {name}.{leaf}, whose decoder has row statistics"
             kind = reason_without_kernel(module, leaf, matrix)
