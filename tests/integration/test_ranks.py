@@ -199,14 +199,25 @@ def test_without_a_command_line_the_other_ranks_raise(source: Path, tmp_path: Pa
     assert on_ranks(2, job) == [0, -9]
 
 
-def test_recovery_runs_in_a_launch_of_its_own(
-    run: Run, source: Path, tmp_path: Path, monkeypatch: Any
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "--recover", "distill"], "--recover: runs in one process"),
+        (["eval"], "eval: runs in one process, got 2 (WORLD_SIZE)"),
+    ],
+)
+def test_what_runs_in_one_process(
+    arguments: list[str], message: str, run: Run, source: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    """It is refused, once."""
     launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
-    code, _, err = run("compress", source, "-o", tmp_path / "out", "--recover", "distill")
-    assert code == 2 and "--recover: runs in one process" in err
+    command, *options = arguments
+    code, _, err = run(command, source, "-o", tmp_path / "out", *options)
+    assert code == 2 and message in err
+    monkeypatch.setenv("RANK", "1")
+    assert run(command, source, "-o", tmp_path / "out", *options) == (2, "", "")
 
 
 KILLED_ONCE = """

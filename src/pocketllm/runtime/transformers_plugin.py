@@ -45,6 +45,7 @@ from pocketllm.runtime.model_methods import (
     initialize,
     resize,
     run_experts_one_by_one,
+    save,
     stored_once,
     tie,
 )
@@ -152,6 +153,7 @@ class PocketQuantizer(HfQuantizer):
         give_back_missing(model)
         store = getattr(model, ckpt.STORE)
         verify_loaded(model, self.quantization_config.layout())
+        model.save_pretrained = partial(save, model)
         if self._decodes(model):
             self._decoded = decode_in_place(model), store
             model.all_tied_weights_keys = {**(model.all_tied_weights_keys or {}), **self._tied}
