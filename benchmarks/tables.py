@@ -15,6 +15,7 @@ import recovery_table
 from architecture_table import architectures, large_models
 from codec_tables import codec_floor, codec_speed, hashed
 from pages import RESULTS, ROOT, load_results, markdown_table
+from paper_table import paper
 from peer_tables import headline, peer_bits, peers, peers_paired
 from peers.table import number
 from scaling_tables import large_plan, scaling_predictions, scaling_runs
@@ -275,6 +276,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peer_bits": peer_bits,
     "peers_paired": peers_paired,
     "recovery": recovery,
+    "paper": paper,
     "architectures": architectures,
     "large_models": large_models,
     "large_plan": large_plan,
