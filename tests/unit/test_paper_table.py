@@ -24,7 +24,13 @@ def row(accuracy: float, **changes: Any) -> dict[str, Any]:
     values = {"bytes_on_disk": 2_000_000, "perplexity": 30.0, "kl": 0.25, "bpw_blocks": 3.98}
     mean = {"acc": accuracy, "stderr": 0.01, "tasks": ["piqa", "arc_easy"]}
     gap = {"difference": accuracy - 0.5, "stderr": 0.02}
-    return {**values, "settings": EVALUATED, "average": {"paper": mean}, "difference": {"paper": gap}, **changes}
+    return {
+        **values,
+        "settings": EVALUATED,
+        "average": {"paper": mean},
+        "difference": {"paper": gap},
+        **changes,
+    }
 
 
 def results(rows: dict[str, Any]) -> dict[str, Any]:

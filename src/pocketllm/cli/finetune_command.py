@@ -38,7 +38,10 @@ Text = Annotated[
     ),
 ]
 Teacher = Annotated[
-    str | None, typer.Option(help="distill: dense model; the default is the one that was compressed.")
+    str | None,
+    typer.Option(
+        help="Dense model, for distill and for lora with --set init=...; the default is the one that was compressed."
+    ),
 ]
 TeacherOnDisk = Annotated[
     bool,
@@ -110,17 +113,16 @@ def finetune(
 
 
 def _teaching(method: str, teacher: str | None, on_disk: bool) -> dict[str, Any]:
-    """The arguments of distillation that are not settings.
+    """The arguments of a method that are not settings.
 
     Raises:
         ConfigError: one is given with another method.
     """
     if method == "distill":
         return {"teacher": teacher, "teacher_on_disk": on_disk}
-    for name, value in (("--teacher", teacher), ("--teacher-on-disk", on_disk or None)):
-        if value is not None:
-            raise ConfigError(f"{name} does not apply to --method {method}; remove it")
-    return {}
+    if on_disk:
+        raise ConfigError(f"--teacher-on-disk does not apply to --method {method}; remove it")
+    return {"teacher": teacher}
 
 
 def _plan(folder: Path, config: DistillConfig | LoraTuneConfig, **how: Any) -> dict[str, Any]:

@@ -113,6 +113,9 @@ class LoraTuneConfig:
     texts: Chats, instructions (rows of JSON or parquet) or plain text; the default is Python's own documentation.
     validation_items: Windows or instructions kept for validation.
     mode: Form of the base in memory: dense (fast) or packed (small).
+    dora: Also train the norm of each row (DoRA).
+    init: How the adapter starts: zero; error (the closest adapter to the error of the compressed weights); or
+        output_error (to the error of the layers' outputs on the text). The last two read the dense model.
     loop: Settings of the training loop.
     """
 
@@ -127,6 +130,8 @@ class LoraTuneConfig:
     texts: tuple[str, ...] = ()
     validation_items: int = 64
     mode: str = "dense"
+    dora: bool = False
+    init: str = "zero"
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(batch_size=16, max_grad_norm=1.0))
 
     def __post_init__(self) -> None:
@@ -140,6 +145,7 @@ class LoraTuneConfig:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout: got {self.dropout}, wanted 0 to less than 1")
         one_of("mode", self.mode, ("dense", "packed"))
+        one_of("init", self.init, ("zero", "error", "output_error"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -18,18 +18,18 @@ from torch import Tensor
 
 from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import DistillConfig
-from pocketllm.errors import ConfigError, SourceError
+from pocketllm.errors import ConfigError
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.output import check_not_nested, is_published, named_output
 from pocketllm.format.report import rounded
 from pocketllm.format.rewrite import rewrite, stored_sizes
-from pocketllm.recover.base_model import Base, check_context, check_teacher, open_base
+from pocketllm.recover.base_model import Base, check_context, find_teacher, open_base
 from pocketllm.recover.distill_task import Distillation, load_student, planned_parameters, training_windows
 from pocketllm.recover.loop import Loop, Progress, step_event
 from pocketllm.recover.run_log import Run, check_places, open_run
 from pocketllm.recover.teacher import Teacher, make_teacher, open_teacher
 from pocketllm.recover.trainable import set_stored, stored_tensors
-from pocketllm.source.dense_checkpoint import open_dense, resolve
+from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.source.hub import folder_of
 from pocketllm.text.windows import token_digest
 from pocketllm.torch_state import in_default_torch_state
@@ -163,14 +163,10 @@ def _inputs(
     """The teacher's folder, and (training, validation) windows; all inputs are checked.
 
     Raises:
-        SourceError, ConfigError: as `check_teacher` and `training_windows`; or the teacher cannot be found.
+        SourceError, ConfigError: as `find_teacher` and `training_windows`.
     """
     check_context(base, config.context)
-    try:
-        dense = resolve(teacher, lambda message: progress(Event("fetch", 0.0, message)))
-    except SourceError as error:
-        raise SourceError(f"the teacher of {base.folder}: {error}; name it with --teacher") from error
-    check_teacher(dense, base)
+    dense = find_teacher(teacher, base, lambda message: progress(Event("fetch", 0.0, message)))
     vocabulary = len(base.tokenizer)
     if config.teacher_top_k > vocabulary:
         raise ConfigError(
