@@ -16,6 +16,7 @@ from architecture_table import architectures, large_models, peak_memory
 from codec_tables import codec_floor, codec_speed, hashed
 from common import GEMMA
 from pages import RESULTS, ROOT, load_results, markdown_table, optional_results
+from paper_table import paper
 from peer_tables import headline, peer_bits, peers, peers_paired
 from scaling_tables import large_plan, scaling_predictions, scaling_runs
 from size_tables import ablations, calibrated, ours, presets
@@ -95,6 +96,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peer_bits": peer_bits,
     "peers_paired": peers_paired,
     "recovery": recovery,
+    "paper": paper,
     "architectures": architectures,
     "large_models": large_models,
     "peak_memory": peak_memory,
