@@ -193,7 +193,7 @@ class BlockStream(BlockWeights):
             with nullcontext() if self.in_float32 else autocast(self.device):
                 result = block(hidden, *args, **kwargs)
         except RuntimeError as error:
-            if self.in_float32 or not re.search("same (scalar |d)?type", str(error)):
+            if self.in_float32 or not re.search("same (scalar |d)?type|dtypes match", str(error)):
                 raise
             self.in_float32 = True  # some experts add up in place, which autocast does not convert
             return self.call(block, hidden, number)
