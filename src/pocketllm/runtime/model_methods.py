@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
+
 from pocketllm.runtime.layers import make_dense, packed_matrices, stand_ins
 from pocketllm.source.model_class import input_embedding, output_head, shared_modules
 
@@ -66,3 +68,22 @@ def resize(
         make_dense(embedding, output_head(model))
     cls: Any = type(model)
     return cls.resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, **options)
+
+
+class OneProductLinear(nn.Linear):
+    """x W^T + b as one product of two matrices.
+
+    Where W needs no gradient and x [batch, tokens, columns] is a slice, as the hidden states of last tokens are, torch
+    takes a batch of products instead, and for them copies W into another order: for a head in bfloat16 that takes
+    longer than all layers together, and as much memory as the head.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
+def use_one_product(model: Any) -> None:
+    """Let a dense head multiply at once."""
+    head = output_head(model)
+    if type(head) is nn.Linear:
+        head.__class__ = OneProductLinear
