@@ -175,3 +175,16 @@ def test_a_size_that_stays_changes_nothing(tied: bool, small: Path, untied: Path
     assert torch.equal(logits(model), before) and set(packed_matrices(model)) == packed
     model.resize_token_embeddings(97, pad_to_multiple_of=8)
     assert model.get_input_embeddings().weight.shape[0] == 104
+
+
+def test_a_dense_head_multiplies_the_last_token_without_a_copy_of_its_weight(small: Path) -> None:
+    """Where its weight needs no gradient, torch takes a batch of products for a slice, and reorders the weight."""
+    model, _ = pocketllm.load(small, mode="dense")
+    head = model.get_output_embeddings()
+    hidden = torch.randn(2, 5, head.in_features).to(head.weight)
+
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        found = head(hidden[:, -1:])
+    names = {event.name for event in profile.events()}
+    assert "aten::mm" in names and "aten::bmm" not in names
+    assert torch.allclose(found, hidden[:, -1:] @ head.weight.T, atol=1e-5)

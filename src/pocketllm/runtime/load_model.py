@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from pocketllm.errors import ConfigError, LoadError, PocketError, reason_of
 from pocketllm.runtime.load_checks import known_as_verified, verifying_folder
+from pocketllm.runtime.model_methods import use_one_product
 from pocketllm.runtime.transformers_plugin import MODES, PocketQuantizer
 from pocketllm.source.dense_checkpoint import resolve
 from pocketllm.source.folder import read_tokenizer
@@ -108,4 +109,5 @@ def load(
                 f"{folder}: transformers loaded it without pocketllm, so its weights are random; load it in a new "
                 "process"
             )
+        use_one_product(model)
         return model.eval().requires_grad_(False), tokenizer

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from pocketllm.errors import OutputError
 from pocketllm.format.checkpoint import REPORT_NAME
 from pocketllm.runtime.layers import make_dense, packed_matrices, stand_ins
@@ -84,3 +86,22 @@ def save(model: Any, save_directory: str | os.PathLike[str], *arguments: Any, **
             "update, so that the folder could not be verified afterwards; save to another folder"
         )
     return type(model).save_pretrained(model, save_directory, *arguments, **options)
+
+
+class OneProductLinear(nn.Linear):
+    """x W^T + b as one product of two matrices.
+
+    Where W needs no gradient and x [batch, tokens, columns] is a slice, as the hidden states of last tokens are, torch
+    takes a batch of products instead, and for them copies W into another order: for a head in bfloat16 that takes
+    longer than all layers together, and as much memory as the head.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
+def use_one_product(model: Any) -> None:
+    """Let a dense head multiply at once."""
+    head = output_head(model)
+    if type(head) is nn.Linear:
+        head.__class__ = OneProductLinear
