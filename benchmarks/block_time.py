@@ -6,9 +6,9 @@ Random weights with outliers; Hessians of random correlated inputs and of random
 (a power law of directions, mixed), as many tokens as the default preset takes. Timed are the steps that the
 calibrated path takes for every block: passes of the block (its inputs and its outputs, and forward twice and backward
 for the gradients), Hessians from inputs and gradients, their rotation and factors, and for each matrix its rotation,
-its indices and what they decode to. Refinement is not among them. `--scale` divides all sizes, to try it out, and
-`--small` is a scale and a number of tokens for any processor; only the full size is written down. (Runs that were
-written down without `passes` are older.)
+its indices (several matrices at once, as there) and what they decode to. Refinement is not among them. `--scale`
+divides all sizes, to try it out, and `--small` is a scale and a number of tokens for any processor; only the full size
+is written down. (Runs that were written down without `passes` are older, with one matrix at a time.)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -30,11 +31,12 @@ from pocketllm.calibrate.autocast import autocast
 from pocketllm.calibrate.sensitivity import OUTPUT_DAMPING, strips_for
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign
-from pocketllm.codec.hessian import factorize
+from pocketllm.codec.hessian import HessianFactor, factorize
 from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.kernels.select import add_square
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate, rotate_hessian, rotate_matrix, unrotate_matrix
+from pocketllm.compression.encode_blocks import run_parallel
 from pocketllm.config import DEFAULT_PRESET
 from pocketllm.format.report import peak_memory_bytes
 from pocketllm.machine import machine
@@ -137,15 +139,20 @@ def run_block(setting: Setting, clock: Clock, generator: torch.Generator) -> Non
             out.float().square().sum().backward()
 
 
-def code_block(setting: Setting) -> dict[str, Any]:
-    """Code every matrix of a block; seconds by step and proxy error by matrix."""
-    preset = pocketllm.preset(DEFAULT_PRESET)
-    calibration, width = preset.calibration, preset.codec.trellis_width
-    assert calibration is not None and width is not None
-    table = seeded_codebook(1 << width, VECTOR_LEN, 0).float().to(setting.device)
-    generator = torch.Generator(setting.device).manual_seed(0)
-    clock, errors = Clock(setting.device), {}
-    run_block(setting, clock, generator)
+@dataclass(frozen=True)
+class Job:
+    """A rotated matrix to be coded for its inputs and outputs."""
+
+    name: str
+    weight: Tensor
+    factor: HessianFactor
+    outputs: HessianFactor
+
+
+def jobs(setting: Setting, clock: Clock, generator: torch.Generator) -> Iterator[Job]:
+    """The matrices of a block with their Hessians."""
+    calibration = pocketllm.preset(DEFAULT_PRESET).calibration
+    assert calibration is not None
     for group, matrices in setting.groups().items():
         columns = setting.columns(group)
         hessian = measured(clock, setting.tokens, columns, generator)
@@ -159,17 +166,34 @@ def code_block(setting: Setting) -> dict[str, Any]:
             hessian = measured(clock, setting.gradients, rows, generator)
             with clock.step("factors"):
                 outputs = factorize(hessian, 1, OUTPUT_DAMPING)
-                strip_rows, _ = strips_for(outputs)
-            trellis = Trellis(width, setting.bpw * VECTOR_LEN, strip_rows)
-            with clock.step("indices"):
-                start = row_rms(weight)
-                indices, scale = assign(weight, factor, table, start, trellis, outputs=outputs)
-            with clock.step("decoding"):
-                unit = table[indices].reshape(rows, -1)[:, :columns] * scale[:, None]
-                unrotate_matrix(unit, (0, 1))
-            kept = factor.hessian[:columns, :columns]
-            loss, energy = (float(((e @ kept) * e).sum()) for e in (weight - unit, weight))
-            errors[name] = loss / energy
+            yield Job(name, weight, factor, outputs)
+
+
+def code_block(setting: Setting) -> dict[str, Any]:
+    """Code every matrix of a block; seconds by step and proxy error by matrix."""
+    width, generator = pocketllm.preset(DEFAULT_PRESET).codec.trellis_width, torch.Generator(setting.device)
+    assert width is not None
+    generator.manual_seed(0)
+    table = seeded_codebook(1 << width, VECTOR_LEN, 0).float().to(setting.device)
+    clock, errors, coded = Clock(setting.device), {}, dict[str, tuple[Tensor, Tensor]]()
+    run_block(setting, clock, generator)
+    waiting = list(jobs(setting, clock, generator))
+
+    def code(job: Job) -> None:
+        trellis = Trellis(width, setting.bpw * VECTOR_LEN, strips_for(job.outputs)[0])
+        start = row_rms(job.weight)
+        coded[job.name] = assign(job.weight, job.factor, table, start, trellis, outputs=job.outputs)
+
+    with clock.step("indices"):
+        list(run_parallel([partial(code, job) for job in waiting], setting.device))
+    for job in waiting:
+        (rows, columns), (indices, scale) = job.weight.shape, coded[job.name]
+        with clock.step("decoding"):
+            unit = table[indices].reshape(rows, -1)[:, :columns] * scale[:, None]
+            unrotate_matrix(unit, (0, 1))
+        kept = job.factor.hessian[:columns, :columns]
+        loss, energy = (float(((e @ kept) * e).sum()) for e in (job.weight - unit, job.weight))
+        errors[job.name] = loss / energy
     total = sum(clock.seconds.values())
     resident, on_gpu = peak_memory_bytes(setting.device)
     return {

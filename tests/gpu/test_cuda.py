@@ -10,8 +10,10 @@ import torch
 import pocketllm
 from pocketllm.codec.codebook import nearest
 from pocketllm.codec.kernels import reference, select
+from pocketllm.codec.kernels.packed_op import check_weights, packed_matmul, packed_matmul_reference
 from pocketllm.evaluate.kl import text_divergence
 from pocketllm.evaluate.perplexity import perplexity
+from pocketllm.runtime.layers import packed_matrices
 from pocketllm.studies.measure import probe
 from tests import tiny
 
@@ -49,6 +51,27 @@ def test_paths_in_triton() -> None:
     expected = reference.cheapest_paths(problem)
     assert torch.equal(kernel.cheapest_paths(problem), expected)
     assert torch.equal(select.cheapest_paths(problem), expected)
+
+
+def test_packed_products_in_triton() -> None:
+    """Every form, on either side of the number of tokens from which a matrix is decoded."""
+    device = torch.device("cuda")
+    assert select.packed_gpu(device) is not None
+    for weight in check_weights(device):
+        for count in (0, 1, 3, 17, 200):
+            x = torch.randn(count, weight.sizes.columns, device=device, requires_grad=True)
+            wanted, found = packed_matmul_reference(x, weight), packed_matmul(x, weight)
+            assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-3)
+            (ours,), (theirs,) = (torch.autograd.grad(out.sum(), x) for out in (found, wanted))
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+            half = packed_matmul(x.detach().bfloat16(), weight)
+            assert float((half - wanted).norm()) <= 2e-2 * float(wanted.norm())
+
+
+def test_auto_stays_packed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pocketllm.compress(tiny.save(tmp_path / "dense"), tiny.on_trellis(), tmp_path / "c")
+    model, _ = pocketllm.load(tmp_path / "c", device_map="cuda")
+    assert packed_matrices(model) and "decoded at load" not in caplog.text
 
 
 def test_compress_and_load(tmp_path: Path) -> None:

@@ -20,18 +20,8 @@ INDEPENDENT = {"width": 8, "stride": 0, "d": 4, "hashed": False, "group": 1}
 ONE = {"block_tokens": 1, "block_columns": 8, "block_rows": 256}
 SEVERAL = {"block_tokens": 16, "block_columns": 32, "block_rows": 64}
 POINTERS = {"stream": "u8", "table": "fp32", "scale": "fp32", "blocks": "i64"}
-PATHS = {
-    **{
-        "points": "fp32",
-        "weights": "fp32",
-        "tables": "fp32",
-        "halves": "fp32",
-        "which": "i64",
-        "after": "i64",
-    },
-    **{"start": "i64", "stop": "i64", "lengths": "i64", "lookahead": "i64", "firsts": "i64", "outs": "i64"},
-    **{"back": "u8", "out": "i64"},
-}
+STRIPS = ("strips", "which", "after", "start", "stop", "out")
+PATHS = {"base": "fp32", "back": "u8"} | dict.fromkeys(STRIPS, "i64")
 
 
 def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> None:

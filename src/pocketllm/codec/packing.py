@@ -7,9 +7,12 @@ exactly `width` bytes, and the code works on those groups: lane j of every group
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from pocketllm.codec.subvectors import strip_lengths
 from pocketllm.errors import ConfigError, FormatError, ShapeError
 
 MAX_WIDTH = 24
@@ -106,6 +109,21 @@ def _unpack_groups(bytes_: Tensor, width: int, out: Tensor) -> None:
         for byte in range(1, touched):
             value |= bytes_[first + byte] << (8 * byte - shift)
         out[:, position] = value & mask
+
+
+@functools.lru_cache(maxsize=256)
+def strip_places(
+    rows: int, strip_rows: int, per_row: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where strips of rows lie if each is packed into bytes of its own. Not to be modified.
+
+    Returns:
+        [strips] int64 each: the row that a strip ends before, its length, and the bit of the stream it begins at.
+    """
+    lengths = strip_lengths(rows, strip_rows)
+    nbytes = [packed_bytes(length * per_row, width) for length in lengths]
+    length, size = (torch.tensor(part, device=device) for part in (lengths, nbytes))
+    return length.cumsum(0), length, (size.cumsum(0) - size) * 8
 
 
 def _check_width(width: int) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from pocketllm.codec.codebook import FittedCodebook, centroids, codebook_utilization
 from pocketllm.codec.kernels import select
 from pocketllm.codec.kernels.reference import PathProblem
-from pocketllm.codec.packing import pack, packed_bytes, unpack
+from pocketllm.codec.packing import pack, packed_bytes, strip_places, unpack
 from pocketllm.codec.subvectors import strip_lengths
 from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.config.constants import LOOKAHEAD_ROWS, STRIP_ROWS, TRELLIS_STEPS
@@ -131,12 +131,9 @@ class Trellis:
 
     def first_bits(self, rows: Tensor, count: int, per_row: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `Independent.first_bits`; the bits before the first window of a strip count as zero."""
-        device, lengths = rows.device, strip_lengths(count, self.strip_rows)
-        nbytes = [packed_bytes(length * per_row, self.stride) for length in lengths]
-        ends, length, size = (torch.tensor(part, device=device) for part in (lengths, lengths, nbytes))
-        ends = ends.cumsum(0)
+        ends, lengths, floors = strip_places(count, self.strip_rows, per_row, self.stride, rows.device)
         strip = torch.searchsorted(ends, rows, right=True)
-        floor, length = (size.cumsum(0) - size)[strip] * 8, length[strip]
+        floor, length = floors[strip], lengths[strip]
         first = floor + (rows - ends[strip] + length) * self.stride - self.kept
         return first, length * self.stride, floor
 

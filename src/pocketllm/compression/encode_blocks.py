@@ -15,6 +15,7 @@ from pocketllm.calibrate.embedding_cost import end_hessian
 from pocketllm.calibrate.input_hessians import Inputs
 from pocketllm.calibrate.sensitivity import Sensitivity, output_hessians
 from pocketllm.codec.hessian import Hessian
+from pocketllm.codec.kernels.path_batches import PathBatches
 from pocketllm.compression.matrix_encoder import MatrixEncoder, matrix_unit, refined_unit
 from pocketllm.config.constants import OUTPUT_DAMPING
 from pocketllm.format.kept import is_intact
@@ -23,6 +24,7 @@ from pocketllm.ranks import SOLO, Ranks
 
 Progress = Callable[[float, str], None]
 _MOST_PARALLEL = 4  # jobs at once; each takes memory of its own
+_WEIGHT_BYTES = _ROW_PAIR_BYTES = 48  # of that memory, about: a dozen float32 copies of W and of G
 
 
 def encode_calibrated(
@@ -188,7 +190,8 @@ def _encode_block(
             encoder.encode(matrix, hessians[matrix.name], outputs, inputs=inputs)
 
         jobs = [partial(encode, matrix) for matrix in own]
-        for number, _ in enumerate(run_parallel(jobs, encoder.device, of=len(inside))):
+        most = _most_parallel(own, torch.device(encoder.device))
+        for number, _ in enumerate(run_parallel(jobs, encoder.device, of=len(inside), most=most)):
             progress(encoder.share, own[number].name)
             encoder.passed += own[number].weights
         _share(encoder, inside, ranks)
@@ -230,26 +233,51 @@ def _input_hessians(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> dict[
     return {m.name: shared[id(inputs.hessians[m.name])] for m in matrices}
 
 
+def _most_parallel(matrices: Sequence[Matrix], device: torch.device) -> int:
+    """How many of some matrices are encoded at once: on a GPU no more than its free memory holds."""
+    if device.type != "cuda" or not matrices:
+        return _MOST_PARALLEL
+    needed = max(_WEIGHT_BYTES * m.weights + _ROW_PAIR_BYTES * m.rows**2 for m in matrices)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free -= torch.cuda.memory_allocated(device)
+    return max(1, min(_MOST_PARALLEL, free // needed))
+
+
+def _searching_together(jobs: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
+    """Jobs for threads, on the GPU of this thread."""
+    batches, gpu = PathBatches(), torch.cuda.current_device()
+
+    def run(job: Callable[[], None]) -> None:
+        with torch.cuda.device(gpu), batches.member():
+            job()
+
+    return [partial(run, job) for job in jobs]
+
+
 def run_parallel(
-    jobs: Sequence[Callable[[], None]], device: torch.device | str, of: int = 0
+    jobs: Sequence[Callable[[], None]], device: torch.device | str, of: int = 0, most: int = _MOST_PARALLEL
 ) -> Iterator[None]:
     """Run jobs that do not depend on each other; yields before each, and ends when all are done.
 
     On a CPU some run at once and share the threads: jobs of many small operations gain little from threads of
-    their own. Results depend only on the number of threads.
+    their own. Results depend only on the number of threads. On a GPU some run at once, so that paths are searched for
+    all of them in one launch; results do not depend on that.
 
     Args:
         of: number of jobs that these are a part of, which decides how many threads each has.
+        most: jobs at once.
     """
     threads, jobs = torch.get_num_threads(), [torch.no_grad()(job) for job in jobs]
-    workers = min(threads, max(of, len(jobs)), _MOST_PARALLEL)
-    if torch.device(device).type != "cpu" or workers < 2:
+    workers = min(threads, max(of, len(jobs)), most)
+    if torch.device(device).type == "cuda":
+        workers, jobs = min(len(jobs), most), _searching_together(jobs)
+    if workers < 2:
         for job in jobs:
             yield
             job()
         return
     with ThreadPoolExecutor(
-        workers, initializer=torch.set_num_threads, initargs=(threads // workers,)
+        workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),)
     ) as pool:
         try:
             for running in [pool.submit(job) for job in jobs]:

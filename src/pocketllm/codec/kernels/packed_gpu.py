@@ -47,8 +47,8 @@ def multiply_transposed(y: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
     """y [T, rows] -> y W [T, columns] float32."""
     dtype = y.dtype if y.dtype == torch.bfloat16 else torch.float32
     y = (_rotated(y, weight.signs_out, inverse=False) * weight.row_scale).to(dtype)
-    out = torch.zeros(len(y), sizes.columns, device=y.device)
-    with torch.cuda.device_of(y):
+    out = y.new_zeros(len(y), sizes.columns, dtype=torch.float32)
+    with torch.cuda.device_of(y), torch.autocast(y.device.type, enabled=False):
         for rows, unit in _temporaries(weight, sizes, dtype):
             out += y[:, rows] @ unit.T
     return _rotated(out, weight.signs_in, inverse=True)
@@ -59,7 +59,7 @@ def look_up(rows: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
     first, pitch, floor = sizes.form.first_bits(rows, sizes.rows, sizes.per_row)
     number = torch.arange(len(rows), device=rows.device)
     blocks = torch.stack([first, floor, pitch, torch.ones_like(rows), number], dim=1)
-    out = torch.empty(len(rows), sizes.columns, device=rows.device)
+    out = rows.new_empty(len(rows), sizes.columns, dtype=torch.float32)
     with torch.cuda.device_of(rows):
         _decode(out, (sizes.columns, 1), weight, sizes, blocks, block_rows=1)
     return _rotated(out * weight.row_scale[rows, None], weight.signs_in, inverse=True)
@@ -76,7 +76,7 @@ def from_stream(x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
     block_columns = _TILE // block_rows
     blocks = _blocks(sizes, 0, sizes.rows, block_rows, x.device)
     parts = max(1, min(-(-sizes.per_row // block_columns), _PROGRAMS // len(blocks)))
-    out = torch.empty(parts, len(x), sizes.rows, device=x.device)
+    out = x.new_empty(parts, len(x), sizes.rows, dtype=torch.float32)
     stream, table = _read(weight, sizes)
     launch: Any = packed_triton.multiply[(len(blocks), parts)]
     launch(
@@ -91,9 +91,10 @@ def from_stream(x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
 
 def by_decoding(x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
     """The same by decoded rows of U, for any number of rows of x."""
-    out = torch.empty(len(x), sizes.rows, device=x.device)
-    for rows, unit in _temporaries(weight, sizes, x.dtype):
-        out[:, rows] = (x @ unit).float()
+    out = x.new_empty(len(x), sizes.rows, dtype=torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        for rows, unit in _temporaries(weight, sizes, x.dtype):
+            out[:, rows] = x @ unit
     return out * weight.row_scale
 
 
@@ -101,9 +102,9 @@ def _temporaries(weight: Tensors, sizes: Sizes, dtype: torch.dtype) -> Iterator[
     """U, some rows at a time: (which, [columns, rows])."""
     step = max(1, TEMPORARY_WEIGHTS // sizes.columns)
     for begin in range(0, sizes.rows, step):
-        end, block_rows, device = min(begin + step, sizes.rows), _block_rows(sizes), weight.stream.device
-        out = torch.empty(sizes.columns, end - begin, dtype=dtype, device=device)
-        blocks = _blocks(sizes, begin, end, block_rows, device)
+        end, block_rows = min(begin + step, sizes.rows), _block_rows(sizes)
+        out = weight.stream.new_empty(sizes.columns, end - begin, dtype=dtype)
+        blocks = _blocks(sizes, begin, end, block_rows, out.device)
         _decode(out, (1, end - begin), weight, sizes, blocks, block_rows)
         yield slice(begin, end), out
 
@@ -175,6 +176,8 @@ def _blocks(sizes: Sizes, begin: int, end: int, block_rows: int, device: torch.d
             tops.append(top)
             counts.append(min(block_rows, strip + length - top, end - top))
         strip += length
-    rows = torch.tensor(tops)
+    rows = torch.tensor(tops, device="cpu")
     first, pitch, floor = sizes.form.first_bits(rows, sizes.rows, sizes.per_row)
-    return torch.stack([first, floor, pitch, torch.tensor(counts), rows - begin], dim=1).to(device)
+    return torch.stack([first, floor, pitch, torch.tensor(counts, device="cpu"), rows - begin], dim=1).to(
+        device
+    )

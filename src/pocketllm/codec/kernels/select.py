@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from pocketllm.codec.kernels import cpu, library, reference
+from pocketllm.codec.kernels import cpu, library, path_batches, reference
 from pocketllm.codec.kernels.library import Isa
 from pocketllm.codec.kernels.reference import PathProblem, Signs
 from pocketllm.errors import reason_of
@@ -29,7 +29,10 @@ def cheapest_paths(problem: PathProblem) -> Tensor:
         return cpu.cheapest_paths(problem)
     triton = _triton(problem.points.device)
     if triton is not None and _agrees("Triton", _paths_of(triton), problem.points.device):
-        return triton.cheapest_paths(problem)
+        batches = path_batches.current()
+        return (
+            batches.search(problem, triton.cheapest_paths_of) if batches else triton.cheapest_paths(problem)
+        )
     return reference.cheapest_paths(problem)
 
 
