@@ -148,8 +148,9 @@ def _sums_in_order(ndim: int, columns: int, is_contiguous: bool, threads: int) -
     generator, batch = torch.Generator().manual_seed(0), (3,)[: ndim - 2]
     for depth, rows in ((70, 24), (700, 64)):
         left = torch.randn(*batch, depth, rows, generator=generator).transpose(-1, -2)
-        right = torch.randn(*batch, columns, depth, generator=generator).transpose(-1, -2)
-        right = right.contiguous() if is_contiguous else right
+        shape = (depth, columns) if is_contiguous else (columns, depth)
+        right = torch.randn(*batch, *shape, generator=generator)
+        right = right if is_contiguous else right.transpose(-1, -2)
         if not torch.equal(cpu.ordered_product(left, right), reference.product(left, right)):
             return False
     return True
