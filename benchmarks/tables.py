@@ -17,7 +17,7 @@ from codec_tables import codec_floor, codec_speed, hashed
 from pages import RESULTS, ROOT, load_results, markdown_table
 from peer_tables import headline, peer_bits, peers, peers_paired
 from peers.table import number
-from scaling_tables import large_plan, scaling_predictions, scaling_runs
+from scaling_tables import compact_hessians, large_plan, scaling_predictions, scaling_runs
 from speed_tables import runtime, serving
 from vllm_tables import rank_sizes
 
@@ -277,6 +277,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recovery": recovery,
     "architectures": architectures,
     "large_models": large_models,
+    "compact_hessians": compact_hessians,
     "large_plan": large_plan,
     "scaling": scaling_predictions,
     "scaling_runs": scaling_runs,
