@@ -140,6 +140,7 @@ def test_eval_beside_the_dense_model(
         (["DAMAGED", "--tasks", "piqa", "--data", "DATA"], 1, "damaged: its logits are not finite"),
         (["SMALL", "--ppl", "TEXT", "--context", "32", "--against", "DAMAGED"], 1, "damaged: its logits"),
         (["SMALL", "--ppl", "TEXT", "--against", "./nowhere"], 1, "no such folder"),
+        (["/", "--ppl", "TEXT"], 1, "/: no config.json; wanted a Hugging Face model folder"),
     ],
 )
 def test_eval_errors(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import pickle
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import pocketllm
+from pocketllm.errors import OutputError
+from pocketllm.format import verify
 from pocketllm.runtime.layers import packed_matrices
 from tests import tiny
 
@@ -73,7 +75,18 @@ def saved(model: Any) -> Any:
     return torch.load(io.BytesIO(stream.getvalue()), weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_with_a_report_is_not_saved_over(mode: str, copy: Path) -> None:
+    model, _ = pocketllm.load(copy, mode=mode)
+    with pytest.raises(OutputError, match="contains a model with a report"):
+        model.save_pretrained(save_directory=str(copy))
+    verify(copy)
+    (copy / "pocketllm.json").unlink()
+    model.save_pretrained(copy)
+    assert torch.equal(logits(pocketllm.load(copy, mode=mode)[0]), logits(model))
+
+
+@pytest.mark.parametrize("duplicate", [deepcopy, saved, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("mode", MODES)
 def test_copies_compute_the_same(mode: str, duplicate: Any, small: Path, tmp_path: Path) -> None:
     model, _ = pocketllm.load(small, mode=mode)

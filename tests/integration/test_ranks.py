@@ -224,14 +224,25 @@ def test_a_stopped_rank_ends_all(source: Path, tmp_path: Path) -> None:
     assert said.read_text().startswith("rank 1 of 3 gave no sign of life for 5 seconds (stopped,")
 
 
-def test_recovery_runs_in_a_launch_of_its_own(
-    run: Run, source: Path, tmp_path: Path, monkeypatch: Any
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "--recover", "distill"], "--recover: runs in one process"),
+        (["eval"], "eval: runs in one process, got 2 (WORLD_SIZE)"),
+    ],
+)
+def test_what_runs_in_one_process(
+    arguments: list[str], message: str, run: Run, source: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    """It is refused, once."""
     launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
-    code, _, err = run("compress", source, "-o", tmp_path / "out", "--recover", "distill")
-    assert code == 2 and "--recover: runs in one process" in err
+    command, *options = arguments
+    code, _, err = run(command, source, "-o", tmp_path / "out", *options)
+    assert code == 2 and message in err
+    monkeypatch.setenv("RANK", "1")
+    assert run(command, source, "-o", tmp_path / "out", *options) == (2, "", "")
 
 
 KILLED_ONCE = """

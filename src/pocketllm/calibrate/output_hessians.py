@@ -28,7 +28,8 @@ def least_rows_in_8_bits(tokens: int) -> int:
 def scaled_hessian(total: Tensor, tokens: int) -> Tensor:
     """G [rows, rows] with a mean diagonal of 1, from the sum of g g^T over `tokens` gradients."""
     hessian = regularized_hessian(total, tokens)
-    hessian /= hessian.diagonal().mean()
+    mean = hessian.diagonal().mean()
+    hessian /= torch.where(mean > 0, mean, 1.0)  # a router of one normalized expert has no gradient
     return hessian
 
 

@@ -63,6 +63,10 @@ for group in (
     app.registered_commands += group.app.registered_commands
 
 
+SHARED_COMMANDS = ("compress", "finetune")
+"""Commands whose work processes launched by torchrun share."""
+
+
 def run() -> None:
     """Run the command line. Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted."""
     try:
@@ -104,8 +108,14 @@ def _version(shown: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Compress the weights of a language model 4 to 10 times (relative to bf16), and run the result."""
+    command = context.invoked_subcommand
+    if command not in SHARED_COMMANDS and (processes := launched()[1]) > 1:
+        raise ConfigError(
+            f"{command}: runs in one process, got {processes} (WORLD_SIZE); start it without torchrun"
+        )

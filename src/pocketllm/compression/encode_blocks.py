@@ -75,11 +75,8 @@ def _on_compressed_inputs(
 
     Refinement takes steps on one batch after another: with it every rank runs all batches, and the first refines.
     """
-    ends = {m.name: encoder.decoded(m) for m in encoder.plan.matrices if not m.in_blocks}
     of_batches = SOLO if refines else ranks
-    stream = BlockStream(encoder.source, windows, encoder.device, weights=ends, ranks=of_batches)
-    stream.drop_embedding()
-    del ends
+    stream = BlockStream(encoder.source, windows, encoder.device, weights=encoder.outside, ranks=of_batches)
     targets = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
     for number, (path, block) in enumerate(stream):
         inside = _inside(encoder.plan, path)

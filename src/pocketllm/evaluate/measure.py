@@ -18,6 +18,7 @@ from pocketllm.evaluate.tasks import Subject, TaskSource, find_tasks, run_tasks
 from pocketllm.evaluate.verify import verify_compressed
 from pocketllm.format.checkpoint import REPORT_NAME, folder_bytes
 from pocketllm.source.folder import read_vocabulary
+from pocketllm.source.model_files import need_config
 from pocketllm.text.vocabulary import Vocabulary, check_vocabularies
 from pocketllm.torch_state import in_default_torch_state
 
@@ -83,7 +84,11 @@ class Model:
         Returns:
             model, adapter, compressed, matrices (number verified in memory; None if dense), adapter_bytes,
             bytes_on_disk (model and adapter).
+
+        Raises:
+            SourceError: its folder is not that of a model.
         """
+        need_config(self.folder)
         if self.is_compressed():
             self.load()  # so that the number is that of verified layers
         added = 0 if self.adapter is None else folder_bytes(self.adapter.folder)

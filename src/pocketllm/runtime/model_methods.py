@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+from pocketllm.errors import OutputError
+from pocketllm.format.checkpoint import REPORT_NAME
 from pocketllm.runtime.layers import make_dense, packed_matrices, stand_ins
 from pocketllm.source.model_class import input_embedding, output_head, shared_modules
 
@@ -66,3 +70,17 @@ def resize(
         make_dense(embedding, output_head(model))
     cls: Any = type(model)
     return cls.resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, **options)
+
+
+def save(model: Any, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
+    """`save_pretrained` of transformers, except over a model that pocketllm has written.
+
+    Raises:
+        OutputError: the report there would no longer match the files, so that nothing could load them.
+    """
+    if os.path.lexists(Path(save_directory) / REPORT_NAME):
+        raise OutputError(
+            f"{save_directory}: contains a model with a report ({REPORT_NAME}), which save_pretrained does not "
+            "update, so that the folder could not be verified afterwards; save to another folder"
+        )
+    return type(model).save_pretrained(model, save_directory, *arguments, **options)
