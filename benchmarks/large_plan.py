@@ -1,8 +1,9 @@
 """Time and memory to plan the compression of very large models, over checkpoints that have headers and no data.
 
-The plan without calibration, at 3 bits per weight: every matrix, its bits, and the exact size of the result. Each model
-is planned in a process of its own, and its checkpoint (a sparse file, see large_models.py) is written before the clock
-starts. Limits: a minute and 2 GB for 70B.
+The plan at 3 bits per weight, with calibration as by default: every matrix, its bits, and the exact size of the result;
+the calibration text is read, and sensitivities are not measured. Each model is planned in a process of its own, and its
+checkpoint (a sparse file, see large_models.py, with the tokenizer of SmolLM2-135M) is written before the clock starts.
+Limits: a minute and 2 GB for 70B.
 
 python benchmarks/large_plan.py            # all, into results/large_plan.json
 python benchmarks/large_plan.py llama-3.1-70b  # some, shown
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,8 @@ from typing import Any
 
 from common import quiet, save
 from large_models import BPW, Large, _sizes, sparse_checkpoint
+
+from pocketllm.source.builtin import fetch
 
 SECONDS, BYTES = 60.0, 2e9
 MODELS = {
@@ -44,7 +48,7 @@ def plan(folder: str) -> dict[str, Any]:
     import pocketllm
 
     started = time.monotonic()
-    config = dataclasses.replace(pocketllm.preset("calibrated-8x"), target_bpw=BPW, calibration=None)
+    config = dataclasses.replace(pocketllm.preset("calibrated-8x"), target_bpw=BPW)
     report = pocketllm.dry_run(folder, config)
     return {
         "seconds": round(time.monotonic() - started, 1),
@@ -63,6 +67,8 @@ def measured(large: Large) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as place:
         dense = sparse_checkpoint(getattr(transformers, large.config)(**large.settings), Path(place))
+        for path in fetch("builtin:smollm2-135m").glob("*token*"):
+            shutil.copy(path, place)
         command = [sys.executable, __file__, "--plan", place]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -114,7 +114,8 @@ def traffic(model: Model, settings: CalibrationConfig, size: int) -> float:
     values += settings.sensitivity_tokens * sum(m.rows for m in model.block if m.experts == 1)
     sent = 2 * 4 * values * (size - 1) / size / size  # sent once, received once
     hessians = 4 * sum(m.columns**2 for m in inputs)
-    stored = 2 * sum(m.rows**2 for m in model.block if m.experts == 1)
+    tokens = settings.sensitivity_tokens
+    stored = sum(m.rows * min(2 * m.rows, tokens) for m in model.block if m.experts == 1)
     return model.blocks * (sent + sums * hessians + 2 * stored / size)
 
 
@@ -130,8 +131,12 @@ def memory(model: Model, settings: CalibrationConfig, size: int) -> float:
 
 
 def disk(model: Model, settings: CalibrationConfig) -> dict[str, float]:
-    """Bytes on disk while a run works, apart from the dense model."""
-    outputs = 2.0 * model.blocks * sum(m.rows**2 for m in model.block if m.experts == 1)
+    """Bytes on disk while a run works, apart from the dense model; the activations are gone when the units come."""
+    tokens = settings.sensitivity_tokens
+    kept = [
+        m.rows * min(2 * m.rows, tokens) for m in model.block if m.experts == 1
+    ]  # G, or gradients in 8 bits
+    outputs = float(model.blocks * sum(kept))
     spool = 4.0 * model.blocks * settings.sensitivity_tokens * model.hidden
     units = model.weights * 2 / 8
     return {"hessians of outputs": outputs, "activations": spool, "units and result": 2 * units}

@@ -35,7 +35,9 @@ def scaling_predictions() -> str:
     found, rows = load_results("scaling"), []
     for name, modes in found["models"].items():
         for mode, entries in modes.items():
-            disk = sum(entries[0]["disk_bytes"].values())
+            parts = entries[0]["disk_bytes"]  # activations are deleted while the Hessians are written
+            kept = parts["hessians of outputs"] + parts["units and result"]
+            disk = max(parts["activations"], kept)
             most = max(entry["traffic_bytes"] for entry in entries)
             rows.append(
                 [
@@ -46,6 +48,19 @@ def scaling_predictions() -> str:
     ranks = [str(entry["ranks"]) for entry in entries]
     head = ["model", "blocks", *ranks, "memory of a rank, GB", "disk, GB", "most traffic of a rank, GB"]
     return f"{markdown_table(head, rows)}\n\nHours by number of GPUs; predicted. `{found['command']}`"
+
+
+def compact_hessians() -> str:
+    """Loss of matrices encoded with compact forms of G, over that with G as it is."""
+    found = load_results("compact_hessians")
+    every = [values for blocks in found["loss_over_that_with_G"].values() for values in blocks.values()]
+    rows = [
+        [form, f"{mean:.3f}", *(f"{end(values[form] for values in every):.3f}" for end in (min, max))]
+        for form, mean in found["mean"].items()
+    ]
+    head = ["instead of G", "loss, mean", "least", "most"]
+    note = f"Blocks {' and '.join(map(str, found['blocks']))} of SmolLM2-135M, 2 bits. `{found['command']}`"
+    return f"{markdown_table(head, rows)}\n\n{note}"
 
 
 def large_plan() -> str:

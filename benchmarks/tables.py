@@ -18,7 +18,7 @@ from common import GEMMA
 from pages import RESULTS, ROOT, load_results, markdown_table, optional_results
 from paper_table import paper
 from peer_tables import headline, peer_bits, peers, peers_paired
-from scaling_tables import large_plan, scaling_predictions, scaling_runs
+from scaling_tables import compact_hessians, large_plan, scaling_predictions, scaling_runs
 from size_tables import ablations, calibrated, ours, presets
 from speed_tables import runtime, serving
 from task_tables import tasks
@@ -99,6 +99,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper": paper,
     "architectures": architectures,
     "large_models": large_models,
+    "compact_hessians": compact_hessians,
     "peak_memory": peak_memory,
     "large_plan": large_plan,
     "scaling": scaling_predictions,

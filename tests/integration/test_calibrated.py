@@ -12,9 +12,9 @@ from torch import Tensor
 
 import pocketllm
 from pocketllm.calibrate.calibration import read_windows
-from pocketllm.compression import encode_blocks
+from pocketllm.compression import encode_blocks, pipeline
 from pocketllm.compression.pipeline import Event
-from pocketllm.errors import ConfigError, ResumeError
+from pocketllm.errors import ConfigError, ResumeError, SourceError
 from pocketllm.format.report import warnings_of
 from pocketllm.runtime.layers import packed_matrices
 from pocketllm.source.dense_checkpoint import open_dense
@@ -55,6 +55,28 @@ def test_every_architecture(architecture: str, tmp_path: Path) -> None:
     models = [load(tmp_path / "out", mode) for mode in ("dense", "packed")]
     torch.testing.assert_close(logits(models[0]), logits(models[1]), rtol=1e-4, atol=1e-4)
     assert set(packed_matrices(models[1])) == {m.name for m in report.matrices}
+
+
+def test_the_plan_of_a_large_model_measures_only_what_is_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pipeline, "_MEASURED_BY_PLANS", 1000)
+    config = tiny.on_trellis()
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "calibrate", None)
+        patched.setattr(pipeline, "check_blocks", None)  # which loads a block
+        planned = pocketllm.dry_run(source, config)
+    (message,) = caplog.messages
+    assert message.startswith(
+        "plan of 0.0 billion weights: sensitivities were not measured; errors in all weights"
+    )
+    assert (
+        config.target_bpw is not None and 0.98 * config.target_bpw < planned.bpw_matrices <= config.target_bpw
+    )
+    pocketllm.dry_run(source, config, calibration_folder=tmp_path)
+    assert list(tmp_path.glob("sensitivity-*.safetensors")) and len(caplog.messages) == 1
+    with pytest.raises(SourceError, match="no-such-text"):
+        pocketllm.dry_run(source, tiny.on_trellis(calibration={"texts": ("no-such-text",)}))
 
 
 def test_what_layers_compute_is_closer_than_without_calibration(tmp_path: Path) -> None:

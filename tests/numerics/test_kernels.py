@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def paths(width: int = 8, stride: int = 3, d: int = 2, lengths: tuple[int, ...] 
 @pytest.mark.parametrize(
     ("width", "stride", "d"),
     [
-        *[(6, 2, 1), (5, 1, 3), (9, 5, 4), (12, 8, 2), (8, 3, 2), (7, 2, 3)],
+        *[(6, 2, 1), (5, 1, 3), (9, 5, 4), (12, 8, 2), (8, 3, 2), (7, 2, 3), (12, 3, 1)],
         *[(6, 3, 2), (6, 6, 1), (4, 3, 4), (8, 7, 1)],  # fewer groups than a vector has lanes
     ],
 )
@@ -71,6 +72,34 @@ def test_paths(width: int, stride: int, d: int, lengths: tuple[int, ...]) -> Non
     assert cpu.searches(problem)
     assert torch.equal(cpu.cheapest_paths(problem), expected)
     assert torch.equal(select.cheapest_paths(problem), expected)
+    few = {name: getattr(problem, name).round() for name in ("points", "weights", "tables")}
+    equal = replace(problem, **few, halves=few["tables"].square().sum(dim=1) / 2)  # many paths cost the same
+    assert torch.equal(cpu.cheapest_paths(equal), reference.cheapest_paths(equal))
+
+
+@compiled
+@pytest.mark.parametrize("columns", [1, 2, 5, 10])
+@pytest.mark.parametrize("rows", [1, 21, 128, 167])
+def test_products_with_few_columns_sum_in_order(rows: int, columns: int) -> None:
+    left, right = torch.randn(3, 70, rows).transpose(1, 2), torch.randn(3, columns, 70).transpose(1, 2)
+    expected = torch.zeros(3, rows, columns)
+    for term in range(70):
+        expected += left[:, :, term, None] * right[:, term, None]
+    assert torch.equal(cpu.ordered_product(left, right), expected)
+    assert torch.equal(cpu.ordered_product(left[1], right[1].contiguous()), expected[1])
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4, 12])
+@pytest.mark.parametrize("batch", [(), (1,), (6,)])
+def test_products_have_the_bits_of_torch(columns: int, batch: tuple[int, ...]) -> None:
+    """Whichever kernel is used."""
+    left, right = torch.randn(*batch, 300, 64).transpose(-1, -2), torch.randn(*batch, 300, columns)
+    if batch:
+        assert torch.equal(
+            select.product(select.for_product(left, columns), right), left.contiguous() @ right
+        )
+    else:
+        assert torch.equal(select.product(left, right), left @ right)
 
 
 @pytest.mark.parametrize(("width", "stride", "d"), [(8, 3, 5), (12, 9, 2), (3, 1, 2)])

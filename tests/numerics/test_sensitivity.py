@@ -14,6 +14,7 @@ from pocketllm.calibrate import gradients, sensitivity
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.calibration import read_windows
 from pocketllm.calibrate.input_hessians import Collector
+from pocketllm.calibrate.output_hessians import output_hessians
 from pocketllm.plan.matrices import Matrix
 from pocketllm.plan.selection import classify
 from pocketllm.source.dense_checkpoint import open_dense
@@ -46,7 +47,8 @@ def test_the_hessian_of_outputs_is_that_of_the_gradients(
     logits = model(windows).logits.flatten(0, 1)
     nn.functional.cross_entropy(logits, logits.argmax(dim=-1), reduction="sum").backward()
     for number in (0, 1):
-        kept = sensitivity.output_hessians(tmp_path / "after", f"model.layers.{number}", "cpu")
+        names = [m.name for m in matrices]
+        kept = output_hessians(tmp_path / "after", f"model.layers.{number}", "cpu", names)
         assert len(kept) == 7 and set(kept) <= set(found.strip_rows)
         for name, hessian in kept.items():
             flat = seen[name].flatten(0, -2)
@@ -68,7 +70,7 @@ def test_a_layer_without_influence_on_the_output(tmp_path: Path) -> None:
     matrices, _ = classify(source, tiny.on_trellis())
     outputs, windows = tmp_path / "after", torch.arange(3, 67)[None]
     sensitivity.measure(source, windows, matrices, 0.01, 0, two_sided=True, outputs=outputs)
-    kept = sensitivity.output_hessians(outputs, "model.layers.0", "cpu")
+    kept = output_hessians(outputs, "model.layers.0", "cpu", [m.name for m in matrices])
     assert not kept["model.layers.0.mlp.up_proj.weight"].any()
     assert all(hessian.isfinite().all() for hessian in kept.values())
 

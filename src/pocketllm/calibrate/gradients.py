@@ -183,14 +183,22 @@ class OutputGradients:
 
 
 def block_backward(
-    stream: BlockStream, block: nn.Module, matrices: list[Matrix], gradients: list[Tensor]
+    stream: BlockStream,
+    block: nn.Module,
+    matrices: list[Matrix],
+    gradients: list[Tensor],
+    rows_in_8_bits: int | None = None,
 ) -> tuple[list[Tensor], OutputGradients]:
     """Gradients before a block from those after it, of the windows of this rank; also collects those of all windows
     at the outputs of its layers, and the squared gradient of each weight.
+
+    Args:
+        rows_in_8_bits: of layers whose gradients are kept as well; see `WindowSums`.
     """
     weights = {m.name: stream.model.get_parameter(m.name).requires_grad_() for m in matrices}
     layers = {m.name: stream.model.get_submodule(m.name.rpartition(".")[0]) for m in matrices}
-    before, after = list[Tensor](), OutputGradients(WindowSums(stream.device, stream.ranks))
+    sums = WindowSums(stream.device, stream.ranks, columns_in_8_bits=rows_in_8_bits)
+    before, after = list[Tensor](), OutputGradients(sums)
     seen: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_hook(lambda _layer, _inputs, out, name=name: seen.update({name: out}))

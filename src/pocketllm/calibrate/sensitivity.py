@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
@@ -44,7 +43,7 @@ from pocketllm.calibrate.embedding_cost import (
     row_squares,
 )
 from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
-from pocketllm.calibrate.input_hessians import regularized_hessian
+from pocketllm.calibrate.output_hessians import as_kept, least_rows_in_8_bits, scaled_hessian
 from pocketllm.calibrate.row_gain import row_gain
 from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factorize
@@ -203,23 +202,22 @@ class _Blocks:
             self.stream.hidden = hidden
             hessians = self.stream.inputs(block, inside).hessians
             self.gains |= _input_gains(inside, hessians, self.damping, ranks)
-            gradients, after = block_backward(self.stream, block, inside, gradients)
+            wide = None if self.outputs is None else least_rows_in_8_bits(self.tokens)
+            gradients, after = block_backward(self.stream, block, inside, gradients, wide)
         self.energy |= after.energy
         self.token_weights |= after.token_weights(self.windows) if self.weigh_tokens else {}
         measured = self._measure_outputs(after.sums) if self.two_sided else {}
         if self.outputs is not None and ranks.is_first:
-            keep_tensors(self.outputs / f"{path}.safetensors", measured, {})
+            keep_tensors(self.outputs / f"{path}.safetensors", measured, {"tokens": self.tokens})
         return gradients
 
     def _measure_outputs(self, sums: WindowSums) -> dict[str, Tensor]:
         """Choose the strips of matrices from the sums of g g^T; returns their Hessians as stored, on the first rank."""
         ranks, own, chosen = self.stream.ranks, list[tuple[str, Tensor]](), dict[str, tuple[int, float]]()
         for name in list(sums.squares):
-            scaled = regularized_hessian(sums.squares.pop(name), self.tokens)
-            mean = scaled.diagonal().mean()
-            scaled /= torch.where(mean > 0, mean, 1.0)  # a router of one normalized expert has no gradient
+            scaled = scaled_hessian(sums.squares.pop(name), self.tokens)
             chosen[name] = strips_for(factorize(rotate_hessian(scaled, 1), 1, OUTPUT_DAMPING))
-            own.append((name, scaled.half().cpu()))
+            own += as_kept(name, scaled, sums.in_8_bits.pop(name, [])).items()
         everywhere = {name: found for part in ranks.gather(chosen) for name, found in part.items()}
         for name in sums.rows:
             self.strip_rows[name], gain = everywhere[name]
@@ -261,14 +259,6 @@ def _of_towers(matrices: list[Matrix], importance: Mapping[str, float]) -> dict[
     measured = [m for m in matrices if m.in_blocks and not m.in_tower]
     per_weight = sum(importance[m.name] for m in measured) / max(1, sum(m.weights for m in measured))
     return {m.name: per_weight * m.weights for m in matrices if m.in_tower}
-
-
-def output_hessians(outputs: Path | None, path: str, device: str) -> dict[str, Tensor]:
-    """Hessians [rows, rows] float32 of a block's outputs as written by `measure`, scaled, by matrix."""
-    if outputs is None:
-        return {}
-    tensors, _ = read_kept(outputs / f"{path}.safetensors")
-    return {name: value.float().to(device) for name, value in tensors.items()}
 
 
 def _input_gains(

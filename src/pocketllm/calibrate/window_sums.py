@@ -2,7 +2,7 @@
 
 Window (or batch of windows) n is run by rank n modulo the number of ranks. After each round, in which every rank has
 run one, what they have added is applied in the order of the windows. A sum of x x^T is kept by one rank, to which the
-others send x; each product is computed there as in a single process.
+others send x; each product is computed there as in a single process. Wide x can be kept as well, in 8 bits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class WindowSums:
 
     squares: [C, C] float32 sums of x^T x, on the rank that keeps each (`owner`); see `shared`.
     rows: number of rows of all x of such a sum. same: name -> the name whose sum it shares.
-    values: sums of tensors. items: tensors, in order.
+    values: sums of tensors. items: tensors, in order. columns_in_8_bits: of x from which on all x of a sum are kept in
+    8 bits, too, by name in `in_8_bits`, on the same rank; None for none.
     """
 
     device: torch.device | str = "cpu"
@@ -45,6 +46,8 @@ class WindowSums:
     values: dict[str, Tensor] = field(default_factory=dict)
     items: dict[str, list[Tensor]] = field(default_factory=dict)
     owner: dict[str, int] = field(default_factory=dict)
+    columns_in_8_bits: int | None = None
+    in_8_bits: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _columns: dict[str, int] = field(default_factory=dict)
     _loads: list[int] = field(default_factory=list)
     _waiting: list[tuple[_Label, Tensor]] = field(default_factory=list)
@@ -117,4 +120,13 @@ class WindowSums:
             return
         if name not in self.squares:
             self.squares[name] = torch.zeros(x.shape[1], x.shape[1], device=self.device)
+        if self.columns_in_8_bits is not None and x.shape[1] >= self.columns_in_8_bits:
+            self.in_8_bits.setdefault(name, []).append(in_8_bits(x))
         add_square(self.squares[name], x.to(self.device))
+
+
+def in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes [n, C] int8, scales [n] float32) on the CPU, with x [n, C] about codes * scales; the largest is 127."""
+    scales = x.abs().amax(dim=1) / 127
+    codes = (x / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
+    return codes.to(torch.int8).cpu(), scales.cpu()

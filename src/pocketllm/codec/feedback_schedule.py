@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pocketllm.codec.kernels import select
 from pocketllm.config.constants import FEEDBACK_GROUP, STRIP_LAG
 
 
@@ -161,23 +162,26 @@ class RowFeedback:
         number = torch.arange(count, device=device)
         inverse = torch.linalg.inv(blocks[number, :, number])
         self.diagonal = inverse.square().sum(dim=2)
-        self.whiten = inverse.transpose(1, 2).contiguous()  # V_SS^-T
+        self.whiten = select.for_product(inverse.transpose(1, 2), d)  # V_SS^-T
         self.lag, self.count, self.longest = strips.lag, count, longest
         # A column reads `near` strips for each strip, and a group of lag * near columns all strips once.
         self.near = max(1, round(count**0.5 / 2))
         self.upper = torch.nn.functional.pad(full, (0, 0, self.near * longest, 0))  # none above the first
-        self.nearby = torch.stack([self._above(s, s, s + self.near) for s in range(count)])
+        nearby = torch.stack([self._above(s, s, s + self.near) for s in range(count)])
+        self.nearby = select.for_product(nearby, d)
         self.kept = torch.zeros(strips.columns, len(self.upper), d, device=device)
         self.from_afar = torch.zeros(strips.columns, count, longest, d, device=device)
 
     def shift(self, at: Place, rows: int | None = None) -> Tensor:
         """The corrections of the strips' first rows in their columns, with the sign reversed: [active, rows, d]."""
         handed = self.kept[at.columns[:, None], self._rows(at.numbers, self.near)]
-        return self.from_afar[at.columns, at.numbers, :rows] + self.nearby[at.strips, :rows] @ handed
+        near = select.product(self.nearby[at.strips, :rows], handed)
+        return self.from_afar[at.columns, at.numbers, :rows] + near
 
     def feed(self, at: Place, error: Tensor) -> None:
         """Note Z of the columns of a place, given T - decoded [active, longest, d]."""
-        self.kept[at.columns[:, None], self._rows(at.numbers + self.near, 1)] = self.whiten[at.strips] @ error
+        rows = self._rows(at.numbers + self.near, 1)
+        self.kept[at.columns[:, None], rows] = select.product(self.whiten[at.strips], error)
         if at.step % self.lag == 0:
             # Strips that are `lag` columns before a group, which those above strip - near have finished.
             for group, strip in enumerate(range(at.step // self.lag + 1, self.near, -self.near)):
@@ -190,7 +194,7 @@ class RowFeedback:
         columns, rows = slice(group * size, (group + 1) * size), slice(self.near * self.longest, None)
         errors = self.kept[columns, rows][:, : (strip - self.near) * self.longest]
         count, _, d = errors.shape
-        carried = self._above(strip, self.near, strip) @ errors.transpose(0, 1).flatten(1)
+        carried = select.product(self._above(strip, self.near, strip), errors.transpose(0, 1).flatten(1))
         self.from_afar[columns, strip] = carried.reshape(self.longest, count, d).transpose(0, 1)
 
     def _above(self, strip: int, first: int, end: int) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from pocketllm.calibrate.blocks import BlockStream, block_list
 from pocketllm.calibrate.embedding_cost import end_hessian
 from pocketllm.calibrate.input_hessians import Inputs
-from pocketllm.calibrate.sensitivity import Sensitivity, output_hessians
+from pocketllm.calibrate.output_hessians import output_hessians
+from pocketllm.calibrate.sensitivity import Sensitivity
 from pocketllm.codec.hessian import Hessian
 from pocketllm.codec.kernels.path_batches import PathBatches
 from pocketllm.compression.matrix_encoder import MatrixEncoder, matrix_unit, refined_unit
@@ -180,8 +181,8 @@ def _encode_block(
     if left := _left(encoder, inside, ranks):
         progress(encoder.share, f"{path}: inputs")
         inputs = see()
-        after = output_hessians(encoder.outputs, path, encoder.device)
         own = ranks.mine(left, _weights)
+        after = output_hessians(encoder.outputs, path, encoder.device, [m.name for m in own])
         hessians = _input_hessians(own, inputs, encoder.plan)
 
         def encode(matrix: Matrix) -> None:

@@ -1,9 +1,8 @@
 """plan -> fit -> encode -> pack -> write, one group of matrices at a time, resumable.
 
 Unfinished work is in `OUTPUT.partial`: a file per fitted codebook and a file per encoded matrix, each written to a
-temporary name and renamed. An interrupted run loses at most the unit it was working on; every unit has its own
-seed, so the bytes are those of an uninterrupted run. At the end the checkpoint is assembled in
-`OUTPUT.partial/final` and renamed to OUTPUT.
+temporary name and renamed. An interrupted run loses at most the unit it was working on; every unit has its own seed,
+so the bytes are those of an uninterrupted run. At the end `OUTPUT.partial/final` is assembled and renamed to OUTPUT.
 
 Processes launched together by torchrun share the work: each makes some of the units, all take part in the
 measurements, and the first assembles the checkpoint.
@@ -11,6 +10,7 @@ measurements, and the first assembles the checkpoint.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -51,13 +51,17 @@ from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense, resol
 from pocketllm.source.folder import check_companions
 from pocketllm.torch_state import in_default_torch_state
 
+logger = logging.getLogger(__name__)
+
+_MEASURED_BY_PLANS = 1 << 32  # weights of a model for which a plan measures what it cannot keep
+
 
 @dataclass(frozen=True)
 class Event:
     """Progress: stage, its finished share, and the current item.
 
-    Stages of a compression: `fetch`, `check`, `measure`, `fit`, `encode`, `write`; of recovery: `teacher`,
-    `train`; of a merge: `perplexity`, `merge`.
+    Stages of a compression: `fetch`, `check`, `measure`, `fit`, `encode`, `write`; of recovery: `teacher`, `train`; of
+    a merge: `perplexity`, `merge`.
     """
 
     stage: str
@@ -150,7 +154,8 @@ def dry_run(
 ) -> Report:
     """The plan and the exact sizes in bytes without fitting anything; errors are predictions.
 
-    With calibration the model's sensitivity is measured, because the plan depends on it.
+    With calibration the model's sensitivity is measured, because the plan depends on it; for more than 4 billion
+    weights only with a `calibration_folder`, where `compress` finds it again. Otherwise a warning says what is assumed.
     """
     source = open_dense(resolve(str(model)), trust_remote_code)
     source.check_dtypes()
@@ -158,8 +163,16 @@ def dry_run(
     with joined(device) as ranks:
         on_progress = progress if ranks.is_first else _ignore
         job = _Job(source, config, str(model), device, calibration_folder, on_progress, ranks)
-        checkpoint, _ = job.calibrated(job.first_plan(), job.text(), None)
-        return checkpoint.dry_report()
+        first = job.first_plan()
+        if calibration_folder is None and first.plan.weights > _MEASURED_BY_PLANS:
+            if read_windows(source, config) is not None:
+                logger.warning(
+                    "plan of %.1f billion weights: sensitivities were not measured; errors in all weights are "
+                    "assumed to cost the same, so bits by matrix will differ. Give --calibration-cache to measure",
+                    first.plan.weights / 1e9,
+                )
+            return first.dry_report()
+        return job.calibrated(first, job.text(), None)[0].dry_report()
 
 
 @dataclass(frozen=True)
@@ -237,10 +250,8 @@ class _Job:
         if text is None:
             return first, None
         folder = Path(self.calibration_folder) if self.calibration_folder else None
-        on_progress = partial(_tell, self.progress, "measure", detail="sensitivity of every matrix")
-        found = calibrate(
-            self.source, text, self.config, self.device, folder, scratch, on_progress, self.ranks
-        )
+        tell = partial(_tell, self.progress, "measure", detail="sensitivity of every matrix")
+        found = calibrate(self.source, text, self.config, self.device, folder, scratch, tell, self.ranks)
         return planned(self.source, self.config, self.model, **found.sensitivity.for_plan), found
 
     def fit_and_encode(self, work: Workspace, plan: Plan, calibration: Calibration | None) -> None:

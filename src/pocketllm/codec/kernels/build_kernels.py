@@ -38,7 +38,7 @@ RECIPES = {
     "nearest": Recipe(("nearest.cpp",), flags=("-march=native",)),
     "matrix": Recipe(("matrix.cpp",), flags=("-march=native",)),
     # Without fused operations it computes exactly what torch does.
-    "trellis": Recipe(("trellis.cpp",), flags=("-march=native", "-ffp-contract=off")),
+    "trellis": Recipe(("trellis.cpp", "ordered.cpp"), flags=("-march=native", "-ffp-contract=off")),
     "packed": Recipe(
         ("packed_matmul.cpp", "hashed_matmul.cpp", "hashed_rows.cpp", "hashed_bands.cpp"),
         (

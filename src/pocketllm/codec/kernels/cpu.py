@@ -1,8 +1,8 @@
 """The hot loops of calibration, encoding and decoding on a CPU: in C++, built by library.py, faiss and numpy.
 
-`nearest.cpp` searches the nearest codeword, `trellis.cpp` the cheapest path; `matrix.cpp` decodes a matrix,
-rotates it, and takes gradients back. Where no compiler is found, or `POCKETLLM_COMPILE=0` is set, none of
-these is available and `select.py` takes another.
+`nearest.cpp` searches the nearest codeword, `trellis.cpp` the cheapest path; `ordered.cpp` multiplies by a few columns;
+`matrix.cpp` decodes a matrix, rotates it, and takes gradients back. Where no compiler is found, or
+`POCKETLLM_COMPILE=0` is set, none of these is available and `select.py` takes another.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pocketllm.codec.kernels.library import call, library
 from pocketllm.codec.kernels.reference import PathProblem, Signs, hartley, power_and_odd
 
 MAX_VECTOR_LEN = 16
+MOST_COLUMNS = 10  # of `ordered_product`
 # faiss takes its fused search only from this many numbers (points * d) on, and is 10 times slower below.
 FUSED_NUMBERS = 1 << 17
 _WORTH_PADDING = 1 << 22
@@ -112,6 +113,23 @@ def cheapest_paths(problem: PathProblem) -> Tensor:
     if call("trellis", "trellis_search", *tensors, *numbers, out):
         raise MemoryError("trellis search: no memory for its tables")
     return out
+
+
+def multiplies(left: Tensor, columns: int) -> bool:
+    """Whether `ordered_product` takes a left side: few columns, float32 on a CPU, rows next to each other."""
+    is_plain = left.dtype == torch.float32 and left.device.type == "cpu" and left.stride(-2) == 1
+    return is_plain and 0 < columns <= MOST_COLUMNS and library("trellis") is not None
+
+
+def ordered_product(left: Tensor, right: Tensor) -> Tensor:
+    """left [..., rows, depth] @ right [..., depth, columns], with one batch dimension or none."""
+    a, b = (x if x.ndim == 3 else x[None] for x in (left, right))
+    out = torch.empty(len(a), a.shape[1], b.shape[2])
+    sizes = (len(a), a.shape[2], a.shape[1], b.shape[2], torch.get_num_threads())
+    strides = (a.data_ptr(), a.stride(0), a.stride(2), b.data_ptr(), *b.stride())
+    failed = call("trellis", "ordered_product", *strides, *sizes, out)
+    assert not failed
+    return out if left.ndim == 3 else out[0]
 
 
 def _run(function: str, *arguments: Tensor | int) -> None:

@@ -99,6 +99,11 @@ def _equal_strips(problem: PathProblem, rows: Tensor, chosen: Tensor, own: int) 
     return out
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left [..., rows, depth] @ right [..., depth, columns]; batches as a product of contiguous matrices."""
+    return left.contiguous() @ right if left.ndim == 3 else left @ right
+
+
 def gather(table: Tensor, indices: Tensor, scale: Tensor, columns: int) -> Tensor:
     """scale * table[indices], joined to rows: [K, d], [rows, n] integer, [rows] -> [rows, columns] float32."""
     return join(table[indices.long()] * scale[:, None, None], columns)

@@ -36,6 +36,28 @@ def cheapest_paths(problem: PathProblem) -> Tensor:
     return reference.cheapest_paths(problem)
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left [..., rows, depth] @ right [..., depth, columns], float32, with one batch dimension or none.
+
+    In C++ if there are few columns, the left side is laid out for it (`for_product`), and the bits are those of torch.
+    """
+    columns, threads = right.shape[-1], torch.get_num_threads()
+    is_single = left.ndim == 3 and len(left) == 1  # which torch sums in another order
+    compiled = (
+        not is_single
+        and cpu.multiplies(left, columns)
+        and _sums_in_order(left.ndim, columns, right.stride(-1) == 1, threads)
+    )
+    return (cpu.ordered_product if compiled else reference.product)(left, right)
+
+
+def for_product(matrices: Tensor, columns: int) -> Tensor:
+    """Matrices [B, rows, depth] in the layout in which `product` with so many columns is fastest."""
+    turned = matrices.transpose(1, 2).contiguous().transpose(1, 2)
+    fits = cpu.multiplies(turned, columns) and _sums_in_order(3, columns, True, torch.get_num_threads())
+    return turned if fits else matrices.contiguous()
+
+
 class Searcher:
     """Nearest codeword of one codebook [K, d], many times: the table is laid out once.
 
@@ -151,6 +173,20 @@ def _triton(device: torch.device) -> ModuleType | None:
         return importlib.import_module("pocketllm.codec.kernels.triton")
     except ImportError:  # it comes with torch's CUDA builds
         return None
+
+
+@functools.cache
+def _sums_in_order(ndim: int, columns: int, is_contiguous: bool, threads: int) -> bool:
+    """Whether torch's BLAS sums as `ordered.cpp` does, as some do for few columns; is_contiguous: the right side."""
+    generator, batch = torch.Generator().manual_seed(0), (3,)[: ndim - 2]
+    for depth, rows in ((70, 24), (700, 64)):
+        left = torch.randn(*batch, depth, rows, generator=generator).transpose(-1, -2)
+        shape = (depth, columns) if is_contiguous else (columns, depth)
+        right = torch.randn(*batch, *shape, generator=generator)
+        right = right if is_contiguous else right.transpose(-1, -2)
+        if not torch.equal(cpu.ordered_product(left, right), reference.product(left, right)):
+            return False
+    return True
 
 
 @functools.cache

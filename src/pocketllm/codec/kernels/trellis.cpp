@@ -68,45 +68,84 @@ static inline void narrow_step(const float* cost, int64_t groups, float* least, 
     }
 }
 
+// Cost of the last step into 16 states: w (|c|^2 / 2 - p c), up to what all states share.
+template <int D>
+static inline Lanes branch(const float* table, const float* half, int64_t states, int64_t state, Lanes weight,
+                           const Lanes* scaled) {
+    Lanes cost = load(half + state) * weight;
+    for (int i = 0; i < D; ++i) cost -= scaled[i] * load(table + i * states + state);
+    return cost;
+}
+
+// `wide_step` on costs that are computed as they are needed and not written down.
+template <int STRIDE, int D>
+static inline void fused_step(const float* table, const float* half, int64_t states, Lanes weight, const Lanes* scaled,
+                              const float* from, float* least, uint8_t* back) {
+    const int64_t groups = states >> STRIDE;
+    for (int64_t group = 0; group < groups; group += LANES) {
+        Lanes best = spread<STRIDE>(from, group) + branch<D>(table, half, states, group, weight, scaled);
+        Ints where = Ints{};
+        for (int choice = 1; choice < (1 << STRIDE); ++choice) {
+            const int64_t state = choice * groups + group;
+            Lanes value = spread<STRIDE>(from, state) + branch<D>(table, half, states, state, weight, scaled);
+            Ints closer = value < best;
+            best = closer ? value : best;
+            where = closer ? (Ints{} + choice) : where;
+        }
+        store(least + group, best);
+        Bytes narrow = __builtin_convertvector(where, Bytes);
+        memcpy(back + group, &narrow, sizeof narrow);
+    }
+}
+
+static inline float lowest(const float* cost, int64_t states) {
+    Lanes low = load(cost);
+    for (int64_t state = LANES; state < states; state += LANES) {
+        Lanes value = load(cost + state);
+        low = value < low ? value : low;
+    }
+    float found = low[0];
+    for (int lane = 1; lane < LANES; ++lane) found = low[lane] < found ? low[lane] : found;
+    return found;
+}
+
 template <int STRIDE, int D>
 static void path(const float* points, const float* weights, const float* table, const float* half,
                  const float* next_table, const float* next_half, int64_t start, int64_t stop,
                  int64_t length, int64_t ahead, int64_t width, int64_t* out, float* cost, float* least,
                  uint8_t* back) {
     const int64_t states = int64_t(1) << width, kept = width - STRIDE, groups = int64_t(1) << kept;
+    float* from = least + groups + LANES;
+    bool is_written = true;  // whether `cost` holds the costs of the step before
     for (int64_t state = 0; state < states; ++state) cost[state] = __builtin_inff();
     cost[start] = 0;
+    Lanes scaled[D], weight = Lanes{};
     for (int64_t t = 0; t < length + ahead; ++t) {
-        if (t == length) table = next_table, half = next_half;
-        if (groups < LANES)
+        if (!is_written) {
+            float* other = from;
+            from = least, least = other;
+            fused_step<STRIDE, D>(table, half, states, weight, scaled, from, least, back + t * groups);
+        } else if (groups < LANES)
             narrow_step<STRIDE>(cost, groups, least, back + t * groups);
         else
             wide_step<STRIDE>(cost, groups, least, back + t * groups);
-        Lanes scaled[D];
-        const Lanes weight = Lanes{} + weights[t];
+        if (t == length) table = next_table, half = next_half;
+        weight = Lanes{} + weights[t];
         for (int i = 0; i < D; ++i) scaled[i] = Lanes{} + points[t * D + i] * weights[t];
-        for (int64_t state = 0; state < states; state += LANES) {
-            Lanes branch = load(half + state) * weight;
-            for (int i = 0; i < D; ++i) branch -= scaled[i] * load(table + i * states + state);
-            store(cost + state, spread<STRIDE>(least, state) + branch);
-        }
+        is_written = groups < LANES || t % 16 == 15 || t + 1 == length + ahead;
+        if (!is_written) continue;
+        for (int64_t state = 0; state < states; state += LANES)
+            store(cost + state,
+                  spread<STRIDE>(least, state) + branch<D>(table, half, states, state, weight, scaled));
         if (t % 16 == 15) {  // keep magnitudes small
-            Lanes low = load(cost);
-            for (int64_t state = LANES; state < states; state += LANES) {
-                Lanes value = load(cost + state);
-                low = value < low ? value : low;
-            }
-            float lowest = low[0];
-            for (int lane = 1; lane < LANES; ++lane) lowest = low[lane] < lowest ? low[lane] : lowest;
-            for (int64_t state = 0; state < states; state += LANES)
-                store(cost + state, load(cost + state) - lowest);
+            const float low = lowest(cost, states);
+            for (int64_t state = 0; state < states; state += LANES) store(cost + state, load(cost + state) - low);
         }
     }
     int64_t state = stop;
     if (state < 0) {
-        state = 0;
-        for (int64_t other = 1; other < states; ++other)
-            if (cost[other] < cost[state]) state = other;
+        const float low = lowest(cost, states);
+        for (state = 0; state < states - 1 && cost[state] != low;) ++state;
     }
     for (int64_t t = length + ahead - 1; t >= 0; --t) {
         if (t < length) out[t] = state;
@@ -128,7 +167,7 @@ extern "C" int trellis_search(const float* points, const float* weights, const f
 #pragma omp parallel num_threads(threads)
     {
         // One vector more than needed: `spread` reads whole vectors.
-        float* cost = (float*)aligned_alloc(64, (states + groups + 2 * LANES) / LANES * LANES * sizeof(float));
+        float* cost = (float*)aligned_alloc(64, (states + 2 * groups + 4 * LANES) / LANES * LANES * sizeof(float));
         uint8_t* back = (uint8_t*)aligned_alloc(64, (longest * groups + 127) / 64 * 64);
         if (!cost || !back) failed = 2;
 #pragma omp barrier
