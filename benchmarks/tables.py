@@ -19,7 +19,7 @@ from peer_tables import headline, peer_bits, peers, peers_paired
 from peers.table import number
 from scaling_tables import large_plan, scaling_predictions, scaling_runs
 from speed_tables import runtime, serving
-from vllm_tables import rank_sizes
+from vllm_tables import rank_sizes, serving_vllm
 
 PAGES = (
     "docs/calibration.md",
@@ -268,6 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "codec_speed": codec_speed,
     "runtime": runtime,
     "serving": serving,
+    "serving_vllm": serving_vllm,
     "rank_sizes": rank_sizes,
     "tasks": tasks,
     "peers": peers,

@@ -39,7 +39,7 @@ from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
 from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.calibrate.row_gain import row_gain
 from pocketllm.calibrate.window_sums import WindowSums
-from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factorize
+from pocketllm.codec.hessian import conditional_diagonal, triangular_root
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import fold
 from pocketllm.config.constants import OUTPUT_DAMPING, SHORTEST_STRIPS, STRIP_START_LOSS
@@ -213,7 +213,7 @@ class _Blocks:
         for name in list(sums.squares):
             scaled = regularized_hessian(sums.squares.pop(name), self.tokens)
             scaled /= scaled.diagonal().mean()
-            chosen[name] = strips_for(factorize(rotate_hessian(scaled, 1), 1, OUTPUT_DAMPING))
+            chosen[name] = strips_for(triangular_root(rotate_hessian(scaled, 1), OUTPUT_DAMPING))
             own.append((name, scaled.half().cpu()))
         everywhere = {name: found for part in ranks.gather(chosen) for name, found in part.items()}
         for name in sums.rows:
@@ -279,21 +279,25 @@ def _input_gains(
 
 def _gain(hessian: Tensor, damping: float) -> float:
     """See the module's docstring; of the rotated Hessian."""
-    factor = factorize(rotate_hessian(hessian, 1), 1, damping)
-    conditional = factor.upper.diagonal().double().square().reciprocal().mean()
-    return float(conditional / factor.hessian.diagonal().double().mean())
+    root = triangular_root(rotate_hessian(hessian, 1), damping)
+    return float(conditional_diagonal(root, 1).mean() / _mean_diagonal(root))
 
 
-def strips_for(factor: HessianFactor) -> tuple[int, float]:
+def strips_for(root: Tensor) -> tuple[int, float]:
     """Rows of a strip, and the factor by which feedback between such strips lowers the loss.
 
     Args:
-        factor: of a Hessian of outputs, rotated.
+        root: `triangular_root` of a Hessian of outputs, rotated.
     """
-    mean = float(factor.hessian.diagonal().mean())
-    gains = {rows: float(conditional_diagonal(factor, rows).mean()) / mean for rows in SHORTEST_STRIPS}
+    mean = _mean_diagonal(root)
+    gains = {rows: float(conditional_diagonal(root, rows).mean() / mean) for rows in SHORTEST_STRIPS}
     best = min(gains, key=lambda rows: gains[rows] * (1 + STRIP_START_LOSS / rows))
     return best, gains[best]
+
+
+def _mean_diagonal(root: Tensor) -> Tensor:
+    """Of R R^T."""
+    return root.square().sum(dim=1).mean()
 
 
 def _mean_square(source: DenseCheckpoint, matrix: Matrix) -> float:

@@ -190,10 +190,11 @@ def _encode_block(
             outputs = None if found is None else Hessian(found, OUTPUT_DAMPING)
             encoder.encode(matrix, hessians[matrix.name], outputs, inputs=inputs)
 
-        jobs = [partial(encode, matrix) for matrix in own]
-        for number, _ in enumerate(run_parallel(jobs, encoder.device, of=len(inside))):
-            progress(encoder.share, own[number].name)
-            encoder.passed += own[number].weights
+        order = sorted(own, key=_weights, reverse=True)  # what ends last is small, so that no thread waits long
+        jobs = [partial(encode, matrix) for matrix in order]
+        for matrix, _ in zip(order, run_parallel(jobs, encoder.device, of=len(inside)), strict=True):
+            progress(encoder.share, matrix.name)
+            encoder.passed += matrix.weights
         _share(encoder, inside, ranks)
     encoder.passed = passed
 
