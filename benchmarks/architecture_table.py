@@ -1,4 +1,4 @@
-"""The tables of docs/models.md: which model types work how, and large dimensions without weights."""
+"""Tables of docs/models.md (which model types work how, large dimensions without weights), and of peak memory."""
 
 from __future__ import annotations
 
@@ -34,9 +34,6 @@ def large_models() -> str:
     rows = []
     for name, entry in found["models"].items():
         whole, block = entry["whole"], entry.get("block")
-        shown = ""
-        if block is not None:
-            shown = f"{block['weights'] / 1e6:.0f} M, {'agrees' if block['agrees'] else 'differs'}"
         rows.append(
             [
                 name,
@@ -45,7 +42,7 @@ def large_models() -> str:
                 f"{whole['bpw_matrices']:.3f}",
                 str(whole["matrices"]),
                 f"{whole['plan_seconds']:.1f}",
-                shown,
+                *(_block(block) if block is not None else [""] * 4),
             ]
         )
     head = [
@@ -55,10 +52,47 @@ def large_models() -> str:
         "bpw",
         "matrices",
         "dry run, s",
-        "one block, both modes",
+        "one block, M weights",
+        "loaded in both modes",
+        "s to compress",
+        "peak GB",
     ]
-    note = f"GB are 10^9 bytes; sizes are exact and exclude the tokenizer. `{found['command']}`"
+    machine = found["machine"]
+    note = (
+        "GB are 10^9 bytes; sizes are exact and exclude the tokenizer. Time and memory are of compressing the block "
+        f"without calibration; {machine['processor']}, {machine['cores']} cores, shared with other work. "
+        f"`{found['command']}`"
+    )
     return f"{markdown_table(head, rows)}\n\n{note}"
+
+
+def peak_memory() -> str:
+    """Peak memory of calibrated compression by stage."""
+    found = load_results("peak_memory")
+    stages = list(dict.fromkeys(stage for entry in found["models"].values() for stage in entry["stages"]))
+    rows = []
+    for model, entry in found["models"].items():
+        beyond = (entry["peak_bytes"] - entry["nothing_loaded_bytes"]) / 1e9
+        cells = [_gigabytes(entry["stages"].get(stage)) for stage in stages]
+        rows.append([f"`{model}`", f"{entry['dense_bytes'] / 1e6:.0f}", *cells, f"{beyond:.2f}"])
+    head = ["model", "dense, MB", *stages, "beyond a process that has loaded nothing"]
+    note = (
+        "Resident GB (10^9 bytes); in brackets without the pages of mapped files, which the system can drop. "
+        f"Default preset at {found['bpw']} bits per weight, embedding included, {found['machine']['threads']} threads. "
+        f"`{found['command']}`"
+    )
+    return f"{markdown_table(head, rows)}\n\n{note}"
+
+
+def _gigabytes(peaks: list[int] | None) -> str:
+    return "" if peaks is None else f"{peaks[0] / 1e9:.2f} ({peaks[1] / 1e9:.2f})"
+
+
+def _block(block: dict[str, Any]) -> list[str]:
+    """Cells of the block of a large model."""
+    state = "agrees" if block["agrees"] and block["bytes_are_planned"] else "differs"
+    peak = f"{block['peak_memory_bytes'] / 1e9:.1f}"
+    return [f"{block['weights'] / 1e6:.0f}", state, f"{block['seconds']:.0f}", peak]
 
 
 def _is(entry: dict[str, Any], without: str, calibrated: str) -> bool:
@@ -82,4 +116,4 @@ def _reason(entry: dict[str, Any]) -> str:
 
 def _cell(text: str) -> str:
     shown = text.removesuffix("; use a preset without calibration (lookup-8x)").removeprefix("calibration: ")
-    return shown.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")[:160]
+    return shown.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 import tempfile
 import threading
@@ -49,10 +50,10 @@ class Outcome:
 
 
 def reason(error: BaseException) -> str:
-    """Type and message of an error, paths and numbers of this run left out."""
+    """Type and first line of an error's message, without an announcement of what follows in the next line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if type(error).__name__.startswith("Strict") else (lines or [""])[0]
-    return f"{type(error).__name__}: {text}"[:300]
+    return f"{type(error).__name__}: {re.sub(r'[.] [^.]*:$', '', text)}"
 
 
 def outcome(kind: str) -> Outcome:

@@ -1,15 +1,17 @@
-"""Calibrated compression of SmolLM2-135M: size, error, perplexity, time, memory. Writes results/calibrated.json.
+"""Calibrated compression of one model: size, error, perplexity, time, memory. Writes results/calibrated.json.
 
-    POCKETLLM_DATA=... python benchmarks/calibrated.py [NAME ...]
+    POCKETLLM_DATA=... python benchmarks/calibrated.py [--model smollm2-135m] [--keep FOLDER] [NAME ...]
 
 Whole models, and choices changed one at a time; models whose embedding stays dense are measured beside the
-peers (peers/run.py). Perplexity: WikiText-2 raw test, context 1024, first 16 windows, evaluated in bfloat16.
+peers (peers/run.py). Perplexity: WikiText-2 raw test, context 1024, first 16 windows (Gemma: 6), evaluated in bfloat16.
 Calibrated on the first part of WikiText-2's train text. Each setting runs in a process of its own, so that its
-peak memory is its own.
+peak memory is its own. Results of another model than SmolLM2 are in results/calibrated_MODEL.json.
+With --keep the compressed models stay in FOLDER.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -18,15 +20,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, data_file, quiet, save
+from common import CONTEXT, RESULTS, SMOLLM2, SUBJECTS, Subject, data_file, quiet, save
 
 import pocketllm
 from pocketllm.config import CompressConfig
+from pocketllm.evaluate.kl import text_divergence
 from pocketllm.evaluate.perplexity import perplexity
+from pocketllm.source.builtin import fetch
+from pocketllm.source.folder import load_dense
 from pocketllm.text.read import read_text
-
-MODEL = "builtin:smollm2-135m"
-CONTEXT, WINDOWS = 1024, 16
 
 
 def _base(bpw: float, **changes: Any) -> CompressConfig:
@@ -39,9 +41,11 @@ def _base(bpw: float, **changes: Any) -> CompressConfig:
     return replace(config, target_bpw=bpw, codec=codec, calibration=calibration, **changes)
 
 
-def settings() -> dict[str, CompressConfig]:
-    """Every setting by name."""
+def settings(subject: Subject) -> dict[str, CompressConfig]:
+    """Every setting by name; choices one by one are those of SmolLM2."""
     whole = {f"everything at {bpw}": _base(bpw) for bpw in (4.0, 3.0, 2.5, 2.0)}
+    if subject is not SMOLLM2:
+        return whole
     plain = {"trellis_width": None, "codebook_source": "fit"}
 
     def at_two(**changes: Any) -> CompressConfig:
@@ -61,22 +65,24 @@ def settings() -> dict[str, CompressConfig]:
     return {**whole, **ablations}
 
 
-def child(name: str, folder: str) -> None:
+def child(subject: Subject, name: str, folder: str) -> None:
     """Compress and evaluate one setting; print facts as JSON."""
     quiet()
     import resource
 
     import torch
 
-    config = settings()[name]
-    report = pocketllm.compress(MODEL, config, folder)
+    config = settings(subject)[name]
+    report = pocketllm.compress(subject.source, config, folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model, tokenizer = pocketllm.load(folder, dtype=torch.bfloat16)
+    model, tokenizer = pocketllm.load(folder, mode="dense", dtype=torch.bfloat16)
+    reference = load_dense(fetch(subject.source), torch.bfloat16)
     text = read_text(data_file("wikitext2", "wiki.test.raw"))
-    found = perplexity(model, tokenizer, text, CONTEXT, WINDOWS)
+    found = text_divergence(model, reference, tokenizer, text, CONTEXT, subject.windows)
     blocks = [m for m in report.matrices if "embed" not in m.name and "lm_head" not in m.name]
     facts = {
         "perplexity": found.perplexity,
+        "kl": found.kl,
         "seconds": report.seconds,
         "peak_memory_bytes": peak,
         "bytes_on_disk": report.bytes_on_disk,
@@ -98,47 +104,54 @@ def shown(config: CompressConfig) -> dict[str, Any]:
     return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 
 
-def dense(text: str) -> float:
+def dense(subject: Subject, text: str) -> float:
     """Perplexity of the model as it is, in bfloat16."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from pocketllm.source.builtin import fetch
-
-    folder = fetch(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    return perplexity(model, AutoTokenizer.from_pretrained(folder), text, CONTEXT, WINDOWS).perplexity
+    folder = fetch(subject.source)
+    model = load_dense(folder, torch.bfloat16)
+    return perplexity(model, AutoTokenizer.from_pretrained(folder), text, CONTEXT, subject.windows).perplexity
 
 
 def main() -> None:
     """Measure the settings named on the command line, by default those without a result as they are now."""
     quiet()
-    path = RESULTS / "calibrated.json"
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=SUBJECTS, default=SMOLLM2.name)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("names", nargs="*")
+    given = parser.parse_args()
+    subject = SUBJECTS[given.model]
+    path = RESULTS / f"{subject.results('calibrated')}.json"
     results: dict[str, Any] = json.loads(path.read_text())["settings"] if path.is_file() else {}
     known = {name: entry["config"] for name, entry in results.items()}
-    names = sys.argv[1:] or [name for name, config in settings().items() if known.get(name) != shown(config)]
-    reference = dense(read_text(data_file("wikitext2", "wiki.test.raw")))
+    wanted = settings(subject)
+    names = given.names or [name for name, config in wanted.items() if known.get(name) != shown(config)]
+    reference = dense(subject, read_text(data_file("wikitext2", "wiki.test.raw")))
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, __file__, "child", name, str(Path(scratch) / "out")]
+            folder = (given.keep or Path(scratch)) / f"{subject.name}-{name.replace(' ', '_')}"
+            command = [sys.executable, __file__, "child", subject.name, name, str(folder)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         results[name] = json.loads(done.stdout.splitlines()[-1])
         print(name, {k: v for k, v in results[name].items() if k != "config"}, flush=True)
         values = {
-            "model": MODEL,
+            "model": subject.source,
             "text": "WikiText-2 raw test",
             "calibration": "WikiText-2 raw train, first part",
             "context": CONTEXT,
-            "windows": WINDOWS,
+            "windows": subject.windows,
             "dtype": "bfloat16",
             "dense_perplexity": reference,
-            "settings": {key: results[key] for key in settings() if key in results},
+            "settings": {key: results[key] for key in wanted if key in results},
         }
-        save("calibrated", "python benchmarks/calibrated.py", values)
+        option = "" if subject is SMOLLM2 else f" --model {subject.name}"
+        save(subject.results("calibrated"), f"python benchmarks/calibrated.py{option}", values)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
-        child(*sys.argv[2:4])
+        child(SUBJECTS[sys.argv[2]], *sys.argv[3:5])
     else:
         main()

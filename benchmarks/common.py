@@ -5,11 +5,39 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that figures are reported on.
+
+    name: of the `builtin:` model. title: in tables. windows: of WikiText-2's raw test text, CONTEXT tokens each.
+    """
+
+    name: str
+    title: str
+    windows: int
+
+    @property
+    def source(self) -> str:
+        """What `pocketllm.compress` takes."""
+        return f"builtin:{self.name}"
+
+    def results(self, kind: str) -> str:
+        """Name of the results of one kind of measurement: those of the first model have no suffix."""
+        return kind if self is SMOLLM2 else f"{kind}_{self.name}"
+
+
+CONTEXT = 1024
+SMOLLM2 = Subject("smollm2-135m", "SmolLM2-135M", 16)
+GEMMA = Subject("gemma-3-270m", "Gemma 3 270M", 6)
+SUBJECTS = {subject.name: subject for subject in (SMOLLM2, GEMMA)}
 
 
 def data_file(*parts: str) -> Path:
@@ -29,10 +57,10 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def save(name: str, command: str, values: dict[str, Any]) -> None:
+def save(name: str, command: str, values: dict[str, Any], device: str = "cpu") -> None:
     """Write results/NAME.json."""
     from pocketllm.machine import machine
 
     RESULTS.mkdir(exist_ok=True)
-    body = {"command": command, "machine": machine(), **values}
+    body = {"command": command, "machine": machine(device), **values}
     (RESULTS / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")

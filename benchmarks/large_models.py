@@ -6,8 +6,8 @@ vocabulary is compressed, its bytes are those of its plan, and packed and dense 
 holds the decoded weights.
 
 python benchmarks/large_models.py            # all, into results/large_models.json
-python benchmarks/large_models.py --whole    # the exact sizes only, which takes minutes
-python benchmarks/large_models.py phi-4      # some, shown
+python benchmarks/large_models.py --whole    # the exact sizes only, which takes a minute
+python benchmarks/large_models.py phi-4      # some; the others keep their results
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import math
 import resource
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import quiet, save
+from common import RESULTS, quiet, save
 
 BPW = 3.0
 SHARD_BYTES = 4 << 30
@@ -152,70 +153,117 @@ def whole(large: Large) -> dict[str, Any]:
     }
 
 
-def block(large: Large) -> dict[str, Any]:
-    """One block of the real dimensions with random weights: bytes and loading."""
+def block(name: str) -> dict[str, Any]:
+    """One block of the real dimensions with random weights: bytes, time and memory of compressing it, and loading."""
+    with tempfile.TemporaryDirectory() as folder:
+        made, compressed, loaded = (_in_own_process(step, name, folder) for step in _STEPS)
+    return {
+        "weights": compressed["weights"],
+        "dense_bytes": made["dense_bytes"],
+        "bytes_are_planned": compressed["bytes_are_planned"],
+        "off": loaded["off"],
+        "agrees": all(value <= _ROUNDING for value in loaded["off"].values()),
+        "seconds": compressed["seconds"],
+        "peak_memory_bytes": compressed["peak_memory_bytes"],
+        "seconds_of_comparison": loaded["seconds"],
+    }
+
+
+def _in_own_process(step: str, name: str, folder: str) -> dict[str, Any]:
+    """What a step finds, with its seconds and peak memory."""
+    command = [sys.executable, __file__, "--step", step, name, folder]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _make(large: Large, folder: Path) -> dict[str, Any]:
+    """Write the dense block."""
     import torch
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    import pocketllm
-    from pocketllm.runtime.layers import packed_matrices
-
-    started = time.monotonic()
     small = {"num_hidden_layers": 1, "vocab_size": _BLOCK_VOCABULARY}
     config = getattr(transformers, large.config)(**{**large.settings, **large.block, **small})
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        source, output = Path(folder) / "dense", Path(folder) / "small"
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
-        settings = dataclasses.replace(pocketllm.preset("lookup-8x"), target_bpw=BPW)
-        settings = dataclasses.replace(
-            settings, codec=dataclasses.replace(settings.codec, epochs=1, max_sample=1 << 16)
-        )
-        planned = pocketllm.dry_run(source, settings)
-        report = pocketllm.compress(source, settings, output)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "dense")
+    return {"dense_bytes": sum(file.stat().st_size for file in (folder / "dense").glob("*.safetensors"))}
 
-        def load(mode: str) -> Any:
-            found = AutoConfig.from_pretrained(output)
-            found.quantization_config["mode"] = mode
-            return AutoModelForCausalLM.from_pretrained(output, config=found, dtype=torch.float32).eval()
 
-        tokens = torch.arange(3, 35)[None]
-        reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        off = {}
-        with torch.inference_mode():
-            packed = load("packed")
-            for name, matrix in packed_matrices(packed).items():
-                reference.get_parameter(name).copy_(matrix())
-            wanted = reference(tokens, use_cache=False).logits
-            del reference
-            for mode in ("packed", "dense"):
-                model = packed if mode == "packed" else load(mode)
-                got = model(tokens, use_cache=False).logits
-                off[mode] = float((got - wanted).abs().max() / wanted.abs().max())
-                packed = None
+def _compress(large: Large, folder: Path) -> dict[str, Any]:
+    """Compress it."""
+    import pocketllm
+
+    settings = dataclasses.replace(pocketllm.preset("lookup-8x"), target_bpw=BPW)
+    codec = dataclasses.replace(settings.codec, epochs=1, max_sample=1 << 16)
+    settings = dataclasses.replace(settings, codec=codec)
+    planned = pocketllm.dry_run(folder / "dense", settings)
+    report = pocketllm.compress(folder / "dense", settings, folder / "small")
     return {
         "weights": sum(math.prod(m.shape) for m in report.matrices),
         "bytes_are_planned": report.bytes_on_disk == planned.bytes_on_disk,
-        "off": off,
-        "agrees": all(value <= _ROUNDING for value in off.values()),
-        "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def _compare(large: Large, folder: Path) -> dict[str, Any]:
+    """Load it in both modes, and compare the logits with those of the dense block with the decoded weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pocketllm.runtime.layers import packed_matrices
+
+    def load(mode: str) -> Any:
+        found = AutoConfig.from_pretrained(folder / "small")
+        found.quantization_config["mode"] = mode
+        return AutoModelForCausalLM.from_pretrained(
+            folder / "small", config=found, dtype=torch.float32
+        ).eval()
+
+    tokens, off = torch.arange(3, 35)[None], {}
+    with torch.inference_mode():
+        packed = load("packed")
+        reference = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).eval()
+        for name, matrix in packed_matrices(packed).items():
+            reference.get_parameter(name).copy_(matrix())
+        wanted = reference(tokens, use_cache=False).logits
+        del reference
+        for mode in ("packed", "dense"):
+            model = packed if mode == "packed" else load(mode)
+            got = model(tokens, use_cache=False).logits
+            off[mode] = float((got - wanted).abs().max() / wanted.abs().max())
+            model = packed = None
+    return {"off": off}
+
+
+_STEPS: dict[str, Callable[[Large, Path], dict[str, Any]]] = {
+    "make": _make,
+    "compress": _compress,
+    "compare": _compare,
+}
+
+
+def _run_step(step: str, name: str, folder: str) -> None:
+    """Run a step in this process, and print what it finds."""
+    started = time.monotonic()
+    found = _STEPS[step](MODELS[name], Path(folder))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = round(time.monotonic() - started, 1)
+    print(json.dumps({**found, "seconds": seconds, "peak_memory_bytes": peak}))
 
 
 def main() -> None:
     quiet()
-    names = [name for name in sys.argv[1:] if name != "--whole"]
-    is_whole = "--whole" in sys.argv
-    steps: tuple[Callable[[Large], dict[str, Any]], ...] = (whole,) if is_whole else (whole, block)
-    found: dict[str, Any] = {}
-    for name in names or list(MODELS):
-        found[name] = {step.__name__: step(MODELS[name]) for step in steps}
+    if sys.argv[1:2] == ["--step"]:
+        _run_step(*sys.argv[2:5])
+        return
+    path, is_whole = RESULTS / "large_models.json", "--whole" in sys.argv
+    found: dict[str, Any] = json.loads(path.read_text())["models"] if path.is_file() else {}
+    for name in [name for name in sys.argv[1:] if name != "--whole"] or MODELS:
+        measured = {"whole": whole(MODELS[name])} | ({} if is_whole else {"block": block(name)})
+        found[name] = found.get(name, {}) | measured
         print(name, found[name], flush=True)
-    if not names:
-        command = "python benchmarks/large_models.py" + (" --whole" if is_whole else "")
-        save("large_models", command, {"bpw": BPW, "models": found})
+        models = {key: found[key] for key in MODELS if key in found}
+        save("large_models", "python benchmarks/large_models.py", {"bpw": BPW, "models": models})
 
 
 if __name__ == "__main__":

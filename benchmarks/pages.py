@@ -16,6 +16,11 @@ def load_results(name: str) -> dict[str, Any]:
     return loaded
 
 
+def optional_results(name: str) -> dict[str, Any] | None:
+    """results/NAME.json; None if nothing was measured yet."""
+    return load_results(name) if (RESULTS / f"{name}.json").is_file() else None
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from pages import load_results, markdown_table
+from common import GEMMA
+from pages import load_results, markdown_table, optional_results
 from peers import table
 
 
 def peers() -> str:
     """Peer quantizers and ours on one model."""
-    found = load_results("peers")
+    found, gemma = load_results("peers"), optional_results(GEMMA.results("peers"))
     note = (
         f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, "
         f"evaluated in {found['dtype']}; {found['machine']['processor']}, {found['machine']['cores']} "
         f"cores. `{found['command']}`"
     )
-    return f"{markdown_table(*table.rows(found))}\n\n{note}"
+    head, rows = table.rows(found)
+    if gemma is not None:
+        other = {row[0]: row[1:4] for row in table.rows(gemma)[1]}
+        head = [*head, "Gemma: bpw", "Gemma: perplexity", "Gemma: KL, nats"]
+        rows = [[*row, *other.get(row[0], [""] * 3)] for row in rows]
+        note += (
+            f". Gemma: {GEMMA.title} (`{gemma['model']}`), the same text, first {gemma['windows']} windows. "
+            f"`{gemma['command']}`"
+        )
+    return f"{markdown_table(head, rows)}\n\n{note}"
 
 
 _HEADLINE = (

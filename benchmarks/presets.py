@@ -1,36 +1,34 @@
-"""The presets on SmolLM2-135M: size, error, perplexity, time. Writes results/presets.json.
+"""The presets on one model: size, error, perplexity, time. Writes results/presets.json.
 
-    POCKETLLM_DATA=... python benchmarks/presets.py [PRESET ...]
+    POCKETLLM_DATA=... python benchmarks/presets.py [--model smollm2-135m] [PRESET ...]
 
-Perplexity: WikiText-2 raw test, context 1024, first 16 windows, evaluated in float32.
+Perplexity: WikiText-2 raw test, context 1024, first 16 windows (Gemma: 6), evaluated in float32. Results of another
+model than SmolLM2 are in results/presets_MODEL.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, data_file, quiet, save
+from common import CONTEXT, RESULTS, SMOLLM2, SUBJECTS, Subject, data_file, quiet, save
 
 import pocketllm
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.text.read import read_text
 
-MODEL = "builtin:smollm2-135m"
-CONTEXT, WINDOWS = 1024, 16
 
-
-def measure(name: str, text: str, folder: Path) -> dict[str, Any]:
+def measure(subject: Subject, name: str, text: str, folder: Path) -> dict[str, Any]:
     """Compress with one preset, load it back, evaluate."""
     import torch
 
-    report = pocketllm.compress(MODEL, pocketllm.preset(name), folder)
+    report = pocketllm.compress(subject.source, pocketllm.preset(name), folder)
     model, tokenizer = pocketllm.load(folder, dtype=torch.float32)
-    found = perplexity(model, tokenizer, text, CONTEXT, WINDOWS)
+    found = perplexity(model, tokenizer, text, CONTEXT, subject.windows)
     kinds: dict[str, list[float]] = defaultdict(list)
     for matrix in report.matrices:
         kinds[matrix.kind].append(matrix.nmse)
@@ -53,7 +51,7 @@ def measure(name: str, text: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def dense(text: str) -> dict[str, Any]:
+def dense(subject: Subject, text: str) -> dict[str, Any]:
     """The model as it is."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,35 +59,41 @@ def dense(text: str) -> dict[str, Any]:
     from pocketllm.format.checkpoint import folder_bytes
     from pocketllm.source.builtin import fetch
 
-    folder = fetch(MODEL)
+    folder = fetch(subject.source)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = perplexity(model, AutoTokenizer.from_pretrained(folder), text, CONTEXT, WINDOWS)
+    found = perplexity(model, AutoTokenizer.from_pretrained(folder), text, CONTEXT, subject.windows)
     return {"perplexity": found.perplexity, "tokens": found.tokens, "bytes_on_disk": folder_bytes(folder)}
 
 
 def main() -> None:
     """Measure the presets named on the command line, all by default; others keep their earlier figures."""
     quiet()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=SUBJECTS, default=SMOLLM2.name)
+    parser.add_argument("presets", nargs="*")
+    given = parser.parse_args()
+    subject = SUBJECTS[given.model]
     text = read_text(data_file("wikitext2", "wiki.test.raw"))
-    path = RESULTS / "presets.json"
+    path = RESULTS / f"{subject.results('presets')}.json"
     results = json.loads(path.read_text())["presets"] if path.is_file() else {}
-    reference = dense(text)
-    for name in sys.argv[1:] or pocketllm.PRESETS:
+    reference = dense(subject, text)
+    for name in given.presets or pocketllm.PRESETS:
         with tempfile.TemporaryDirectory() as scratch:
-            results[name] = measure(name, text, Path(scratch) / name)
+            results[name] = measure(subject, name, text, Path(scratch) / name)
         print(
             name, {k: v for k, v in results[name].items() if k not in ("config", "nmse_by_kind")}, flush=True
         )
         values = {
-            "model": MODEL,
+            "model": subject.source,
             "text": "WikiText-2 raw test",
             "context": CONTEXT,
-            "windows": WINDOWS,
+            "windows": subject.windows,
             "dtype": "float32",
             "dense": reference,
             "presets": {key: results[key] for key in pocketllm.PRESETS if key in results},
         }
-        save("presets", "python benchmarks/presets.py", values)
+        option = "" if subject is SMOLLM2 else f" --model {subject.name}"
+        save(subject.results("presets"), f"python benchmarks/presets.py{option}", values)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Recovery of compressed SmolLM2-135M by distillation and by LoRA: perplexity, bytes, time. Writes
-results/recovery.json.
+"""Recovery of a compressed model by distillation and by LoRA: perplexity, bytes, time. Writes
+results/recovery.json (results/recovery_MODEL.json for another model than SmolLM2).
 
     POCKETLLM_DATA=... python benchmarks/recovery.py NAME=FOLDER ... [--methods distill lora lora-text]
     POCKETLLM_DATA=... python benchmarks/recovery.py 2.05=b205 --methods distill --options="--device cuda --steps 300"
+    POCKETLLM_DATA=... python benchmarks/recovery.py --model gemma-3-270m 3.0=g30 --methods distill
     POCKETLLM_DATA=... python benchmarks/recovery.py 2.05=b205 --methods distill --run 2.05:distill=b205-tuned
 
 NAME is what the table calls the compressed model in FOLDER. Each run is `pocketllm finetune` in a process of
 its own, into WORK/NAME-METHOD; stopped and started again, it goes on. `--run NAME:METHOD=FOLDER` names another
 folder; a finished run in it is not repeated: its settings and its time are read from its report and its log.
 `distill-labels` is distillation with `label_weight=0.3`. Trained on text that is not test text and validated
-on WikiText-2's validation text; measured on WikiText-2 raw test, context 1024, first 16 windows, in bfloat16.
+on WikiText-2's validation text; measured on WikiText-2 raw test, context 1024, first 16 windows (Gemma: 6), in
+bfloat16.
 What was measured before and did not change is kept.
 """
 
@@ -24,15 +26,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, data_file, save
+from common import CONTEXT, RESULTS, SMOLLM2, SUBJECTS, Subject, data_file, save
 
 from pocketllm.evaluate.results import folder_digest
 from pocketllm.format.checkpoint import REPORT_NAME, folder_bytes, read_report
 from pocketllm.recover.adapter import RECORD_NAME, check_adapter
 from pocketllm.recover.base_model import identity
 
-MODEL = "builtin:smollm2-135m"
-CONTEXT, WINDOWS, DTYPE = 1024, 16, "bfloat16"
+DTYPE = "bfloat16"
 TEST = ("wikitext2", "wiki.test.raw")
 TEXTS = (
     ("wikitext2", "wiki.train.first_part.txt"),
@@ -63,10 +64,10 @@ def command(*arguments: str) -> dict[str, Any]:
     return found
 
 
-def quality(model: str, *more: str) -> dict[str, float]:
+def quality(subject: Subject, model: str, *more: str) -> dict[str, float]:
     """Perplexity on the test text, and there the divergence from the dense model in nats per token."""
-    text = ("--ppl", str(data_file(*TEST)), "--context", str(CONTEXT), "--windows", str(WINDOWS))
-    found = command("eval", model, *text, "--dtype", DTYPE, "--against", MODEL, *more)
+    text = ("--ppl", str(data_file(*TEST)), "--context", str(CONTEXT), "--windows", str(subject.windows))
+    found = command("eval", model, *text, "--dtype", DTYPE, "--against", subject.source, *more)
     return {key: float(found[key]) for key in ("perplexity", "kl", "top1_agreement")}
 
 
@@ -116,7 +117,7 @@ def _logged(run: Path) -> dict[str, Any]:
     }
 
 
-def measured(base: Path, run: Path, method: str) -> dict[str, Any]:
+def measured(subject: Subject, base: Path, run: Path, method: str) -> dict[str, Any]:
     """A finished run: its facts, bytes and perplexity."""
     facts = facts_of(run, base, method)
     is_adapter = (run / RECORD_NAME).is_file()
@@ -126,11 +127,11 @@ def measured(base: Path, run: Path, method: str) -> dict[str, Any]:
         **facts,
         "bytes_on_disk": nbytes,
         "added_bytes": nbytes - folder_bytes(base),
-        **quality(str(base if is_adapter else run), *more),
+        **quality(subject, str(base if is_adapter else run), *more),
     }
 
 
-def base_facts(folder: Path, before: dict[str, Any]) -> dict[str, Any]:
+def base_facts(subject: Subject, folder: Path, before: dict[str, Any]) -> dict[str, Any]:
     """A base, measured unless it was before; its runs, if it is the same one."""
     report = read_report(folder)
     if before.get("identity") == identity(report):
@@ -139,7 +140,7 @@ def base_facts(folder: Path, before: dict[str, Any]) -> dict[str, Any]:
     return {
         "identity": identity(report),
         **{key: report[key] for key in sizes},
-        **quality(str(folder)),
+        **quality(subject, str(folder)),
         "runs": {},
     }
 
@@ -147,6 +148,7 @@ def base_facts(folder: Path, before: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Run and measure what is named on the command line; everything else keeps its earlier figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--model", choices=SUBJECTS, default=SMOLLM2.name)
     parser.add_argument("bases", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--methods", nargs="+", default=["distill", "lora"])
     parser.add_argument("--run", action="append", default=[], metavar="NAME:METHOD=FOLDER")
@@ -157,13 +159,14 @@ def main() -> None:
     if wrong:
         sys.exit(f"--methods: unknown {wrong[0]}; known: {', '.join(METHODS)}")
     folders = {name: Path(folder) for name, _, folder in (entry.partition("=") for entry in chosen.run)}
-    path = RESULTS / "recovery.json"
+    subject = SUBJECTS[chosen.model]
+    path = RESULTS / f"{subject.results('recovery')}.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    dense = before.get("dense_perplexity") or quality(MODEL)["perplexity"]
+    dense = before.get("dense_perplexity") or quality(subject, subject.source)["perplexity"]
     bases: dict[str, Any] = before.get("bases", {})
     for name, _, folder in (entry.partition("=") for entry in chosen.bases):
         base = Path(folder)
-        entry = bases[name] = base_facts(base, bases.get(name, {}))
+        entry = bases[name] = base_facts(subject, base, bases.get(name, {}))
         for method in chosen.methods:
             run = folders.get(f"{name}:{method}", chosen.work / f"{name}-{method}")
             if not is_finished(run):
@@ -171,22 +174,23 @@ def main() -> None:
                 command("finetune", str(base), "-o", str(run), *more)
             files = folder_digest(run)
             if entry["runs"].get(method, {}).get("files") != files:
-                entry["runs"][method] = {"files": files, **measured(base, run, method)}
+                entry["runs"][method] = {"files": files, **measured(subject, base, run, method)}
                 print(name, method, entry["runs"][method], flush=True)
-            _save(dense, bases)
+            _save(subject, dense, bases)
 
 
-def _save(dense: float, bases: dict[str, Any]) -> None:
+def _save(subject: Subject, dense: float, bases: dict[str, Any]) -> None:
     values = {
-        "model": MODEL,
+        "model": subject.source,
         "text": "WikiText-2 raw test",
         "context": CONTEXT,
-        "windows": WINDOWS,
+        "windows": subject.windows,
         "dtype": DTYPE,
         "dense_perplexity": dense,
         "bases": bases,
     }
-    save("recovery", "python benchmarks/recovery.py", values)
+    option = "" if subject is SMOLLM2 else f" --model {subject.name}"
+    save(subject.results("recovery"), f"python benchmarks/recovery.py{option}", values)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def write(
     without: str = "",
     tokenizer: bool = True,
     shards: int = 1,
-    extra: str = "",
+    factors: Any = None,
+    scaling: tuple[str, float] | None = None,
     blocks: int = CONFIG.num_hidden_layers,
     width: int = CONFIG.hidden_size,
     file_type: int | None = None,
@@ -52,7 +53,8 @@ def write(
     """Write a model of the class above.
 
     Args:
-        kind: quantization of the matrices. without: name of a tensor to leave out. extra: of one to add.
+        kind: quantization of the matrices. without: name of a tensor to leave out.
+        factors: that the frequencies of rotary positions are divided by. scaling: method and factor instead.
         blocks, width, file_type: as the header says.
     """
     writer = gguf.GGUFWriter(path, architecture)
@@ -66,6 +68,9 @@ def write(
     writer.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_file_type(file_type or gguf.LlamaFileType[f"MOSTLY_{kind}"])
+    if scaling is not None:
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling[0])
+        writer.add_rope_scaling_factor(scaling[1])
     if shards > 1:
         writer.add_uint16("split.count", shards)
     if tokenizer:
@@ -82,8 +87,8 @@ def write(
             writer.add_tensor(name, gguf.quantize(value, quantization), raw_dtype=quantization)
         else:
             writer.add_tensor(name, value)
-    if extra:
-        writer.add_tensor(extra, np.ones(16, dtype=np.float32))
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(factors, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

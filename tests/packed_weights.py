@@ -42,15 +42,19 @@ def on_trellis(rows: int, columns: int, trellis: Trellis, d: int) -> PackedWeigh
     return packed_weight(stream, table, torch.rand(rows) + 0.5, columns, trellis)
 
 
-def on_hashed_trellis(rows: int, columns: int, trellis: Trellis, d: int, banded: bool) -> PackedWeight:
+def on_hashed_trellis(
+    rows: int, columns: int, trellis: Trellis, d: int, banded: bool, entries: bool = False
+) -> PackedWeight:
+    """In bands, in stream order with its 256 `entries` (as on a GPU), or in stream order with a full table."""
     per_row = subvectors_per_row(columns, d)
     stream = trellis.pack(paths(rows, per_row, trellis))
-    entries = torch.randint(-127, 128, (d, 256)).to(torch.int8)
+    table = torch.randint(-127, 128, (d, 256)).to(torch.int8)
     scale = (torch.rand(rows) + 0.5) / 64
-    if not banded:
-        return packed_weight(stream, table_of(entries, trellis.width), scale, columns, trellis)
-    sizes = Sizes(rows, columns, d, trellis.width, trellis.stride, trellis.strip_rows, banded=True)
-    return PackedWeight(hashed.to_bands(stream, trellis, rows, per_row), entries, scale, sizes)
+    if not banded and not entries:
+        return packed_weight(stream, table_of(table, trellis.width), scale, columns, trellis)
+    sizes = Sizes(rows, columns, d, trellis.width, trellis.stride, trellis.strip_rows, banded=banded)
+    stream = hashed.to_bands(stream, trellis, rows, per_row) if banded else stream
+    return PackedWeight(stream, table, scale, sizes)
 
 
 Rates = Iterable[tuple[int, int, int]]  # (width, stride, d) of trellises

@@ -80,10 +80,12 @@ def read_gguf(job: Job, path: Path) -> dict[str, Matrix]:
     from gguf.quants import dequantize as decode
 
     reader = GGUFReader(path)
-    heads = {
-        "attn_q": int(reader.fields["llama.attention.head_count"].contents()),
-        "attn_k": int(reader.fields["llama.attention.head_count_kv"].contents()),
-    }
+    heads = {}
+    if "llama.attention.head_count" in reader.fields:  # other architectures keep the order of q and k
+        heads = {
+            "attn_q": int(reader.fields["llama.attention.head_count"].contents()),
+            "attn_k": int(reader.fields["llama.attention.head_count_kv"].contents()),
+        }
     found = {}
     for tensor in reader.tensors:
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)

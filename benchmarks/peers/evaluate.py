@@ -1,6 +1,6 @@
 """The one evaluator: perplexity, and divergence from the dense model, of a dense folder.
 
-    python benchmarks/peers/evaluate.py DENSE_FOLDER TEXT RESULT.json LOGITS_FOLDER
+    python benchmarks/peers/evaluate.py MODEL DENSE_FOLDER TEXT RESULT.json LOGITS_FOLDER
 
 Every peer comes here as dequantized bf16 weights in the same model class, so nothing of a peer's own kernels
 or harness enters the figures. One forward pass gives both. KL(dense || quantized) in nats per token: softmax
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import CONTEXT, MODEL, WINDOWS
 from torch import Tensor
 
 from pocketllm.evaluate.perplexity import perplexity
 from pocketllm.source.builtin import fetch
 from pocketllm.text.read import read_text
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import CONTEXT, SUBJECTS, Subject
 
 ROWS_AT_ONCE = 256  # of [tokens, vocabulary] float32
 
@@ -85,7 +87,7 @@ def changed_outside_blocks(dense: Any, quantized: Any) -> list[str]:
     ]
 
 
-def evaluate(folder: Path, text: str, logits: Path) -> dict[str, Any]:
+def evaluate(subject: Subject, folder: Path, text: str, logits: Path) -> dict[str, Any]:
     """Both figures of one model.
 
     Raises:
@@ -93,19 +95,19 @@ def evaluate(folder: Path, text: str, logits: Path) -> dict[str, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    reference = fetch(MODEL)
+    reference = fetch(subject.source)
     tokenizer = AutoTokenizer.from_pretrained(reference)
     dense, model = (
         AutoModelForCausalLM.from_pretrained(f, dtype=torch.bfloat16) for f in (reference, folder)
     )
     if folder.samefile(reference):
-        found = perplexity(Recorder(dense, logits), tokenizer, text, CONTEXT, WINDOWS)
+        found = perplexity(Recorder(dense, logits), tokenizer, text, CONTEXT, subject.windows)
         return {"perplexity": found.perplexity, "tokens": found.tokens}
     changed = changed_outside_blocks(dense, model)
     if any("embed" in name or "lm_head" in name for name in changed):
         raise ValueError(f"{folder}: the embedding is not the dense model's, which every peer is to keep")
     observed = Divergence(model, logits)
-    found = perplexity(observed, tokenizer, text, CONTEXT, WINDOWS)
+    found = perplexity(observed, tokenizer, text, CONTEXT, subject.windows)
     return {
         "perplexity": found.perplexity,
         "kl_nats": observed.total / observed.tokens,
@@ -116,8 +118,8 @@ def evaluate(folder: Path, text: str, logits: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Evaluate the folder that the command line names."""
-    folder, text, result, logits = map(Path, sys.argv[1:5])
-    values = evaluate(folder, read_text(text), logits)
+    folder, text, result, logits = map(Path, sys.argv[2:6])
+    values = evaluate(SUBJECTS[sys.argv[1]], folder, read_text(text), logits)
     result.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(values))
 

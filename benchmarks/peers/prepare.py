@@ -1,6 +1,6 @@
 """Fetch the model and draw the calibration samples that every peer gets.
 
-    python benchmarks/peers/prepare.py CALIBRATION_TEXT FOLDER
+    python benchmarks/peers/prepare.py MODEL CALIBRATION_TEXT FOLDER
 
 Writes tokens.json ([samples][length] token ids), samples.txt (the same as text, for peers that tokenize
 themselves) and facts.json.
@@ -14,7 +14,7 @@ import random
 import sys
 from pathlib import Path
 
-from settings import MODEL, SAMPLE_TOKENS, SAMPLES, SEED
+from settings import SAMPLE_TOKENS, SAMPLES, SEED
 
 from pocketllm.source.builtin import fetch
 from pocketllm.text.read import read_text
@@ -25,9 +25,9 @@ def main() -> None:
     """Samples are windows of the text, without overlap, drawn by the seed."""
     from transformers import AutoTokenizer
 
-    path, folder = map(Path, sys.argv[1:3])
+    path, folder = map(Path, sys.argv[2:4])
     folder.mkdir(parents=True, exist_ok=True)
-    model = fetch(MODEL)
+    model = fetch(sys.argv[1])
     tokenizer = AutoTokenizer.from_pretrained(model)
     windows = token_windows(tokenizer, read_text(path), SAMPLE_TOKENS).tolist()
     drawn = random.Random(SEED).sample(windows, SAMPLES)

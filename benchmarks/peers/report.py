@@ -1,7 +1,7 @@
 """Gather what was measured into benchmarks/results/peers.json, or the paired runs into peers_paired.json.
 
-python benchmarks/peers/report.py peers FOLDER
-python benchmarks/peers/report.py paired FOLDER
+python benchmarks/peers/report.py peers MODEL FOLDER
+python benchmarks/peers/report.py paired MODEL FOLDER
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from environments import CMAKE_OPTIONS
-from settings import CONTEXT, MODEL, PAIRED, SETTINGS, WINDOWS, Setting
+from settings import PAIRED, SETTINGS, Setting
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import RESULTS, save
+from common import CONTEXT, RESULTS, SMOLLM2, SUBJECTS, Subject, save
 
 COMMAND = "python benchmarks/peers/run.py"
 
@@ -38,13 +38,14 @@ def entry(work: Path, setting: Setting) -> dict[str, Any]:
     }
 
 
-def peers(root: Path) -> None:
+def peers(subject: Subject, root: Path) -> None:
     """All settings, done or failed, in the order of SETTINGS.
 
     Those that were not run here keep their committed results, if model and calibration are the same.
     """
     facts = _read(root / "calibration" / "facts.json")
-    before = _read(RESULTS / "peers.json") if (RESULTS / "peers.json").is_file() else {}
+    results = RESULTS / f"{subject.results('peers')}.json"
+    before = _read(results) if results.is_file() else {}
     calibration = {key: facts[key] for key in facts if key.startswith(("calibration", "seed"))}
     if before.get("model_sha256") != facts["model_sha256"] or before.get("calibration") != calibration:
         before = {}
@@ -58,11 +59,11 @@ def peers(root: Path) -> None:
         if (work / "cost.json").is_file():
             environments[setting.peer] = _read(work / "cost.json")["versions"]
     values = {
-        "model": MODEL,
+        "model": subject.source,
         "model_sha256": facts["model_sha256"],
         "text": "WikiText-2 raw test",
         "context": CONTEXT,
-        "windows": WINDOWS,
+        "windows": subject.windows,
         "dtype": "bfloat16",
         "calibration": calibration,
         "llamacpp_build": {
@@ -73,10 +74,10 @@ def peers(root: Path) -> None:
         "settings": found,
         "environments": environments,
     }
-    save("peers", COMMAND, values)
+    save(subject.results("peers"), _command(subject), values)
 
 
-def paired(root: Path) -> None:
+def paired(subject: Subject, root: Path) -> None:
     """Medians of the paired runs, and ours over the peer's."""
     runs = _read(root / "paired.json")
     keys = ("seconds", "cpu_seconds", "peak_mib")
@@ -87,9 +88,13 @@ def paired(root: Path) -> None:
     peer, ours = (medians[name] for name in PAIRED)
     ratios = {key: ours[key] / peer[key] for key in keys}
     repeats = len(runs) // len(PAIRED)
-    values = {"model": MODEL, "repeats": repeats, "medians": medians, "ratios": ratios, "runs": runs}
-    save("peers_paired", f"{COMMAND} --paired {repeats}", values)
+    values = {"model": subject.source, "repeats": repeats, "medians": medians, "ratios": ratios, "runs": runs}
+    save(subject.results("peers_paired"), f"{_command(subject)} --paired {repeats}", values)
     print(json.dumps({"medians": medians, "ratios": ratios}, indent=1))
+
+
+def _command(subject: Subject) -> str:
+    return COMMAND if subject is SMOLLM2 else f"{COMMAND} --model {subject.name}"
 
 
 def _sources(root: Path) -> dict[str, str] | None:
@@ -105,4 +110,4 @@ def _read(path: Path) -> Any:
 
 
 if __name__ == "__main__":
-    {"peers": peers, "paired": paired}[sys.argv[1]](Path(sys.argv[2]))
+    {"peers": peers, "paired": paired}[sys.argv[1]](SUBJECTS[sys.argv[2]], Path(sys.argv[3]))

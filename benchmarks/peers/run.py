@@ -3,9 +3,11 @@
     POCKETLLM_DATA=... python benchmarks/peers/run.py                     # everything that is not done yet
     POCKETLLM_DATA=... python benchmarks/peers/run.py --only hqq --redo   # a peer, or one setting, again
     POCKETLLM_DATA=... python benchmarks/peers/run.py --paired 3          # time and memory of two alone
+    POCKETLLM_DATA=... python benchmarks/peers/run.py --model gemma-3-270m
 
 Makes an environment for each peer, quantizes each setting in a process of its own, evaluates what comes out
-with our evaluator, and writes benchmarks/results/peers.json (and peers_paired.json) and docs/peers.png, .svg.
+with our evaluator, and writes benchmarks/results/peers.json (and peers_paired.json; with _MODEL for another model
+than SmolLM2) and docs/peers.png, .svg.
 Killed and started again, it goes on with the first setting that is not done.
 """
 
@@ -26,14 +28,18 @@ from settings import CALIBRATION_TEXT, PAIRED, SAMPLE_TOKENS, SEED, SETTINGS, TE
 
 from pocketllm.cache import cache_folder
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import SMOLLM2, SUBJECTS, Subject
+
 HERE = Path(__file__).parent
 
 
 class Bench:
-    """Folders of a benchmark: environments, calibration samples, one folder for each setting."""
+    """Folders of a benchmark: environments in `tools`, calibration samples and a folder for each setting in `root`."""
 
-    def __init__(self, root: Path, data: Path) -> None:
-        self.root = root
+    def __init__(self, subject: Subject, tools: Path, data: Path) -> None:
+        self.subject, self.tools = subject, tools
+        self.root = root = tools if subject is SMOLLM2 else tools / subject.name
         self.test_text = data.joinpath(*TEST_TEXT)
         self.calibration_text = data.joinpath(*CALIBRATION_TEXT)
         for path in (self.test_text, self.calibration_text):
@@ -42,7 +48,8 @@ class Bench:
         self.calibration = root / "calibration"
         if not (self.calibration / "facts.json").is_file():
             script = HERE / "prepare.py"
-            measured([sys.executable, script, self.calibration_text, self.calibration], root / "prepare.log")
+            command = [sys.executable, script, subject.source, self.calibration_text, self.calibration]
+            measured(command, root / "prepare.log")
 
     def work(self, setting: Setting) -> Path:
         """The folder of a setting."""
@@ -52,7 +59,7 @@ class Bench:
         """The Python that a setting's peer runs in; ours is the one that runs this."""
         if setting.peer == "pocketllm":
             return Path(sys.executable)
-        return environment(setting.peer, self.root)
+        return environment(setting.peer, self.tools)
 
     def quantize(self, setting: Setting, work: Path) -> Cost:
         """Quantize from scratch; the job stands in job.json."""
@@ -61,7 +68,7 @@ class Bench:
         if setting.peer == "pocketllm":
             options["calibration"] = str(self.calibration_text)
         if setting.peer == "llamacpp":
-            options |= llamacpp(python, self.root) | {"length": SAMPLE_TOKENS}
+            options |= llamacpp(python, self.tools) | {"length": SAMPLE_TOKENS}
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         job = {
@@ -97,7 +104,14 @@ class Bench:
         if not result.is_file():
             print(f"{title}: evaluating", flush=True)
             script, logits = HERE / "evaluate.py", self.root / "dense-logits"
-            command = [str(script), str(dense), str(self.test_text), str(result), str(logits)]
+            command = [
+                str(script),
+                self.subject.name,
+                str(dense),
+                str(self.test_text),
+                str(result),
+                str(logits),
+            ]
             measured([sys.executable, *command], result.with_suffix(".log"))
 
     def paired(self, repeats: int) -> None:
@@ -115,7 +129,9 @@ class Bench:
                 print(json.dumps(runs[-1]), flush=True)
         path = self.root / "paired.json"
         path.write_text(json.dumps(runs, indent=1))
-        subprocess.run([sys.executable, HERE / "report.py", "paired", self.root], check=True)
+        subprocess.run(
+            [sys.executable, HERE / "report.py", "paired", self.subject.name, self.root], check=True
+        )
         for setting in pair:
             self.make(setting)
 
@@ -128,6 +144,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=SUBJECTS, default=SMOLLM2.name)
     parser.add_argument("--only", nargs="+", metavar="PEER_OR_SETTING", help="these alone")
     parser.add_argument("--redo", action="store_true", help="forget what is there of them")
     parser.add_argument("--paired", type=int, metavar="N", help="N paired runs for time and memory, only")
@@ -138,7 +155,9 @@ def _arguments() -> argparse.Namespace:
 def main() -> int:
     """Do what is not done, then report; 1 if a setting failed."""
     arguments = _arguments()
-    bench = Bench(arguments.cache.resolve(), Path(os.environ.get("POCKETLLM_DATA", "")))
+    bench = Bench(
+        SUBJECTS[arguments.model], arguments.cache.resolve(), Path(os.environ.get("POCKETLLM_DATA", ""))
+    )
     dense = json.loads((bench.calibration / "facts.json").read_text())["model"]
     bench.evaluate(Path(dense), bench.calibration / "dense.json", "dense model")
     failed = 0
@@ -155,9 +174,9 @@ def main() -> int:
             failed += 1
             print(f"{setting.title}: failed\n{error}", file=sys.stderr, flush=True)
             (bench.work(setting) / "failure.txt").write_text(str(error))
-    subprocess.run([sys.executable, HERE / "report.py", "peers", bench.root], check=True)
-    figure = environment("figure", bench.root)
-    subprocess.run([figure, HERE / "figure.py"], check=True)
+    subprocess.run([sys.executable, HERE / "report.py", "peers", bench.subject.name, bench.root], check=True)
+    if bench.subject is SMOLLM2:
+        subprocess.run([environment("figure", bench.tools), HERE / "figure.py"], check=True)
     return 1 if failed else 0
 
 

@@ -1,14 +1,12 @@
-"""What is measured: the model, the texts, the peers and their settings."""
+"""What is measured: the texts, the peers and their settings. The models are those of benchmarks/common.py."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-MODEL = "builtin:smollm2-135m"
 TEST_TEXT = ("wikitext2", "wiki.test.raw")
 CALIBRATION_TEXT = ("wikitext2", "wiki.train.first_part.txt")
-CONTEXT, WINDOWS = 1024, 16  # of the test text
 SAMPLES, SAMPLE_TOKENS = 64, 512  # of the calibration text
 SEED = 42
 

@@ -15,6 +15,9 @@ from pocketllm.errors import PocketError
 _LARGEST_JSON = 1 << 28  # bytes; the report of a model with a million matrices is below
 
 
+_CHUNK = 1 << 23  # few enough that a thread rarely waits for the interpreter lock
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON to a temporary name and rename it when complete."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -141,8 +144,8 @@ def sync_folder(folder: Path) -> None:
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
+    digest, piece = hashlib.sha256(), memoryview(bytearray(min(_CHUNK, max(1, path.stat().st_size))))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(piece):
+            digest.update(piece[:count])
     return digest.hexdigest()

@@ -1,21 +1,19 @@
-"""Notice at once that a process launched together with this one has failed or died.
+"""Notice that a process launched together with this one has failed, died or stopped.
 
 Every rank keeps a connection to the first. Whoever closes it without saying that it is done has failed; what it has
-said before that is the reason.
+said before that is the reason. A thread of every rank sends a byte each second: whoever is silent for long hangs.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import struct
 import threading
 from collections.abc import Callable
 
 _DONE = "done"
-_SECONDS = 60.0  # to connect
 _GRACE = 2.0  # seconds in which the first rank may find the same error as another
-_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # seconds, seconds, lost probes
+_BEAT, _BEAT_SECONDS = b"\0", 1.0
 
 _handlers: list[Callable[[str], None]] = []
 
@@ -34,58 +32,59 @@ class Watch:
     """The connections between the first rank and the others.
 
     Args:
-        share_port: sends the port of the first rank to all; each calls it once.
+        peers: by rank; see `rank_join`. timeout: seconds without a sign of life after which a rank has failed.
     """
 
-    def __init__(self, rank: int, size: int, share_port: Callable[[int], int]) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int, size: int, peers: dict[int, socket.socket], timeout: float) -> None:
+        self.rank, self.size, self._peers, self.timeout = rank, size, peers, timeout
         self._message: str | None = None
         self._found, self._ending = threading.Event(), threading.Event()
-        if rank == 0:
-            with socket.create_server(("", 0), backlog=size) as server:
-                server.settimeout(_SECONDS)
-                share_port(server.getsockname()[1])
-                self._peers = dict(self._accept(server) for _ in range(size - 1))
-        else:
-            address = os.environ.get("MASTER_ADDR", "localhost"), share_port(0)
-            peer = socket.create_connection(address, timeout=_SECONDS)
-            peer.sendall(struct.pack("<I", rank))
-            self._peers = {0: peer}
         self._threads = [
             threading.Thread(target=self._listen, args=(other, peer), daemon=True)
-            for other, peer in self._peers.items()
+            for other, peer in peers.items()
         ]
-        for peer, thread in zip(self._peers.values(), self._threads, strict=True):
-            _keep_alive(peer)
+        for peer, thread in zip(peers.values(), self._threads, strict=True):
+            peer.settimeout(timeout)
             thread.start()
+        threading.Thread(target=self._beat, daemon=True).start()
 
-    @staticmethod
-    def _accept(server: socket.socket) -> tuple[int, socket.socket]:
-        peer, _ = server.accept()
-        return struct.unpack("<I", peer.recv(4, socket.MSG_WAITALL))[0], peer
+    def _beat(self) -> None:
+        """Show the others that this process runs."""
+        while not self._ending.wait(_BEAT_SECONDS):
+            for peer in self._peers.values():
+                try:
+                    peer.sendall(_BEAT)
+                except OSError:  # it has ended, which `_listen` notices
+                    continue
 
     def _listen(self, other: int, peer: socket.socket) -> None:
-        """Read until the other side closes the connection."""
-        parts = []
+        """Read until the other side closes the connection, or is silent for too long."""
+        said, is_silent = bytearray(), False
         try:
             while part := peer.recv(1 << 16):
-                parts.append(part)
-        except OSError:  # reset, or keepalive without an answer
+                said += part.replace(_BEAT, b"")
+        except TimeoutError:
+            is_silent = True
+        except OSError:  # reset
             pass
-        text = b"".join(parts).decode(errors="replace")
+        text = said.decode(errors="replace")
         if text == _DONE or self._ending.is_set():
             return
         if text and self.rank == 0 and self._ending.wait(_GRACE):
             return  # the first rank has met the same error, which it reports
-        self._failed(other, text)
+        self._failed(other, text, is_silent)
 
-    def _failed(self, other: int, text: str) -> None:
+    def _failed(self, other: int, text: str, is_silent: bool) -> None:
         if self._found.is_set():
             return
-        lost = "ended without a message (killed, or out of memory?); rerun the command to resume"
-        self._message = f"rank {other} of {self.size}{f': {text}' if text else f' {lost}'}"
+        lost = "ended without a message (killed, or out of memory?)"
+        if is_silent:
+            lost = f"gave no sign of life for {self.timeout:g} seconds (stopped, or its machine was lost?)"
+        self._message = (
+            f"rank {other} of {self.size}{f': {text}' if text else f' {lost}; rerun the command to resume'}"
+        )
         self._found.set()
-        reports = self.rank == 0 or (self.rank == 1 and not text)  # the first rank has died and cannot
+        reports = self.rank == 0 or (self.rank == 1 and not text)  # the first rank has failed and cannot
         for handler in _handlers if reports else ():
             handler(self._message)
         if self.rank == 0:
@@ -126,12 +125,3 @@ class Watch:
         for peer, thread in zip(self._peers.values(), self._threads, strict=True):
             thread.join(_GRACE)
             peer.close()
-
-
-def _keep_alive(peer: socket.socket) -> None:
-    """Notice within about a minute that the other machine is gone."""
-    peer.settimeout(None)
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE.items():
-        if hasattr(socket, name):  # not on every system
-            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketllm.errors import ConfigError, PocketError, RankError, reason_of
+from pocketllm.rank_join import connect_store, join
 from pocketllm.rank_watch import Watch
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest rank; a dead one is noticed at once
-_joined = count()
+_TIMEOUT = "POCKETLLM_RANK_TIMEOUT"
 _UNSET = "launch with torchrun, or unset WORLD_SIZE to run a single process"
 
 
@@ -34,7 +34,7 @@ def launched() -> tuple[int, int]:
     Raises:
         ConfigError: environment variables that torchrun would not set like this.
     """
-    size = _number("WORLD_SIZE", 1, None)
+    size = _number("WORLD_SIZE", 1, None, "1")
     if size == 1 or "RANK" not in os.environ:
         return 0, 1
     rank = _number("RANK", 0, size - 1)
@@ -44,13 +44,13 @@ def launched() -> tuple[int, int]:
     return rank, size
 
 
-def _number(name: str, least: int, most: int | None) -> int:
-    """An environment variable of torchrun."""
-    text = os.environ.get(name, str(least) if most is None else "nothing")
+def _number(name: str, least: int, most: int | None, default: str = "nothing", mend: str = _UNSET) -> int:
+    """An environment variable."""
+    text = os.environ.get(name, default)
     found = int(text) if text.isdecimal() else -1
     if found < least or (most is not None and found > most):
         wanted = f"a number from {least}{'' if most is None else f' to {most}'}"
-        raise ConfigError(f"{name}: got {text!r}, wanted {wanted}; {_UNSET}")
+        raise ConfigError(f"{name}: got {text!r}, wanted {wanted}; {mend}")
     return found
 
 
@@ -239,29 +239,29 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
+    timeout = _number(_TIMEOUT, 5, None, "120", f"unset {_TIMEOUT} for 120 seconds")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
     is_own = not dist.is_initialized()
-    if is_own:  # a prefix for each run: keys of an earlier one are still in the store
-        store, _, _ = next(iter(rendezvous("env://")))
-        store = PrefixStore(f"pocketllm-{next(_joined)}", store)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
-    group = dist.group.WORLD if is_own else dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
-    ranks = Ranks(rank, size, group)
-    watch = Watch(rank, size, lambda port: int(ranks.from_first(lambda: port)))
+    store = connect_store(rank, size) if is_own else dist.distributed_c10d._get_default_store()
+    launch = join(rank, size, store)
+    watch = Watch(rank, size, launch.peers, timeout)
     try:
-        yield Ranks(rank, size, group, watch)
+        if is_own:  # under a prefix of its own: keys of an earlier run may still be in the store
+            mine = PrefixStore(launch.token, store)
+            dist.init_process_group("gloo", store=mine, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
+        group = dist.group.WORLD if is_own else dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        ranks = Ranks(rank, size, group, watch)
+        yield ranks
+        ranks.wait()
     except BaseException as error:
         watch.fail(None if isinstance(error, RankError) else _text(error))
         if rank:
             error.add_note(REPORTED)
         raise
-    else:
-        ranks.wait()
-        watch.close()
-        dist.destroy_process_group(group)
+    watch.close()
+    dist.destroy_process_group(group)
 
 
 def _text(error: BaseException) -> str:

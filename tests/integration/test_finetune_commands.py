@@ -132,7 +132,7 @@ def test_command_line_says_what_is_wrong(made: Path, tmp_path: Path, run: Run) -
     assert values["trained_parameters"]["row scales"] * 2 == report["bytes_by_part"]["row_scales"]
     code, _, err = run(*finetune(made, tmp_path / "o", "--set", "rank=4"))
     assert code == 2 and "rank does not apply to --method distill" in err
-    for option in ("--teacher=x", "--teacher-on-disk"):
+    for option in ("--teacher=x", "--teacher-on-disk", "--teacher-cache=x"):
         code, _, err = run("finetune", made / "c", "-o", tmp_path / "o", "--method", "lora", option)
         assert code == 2 and f"{option.partition('=')[0]} does not apply to --method lora" in err
     code, _, err = run(*finetune(made, tmp_path / "o", "--validation-text", ""))

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,6 +200,30 @@ def test_without_a_command_line_the_other_ranks_raise(source: Path, tmp_path: Pa
     assert on_ranks(2, job) == [0, -9]
 
 
+@pytest.mark.large
+def test_a_stopped_rank_ends_all(source: Path, tmp_path: Path) -> None:
+    """It hangs without having ended, which no closed connection shows."""
+    stopped, said = tmp_path / "stopped", tmp_path / "said"
+
+    def stop() -> None:
+        stopped.write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def report(message: str) -> None:
+        said.write_text(message)
+        os.kill(int(stopped.read_text()), signal.SIGKILL)
+
+    def job(rank: int) -> None:
+        os.environ["POCKETLLM_RANK_TIMEOUT"] = "5"
+        on_failure(report)
+        if rank == 1:
+            at_save(2, stop)
+        compress(source, tmp_path / "out", calibration_folder=tmp_path / "measured")
+
+    assert on_ranks(3, job) == [1, -9, 1]
+    assert said.read_text().startswith("rank 1 of 3 gave no sign of life for 5 seconds (stopped,")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -223,7 +248,6 @@ def test_what_runs_in_one_process(
 KILLED_ONCE = """
 import os, signal
 from pocketllm.format.workspace import Workspace
-from pocketllm.rank_watch import on_failure
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
     original = Workspace.save
     def save(self, *arguments):

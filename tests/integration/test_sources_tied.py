@@ -76,7 +76,9 @@ def test_a_head_that_is_stored_apart_is_calibrated(apart: Path) -> None:
     stored = load_file(apart / "model.safetensors")
     assert not stream.is_tied
     assert torch.equal(stream.model.lm_head.weight, stored[HEAD].float())
-    assert torch.equal(stream.model.model.embed_tokens.weight, stored[EMBEDDING].float())
+    looked_up = stored[EMBEDDING].float()[IDS]
+    assert torch.equal(stream.model.model.embed_tokens(IDS), looked_up)
+    assert torch.equal(stream.embedding_rows(IDS.flatten()), looked_up.flatten(0, 1))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])

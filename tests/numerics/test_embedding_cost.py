@@ -12,6 +12,7 @@ import pocketllm
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.embedding_cost import expected_costs
 from pocketllm.calibrate.gradients import Head
+from pocketllm.codec.index_form import Independent, Trellis
 from pocketllm.compression import matrix_encoder
 from pocketllm.format.checkpoint import folder_bytes
 from pocketllm.plan.matrices import Matrix
@@ -36,6 +37,22 @@ def test_gradient_of_looked_up_rows(architecture: str, tmp_path: Path) -> None:
     embedding = stream.model.get_input_embeddings()
     assert torch.equal(embedding.weight, again.model.get_input_embeddings().weight)
     assert embedding.padding_idx == again.model.get_input_embeddings().padding_idx
+
+
+def test_a_large_vocabulary_is_not_in_memory_in_float32(tmp_path: Path) -> None:
+    """Of the embedding, the rows that the text uses are loaded; the head is as it is stored, and dropped at the end."""
+    model = tiny.model(vocab_size=1000).bfloat16()
+    model.save_pretrained(tmp_path / "dense")
+    ids = torch.tensor([[5, 700, 5, 1, 2, 999]])
+    stream = BlockStream(open_dense(tmp_path / "dense"), ids)
+    embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
+    assert embedding.weight.shape == (5, 36) and head.weight.is_meta
+    assert torch.equal(embedding(ids), model.model.embed_tokens.weight[ids].float())
+    stream.load_head()
+    assert head.weight.dtype == torch.bfloat16
+    assert torch.equal(head.weight, model.model.embed_tokens.weight)
+    stream.drop_head()
+    assert head.weight.is_meta
 
 
 def test_fisher_information_of_the_rows_of_the_head(tmp_path: Path) -> None:
@@ -93,15 +110,31 @@ def test_rows_encoded_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(matrix_encoder, "GROUP_WEIGHTS", most)
         report = pocketllm.compress(folder, config, tmp_path / name)
         (matrix,) = [m for m in classify(open_dense(folder), config)[0] if not m.in_blocks]
-        groups.append(len(matrix_encoder.row_groups(matrix)))
+        groups.append(len(matrix_encoder.row_groups(matrix, Trellis(6, 2))))
         assert report.bytes_on_disk == folder_bytes(tmp_path / name)
     assert groups == [1, 2] and matrix.rows % 256 != 0
     assert contents(tmp_path / "one")["model.safetensors"] == contents(tmp_path / "some")["model.safetensors"]
 
 
+def test_independent_indices_in_groups_that_end_on_a_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strips of 251 rows of 12 indices: an odd number of bits."""
+    folder = tiny.save(tmp_path / "dense", vocab_size=1003)
+    config = dataclasses.replace(tiny.target(3.0), vector_len=3)
+    for name, most in (("one", 1 << 25), ("some", 1 << 12)):
+        monkeypatch.setattr(matrix_encoder, "LARGE_WEIGHTS", most)
+        monkeypatch.setattr(matrix_encoder, "GROUP_WEIGHTS", most)
+        pocketllm.compress(folder, config, tmp_path / name)
+    (matrix,) = [m for m in classify(open_dense(folder), config)[0] if not m.in_blocks]
+    groups = matrix_encoder.row_groups(matrix, Independent(32))
+    assert [group.stop for group in groups] == [248, 496, 752, 1003]
+    assert contents(tmp_path / "one")["model.safetensors"] == contents(tmp_path / "some")["model.safetensors"]
+
+
 def test_rows_that_depend_on_each_other_stay_together() -> None:
-    matrix = Matrix("m", (1024, 64), 1024, 64, "m", True, strip_rows=256)
-    assert matrix_encoder.row_groups(matrix) == [slice(0, 1024)]
+    matrix, form = Matrix("m", (1024, 64), 1024, 64, "m", True, strip_rows=256), Trellis(6, 2)
+    assert matrix_encoder.row_groups(matrix, form) == [slice(0, 1024)]
     large = dataclasses.replace(matrix, rows=1 << 20)
-    assert len(matrix_encoder.row_groups(large)) == 8
-    assert matrix_encoder.row_groups(large, is_whole=True) == [slice(0, 1 << 20)]
+    assert len(matrix_encoder.row_groups(large, form)) == 8
+    assert matrix_encoder.row_groups(large, form, is_whole=True) == [slice(0, 1 << 20)]

@@ -128,6 +128,26 @@ def test_labels_are_mixed_in(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [0, 4])
+def test_a_share_of_the_positions_is_those_with_the_largest_loss(
+    k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocketllm.recover.kl_loss._LOGITS_IN_CACHE", 33)
+    student, teacher = torch.randn(7, 11), torch.randn(7, 11).log_softmax(1)
+    log_p, ids = teacher.topk(k or 1, dim=1)
+
+    def at(part: slice, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return kl_loss(student[part], (ids[part], log_p[part]) if k else teacher[part], 0.5, share=share)
+
+    each = torch.stack([at(slice(n, n + 1), 1.0)[0] for n in range(7)])
+    kept = each.topk(4).indices  # 0.5 of 7, rounded up
+    total, grad = at(slice(None), 0.5)
+    torch.testing.assert_close(total, each[kept].sum())
+    wanted = torch.zeros(7, 11)
+    wanted[kept] = at(slice(None), 1.0)[1][kept]
+    torch.testing.assert_close(grad, wanted)
+
+
 def test_chunked_head_gives_what_whole_logits_give(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, bias = torch.randn(10, 6), torch.randn(11, 6), torch.randn(11)
     teacher = torch.randn(10, 11)

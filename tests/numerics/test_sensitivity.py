@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pocketllm.calibrate import gradients, sensitivity
+from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.calibration import read_windows
 from pocketllm.calibrate.input_hessians import Collector
 from pocketllm.plan.matrices import Matrix
@@ -51,6 +54,43 @@ def test_the_hessian_of_outputs_is_that_of_the_gradients(
             expected /= expected.diagonal().mean()
             # The stream computes in bfloat16, where another token may be the likeliest.
             assert float((hessian - expected).norm() / expected.norm()) < 0.12, name
+
+
+def test_a_layer_without_influence_on_the_output(tmp_path: Path) -> None:
+    """Its gradients are zero, and so is their Hessian: no division by it."""
+    folder = tiny.save(tmp_path / "dense")
+    name = "model.layers.0.mlp.down_proj.weight"
+    stored = load_file(folder / "model.safetensors")
+    save_file(
+        {**stored, name: torch.zeros_like(stored[name])}, folder / "model.safetensors", {"format": "pt"}
+    )
+    source = open_dense(folder)
+    matrices, _ = classify(source, tiny.on_trellis())
+    outputs, windows = tmp_path / "after", torch.arange(3, 67)[None]
+    sensitivity.measure(source, windows, matrices, 0.01, 0, two_sided=True, outputs=outputs)
+    kept = sensitivity.output_hessians(outputs, "model.layers.0", "cpu")
+    assert not kept["model.layers.0.mlp.up_proj.weight"].any()
+    assert all(hessian.isfinite().all() for hessian in kept.values())
+
+
+def test_a_head_that_is_converted_some_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where products are in float32 and the head is not, against a head in float32."""
+    monkeypatch.setattr(gradients, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(gradients, "autocast", lambda device: nullcontext())
+    monkeypatch.setattr(gradients, "_STRIP_WEIGHTS", 10 * 36)
+    tiny.model().bfloat16().save_pretrained(tmp_path / "dense")
+    windows, found = torch.arange(3, 35)[None], list[tuple[Tensor, Tensor]]()
+    for dtype in (torch.bfloat16, torch.float32):
+        stream = BlockStream(open_dense(tmp_path / "dense"), windows, batch=1)
+        head = gradients.Head(stream, 0)
+        assert head.is_converted
+        stream.set_weight("lm_head.weight", head.head.weight, dtype)
+        head.is_converted = dtype != torch.float32
+        found.append((head.backward(0), head.rows))
+    for converted, plain in zip(*found, strict=True):
+        torch.testing.assert_close(converted, plain)
 
 
 def test_tokens_are_weighted_where_few_have_most_of_the_gradient() -> None:

@@ -14,7 +14,7 @@ import pytest
 import pocketllm
 
 SOURCE = Path(pocketllm.__file__).parent
-BASE = ("errors", "files", "cache", "machine", "torch_state", "ranks", "rank_watch")
+BASE = ("errors", "files", "cache", "machine", "torch_state", "ranks", "rank_join", "rank_watch")
 ROOMS = (
     *("config", "text", "source", "codec", "format", "plan", "calibrate", "compression", "runtime"),
     *("integrations", "evaluate", "recover", "report", "studies", "cli"),

@@ -147,6 +147,36 @@ def test_gradients_are_scaled_down_to_a_norm(tmp_path: Path) -> None:
     assert float(task.value.grad.abs()) == pytest.approx(1e-3, rel=1e-4)
 
 
+def test_the_schedule_runs_once_in_each_cycle(tmp_path: Path) -> None:
+    def rates(**settings: Any) -> list[float]:
+        loop = loop_of(Square(), tmp_path, **settings)
+        return [round(loop._rate(number), 3) for number in range(20)]
+
+    assert rates(schedule="constant", warmup=0.1) == [0.5] + [1.0] * 19
+    assert rates(schedule="linear", warmup=0) == [round(1 - n / 20, 3) for n in range(20)]
+    assert rates(cycles=4, warmup=0) == [1.0, 0.905, 0.655, 0.345, 0.095] * 4
+    assert rates(cycles=3, schedule="linear", warmup=0)[5:8] == [0.286, 1.0, 0.857]  # begins at 0, 6, 13
+
+
+def test_a_cycle_starts_from_the_best_parameters(tmp_path: Path) -> None:
+    class Watched(Square):
+        def __init__(self) -> None:
+            super().__init__()
+            self.value.data += 2  # the mean: no step is an improvement
+            self.values: list[float] = []  # before each step
+
+        def backward(self, numbers: torch.Tensor, scale: float) -> float:
+            self.values.append(self.validate())
+            return super().backward(numbers, scale)
+
+    task = Watched()
+    loop = loop_of(task, tmp_path, cycles=2, eval_every=1, schedule="constant", warmup=0)
+    losses = [loss for _, loss in loop.run(lambda done: None).history]
+    assert task.values[:10] == losses[:10] and task.values[11:] == losses[11:20]
+    assert task.values[10] == min(losses[:11]) < losses[10]
+    assert loop.optimizer.state[task.value]["step"] == 10  # its moments began anew
+
+
 def test_log_drops_what_is_run_again(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "o.log")
     log.resume_at(0)

@@ -60,8 +60,9 @@ def answers(
     folder: Path, mode: str | None = None, adapter: Path | None = None, **settings: Any
 ) -> tuple[list[list[int]], list[float]]:
     """(tokens of each prompt chosen greedily, their summed log probabilities)."""
-    from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+
+    from vllm import LLM, SamplingParams
 
     named = {} if mode is None else {"quantization_config": {"quant_method": "pocketllm", "mode": mode}}
     llm = LLM(str(folder), hf_overrides=named, **{**_settings(), **settings})

@@ -23,7 +23,7 @@ from pocketllm.calibrate.block_list import (
     refusal,
     standing_in,
 )
-from pocketllm.calibrate.block_weights import BlockWeights
+from pocketllm.calibrate.block_weights import BlockWeights, OtherWeights
 from pocketllm.calibrate.input_hessians import Collector, Inputs
 from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.errors import PocketError, reason_of
@@ -42,7 +42,7 @@ class BlockStream(BlockWeights):
         source: the dense model. windows: [N, context] token ids.
         device: where blocks run; activations between them are float32.
         batch: windows that run together; 0 takes about 4096 tokens.
-        weights: of parameters outside the blocks, to use instead of the dense ones.
+        weights: of parameters outside the blocks.
         ranks: among which the batches are divided; this stream runs those of its rank (`numbers`).
     """
 
@@ -52,10 +52,10 @@ class BlockStream(BlockWeights):
         windows: Tensor,
         device: str = "cpu",
         batch: int = 0,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: OtherWeights = lambda name, rows: None,
         ranks: Ranks = SOLO,
     ) -> None:
-        super().__init__(source, device, weights)
+        super().__init__(source, device, windows, weights)
         self.ranks = ranks
         self.batch = batch or max(1, _BATCH_TOKENS // windows.shape[1])
         batches = windows.split(self.batch)
@@ -155,14 +155,14 @@ class BlockStream(BlockWeights):
         What lies between them and the first block counts: scaled embeddings, norms.
 
         Args:
-            ids: [1, context] token ids. gradient: [1, context, C] at the input of the first block.
+            ids: [1, context] token ids of the windows. gradient: [1, context, C] at the input of the first block.
 
         Returns:
             [context, columns of the embedding] float32.
         """
         embedding = self.model.get_input_embeddings()
         kept, padding = embedding._parameters["weight"], getattr(embedding, "padding_idx", None)
-        rows = kept[ids[0]].float().detach().requires_grad_()
+        rows = self.embedding_rows(ids[0]).float().detach().requires_grad_()
         positions = torch.arange(ids.shape[1], device=rows.device)[None]
         entered: list[Tensor] = []
 
@@ -193,7 +193,7 @@ class BlockStream(BlockWeights):
             with nullcontext() if self.in_float32 else autocast(self.device):
                 result = block(hidden, *args, **kwargs)
         except RuntimeError as error:
-            if self.in_float32 or not re.search("same (scalar |d)?type", str(error)):
+            if self.in_float32 or not re.search("same (scalar |d)?type|dtypes match", str(error)):
                 raise
             self.in_float32 = True  # some experts add up in place, which autocast does not convert
             return self.call(block, hidden, number)

@@ -12,6 +12,7 @@ from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.codec.subvectors import fold
 from pocketllm.config.constants import LOUDEST_POSITION, OCCURRENCE_PRIOR, UNSEEN_ROW_SHARE
+from pocketllm.format.mapped_pages import drop_files
 from pocketllm.plan.matrices import Matrix
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
@@ -28,7 +29,7 @@ def embedding_costs(
         gradients: of each window of this rank, [1, context, C] at the input of the first block.
         counts: [vocabulary] how often each token occurs in all of the text; None counts those in the windows.
     """
-    costs = torch.zeros(stream.model.get_input_embeddings().weight.shape[0])
+    costs = torch.zeros(len(stream.source.model.get_input_embeddings().weight))
     sums = WindowSums(ranks=stream.ranks)
     for turn in range(stream.rounds):
         for number, gradient in list(zip(stream.numbers, gradients, strict=True))[turn : turn + 1]:
@@ -66,7 +67,9 @@ def expected_costs(costs: Tensor, seen: Tensor, counts: Tensor) -> Tensor:
 def row_squares(source: DenseCheckpoint, matrix: Matrix) -> Tensor:
     """[rows] mean square of the weights of each row; some rows at a time, since vocabularies are large."""
     parts = fold(source.read(matrix.name), matrix.transposed).split(_ROWS_AT_ONCE)
-    return torch.cat([part.float().square().mean(dim=1) for part in parts])
+    found = torch.cat([part.float().square().mean(dim=1) for part in parts])
+    drop_files(source.files)
+    return found
 
 
 class EndCost(NamedTuple):

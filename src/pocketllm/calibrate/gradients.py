@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pocketllm.calibrate.autocast import autocast
+from pocketllm.calibrate.autocast import autocast, fast_dtype
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.config.constants import LARGEST_TOKEN_WEIGHT, LOUDEST_GRADIENT, UNEVEN_GRADIENTS
@@ -24,6 +24,7 @@ from pocketllm.plan.matrices import Matrix
 
 _LOGITS_AT_ONCE = 256  # positions, at most
 _LOGIT_NUMBERS = 1 << 24  # of those positions, unless the vocabulary is larger
+_STRIP_WEIGHTS = 1 << 24  # of the head, converted at once
 
 
 class ActivationSpool:
@@ -57,6 +58,9 @@ class Head:
         self.stream, self.seed = stream, seed
         stream.load_head()
         self.head = stream.model.get_output_embeddings()
+        # A float32 copy of it would be large. Autocast converts what it needs.
+        is_float32 = self.head.weight.dtype == torch.float32
+        self.is_converted = fast_dtype(stream.device) == torch.float32 and not is_float32
         self.sums = WindowSums(stream.device, stream.ranks)
 
     @property
@@ -93,19 +97,40 @@ class Head:
             self.sums.add_square("hessian", flat)
             most = max(1, min(_LOGITS_AT_ONCE, _LOGIT_NUMBERS // len(self.head.weight)))
             for part in flat.split(most):
-                with autocast(flat.device):
-                    logits = self.head(part).float()
-                p = logits.softmax(dim=-1)
-                rows = part.float().square().sum(dim=1) @ (p - p.square())
-                self.sums.add_value("rows", rows.cpu())
+                p = self._logits(part).softmax(dim=-1)
+                variance = p.square()
+                torch.sub(p, variance, out=variance)
+                self.sums.add_value("rows", (part.float().square().sum(dim=1) @ variance).cpu())
+                del variance
                 drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
                 p.scatter_add_(1, drawn, torch.full_like(p[:, :1], -1.0))  # d loss / d logits
-                with autocast(flat.device):
-                    out.append((p @ self.head.weight).float())
+                out.append(self._times_weight(p))
             final_gradient = torch.cat(out).reshape(final.shape)
         final.backward(final_gradient)
         assert hidden.grad is not None
         return hidden.grad
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Logits [n, vocabulary] float32 of inputs [n, C] of the head."""
+        if self.is_converted:
+            parts = [x @ strip.T.float() for strip in self._strips()]
+            return torch.cat(parts, dim=1) + (0 if self.head.bias is None else self.head.bias)
+        with autocast(x.device):
+            found: Tensor = self.head(x).float()
+        return found
+
+    def _times_weight(self, x: Tensor) -> Tensor:
+        """x W [n, C] float32 of x [n, vocabulary]."""
+        if self.is_converted:
+            strips = self._strips()
+            parts = x.split(len(strips[0]), dim=1)
+            return torch.stack([a @ b.float() for a, b in zip(parts, strips, strict=True)]).sum(dim=0)
+        with autocast(x.device):
+            return (x @ self.head.weight).float()
+
+    def _strips(self) -> tuple[Tensor, ...]:
+        """The head's weight, some rows at a time."""
+        return self.head.weight.split(max(1, _STRIP_WEIGHTS // self.head.weight.shape[1]))
 
 
 @dataclass

@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pocketllm.calibrate.blocks import BlockStream
@@ -139,8 +140,7 @@ def measure(
     Raises:
         OutputError: they cannot be written.
     """
-    stream = BlockStream(source, windows, device, batch=1, ranks=ranks)
-    tokens = windows.numel()
+    stream, tokens = BlockStream(source, windows, device, batch=1, ranks=ranks), windows.numel()
     blocks = _Blocks(stream, matrices, len(windows), tokens, damping, two_sided, weigh_tokens, outputs)
     if outputs is not None:
         outputs.mkdir(parents=True, exist_ok=True)
@@ -151,12 +151,12 @@ def measure(
             stream.hidden = stream.run(block, stream.hidden)
             progress(0.3 * (number + 1) / count)
         head = Head(stream, seed)
-        gradients = head.all_backward()
+        gradients, hessian, rows = head.all_backward(), head.hessian / tokens, head.rows.cpu()
+        stream.drop_head()
         for number in reversed(range(count)):
             gradients = blocks.backward(number, spool.pop(number), gradients)
             progress(0.4 + 0.6 * (count - number) / count)
-    embedded = embedding_costs(stream, windows, gradients, counts)
-    hessian, ends = head.hessian / tokens, EndCosts(head.rows.cpu(), embedded)
+    ends = EndCosts(rows, embedding_costs(stream, windows, gradients, counts))
     at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
     return Sensitivity(
         importance=_importance(source, blocks, at_ends, hessian, on_paths),
@@ -200,8 +200,7 @@ class _Blocks:
             self.gains |= _input_gains(inside, hessians, self.damping, ranks)
             gradients, after = block_backward(self.stream, block, inside, gradients)
         self.energy |= after.energy
-        if self.weigh_tokens:
-            self.token_weights |= after.token_weights(self.windows)
+        self.token_weights |= after.token_weights(self.windows) if self.weigh_tokens else {}
         measured = self._measure_outputs(after.sums) if self.two_sided else {}
         if self.outputs is not None and ranks.is_first:
             keep_tensors(self.outputs / f"{path}.safetensors", measured, {})
@@ -212,7 +211,8 @@ class _Blocks:
         ranks, own, chosen = self.stream.ranks, list[tuple[str, Tensor]](), dict[str, tuple[int, float]]()
         for name in list(sums.squares):
             scaled = regularized_hessian(sums.squares.pop(name), self.tokens)
-            scaled /= scaled.diagonal().mean()
+            mean = scaled.diagonal().mean()
+            scaled /= torch.where(mean > 0, mean, 1.0)  # a router of one normalized expert has no gradient
             chosen[name] = strips_for(triangular_root(rotate_hessian(scaled, 1), OUTPUT_DAMPING))
             own.append((name, scaled.half().cpu()))
         everywhere = {name: found for part in ranks.gather(chosen) for name, found in part.items()}

@@ -38,12 +38,22 @@ Text = Annotated[
     ),
 ]
 Teacher = Annotated[
-    str | None, typer.Option(help="distill: dense model; the default is the one that was compressed.")
+    str | None,
+    typer.Option(
+        help="Dense model, for distill and for lora with --set init=...; the default is the one that was compressed."
+    ),
 ]
 TeacherOnDisk = Annotated[
     bool,
     typer.Option(
         "--teacher-on-disk", help="distill: read the teacher's blocks from disk in every forward pass."
+    ),
+]
+TeacherCache = Annotated[
+    Path | None,
+    typer.Option(
+        help="distill: folder for the teacher's tokens, computed once for all students of this teacher on this text; "
+        "needs --set teacher_top_k=K."
     ),
 ]
 ValidationText = Annotated[
@@ -71,6 +81,7 @@ def finetune(
     settings: Annotated[list[str] | None, set_option("finetune")] = None,
     teacher: Teacher = None,
     teacher_on_disk: TeacherOnDisk = False,
+    teacher_cache: TeacherCache = None,
     validation_text: ValidationText = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print steps, tokens and bytes; train nothing.")
@@ -89,7 +100,7 @@ def finetune(
         seed=seed,
         settings=tuple(settings or ()),
     ).config()
-    teaching = _teaching(method, teacher, teacher_on_disk)
+    teaching = _teaching(method, teacher, teacher_on_disk, teacher_cache)
     show = run.output()
     run.setup()
     from accelerate import PartialState
@@ -109,24 +120,25 @@ def finetune(
         show.result(values, result_table(values, title))
 
 
-def _teaching(method: str, teacher: str | None, on_disk: bool) -> dict[str, Any]:
-    """The arguments of distillation that are not settings.
+def _teaching(method: str, teacher: str | None, on_disk: bool, cache: Path | None) -> dict[str, Any]:
+    """The arguments of a method that are not settings.
 
     Raises:
         ConfigError: one is given with another method.
     """
     if method == "distill":
-        return {"teacher": teacher, "teacher_on_disk": on_disk}
-    for name, value in (("--teacher", teacher), ("--teacher-on-disk", on_disk or None)):
-        if value is not None:
+        return {"teacher": teacher, "teacher_on_disk": on_disk, "teacher_cache": cache}
+    for name, value in (("--teacher-on-disk", on_disk), ("--teacher-cache", cache)):
+        if value:
             raise ConfigError(f"{name} does not apply to --method {method}; remove it")
-    return {}
+    return {"teacher": teacher}
 
 
 def _plan(folder: Path, config: DistillConfig | LoraTuneConfig, **how: Any) -> dict[str, Any]:
     from pocketllm.recover import dry_run_distill, dry_run_lora
 
-    how.pop("teacher_on_disk", None)
+    for name in ("teacher_on_disk", "teacher_cache"):
+        how.pop(name, None)
     if isinstance(config, DistillConfig):
         return dry_run_distill(folder, config, **how)
     return dry_run_lora(folder, config, **how)

@@ -182,17 +182,17 @@ class Independent:
         """Number of parts of the stream that can be read from their start."""
         return 1
 
-    def first_bits(self, rows: Tensor, count: int, per_row: int) -> tuple[Tensor, Tensor]:
-        """Where the indices of some rows begin in the stream of [count, per_row] indices, in bits.
+    def first_bits(self, rows: Tensor, count: int, per_row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the indices of some rows lie in the stream of [count, per_row] indices, in bits.
 
         Args:
             rows: [m] integers in [0, count).
 
         Returns:
-            [m, per_row], and [m] the bit below which everything counts as zero.
+            [m] each: where the first index begins, how much later every other one begins, and the bit below which
+            everything counts as zero.
         """
-        columns = torch.arange(per_row, device=rows.device)
-        return (rows[:, None] * per_row + columns) * self.width, torch.zeros_like(rows)
+        return rows * per_row * self.width, torch.full_like(rows, self.width), torch.zeros_like(rows)
 
     def columns(self, rows: int, device: torch.device, in_strips: bool) -> IndependentColumns:
         """The choice of indices column by column.

@@ -123,6 +123,16 @@ class _MetaNet(nn.Module):
                 block.up.copy_(upper)
                 block.down.copy_(lower)
 
+    def use_weights(self, up: Tensor, down: Tensor) -> None:
+        """Stand for several networks at once, which take and return [networks, n, d].
+
+        Args:
+            up, down: `weights` of each, stacked: [networks, depth, ...].
+        """
+        for number, block in enumerate(self.blocks):
+            for name, stacked in (("up", up), ("down", down)):
+                setattr(block, name, nn.Parameter(stacked[:, number].float(), requires_grad=False))
+
 
 class MetaEncoder(_MetaNet):
     """Weights of full rows [rows, n, d] -> latents z [rows, n, d]."""

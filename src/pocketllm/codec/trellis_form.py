@@ -129,17 +129,16 @@ class Trellis:
         """Number of parts of the stream that can be read from their start."""
         return len(strip_lengths(rows, self.strip_rows))
 
-    def first_bits(self, rows: Tensor, count: int, per_row: int) -> tuple[Tensor, Tensor]:
+    def first_bits(self, rows: Tensor, count: int, per_row: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `Independent.first_bits`; the bits before the first window of a strip count as zero."""
         device, lengths = rows.device, strip_lengths(count, self.strip_rows)
         nbytes = [packed_bytes(length * per_row, self.stride) for length in lengths]
         ends, length, size = (torch.tensor(part, device=device) for part in (lengths, lengths, nbytes))
         ends = ends.cumsum(0)
         strip = torch.searchsorted(ends, rows, right=True)
-        first = (size.cumsum(0) - size)[strip] * 8
-        columns = torch.arange(per_row, device=device)
-        step = columns * length[strip][:, None] + (rows - ends[strip] + length[strip])[:, None]
-        return first[:, None] + step * self.stride - self.kept, first
+        floor, length = (size.cumsum(0) - size)[strip] * 8, length[strip]
+        first = floor + (rows - ends[strip] + length) * self.stride - self.kept
+        return first, length * self.stride, floor
 
     def columns(self, rows: int, device: torch.device, in_strips: bool) -> TrellisColumns:
         """The choice of indices column by column; paths run down strips in any case."""

@@ -74,11 +74,8 @@ def _on_compressed_inputs(
 
     Refinement takes steps on one batch after another: with it every rank runs all batches, and the first refines.
     """
-    ends = {m.name: encoder.decoded(m) for m in encoder.plan.matrices if not m.in_blocks}
     of_batches = SOLO if refines else ranks
-    stream = BlockStream(encoder.source, windows, encoder.device, weights=ends, ranks=of_batches)
-    stream.drop_embedding()
-    del ends
+    stream = BlockStream(encoder.source, windows, encoder.device, weights=encoder.outside, ranks=of_batches)
     targets = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
     for number, (path, block) in enumerate(stream):
         inside = _inside(encoder.plan, path)
@@ -149,6 +146,11 @@ def _weights(matrix: Matrix) -> int:
     return matrix.weights
 
 
+def _duration(matrix: Matrix) -> tuple[int, int]:
+    """Orders matrices by how long they take: columns are encoded in turn, and rows together."""
+    return matrix.weights, matrix.columns
+
+
 def _inside(plan: Plan, path: str) -> list[Matrix]:
     return [m for m in plan.matrices if m.name.startswith(f"{path}.")]
 
@@ -190,7 +192,7 @@ def _encode_block(
             outputs = None if found is None else Hessian(found, OUTPUT_DAMPING)
             encoder.encode(matrix, hessians[matrix.name], outputs, inputs=inputs)
 
-        order = sorted(own, key=_weights, reverse=True)  # what ends last is small, so that no thread waits long
+        order = sorted(own, key=_duration, reverse=True)  # what ends last is small, so that no thread waits long
         jobs = [partial(encode, matrix) for matrix in order]
         for matrix, _ in zip(order, run_parallel(jobs, encoder.device, of=len(inside)), strict=True):
             progress(encoder.share, matrix.name)

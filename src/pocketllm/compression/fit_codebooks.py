@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec.matrix_codec import MatrixCodec
-from pocketllm.codec.rotation import rotate_matrix
+from pocketllm.codec.rotation import Seeds, rotate_matrix
 from pocketllm.codec.subvectors import fold
 from pocketllm.codec.training import fit
 from pocketllm.compression.matrix_encoder import codebook_unit
 from pocketllm.config.constants import SAMPLED_MATRICES
+from pocketllm.format.mapped_pages import drop_files
 from pocketllm.format.workspace import Workspace
 from pocketllm.plan.matrices import Matrix, Plan
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
@@ -83,15 +84,24 @@ def _samples(
     blocks: dict[tuple[str, int], list[Tensor]] = {}
     for matrix in group:
         generator = torch.Generator().manual_seed(zlib.crc32(matrix.name.encode(), seed))
-        weight = rotate_matrix(fold(source.read(matrix.name), matrix.transposed), plan.rotation(matrix))
         count = max(1, round(share * matrix.rows))
         rows = torch.randperm(matrix.rows, generator=generator)[:count].sort().values
-        sample = weight[rows].float().to(device)
-        blocks.setdefault((plan.decoder_key(matrix), matrix.columns), []).append(sample)
+        sample = _rotated_rows(fold(source.read(matrix.name), matrix.transposed), rows, plan.rotation(matrix))
+        blocks.setdefault((plan.decoder_key(matrix), matrix.columns), []).append(sample.to(device))
+        drop_files(source.files)
     samples: dict[str, list[Tensor]] = {}
     for (decoder_key, _), parts in blocks.items():
         samples.setdefault(decoder_key, []).append(torch.cat(parts))
     return samples
+
+
+def _rotated_rows(weight: Tensor, rows: Tensor, rotation: Seeds) -> Tensor:
+    """Rows of a rotated matrix, float32; only these are rotated if the columns are not."""
+    return (
+        rotate_matrix(weight[rows], rotation)
+        if rotation[0] is None
+        else rotate_matrix(weight, rotation)[rows]
+    )
 
 
 def _some(group: list[Matrix]) -> list[Matrix]:

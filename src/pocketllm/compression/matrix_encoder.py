@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.input_hessians import Inputs
 from pocketllm.codec.hessian import Hessian
+from pocketllm.codec.index_form import IndexForm
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
 from pocketllm.codec.rotation import rotate_matrix
-from pocketllm.codec.subvectors import fold, strip_lengths, unfold
+from pocketllm.codec.subvectors import fold, strip_lengths, subvectors_per_row, unfold
 from pocketllm.compression.refine import EncodedParameter, refine_block
 from pocketllm.errors import WeightError
+from pocketllm.format.mapped_pages import drop_files
 from pocketllm.format.workspace import Workspace
 from pocketllm.plan.matrices import Matrix, Plan
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
@@ -91,14 +93,15 @@ class MatrixEncoder:
             return
         settings = self.plan.config.calibration
         weight = fold(self.source.read(matrix.name), matrix.transposed)
-        rotation, found = self.plan.rotation(matrix), list[_EncodedRows]()
-        for rows in row_groups(matrix, is_whole=outputs is not None or rotation[0] is not None):
+        rotation, found, form = self.plan.rotation(matrix), list[_EncodedRows](), self._form(matrix)
+        for rows in row_groups(matrix, form, is_whole=outputs is not None or rotation[0] is not None):
             part = weight[rows].to(self.device)
+            drop_files(self.source.files)
             encoded = self.codec(matrix).encode(
                 part,
                 hessian,
                 outputs,
-                form=matrix.form(self.plan.specs[matrix.name]),
+                form=form,
                 rotation=rotation,
                 row_importance=None if row_importance is None else row_importance[rows],
                 passes=settings.passes if settings else 0,
@@ -162,6 +165,29 @@ class MatrixEncoder:
         """An encoded matrix as it will be loaded: [rows, columns] float32."""
         return self.codec(matrix).decode(self._encoded(matrix))
 
+    def outside(self, name: str, rows: Tensor | None) -> Tensor | None:
+        """A weight outside the blocks as it will be loaded, or some of its rows; None if it is not compressed."""
+        matrix = self.by_name.get(name)
+        if matrix is None or matrix.in_blocks:
+            return None
+        if rows is None or self.plan.rotation(matrix)[0] is not None:
+            found = unfold(self.decoded(matrix), matrix)
+            return found if rows is None else found[rows]
+        return self._decoded_rows(matrix, rows)
+
+    def _decoded_rows(self, matrix: Matrix, rows: Tensor) -> Tensor:
+        """Rows of a decoded matrix whose columns are not rotated, float32; one group at a time is decoded."""
+        encoded, codec, found, begin = self._encoded(matrix), self.codec(matrix), list[Tensor](), 0
+        per_row = subvectors_per_row(matrix.columns, codec.config.vector_len)
+        for group in row_groups(matrix, encoded.form):
+            scale = encoded.row_scale[group]
+            end = begin + encoded.form.nbytes(len(scale), per_row)
+            part = replace(encoded, stream=encoded.stream[begin:end], row_scale=scale)
+            begin, wanted = end, rows[(rows >= group.start) & (rows < group.stop)] - group.start
+            if len(wanted):
+                found.append(codec.decode(part)[wanted.to(self.device)])
+        return torch.cat(found)
+
     def _encoded(self, matrix: Matrix) -> EncodedMatrix:
         """A finished matrix, with its refined row scale if there is one."""
         tensors, _ = self.work.load(matrix_unit(self.plan, matrix))
@@ -169,9 +195,12 @@ class MatrixEncoder:
             tensors["indices"].to(self.device),
             self.scales.get(matrix.name, tensors["row_scale"]).to(self.device),
             matrix.columns,
-            matrix.form(self.plan.specs[matrix.name]),
+            self._form(matrix),
             self.plan.rotation(matrix),
         )
+
+    def _form(self, matrix: Matrix) -> IndexForm:
+        return matrix.form(self.plan.specs[matrix.name])
 
     def done(self, matrix: Matrix) -> bool:
         """Whether a matrix is already encoded."""
@@ -221,10 +250,11 @@ class MatrixEncoder:
         self.work.save(matrix_unit(self.plan, matrix), tensors, facts)
 
 
-def row_groups(matrix: Matrix, is_whole: bool = False) -> list[slice]:
+def row_groups(matrix: Matrix, form: IndexForm, is_whole: bool = False) -> list[slice]:
     """Runs of strips of a matrix that are encoded one after another, so that memory does not grow with its rows.
 
-    Strips do not depend on each other, and each run has the strips that it has in the matrix.
+    Strips do not depend on each other, and each run has the strips that it has in the matrix. Its indices end on a
+    byte: those of each strip on a trellis do, independent ones after a multiple of eight rows.
 
     Args:
         is_whole: the rows depend on each other after all.
@@ -234,6 +264,8 @@ def row_groups(matrix: Matrix, is_whole: bool = False) -> list[slice]:
     if is_whole or matrix.weights <= LARGE_WEIGHTS:
         return [slice(0, matrix.rows)]
     ends = [sum(lengths[: first + most]) for first in range(0, len(lengths), most)]
+    if form.strips(matrix.rows) == 1:
+        ends = [*(end // 8 * 8 for end in ends[:-1]), matrix.rows]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 

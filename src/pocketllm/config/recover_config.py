@@ -18,7 +18,10 @@ class LoopConfig:
     eval_every: Steps between validations.
     patience: Validations without improvement before training stops; 0 never stops early.
     checkpoint_every: Steps between checkpoints.
-    warmup: Share of the steps with a rising learning rate; a cosine schedule follows.
+    warmup: Share of the steps (of each cycle) with a rising learning rate; the schedule follows.
+    schedule: Learning rate after warm-up: cosine or linear (both fall to 0), or constant.
+    cycles: Number of times that the schedule runs; each but the first starts from the best parameters so far (a
+        warm restart).
     max_grad_norm: Largest norm of the gradients; 0 is off.
     gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
     dtype: Type of the matrix products: float32, bfloat16, or auto (bfloat16 where the machine supports it).
@@ -31,19 +34,22 @@ class LoopConfig:
     patience: int = 0
     checkpoint_every: int = 10
     warmup: float = 0.03
+    schedule: str = "cosine"
+    cycles: int = 1
     max_grad_norm: float = 0.0
     gradient_checkpointing: bool = False
     dtype: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "eval_every", "checkpoint_every"):
+        for name in ("batch_size", "eval_every", "checkpoint_every", "cycles"):
             at_least(name, getattr(self, name), 1)
         between("seed", self.seed, 0, MOST_SEED)
         for name in ("micro_batch", "patience", "max_grad_norm"):
             at_least(name, getattr(self, name), 0)
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup: got {self.warmup}, wanted 0 to less than 1")
+        one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
         one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
 
 
@@ -67,6 +73,8 @@ class DistillConfig:
     teacher_top_k: Compute the teacher's k most likely tokens once; 0 runs the teacher on every batch.
     label_weight: w in the loss w (-log q) + (1 - w) KL, q of the text's own next token; 0 is the divergence
         alone. Above 0 the model also learns the text, and matches the dense model less closely.
+    token_share: Share of the tokens that are learned from, those with the largest loss among some hundred at a time;
+        1 takes all.
     loop: Settings of the training loop.
     """
 
@@ -82,6 +90,7 @@ class DistillConfig:
     lr_dense: float = 3e-4
     teacher_top_k: int = 0
     label_weight: float = 0.0
+    token_share: float = 1.0
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
@@ -92,6 +101,8 @@ class DistillConfig:
             at_least(name, getattr(self, name), 0)
         if not 0 <= self.label_weight <= 1:
             raise ConfigError(f"label_weight: got {self.label_weight}, wanted 0 to 1")
+        if not 0 < self.token_share <= 1:
+            raise ConfigError(f"token_share: got {self.token_share}, wanted more than 0, at most 1")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -113,6 +124,9 @@ class LoraTuneConfig:
     texts: Chats, instructions (rows of JSON or parquet) or plain text; the default is Python's own documentation.
     validation_items: Windows or instructions kept for validation.
     mode: Form of the base in memory: dense (fast) or packed (small).
+    dora: Also train the norm of each row (DoRA).
+    init: How the adapter starts: zero; error (the closest adapter to the error of the compressed weights); or
+        output_error (to the error of the layers' outputs on the text). The last two read the dense model.
     loop: Settings of the training loop.
     """
 
@@ -127,6 +141,8 @@ class LoraTuneConfig:
     texts: tuple[str, ...] = ()
     validation_items: int = 64
     mode: str = "dense"
+    dora: bool = False
+    init: str = "zero"
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(batch_size=16, max_grad_norm=1.0))
 
     def __post_init__(self) -> None:
@@ -140,6 +156,7 @@ class LoraTuneConfig:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout: got {self.dropout}, wanted 0 to less than 1")
         one_of("mode", self.mode, ("dense", "packed"))
+        one_of("init", self.init, ("zero", "error", "output_error"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -7,8 +7,9 @@ A parameter P of the model is stored as `P.indices` (packed) and `P.row_scale`; 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,23 @@ def verify(folder: Path, is_partial: bool = False) -> Layout:
     Raises:
         FormatError: names the file, and the tensor if one is damaged.
     """
+    with verifying(folder, is_partial, every_tensor=True) as layout:
+        return layout
+
+
+@contextmanager
+def verifying(folder: Path, is_partial: bool = False, every_tensor: bool = False) -> Iterator[Layout]:
+    """`verify`, during which other work is done: weight files are hashed in a thread until the context ends.
+
+    Everything but the contents of weight files is verified before the context begins.
+
+    Args:
+        every_tensor: compare also the checksums of single tensors; otherwise only if a file differs, to name the
+            tensor, and if there is no report.
+
+    Raises:
+        FormatError: as `verify`; at the end of the context if a weight file is altered.
+    """
     has_report = os.path.lexists(folder / REPORT_NAME) or not is_compressed(folder)
     files = read_report(folder)["files"] if has_report else {}
     if is_partial:
@@ -123,12 +141,20 @@ def verify(folder: Path, is_partial: bool = False) -> Layout:
     check_folder(folder, files.keys(), REPORT_NAME if has_report else None)
     layout, weights = read_layout(folder), weights_of(folder)
     check_sizes(layout, sum(file.stat().st_size for file in weights), folder / "config.json")
-    problems = [_altered(folder / name, facts) for name, facts in files.items()]
-    _check_tensors(folder, weights, layout)  # first, since it names the tensor
-    found = [problem for problem in problems if problem]
+    stored = {file.name for file in weights}
+    with ThreadPoolExecutor(max_workers=1) as pool, ExitStack() as opened:
+        hashed = [
+            pool.submit(_altered, folder / name, facts) for name, facts in files.items() if name in stored
+        ]
+        tensors = _stored_tensors(folder, weights, layout, opened)
+        others = [_altered(folder / name, facts) for name, facts in files.items() if name not in stored]
+        if not any(others):
+            yield layout
+        found = [problem for problem in (*others, *(task.result() for task in hashed)) if problem]
+        if found or every_tensor or not has_report:
+            _check_tensors(tensors, layout)  # first, since it names the tensor
     if found:
         raise FormatError(found[0])
-    return layout
 
 
 def _altered(file: Path, facts: Mapping[str, Any]) -> str:
@@ -142,38 +168,45 @@ def _altered(file: Path, facts: Mapping[str, Any]) -> str:
     return ""
 
 
-def _check_tensors(folder: Path, weights: list[Path], layout: Layout) -> None:
-    """Check that every tensor of the layout is stored in its dtype and shape, and unaltered."""
-    wanted, places = layout.tensors(), dict[str, tuple[Path, Any]]()
-    with ExitStack() as opened:
-        for file in weights:
-            try:
-                handle = opened.enter_context(safe_open(str(file), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise FormatError(
-                    f"{file}: not a readable safetensors file ({error}); truncated or altered, fetch it again"
-                ) from error
-            places.update(dict.fromkeys(handle.keys(), (file, handle)))
-        for name, (dtype, shape) in wanted.items():
-            if name not in places:
-                raise FormatError(f"{folder}: no *.safetensors file contains {name}; fetch the model again")
-            file, handle = places[name]
-            stored = handle.get_slice(name)
-            if (stored.get_dtype(), tuple(stored.get_shape())) != (DTYPE_NAMES[dtype], shape):
-                raise FormatError(
-                    f"{file}: {name}: stored as {stored.get_dtype()} {tuple(stored.get_shape())}, wanted "
-                    f"{DTYPE_NAMES[dtype]} {shape}; fetch the file again"
-                )
-        pages = MappedPages()
-        for prefix, crc32 in layout.checksums().items():
-            keys = [f"{prefix}.{part}" for part in PARTS if f"{prefix}.{part}" in wanted]
-            tensors = [places[key][1].get_tensor(key) for key in keys]
-            found = checksum(*tensors)
-            pages.drop(*tensors)
-            if keys and found != crc32:
-                raise FormatError(
-                    f"{places[keys[0]][0]}: {prefix}: altered (CRC-32 differs); fetch the file again"
-                )
+_Places = Mapping[str, tuple[Path, Any]]
+
+
+def _stored_tensors(folder: Path, weights: list[Path], layout: Layout, opened: ExitStack) -> _Places:
+    """Tensor name -> its file and a handle on that, after checking that the layout's have their dtype and shape."""
+    places = dict[str, tuple[Path, Any]]()
+    for file in weights:
+        try:
+            handle = opened.enter_context(safe_open(str(file), framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise FormatError(
+                f"{file}: not a readable safetensors file ({error}); truncated or altered, fetch it again"
+            ) from error
+        places.update(dict.fromkeys(handle.keys(), (file, handle)))
+    for name, (dtype, shape) in layout.tensors().items():
+        if name not in places:
+            raise FormatError(f"{folder}: no *.safetensors file contains {name}; fetch the model again")
+        file, handle = places[name]
+        stored = handle.get_slice(name)
+        if (stored.get_dtype(), tuple(stored.get_shape())) != (DTYPE_NAMES[dtype], shape):
+            raise FormatError(
+                f"{file}: {name}: stored as {stored.get_dtype()} {tuple(stored.get_shape())}, wanted "
+                f"{DTYPE_NAMES[dtype]} {shape}; fetch the file again"
+            )
+    return places
+
+
+def _check_tensors(places: _Places, layout: Layout) -> None:
+    """Check that every tensor of the layout is unaltered."""
+    wanted, pages = layout.tensors(), MappedPages()
+    for prefix, crc32 in layout.checksums().items():
+        keys = [f"{prefix}.{part}" for part in PARTS if f"{prefix}.{part}" in wanted]
+        tensors = [places[key][1].get_tensor(key) for key in keys]
+        found = checksum(*tensors)
+        pages.drop(*tensors)
+        if keys and found != crc32:
+            raise FormatError(
+                f"{places[keys[0]][0]}: {prefix}: altered (CRC-32 differs); fetch the file again"
+            )
 
 
 def read_layout(folder: Path) -> Layout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 
 import pocketllm
 from pocketllm.calibrate.autocast import fast_dtype
+from pocketllm.errors import SourceError
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.output import check_not_nested
-from pocketllm.source.dense_checkpoint import open_dense
+from pocketllm.source.dense_checkpoint import open_dense, resolve
 from pocketllm.source.folder import need_tokenizer, read_config, read_vocabulary
 from pocketllm.text.vocabulary import check_positions, check_vocabularies
 
@@ -84,6 +85,20 @@ def check_context(base: Base, context: int) -> None:
         ConfigError: it has fewer.
     """
     check_positions(read_config(base.folder, base.trust_remote_code), context, str(base.folder))
+
+
+def find_teacher(name: str, base: Base, on_message: Callable[[str], None] = lambda message: None) -> Path:
+    """The folder of the dense model of a base: found and checked.
+
+    Raises:
+        SourceError: it cannot be found. ConfigError: as `check_teacher`.
+    """
+    try:
+        dense = resolve(name, on_message)
+    except SourceError as error:
+        raise SourceError(f"the teacher of {base.folder}: {error}; name it with --teacher") from error
+    check_teacher(dense, base)
+    return dense
 
 
 def check_teacher(teacher: Path, base: Base) -> None:

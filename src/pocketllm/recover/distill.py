@@ -8,6 +8,7 @@ form.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,18 +19,18 @@ from torch import Tensor
 
 from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import DistillConfig
-from pocketllm.errors import ConfigError, SourceError
+from pocketllm.errors import ConfigError
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.output import check_not_nested, is_published, named_output
 from pocketllm.format.report import rounded
 from pocketllm.format.rewrite import rewrite, stored_sizes
-from pocketllm.recover.base_model import Base, check_context, check_teacher, open_base
+from pocketllm.recover.base_model import Base, check_context, find_teacher, open_base
 from pocketllm.recover.distill_task import Distillation, load_student, planned_parameters, training_windows
 from pocketllm.recover.loop import Loop, Progress, step_event
 from pocketllm.recover.run_log import Run, check_places, open_run
-from pocketllm.recover.teacher import Teacher, make_teacher, open_teacher
+from pocketllm.recover.teacher import TeacherCache, make_teacher, open_teacher
 from pocketllm.recover.trainable import set_stored, stored_tensors
-from pocketllm.source.dense_checkpoint import open_dense, resolve
+from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.source.hub import folder_of
 from pocketllm.text.windows import token_digest
 from pocketllm.torch_state import in_default_torch_state
@@ -69,6 +70,7 @@ def distill(
     *,
     teacher: str | None = None,
     teacher_on_disk: bool = False,
+    teacher_cache: str | Path | None = None,
     progress: ProgressCallback = lambda event: None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -84,6 +86,8 @@ def distill(
         teacher: the dense model (folder, Hub id, builtin:…); None takes the one named in the report.
         teacher_on_disk: read the teacher's blocks one after another whenever it runs, instead of holding it in
             memory.
+        teacher_cache: folder where the teacher's most likely tokens (`teacher_top_k`) are kept for other students
+            of the same teacher on the same text.
         progress: called after every step.
 
     Raises:
@@ -96,36 +100,30 @@ def distill(
     check_places(output, overwrite)
     base = open_base(Path(folder), output, trust_remote_code)
     name = teacher or str(base.report["model"])
+    if teacher_cache is not None and not config.teacher_top_k:
+        raise ConfigError("--teacher-cache: needs the number of tokens to keep, as in --set teacher_top_k=64")
     dense, windows = _inputs(base, config, name, progress)
     check_not_nested(output, dense)
-    arguments = {
-        "method": "distill",
-        "teacher": name,
+    taught = {
         "teacher_weights": open_dense(dense, trust_remote_code).fingerprint(),
         "text": token_digest(torch.cat(windows)),
-        **config.to_dict(),
     }
+    arguments = {"method": "distill", "teacher": name, **taught, **config.to_dict()}
     with open_run(output, base, arguments, config.loop, device, overwrite) as run:
         if is_published(output):  # by an earlier run that was killed afterwards
             return run.recall(DistillResult)
-        source = _teacher(run, base, dense, windows, config, teacher_on_disk, progress)
+        cache = None if teacher_cache is None else _cache(Path(teacher_cache), run, windows, config, taught)
+        load = _loader(run, base, dense, teacher_on_disk)
+        source = make_teacher(load, run, windows, config.teacher_top_k, progress, cache)
         task = Distillation(load_student(base, config, run.state.device), source, windows, config, run.dtype)
         result = _train_and_store(run, base, name, task, progress)
     progress(Event("train", 1.0, str(output)))
     return result
 
 
-def _teacher(
-    run: Run,
-    base: Base,
-    dense: Path,
-    windows: tuple[Tensor, Tensor],
-    config: DistillConfig,
-    on_disk: bool,
-    progress: ProgressCallback,
-) -> Teacher:
-    """The teacher of a run, from the folder `dense`."""
-    load = partial(
+def _loader(run: Run, base: Base, dense: Path, on_disk: bool) -> Callable[[], Any]:
+    """Loads the teacher of a run from the folder `dense`."""
+    return partial(
         open_teacher,
         dense,
         dtype=run.dtype,
@@ -133,7 +131,21 @@ def _teacher(
         trust_remote_code=base.trust_remote_code,
         scratch=run.work.folder / "teacher" if on_disk else None,
     )
-    return make_teacher(load, run, windows, config.teacher_top_k, progress)
+
+
+def _cache(
+    folder: Path, run: Run, windows: tuple[Tensor, Tensor], config: DistillConfig, taught: dict[str, Any]
+) -> TeacherCache:
+    """The cache in a folder, with all that the teacher's tokens depend on."""
+    facts = {
+        **taught,
+        "windows": [len(part) for part in windows],
+        "context": config.context,
+        "teacher_top_k": config.teacher_top_k,
+        "device": run.state.device.type,
+        "dtype": str(run.dtype),
+    }
+    return TeacherCache(folder, facts)
 
 
 def _train_and_store(
@@ -163,14 +175,10 @@ def _inputs(
     """The teacher's folder, and (training, validation) windows; all inputs are checked.
 
     Raises:
-        SourceError, ConfigError: as `check_teacher` and `training_windows`; or the teacher cannot be found.
+        SourceError, ConfigError: as `find_teacher` and `training_windows`.
     """
     check_context(base, config.context)
-    try:
-        dense = resolve(teacher, lambda message: progress(Event("fetch", 0.0, message)))
-    except SourceError as error:
-        raise SourceError(f"the teacher of {base.folder}: {error}; name it with --teacher") from error
-    check_teacher(dense, base)
+    dense = find_teacher(teacher, base, lambda message: progress(Event("fetch", 0.0, message)))
     vocabulary = len(base.tokenizer)
     if config.teacher_top_k > vocabulary:
         raise ConfigError(

@@ -130,7 +130,8 @@ class Distillation:
     def backward(self, numbers: Tensor, scale: float) -> float:
         """Add the gradient of scale * the loss summed over these training windows; returns that value."""
         ids = self.train[numbers].to(self.student.device)
-        loss = self._loss(ids, self.teacher.target(numbers, ids), scale, self.config.label_weight)
+        target, config = self.teacher.target(numbers, ids), self.config
+        loss = self._loss(ids, target, scale, config.label_weight, config.token_share)
         loss.backward()
         return float(loss.detach())
 
@@ -154,10 +155,12 @@ class Distillation:
             total += float(self._loss(ids, target, 1.0, label_weight))
         return total / self.validation.numel()
 
-    def _loss(self, ids: Tensor, target: Target, scale: float, label_weight: float) -> Tensor:
+    def _loss(
+        self, ids: Tensor, target: Target, scale: float, label_weight: float, share: float = 1.0
+    ) -> Tensor:
         labels = _labels(ids, label_weight) if label_weight else None
         getattr(self.student, ckpt.STORE).refresh()
-        return self.head.kl(ids, target, scale, self.dtype, labels=labels)
+        return self.head.kl(ids, target, scale, self.dtype, labels=labels, share=share)
 
 
 def _labels(ids: Tensor, weight: float) -> Labels:

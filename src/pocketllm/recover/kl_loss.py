@@ -12,6 +12,7 @@ the loss there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,11 @@ def position_slices(positions: int, vocabulary: int, at_once: int = 0) -> list[s
 
 
 def kl_loss(
-    student: Tensor, target: Tensor | tuple[Tensor, Tensor], scale: float, labels: Labels | None = None
+    student: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
+    scale: float,
+    labels: Labels | None = None,
+    share: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Sum over positions of KL(teacher || student), or of the loss with labels, and `scale` times its gradient.
 
@@ -48,11 +53,12 @@ def kl_loss(
         student: [n, V] logits.
         target: the teacher at these positions, as a `Target` returns it.
         labels: next tokens at these positions, if they are part of the loss.
+        share: of the positions, those with the largest loss; others count as 0.
 
     Returns:
         sum (float64 scalar), gradient [n, V] in the dtype of `student`.
     """
-    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    losses: list[Tensor] = []
     gradient = torch.empty_like(student)
     in_cache = student.numel() if student.device.type != "cpu" else _LOGITS_IN_CACHE
     for part in position_slices(len(student), student.shape[1], at_once=in_cache):
@@ -62,7 +68,14 @@ def kl_loss(
             found, gradient[part] = _top_k(logits, target[0][part], target[1][part], scale, known)
         else:
             found, gradient[part] = _full(logits, target[part].to(torch.float32, copy=True), scale, known)
-        total += found
+        losses.append(found)
+    if share < 1:
+        every = torch.cat(losses)
+        dropped = every.topk(len(every) - math.ceil(share * len(every)), largest=False).indices
+        gradient[dropped], losses = 0, [every.index_fill(0, dropped, 0)]
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    for part_losses in losses:
+        total += part_losses.double().sum()
     return total, gradient
 
 
@@ -74,7 +87,7 @@ def _labels_at(labels: Labels | None, part: slice) -> Labels | None:
 def _full(
     student: Tensor, target: Tensor, scale: float, labels: Labels | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`kl_loss` of float32 logits of both models; both are overwritten."""
+    """Losses [n] and gradient of `kl_loss`, from float32 logits of both models; both are overwritten."""
     log_z = student.logsumexp(dim=1, keepdim=True)
     log_p = target.sub_(target.logsumexp(dim=1, keepdim=True))
     log_q = student.sub_(log_z)
@@ -84,7 +97,7 @@ def _full(
     if labels is not None:  # the gradient is the one towards a mixture of teacher and label
         losses = _mixed(losses, log_q, labels)
         teacher.mul_(1 - labels[1][:, None]).scatter_add_(1, labels[0][:, None], labels[1][:, None])
-    return losses.double().sum(), log_q.exp_().sub_(teacher).mul_(scale)
+    return losses, log_q.exp_().sub_(teacher).mul_(scale)
 
 
 def _mixed(losses: Tensor, log_q: Tensor, labels: Labels) -> Tensor:
@@ -96,7 +109,7 @@ def _mixed(losses: Tensor, log_q: Tensor, labels: Labels) -> Tensor:
 def _top_k(
     student: Tensor, ids: Tensor, log_p: Tensor, scale: float, labels: Labels | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`kl_loss` over k tokens and the rest of the vocabulary as one token; `student` is overwritten."""
+    """`_full` over k tokens and the rest of the vocabulary as one token; `student` is overwritten."""
     log_q = student.sub_(student.logsumexp(dim=1, keepdim=True))
     chosen, p = log_q.gather(1, ids).exp(), log_p.exp()
     rest_p = (1 - p.sum(dim=1, keepdim=True)).clamp(min=1e-9)
@@ -106,16 +119,16 @@ def _top_k(
     if labels is None:
         q = log_q.exp_()
         gradient = q.mul_(1 - rest_p / rest_q).scatter_(1, ids, chosen - p)
-        return losses.double().sum(), gradient.mul_(scale)
+        return losses, gradient.mul_(scale)
     losses, weight = _mixed(losses, log_q, labels), labels[1][:, None]
     q = log_q.exp_()
     gradient = q.mul_(1 - (1 - weight) * rest_p / rest_q).scatter_(1, ids, chosen - (1 - weight) * p)
-    return losses.double().sum(), gradient.scatter_add_(1, labels[0][:, None], -weight).mul_(scale)
+    return losses, gradient.scatter_add_(1, labels[0][:, None], -weight).mul_(scale)
 
 
 class _HeadKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, dtype, scale, labels):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, bias, target, dtype, scale, labels, share):  # type: ignore[no-untyped-def]
         low, low_weight = hidden.detach().to(dtype), weight.detach().to(dtype)
         low_bias = None if bias is None else bias.detach().to(dtype)
         needs = ctx.needs_input_grad
@@ -125,7 +138,7 @@ class _HeadKL(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for part in position_slices(len(hidden), len(weight)):
             logits = linear(low[part], low_weight, low_bias)
-            found, gradient = kl_loss(logits, target(part), scale, _labels_at(labels, part))
+            found, gradient = kl_loss(logits, target(part), scale, _labels_at(labels, part), share)
             total += found
             if hidden_grad is not None:
                 hidden_grad[part] = gradient @ low_weight
@@ -143,7 +156,7 @@ class _HeadKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grads, ctx.grads = ctx.grads, None
-        return *(None if g is None else g * grad.to(g.dtype) for g in grads), None, None, None, None
+        return *(None if g is None else g * grad.to(g.dtype) for g in grads), *[None] * 5
 
 
 def head_kl(
@@ -154,6 +167,7 @@ def head_kl(
     dtype: torch.dtype,
     scale: float,
     labels: Labels | None = None,
+    share: float = 1.0,
 ) -> Tensor:
     """`scale` times the summed loss of the student whose logits are hidden W^T + b.
 
@@ -163,33 +177,36 @@ def head_kl(
         target: the teacher at the N positions.
         dtype: of the matrix products.
         labels: next tokens at the N positions, if they are part of the loss.
+        share: as in `kl_loss`, of the positions whose logits are held together.
 
     Returns:
         float64 scalar with gradients to hidden, weight and bias.
     """
-    return _HeadKL.apply(hidden, weight, bias, target, dtype, scale, labels)
+    return _HeadKL.apply(hidden, weight, bias, target, dtype, scale, labels, share)
 
 
 class _LogitsKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, scale, labels):  # type: ignore[no-untyped-def]
+    def forward(ctx, logits, target, scale, labels, share):  # type: ignore[no-untyped-def]
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         ctx.gradient = torch.empty_like(logits)
         for part in position_slices(positions=len(logits), vocabulary=logits.shape[1]):
             known = _labels_at(labels, part)
-            found, ctx.gradient[part] = kl_loss(logits[part], target(part), scale, known)
+            found, ctx.gradient[part] = kl_loss(logits[part], target(part), scale, known, share)
             total += found
         return total * scale
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient * grad.to(gradient.dtype), None, None, None
+        return gradient * grad.to(gradient.dtype), *[None] * 4
 
 
-def logits_kl(logits: Tensor, target: Target, scale: float, labels: Labels | None = None) -> Tensor:
+def logits_kl(
+    logits: Tensor, target: Target, scale: float, labels: Labels | None = None, share: float = 1.0
+) -> Tensor:
     """`head_kl` for a model whose logits are not simply hidden W^T + b: all logits [N, V] are held."""
-    return _LogitsKL.apply(logits, target, scale, labels)
+    return _LogitsKL.apply(logits, target, scale, labels, share)
 
 
 @dataclass(frozen=True)
@@ -250,6 +267,7 @@ class LmHead:
         *,
         positions: Tensor | None = None,
         labels: Labels | None = None,
+        share: float = 1.0,
     ) -> Tensor:
         """`scale` times the KL loss of the model, summed over the positions of `ids` [B, T].
 
@@ -258,6 +276,7 @@ class LmHead:
             dtype: of matrix products; float32 runs without autocast.
             positions: numbers [N] of the scored ones among all B * T; None scores all.
             labels: next tokens at the scored positions, if they are part of the loss.
+            share: as in `head_kl`.
 
         Returns:
             float64 scalar with gradients to the model's trained parameters.
@@ -265,9 +284,9 @@ class LmHead:
         scored = slice(None) if positions is None else positions
         with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
             if not self.is_plain:
-                return logits_kl(self.logits(ids)[scored], target, scale, labels)
+                return logits_kl(self.logits(ids)[scored], target, scale, labels, share)
             hidden = self.hidden(ids)[scored]
             weight, bias = self.parameters()
         if not torch.is_grad_enabled():
             hidden, weight = hidden.detach(), weight.detach()
-        return head_kl(hidden, weight, bias, target, dtype, scale, labels)
+        return head_kl(hidden, weight, bias, target, dtype, scale, labels, share)

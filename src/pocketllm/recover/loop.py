@@ -131,7 +131,7 @@ class Loop:
             started = time.monotonic()
             loss, norm = self._step()
             step = self.at.step
-            validated = step % self.config.eval_every == 0 or step == self.steps
+            validated = step % self.config.eval_every == 0 or self._begin(step) == step
             if validated:
                 self._validate()
             seconds = time.monotonic() - started
@@ -155,6 +155,8 @@ class Loop:
         If a checkpoint is due, the state before the step is saved, once its loss has turned out to be finite.
         """
         config, number = self.config, self.at.step
+        if number and self._begin(number) == number:
+            self._restart()
         torch.manual_seed(hash((config.seed, number)) & 0x7FFFFFFF)
         batch = self._batch(number)
         scale = 1.0 / max(1e-9, self.task.weight(batch))
@@ -201,12 +203,30 @@ class Loop:
             loss = float(reduce(torch.tensor(loss, device=self.state.device), "sum"))
         return loss, float(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
 
+    def _begin(self, number: int) -> int:
+        """First step of the cycle that a step belongs to; `steps` is the begin of one more."""
+        cycles = self.config.cycles
+        cycle = (cycles * (number + 1) - 1) // self.steps
+        return cycle * self.steps // cycles
+
+    def _restart(self) -> None:
+        """Go back to the best parameters, with fresh moments."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.best, strict=True):
+                parameter.copy_(value)
+        self.optimizer.state.clear()
+        self.at.waited = 0
+
     def _rate(self, number: int) -> float:
-        """Factor on the learning rates in a step: linear warm-up, then a cosine to 0."""
-        warmup = math.ceil(self.config.warmup * self.steps)
+        """Factor on the learning rates in a step: linear warm-up, then the schedule, in each cycle anew."""
+        config, steps = self.config, -(-self.steps // self.config.cycles)
+        number, warmup = number - self._begin(number), math.ceil(config.warmup * steps)
         if number < warmup:
             return (number + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (number - warmup) / max(1, self.steps - warmup)))
+        done, rest = number - warmup, max(1, steps - warmup)
+        if config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done / rest))
+        return 1.0 if config.schedule == "constant" else 1 - done / rest
 
     def _batch(self, number: int) -> Tensor:
         """Items of a step: every epoch takes all of them in another order."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pocketllm.compression.pipeline import Event, ProgressCallback
 from pocketllm.config import LoraTuneConfig
+from pocketllm.errors import ConfigError
 from pocketllm.files import write_json
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.kept import system_errors
@@ -26,10 +27,12 @@ from pocketllm.format.output import is_published, named_output
 from pocketllm.format.report import rounded
 from pocketllm.format.weight_files import safetensors_bytes
 from pocketllm.recover.adapter import RECORD_NAME, SETTINGS_NAME, need_peft
-from pocketllm.recover.base_model import Base, check_context, open_base
-from pocketllm.recover.loop import Loop, step_event
+from pocketllm.recover.adapter_init import start_from_error
+from pocketllm.recover.base_model import Base, check_context, find_teacher, open_base
+from pocketllm.recover.loop import CHECKPOINT, Loop, step_event
 from pocketllm.recover.lora_task import Item, LoraTask, number_of_steps, training_items, with_adapter
 from pocketllm.recover.run_log import check_places, open_run
+from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense
 from pocketllm.source.folder import copy_file_mode
 from pocketllm.source.hub import folder_of
 from pocketllm.text.windows import token_digest
@@ -40,8 +43,8 @@ from pocketllm.torch_state import in_default_torch_state
 class LoraResult:
     """Result of a LoRA run.
 
-    loss_*: mean negative log likelihood of the validation items' scored tokens, in nats: before, at the best
-    step, and as stored. bytes_on_disk: base and adapter together. steps: taken. best_step: the step whose
+    loss_*: mean negative log likelihood of the validation items' scored tokens, in nats: of the base alone, at the
+    best step, and as stored. bytes_on_disk: base and adapter together. steps: taken. best_step: the step whose
     parameters are kept. seconds: duration of all steps and validations, including those before a resumption.
     """
 
@@ -67,6 +70,7 @@ def lora(
     output: str | Path,
     config: LoraTuneConfig | None = None,
     *,
+    teacher: str | None = None,
     progress: ProgressCallback = lambda event: None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -77,6 +81,8 @@ def lora(
     Args:
         folder: the compressed model (folder or Hub id), which is not modified.
         output: folder to create, in PEFT's format. An unfinished run with the same arguments is resumed.
+        teacher: the dense model (folder, Hub id, builtin:…), whose weights an adapter that starts from the
+            compression error approximates; None takes the one named in the report.
         progress: called after every step.
 
     Raises:
@@ -90,27 +96,51 @@ def lora(
     check_places(output, overwrite, marker=RECORD_NAME, what="an adapter")
     base = open_base(folder, output, trust_remote_code)
     check_context(base, config.context)
+    dense = _dense(base, config, teacher)
     items = training_items(base.tokenizer, config)
     steps = number_of_steps(config, len(items[0]))
     tokens = torch.cat([item.ids for part in items for item in part])
-    arguments = {"method": "lora", "text": token_digest(tokens), **config.to_dict()}
+    weights = {} if dense is None else {"teacher_weights": dense.fingerprint()}
+    arguments = {"method": "lora", "text": token_digest(tokens), **weights, **config.to_dict()}
     with open_run(output, base, arguments, config.loop, device, overwrite) as run:
         if is_published(output):  # by an earlier run that was killed afterwards
             return run.recall(LoraResult)
         model, adapted = with_adapter(base, config, run.state.device)
         task = LoraTask(model, items, config, run.dtype)
+        # Of the base alone, before an adapter starts from the error or a resumed run is restored.
+        before = None if dense is None else task.validate()
+        if dense is not None and not run.work.has(CHECKPOINT):
+            progress(Event("start", 0.0, f"from the error of {len(dense.parts)} tensors"))
+            sequences = [item.ids for item in items[0]]
+            start_from_error(model, dense, sequences, weighted=config.init == "output_error")
         loop = Loop(task, config.loop, steps, work=run.work, log=run.log, state=run.state)
         at = loop.run(lambda done: progress(step_event(done)))
+        before = at.history[0][1] if before is None else before
         with torch.no_grad():
             for parameter in loop.parameters:
                 parameter.copy_(parameter.bfloat16())
         loss_stored = task.validate()
-        facts = _record(base, config, at.step, at.best_step, before=at.history[0][1], after=loss_stored)
+        facts = _record(base, config, at.step, at.best_step, before=before, after=loss_stored)
         final = run.write(lambda place: _save(adapted, loop.parameters, place, facts))
-        result = _result(base, output, final, loop, items, loss_stored)
+        result = _result(base, output, final, loop, items, (before, loss_stored))
         run.finish({**vars(result), **_legend(result, folder), "recover": facts}, at.history)
     progress(Event("train", 1.0, str(output)))
     return result
+
+
+def _dense(base: Base, config: LoraTuneConfig, teacher: str | None) -> DenseCheckpoint | None:
+    """The dense model, if the adapter starts from the compression error.
+
+    Raises:
+        ConfigError: a teacher without use. Others as `find_teacher`.
+    """
+    if config.init == "zero":
+        if teacher is not None:
+            raise ConfigError(
+                "--teacher does not apply to --method lora; remove it, or add --set init=output_error"
+            )
+        return None
+    return open_dense(find_teacher(teacher or str(base.report["model"]), base), base.trust_remote_code)
 
 
 def _result(
@@ -119,9 +149,9 @@ def _result(
     final: Path,
     loop: Loop,
     items: tuple[list[Item], list[Item]],
-    loss_stored: float,
+    losses: tuple[float, float],
 ) -> LoraResult:
-    """The result of a finished loop. final: folder it was written to."""
+    """The result of a finished loop. final: folder it was written to. losses: of the base, and as stored."""
     at, base_bytes, adapter_bytes = loop.at, int(base.report["bytes_on_disk"]), ckpt.folder_bytes(final)
     return LoraResult(
         output=str(output),
@@ -131,9 +161,9 @@ def _result(
         steps=at.step,
         best_step=at.best_step,
         stopped_early=at.stopped_early,
-        loss_before=at.history[0][1],
+        loss_before=losses[0],
         loss_best=at.best_loss,
-        loss_stored=loss_stored,
+        loss_stored=losses[1],
         trained_parameters=sum(p.numel() for p in loop.parameters),
         training_items=len(items[0]),
         validation_items=len(items[1]),
@@ -154,6 +184,7 @@ def _legend(result: LoraResult, folder: Path) -> dict[str, str]:
 def dry_run_lora(
     folder: str | Path,
     config: LoraTuneConfig,
+    teacher: str | None = None,
     trust_remote_code: bool = False,
     *,
     output: str | Path | None = None,
@@ -171,6 +202,7 @@ def dry_run_lora(
         check_places(named_output(output), overwrite, marker=RECORD_NAME, what="an adapter")
     base = open_base(folder_of(folder), None if output is None else named_output(output), trust_remote_code)
     check_context(base, config.context)
+    _dense(base, config, teacher)
     train, validation = training_items(base.tokenizer, config)
     steps = number_of_steps(config, len(train))
     model, adapted = with_adapter(base, config, "cpu")

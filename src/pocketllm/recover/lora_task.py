@@ -20,6 +20,7 @@ from pocketllm.recover.base_model import Base, enable_checkpointing
 from pocketllm.recover.kl_loss import LmHead
 from pocketllm.recover.loop import Group
 from pocketllm.recover.trainable import make_trainable
+from pocketllm.runtime.layers import reason_to_decode
 from pocketllm.text.chat import Chat, has_template, pieces, warn_without_template
 from pocketllm.text.default_texts import named_default
 from pocketllm.text.read import read_answered, text_paths
@@ -146,9 +147,11 @@ def with_adapter(base: Base, config: LoraTuneConfig, device: Any) -> tuple[Any, 
     from transformers.pytorch_utils import Conv1D
 
     model = base.load(config.mode, device)
-    if config.mode == "packed":
-        make_trainable(model)  # linear layers then keep their inputs alone
-        model.requires_grad_(False)
+    if config.mode == "packed" and reason_to_decode(model):
+        make_trainable(
+            model
+        )  # layers without a kernel would keep their decoded weights for the backward pass
+    model.requires_grad_(False)
     torch.manual_seed(config.loop.seed)
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     targets: Any = config.targets[0] if config.targets == ("all-linear",) else list(config.targets)
@@ -156,6 +159,7 @@ def with_adapter(base: Base, config: LoraTuneConfig, device: Any) -> tuple[Any, 
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
+        use_dora=config.dora,
         target_modules=targets,
         fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,14 +14,16 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pocketllm.compression.pipeline import Event, ProgressCallback
-from pocketllm.format.workspace import damaged
+from pocketllm.errors import ConfigError, OutputError, reason_of
+from pocketllm.files import read_object, write_json
+from pocketllm.format.workspace import damaged, locked
 from pocketllm.recover.kl_loss import LmHead, Target, position_slices
 from pocketllm.recover.run_log import Run
 from pocketllm.source.dense_checkpoint import open_dense
 from pocketllm.source.folder import load_dense
 from pocketllm.source.model_class import find_blocks
 
-_IDS, _LOG_P = "teacher-ids.npy", "teacher-log-p.npy"
+_IDS, _LOG_P, _FACTS = "teacher-ids.npy", "teacher-log-p.npy", "teacher.json"
 
 
 class Teacher(Protocol):
@@ -106,28 +110,89 @@ def _mapped(path: Path) -> Any:
 
 
 def make_teacher(
-    load: Callable[[], Any], run: Run, windows: tuple[Tensor, Tensor], top_k: int, progress: ProgressCallback
+    load: Callable[[], Any],
+    run: Run,
+    windows: tuple[Tensor, Tensor],
+    top_k: int,
+    progress: ProgressCallback,
+    cache: TeacherCache | None = None,
 ) -> Teacher:
-    """The dense model on every batch, or its `top_k` most likely tokens, computed once per run.
+    """The dense model on every batch, or its `top_k` most likely tokens, computed once.
 
     Args:
         load: loads the dense model; called only if it has to run.
         windows: (training, validation).
         top_k: 0 runs the model on every batch.
+        cache: where the tokens are kept for other students; None keeps them for this run alone.
+
+    Raises:
+        ConfigError, OutputError: as `TeacherCache.open`.
     """
     if not top_k:
         return LiveTeacher(load())
-    folder = run.work.folder
-    if run.state.is_main_process and not CachedTeacher.is_made(folder):
-        CachedTeacher.make(
-            folder,
-            teacher=LiveTeacher(load()),
-            windows=torch.cat(windows),
-            k=top_k,
-            progress=lambda share: progress(Event("teacher", share, f"{top_k} most likely tokens")),
-        )
-    run.state.wait_for_everyone()
+    folder = run.work.folder if cache is None else cache.folder
+    with cache.open(run.state.is_main_process) if cache is not None else nullcontext():
+        if run.state.is_main_process and not CachedTeacher.is_made(folder):
+            CachedTeacher.make(
+                folder,
+                teacher=LiveTeacher(load()),
+                windows=torch.cat(windows),
+                k=top_k,
+                progress=lambda share: progress(Event("teacher", share, f"{top_k} most likely tokens")),
+            )
+        run.state.wait_for_everyone()
     return CachedTeacher(folder)
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """A folder with the teacher's tokens, for several students of one teacher on one text.
+
+    facts: everything that the tokens depend on, in plain JSON types.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @contextmanager
+    def open(self, is_main: bool) -> Iterator[None]:
+        """Create the folder or check that it fits; no other run fills it meanwhile.
+
+        Raises:
+            ConfigError: it holds tokens of another teacher, text or number of tokens; names what differs.
+            OutputError: it cannot be read or written, or another process fills it.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
+        with locked(self.folder, is_main):
+            try:
+                self._check()
+                if is_main:
+                    write_json(self.folder / _FACTS, self.facts)
+            except (OSError, ValueError) as error:
+                raise self._unusable(error) from error
+            yield
+
+    def _check(self) -> None:
+        path = self.folder / _FACTS
+        found = read_object(path) if path.is_file() else self.facts
+        differing = sorted(key for key in {*found, *self.facts} if found.get(key) != self.facts.get(key))
+        if differing:
+            both = "; ".join(
+                f"{key}: {found.get(key)!r} there, {self.facts.get(key)!r} here" for key in differing
+            )
+            raise ConfigError(
+                f"{self.folder}: holds the tokens of another teacher or text ({both}); name another folder with "
+                "--teacher-cache"
+            )
+
+    def _unusable(self, error: Exception) -> OutputError:
+        return OutputError(
+            f"{self.folder}: cannot be used as a cache of the teacher ({reason_of(error)}); name another folder with "
+            "--teacher-cache"
+        )
 
 
 def open_teacher(

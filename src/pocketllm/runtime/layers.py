@@ -29,6 +29,7 @@ from pocketllm.runtime.packed_tensors import (
     Decoder as Decoder,
     PackedMatrix as PackedMatrix,
     Store as Store,
+    make_products,
 )
 
 
@@ -78,11 +79,12 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
             stand_in = nn.Parameter(torch.empty(packed.entry.shape, device="meta"), requires_grad=False)
             stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
             module._parameters[leaf] = stand_in
-    store = model._modules.pop(STORE)
+    store = model._modules.pop(STORE, None)
     try:
         yield
     finally:
-        model._modules[STORE] = store
+        if store is not None:
+            model._modules[STORE] = store
         for module, leaf, original in held:
             del module._parameters[leaf]
             if original is not None:
@@ -103,8 +105,8 @@ def compute_weights(model: nn.Module) -> None:
             dense: Any = type(module)
             module.__class__ = _packed_class(dense, leaves)
     pages = MappedPages()
-    for matrix in packed_matrices(model).values():
-        product = matrix.product()  # now, so that torch.compile does not trace how it is made
+    for matrix in make_products(packed_matrices(model).values()):  # now: torch.compile does not trace this
+        product = matrix.product()
         if product is not None and product.weight.sizes.banded:
             pages.drop(matrix.indices)  # bands are what is multiplied with; the file holds the stream
 
@@ -113,11 +115,9 @@ def reason_to_decode(model: nn.Module) -> str:
     """Why a model cannot run from packed weights in every layer; empty if it can."""
     for name, module in model.named_modules():
         for leaf, matrix in _packed_leaves(module):
-            device = matrix.indices.device
-            if device.type != "cpu":
-                return f"there are no kernels for {device.type}"
-            if select.packed_isa() is None:
-                return "there are no kernels: no C++ compiler was found, or POCKETLLM_COMPILE=0 is set"
+            why = select.no_packed_kernels(matrix.indices.device)
+            if why:
+                return why
             if not matrix.is_lookup:
                 return f"there is no kernel for {name}.{leaf}, whose decoder has row statistics"
             kind = reason_without_kernel(module, leaf, matrix)

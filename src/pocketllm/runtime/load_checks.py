@@ -30,7 +30,22 @@ def verify_folder(folder: Path, is_partial: bool = False) -> None:
     Raises:
         FormatError: names the file.
     """
-    layout = ckpt.verify(folder, is_partial)
+    _check_configuration(folder, ckpt.verify(folder, is_partial))
+
+
+@contextmanager
+def verifying_folder(folder: Path) -> Iterator[None]:
+    """`verify_folder`, with weight files hashed during the context and no tensor on its own: see `verify_loaded`.
+
+    Raises:
+        FormatError: as `verify_folder`; at the end of the context if a weight file is altered.
+    """
+    with ckpt.verifying(folder) as layout:
+        _check_configuration(folder, layout)
+        yield
+
+
+def _check_configuration(folder: Path, layout: ckpt.Layout) -> None:
     shapes = [shape for _, shape in layout.tensors().values()]
     shapes += [entry.shape for entry in layout.matrices.values()]
     check_counts(need_config(folder), shapes, folder / "config.json", FormatError)
@@ -109,17 +124,19 @@ def is_named(model: Any) -> bool:
     return type(model).__name__ in (model.config.architectures or ())
 
 
-def check_filled(model: Any, tied: Mapping[str, str], loading: Any) -> None:
+def check_filled(model: Any, tied: Mapping[str, str], hidden: Collection[str], loading: Any) -> None:
     """Take over from transformers what to say of tensors that no file holds: it would fill them at random.
 
     A class that config.json does not name may have a head of its own, which starts with random numbers.
 
     Args:
-        tied: parameter -> the packed one that it is tied to. loading: transformers' record of what was loaded.
+        tied: parameter -> the packed one that it is tied to. hidden: stored tensors that transformers does not fill.
+        loading: its record of what was loaded.
 
     Raises:
         LoadError: naming the tensor.
     """
+    loading.unexpected_keys -= set(hidden)
     type(model)._adjust_missing_and_unexpected_keys(model, loading)
     folder, inner = model.name_or_path or "the model", f"{model.base_model_prefix}."
     has_own_head = not is_named(model) and model.base_model is not model
@@ -137,10 +154,10 @@ def check_filled(model: Any, tied: Mapping[str, str], loading: Any) -> None:
         )
 
 
-def take_over_missing(model: Any, tied: Mapping[str, str]) -> None:
+def take_over_missing(model: Any, tied: Mapping[str, str], hidden: Collection[str] = ()) -> None:
     """Let `check_filled` judge what transformers finds missing when it has loaded a model."""
     model._keys_to_ignore_on_load_missing = None  # whatever is missing is reported
-    model._adjust_missing_and_unexpected_keys = partial(check_filled, model, tied)
+    model._adjust_missing_and_unexpected_keys = partial(check_filled, model, tied, hidden)
 
 
 def give_back_missing(model: Any) -> None:

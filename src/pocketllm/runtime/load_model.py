@@ -12,12 +12,19 @@ import torch
 from transformers import AutoConfig
 
 from pocketllm.errors import ConfigError, LoadError, PocketError, reason_of
-from pocketllm.runtime.load_checks import known_as_verified, verify_folder
+from pocketllm.runtime.load_checks import known_as_verified, verifying_folder
 from pocketllm.runtime.transformers_plugin import MODES, PocketQuantizer
 from pocketllm.source.dense_checkpoint import resolve
 from pocketllm.source.folder import read_tokenizer
 from pocketllm.source.model_class import model_class
 from pocketllm.torch_state import in_default_torch_state
+
+
+class _Shared(dict[str, Any]):
+    """An object of a configuration that copies share: transformers copies it three times, and it is large."""
+
+    def __deepcopy__(self, memo: Any) -> _Shared:
+        return _Shared(self)
 
 
 def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> Any:
@@ -29,7 +36,7 @@ def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> Any:
     try:
         trust = how["trust_remote_code"]
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, return_dict=True)
-        config.quantization_config["mode"] = mode
+        config.quantization_config = _Shared(config.quantization_config, mode=mode)
         with known_as_verified(folder):
             return model_class(config).from_pretrained(folder, config=config, use_safetensors=True, **how)
     except (PocketError, ImportError, MemoryError):
@@ -91,7 +98,8 @@ def load(
     if mode not in MODES:
         raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
     folder = resolve(str(path), revision=revision)
-    verify_folder(folder)
+    with verifying_folder(folder):
+        tokenizer = read_tokenizer(folder, trust_remote_code)
     how = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
     with _quick_collections():
         model = _from_pretrained(folder, mode, how)
@@ -100,4 +108,4 @@ def load(
                 f"{folder}: transformers loaded it without pocketllm, so its weights are random; load it in a new "
                 "process"
             )
-        return model.eval().requires_grad_(False), read_tokenizer(folder, trust_remote_code)
+        return model.eval().requires_grad_(False), tokenizer

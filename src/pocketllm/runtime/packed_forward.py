@@ -30,7 +30,9 @@ def packed_bases(dense: type[nn.Module]) -> tuple[type[nn.Module], ...]:
 
 def reason_without_kernel(module: nn.Module, leaf: str, matrix: PackedMatrix) -> str:
     """Why a layer cannot run without decoding a parameter; empty if it can."""
-    dense = type(module)
+    dense = getattr(
+        type(module), "_dense_class", type(module)
+    )  # of a packed layer, the class that it replaces
     plain = any(dense.forward is known.forward for known in (nn.Linear, Conv1D, nn.Embedding))
     embeds = issubclass(dense, nn.Embedding) and takes_stand_in(matrix)
     if leaf == "weight" and (plain or embeds):

@@ -8,6 +8,7 @@ layers. `auto` is `packed` where every layer has a kernel, `dense` elsewhere.
 from __future__ import annotations
 
 import logging
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ from pocketllm.runtime.model_methods import (
     stored_once,
     tie,
 )
+from pocketllm.runtime.stored_tensors import Unread
 
 MODES = ("auto", "dense", "packed")
 
@@ -77,6 +79,10 @@ class PocketQuantizationConfig(QuantizationConfigMixin):
         ckpt.Layout.from_dict(layout)
         self.__dict__.update(layout)
 
+    def __deepcopy__(self, memo: Any) -> PocketQuantizationConfig:
+        """The entries of a layout are replaced, never modified, so copies share them: there are thousands."""
+        return copy(self)
+
     def layout(self) -> ckpt.Layout:
         """The typed form."""
         own = ("quant_method", "mode", "producer")
@@ -102,6 +108,8 @@ class PocketQuantizer(HfQuantizer):
         self._tied: dict[str, str] = {}
         self._decoded: tuple[dict[str, PackedMatrix], Store] | None = None
         self._verified: Path | None = None
+        self._unread: Unread | None = None
+        self._layout: ckpt.Layout | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Only models that are already compressed can be loaded."""
@@ -129,30 +137,36 @@ class PocketQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         verify_before_reading(kwargs.get("checkpoint_files"), self._verified)
-        layout = layout_for(model, self.quantization_config.layout())
-        self.quantization_config.set_layout(layout)
+        stored = self.quantization_config.layout()
+        layout, names = layout_for(model, stored)
+        self._layout = layout
+        if layout.matrices.keys() != stored.matrices.keys():
+            self.quantization_config.set_layout(layout)
         check_shapes(model, layout)
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         with torch.device("meta"):
             replace_parameters(model, layout, dtype)
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        stored = layout.matrices
-        self._tied = {
-            name: source for name, source in tied.items() if source in stored and name not in stored
-        }
+        known = layout.matrices
+        self._tied = {n: source for n, source in tied.items() if source in known and n not in known}
         for name, source in self._tied.items():
             attach_tied(model, name, source)
         if tied:
             model.all_tied_weights_keys = {n: s for n, s in tied.items() if n not in self._tied}
+        self._unread = Unread.of(model, kwargs.get("checkpoint_files"), kwargs.get("device_map"), names)
+        hidden = set() if self._unread is None else self._unread.stored_names(model)
         model.initialize_weights = partial(initialize, model)
-        take_over_missing(model, self._tied)
+        take_over_missing(model, self._tied, hidden)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del model.initialize_weights
         give_back_missing(model)
-        store = getattr(model, ckpt.STORE)
-        verify_loaded(model, self.quantization_config.layout())
+        if self._unread is not None:
+            self._unread.read(model)
+        self._unread, store = None, getattr(model, ckpt.STORE)
+        assert self._layout is not None
+        verify_loaded(model, self._layout)
         model.save_pretrained = partial(save, model)
         if self._decodes(model):
             self._decoded = decode_in_place(model), store
@@ -223,16 +237,19 @@ def _buffer(module: nn.Module, name: str) -> Tensor:
     return buffer
 
 
-def layout_for(model: Any, layout: ckpt.Layout) -> ckpt.Layout:
+def layout_for(model: Any, layout: ckpt.Layout) -> tuple[ckpt.Layout, dict[str, str]]:
     """The layout under the names that a class of the same model has, as transformers renames stored tensors.
 
     `AutoModel` leaves out the prefix of the base model. A class that config.json does not name may lack what lies
     outside the base model: a head of its own takes the place of the one that is stored.
+
+    Returns:
+        The layout, and parameter -> its name in the files.
     """
     names, prefix = model.state_dict(), model.base_model_prefix
-    matrices = {}
+    matrices, stored = {}, {}
     for name, entry in layout.matrices.items():
         found = rename_source_key(name, [], [], prefix, names)[0] if prefix else name
         if found in names or is_named(model) or name.startswith(f"{prefix}."):
-            matrices[found] = entry
-    return replace(layout, matrices=matrices)
+            matrices[found], stored[found] = entry, name
+    return replace(layout, matrices=matrices), stored

@@ -71,6 +71,11 @@ class DenseCheckpoint:
         """The quantization of the GGUF file that the model was read from: file, name, tensors by type; None without."""
         return read_note(self.folder)
 
+    @property
+    def files(self) -> set[Path]:
+        """The weight files; what is read of them maps them into memory."""
+        return {part.file for parts in self.parts.values() for part in parts}
+
     def names(self) -> list[str]:
         """Stored parameter names in the model's order."""
         return list(self.parts)
@@ -161,8 +166,7 @@ class DenseCheckpoint:
         They are read in full, because a fine-tuned model may differ only in the middle of a file.
         """
         digest = hashlib.sha256()
-        weights = {part.file for parts in self.parts.values() for part in parts}
-        for file in (self.folder / "config.json", *sorted(weights)):
+        for file in (self.folder / "config.json", *sorted(self.files)):
             facts = file.stat()
             content = _digest(file, facts.st_size, facts.st_mtime_ns)
             digest.update(f"{file.name}:{content}\n".encode())

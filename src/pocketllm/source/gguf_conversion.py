@@ -7,7 +7,6 @@ file are), the tokenizer, and a note of the file's quantization.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
 from collections import Counter
@@ -20,11 +19,11 @@ from typing import Any
 from pocketllm.errors import SourceError, reason_of
 from pocketllm.files import read_object, write_json
 from pocketllm.source.folder import copy_file_mode, read_tokenizer
+from pocketllm.source.gguf_positions import RotaryScaling
 from pocketllm.source.model_files import WEIGHTS_NAME, check_counts
 
 NOTE_NAME = "pocketllm_gguf.json"
 _KEPT_DTYPES = {"F32": "float32", "F16": "float16"}  # everything else is kept in bfloat16
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,14 @@ def convert(file: Path, folder: Path, tokenizer_files: list[Path], noted: bool =
 
 @dataclass(frozen=True)
 class _Header:
-    """What is read of a GGUF file before transformers reads it. shapes: of its tensors, last
-    dimension first."""
+    """What is read of a GGUF file before transformers reads it. shapes: of its tensors, last dimension first."""
 
     file: Path
     architecture: str
     quantization: Quantization
     dtype: str
     shapes: dict[str, tuple[int, ...]]
+    positions: RotaryScaling
 
     @classmethod
     def of(cls, file: Path) -> _Header:
@@ -98,12 +97,6 @@ class _Header:
             raise SourceError(
                 f"{file}: one of {shards} shards; merge them into one file first (llama-gguf-split --merge)"
             )
-        if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
-            _log.warning(
-                "%s: has frequencies of rotary positions (rope_freqs), which transformers does not read from GGUF "
-                "files; if long contexts matter, compress the original checkpoint instead",
-                file.name,
-            )
         weights: Counter[str] = Counter()
         for tensor in reader.tensors:
             weights[tensor.tensor_type.name] += tensor.n_elements
@@ -116,6 +109,7 @@ class _Header:
             ),
             _KEPT_DTYPES.get(most, "bfloat16"),
             {tensor.name: tuple(int(size) for size in tensor.shape) for tensor in reader.tensors},
+            RotaryScaling.of(reader, architecture),
         )
 
 
@@ -154,6 +148,7 @@ def _write_model(alone: Path, header: _Header, folder: Path) -> None:
     check_counts(config.to_dict(), list(header.shapes.values()), header.file, SourceError)
     if "token_embd.weight" in header.shapes:  # transformers counts the tokens of the tokenizer instead
         config.vocab_size = header.shapes["token_embd.weight"][-1]
+    header.positions.put_into(config, header.file)
     if hasattr(transformers, "GgufConfig"):
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:

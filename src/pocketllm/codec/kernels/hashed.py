@@ -27,7 +27,8 @@ def band_bytes(rows: int, per_row: int, trellis: Trellis) -> int:
 
 def to_bands(stream: Tensor, trellis: Trellis, rows: int, per_row: int) -> Tensor:
     """Packed stream (`Trellis.pack`) -> the order that the kernel reads; see hashed_layout.h."""
-    bands = torch.zeros(band_bytes(rows, per_row, trellis), dtype=torch.uint8)
+    bands = torch.empty(band_bytes(rows, per_row, trellis), dtype=torch.uint8)
+    bands[-_READ_BYTES:] = 0
     _convert(stream.contiguous(), bands, trellis, (rows, per_row), inverse=False)
     return bands
 

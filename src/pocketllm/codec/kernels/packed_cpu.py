@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from pocketllm.codec.kernels import library
 from pocketllm.codec.kernels.banded_cpu import BANDED_ROWS, PreparedBands
 from pocketllm.codec.kernels.library import Isa
-from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, kernel_sizes
+from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, full_table, kernel_sizes
 from pocketllm.codec.kernels.reference import hartley
 
 FEW_ROWS = 2  # of x: up to here they are multiplied one by one, beyond a decoded tile is worth its time
@@ -39,6 +39,10 @@ class Tensors(NamedTuple):
     signs_out: Tensor | None
     signs_in: Tensor | None
 
+    def sized(self, sizes: Sizes) -> PackedWeight:
+        """The weight that they are of, checked."""
+        return PackedWeight(self.stream, self.table, self.row_scale, sizes, self.signs_out, self.signs_in)
+
 
 def tensors_of(weight: PackedWeight) -> Tensors:
     """The tensors of a weight."""
@@ -47,7 +51,7 @@ def tensors_of(weight: PackedWeight) -> Tensors:
 
 def multiply(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | None = None) -> Tensor:
     """x [T, columns] -> x W^T + bias [T, rows], in float32, or in bfloat16 for many rows of that."""
-    if sizes.banded and isa < Isa.AVX512:
+    if weight.table.dtype == torch.int8 and (isa < Isa.AVX512 or not sizes.banded):
         plain = PackedWeight(*weight[:3], sizes).in_stream_order()
         sizes, weight = plain.sizes, weight._replace(stream=plain.stream, table=plain.table)
     if sizes.banded and len(x) <= BANDED_ROWS:
@@ -173,7 +177,7 @@ def tiles(
             bands.decode(begin, end, memory)
             yield begin, end, memory[: end - begin]
         return
-    table = _full_table(weight.table, sizes).to(dtype)
+    table = full_table(weight.table, sizes).to(dtype)
     entry_bytes, row_bytes = (n * table.element_size() for n in (sizes.vector_len, sizes.columns))
     tensors = (weight.stream, weight.stream.numel(), table, entry_bytes, memory, row_bytes)
     for begin, end in parts:
@@ -182,16 +186,10 @@ def tiles(
         yield begin, end, memory[: end - begin]
 
 
-def _full_table(table: Tensor, sizes: Sizes) -> Tensor:
-    """The table with a row for every index of `width` bits: what a damaged stream holds is read, too."""
-    missing = (1 << sizes.width) - len(table)
-    return (pad(table, (0, 0, 0, missing)) if missing > 0 else table).contiguous()
-
-
 def _multiply_rows(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa) -> Tensor:
     d, n = sizes.vector_len, sizes.per_row
     pitch = _pitch(d)
-    x, table = x.float(), _full_table(weight.table, sizes)
+    x, table = x.float(), full_table(weight.table, sizes)
     if n * d != sizes.columns:
         x = pad(x, (0, n * d - sizes.columns))
     if pitch != d:
@@ -216,7 +214,7 @@ class Prepared:
     def __init__(self, weight: PackedWeight, isa: Isa) -> None:
         sizes, d = weight.sizes, weight.sizes.vector_len
         self.rows, self.columns, self.isa = sizes.rows, sizes.columns, int(isa)
-        entries = _full_table(weight.table, sizes)
+        entries = full_table(weight.table, sizes)
         table = entries if _pitch(d) == d else pad(entries, (0, _pitch(d) - d)).contiguous()
         into, out = (
             (None, None) if signs is None else (signs.contiguous(), hartley(size // (size & -size)))

@@ -2,14 +2,17 @@
 
 `packed_matmul` is the call. `torch.ops.pocketllm.packed_matmul` is what it runs, opaque to torch.compile and
 torch.export: rotate x, multiply by U from the stream, scale, rotate back. On a CPU that is done by the kernels of
-packed_cpu.py, if there are any and they pass a self-check (select.py); everywhere else by the reference, in torch.
+packed_cpu.py, on a GPU by those of packed_gpu.py, if there are any and they pass a self-check (select.py); everywhere
+else by the reference, in torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +22,9 @@ from pocketllm.codec.index_form import Independent, Trellis
 from pocketllm.codec.kernels import packed_cpu, select
 from pocketllm.codec.kernels.banded_cpu import BANDED_ROWS
 from pocketllm.codec.kernels.library import Isa
+from pocketllm.codec.kernels.packed_cpu import Tensors
 from pocketllm.codec.kernels.packed_weight import PackedWeight, Sizes, hashed_weight, packed_weight
-from pocketllm.codec.kernels.reference import hartley
+from pocketllm.codec.kernels.reference import hartley, power_and_odd
 from pocketllm.codec.packing import pack
 from pocketllm.codec.subvectors import strip_lengths
 from pocketllm.errors import ShapeError
@@ -68,14 +72,49 @@ def _rotated_back(x: Tensor, signs: Tensor | None) -> Tensor:
 
 def mixed(x: Tensor) -> Tensor:
     """x [..., n] times Hadamard(power) (x) Hartley(odd), stage by stage."""
-    power = x.shape[-1] & -x.shape[-1]
-    groups = x.reshape(*x.shape[:-1], power, -1) @ hartley(x.shape[-1] // power).to(x)
+    power, odd = power_and_odd(x.shape[-1])
+    groups = x.reshape(*x.shape[:-1], power, odd) @ hartley(odd).to(x)
     half = 1
     while half < power:
-        pairs = groups.reshape(*x.shape[:-1], power // (2 * half), 2, -1)
+        pairs = groups.reshape(*x.shape[:-1], power // (2 * half), 2, half * odd)
         first, second = pairs.unbind(-2)
         groups, half = torch.stack([first + second, first - second], dim=-2), 2 * half
     return groups.reshape(x.shape) / math.sqrt(power)
+
+
+class _Kernel(Protocol):
+    """Products with packed matrices on one kind of device."""
+
+    def multiply(self, x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
+        """x [T, columns] -> x W^T [T, rows]."""
+
+    def multiply_transposed(self, y: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
+        """y [T, rows] -> y W [T, columns]."""
+
+
+class _Reference:
+    def multiply(self, x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
+        return packed_matmul_reference(x, weight.sized(sizes))
+
+    def multiply_transposed(self, y: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
+        return transposed_reference(y, weight.sized(sizes))
+
+
+@dataclass(frozen=True)
+class _OnCpu:
+    isa: Isa
+
+    def multiply(self, x: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
+        return packed_cpu.multiply(x, weight, sizes, self.isa)
+
+    def multiply_transposed(self, y: Tensor, weight: Tensors, sizes: Sizes) -> Tensor:
+        return packed_cpu.multiply_transposed(y, weight.sized(sizes).in_stream_order(), self.isa)
+
+
+def _kernel(device: torch.device) -> _Kernel:
+    """What multiplies on a device."""
+    isa = select.packed_isa() if device.type == "cpu" else None
+    return (_OnCpu(isa) if isa is not None else select.packed_gpu(device)) or _Reference()
 
 
 @torch.library.custom_op("pocketllm::packed_matmul", mutates_args=())
@@ -88,14 +127,8 @@ def _operator(
     signs_in: Tensor | None,
     sizes: list[int],
 ) -> Tensor:
-    sized, isa = _sizes(sizes), select.packed_isa() if x.device.type == "cpu" else None
-    flat = x.reshape(-1, sized.columns)
-    if isa is None:
-        weight = PackedWeight(stream, table, row_scale, sized, signs_out, signs_in)
-        out = packed_matmul_reference(flat, weight)
-    else:
-        tensors = packed_cpu.Tensors(stream, table, row_scale, signs_out, signs_in)
-        out = packed_cpu.multiply(flat, tensors, sized, isa)
+    sized, weight = _sizes(sizes), Tensors(stream, table, row_scale, signs_out, signs_in)
+    out = _kernel(x.device).multiply(x.reshape(-1, sized.columns), weight, sized)
     return out.to(x.dtype).view(*x.shape[:-1], sized.rows)
 
 
@@ -109,13 +142,8 @@ def _backward(
     signs_in: Tensor | None,
     sizes: list[int],
 ) -> Tensor:
-    sized, isa = _sizes(sizes), select.packed_isa() if grad.device.type == "cpu" else None
-    weight = PackedWeight(stream, table, row_scale, sized, signs_out, signs_in)
-    flat = grad.reshape(-1, sized.rows)
-    if isa is None:
-        out = transposed_reference(flat, weight)
-    else:
-        out = packed_cpu.multiply_transposed(flat, weight.in_stream_order(), isa)
+    sized, weight = _sizes(sizes), Tensors(stream, table, row_scale, signs_out, signs_in)
+    out = _kernel(grad.device).multiply_transposed(grad.reshape(-1, sized.rows), weight, sized)
     return out.to(grad.dtype).view(*grad.shape[:-1], sized.columns)
 
 
@@ -147,37 +175,55 @@ def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _operator.register_autograd(_input_gradient, setup_context=_save)
 
 
-@in_default_torch_state
-def products_differ(isa: Isa) -> str:
+_Multiply = Callable[[Tensor, Tensors, Sizes], Tensor]
+
+
+def cpu_products_differ(isa: Isa) -> str:
     """How the CPU kernels of an instruction set differ from the reference; empty if they agree."""
-    counts = (1, packed_cpu.FEW_ROWS + 1, BANDED_ROWS + 1)
-    cases = [(count, torch.float32) for count in counts] + [(BANDED_ROWS + 1, torch.bfloat16)]
-    for weight in check_weights():
+    cases = [(count, torch.float32) for count in (1, packed_cpu.FEW_ROWS + 1, BANDED_ROWS + 1)]
+    weights, half = check_weights(torch.device("cpu")), (BANDED_ROWS + 1, torch.bfloat16)
+    return products_differ(_OnCpu(isa).multiply, weights, [*cases, half])
+
+
+def gpu_products_differ(multiply: _Multiply, few: int, device: torch.device) -> str:
+    """The same of the kernels of a GPU, of which each form and case has to be compiled.
+
+    few: number of tokens up to which nothing is decoded.
+    """
+    cases = [(1, torch.float32), (3, torch.bfloat16), (few + 1, torch.bfloat16)]
+    return products_differ(multiply, islice(check_weights(device), 3), cases)
+
+
+@in_default_torch_state
+def products_differ(
+    multiply: _Multiply, weights: Iterable[PackedWeight], cases: list[tuple[int, torch.dtype]]
+) -> str:
+    """How products differ from the reference, in cases of (rows of x, its dtype); empty if they agree."""
+    for weight in weights:
         for count, dtype in cases:
-            x = torch.randn(count, weight.sizes.columns, generator=torch.Generator().manual_seed(count)).to(
-                dtype
-            )
+            generator = torch.Generator().manual_seed(count)
+            x = torch.randn(count, weight.sizes.columns, generator=generator).to(weight.stream.device, dtype)
             wanted = packed_matmul_reference(x, weight)
-            found = packed_cpu.multiply(x, packed_cpu.tensors_of(weight), weight.sizes, isa)
+            found = multiply(x, packed_cpu.tensors_of(weight), weight.sizes)
             error, most = float((found - wanted).norm() / wanted.norm()), CHECK_TOLERANCES[dtype]
             if not error < most:
                 return f"products are off by {error:.1e}, wanted {most:.0e}"
     return ""
 
 
-def check_weights() -> Iterator[PackedWeight]:
-    """Small matrices of every form, for the self-check."""
+def check_weights(device: torch.device) -> Iterator[PackedWeight]:
+    """Small matrices of every form on a device, for the self-check."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = 37, 50
-    scale = torch.rand(rows, generator=generator) + 0.5
-    table = torch.randn(1 << 12, 2, generator=generator)
+    scale = (torch.rand(rows, generator=generator) + 0.5).to(device)
+    table = torch.randn(1 << 12, 2, generator=generator).to(device)
     indices = torch.randint(0, 1 << 12, (rows * columns // 2,), generator=generator)
-    yield packed_weight(pack(indices, 12), table, scale, columns, Independent(1 << 12))
+    yield packed_weight(pack(indices, 12).to(device), table, scale, columns, Independent(1 << 12))
     for trellis, d in ((Trellis(12, 4, 16), 2), (Trellis(12, 2, 16), 1)):
         steps = torch.randint(0, 1 << trellis.stride, (rows, columns // d), generator=generator)
         lengths = strip_lengths(rows, trellis.strip_rows)
         paths = [trellis.windows(part.T.reshape(-1)).view(-1, len(part)).T for part in steps.split(lengths)]
-        stream = trellis.pack(torch.cat(paths))
+        stream = trellis.pack(torch.cat(paths)).to(device)
         yield packed_weight(stream, table[:, :d].contiguous(), scale, columns, trellis).rotated((1, 2))
-        entries = torch.randint(-127, 128, (d, ENTRIES), generator=generator).to(torch.int8)
+        entries = torch.randint(-127, 128, (d, ENTRIES), generator=generator).to(device, torch.int8)
         yield hashed_weight(stream, entries, scale / 64, columns, trellis)

@@ -27,9 +27,12 @@ class PackedProduct:
     """
 
     def __init__(self, weight: PackedWeight) -> None:
-        self.weight, self.columns, self.rows = weight, weight.sizes.columns, weight.sizes.rows
-        self.tensors = packed_cpu.tensors_of(weight)
-        self.isa = select.packed_isa() if weight.stream.device.type == "cpu" else None
+        self.device, self.columns, self.rows = weight.stream.device, weight.sizes.columns, weight.sizes.rows
+        if self.device.type == "cpu" and not weight.sizes.banded:
+            weight = weight.in_stream_order()
+        self.weight, self.tensors = weight, packed_cpu.tensors_of(weight)
+        self.isa = select.packed_isa() if self.device.type == "cpu" else None
+        self.gpu = select.packed_gpu(self.device)
         if weight.sizes.banded and self.isa is not None and self.isa < Isa.AVX512:
             self.isa = None
         self._prepared: Prepared | PreparedBands | None = None
@@ -49,7 +52,7 @@ class PackedProduct:
         Raises:
             ShapeError: x has another number of columns.
         """
-        if self.isa is None or not _runs_at_once(x, bias):
+        if self.isa is None or not self._runs_at_once(x, bias):
             out = packed_matmul(x, self.weight)
             return out if bias is None else out + bias
         if x.shape[-1] != self.columns:
@@ -75,8 +78,11 @@ class PackedProduct:
             IndexError: a row outside of the matrix.
         """
         flat = rows.reshape(-1)
-        if self.isa is not None and _runs_at_once(flat, None) and dtype in packed_cpu.DTYPES:
+        at_once = self._runs_at_once(flat, None)
+        if self.isa is not None and at_once and dtype in packed_cpu.DTYPES:
             found = self.prepared.look_up(flat.long(), dtype)
+        elif self.gpu is not None and at_once:
+            found = self.gpu.look_up(flat.long(), self.tensors, self.weight.sizes).to(dtype)
         else:
             found = self._decoded(flat.long()).to(dtype)
         return found.view(*rows.shape, self.columns)
@@ -88,10 +94,9 @@ class PackedProduct:
         found = join(subvectors, self.columns) * weight.row_scale[rows, None]
         return found if weight.signs_in is None else mixed(found) * weight.signs_in
 
-
-def _runs_at_once(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether a kernel can be called directly: x is a plain tensor on a CPU, without gradients or tracing."""
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    wants = x.requires_grad or (bias is not None and bias.requires_grad)
-    return not (wants and torch.is_grad_enabled())
+    def _runs_at_once(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether a kernel can be called directly: x is a plain tensor next to W, without gradients or tracing."""
+        if type(x) is not Tensor or x.device != self.device or torch.compiler.is_compiling():
+            return False
+        wants = x.requires_grad or (bias is not None and bias.requires_grad)
+        return not (wants and torch.is_grad_enabled())

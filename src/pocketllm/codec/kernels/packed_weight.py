@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pocketllm.codec.hashed_table import UNIT, hashed_table, int8_entries
 from pocketllm.codec.index_form import HashedTrellis, IndexForm, Trellis, form_for
@@ -72,7 +73,7 @@ class PackedWeight:
 
     Args:
         stream: uint8, packed indices; `hashed.to_bands` of them where `banded`.
-        table: [K, d] float32; where `banded`, the int8 tables [d, 256] of a hashed trellis.
+        table: [K, d] float32, or the int8 tables [d, 256] of a hashed trellis; the latter where `banded`.
         row_scale: [rows] float32. Holds the scale of int8 tables, too.
         sizes: of the matrix and its indices.
         signs_out, signs_in: [rows] and [columns] float32 of +1 and -1, of R1 and R2; None for no rotation.
@@ -101,18 +102,24 @@ class PackedWeight:
                 f"packed matrix: got bands of {sizes.width} bits at stride {sizes.stride}, wanted 9 to 16 bits "
                 "and 7 strides + width of at most 64; use the stream without bands"
             )
-        wanted = torch.int8 if sizes.banded else torch.float32
-        d = self.table.shape[0 if sizes.banded else -1]
+        entries = sizes.banded or self.is_hashed
+        wanted = torch.int8 if entries else torch.float32
+        d = self.table.shape[0 if entries else -1]
         if self.table.ndim != 2 or self.table.dtype != wanted or d != sizes.vector_len:
             raise ShapeError(
                 f"packed matrix: got a table {tuple(self.table.shape)} of {self.table.dtype}, wanted "
-                f"{'[d, 256]' if sizes.banded else '[K, d]'} of {wanted} with d = {sizes.vector_len}"
+                f"{'[d, 256]' if entries else '[K, d]'} of {wanted} with d = {sizes.vector_len}"
             )
         if self.stream.numel() != sizes.nbytes:
             raise FormatError(
                 f"packed matrix: got a stream of {self.stream.numel()} bytes, wanted {sizes.nbytes} "
                 f"for {sizes.rows} x {sizes.columns} weights"
             )
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether the table holds the entries of a hashed trellis."""
+        return self.table.dtype == torch.int8
 
     def indices(self) -> Tensor:
         """[rows, n] int32."""
@@ -125,23 +132,27 @@ class PackedWeight:
 
     def indices_of(self, rows: Tensor) -> Tensor:
         """[m, n] int64: those of some rows [m], without unpacking any others."""
-        if self.sizes.banded:
-            return self.in_stream_order().indices_of(rows)
         sizes = self.sizes
-        start, first = sizes.form.first_bits(rows, sizes.rows, sizes.per_row)
-        bits = torch.arange(sizes.width, device=rows.device)
-        at = start[..., None] + bits
+        if sizes.banded:
+            return self.in_stream_order().indices_of(rows)
+        first, pitch, floor = (
+            part[:, None, None] for part in sizes.form.first_bits(rows, sizes.rows, sizes.per_row)
+        )
+        bits, columns = (torch.arange(n, device=rows.device) for n in (sizes.width, sizes.per_row))
+        at = first + pitch * columns[:, None] + bits
         found = self.stream[(at >> 3).clamp(min=0)].long() >> (at & 7) & 1
-        return (torch.where(at >= first[:, None, None], found, 0) << bits).sum(dim=-1)
+        return (torch.where(at >= floor, found, 0) << bits).sum(dim=-1)
 
     def in_stream_order(self) -> PackedWeight:
-        """The same matrix without bands, for everything but the hashed kernel."""
-        sizes = self.sizes
-        if not sizes.banded:
+        """The same matrix without bands and with a full table, for everything but the hashed kernels."""
+        sizes, stream = self.sizes, self.stream
+        if not self.is_hashed:
             return self
-        shape, trellis = (sizes.rows, sizes.per_row), sizes.trellis
+        if sizes.banded:
+            shape, trellis = (sizes.rows, sizes.per_row), sizes.trellis
+            stream = hashed.from_bands(stream, trellis, *shape, trellis.nbytes(*shape))
         return PackedWeight(
-            stream=hashed.from_bands(self.stream, trellis, *shape, trellis.nbytes(*shape)),
+            stream=stream,
             table=table_of(self.table, sizes.width),
             row_scale=self.row_scale,
             sizes=sizes._replace(banded=False),
@@ -180,6 +191,12 @@ def form_weight(
     return packed_weight(stream, decoded, row_scale, columns, form)
 
 
+def full_table(table: Tensor, sizes: Sizes) -> Tensor:
+    """A table [K, d] with a row for every index of `width` bits: what a damaged stream holds is read, too."""
+    missing = (1 << sizes.width) - len(table)
+    return (pad(table, (0, 0, 0, missing)) if missing > 0 else table).contiguous()
+
+
 def table_of(entries: Tensor, width: int) -> Tensor:
     """int8 tables [d, 256] -> the table [2^width, d] float32 that they stand for, in units of an int8."""
     return hashed_table(entries.T.float() * UNIT, width) / UNIT
@@ -188,14 +205,15 @@ def table_of(entries: Tensor, width: int) -> Tensor:
 def hashed_weight(
     stream: Tensor, entries: Tensor, row_scale: Tensor, columns: int, trellis: Trellis
 ) -> PackedWeight:
-    """A matrix on a hashed trellis, laid out for the fastest kernel of this processor.
+    """A matrix on a hashed trellis, laid out for the fastest kernel of this processor or of a GPU.
 
     Args:
         stream: uint8, from `Trellis.pack`. entries: int8 tables [d, 256].
         row_scale: [rows] float32, times the scale of the tables.
     """
-    if not (library.hashed_runs() and stream.device.type == "cpu" and hashed.fits_bands(trellis)):
+    on_cpu, rows, d = stream.device.type == "cpu", row_scale.shape[0], entries.shape[0]
+    if on_cpu and not (library.hashed_runs() and hashed.fits_bands(trellis)):
         return packed_weight(stream, table_of(entries, trellis.width), row_scale, columns, trellis)
-    rows, d = row_scale.shape[0], entries.shape[0]
-    sizes = Sizes(rows, columns, d, trellis.width, trellis.stride, trellis.strip_rows, banded=True)
-    return PackedWeight(hashed.to_bands(stream, trellis, rows, sizes.per_row), entries, row_scale, sizes)
+    sizes = Sizes(rows, columns, d, trellis.width, trellis.stride, trellis.strip_rows, banded=on_cpu)
+    stream = hashed.to_bands(stream, trellis, rows, sizes.per_row) if on_cpu else stream
+    return PackedWeight(stream, entries, row_scale, sizes)

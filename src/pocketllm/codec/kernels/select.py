@@ -104,10 +104,40 @@ def packed_isa() -> Isa | None:
     return isa if _agrees(f"C++ ({isa.name})", _products_differ, torch.device("cpu")) else None
 
 
-def _products_differ(device: torch.device) -> str:
-    from pocketllm.codec.kernels.packed_op import products_differ  # which asks here what to run with
+@functools.cache
+def packed_gpu(device: torch.device) -> ModuleType | None:
+    """The module with the products of packed matrices on a GPU, None for the reference."""
+    if device.type != "cuda":
+        return None
+    try:
+        module = importlib.import_module("pocketllm.codec.kernels.packed_gpu")
+    except ImportError:  # no Triton
+        return None
+    return module if _agrees("Triton (products)", _gpu_products_differ, device) else None
 
-    return products_differ(library.best_isa())
+
+def no_packed_kernels(device: torch.device) -> str:
+    """Why products with packed matrices run in torch on a device; empty if there are kernels."""
+    if device.type == "cpu":
+        why = "" if packed_isa() is not None else "no C++ compiler was found, or POCKETLLM_COMPILE=0 is set"
+    elif device.type == "cuda":
+        why = "" if packed_gpu(device) else "Triton is not installed, or what it computes is wrong"
+    else:
+        return f"there are no kernels for {device.type}"
+    return why and f"there are no kernels: {why}"
+
+
+def _products_differ(device: torch.device) -> str:
+    from pocketllm.codec.kernels.packed_op import cpu_products_differ  # which asks here what to run with
+
+    return cpu_products_differ(library.best_isa())
+
+
+def _gpu_products_differ(device: torch.device) -> str:
+    from pocketllm.codec.kernels import packed_gpu
+    from pocketllm.codec.kernels.packed_op import gpu_products_differ
+
+    return gpu_products_differ(packed_gpu.multiply, packed_gpu.FEW_TOKENS, device)
 
 
 @functools.cache

@@ -1,0 +1,103 @@
+"""Scaled rotary positions in a GGUF file, which transformers does not read for most types.
+
+Llama 3.1 and later store the factors that frequencies are divided by, as the tensor `rope_freqs.weight`; others name a
+method (`rope.scaling.*`). Both are translated into transformers' settings.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketllm.errors import SourceError
+
+_FACTORS = "rope_freqs.weight"
+_LONG_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
+_LLAMA = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_NAMES = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
+_TRANSLATED = ("linear", "yarn")
+_PRECISION = 1e-3  # of a factor
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """What a GGUF file says about scaled positions.
+
+    factors: by which each frequency is divided; empty if none are stored. method: `linear`, `yarn`, ...; empty if
+    there is none. values: of the method, by the names of GGUF. is_other: factors are stored in another form.
+    """
+
+    factors: tuple[float, ...]
+    method: str
+    values: dict[str, Any]
+    is_other: bool
+
+    @classmethod
+    def of(cls, reader: Any, architecture: str) -> RotaryScaling:
+        """Read it with a `GGUFReader`."""
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        factors = tensors[_FACTORS].data.reshape(-1).tolist() if _FACTORS in tensors else ()
+        prefix = f"{architecture}.rope.scaling."
+        values = {
+            name.removeprefix(prefix): field.contents()
+            for name, field in reader.fields.items()
+            if name.startswith(prefix)
+        }
+        method, is_other = str(values.pop("type", "none")), any(name in tensors for name in _LONG_FACTORS)
+        return cls(tuple(factors), "" if method == "none" else method, values, is_other)
+
+    def put_into(self, config: Any, file: Path) -> None:
+        """Set it in transformers' configuration of the model, unless transformers has done so.
+
+        Raises:
+            SourceError: a scaling that cannot be translated.
+        """
+        own = getattr(config, "rope_parameters", None) or {}
+        if own.get("rope_type", "default") != "default":
+            return
+        found = self._translated()
+        if self.is_other or found is None or (found and "rope_theta" not in own):
+            raise self._refusal(file)
+        if found:
+            config.rope_parameters = {**own, **found}
+        if self._is_by_factor and not self._agrees(config):
+            raise self._refusal(file)
+
+    @property
+    def _is_by_factor(self) -> bool:
+        return any(abs(factor - 1) > _PRECISION for factor in self.factors)
+
+    def _translated(self) -> dict[str, Any] | None:
+        """Settings of transformers, none if nothing is scaled; None if there are no such settings."""
+        if self._is_by_factor:
+            return {"rope_type": "llama3", "factor": max(self.factors), **_LLAMA}
+        if not self.method:
+            return {}
+        values = {_NAMES[name]: value for name, value in self.values.items() if name in _NAMES}
+        unknown = set(self.values) - {*_NAMES, "finetuned"}
+        if self.method not in _TRANSLATED or unknown or "factor" not in values:
+            return None
+        return {"rope_type": self.method, **values}
+
+    def _agrees(self, config: Any) -> bool:
+        """Whether a configuration scales frequencies by the factors."""
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        unscaled = deepcopy(config)
+        unscaled.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": 1.0}
+        plain, scaled = (
+            ROPE_INIT_FUNCTIONS[c.rope_parameters["rope_type"]](c)[0] for c in (unscaled, config)
+        )
+        found = (plain / scaled).tolist()
+        pairs = zip(found, self.factors, strict=False)
+        close = all(abs(one - other) <= _PRECISION * other for one, other in pairs)
+        return len(found) == len(self.factors) and close
+
+    def _refusal(self, file: Path) -> SourceError:
+        how = f"the method {self.method!r}" if self.method else "factors for each frequency"
+        return SourceError(
+            f"{file}: scales rotary positions by {how}, in a form that transformers does not read from GGUF files; "
+            "compress the original checkpoint (safetensors) instead"
+        )
