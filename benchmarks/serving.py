@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -69,7 +68,9 @@ async def ask(server: Server, requests: int) -> float:
     """New tokens per second, over all requests, which are sent at once."""
     from openai import AsyncOpenAI
 
-    async with AsyncOpenAI(base_url=f"{server['url']}/v1", api_key="none", max_retries=0, timeout=600) as client:
+    async with AsyncOpenAI(
+        base_url=f"{server['url']}/v1", api_key="none", max_retries=0, timeout=600
+    ) as client:
 
         async def one(number: int) -> int:
             prompt = PROMPT.format(f"{TOWNS[number % len(TOWNS)]} {number}")

@@ -280,7 +280,7 @@ def _input_gains(
 def _gain(hessian: Tensor, damping: float) -> float:
     """See the module's docstring; of the rotated Hessian."""
     root = triangular_root(rotate_hessian(hessian, 1), damping)
-    return float(conditional_diagonal(root, 1).mean() / _mean_diagonal(root))
+    return float(conditional_diagonal(root, 1).mean() / conditional_diagonal(root, len(root)).mean())
 
 
 def strips_for(root: Tensor) -> tuple[int, float]:
@@ -289,15 +289,10 @@ def strips_for(root: Tensor) -> tuple[int, float]:
     Args:
         root: `triangular_root` of a Hessian of outputs, rotated.
     """
-    mean = _mean_diagonal(root)
+    mean = conditional_diagonal(root, len(root)).mean()  # nothing is compensated
     gains = {rows: float(conditional_diagonal(root, rows).mean() / mean) for rows in SHORTEST_STRIPS}
     best = min(gains, key=lambda rows: gains[rows] * (1 + STRIP_START_LOSS / rows))
     return best, gains[best]
-
-
-def _mean_diagonal(root: Tensor) -> Tensor:
-    """Of R R^T."""
-    return root.square().sum(dim=1).mean()
 
 
 def _mean_square(source: DenseCheckpoint, matrix: Matrix) -> float:

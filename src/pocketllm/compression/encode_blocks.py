@@ -192,7 +192,7 @@ def _encode_block(
             outputs = None if found is None else Hessian(found, OUTPUT_DAMPING)
             encoder.encode(matrix, hessians[matrix.name], outputs, inputs=inputs)
 
-        order = sorted(own, key=_duration, reverse=True)  # what ends last is small, so that no thread waits long
+        order = sorted(own, key=_duration, reverse=True)  # the last to end is small, so no thread waits long
         jobs = [partial(encode, matrix) for matrix in order]
         for matrix, _ in zip(order, run_parallel(jobs, encoder.device, of=len(inside)), strict=True):
             progress(encoder.share, matrix.name)
