@@ -51,9 +51,9 @@ def _runtime_name(run: dict[str, Any], forms: dict[str, Any]) -> str:
     return f"{form['bpw_blocks']:.2f} bits, {form['bytes_on_disk'] / 1e6:.0f} MB, {how}"
 
 
-def serving() -> str:
-    """Throughput of the server by number of requests."""
-    found = load_results("serving")
+def serving(name: str = "serving") -> str:
+    """Throughput of the server by number of requests. name: of the results."""
+    found = load_results(name)
     names = {"packed": "packed", "dense": "dense, decoded at load", "checkpoint": "not compressed"}
     numbers = list(found["runs"][0]["tokens_per_second"])
     rows = [
@@ -70,8 +70,8 @@ def serving() -> str:
         f"SmolLM2-135M at {form['bpw_blocks']:.2f} bits per weight of blocks ({form['bytes_on_disk'] / 1e6:.0f} MB on "
         f"disk), bfloat16, {found['machine']['threads']} threads; {found['new_tokens']} new tokens after a prompt of "
         f"about 25 tokens for each request, all sent at once; new tokens of all requests per second, median and (best) "
-        f"of {found['rounds']} rounds, run in turn on a busy machine (load {found['load']:.0f}). "
-        f"Memory: peak of the process, including libraries and a key-value cache of "
+        f"of {found['rounds']} rounds, run in turn at a load of {found['load']:.0f}. "
+        f"Memory: peak of the processes, including libraries and a key-value cache of "
         f"{found['kv_cache_gb'] * 1000:.0f} MB. `{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"

@@ -22,7 +22,7 @@ from scaling_tables import compact_hessians, large_plan, scaling_predictions, sc
 from size_tables import ablations, calibrated, ours, presets
 from speed_tables import runtime, serving
 from task_tables import tasks
-from vllm_tables import rank_sizes
+from vllm_tables import rank_sizes, serving_vllm
 
 PAGES = (
     "docs/calibration.md",
@@ -89,6 +89,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "codec_speed": codec_speed,
     "runtime": runtime,
     "serving": serving,
+    "serving_vllm": serving_vllm,
     "rank_sizes": rank_sizes,
     "tasks": tasks,
     "peers": peers,

@@ -1,8 +1,14 @@
-"""The table of docs/vllm.md: what each rank holds."""
+"""The tables of docs/vllm.md: throughput, and what each rank holds."""
 
 from __future__ import annotations
 
 from pages import load_results, markdown_table
+from speed_tables import serving
+
+
+def serving_vllm() -> str:
+    """Throughput of vLLM by number of requests."""
+    return serving("serving_vllm")
 
 
 def rank_sizes() -> str:

@@ -12,7 +12,7 @@ from pocketllm.codec import feedback_schedule as strips_module
 from pocketllm.codec.codebook import seeded_codebook
 from pocketllm.codec.feedback import assign
 from pocketllm.codec.feedback_schedule import ColumnFeedback, RowFeedback, Strips
-from pocketllm.codec.hessian import conditional_diagonal, factorize
+from pocketllm.codec.hessian import conditional_diagonal, factorize, triangular_root
 from pocketllm.codec.index_form import Independent, IndexForm, Trellis
 from tests.numerics.test_calibrated import correlated
 
@@ -117,15 +117,17 @@ def test_what_is_carried_is_the_formula(group: int, monkeypatch: pytest.MonkeyPa
 
 def test_what_is_left_of_a_diagonal() -> None:
     hessian = correlated(24)
-    factor = factorize(hessian, 1)
+    factor, root = factorize(hessian, 1, 0.01), triangular_root(hessian, 0.01)
     damped = factor.hessian.double()
-    assert torch.allclose(conditional_diagonal(factor, 24).double(), damped.diagonal(), rtol=1e-3)
+    assert torch.allclose(root @ root.T, damped, rtol=1e-6)
+    assert torch.allclose(torch.linalg.inv(root), factor.upper.double(), rtol=1e-3, atol=1e-6)
+    assert torch.allclose(conditional_diagonal(root, 24), damped.diagonal(), rtol=1e-6)
     expected = []
     for begin in range(0, 24, 8):  # Schur complement with respect to what comes after
         a, rest = slice(begin, begin + 8), slice(begin + 8, 24)
         cross = damped[a, rest] @ torch.linalg.pinv(damped[rest, rest]) @ damped[rest, a]
         expected.append((damped[a, a] - cross).diagonal())
-    assert torch.allclose(conditional_diagonal(factor, 8).double(), torch.cat(expected), rtol=1e-2)
+    assert torch.allclose(conditional_diagonal(root, 8), torch.cat(expected), rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
 from pocketllm.calibrate.output_hessians import as_kept, least_rows_in_8_bits, scaled_hessian
 from pocketllm.calibrate.row_gain import row_gain
 from pocketllm.calibrate.window_sums import WindowSums
-from pocketllm.codec.hessian import HessianFactor, conditional_diagonal, factorize
+from pocketllm.codec.hessian import conditional_diagonal, triangular_root
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.config.constants import OUTPUT_DAMPING, SHORTEST_STRIPS, STRIP_START_LOSS
 from pocketllm.format.kept import read_kept
@@ -216,7 +216,7 @@ class _Blocks:
         ranks, own, chosen = self.stream.ranks, list[tuple[str, Tensor]](), dict[str, tuple[int, float]]()
         for name in list(sums.squares):
             scaled = scaled_hessian(sums.squares.pop(name), self.tokens)
-            chosen[name] = strips_for(factorize(rotate_hessian(scaled, 1), 1, OUTPUT_DAMPING))
+            chosen[name] = strips_for(triangular_root(rotate_hessian(scaled, 1), OUTPUT_DAMPING))
             own += as_kept(name, scaled, sums.in_8_bits.pop(name, [])).items()
         everywhere = {name: found for part in ranks.gather(chosen) for name, found in part.items()}
         for name in sums.rows:
@@ -273,18 +273,17 @@ def _input_gains(
 
 def _gain(hessian: Tensor, damping: float) -> float:
     """See the module's docstring; of the rotated Hessian."""
-    factor = factorize(rotate_hessian(hessian, 1), 1, damping)
-    conditional = factor.upper.diagonal().double().square().reciprocal().mean()
-    return float(conditional / factor.hessian.diagonal().double().mean())
+    root = triangular_root(rotate_hessian(hessian, 1), damping)
+    return float(conditional_diagonal(root, 1).mean() / conditional_diagonal(root, len(root)).mean())
 
 
-def strips_for(factor: HessianFactor) -> tuple[int, float]:
+def strips_for(root: Tensor) -> tuple[int, float]:
     """Rows of a strip, and the factor by which feedback between such strips lowers the loss.
 
     Args:
-        factor: of a Hessian of outputs, rotated.
+        root: `triangular_root` of a Hessian of outputs, rotated.
     """
-    mean = float(factor.hessian.diagonal().mean())
-    gains = {rows: float(conditional_diagonal(factor, rows).mean()) / mean for rows in SHORTEST_STRIPS}
+    mean = conditional_diagonal(root, len(root)).mean()  # nothing is compensated
+    gains = {rows: float(conditional_diagonal(root, rows).mean() / mean) for rows in SHORTEST_STRIPS}
     best = min(gains, key=lambda rows: gains[rows] * (1 + STRIP_START_LOSS / rows))
     return best, gains[best]

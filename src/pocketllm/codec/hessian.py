@@ -38,20 +38,12 @@ def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> Hessia
     Raises:
         WeightError: H holds NaN or Inf.
     """
-    if not bool(hessian.isfinite().all()):
-        raise WeightError(
-            "Hessian: contains NaN or Inf; activations or gradients of the model overflow on this text"
-        )
     columns = hessian.shape[0]
     padding = subvectors_per_row(columns, vector_len) * vector_len - columns
-    hessian = hessian.double()
-    mean = float(hessian.diagonal().mean())
-    if not mean > 0:
-        hessian, mean = torch.eye(columns, dtype=torch.float64, device=hessian.device), 1.0
+    hessian, mean = _regular(hessian)
     hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))  # errors there cost nothing
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
+        damped = _damped(hessian, damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -60,17 +52,54 @@ def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> Hessia
         damping *= 2
 
 
-def conditional_diagonal(factor: HessianFactor, block: int) -> Tensor:
-    """A Hessian's diagonal after errors in earlier blocks have been compensated: [C] float32.
+def triangular_root(hessian: Tensor, damping: float) -> Tensor:
+    """R [C, C] float64, upper triangular, with the damped H = R R^T; its inverse is the U of `factorize`.
+
+    For what depends only on diagonal blocks of U, whose inverses are those of R: it takes a tenth of the time.
 
     Args:
-        block: size of the blocks; nothing is compensated within a block.
+        hessian, damping: as for `factorize`.
+
+    Raises:
+        WeightError: H holds NaN or Inf.
+    """
+    hessian, mean = _regular(hessian)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(_damped(hessian, damping * mean).flip(0, 1))
+        if not failed:
+            return lower.flip(0, 1)
+        damping *= 2
+
+
+def _regular(hessian: Tensor) -> tuple[Tensor, float]:
+    """H in float64 and its mean diagonal; the identity if H is zero."""
+    if not bool(hessian.isfinite().all()):
+        raise WeightError(
+            "Hessian: contains NaN or Inf; activations or gradients of the model overflow on this text"
+        )
+    hessian = hessian.double()
+    mean = float(hessian.diagonal().mean())
+    if mean > 0:
+        return hessian, mean
+    return torch.eye(len(hessian), dtype=torch.float64, device=hessian.device), 1.0
+
+
+def _damped(hessian: Tensor, added: float) -> Tensor:
+    damped = hessian.clone()
+    damped.diagonal().add_(added)
+    return damped
+
+
+def conditional_diagonal(root: Tensor, block: int) -> Tensor:
+    """A Hessian's diagonal after errors in earlier blocks have been compensated: [C].
+
+    Args:
+        root: of `triangular_root`. block: size of the blocks; nothing is compensated within a block.
     """
     parts = []
-    for begin in range(0, len(factor.upper), block):
-        inverse = torch.linalg.inv(factor.upper[begin : begin + block, begin : begin + block])
-        parts.append(inverse.square().sum(dim=1))
-    return torch.cat(parts)[: factor.columns]
+    for begin in range(0, len(root), block):
+        parts.append(root[begin : begin + block, begin : begin + block].square().sum(dim=1))
+    return torch.cat(parts)
 
 
 class Hessian:

@@ -149,6 +149,11 @@ def _weights(matrix: Matrix) -> int:
     return matrix.weights
 
 
+def _duration(matrix: Matrix) -> tuple[int, int]:
+    """Orders matrices by how long they take: columns are encoded in turn, and rows together."""
+    return matrix.weights, matrix.columns
+
+
 def _inside(plan: Plan, path: str) -> list[Matrix]:
     return [m for m in plan.matrices if m.name.startswith(f"{path}.")]
 
@@ -190,11 +195,15 @@ def _encode_block(
             outputs = None if found is None else Hessian(found, OUTPUT_DAMPING)
             encoder.encode(matrix, hessians[matrix.name], outputs, inputs=inputs)
 
-        jobs = [partial(encode, matrix) for matrix in own]
-        most = _most_parallel(own, torch.device(encoder.device))
-        for number, _ in enumerate(run_parallel(jobs, encoder.device, of=len(inside), most=most)):
-            progress(encoder.share, own[number].name)
-            encoder.passed += own[number].weights
+        order = sorted(own, key=_duration, reverse=True)  # the last to end is small, so no thread waits long
+        jobs, most = (
+            [partial(encode, matrix) for matrix in order],
+            _most_parallel(own, torch.device(encoder.device)),
+        )
+        running = run_parallel(jobs, encoder.device, of=len(inside), most=most)
+        for matrix, _ in zip(order, running, strict=True):
+            progress(encoder.share, matrix.name)
+            encoder.passed += matrix.weights
         _share(encoder, inside, ranks)
     encoder.passed = passed
 
