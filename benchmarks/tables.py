@@ -277,6 +277,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers_paired": peers_paired,
     "recovery": recovery,
     "paper": paper,
+    "training_cost": recovery_table.training_cost,
     "architectures": architectures,
     "large_models": large_models,
     "large_plan": large_plan,
