@@ -120,5 +120,6 @@ def _conditions(found: dict[str, Any]) -> str:
     return (
         f"{said}in brackets the difference from dense with its standard error, paired by document. Perplexity and KL: "
         f"{found['text']}, context {found['context']}, first {entry['settings']['windows']} windows, evaluated in "
-        f"{found['dtype']}. MB are 10^6 bytes of all files, adapter included. `{found['command']}`"
+        f"{found['dtype']}. bpw of blocks counts those that stay dense; MB are 10^6 bytes of all files, adapter "
+        f"included. `{found['command']}`"
     )

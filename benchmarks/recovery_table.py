@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from pages import load_results, markdown_table
+
 HEAD = [
     "bpw of blocks",
     "method",
@@ -95,6 +97,30 @@ def verdict(found: dict[str, Any]) -> str:
             f"{'; '.join(closer)}. LoRA learns the answers of its text, not the dense model's distribution."
         )
     return " ".join(parts)
+
+
+def training_cost() -> str:
+    """Memory and time of a training step, by method and form of the base."""
+    found = load_results("training_cost")
+    lines = [
+        [
+            name,
+            f"{run['peak_memory_bytes'] / 1e6:.0f}",
+            f"{run['step_seconds']:.2f}",
+            "" if "adapter_bytes" not in run else f"{run['adapter_bytes'] / 1e6:.1f}",
+            f"{run.get('loss_before', run.get('kl_before')):.4f}",
+            f"{run.get('loss_stored', run.get('kl_stored')):.4f}",
+        ]
+        for name, run in found["runs"].items()
+    ]
+    head = ["training", "peak memory, MB", "seconds per step", "adapter, MB", "loss before", "loss after"]
+    note = (
+        f"{found['model'].rpartition(':')[2]} at {found['bpw_blocks']:.2f} bpw of blocks; {found['steps']} steps of "
+        f"{found['batch']} x {found['context']} tokens, fastest step; peak memory of a process of its own; loss on 4 "
+        "windows (LoRA: negative log likelihood; distillation: KL divergence, of cached tokens a lower bound); "
+        f"{found['machine']['processor']}, {found['machine']['threads']} threads. `{found['command']}`"
+    )
+    return f"{markdown_table(head, lines)}\n\n{note}"
 
 
 def _method(method: str, config: dict[str, Any]) -> str:

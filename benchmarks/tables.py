@@ -98,6 +98,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers_paired": peers_paired,
     "recovery": recovery,
     "paper": paper,
+    "training_cost": recovery_table.training_cost,
     "architectures": architectures,
     "large_models": large_models,
     "compact_hessians": compact_hessians,
