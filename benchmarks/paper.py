@@ -20,6 +20,7 @@ it goes on. A row that was measured with the same settings is kept.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import subprocess
@@ -27,7 +28,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, data_file, save
+from common import CONTEXT, RESULTS, SMOLLM2, data_file, save
 
 import recovery
 from pocketllm.format.checkpoint import REPORT_NAME, folder_bytes, read_report
@@ -76,18 +77,20 @@ def _adapter_bytes(base: Path) -> int:
 
 
 def recovered(base: Path, method: str, chosen: argparse.Namespace) -> Path:
-    """The folder of a recovery's result; runs it unless that is done."""
+    """The folder of a recovery's result, named by what it depends on; runs it unless that is done."""
     steps = [] if chosen.steps is None else ["--steps", str(chosen.steps)]
-    run = base.with_name("-".join([base.name, method, *steps[1:]]))
+    extra = vars(chosen)[method]
+    digest = [hashlib.sha256(extra.encode()).hexdigest()[:6]] if extra else []
+    run = base.with_name("-".join([base.name, method, *steps[1:], *digest]))
     if not recovery.is_finished(run):
-        more = [*recovery.options(method), *steps, "--device", chosen.device, *shlex.split(chosen.options)]
+        more = [*recovery.options(method), *steps, "--device", chosen.device, *shlex.split(extra)]
         recovery.command("finetune", str(base), "-o", str(run), *more)
     return run
 
 
 def quality(model: str, chosen: argparse.Namespace, *more: str) -> dict[str, Any]:
     """Perplexity and tasks of a model, and with `--against` how it differs from the dense one."""
-    text = ("--ppl", str(data_file(*recovery.TEST)), "--context", str(recovery.CONTEXT))
+    text = ("--ppl", str(data_file(*recovery.TEST)), "--context", str(CONTEXT))
     tasks = () if chosen.no_tasks else ("--tasks", "local", "--limit", str(chosen.tasks_limit))
     how = ("--windows", str(chosen.windows), "--dtype", recovery.DTYPE, "--device", chosen.device)
     found = recovery.command("eval", model, *text, *tasks, *how, *more)
@@ -116,6 +119,12 @@ def measured(model: str, preset: str, row: str, chosen: argparse.Namespace) -> d
     return {**facts, **found, "training": trained}
 
 
+def _training(row: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    """The options that a row's recovery depends on."""
+    method = row.partition("/")[2]
+    return {} if method == "none" else {"steps": chosen.steps, "options": vars(chosen)[method]}
+
+
 def _slug(model: str) -> str:
     """A model's name as that of a folder."""
     return model.rstrip("/").replace(":", "/").rpartition("/")[2]
@@ -128,10 +137,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="VARIANT/METHOD")
     parser.add_argument("--steps", type=int, help="steps of LoRA and distillation, instead of their defaults")
-    parser.add_argument("--windows", type=int, default=recovery.WINDOWS, help="windows of the test text")
+    parser.add_argument("--windows", type=int, default=SMOLLM2.windows, help="windows of the test text")
     parser.add_argument("--tasks-limit", type=int, default=400, help="documents of each task; 0 takes all")
     parser.add_argument("--no-tasks", action="store_true", help="perplexity and divergence alone")
-    parser.add_argument("--options", default="", help="more options of pocketllm finetune")
+    for method in ("lora", "distill"):
+        parser.add_argument(f"--{method}", default="", help=f"more options of finetune --method {method}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("paper-runs"))
     parser.add_argument("--output", default="paper", help="name of the results")
@@ -149,7 +159,6 @@ def main() -> None:
     path = RESULTS / f"{chosen.output}.json"
     models = json.loads(path.read_text(encoding="utf-8"))["models"] if path.is_file() else {}
     how = {"windows": chosen.windows, "tasks_limit": None if chosen.no_tasks else chosen.tasks_limit}
-    training = {"steps": chosen.steps, "options": chosen.options}
     failed: list[str] = []
     for model in chosen.models:
         entry = models.setdefault(model, {"rows": {}})
@@ -159,7 +168,7 @@ def main() -> None:
         for preset in chosen.presets:
             for row in chosen.rows:
                 name = f"{preset}/{row}"
-                settings = {**how, **({} if row.endswith("/none") else training)}
+                settings = {**how, **_training(row, chosen)}
                 if entry["rows"].get(name, {}).get("settings") == settings:
                     continue
                 try:
@@ -179,7 +188,7 @@ def main() -> None:
 def _save(name: str, models: dict[str, Any]) -> None:
     values = {
         "text": "WikiText-2 raw test",
-        "context": recovery.CONTEXT,
+        "context": CONTEXT,
         "dtype": recovery.DTYPE,
         "models": models,
     }

@@ -35,6 +35,10 @@ class Observed:
         self.model, self.config, self.device = model, model.config, model.device
         self.window = 0
 
+    def get_input_embeddings(self) -> Any:
+        """The model's, by which `perplexity` knows its vocabulary."""
+        return self.model.get_input_embeddings()
+
     def __call__(self, ids: Tensor, **options: Any) -> Any:
         """As the model; ids [1, context]."""
         output = self.model(ids, **options)
