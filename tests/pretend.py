@@ -102,11 +102,14 @@ class PretendGpu(TorchFunctionMode):
 
 @contextmanager
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A GPU without bfloat16 and without anything in its memory."""
+    """A GPU without bfloat16, and without memory for more than one matrix at once: threads would not see it."""
     from pocketllm.calibrate import autocast as compute
 
     monkeypatch.setattr(compute, "fast_dtype", lambda device: torch.float32)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with PretendGpu():

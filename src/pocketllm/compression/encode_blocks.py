@@ -278,9 +278,10 @@ def run_parallel(
         most: jobs at once.
     """
     threads, jobs = torch.get_num_threads(), [torch.no_grad()(job) for job in jobs]
-    workers = min(threads, max(of, len(jobs)), most)
-    if torch.device(device).type == "cuda":
-        workers, jobs = min(len(jobs), most), _searching_together(jobs)
+    on_gpu = torch.device(device).type == "cuda"
+    workers = min(len(jobs), most) if on_gpu else min(threads, max(of, len(jobs)), most)
+    if on_gpu and workers > 1:
+        jobs = _searching_together(jobs)
     if workers < 2:
         for job in jobs:
             yield

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from pocketllm.errors import ConfigError, LoadError, PocketError, reason_of
+from pocketllm.errors import ConfigError, LoadError, PocketError, SourceError, reason_of
 from pocketllm.runtime.load_checks import known_as_verified, verifying_folder
 from pocketllm.runtime.model_methods import use_one_product
 from pocketllm.runtime.transformers_plugin import MODES, PocketQuantizer
@@ -34,12 +34,19 @@ def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> Any:
     Raises:
         LoadError: transformers cannot; and what the plug-in raises.
     """
-    try:
+    with _as_load_error(folder):
         trust = how["trust_remote_code"]
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, return_dict=True)
         config.quantization_config = _Shared(config.quantization_config, mode=mode)
         with known_as_verified(folder):
             return model_class(config).from_pretrained(folder, config=config, use_safetensors=True, **how)
+
+
+@contextmanager
+def _as_load_error(folder: Path) -> Iterator[None]:
+    """What transformers raises, as an error that names the folder."""
+    try:
+        yield
     except (PocketError, ImportError, MemoryError):
         raise
     except Exception as error:  # transformers raises whatever it comes upon
@@ -100,7 +107,12 @@ def load(
         raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
     folder = resolve(str(path), revision=revision)
     with verifying_folder(folder):
-        tokenizer = read_tokenizer(folder, trust_remote_code)
+        try:
+            tokenizer = read_tokenizer(folder, trust_remote_code)
+        except SourceError:
+            with _as_load_error(folder):  # of which the tokenizer's may be a consequence
+                AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            raise
     how = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
     with _quick_collections():
         model = _from_pretrained(folder, mode, how)
