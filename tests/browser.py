@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -142,7 +143,8 @@ def chromium(binary: str, profile: Path, seconds: float = 60) -> Iterator[Browse
     to_browser, from_browser = os.pipe(), os.pipe()
 
     def pipes() -> None:  # the protocol has them at 3 and 4
-        high = os.dup2(to_browser[0], 20), os.dup2(from_browser[1], 21)
+        # Copied first to numbers that neither of them has.
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in (to_browser[0], from_browser[1])]
         os.dup2(high[0], 3)
         os.dup2(high[1], 4)
 
