@@ -85,13 +85,15 @@ class MixedRates(Budget):
         if self._bits(best) > self.most:
             return None
         cheap, dear = -80.0, 80.0  # base-2 logarithms of the price
+        over: dict[str, Spec] = {}
         for _ in range(40):
             middle = (cheap + dear) / 2
             specs = self._at_price(2.0**middle, choices)
-            if self._bits(specs) <= self.most:
+            # Near the end most prices give the specs of one before, whose bits are known.
+            if specs != over and (specs == best or self._bits(specs) <= self.most):
                 dear, best = middle, specs
             else:
-                cheap = middle
+                cheap, over = middle, specs
         while True:
             spent = self._spend(best, choices)
             if spent == best or self._bits(spent) > (1 - BUDGET_LEFT) * self.most:
