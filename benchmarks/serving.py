@@ -3,7 +3,7 @@
     python benchmarks/serving.py [FOLDER] [--engine transformers|vllm]
 
 FOLDER is SmolLM2-135M compressed as by benchmarks/runtime.py; without it, it is made first, in some fifteen minutes.
-All servers run at once, each a process of its own, and are asked in turn; who is not asked waits without work.
+All servers run at the same time, each a process of its own, and are asked in turn; who is not asked waits without work.
 Writes results/serving.json, or results/serving_vllm.json.
 """
 
@@ -97,10 +97,11 @@ def measure(folder: str, engine: str) -> list[dict[str, Any]]:
     wanted = {"packed": (folder, "packed"), "dense": (folder, "dense"), "checkpoint": (MODEL, "auto")}
     speeds: dict[tuple[str, int], list[float]] = {}
     with contextlib.ExitStack() as stack:
-        servers = {name: stack.enter_context(serving(*each, engine)) for name, each in wanted.items()}
-        for server in servers.values():
-            wait_for(server)
-            asyncio.run(ask(server, 1))
+        servers: dict[str, Server] = {}
+        for name, each in wanted.items():  # in turn: three that start at once take longer than vLLM waits
+            servers[name] = stack.enter_context(serving(*each, engine))
+            wait_for(servers[name])
+            asyncio.run(ask(servers[name], 1))
         for requests in REQUESTS * ROUNDS:
             for name, server in servers.items():
                 speeds.setdefault((name, requests), []).append(asyncio.run(ask(server, requests)))

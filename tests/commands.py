@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pocketllm import cli
 
@@ -70,12 +71,22 @@ def in_a_copy(job: Callable[[], object]) -> int:
         return child
     code: Any = 1
     try:
+        _threads_again()
         job()
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
     finally:
         os._exit(code)
+
+
+def _threads_again() -> None:
+    """Make torch's pool of threads again in a fork, where the one it had is lost.
+
+    torch does so when a thread first computes, but two threads that do so at once (transformers loads weights on
+    several) may find no pool: "Invalid thread pool!".
+    """
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def killed(job: Callable[[], object]) -> None:
@@ -119,6 +130,7 @@ def on_ranks(size: int, job: Callable[[int], object], seconds: int = 120) -> lis
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost"}
                 os.environ |= {"MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
                 signal.alarm(seconds)  # nothing may hang
+                _threads_again()
                 job(rank)
                 code = 0
             except SystemExit as stop:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pocketllm
+from pocketllm.format import workspace
 from pocketllm.format.checkpoint import folder_bytes, read_report
 from pocketllm.recover.compress_then_distill import compress_and_distill
+from pocketllm.recover.loop import CHECKPOINT
 from tests import tiny
-from tests.commands import Run, digest, in_a_copy
+from tests.commands import Run, digest, kill_now, killed
 from tests.recovery import config, make
 
 
@@ -54,12 +54,25 @@ def finetune(made: Path, output: Path, *more: str) -> list[str]:
 
 def test_a_killed_command_resumes_to_the_same_bytes(made: Path, tmp_path: Path, run: Run) -> None:
     run.json(*finetune(made, tmp_path / "direct"))
-    child = in_a_copy(lambda: run(*finetune(made, tmp_path / "o")))
-    while not (tmp_path / "o.partial" / "checkpoint.safetensors").exists():
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+
+    def finetune_until_the_third_checkpoint() -> None:
+        saved = 0
+        original = workspace.Workspace.save
+
+        def save(*arguments: Any) -> None:
+            nonlocal saved
+            original(*arguments)
+            saved += arguments[1] == CHECKPOINT
+            if saved == 3:
+                kill_now()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(workspace.Workspace, "save", save)
+            code, _, err = run(*finetune(made, tmp_path / "o"))
+            raise AssertionError(f"it was not killed: {code}, {err}")
+
+    killed(finetune_until_the_third_checkpoint)
+    assert (tmp_path / "o.partial" / CHECKPOINT).exists()
     assert not (tmp_path / "o").exists()
     code, out, err = run(*finetune(made, tmp_path / "o"), "--json")
     assert code == 0, err
