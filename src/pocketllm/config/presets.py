@@ -17,7 +17,7 @@ DEMO_SETTINGS = {
 }
 """Settings of the demo that save time: fewer tokens than the default, and windows that take a quarter of the search."""
 DEMO_RECOVERY = DistillConfig(
-    steps=12,
+    steps=10,
     context=256,
     validation_windows=8,
     lr_codebook=5e-4,
@@ -25,7 +25,7 @@ DEMO_RECOVERY = DistillConfig(
     lr_norm=5e-4,
     lr_dense=2e-4,
     lr_decoder=1e-4,
-    loop=LoopConfig(batch_size=4, eval_every=6, checkpoint_every=6),
+    loop=LoopConfig(batch_size=4, eval_every=10, checkpoint_every=5),
 )
 """Distillation in the demo: few steps need low learning rates."""
 
