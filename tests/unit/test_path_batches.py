@@ -19,7 +19,7 @@ from pocketllm.codec.kernels import cpu, reference, select
 from pocketllm.codec.kernels.path_batches import PathBatches
 from pocketllm.codec.kernels.reference import PathProblem
 from pocketllm.compression import encode_blocks
-from pocketllm.compression.encode_blocks import run_parallel
+from pocketllm.compression.matrix_jobs import run_parallel
 
 Jobs = list[Callable[[], None]]
 

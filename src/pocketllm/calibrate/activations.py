@@ -85,7 +85,11 @@ class SpooledActivations:
 
 def spooled(values: Activations, folder: Path, device: torch.device | str) -> SpooledActivations:
     """Batches on disk; themselves if they already are."""
-    return values if isinstance(values, SpooledActivations) else _filled(SpooledActivations(folder, device), values)
+    return (
+        values
+        if isinstance(values, SpooledActivations)
+        else _filled(SpooledActivations(folder, device), values)
+    )
 
 
 def _filled(made: SpooledActivations, values: Iterable[Tensor]) -> SpooledActivations:

@@ -34,7 +34,7 @@ from pocketllm.ranks import SOLO, Ranks
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.model_class import output_head
 
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 
 
 class BlockStream(BlockWeights):
@@ -61,7 +61,7 @@ class BlockStream(BlockWeights):
     ) -> None:
         super().__init__(source, device, windows, weights)
         self.ranks, self.folder = ranks, folder
-        self.batch = batch or max(1, _BATCH_TOKENS // windows.shape[1])
+        self.batch = batch or max(1, BATCH_TOKENS // windows.shape[1])
         batches = windows.split(self.batch)
         self.numbers = range(ranks.rank, len(batches), ranks.size)
         self.rounds = -(-len(batches) // ranks.size)

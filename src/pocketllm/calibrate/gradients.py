@@ -20,9 +20,9 @@ from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.config.constants import LARGEST_TOKEN_WEIGHT, LOUDEST_GRADIENT, UNEVEN_GRADIENTS
 from pocketllm.plan.matrices import Matrix
 
-_LOGITS_AT_ONCE = 256  # positions, at most
-_LOGIT_NUMBERS = 1 << 24  # of those positions, unless the vocabulary is larger
-_STRIP_WEIGHTS = 1 << 24  # of the head, converted at once
+LOGITS_AT_ONCE = 256  # positions, at most
+LOGIT_NUMBERS = 1 << 24  # of those positions, unless the vocabulary is larger
+STRIP_WEIGHTS = 1 << 24  # of the head, converted at once
 
 
 class Head:
@@ -74,7 +74,7 @@ class Head:
         with torch.no_grad():
             flat, out = final.detach().reshape(-1, final.shape[-1]), []
             self.sums.add_square("hessian", flat)
-            most = max(1, min(_LOGITS_AT_ONCE, _LOGIT_NUMBERS // len(self.head.weight)))
+            most = max(1, min(LOGITS_AT_ONCE, LOGIT_NUMBERS // len(self.head.weight)))
             for part in flat.split(most):
                 p = self._logits(part).softmax(dim=-1)
                 variance = p.square()
@@ -109,7 +109,7 @@ class Head:
 
     def _strips(self) -> tuple[Tensor, ...]:
         """The head's weight, some rows at a time."""
-        return self.head.weight.split(max(1, _STRIP_WEIGHTS // self.head.weight.shape[1]))
+        return self.head.weight.split(max(1, STRIP_WEIGHTS // self.head.weight.shape[1]))
 
 
 @dataclass

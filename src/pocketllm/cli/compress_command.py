@@ -86,6 +86,13 @@ Push = Annotated[
     str | None,
     typer.Option(metavar="OWNER/NAME", help="Upload the result to the Hugging Face Hub under this id."),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most memory that the process may take while it compresses, such as 4GB; the result is the same.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exact sizes; fit nothing.")]
 
 
@@ -103,6 +110,7 @@ class RecipeOptions:
     keep_embeddings: KeepEmbeddings = False
     settings: Annotated[list[str] | None, set_option("compress")] = None
     seed: Seed = 0
+    max_memory: MaxMemory = None
 
     def parsed(self) -> list[CompressOptions]:
         """The options with their values parsed, for every target.
@@ -121,6 +129,7 @@ class RecipeOptions:
             keep_embeddings=self.keep_embeddings,
             overrides=parse_overrides(self.override or []),
             seed=self.seed,
+            max_memory=None if self.max_memory is None else parse_size(self.max_memory, "--max-memory"),
             settings=tuple(self.settings or ()),
         )
         return [first, *(replace(first, bpw=more) for more in bpw[1:])]
@@ -172,6 +181,9 @@ def compress(
         refuse("applies to one target; give one to --bpw", {"--recover": recover, "--push": push})
     if launched()[1] > 1:
         refuse("runs in one process; compress first, then launch pocketllm finetune", {"--recover": recover})
+    if recipe.max_memory is not None:
+        later = {"--recover": recover, "--ppl": ppl}
+        refuse("--max-memory applies to compressing only; run pocketllm eval or finetune later", later)
     run.setup()
     text = None if ppl is None else read_eval_text(ppl, model, context, number, trust)
     place = _Place(device=run.device, trust_remote_code=trust, calibration_folder=calibration_cache)

@@ -80,9 +80,9 @@ def measured(plan: Plan, work: Workspace) -> MatrixStatistics:
     nmse, proxy, use, perplexity, tokens, unseen, fits = {}, {}, {}, {}, {}, {}, []
     for number, group in enumerate(plan.groups().values()):
         fits.append(_rounded_tree(work.load(codebook_unit(number))[1]))
-        units = [work.load(matrix_unit(plan, m)) for m in group]
-        counts = torch.stack([tensors["counts"].long() for tensors, _ in units]).sum(dim=0)
-        for matrix, (_, facts) in zip(group, units, strict=True):
+        found = [_counts_and_facts(work, matrix_unit(plan, m)) for m in group]
+        counts = torch.stack([each for each, _ in found]).sum(dim=0)
+        for matrix, (_, facts) in zip(group, found, strict=True):
             nmse[matrix.name] = rounded(facts["nmse"])
             proxy[matrix.name] = rounded(facts["proxy_error"]) if "proxy_error" in facts else None
             tokens[matrix.name] = facts.get("input_tokens")
@@ -90,6 +90,12 @@ def measured(plan: Plan, work: Workspace) -> MatrixStatistics:
             use[matrix.name] = rounded(codebook_utilization(counts))
             perplexity[matrix.name] = rounded(codebook_perplexity(counts))
     return MatrixStatistics(nmse, proxy, use, perplexity, tokens, unseen, tuple(fits))
+
+
+def _counts_and_facts(work: Workspace, unit: str) -> tuple[Tensor, dict[str, Any]]:
+    """How often a matrix uses each codeword, and what else is known of it, without its indices."""
+    tensors, facts = work.load(unit)
+    return tensors["counts"].long(), facts
 
 
 def _rounded_tree(value: Any) -> Any:
