@@ -32,8 +32,8 @@ def plan_below(source, plan, windows, held):
         return plan_memory(source, replace(plan, config=replace(plan.config, max_memory_gb=gb)), windows, held)
 
     free = limited(None).peak
-    made = limited((free - 8e7) / 1e9)
-    found.update(free=free, limit=free - 8e7, on_disk=made.on_disk)
+    made = limited((free - 1e6) / 1e9)
+    found.update(free=free, limit=made.peak, on_disk=made.on_disk)
     return made
 
 compress_job.plan_memory = plan_below
@@ -47,7 +47,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from /proc")
 def test_the_limit_is_kept(tmp_path: Path) -> None:
-    """Twice the activations of all windows are 134 MB, for which there is no room."""
+    """Twice the activations of all windows are 134 MB: in memory, they would exceed the limit (by 15 MB, measured)."""
     source = tiny.save(tmp_path / "dense", hidden_size=256, num_hidden_layers=1, max_position_embeddings=512)
     command = [sys.executable, "-c", KEPT, str(source), str(tmp_path / "out")]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -56,12 +56,12 @@ def test_the_limit_is_kept(tmp_path: Path) -> None:
     assert found["peak"] <= found["limit"]
 
 
-@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize(("sequential", "threads"), [(True, 2), (False, 1)])  # two matrices at once, or one
 def test_the_bytes_do_not_depend_on_the_limit(
-    source: Path, tmp_path: Path, sequential: bool, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, sequential: bool, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads, config = torch.get_num_threads(), tiny.on_trellis(calibration={"sequential": sequential})
-    torch.set_num_threads(2)  # two matrices at once
+    before, config = torch.get_num_threads(), tiny.on_trellis(calibration={"sequential": sequential})
+    torch.set_num_threads(threads)
     try:
         for name, plan in (("free", MemoryPlan()), ("limited", MemoryPlan(True, 1))):
             monkeypatch.setattr(compress_job, "plan_memory", lambda *given, plan=plan: plan)
@@ -69,7 +69,7 @@ def test_the_bytes_do_not_depend_on_the_limit(
                 source, config, tmp_path / name, calibration_folder=tmp_path / f"{name}-measured"
             )
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     assert contents(tmp_path / "free") == contents(tmp_path / "limited")
     measured = [
         sorted((tmp_path / f"{name}-measured").rglob("*.safetensors")) for name in ("free", "limited")

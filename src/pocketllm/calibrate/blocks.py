@@ -116,7 +116,7 @@ class BlockStream(BlockWeights):
         The caller puts encoded weights into the block, then sets `hidden` to its outputs.
         """
         for number in range(len(self.blocks)):
-            with self.loaded(number) as entry:
+            with self.loaded(number, number + 1) as entry:
                 yield entry
 
     def after_blocks(self, hidden: Tensor) -> Tensor:

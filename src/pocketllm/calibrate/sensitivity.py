@@ -202,7 +202,7 @@ class _Blocks:
     def backward(self, number: int, hidden: Activations, gradients: Activations) -> Activations:
         """Measure a block; hidden: its inputs. gradients at its outputs -> gradients at its inputs."""
         ranks = self.stream.ranks
-        with self.stream.loaded(number) as (path, block):
+        with self.stream.loaded(number, number - 1) as (path, block):
             inside = [m for m in self.matrices if m.name.startswith(f"{path}.")]
             self.stream.hidden = hidden
             hessians = self.stream.inputs(block, inside).hessians
