@@ -30,6 +30,30 @@ def scaling_runs() -> str:
     return f"{markdown_table(head, rows)}\n\n{note}"
 
 
+def stage_time() -> str:
+    """Processor seconds of a compression by stage and function."""
+    found = load_results("stage_time")
+    stages, functions = found["cpu_seconds_by_stage"], found["cpu_seconds_by_function"]
+    total, shown = sum(stages.values()), ("measure", "encode")
+    names = {name for stage in shown for name in functions.get(stage, {})}
+    seconds = {name: [functions.get(stage, {}).get(name, 0.0) for stage in shown] for name in names}
+    rows = [
+        [name, *(f"{value:.0f}" for value in each), f"{sum(each) / total:.0%}"]
+        for name, each in sorted(seconds.items(), key=lambda item: -sum(item[1]))
+    ]
+    left = [stages[stage] - sum(functions.get(stage, {}).values()) for stage in shown]
+    rows.append(["anything else", *(f"{value:.0f}" for value in left), f"{sum(left) / total:.0%}"])
+    ends = [stages[stage] for stage in shown]
+    rows.append(["all", *(f"{value:.0f}" for value in ends), f"{sum(ends) / total:.0%}"])
+    note = (
+        f"SmolLM2-135M at {found['bpw']} bits per weight of the blocks, embedding left dense; {total:.0f} processor "
+        f"seconds in all; {found['machine']['processor']}, {found['machine']['threads']} threads. "
+        f"`{found['command']}`"
+    )
+    head = ["processor seconds", "measure", "encode", "share of all"]
+    return f"{markdown_table(head, rows)}\n\n{note}"
+
+
 def scaling_predictions() -> str:
     """Hours, memory, disk and traffic of large models on 1 to 64 GPUs."""
     found, rows = load_results("scaling"), []

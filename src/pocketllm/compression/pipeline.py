@@ -24,6 +24,7 @@ from pocketllm.compression.progress import Event, ProgressCallback, ignore, tell
 from pocketllm.config import CompressConfig
 from pocketllm.errors import FormatError
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.mapped_pages import drop_files
 from pocketllm.format.output import (
     check_not_nested,
     check_output,
@@ -33,7 +34,7 @@ from pocketllm.format.output import (
 from pocketllm.format.report import Report
 from pocketllm.format.workspace import Workspace
 from pocketllm.ranks import joined
-from pocketllm.source.dense_checkpoint import open_dense, resolve
+from pocketllm.source.dense_checkpoint import DenseCheckpoint, open_dense, resolve
 from pocketllm.source.folder import check_companions
 from pocketllm.torch_state import in_default_torch_state
 
@@ -95,13 +96,19 @@ def compress(
         text = job.text()
         job = job.within_memory(first, text)
         if not ranks.from_first(lambda: Workspace.is_begun(output)) and ranks.is_first:
-            source.check(partial(tell, progress, "check"))
+            source.check(partial(_on_check, source, progress))
         try:
             report = job.run(output, overwrite, first, text)
         except OSError as error:
             raise output_error(output, error) from error
     progress(Event("write", 1.0, str(output)))
     return report.of_run(started, device)
+
+
+def _on_check(source: DenseCheckpoint, progress: ProgressCallback, share: float, detail: str) -> None:
+    """Drop from memory what has been checked."""
+    drop_files(source.files)
+    tell(progress, "check", share, detail)
 
 
 def is_made(output: Path, model: str, config: CompressConfig) -> bool:

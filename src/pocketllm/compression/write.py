@@ -12,6 +12,7 @@ from torch import Tensor
 from pocketllm.codec.codebook import codebook_perplexity, codebook_utilization
 from pocketllm.compression.matrix_encoder import codebook_unit, matrix_unit
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.mapped_pages import drop_files
 from pocketllm.format.model_card import CARD_NAME
 from pocketllm.format.report import Report, rounded
 from pocketllm.format.weight_files import write_safetensors
@@ -20,6 +21,8 @@ from pocketllm.plan.matrices import Plan
 from pocketllm.plan.matrix_statistics import MatrixStatistics
 from pocketllm.plan.sizes import PlannedModel
 from pocketllm.plan.stored_form import StoredForm
+
+_LARGE = 1 << 20  # bytes of a dense tensor whose pages are dropped when it is written
 
 
 def write(planned: PlannedModel, work: Workspace) -> Report:
@@ -50,6 +53,8 @@ def _tensors(form: StoredForm, work: Workspace, crcs: dict[str, str]) -> Iterato
     for dense in plan.dense:
         value = refined.get(f"vector|{dense.name}", form.source.read(dense.name))
         yield value.to(form.dense_dtype(dense))
+        if value.nbytes > _LARGE:
+            drop_files(form.source.files)
     for matrix in plan.matrices:
         tensors, _ = work.load(matrix_unit(plan, matrix))
         stored = [tensors["indices"]]
