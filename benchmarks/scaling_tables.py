@@ -31,27 +31,26 @@ def scaling_runs() -> str:
 
 
 def stage_time() -> str:
-    """Processor seconds of a compression by stage and function."""
+    """Processor seconds of a compression by stage, and within encoding by function."""
     found = load_results("stage_time")
-    stages, functions = found["cpu_seconds_by_stage"], found["cpu_seconds_by_function"]
-    total, shown = sum(stages.values()), ("measure", "encode")
-    names = {name for stage in shown for name in functions.get(stage, {})}
-    seconds = {name: [functions.get(stage, {}).get(name, 0.0) for stage in shown] for name in names}
-    rows = [
-        [name, *(f"{value:.0f}" for value in each), f"{sum(each) / total:.0%}"]
-        for name, each in sorted(seconds.items(), key=lambda item: -sum(item[1]))
+    stages, functions = found["cpu_seconds_by_stage"], found["cpu_seconds_of_encode"]
+    total = sum(stages.values())
+    rest = stages["encode"] - sum(functions.values())
+    within = sorted(functions.items(), key=lambda item: -item[1])
+    shown = [
+        ("start, check, write", sum(stages[name] for name in ("start", "check", "write"))),
+        ("measure", stages["measure"]),
+        ("encode", stages["encode"]),
+        *((f"– {name}", seconds) for name, seconds in within),
+        ("– other threads of these, targets of the search, row scales", rest),
     ]
-    left = [stages[stage] - sum(functions.get(stage, {}).values()) for stage in shown]
-    rows.append(["anything else", *(f"{value:.0f}" for value in left), f"{sum(left) / total:.0%}"])
-    ends = [stages[stage] for stage in shown]
-    rows.append(["all", *(f"{value:.0f}" for value in ends), f"{sum(ends) / total:.0%}"])
+    rows = [[name, f"{seconds:.0f}", f"{seconds / total:.0%}"] for name, seconds in shown]
     note = (
-        f"SmolLM2-135M at {found['bpw']} bits per weight of the blocks, embedding left dense; {total:.0f} processor "
-        f"seconds in all; {found['machine']['processor']}, {found['machine']['threads']} threads. "
-        f"`{found['command']}`"
+        f"SmolLM2-135M at {found['bpw']} bits per weight of the blocks, embedding left dense; parts of encoding: time of "
+        f"the thread that ran them. {found['machine']['processor']}, {found['machine']['threads']} threads, shared with "
+        f"other work. `{found['command']}`"
     )
-    head = ["processor seconds", "measure", "encode", "share of all"]
-    return f"{markdown_table(head, rows)}\n\n{note}"
+    return f"{markdown_table(['stage', 'processor seconds', 'share'], rows)}\n\n{note}"
 
 
 def scaling_predictions() -> str:

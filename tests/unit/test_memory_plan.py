@@ -11,7 +11,9 @@ from torch import Tensor
 
 import pocketllm
 from pocketllm.calibrate.activations import SpooledActivations, spooled
-from pocketllm.compression.memory_plan import check_limit, plan_memory
+from pocketllm.calibrate.block_list import shared_with
+from pocketllm.calibrate.blocks import BlockStream
+from pocketllm.compression.memory_plan import can_plan, plan_memory
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError, OutputError
 from pocketllm.format.mapped_pages import keep_no_holes, return_freed
@@ -29,13 +31,6 @@ HELD = 3 * 10**8
 @pytest.fixture(scope="module")
 def opened(source: Path) -> DenseCheckpoint:
     return open_dense(source)
-
-
-def plan(
-    opened: DenseCheckpoint, windows: Tensor = WINDOWS, gb: float | None = None, **changes: float
-) -> object:
-    config = replace(tiny.on_trellis(**changes), max_memory_gb=gb)
-    return plan_memory(opened, planned(opened, config, "tiny").plan, windows, HELD)
 
 
 def test_without_a_limit_nothing_is_given_up(opened: DenseCheckpoint) -> None:
@@ -76,28 +71,30 @@ def test_fewer_matrices_at_once_take_less(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "device", "ranks", "got"),
+    ("config", "device", "ranks", "held", "got"),
     [
-        (tiny.target(6.0, max_memory_gb=1.0), "cpu", 1, "no calibration"),
+        (tiny.target(6.0, max_memory_gb=1.0), "cpu", 1, 1, "no calibration"),
         (
             tiny.on_trellis(max_memory_gb=1.0, calibration={"refine_epochs": 1}),
             "cpu",
             1,
+            1,
             "calibration.refine_epochs",
         ),
-        (tiny.on_trellis(max_memory_gb=1.0), "cuda", 1, "device cuda"),
-        (tiny.on_trellis(max_memory_gb=1.0), "cpu", 2, "2 processes"),
+        (tiny.on_trellis(max_memory_gb=1.0), "cuda", 1, 1, "device cuda"),
+        (tiny.on_trellis(max_memory_gb=1.0), "cpu", 2, 1, "2 processes"),
+        (tiny.on_trellis(max_memory_gb=1.0), "cpu", 1, None, "a system without /proc/self/statm"),
     ],
 )
 def test_what_cannot_be_planned_for_is_refused(
-    config: CompressConfig, device: str, ranks: int, got: str
+    config: CompressConfig, device: str, ranks: int, held: int | None, got: str
 ) -> None:
     with pytest.raises(
         ConfigError, match=f"max_memory_gb: got {got}, wanted a calibrated compression by one process"
     ):
-        check_limit(config, device, ranks)
-    check_limit(replace(config, max_memory_gb=None), device, ranks)
-    check_limit(tiny.on_trellis(max_memory_gb=1.0), "cpu", 1)
+        can_plan(config, device, ranks, held)
+    assert not can_plan(replace(config, max_memory_gb=None), device, ranks, held)
+    assert can_plan(tiny.on_trellis(max_memory_gb=1.0), "cpu", 1, 1)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
@@ -150,3 +147,34 @@ def test_freed_memory_is_returned() -> None:
     return_freed()
     left = resident_bytes()
     assert held is not None and left is not None and 10**7 < left < held - 8 * 10**7
+
+
+def test_masks_and_positions_are_kept_once(tmp_path: Path) -> None:
+    opened = open_dense(tiny.save(tmp_path / "mixed", "gemma3"))
+    stream = BlockStream(opened, torch.arange(96)[:90].reshape(3, 30), batch=1)
+    for number, calls in enumerate(stream.calls):
+        kept = [_tensors(call) for call in calls]
+        assert kept[0] and all([*map(id, each)] == [*map(id, kept[0])] for each in kept), number
+    two = BlockStream(opened, torch.arange(90).reshape(3, 30), batch=2)  # the last batch has another shape
+    with two.loaded(0) as (_, module), stream.loaded(0) as (_, same):
+        torch.testing.assert_close(two.call(module, two.hidden[1], 1), stream.call(same, stream.hidden[2], 2))
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def test_only_equal_tensors_are_shared() -> None:
+    kept = torch.zeros(2)
+    other = {
+        "a": (torch.zeros(2), torch.ones(2), 3),
+        "b": torch.zeros(2, dtype=torch.float64),
+        "c": torch.zeros(1),
+    }
+    found = shared_with(other, {"a": (kept, kept, kept), "b": kept, "c": kept})
+    assert found["a"][0] is kept and found["a"][1] is other["a"][1] and found["a"][2] == 3
+    assert found["b"] is other["b"] and found["c"] is other["c"]
+    assert shared_with(kept, None) is kept and shared_with((kept,), (kept, kept)) == (kept,)

@@ -23,6 +23,7 @@ from pocketllm.calibrate.block_list import (
     CaughtError,
     block_list as block_list,
     refusal,
+    shared_with,
     standing_in,
 )
 from pocketllm.calibrate.block_weights import BlockWeights, OtherWeights
@@ -86,7 +87,7 @@ class BlockStream(BlockWeights):
         def record(number: int, hidden: Tensor, call: Call) -> Any:
             if number == 0:
                 self.hidden.append(hidden)
-            self.calls[number].append(call)
+            self.calls[number].append(shared_with(call, next(reversed(self.calls[number]), None)))
             passed.append(hidden)
             if number == len(self.blocks) - 1:
                 raise CaughtError

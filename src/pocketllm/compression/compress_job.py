@@ -21,7 +21,7 @@ from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.compression.encode_blocks import encode_calibrated
 from pocketllm.compression.fit_codebooks import fitted_codecs
 from pocketllm.compression.matrix_encoder import MatrixEncoder, codebook_unit
-from pocketllm.compression.memory_plan import MemoryPlan, check_limit, plan_memory
+from pocketllm.compression.memory_plan import MemoryPlan, can_plan, plan_memory
 from pocketllm.compression.progress import Event, ProgressCallback, tell
 from pocketllm.compression.write import write
 from pocketllm.config import CompressConfig
@@ -60,13 +60,12 @@ class CompressJob:
         Raises:
             ConfigError: the limit cannot be kept.
         """
-        check_limit(self.config, self.device, self.ranks.size)
-        if self.config.max_memory_gb is not None:
-            keep_no_holes()
         return_freed()
         held = resident_bytes()
-        if text is None or held is None or self.device != "cpu" or self.ranks.size > 1:
+        if not can_plan(self.config, self.device, self.ranks.size, held) or text is None or held is None:
             return self
+        if self.config.max_memory_gb is not None:
+            keep_no_holes()
         return replace(self, memory=plan_memory(self.source, first.plan, text.windows, held))
 
     def run(self, output: Path, overwrite: bool, first: PlannedModel, text: CalibrationText | None) -> Report:

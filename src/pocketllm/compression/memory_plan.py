@@ -10,7 +10,7 @@ The peaks are upper bounds, from the sizes of the tensors that a stage holds at 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -56,26 +56,30 @@ class MemoryPlan:
         return max(self.stages.values())
 
 
-def check_limit(config: CompressConfig, device: str, ranks: int) -> None:
-    """Check that a limit of memory can be planned for.
+def can_plan(config: CompressConfig, device: str, ranks: int, held: int | None) -> bool:
+    """Whether the memory of a run can be planned.
+
+    Args:
+        ranks: number of processes. held: bytes that the process holds; None if the system does not say.
 
     Raises:
-        ConfigError: without calibration, with refinement, on a GPU, or for several processes.
+        ConfigError: it cannot, although a limit is set.
     """
-    if config.max_memory_gb is None:
-        return
     settings = config.calibration
-    for is_wrong, got in (
-        (settings is None, "no calibration"),
-        (settings is not None and settings.refine_epochs > 0, "calibration.refine_epochs"),
-        (device != "cpu", f"device {device}"),
-        (ranks > 1, f"{ranks} processes"),
-    ):
-        if is_wrong:
-            raise ConfigError(
-                f"max_memory_gb: got {got}, wanted a calibrated compression by one process on the CPU, without "
-                "refinement; leave the limit out"
-            )
+    obstacles = {
+        "no calibration": settings is None,
+        "calibration.refine_epochs": settings is not None and settings.refine_epochs > 0,
+        f"device {device}": device != "cpu",
+        f"{ranks} processes": ranks > 1,
+        "a system without /proc/self/statm": held is None,
+    }
+    found = [name for name, is_there in obstacles.items() if is_there]
+    if found and config.max_memory_gb is not None:
+        raise ConfigError(
+            f"max_memory_gb: got {found[0]}, wanted a calibrated compression by one process on the CPU, without "
+            "refinement, on Linux; leave the limit out"
+        )
+    return not found
 
 
 def plan_memory(source: DenseCheckpoint, plan: Plan, windows: Tensor, held: int) -> MemoryPlan:
@@ -105,6 +109,19 @@ def plan_memory(source: DenseCheckpoint, plan: Plan, windows: Tensor, held: int)
 
 
 @dataclass(frozen=True)
+class _Block:
+    """matrices: those to encode. loaded: bytes of all parameters as they are read, and in float32."""
+
+    matrices: list[Matrix]
+    loaded: int
+
+
+def _number(name: str, path: str) -> int:
+    """The block that a parameter belongs to, among those at a path."""
+    return int(name.removeprefix(f"{path}.").partition(".")[0])
+
+
+@dataclass(frozen=True)
 class _Sizes:
     """source, plan, windows, held: as for `plan_memory`."""
 
@@ -119,8 +136,7 @@ class _Sizes:
         assert settings is not None
         measured = min(self.windows.numel(), settings.sensitivity_tokens)
         context, batch = self.windows.shape[1], max(BATCH_TOKENS, self.windows.shape[1])
-        looked_up = 4 * len(self.windows.unique()) * self._width
-        blocks = list(self._blocks())
+        blocks, looked_up = self._blocks, self._looked_up
         in_measuring = looked_up + self._activations(measured, context, 3, on_disk)
         in_encoding = looked_up + self._activations(self.windows.numel(), batch, 2, on_disk)
         found = {
@@ -143,15 +159,22 @@ class _Sizes:
     def _ends(self) -> list[Matrix]:
         return [m for m in self.plan.matrices if not m.in_blocks or m.in_tower]
 
-    def _blocks(self) -> Iterator[list[Matrix]]:
-        """The matrices of each block; an empty list for those that are left dense."""
-        path, blocks = block_list(self.source.model)
-        for number in range(len(blocks)):
-            yield [m for m in self.plan.matrices if m.name.startswith(f"{path}.{number}.")]
+    @cached_property
+    def _looked_up(self) -> int:
+        """Bytes of the rows of the embedding that the text uses."""
+        return 4 * len(self.windows.unique()) * self._width
 
-    def _block_bytes(self, matrices: Sequence[Matrix]) -> int:
-        """A block's weights as they are read, and in float32."""
-        return sum(self._read(m.name) + 4 * m.weights for m in matrices)
+    @cached_property
+    def _blocks(self) -> list[_Block]:
+        path, blocks = block_list(self.source.model)
+        matrices, loaded = [list[Matrix]() for _ in blocks], [0] * len(blocks)
+        for matrix in self.plan.matrices:
+            if matrix.name.startswith(f"{path}."):
+                matrices[_number(matrix.name, path)].append(matrix)
+        for name, size in self._reads.items():
+            if name.startswith(f"{path}."):
+                loaded[_number(name, path)] += size + 4 * math.prod(self.source.shape(name))
+        return [_Block(*each) for each in zip(matrices, loaded, strict=True)]
 
     def _read(self, name: str) -> int:
         """Bytes of a parameter in the file, which is mapped, and of what is converted from it."""
@@ -188,17 +211,17 @@ class _Sizes:
         mapped = max(stored, default=4 * weights)
         return logits + strips + mapped + 8 * self._width**2 + 16 * vocabulary
 
-    def _measured(self, block: Sequence[Matrix], tokens: int, context: int) -> int:
+    def _measured(self, block: _Block, tokens: int, context: int) -> int:
         """The most of what is held with the Hessians of inputs: the largest of them factorized; the gradients of
         weights, a window's graph and sums of g g^T; these sums, what is kept of them, the largest factorized.
         """
-        weights, squares = self._block_bytes(block), [m.rows**2 for m in block if self._is_two_sided(m)]
-        codes = 2 * tokens * sum(m.rows for m in block if m.rows > tokens // 2)
-        graph = 3 * 4 * context * sum(m.rows + m.columns for m in block) + self._attention(context)
-        inputs = weights + _ROOT_BYTES * max((m.columns**2 for m in block), default=0)
-        backward = weights + 4 * sum(m.weights for m in block) + graph + 4 * sum(squares) + codes
+        weights, squares = block.loaded, [m.rows**2 for m in block.matrices if self._is_two_sided(m)]
+        codes = 2 * tokens * sum(m.rows for m in block.matrices if m.rows > tokens // 2)
+        graph = 3 * 4 * context * sum(m.rows + m.columns for m in block.matrices) + self._attention(context)
+        inputs = weights + _ROOT_BYTES * max((m.columns**2 for m in block.matrices), default=0)
+        backward = weights + 4 * sum(m.weights for m in block.matrices) + graph + 4 * sum(squares) + codes
         outputs = 6 * sum(squares) + codes + (4 + _ROOT_BYTES) * max(squares, default=0)
-        return 4 * sum(m.columns**2 for m in block) + max(inputs, backward, outputs)
+        return 4 * sum(m.columns**2 for m in block.matrices) + max(inputs, backward, outputs)
 
     def _attention(self, tokens: int) -> int:
         """Masks of two kinds for some windows, and unless the kernel needs none, scores of all heads in three forms."""
@@ -207,18 +230,18 @@ class _Sizes:
         scores = 0 if getattr(config, "_attn_implementation", None) == "sdpa" else 3 * heads
         return 4 * (scores + 2) * tokens * self.windows.shape[1]
 
-    def _inputs(self, block: Sequence[Matrix], batch: int) -> int:
+    def _inputs(self, block: _Block, batch: int) -> int:
         """Weights, a batch's activations in the block, sums of x x^T and the Hessians made of them."""
-        inside = 4 * batch * sum(m.rows + m.columns for m in block) + self._attention(batch)
-        return self._block_bytes(block) + inside + 8 * sum(m.columns**2 for m in block)
+        inside = 4 * batch * sum(m.rows + m.columns for m in block.matrices) + self._attention(batch)
+        return block.loaded + inside + 8 * sum(m.columns**2 for m in block.matrices)
 
-    def _encoded(self, block: Sequence[Matrix], tokens: int, at_once: int) -> int:
+    def _encoded(self, block: _Block, tokens: int, at_once: int) -> int:
         """Weights, all Hessians of inputs, and of the matrices in flight what encoding needs."""
         parallel = at_once or min(MOST_PARALLEL, torch.get_num_threads())
-        jobs = sorted((self._job(m) for m in block), reverse=True)
-        factors = sorted((8 * m.columns**2 + self._output(m, tokens) for m in block), reverse=True)
-        largest = max((m.columns for m in block), default=0)
-        kept = self._block_bytes(block) + 4 * sum(m.columns**2 for m in block)
+        jobs = sorted((self._job(m) for m in block.matrices), reverse=True)
+        factors = sorted((8 * m.columns**2 + self._output(m, tokens) for m in block.matrices), reverse=True)
+        largest = max((m.columns for m in block.matrices), default=0)
+        kept = block.loaded + 4 * sum(m.columns**2 for m in block.matrices)
         in_flight = sum(factors[: at_once or len(factors)])
         return kept + in_flight + max(sum(jobs[:parallel]), _FACTOR_BYTES * largest**2)
 
