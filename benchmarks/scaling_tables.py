@@ -46,9 +46,9 @@ def stage_time() -> str:
     ]
     rows = [[name, f"{seconds:.0f}", f"{seconds / total:.0%}"] for name, seconds in shown]
     note = (
-        f"SmolLM2-135M at {found['bpw']} bits per weight of the blocks, embedding left dense; parts of encoding: time of "
-        f"the thread that ran them. {found['machine']['processor']}, {found['machine']['threads']} threads, shared with "
-        f"other work. `{found['command']}`"
+        f"SmolLM2-135M at {found['bpw']} bits per weight of the blocks, embedding left dense; parts of encoding: time "
+        f"of the thread that ran them. {found['machine']['processor']}, {found['machine']['threads']} threads, shared "
+        f"with other work. `{found['command']}`"
     )
     return f"{markdown_table(['stage', 'processor seconds', 'share'], rows)}\n\n{note}"
 
