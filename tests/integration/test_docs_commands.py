@@ -111,3 +111,13 @@ def _words(command: str) -> tuple[list[str], str | None]:
 def test_every_guide_has_commands_that_run() -> None:
     for page in GUIDES:
         assert any(reason is None for _, reason in commands(page)), page
+
+
+@pytest.mark.parametrize(
+    "page", sorted(path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")), ids=str
+)
+def test_a_command_is_run_here_or_marked(page: Path) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^(<!-- not run: .+? -->\n)?```(\w*)\n.*?^```$", text, re.DOTALL | re.MULTILINE)
+    unmarked = [language for mark, language in blocks if language in ("", "bash") and not mark]
+    assert not unmarked or page.stem in GUIDES

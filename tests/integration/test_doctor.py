@@ -35,11 +35,13 @@ def test_every_fact_is_there(run: Run) -> None:
         assert state["works"] is (state["reason"] == "")
 
 
-def test_the_table_names_every_fact(run: Run) -> None:
+def test_the_table_names_every_fact(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "EXTRAS", {**doctor.EXTRAS, "absent_module": "pip install 'x[y]'"})
     code, out, _ = run("doctor")
     assert code == 0
     for words in ("python", "processor", "GPU", "kernels: trellis", "lm_eval", "cache", "start-up hook"):
         assert words in out
+    assert "not installed; pip install 'x[y]'" in out
 
 
 def test_kernels_that_are_switched_off_or_cannot_be_compiled(

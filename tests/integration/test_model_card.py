@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 import pocketllm
 from pocketllm import DistillConfig
-from pocketllm.errors import FormatError, OutputError, SourceError
+from pocketllm.errors import ConfigError, FormatError, OutputError, SourceError
 from pocketllm.format import Figure, folder_bytes, read_report, verify, write_card
 from pocketllm.format.model_card import card_text, dense_card_name, stored_names
 from pocketllm.recover.base_model import identity
@@ -123,6 +123,11 @@ def test_the_base_model_is_known_for_hub_ids_and_built_in_models(small: Path) ->
         assert f"pocketllm compress {model} -o small" in text
     assert "license: apache-2.0" in text
     assert "That of the dense model, whose card names none" in card_text(report)
+
+
+def test_a_base_model_that_is_no_hub_id_is_refused(copy: Path) -> None:
+    with pytest.raises(ConfigError, match="base_model: got 'x y z', wanted OWNER/NAME"):
+        write_card(copy, base_model="x y z")
 
 
 def test_it_is_kept_through_distillation(source: Path, small: Path, text: Path, tmp_path: Path) -> None:

@@ -95,6 +95,13 @@ def test_refused(fields: dict[str, Any], named: str) -> None:
     assert caught.value.body()["error"]["param"]
 
 
+def test_half_of_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(RequestError, match="prompt: contains half of a surrogate pair"):
+        check_completion({"prompt": "a \ud800"}, "small", Wanted())
+    with pytest.raises(RequestError, match="messages: contains half of a surrogate pair"):
+        chat(messages=[{"role": "user", "content": "\udfff"}])
+
+
 @pytest.mark.parametrize("prompt", ["", [], ["a", "b"], [1, 2], None])
 def test_refused_prompts(prompt: Any) -> None:
     with pytest.raises(RequestError, match="prompt: wanted a single string"):
@@ -128,10 +135,11 @@ def test_addresses_of_this_machine_need_no_key_others_do() -> None:
 
 
 def test_an_address_in_use_is_refused() -> None:
-    with serve_engines.listen(ServeConfig(port=0)) as bound:
-        bound.listen()
-        with pytest.raises(ConfigError, match="cannot listen on"):
-            serve_engines.listen(ServeConfig(port=bound.getsockname()[1]))
+    with (
+        serve_engines.listen(ServeConfig(port=0)) as bound,
+        pytest.raises(ConfigError, match="cannot listen on"),
+    ):
+        serve_engines.listen(ServeConfig(port=bound.getsockname()[1]))
 
 
 def test_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

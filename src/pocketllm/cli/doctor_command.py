@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from pocketllm.cli.render import Output
@@ -28,7 +27,7 @@ def doctor(json: Json = False, quiet: Quiet = False) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows(found):
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     show.result(found, table)
 
 

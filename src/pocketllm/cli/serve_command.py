@@ -59,7 +59,7 @@ def _show_ready(show: Output, server: Server, config: ServeConfig, facts: dict[s
     limits = f"at most {config.max_requests} requests at a time, {engine.room} tokens each"
     cached = getattr(engine, "cache_tokens", None)
     if cached is not None:
-        limits += f"; key-value cache {config.kv_cache_gb:g} GB for {cached} tokens"
+        limits += f"; key-value cache for {cached} tokens, at most {config.kv_cache_gb:g} GB"
     key = "with an API key" if config.api_key else "without an API key"
     values = {**facts, "cache_tokens": cached, "context": engine.room, "api_key": config.api_key is not None}
     show.result(values, f"Serving {facts['model']} at {facts['url']} {key}\n{limits}; Ctrl-C to stop")

@@ -32,8 +32,10 @@ def write_card(folder: Path, figures: Sequence[Figure] = (), base_model: str | N
 
     Raises:
         FormatError: not a compressed model, or one whose README.md has a checksum; README.base.md is no file.
-        OutputError: it cannot be written.
+        OutputError: it cannot be written. ConfigError: base_model is not an id on the Hub.
     """
+    if base_model is not None:
+        _need_hub_id("base_model", base_model)
     report, path = read_report(folder), folder / CARD_NAME
     if CARD_NAME in report["files"]:
         raise FormatError(
@@ -116,6 +118,11 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
         return str(api.create_commit(repository, operations, commit_message=message).commit_url)
 
 
+def _need_hub_id(argument: str, name: str) -> None:
+    if not re.fullmatch(r"[\w.-]{1,48}/[\w.-]{1,96}", name, re.ASCII):
+        raise ConfigError(f"{argument}: got {name!r}, wanted OWNER/NAME, an id on the Hub")
+
+
 def _api(repository: str) -> Any:
     """A client for a repository.
 
@@ -124,8 +131,7 @@ def _api(repository: str) -> Any:
     """
     from huggingface_hub import HfApi
 
-    if not re.fullmatch(r"[\w.-]{1,48}/[\w.-]{1,96}", repository, re.ASCII):
-        raise ConfigError(f"push: got {repository!r}, wanted OWNER/NAME, an id on the Hub")
+    _need_hub_id("push", repository)
     return HfApi()
 
 

@@ -63,10 +63,7 @@ def run_vllm(folder: Path, name: str, config: ServeConfig, mode: str, dtype: str
     command += ["--served-model-name", name, "--host", config.host, "--port", str(config.port)]
     command += ["--max-num-seqs", str(config.max_requests), "--dtype", dtype]
     command += ["--kv-cache-memory-bytes", str(int(config.kv_cache_gb * 10**9))]
-    command += [
-        "--max-model-len",
-        "-1",
-    ]  # the longest context that fits into the cache, at most the model's own
+    command += ["--max-model-len", "-1"]  # as long as fits into the cache, at most the model's own
     if not torch.cuda.is_available():
         command.append("--enforce-eager")  # on a CPU, torch.compile takes minutes and needs a C++ compiler
     if mode == "packed":
@@ -81,7 +78,7 @@ def run_vllm(folder: Path, name: str, config: ServeConfig, mode: str, dtype: str
 
 
 def listen(config: ServeConfig) -> socket.socket:
-    """A socket bound to the address; it does not accept connections yet.
+    """A socket that holds the address from now on; clients that connect wait until the server accepts them.
 
     Raises:
         ConfigError: the address is in use or not one of this machine.
@@ -91,6 +88,7 @@ def listen(config: ServeConfig) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((config.host, config.port))
+        bound.listen()  # two that only bind could both believe that the address is theirs
     except OSError as error:
         bound.close()
         raise ConfigError(

@@ -40,8 +40,8 @@ _LABELS = frozenset(
         "stream_options",
         "parallel_tool_calls",
         "safety_identifier",
+        "prompt_cache_key",
     }
-    | {"prompt_cache_key"}
 )
 _SAMPLING = frozenset({"model", "stream", "temperature", "top_p", "top_k", "seed", "stop", "max_tokens"})
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -140,6 +140,7 @@ def _wanted(
         message = f"model: {body['model']!r} is not served here; {served!r} is"
         raise RequestError(message, "model", status=404, code="model_not_found")
     for key, value in body.items():
+        _need_text(key, value)
         if key in neutral:
             if value is not None and value not in neutral[key]:
                 allowed = json.dumps(neutral[key][0])
@@ -172,6 +173,14 @@ def _number(
         what = "a whole number" if kind is int else "a number"
         raise RequestError(f"{key}: got {value!r}, wanted {what}, {limit}", key)
     return kind(value)
+
+
+def _need_text(key: str, value: Any) -> None:
+    """JSON may hold half of a surrogate pair, which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{ascii(key)[1:-1]}: contains half of a surrogate pair", key) from None
 
 
 def _flag(body: Mapping[str, Any], key: str) -> bool:

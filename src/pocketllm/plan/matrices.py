@@ -142,6 +142,12 @@ class Plan:
         both = matrix.in_blocks and len(matrix.shape) == 2
         return (2 * self.config.seed if both else None), 2 * self.config.seed + 1
 
+    def shared(self, matrix: Matrix) -> tuple[str, str]:
+        """What matrices of one spec must have in common to share a codebook, and to share a decoder."""
+        (codebook,) = _shared((matrix,), self.codebook_scope)
+        (decoder,) = _shared((matrix,), self.config.decoder_scope)
+        return codebook, decoder
+
     def codebook_bits(self, spec: Spec) -> int:
         """Stored bits of a codebook."""
         stored = self.config.codec.codebook_source != "seed"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pocketllm.config.constants import BUDGET_LEFT, DEAR_CODEBOOKS
+from pocketllm.plan.bit_tally import BitTally
 from pocketllm.plan.budget import Budget, stored_bits
 from pocketllm.plan.matrices import Matrix, Plan, Spec
 from pocketllm.plan.selection import override
@@ -115,24 +116,26 @@ class MixedRates(Budget):
 
         First to codecs already in use, which need no additional codebook, then to any.
         """
+        tally = BitTally(self._plan(specs))
         for allowed in (set(specs.values()), None):
             steps = [
-                step for m in self.matrices for step in self._next_step(m, specs[m.name], choices, allowed)
+                step
+                for m in self.matrices
+                for step in self._next_step(m, tally.specs[m.name], choices, allowed)
             ]
-            for _, name, spec in sorted(steps, key=lambda step: (-step[0], step[1])):
-                raised = {**specs, name: spec}
-                if self._bits(raised) <= self.most:
-                    specs = raised
-        return specs
+            for _, matrix, spec in sorted(steps, key=lambda step: (-step[0], step[1].name)):
+                if tally.bits + tally.added(matrix, spec) <= self.most:
+                    tally.change(matrix, spec)
+        return tally.specs
 
     def _next_step(
         self, matrix: Matrix, now: Spec, choices: Choices, allowed: set[Spec] | None
-    ) -> list[tuple[float, str, Spec]]:
-        """(gain per bit, name, codec) of the next codec of a matrix; empty if there is none."""
+    ) -> list[tuple[float, Matrix, Spec]]:
+        """(gain per bit, matrix, codec) of the next codec of a matrix; empty if there is none."""
         for spec in choices[matrix.name]:
             if spec.index_bpw > now.index_bpw and (allowed is None or spec in allowed):
                 gain = self.value(matrix) * (now.nmse - spec.nmse)
-                return [(gain / (spec.index_bpw - now.index_bpw) / matrix.weights, matrix.name, spec)]
+                return [(gain / (spec.index_bpw - now.index_bpw) / matrix.weights, matrix, spec)]
         return []
 
     def _with_fewer_codebooks(self, best: dict[str, Spec]) -> dict[str, Spec]:

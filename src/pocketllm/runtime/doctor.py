@@ -22,12 +22,12 @@ from pocketllm.machine import machine, processor_features
 
 # Optional module -> how it is installed.
 EXTRAS = {
-    "peft": "pip install '.[finetune]'",
-    "matplotlib": "pip install '.[report]'",
-    "jinja2": "pip install '.[report]'",
-    "lm_eval": "pip install '.[eval]'",
-    "datasets": "pip install '.[hub]'",
-    "uvicorn": "pip install '.[serve]'",
+    "peft": "pip install 'pocketllm-codec[finetune]'",
+    "matplotlib": "pip install 'pocketllm-codec[report]'",
+    "jinja2": "pip install 'pocketllm-codec[report]'",
+    "lm_eval": "pip install 'pocketllm-codec[eval]'",
+    "datasets": "pip install 'pocketllm-codec[hub]'",
+    "uvicorn": "pip install 'pocketllm-codec[serve]'",
     "vllm": "it wants an environment of its own",
 }
 
