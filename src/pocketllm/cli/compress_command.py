@@ -14,6 +14,8 @@ from pocketllm.cli.removed_options import SettingsCommand
 from pocketllm.cli.render import Bars, Output, kinds_table, parse_size, skipped_table, summary_table
 from pocketllm.cli.shared_options import (
     Context,
+    MaxMemory,
+    MeasuredIn,
     OutputFolder,
     Overwrite,
     Ppl,
@@ -59,12 +61,6 @@ Calibration = Annotated[
 NoCalibration = Annotated[
     bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone; needs no text.")
 ]
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder for calibration measurements, reused for other targets of the same model and text."
-    ),
-]
 Override = Annotated[
     list[str] | None,
     typer.Option(
@@ -85,13 +81,6 @@ RecoverText = Annotated[
 Push = Annotated[
     str | None,
     typer.Option(metavar="OWNER/NAME", help="Upload the result to the Hugging Face Hub under this id."),
-]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Most memory that the process may take while it compresses, such as 4GB; the result is the same.",
-    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exact sizes; fit nothing.")]
 
@@ -155,7 +144,7 @@ def compress(
     output: OutputFolder,
     *,
     recipe: RecipeOptions,
-    calibration_cache: Cache = None,
+    calibration_cache: MeasuredIn = None,
     recover: Recover = None,
     recover_text: RecoverText = None,
     ppl: Ppl = None,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pocketllm.calibrate.blocks import check_blocks
 from pocketllm.calibrate.calibration import (
@@ -149,9 +148,9 @@ class CompressJob:
     def fit_and_encode(self, work: Workspace, plan: Plan, calibration: Calibration | None) -> None:
         """Fit every codebook group and encode its matrices; with calibration, encode after all are fitted."""
         outputs = None if calibration is None else calibration.outputs
-        activations = work.folder if self.memory.on_disk else None
-        in_memory: dict[str, Any] = {"at_once": self.memory.at_once, "activations": activations}
-        encoder = MatrixEncoder(work, self.source, plan, self.device, outputs, **in_memory)
+        encoder = MatrixEncoder(work, self.source, plan, self.device, outputs)
+        encoder.at_once = self.memory.at_once
+        encoder.activations = work.folder if self.memory.on_disk else None
         groups, ranks = list(plan.groups().items()), self.ranks
 
         def fitted(number: int) -> dict[str, MatrixCodec]:

@@ -47,8 +47,8 @@ class _EncodedRows:
 class MatrixEncoder:
     """Encodes matrices of one model into a workspace; finished ones are not encoded again.
 
-    codecs: fitted codecs by decoder key, filled by the caller. at_once: matrices of a block that are encoded at once,
-    0 for as many as there are threads. activations: folder for those of all windows, None for in memory.
+    Set by the caller: codecs, fitted, by decoder key. at_once: matrices of a block that are encoded at once, 0 for as
+    many as there are threads. activations: folder for those of all windows, None for in memory.
     """
 
     def __init__(
@@ -58,17 +58,14 @@ class MatrixEncoder:
         plan: Plan,
         device: str,
         outputs: Path | None = None,
-        *,
-        at_once: int = 0,
-        activations: Path | None = None,
     ) -> None:
-        self.at_once, self.activations = at_once, activations
         self.work, self.source, self.plan, self.device = work, source, plan, device
         self.outputs = outputs  # folder of the Hessians of layers' outputs
         self.codecs: dict[str, MatrixCodec] = {}
         self.by_name = {m.name: m for m in plan.matrices}
         self.scales: dict[str, Tensor] = {}  # refined row scales
-        self.passed = 0  # weights of the finished matrices
+        self.activations: Path | None = None
+        self.at_once = self.passed = 0  # passed: weights of the finished matrices
 
     @property
     def share(self) -> float:
