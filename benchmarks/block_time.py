@@ -36,7 +36,7 @@ from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.kernels.select import add_square
 from pocketllm.codec.normalization import row_rms
 from pocketllm.codec.rotation import rotate, rotate_hessian, rotate_matrix, unrotate_matrix
-from pocketllm.compression.encode_blocks import run_parallel
+from pocketllm.compression.matrix_jobs import run_parallel
 from pocketllm.config import DEFAULT_PRESET
 from pocketllm.format.report import peak_memory_bytes
 from pocketllm.machine import machine

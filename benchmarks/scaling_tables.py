@@ -30,6 +30,29 @@ def scaling_runs() -> str:
     return f"{markdown_table(head, rows)}\n\n{note}"
 
 
+def stage_time() -> str:
+    """Processor seconds of a compression by stage, and within encoding by function."""
+    found = load_results("stage_time")
+    stages, functions = found["cpu_seconds_by_stage"], found["cpu_seconds_of_encode"]
+    total = sum(stages.values())
+    rest = stages["encode"] - sum(functions.values())
+    within = sorted(functions.items(), key=lambda item: -item[1])
+    shown = [
+        ("start, check, write", sum(stages[name] for name in ("start", "check", "write"))),
+        ("measure", stages["measure"]),
+        ("encode", stages["encode"]),
+        *((f"– {name}", seconds) for name, seconds in within),
+        ("– other threads of these, targets of the search, row scales", rest),
+    ]
+    rows = [[name, f"{seconds:.0f}", f"{seconds / total:.0%}"] for name, seconds in shown]
+    note = (
+        f"SmolLM2-135M at {found['bpw']} bits per weight of the blocks, embedding left dense; parts of encoding: time "
+        f"of the thread that ran them. {found['machine']['processor']}, {found['machine']['threads']} threads, shared "
+        f"with other work. `{found['command']}`"
+    )
+    return f"{markdown_table(['stage', 'processor seconds', 'share'], rows)}\n\n{note}"
+
+
 def scaling_predictions() -> str:
     """Hours, memory, disk and traffic of large models on 1 to 64 GPUs."""
     found, rows = load_results("scaling"), []

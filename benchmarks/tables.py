@@ -18,7 +18,7 @@ from common import GEMMA
 from pages import RESULTS, ROOT, load_results, markdown_table, optional_results
 from paper_table import paper
 from peer_tables import headline, peer_bits, peers, peers_paired
-from scaling_tables import compact_hessians, large_plan, scaling_predictions, scaling_runs
+from scaling_tables import compact_hessians, large_plan, scaling_predictions, scaling_runs, stage_time
 from size_tables import ablations, calibrated, ours, presets
 from speed_tables import runtime, serving
 from task_tables import tasks
@@ -105,6 +105,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peak_memory": peak_memory,
     "large_plan": large_plan,
     "scaling": scaling_predictions,
+    "stage_time": stage_time,
     "scaling_runs": scaling_runs,
 }
 

@@ -21,6 +21,12 @@ def processor_features() -> dict[str, bool] | None:
     return {name: name in flags for name in FEATURES}
 
 
+def resident_bytes() -> int | None:
+    """Resident memory of this process; None where the system does not say (no /proc/self/statm)."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if file.is_file() else None
+
+
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, cores, threads in use, system, versions; the GPU's name if `device` is cuda."""
     import torch

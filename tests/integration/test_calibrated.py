@@ -12,8 +12,8 @@ from torch import Tensor
 
 import pocketllm
 from pocketllm.calibrate.calibration import read_windows
-from pocketllm.compression import encode_blocks, pipeline
-from pocketllm.compression.pipeline import Event
+from pocketllm.compression import compress_job, encode_blocks, pipeline
+from pocketllm.compression.progress import Event
 from pocketllm.errors import ConfigError, ResumeError, SourceError
 from pocketllm.format.report import warnings_of
 from pocketllm.runtime.layers import packed_matrices
@@ -63,8 +63,8 @@ def test_the_plan_of_a_large_model_measures_only_what_is_kept(
     monkeypatch.setattr(pipeline, "_MEASURED_BY_PLANS", 1000)
     config = tiny.on_trellis()
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "calibrate", None)
-        patched.setattr(pipeline, "check_blocks", None)  # which loads a block
+        patched.setattr(compress_job, "calibrate", None)
+        patched.setattr(compress_job, "check_blocks", None)  # which loads a block
         planned = pocketllm.dry_run(source, config)
     (message,) = caplog.messages
     assert message.startswith(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pocketllm
-from pocketllm.compression.pipeline import Event
+from pocketllm.compression.progress import Event
 from pocketllm.errors import FormatError, OutputError
 from pocketllm.format import weight_files
 from pocketllm.format.checkpoint import verify

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pocketllm
-from pocketllm.compression.pipeline import Event
+from pocketllm.compression.progress import Event
 from pocketllm.errors import OutputError, ResumeError
 from pocketllm.format import kept, workspace
 from pocketllm.format.checkpoint import verify

@@ -9,7 +9,7 @@ import pytest
 
 from pocketllm.calibrate import calibration
 from pocketllm.compression import compress_targets
-from pocketllm.compression.pipeline import Event
+from pocketllm.compression.progress import Event
 from pocketllm.errors import ConfigError, OutputError, TargetError
 from tests import tiny
 from tests.commands import Run, contents, kill_now, killed

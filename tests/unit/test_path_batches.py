@@ -18,8 +18,8 @@ from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.kernels import cpu, reference, select
 from pocketllm.codec.kernels.path_batches import PathBatches
 from pocketllm.codec.kernels.reference import PathProblem
-from pocketllm.compression import encode_blocks
-from pocketllm.compression.encode_blocks import run_parallel
+from pocketllm.compression import matrix_jobs
+from pocketllm.compression.matrix_jobs import run_parallel
 
 Jobs = list[Callable[[], None]]
 
@@ -126,5 +126,5 @@ def test_as_many_matrices_at_once_as_memory_holds(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 << 30)
     for free, most in ((1, 1), (16, 2), (100, 4)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free << 30, 1 << 40))
-        assert encode_blocks._most_parallel(some, gpu) == most  # type: ignore[arg-type]
-    assert encode_blocks._most_parallel(some, torch.device("cpu")) == 4  # type: ignore[arg-type]
+        assert matrix_jobs.most_parallel(some, gpu) == most  # type: ignore[arg-type]
+    assert matrix_jobs.most_parallel(some, torch.device("cpu")) == 4  # type: ignore[arg-type]

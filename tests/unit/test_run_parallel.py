@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from pocketllm.compression.encode_blocks import run_parallel
+from pocketllm.compression.matrix_jobs import run_parallel
 
 
 @pytest.fixture(autouse=True)

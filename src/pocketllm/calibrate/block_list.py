@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pocketllm.errors import ConfigError
@@ -78,6 +79,18 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["record"](hidden, (args, kwargs))
+
+
+def shared_with(value: Any, earlier: Any) -> Any:
+    """A value with its tensors replaced by equal ones of an earlier value: masks and positions of most batches are."""
+    if isinstance(value, Tensor) and isinstance(earlier, Tensor):
+        is_alike = value.shape == earlier.shape and value.dtype == earlier.dtype
+        return earlier if value is earlier or (is_alike and torch.equal(value, earlier)) else value
+    if isinstance(value, tuple) and isinstance(earlier, tuple) and len(value) == len(earlier):
+        return tuple(map(shared_with, value, earlier))
+    if isinstance(value, dict) and isinstance(earlier, dict) and value.keys() == earlier.keys():
+        return {key: shared_with(each, earlier[key]) for key, each in value.items()}
+    return value
 
 
 class CaughtError(Exception):

@@ -16,6 +16,7 @@ from pocketllm.calibrate.block_list import block_list, check_shared, refusal
 from pocketllm.format.mapped_pages import drop_files
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.model_class import language_model_path, output_head
+from pocketllm.source.read_ahead import read_ahead
 
 OtherWeights = Callable[[str, Tensor | None], Tensor | None]
 """(name, rows) -> a weight to use instead of the dense one, or of its rows those in `rows`; None for the dense one."""
@@ -109,13 +110,20 @@ class BlockWeights:
         return self.model.get_submodule(self.text_path)
 
     @contextmanager
-    def loaded(self, number: int) -> Iterator[tuple[str, nn.Module]]:
-        """(path, block) with its dense weights, which are dropped afterwards."""
+    def loaded(self, number: int, following: int = -1) -> Iterator[tuple[str, nn.Module]]:
+        """(path, block) with its dense weights, which are dropped afterwards.
+
+        Args:
+            following: number of the block that will be loaded next, which the system reads meanwhile; -1 for none.
+        """
         path, block = f"{self.path}.{number}", self.blocks[number]
         self.number = number
         for name in self.source.names():
             if name.startswith(f"{path}."):
                 self.set_weight(name, self.source.read(name))
+        if 0 <= following < len(self.blocks):
+            own = (name for name in self.source.parts if name.startswith(f"{self.path}.{following}."))
+            read_ahead(part for name in own for part in self.source.parts[name])
         yield path, block
         for module in block.modules():
             _drop(module)

@@ -10,17 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pocketllm.calibrate.activations import Activations, SpooledActivations
 from pocketllm.calibrate.autocast import autocast
 from pocketllm.calibrate.block_list import (
     Call,
     CaughtError,
     block_list as block_list,
     refusal,
+    shared_with,
     standing_in,
 )
 from pocketllm.calibrate.block_weights import BlockWeights, OtherWeights
@@ -32,7 +35,7 @@ from pocketllm.ranks import SOLO, Ranks
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.model_class import output_head
 
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 
 
 class BlockStream(BlockWeights):
@@ -44,6 +47,7 @@ class BlockStream(BlockWeights):
         batch: windows that run together; 0 takes about 4096 tokens.
         weights: of parameters outside the blocks.
         ranks: among which the batches are divided; this stream runs those of its rank (`numbers`).
+        folder: for the activations; None keeps them in memory.
     """
 
     def __init__(
@@ -54,16 +58,17 @@ class BlockStream(BlockWeights):
         batch: int = 0,
         weights: OtherWeights = lambda name, rows: None,
         ranks: Ranks = SOLO,
+        folder: Path | None = None,
     ) -> None:
         super().__init__(source, device, windows, weights)
-        self.ranks = ranks
-        self.batch = batch or max(1, _BATCH_TOKENS // windows.shape[1])
+        self.ranks, self.folder = ranks, folder
+        self.batch = batch or max(1, BATCH_TOKENS // windows.shape[1])
         batches = windows.split(self.batch)
         self.numbers = range(ranks.rank, len(batches), ranks.size)
         self.rounds = -(-len(batches) // ranks.size)
         batches = tuple(batches[number] for number in self.numbers)
         self.calls: list[list[Call]] = []  # by block, then by batch
-        self.hidden: list[Tensor] = []
+        self.hidden = self.activations()
         self.as_tuple = self.in_float32 = False
         if not self._capture(batches):
             self.as_tuple = True
@@ -76,13 +81,13 @@ class BlockStream(BlockWeights):
 
         Returns whether each block received the output of the previous one.
         """
-        self.calls, self.hidden = [[] for _ in self.blocks], []
+        self.calls, self.hidden = [[] for _ in self.blocks], self.activations()
         passed: list[Tensor] = []
 
         def record(number: int, hidden: Tensor, call: Call) -> Any:
             if number == 0:
                 self.hidden.append(hidden)
-            self.calls[number].append(call)
+            self.calls[number].append(shared_with(call, next(reversed(self.calls[number]), None)))
             passed.append(hidden)
             if number == len(self.blocks) - 1:
                 raise CaughtError
@@ -112,7 +117,7 @@ class BlockStream(BlockWeights):
         The caller puts encoded weights into the block, then sets `hidden` to its outputs.
         """
         for number in range(len(self.blocks)):
-            with self.loaded(number) as entry:
+            with self.loaded(number, number + 1) as entry:
                 yield entry
 
     def after_blocks(self, hidden: Tensor) -> Tensor:
@@ -181,10 +186,17 @@ class BlockStream(BlockWeights):
         (found,) = torch.autograd.grad(entered[0], rows, gradient.to(entered[0].dtype))
         return found
 
+    def activations(self) -> Activations:
+        """An empty list of batches, in memory or on disk."""
+        return [] if self.folder is None else SpooledActivations(self.folder, self.device)
+
     @torch.no_grad()
-    def run(self, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+    def run(self, block: nn.Module, hidden: Activations) -> Activations:
         """Outputs of the loaded block for activations, batch by batch."""
-        return [self.call(block, batch, number) for number, batch in enumerate(hidden)]
+        found = self.activations()
+        for number, batch in enumerate(hidden):
+            found.append(self.call(block, batch, number))
+        return found
 
     def call(self, block: Callable[..., Any], hidden: Tensor, number: int) -> Tensor:
         """Output of the loaded block (or of a function in its place) for an input of batch `number`."""

@@ -78,6 +78,7 @@ def calibrate(
     scratch: Path | None = None,
     progress: Callable[[float], None] = lambda share: None,
     ranks: Ranks = SOLO,
+    on_disk: bool = False,
 ) -> Calibration:
     """What an error in each matrix costs; measured, or read from an earlier run on the same model and text.
 
@@ -85,7 +86,7 @@ def calibrate(
         text: see `read_windows`. progress: called with the finished share.
         folder: where measurements are kept; None keeps small ones in the cache folder.
         scratch: where large ones are kept if `folder` is None; None if they are not needed.
-        ranks: that measure together; the first writes.
+        ranks: that measure together; the first writes. on_disk: see `measure`.
     """
     settings, windows = config.calibration, text.windows
     assert settings is not None
@@ -113,7 +114,7 @@ def calibrate(
     else:
         with _atomic_folder(outputs, ranks) as made:
             shared: dict[str, Any] = {"device": device, "progress": progress, "outputs": made, "ranks": ranks}
-            found = measure(source, chosen, matrices, counts=text.counts, **how, **shared)
+            found = measure(source, chosen, matrices, counts=text.counts, on_disk=on_disk, **how, **shared)
             found = _read_back(found, path if is_writable and ranks.is_first else None)
     if outputs is not None:
         ranks.sync_folder(outputs)

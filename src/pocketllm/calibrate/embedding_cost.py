@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pocketllm.calibrate.activations import Activations
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.codec.subvectors import fold
@@ -20,7 +21,7 @@ _ROWS_AT_ONCE = 1 << 14
 
 
 def embedding_costs(
-    stream: BlockStream, windows: Tensor, gradients: list[Tensor], counts: Tensor | None = None
+    stream: BlockStream, windows: Tensor, gradients: Activations, counts: Tensor | None = None
 ) -> Tensor:
     """[vocabulary] what an error in each row of the embedding costs; see `expected_costs`.
 
@@ -32,8 +33,8 @@ def embedding_costs(
     costs = torch.zeros(len(stream.source.model.get_input_embeddings().weight))
     sums = WindowSums(ranks=stream.ranks)
     for turn in range(stream.rounds):
-        for number, gradient in list(zip(stream.numbers, gradients, strict=True))[turn : turn + 1]:
-            size = stream.embedding_gradient(windows[number][None], gradient).norm(dim=1)
+        for number in stream.numbers[turn : turn + 1]:
+            size = stream.embedding_gradient(windows[number][None], gradients[turn]).norm(dim=1)
             sums.add_item("sizes", size.clamp(max=LOUDEST_POSITION * size.median()).square().cpu())
         sums.end_round()
     for ids, size in zip(windows, sums.items["sizes"], strict=True):

@@ -1,6 +1,6 @@
 """Gradients of the loss of tokens drawn from the model itself, one block of the model at a time.
 
-The forward pass writes the inputs of each block to disk (`ActivationSpool`); after the head (`Head`) the backward
+The forward pass writes the inputs of each block to disk (`SpooledActivations`); after the head (`Head`) the backward
 pass runs block by block (`block_backward`).
 """
 
@@ -8,43 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pocketllm.calibrate.activations import Activations
 from pocketllm.calibrate.autocast import autocast, fast_dtype
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.window_sums import WindowSums
 from pocketllm.config.constants import LARGEST_TOKEN_WEIGHT, LOUDEST_GRADIENT, UNEVEN_GRADIENTS
-from pocketllm.format.kept import read_kept
-from pocketllm.format.workspace import keep_tensors
 from pocketllm.plan.matrices import Matrix
 
-_LOGITS_AT_ONCE = 256  # positions, at most
-_LOGIT_NUMBERS = 1 << 24  # of those positions, unless the vocabulary is larger
-_STRIP_WEIGHTS = 1 << 24  # of the head, converted at once
-
-
-class ActivationSpool:
-    """The inputs of blocks, on disk."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder, self.device = folder, device
-
-    def write(self, number: int, hidden: list[Tensor]) -> None:
-        """Write the batches of a block."""
-        tensors = {str(batch): value.contiguous() for batch, value in enumerate(hidden)}
-        keep_tensors(self.folder / f"{number}.safetensors", tensors, {})
-
-    def pop(self, number: int) -> list[Tensor]:
-        """Read the batches of a block and delete them."""
-        path = self.folder / f"{number}.safetensors"
-        tensors, _ = read_kept(path)
-        hidden = [tensors[str(number)].to(self.device) for number in range(len(tensors))]
-        path.unlink()
-        return hidden
+LOGITS_AT_ONCE = 256  # positions, at most
+LOGIT_NUMBERS = 1 << 24  # of those positions, unless the vocabulary is larger
+STRIP_WEIGHTS = 1 << 24  # of the head, converted at once
 
 
 class Head:
@@ -73,11 +51,12 @@ class Head:
         """[C, C] sum of x x^T of the head's inputs; all ranks must ask for it."""
         return self.sums.shared()["hessian"]
 
-    def all_backward(self) -> list[Tensor]:
+    def all_backward(self) -> Activations:
         """`backward` of every window of this rank."""
-        found = []
+        found = self.stream.activations()
         for turn in range(self.stream.rounds):
-            found += [self.backward(number) for number in range(turn, len(self.stream.hidden))[:1]]
+            if turn < len(self.stream.hidden):
+                found.append(self.backward(turn))
             self.sums.end_round()
         return found
 
@@ -95,7 +74,7 @@ class Head:
         with torch.no_grad():
             flat, out = final.detach().reshape(-1, final.shape[-1]), []
             self.sums.add_square("hessian", flat)
-            most = max(1, min(_LOGITS_AT_ONCE, _LOGIT_NUMBERS // len(self.head.weight)))
+            most = max(1, min(LOGITS_AT_ONCE, LOGIT_NUMBERS // len(self.head.weight)))
             for part in flat.split(most):
                 p = self._logits(part).softmax(dim=-1)
                 variance = p.square()
@@ -130,7 +109,7 @@ class Head:
 
     def _strips(self) -> tuple[Tensor, ...]:
         """The head's weight, some rows at a time."""
-        return self.head.weight.split(max(1, _STRIP_WEIGHTS // self.head.weight.shape[1]))
+        return self.head.weight.split(max(1, STRIP_WEIGHTS // self.head.weight.shape[1]))
 
 
 @dataclass
@@ -186,9 +165,9 @@ def block_backward(
     stream: BlockStream,
     block: nn.Module,
     matrices: list[Matrix],
-    gradients: list[Tensor],
+    gradients: Activations,
     rows_in_8_bits: int | None = None,
-) -> tuple[list[Tensor], OutputGradients]:
+) -> tuple[Activations, OutputGradients]:
     """Gradients before a block from those after it, of the windows of this rank; also collects those of all windows
     at the outputs of its layers, and the squared gradient of each weight.
 
@@ -198,7 +177,7 @@ def block_backward(
     weights = {m.name: stream.model.get_parameter(m.name).requires_grad_() for m in matrices}
     layers = {m.name: stream.model.get_submodule(m.name.rpartition(".")[0]) for m in matrices}
     sums = WindowSums(stream.device, stream.ranks, columns_in_8_bits=rows_in_8_bits)
-    before, after = list[Tensor](), OutputGradients(sums)
+    before, after = stream.activations(), OutputGradients(sums)
     seen: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_hook(lambda _layer, _inputs, out, name=name: seen.update({name: out}))

@@ -33,6 +33,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pocketllm.calibrate.activations import Activations, SpooledActivations, spooled
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.embedding_cost import (
     EndCost,
@@ -42,7 +43,7 @@ from pocketllm.calibrate.embedding_cost import (
     mean_square,
     row_squares,
 )
-from pocketllm.calibrate.gradients import ActivationSpool, Head, block_backward
+from pocketllm.calibrate.gradients import Head, block_backward
 from pocketllm.calibrate.output_hessians import as_kept, least_rows_in_8_bits, scaled_hessian
 from pocketllm.calibrate.row_gain import row_gain
 from pocketllm.calibrate.window_sums import WindowSums
@@ -128,6 +129,7 @@ def measure(
     outputs: Path | None = None,
     counts: Tensor | None = None,
     ranks: Ranks = SOLO,
+    on_disk: bool = False,
 ) -> Sensitivity:
     """Measure a dense model.
 
@@ -140,27 +142,30 @@ def measure(
             blocks are kept there as well, or if it is None in the system's temporary folder.
         counts: [vocabulary] how often each token occurs in all of the text; None counts those in the windows.
         ranks: among which the windows are divided; the first writes the Hessians of outputs.
+        on_disk: whether all activations are kept there, not only the inputs of blocks.
 
     Raises:
         OutputError: they cannot be written.
     """
-    stream, tokens = BlockStream(source, windows, device, batch=1, ranks=ranks), windows.numel()
-    blocks = _Blocks(stream, matrices, len(windows), tokens, damping, two_sided, weigh_tokens, outputs)
     if outputs is not None:
         outputs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="inputs-", dir=outputs) as scratch:
-        spool, count = ActivationSpool(Path(scratch), device), len(stream.blocks)
+        folder, tokens = Path(scratch), windows.numel()
+        stream = BlockStream(source, windows, device, 1, ranks=ranks, folder=folder if on_disk else None)
+        blocks = _Blocks(stream, matrices, len(windows), tokens, damping, two_sided, weigh_tokens, outputs)
+        inputs, count = list[SpooledActivations](), len(stream.blocks)
         for number, (_, block) in enumerate(stream):
-            spool.write(number, stream.hidden)
+            inputs.append(spooled(stream.hidden, folder, device))
             stream.hidden = stream.run(block, stream.hidden)
             progress(0.3 * (number + 1) / count)
         head = Head(stream, seed)
         gradients, hessian, rows = head.all_backward(), head.hessian / tokens, head.rows.cpu()
         stream.drop_head()
         for number in reversed(range(count)):
-            gradients = blocks.backward(number, spool.pop(number), gradients)
+            gradients = blocks.backward(number, inputs.pop(), gradients)
             progress(0.4 + 0.6 * (count - number) / count)
-    ends = EndCosts(rows, embedding_costs(stream, windows, gradients, counts))
+        ends = EndCosts(rows, embedding_costs(stream, windows, gradients, counts))
+        stream.hidden = gradients = []
     at_ends = {m.name: ends.of(stream, m) for m in matrices if not m.in_blocks}
     return Sensitivity(
         importance=_importance(source, blocks, at_ends, hessian, on_paths),
@@ -194,10 +199,10 @@ class _Blocks:
     strip_rows: dict[str, int] = field(default_factory=dict)
     token_weights: dict[str, Tensor] = field(default_factory=dict)
 
-    def backward(self, number: int, hidden: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    def backward(self, number: int, hidden: Activations, gradients: Activations) -> Activations:
         """Measure a block; hidden: its inputs. gradients at its outputs -> gradients at its inputs."""
         ranks = self.stream.ranks
-        with self.stream.loaded(number) as (path, block):
+        with self.stream.loaded(number, number - 1) as (path, block):
             inside = [m for m in self.matrices if m.name.startswith(f"{path}.")]
             self.stream.hidden = hidden
             hessians = self.stream.inputs(block, inside).hessians

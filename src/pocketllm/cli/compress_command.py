@@ -14,6 +14,8 @@ from pocketllm.cli.removed_options import SettingsCommand
 from pocketllm.cli.render import Bars, Output, kinds_table, parse_size, skipped_table, summary_table
 from pocketllm.cli.shared_options import (
     Context,
+    MaxMemory,
+    MeasuredIn,
     OutputFolder,
     Overwrite,
     Ppl,
@@ -59,12 +61,6 @@ Calibration = Annotated[
 NoCalibration = Annotated[
     bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone; needs no text.")
 ]
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder for calibration measurements, reused for other targets of the same model and text."
-    ),
-]
 Override = Annotated[
     list[str] | None,
     typer.Option(
@@ -103,6 +99,7 @@ class RecipeOptions:
     keep_embeddings: KeepEmbeddings = False
     settings: Annotated[list[str] | None, set_option("compress")] = None
     seed: Seed = 0
+    max_memory: MaxMemory = None
 
     def parsed(self) -> list[CompressOptions]:
         """The options with their values parsed, for every target.
@@ -121,6 +118,7 @@ class RecipeOptions:
             keep_embeddings=self.keep_embeddings,
             overrides=parse_overrides(self.override or []),
             seed=self.seed,
+            max_memory=None if self.max_memory is None else parse_size(self.max_memory, "--max-memory"),
             settings=tuple(self.settings or ()),
         )
         return [first, *(replace(first, bpw=more) for more in bpw[1:])]
@@ -146,7 +144,7 @@ def compress(
     output: OutputFolder,
     *,
     recipe: RecipeOptions,
-    calibration_cache: Cache = None,
+    calibration_cache: MeasuredIn = None,
     recover: Recover = None,
     recover_text: RecoverText = None,
     ppl: Ppl = None,
@@ -172,6 +170,9 @@ def compress(
         refuse("applies to one target; give one to --bpw", {"--recover": recover, "--push": push})
     if launched()[1] > 1:
         refuse("runs in one process; compress first, then launch pocketllm finetune", {"--recover": recover})
+    if recipe.max_memory is not None:
+        later = {"--recover": recover, "--ppl": ppl}
+        refuse("--max-memory applies to compressing only; run pocketllm eval or finetune later", later)
     run.setup()
     text = None if ppl is None else read_eval_text(ppl, model, context, number, trust)
     place = _Place(device=run.device, trust_remote_code=trust, calibration_folder=calibration_cache)

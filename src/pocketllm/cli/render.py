@@ -179,8 +179,11 @@ def number(value: float, error: float | None = None) -> str:
     return shown if error is None else f"{shown} ± {error:,.{max(0, digits)}f}"
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--size") -> int:
     """Bytes of '30000000', '30MB' (10^6) or '30MiB' (2^20).
+
+    Args:
+        option: that they are the value of, for the error.
 
     Raises:
         ConfigError: not a size.
@@ -190,7 +193,7 @@ def parse_size(text: str) -> int:
         units |= {letter: 1000**power, f"{letter}b": 1000**power, f"{letter}ib": 1024**power}
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if found is None or found[2].lower() not in units:
-        raise ConfigError(f"--size: got {text!r}, wanted bytes, such as 30000000, 30MB or 30MiB")
+        raise ConfigError(f"{option}: got {text!r}, wanted bytes, such as 30000000, 30MB or 30MiB")
     return int(float(found[1]) * units[found[2].lower()])
 
 
@@ -227,7 +230,8 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
         table.add_row("seconds", f"{report['seconds']:.0f}")
     for kind in ("peak_memory_bytes", "peak_gpu_memory_bytes"):
         if report.get(kind):
-            table.add_row(kind.removesuffix("_bytes").replace("_", " "), size(report[kind]))
+            title = kind.removesuffix("_bytes").replace("_", " ")
+            table.add_row(f"{title}, predicted" if report.get("is_plan") else title, size(report[kind]))
     for text in warnings_of(report):
         table.add_row("warning", text, style="yellow")
     return table

@@ -42,6 +42,19 @@ Windows = Annotated[int, typer.Option(help="Number of windows of the text; 0 tak
 Mode = Annotated[
     str, typer.Option(help="packed (run from the packed weights), dense (decode at load), or auto.")
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most memory that the process may take while it compresses, such as 4GB; the result is the same.",
+    ),
+]
+MeasuredIn = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for calibration measurements, reused for other targets of the same model and text."
+    ),
+]
 Private = Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pocketllm.calibrate.activations import Activations
 from pocketllm.calibrate.blocks import BlockStream, block_list
 from pocketllm.calibrate.embedding_cost import end_hessian
 from pocketllm.calibrate.input_hessians import Inputs
 from pocketllm.calibrate.output_hessians import output_hessians
 from pocketllm.calibrate.sensitivity import Sensitivity
 from pocketllm.codec.hessian import Hessian
-from pocketllm.codec.kernels.path_batches import PathBatches
 from pocketllm.compression.matrix_encoder import MatrixEncoder, matrix_unit, refined_unit
+from pocketllm.compression.matrix_jobs import most_parallel, run_parallel
 from pocketllm.config.constants import OUTPUT_DAMPING
 from pocketllm.format.kept import is_intact
+from pocketllm.format.mapped_pages import return_freed
 from pocketllm.plan.matrices import Matrix, Plan
 from pocketllm.ranks import SOLO, Ranks
 
 Progress = Callable[[float, str], None]
-_MOST_PARALLEL = 4  # jobs at once; each takes memory of its own
-_WEIGHT_BYTES = _ROW_PAIR_BYTES = 48  # of that memory, about: a dozen float32 copies of W and of G
 
 
 def encode_calibrated(
@@ -78,8 +78,9 @@ def _on_compressed_inputs(
     Refinement takes steps on one batch after another: with it every rank runs all batches, and the first refines.
     """
     of_batches = SOLO if refines else ranks
-    stream = BlockStream(encoder.source, windows, encoder.device, weights=encoder.outside, ranks=of_batches)
-    targets = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
+    own: dict[str, Any] = {"ranks": of_batches, "folder": encoder.activations}
+    stream = BlockStream(encoder.source, windows, encoder.device, weights=encoder.outside, **own)
+    targets: Activations = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
     for number, (path, block) in enumerate(stream):
         inside = _inside(encoder.plan, path)
         see = partial(stream.inputs, block, inside, token_weights)
@@ -125,7 +126,8 @@ def _on_dense_inputs(
                 load = partial(Inputs.load, files[path], encoder.device)
                 _encode_block(encoder, path, _inside(encoder.plan, path), load, progress, SOLO)
         return
-    stream, left = BlockStream(encoder.source, windows, encoder.device), len(own)
+    stream = BlockStream(encoder.source, windows, encoder.device, folder=encoder.activations)
+    left = len(own)
     for number, (path, block) in enumerate(stream if own else ()):
         inside, is_own = _inside(encoder.plan, path), path in own
         left -= is_own
@@ -187,25 +189,32 @@ def _encode_block(
         progress(encoder.share, f"{path}: inputs")
         inputs = see()
         own = ranks.mine(left, _weights)
-        after = output_hessians(encoder.outputs, path, encoder.device, [m.name for m in own])
-        hessians = _input_hessians(own, inputs, encoder.plan)
-
-        def encode(matrix: Matrix) -> None:
-            found = after.get(matrix.name)
-            outputs = None if found is None else Hessian(found, OUTPUT_DAMPING)
-            encoder.encode(matrix, hessians[matrix.name], outputs, inputs=inputs)
-
         order = sorted(own, key=_duration, reverse=True)  # the last to end is small, so no thread waits long
-        jobs, most = (
-            [partial(encode, matrix) for matrix in order],
-            _most_parallel(own, torch.device(encoder.device)),
-        )
-        running = run_parallel(jobs, encoder.device, of=len(inside), most=most)
-        for matrix, _ in zip(order, running, strict=True):
-            progress(encoder.share, matrix.name)
-            encoder.passed += matrix.weights
+        step = encoder.at_once or max(1, len(order))
+        for begin in range(0, len(order), step):
+            _encode_together(encoder, path, order[begin : begin + step], inputs, len(inside), progress)
         _share(encoder, inside, ranks)
+        return_freed()
     encoder.passed = passed
+
+
+def _encode_together(
+    encoder: MatrixEncoder, path: str, matrices: list[Matrix], inputs: Inputs, of: int, progress: Progress
+) -> None:
+    """Encode some of the `of` matrices of a block, with their Hessians in memory."""
+    after = output_hessians(encoder.outputs, path, encoder.device, [m.name for m in matrices])
+    hessians = _input_hessians(matrices, inputs, encoder.plan)
+
+    def encode(matrix: Matrix) -> None:
+        found = after.pop(matrix.name, None)
+        outputs = None if found is None else Hessian(found, OUTPUT_DAMPING)
+        encoder.encode(matrix, hessians[matrix.name], outputs, inputs=inputs)
+
+    jobs, most = [partial(encode, m) for m in matrices], most_parallel(matrices, torch.device(encoder.device))
+    running = run_parallel(jobs, encoder.device, of=of, most=most)
+    for matrix, _ in zip(matrices, running, strict=True):
+        progress(encoder.share, matrix.name)
+        encoder.passed += matrix.weights
 
 
 def _encode_ends(
@@ -241,59 +250,3 @@ def _input_hessians(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> dict[
         made = shared.setdefault(id(hessian), Hessian(hessian, settings.damping))
         made.factor(plan.rotation(matrix)[1], plan.specs[matrix.name].vector_len)
     return {m.name: shared[id(inputs.hessians[m.name])] for m in matrices}
-
-
-def _most_parallel(matrices: Sequence[Matrix], device: torch.device) -> int:
-    """How many of some matrices are encoded at once: on a GPU no more than its free memory holds."""
-    if device.type != "cuda" or not matrices:
-        return _MOST_PARALLEL
-    needed = max(_WEIGHT_BYTES * m.weights + _ROW_PAIR_BYTES * m.rows**2 for m in matrices)
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    free -= torch.cuda.memory_allocated(device)
-    return max(1, min(_MOST_PARALLEL, free // needed))
-
-
-def _searching_together(jobs: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
-    """Jobs for threads, on the GPU of this thread."""
-    batches, gpu = PathBatches(), torch.cuda.current_device()
-
-    def run(job: Callable[[], None]) -> None:
-        with torch.cuda.device(gpu), batches.member():
-            job()
-
-    return [partial(run, job) for job in jobs]
-
-
-def run_parallel(
-    jobs: Sequence[Callable[[], None]], device: torch.device | str, of: int = 0, most: int = _MOST_PARALLEL
-) -> Iterator[None]:
-    """Run jobs that do not depend on each other; yields before each, and ends when all are done.
-
-    On a CPU some run at once and share the threads: jobs of many small operations gain little from threads of
-    their own. Results depend only on the number of threads. On a GPU some run at once, so that paths are searched for
-    all of them in one launch; results do not depend on that.
-
-    Args:
-        of: number of jobs that these are a part of, which decides how many threads each has.
-        most: jobs at once.
-    """
-    threads, jobs = torch.get_num_threads(), [torch.no_grad()(job) for job in jobs]
-    on_gpu = torch.device(device).type == "cuda"
-    workers = min(len(jobs), most) if on_gpu else min(threads, max(of, len(jobs)), most)
-    if on_gpu and workers > 1:
-        jobs = _searching_together(jobs)
-    if workers < 2:
-        for job in jobs:
-            yield
-            job()
-        return
-    with ThreadPoolExecutor(
-        workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),)
-    ) as pool:
-        try:
-            for running in [pool.submit(job) for job in jobs]:
-                yield
-                running.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)  # which threads started later would take over

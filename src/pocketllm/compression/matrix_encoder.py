@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pocketllm.calibrate.activations import Activations
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.input_hessians import Inputs
 from pocketllm.codec.hessian import Hessian
@@ -46,7 +47,8 @@ class _EncodedRows:
 class MatrixEncoder:
     """Encodes matrices of one model into a workspace; finished ones are not encoded again.
 
-    codecs: fitted codecs by decoder key, filled by the caller.
+    Set by the caller: codecs, fitted, by decoder key. at_once: matrices of a block that are encoded at once, 0 for as
+    many as there are threads. activations: folder for those of all windows, None for in memory.
     """
 
     def __init__(
@@ -57,13 +59,13 @@ class MatrixEncoder:
         device: str,
         outputs: Path | None = None,
     ) -> None:
-        self.work, self.source, self.plan = work, source, plan
-        self.device = device
+        self.work, self.source, self.plan, self.device = work, source, plan, device
         self.outputs = outputs  # folder of the Hessians of layers' outputs
         self.codecs: dict[str, MatrixCodec] = {}
         self.by_name = {m.name: m for m in plan.matrices}
         self.scales: dict[str, Tensor] = {}  # refined row scales
-        self.passed = 0  # weights of the finished matrices
+        self.activations: Path | None = None
+        self.at_once = self.passed = 0  # passed: weights of the finished matrices
 
     @property
     def share(self) -> float:
@@ -116,7 +118,7 @@ class MatrixEncoder:
         block: nn.Module,
         matrices: list[Matrix],
         stream: BlockStream,
-        targets: list[Tensor],
+        targets: Activations,
     ) -> None:
         """Tune a block whose matrices are all encoded; see `refine_block`."""
         if self.work.has(refined_unit(number)):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pocketllm.calibrate.activations import Activations
 from pocketllm.codec.index_form import IndexForm
 from pocketllm.codec.matrix_codec import MatrixCodec
 from pocketllm.codec.reconstruct import Lookup, decoded_table
@@ -113,8 +114,8 @@ def refine_block(
     block: nn.Module,
     prefix: str,
     encoded: Mapping[str, EncodedParameter],
-    inputs: list[Tensor],
-    targets: list[Tensor],
+    inputs: Activations,
+    targets: Activations,
     call: Callable[[Callable[..., Tensor], Tensor, int], Tensor],
     settings: CalibrationConfig,
 ) -> Refined:

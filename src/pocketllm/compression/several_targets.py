@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pocketllm.compression.pipeline import ProgressCallback, compress, is_made
+from pocketllm.compression.pipeline import compress, is_made
+from pocketllm.compression.progress import ProgressCallback
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
 from pocketllm.format import checkpoint as ckpt

@@ -12,6 +12,7 @@ from torch import Tensor
 from pocketllm.codec.codebook import codebook_perplexity, codebook_utilization
 from pocketllm.compression.matrix_encoder import codebook_unit, matrix_unit
 from pocketllm.format import checkpoint as ckpt
+from pocketllm.format.mapped_pages import drop_files
 from pocketllm.format.model_card import CARD_NAME
 from pocketllm.format.report import Report, rounded
 from pocketllm.format.weight_files import write_safetensors
@@ -20,6 +21,8 @@ from pocketllm.plan.matrices import Plan
 from pocketllm.plan.matrix_statistics import MatrixStatistics
 from pocketllm.plan.sizes import PlannedModel
 from pocketllm.plan.stored_form import StoredForm
+
+_LARGE = 1 << 20  # bytes of a dense tensor whose pages are dropped when it is written
 
 
 def write(planned: PlannedModel, work: Workspace) -> Report:
@@ -50,6 +53,8 @@ def _tensors(form: StoredForm, work: Workspace, crcs: dict[str, str]) -> Iterato
     for dense in plan.dense:
         value = refined.get(f"vector|{dense.name}", form.source.read(dense.name))
         yield value.to(form.dense_dtype(dense))
+        if value.nbytes > _LARGE:
+            drop_files(form.source.files)
     for matrix in plan.matrices:
         tensors, _ = work.load(matrix_unit(plan, matrix))
         stored = [tensors["indices"]]
@@ -80,9 +85,9 @@ def measured(plan: Plan, work: Workspace) -> MatrixStatistics:
     nmse, proxy, use, perplexity, tokens, unseen, fits = {}, {}, {}, {}, {}, {}, []
     for number, group in enumerate(plan.groups().values()):
         fits.append(_rounded_tree(work.load(codebook_unit(number))[1]))
-        units = [work.load(matrix_unit(plan, m)) for m in group]
-        counts = torch.stack([tensors["counts"].long() for tensors, _ in units]).sum(dim=0)
-        for matrix, (_, facts) in zip(group, units, strict=True):
+        found = [_counts_and_facts(work, matrix_unit(plan, m)) for m in group]
+        counts = torch.stack([each for each, _ in found]).sum(dim=0)
+        for matrix, (_, facts) in zip(group, found, strict=True):
             nmse[matrix.name] = rounded(facts["nmse"])
             proxy[matrix.name] = rounded(facts["proxy_error"]) if "proxy_error" in facts else None
             tokens[matrix.name] = facts.get("input_tokens")
@@ -90,6 +95,12 @@ def measured(plan: Plan, work: Workspace) -> MatrixStatistics:
             use[matrix.name] = rounded(codebook_utilization(counts))
             perplexity[matrix.name] = rounded(codebook_perplexity(counts))
     return MatrixStatistics(nmse, proxy, use, perplexity, tokens, unseen, tuple(fits))
+
+
+def _counts_and_facts(work: Workspace, unit: str) -> tuple[Tensor, dict[str, Any]]:
+    """How often a matrix uses each codeword, and what else is known of it, without its indices."""
+    tensors, facts = work.load(unit)
+    return tensors["counts"].long(), facts
 
 
 def _rounded_tree(value: Any) -> Any:

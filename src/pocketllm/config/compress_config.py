@@ -88,6 +88,7 @@ class CompressConfig:
     overrides: (pattern, bits per weight) pairs for matrices whose name matches the pattern (as in a shell);
         16 leaves them dense.
     seed: Seed of every random choice.
+    max_memory_gb: Most memory of the process, in units of 10^9 bytes; none sets no limit. It changes no stored byte.
     """
 
     codec: CodecConfig = field(default_factory=CodecConfig)
@@ -107,8 +108,11 @@ class CompressConfig:
     calibration: CalibrationConfig | None = None
     overrides: tuple[tuple[str, float], ...] = ()
     seed: int = 0
+    max_memory_gb: float | None = None
 
     def __post_init__(self) -> None:
+        if self.max_memory_gb is not None:
+            positive("max_memory_gb", self.max_memory_gb)
         one_of("codebook_scope", self.codebook_scope, ("auto", *SCOPES))
         one_of("decoder_scope", self.decoder_scope, SCOPES)
         between("seed", self.seed, 0, MOST_SEED)
@@ -166,8 +170,11 @@ class CompressConfig:
         return _codec_for(self.codec, vector_len)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `towers` only where it is true, as files of models without it are older."""
+        """Plain JSON types of what defines the result: without `max_memory_gb`, and `towers` only where it is true, as
+        files of models without it are older.
+        """
         values = plain(self)
+        del values["max_memory_gb"]
         if not self.towers:
             del values["towers"]
         return values

@@ -17,6 +17,7 @@ COMPRESS_OPTIONS = {
     **TARGET_OPTIONS,
     "keep_embeddings": "--keep-embeddings",
     "seed": "--seed",
+    "max_memory_gb": "--max-memory",
     "calibration.texts": "--calibration",
     "recover.texts": "--recover-text",
     "recover.loop.seed": "--seed",
@@ -39,7 +40,7 @@ class CompressOptions:
     """The options of `pocketllm compress` that define the result.
 
     size: bytes of the output folder. calibration: texts. overrides: as in CompressConfig.
-    settings: KEY=VALUE words of `--set`.
+    max_memory: most bytes of the process. settings: KEY=VALUE words of `--set`.
     """
 
     preset: str | None = None
@@ -51,6 +52,7 @@ class CompressOptions:
     keep_embeddings: bool = False
     overrides: tuple[tuple[str, float], ...] = ()
     seed: int = 0
+    max_memory: int | None = None
     settings: tuple[str, ...] = ()
 
     @cached_property
@@ -123,6 +125,8 @@ class CompressOptions:
     def _options(self) -> dict[str, Any]:
         """Settings from all options except `settings` and those of calibration."""
         values: dict[str, Any] = {"seed": self.seed}
+        if self.max_memory is not None:
+            values["max_memory_gb"] = self.max_memory / 1e9
         targets = {"target_bpw": self.bpw, "target_ratio": self.ratio, "target_bytes": self.size}
         if any(value is not None for value in targets.values()):
             values |= targets

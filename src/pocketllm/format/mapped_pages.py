@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 _MAPS = Path("/proc/self/maps")
+_MMAP_THRESHOLD, _LARGE = -3, 1 << 18  # of mallopt(3); bytes
 _DONT_NEED = getattr(mmap, "MADV_DONTNEED", None)
 
 
@@ -56,6 +57,23 @@ def drop_files(files: Collection[Path]) -> None:
     for begin, end, name in _mapped_ranges() if _DONT_NEED is not None else ():
         if name in names:
             _drop(begin, end)
+
+
+def keep_no_holes() -> None:
+    """From now on return every large tensor to the system when it is freed, so that memory is what tensors take.
+
+    glibc would allocate those up to 32 MiB from one heap, where what is freed leaves holes between what is kept.
+    """
+    option = getattr(_c_library(), "mallopt", None) if _DONT_NEED is not None else None
+    if option is not None:
+        option(_MMAP_THRESHOLD, _LARGE)
+
+
+def return_freed() -> None:
+    """Give memory that has been freed back to the system, which the C library (glibc) would keep for later."""
+    trim = getattr(_c_library(), "malloc_trim", None) if _DONT_NEED is not None else None
+    if trim is not None:
+        trim(0)
 
 
 def _mapped_ranges() -> list[tuple[int, int, str]]:

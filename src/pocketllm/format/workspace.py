@@ -71,10 +71,15 @@ def keep_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any
         path.parent.mkdir(parents=True, exist_ok=True)
         write_kept(path, tensors, facts)
     except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); free some space there, or choose another output folder, "
-            "or another folder with --calibration-cache or POCKETLLM_CACHE"
-        ) from error
+        raise cannot_keep(path, error) from error
+
+
+def cannot_keep(path: Path, error: OSError) -> OutputError:
+    """The error for measurements that cannot be written."""
+    return OutputError(
+        f"{path}: cannot be written ({error.strerror}); free some space there, or choose another output folder, "
+        "or another folder with --calibration-cache or POCKETLLM_CACHE"
+    )
 
 
 @dataclass(frozen=True)

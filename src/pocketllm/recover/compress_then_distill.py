@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pocketllm.compression.pipeline import ProgressCallback, compress, is_made
+from pocketllm.compression.pipeline import compress, is_made
+from pocketllm.compression.progress import ProgressCallback
 from pocketllm.config import CompressConfig, DistillConfig
 from pocketllm.errors import OutputError
 from pocketllm.format import checkpoint as ckpt

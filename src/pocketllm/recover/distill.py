@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.compression.pipeline import Event, ProgressCallback
+from pocketllm.compression.progress import Event, ProgressCallback
 from pocketllm.config import DistillConfig
 from pocketllm.errors import ConfigError
 from pocketllm.format import checkpoint as ckpt

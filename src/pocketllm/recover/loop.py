@@ -18,7 +18,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from pocketllm.compression.pipeline import Event
+from pocketllm.compression.progress import Event
 from pocketllm.config import LoopConfig
 from pocketllm.errors import ConfigError, TrainingError
 from pocketllm.format.workspace import Workspace

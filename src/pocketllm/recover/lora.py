@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketllm.compression.pipeline import Event, ProgressCallback
+from pocketllm.compression.progress import Event, ProgressCallback
 from pocketllm.config import LoraTuneConfig
 from pocketllm.errors import ConfigError
 from pocketllm.files import write_json

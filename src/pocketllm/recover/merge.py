@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import pocketllm
-from pocketllm.compression.pipeline import Event, ProgressCallback
+from pocketllm.compression.progress import Event, ProgressCallback
 from pocketllm.config import CompressConfig
 from pocketllm.errors import FormatError
 from pocketllm.evaluate.perplexity import perplexity

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pocketllm.compression.pipeline import Event, ProgressCallback
+from pocketllm.compression.progress import Event, ProgressCallback
 from pocketllm.errors import ConfigError, OutputError, reason_of
 from pocketllm.files import read_object, write_json
 from pocketllm.format.workspace import damaged, locked
