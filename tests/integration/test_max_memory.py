@@ -45,6 +45,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.large  # half a minute, with a process of its own
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from /proc")
 def test_the_limit_is_kept(tmp_path: Path) -> None:
     """Twice the activations of all windows are 134 MB: in memory, they would exceed the limit (by 15 MB, measured)."""
