@@ -181,7 +181,7 @@ class PackedMatrix(_FixedDtype):
         self.register_buffer("indices", _unfilled((nbytes,), torch.uint8))
         decoder = store.decoders[entry.decoder].entry
         assert isinstance(decoder, DecoderEntry)
-        self.is_lookup = decoder.codec.decoder == "lookup"  # else values depend on the row
+        self.is_lookup = decoder.codec.decodes_to_table  # else values depend on the row
         if decoder.codec.row_scale:
             self.register_buffer("row_scale", _unfilled((entry.rows,), torch.bfloat16))
         self._product: PackedProduct | None = None
