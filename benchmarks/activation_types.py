@@ -20,7 +20,7 @@ from typing import Any
 from common import data_file, quiet, save
 
 VALIDATION = ("wikitext2", "wiki.valid.near_raw.txt")
-CONTEXT, WINDOWS = 1024, 8
+CONTEXT, WINDOWS = 1024, 4
 RUNS = {
     "decoded, bfloat16": ("dense", "bfloat16", ""),
     "packed, float32": ("packed", "float32", ""),

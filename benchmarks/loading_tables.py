@@ -35,7 +35,7 @@ def activation_types() -> str:
     rows = [
         [
             name,
-            f"{run['kl']:.5f} ± {run['kl_stderr']:.5f}",
+            f"{run['kl']:.4f} ± {run['kl_stderr']:.4f}",
             f"{run['perplexity']:.3f}",
             f"{run['top1_agreement']:.1%}",
         ]
