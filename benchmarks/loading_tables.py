@@ -1,4 +1,4 @@
-"""Tables of docs/loading.md: stages of loading, types of activations, compiled generation."""
+"""Tables of docs/loading.md: stages of loading, types of activations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def activation_types() -> str:
     rows = [
         [
             name,
-            f"{run['kl']:.4f} ± {run['kl_stderr']:.4f}",
+            f"{round(run['kl'], 4) + 0.0:.4f} ± {run['kl_stderr']:.4f}",
             f"{run['perplexity']:.3f}",
             f"{run['top1_agreement']:.1%}",
         ]
@@ -49,19 +49,3 @@ def activation_types() -> str:
     )
     head = ["weights, activations", "KL, nats", "perplexity", "top-1 agreement"]
     return f"{markdown_table(head, rows)}\n\n{note}"
-
-
-def compiled_generation() -> str:
-    """Speed with a static cache and torch.compile."""
-    found = load_results("compiled_generation")
-    rows = [
-        [mode, way, f"{run['tokens_per_second']:.1f}", f"{run['first_seconds']:.0f}"]
-        for mode, ways in found["runs"].items()
-        for way, run in ways.items()
-    ]
-    note = (
-        f"SmolLM2-135M, bfloat16, {found['machine']['threads']} threads; {found['new_tokens']} new tokens after a "
-        f"short prompt by transformers' `generate`; the first generation includes compiling, or reading the compiled "
-        f"code from torch's cache (compiled before). `{found['command']}`"
-    )
-    return f"{markdown_table(['', 'generation', 'tokens/s', 'first generation, s'], rows)}\n\n{note}"
