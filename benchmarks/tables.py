@@ -15,6 +15,7 @@ import recovery_table
 from architecture_table import architectures, large_models, peak_memory
 from codec_tables import codec_floor, codec_speed, hashed
 from common import GEMMA
+from loading_tables import activation_types, load_time
 from pages import RESULTS, ROOT, load_results, markdown_table, optional_results
 from paper_table import paper
 from peer_tables import headline, peer_bits, peers, peers_paired
@@ -88,6 +89,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "codec_floor": codec_floor,
     "codec_speed": codec_speed,
     "runtime": runtime,
+    "load_time": load_time,
+    "activation_types": activation_types,
     "serving": serving,
     "serving_vllm": serving_vllm,
     "rank_sizes": rank_sizes,

@@ -95,6 +95,20 @@ def test_auto_is_dense_where_a_layer_has_no_kernel(
     assert "is decoded at load, as in mode dense" in line and reason in line
 
 
+@needs_compiler
+@pytest.mark.parametrize("codec", [{"norm": "none"}, {"norm": "ln"}, {"depth": 1}])
+def test_published_form_without_row_statistics_runs_packed(
+    codec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = compressed(tmp_path, codec={"decoder": "row", **codec})
+    dense, _ = pocketllm.load(folder, mode="dense", dtype=torch.float32)
+    wanted = logits(dense)
+    monkeypatch.setattr(PackedMatrix, "forward", lambda matrix: pytest.fail(f"decoded: {matrix.entry}"))
+    packed, _ = pocketllm.load(folder, dtype=torch.float32)
+    assert is_packed(packed)
+    torch.testing.assert_close(logits(packed), wanted, rtol=0, atol=ROUNDING)
+
+
 def test_auto_is_dense_without_kernels(
     llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

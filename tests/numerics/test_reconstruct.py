@@ -63,13 +63,13 @@ class Stored:
         codebook = CodebookEntry(*self.codebook.shape, None, "0" * 8, window)
         store = Store(Layout({"w": entry}, (codebook,), (DecoderEntry(self.config, "0" * 8),)))
         packed = PackedMatrix(entry, store, torch.float32)
-        packed.load_state_dict({"indices": encoded.stream, "row_scale": encoded.row_scale})
+        packed.load_state_dict({"indices": encoded.stream, "row_scale": encoded.row_scale}, assign=True)
         parts = {
             "codebooks.0.weight": self.codebook,
             "decoders.0.up": self.up,
             "decoders.0.down": self.down,
         }
-        store.load_state_dict(parts)
+        store.load_state_dict(parts, assign=True)
         return packed, store
 
     def refined(self) -> Tensor:

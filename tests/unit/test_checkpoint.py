@@ -263,6 +263,16 @@ def test_one_flipped_bit(tensor: str, words: str, copy: Path) -> None:
         pocketllm.load(copy)
 
 
+def test_an_altered_file_takes_precedence_over_what_it_causes(copy: Path) -> None:
+    with pytest.raises(ValueError, match="of its own"), ckpt.verifying(copy):
+        raise ValueError("of its own")
+    path = copy / "model.safetensors"
+    flip(path, position(path, "model.norm.weight"))
+    with pytest.raises(FormatError, match=r"model\.safetensors: altered") as caught, ckpt.verifying(copy):
+        raise ValueError("a consequence")
+    assert str(caught.value.__cause__) == "a consequence"
+
+
 def test_flipped_bit_in_the_tokenizer(copy: Path) -> None:
     flip(copy / "tokenizer.json", 100)
     with pytest.raises(FormatError, match=r"tokenizer\.json: altered"):

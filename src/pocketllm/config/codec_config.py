@@ -111,6 +111,11 @@ class CodecConfig:
         return "none" if self.decoder == "lookup" else self.norm
 
     @property
+    def decodes_to_table(self) -> bool:
+        """Whether a codeword decodes to the same weights in every row: no norm of full rows inside the decoder."""
+        return self.depth < 2 or self.decoder_norm != "rln"
+
+    @property
     def network_shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Shapes of all blocks of a network as they are stored, `up` and `down`."""
         d, hidden = self.vector_len, self.hidden

@@ -125,7 +125,8 @@ def verify(folder: Path, is_partial: bool = False) -> Layout:
 def verifying(folder: Path, is_partial: bool = False, every_tensor: bool = False) -> Iterator[Layout]:
     """`verify`, during which other work is done: weight files are hashed in a thread until the context ends.
 
-    Everything but the contents of weight files is verified before the context begins.
+    Everything but the contents of weight files is verified before the context begins. An altered file takes
+    precedence over an error that the context raises.
 
     Args:
         every_tensor: compare also the checksums of single tensors; otherwise only if a file differs, to name the
@@ -148,13 +149,19 @@ def verifying(folder: Path, is_partial: bool = False, every_tensor: bool = False
         ]
         tensors = _stored_tensors(folder, weights, layout, opened)
         others = [_altered(folder / name, facts) for name, facts in files.items() if name not in stored]
-        if not any(others):
-            yield layout
+        failure: Exception | None = None
+        try:
+            if not any(others):
+                yield layout
+        except Exception as error:  # an altered file may be the cause
+            failure = error
         found = [problem for problem in (*others, *(task.result() for task in hashed)) if problem]
         if found or every_tensor or not has_report:
             _check_tensors(tensors, layout)  # first, since it names the tensor
     if found:
-        raise FormatError(found[0])
+        raise FormatError(found[0]) from failure
+    if failure is not None:
+        raise failure
 
 
 def _altered(file: Path, facts: Mapping[str, Any]) -> str:

@@ -48,8 +48,7 @@ class Matrices:
             except (SafetensorError, OSError) as error:
                 raise FormatError(f"{path}: not a readable safetensors file ({error})") from error
             files.update(dict.fromkeys(handle.keys(), handle))
-        with torch.device("meta"):
-            matrices = cls(layout, Store(layout), files)
+        matrices = cls(layout, Store(layout), files)
         matrices._fill(matrices.store, STORE)
         return matrices
 
@@ -108,8 +107,7 @@ class Matrices:
         Raises:
             FormatError: as `read`.
         """
-        with torch.device("meta"):
-            packed = PackedMatrix(self.layout.matrices[name], self.store, dtype)
+        packed = PackedMatrix(self.layout.matrices[name], self.store, dtype)
         self._fill(packed, name)
         return packed
 

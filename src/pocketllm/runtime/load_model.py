@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from pocketllm.errors import ConfigError, LoadError, PocketError, SourceError, reason_of
+from pocketllm.errors import ConfigError, LoadError, PocketError, reason_of
+from pocketllm.files import read_object
 from pocketllm.runtime.load_checks import known_as_verified, verifying_folder
 from pocketllm.runtime.model_methods import use_one_product
 from pocketllm.runtime.transformers_plugin import MODES, PocketQuantizer
@@ -22,24 +23,40 @@ from pocketllm.torch_state import in_default_torch_state
 
 
 class _Shared(dict[str, Any]):
-    """An object of a configuration that copies share: transformers copies it three times, and it is large."""
+    """An object of a configuration that copies share: transformers copies it several times, and it is large."""
 
     def __deepcopy__(self, memo: Any) -> _Shared:
         return _Shared(self)
 
 
-def _from_pretrained(folder: Path, mode: str, how: Mapping[str, Any]) -> Any:
+def _read_config(folder: Path, mode: str, trust_remote_code: bool) -> Any:
+    """The model's configuration, which asks for a mode.
+
+    Raises:
+        LoadError: transformers cannot read it.
+    """
+    stored = read_object(folder / "config.json")["quantization_config"]
+    with _as_load_error(folder):
+        # transformers copies and prints what it reads, which would take a while
+        how = {"return_dict": True, "quantization_config": {}, "trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(folder, **how)
+    config.quantization_config = _Shared(stored, mode=mode)
+    return config
+
+
+def _from_pretrained(folder: Path, config: Any, how: Mapping[str, Any]) -> Any:
     """The model of a verified folder, as transformers loads it.
 
     Raises:
-        LoadError: transformers cannot; and what the plug-in raises.
+        LoadError: transformers cannot, or without this package's plug-in; and what the plug-in raises.
     """
-    with _as_load_error(folder):
-        trust = how["trust_remote_code"]
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, return_dict=True)
-        config.quantization_config = _Shared(config.quantization_config, mode=mode)
-        with known_as_verified(folder):
-            return model_class(config).from_pretrained(folder, config=config, use_safetensors=True, **how)
+    with _as_load_error(folder), known_as_verified(folder):
+        model = model_class(config).from_pretrained(folder, config=config, use_safetensors=True, **how)
+    if not isinstance(getattr(model, "hf_quantizer", None), PocketQuantizer):
+        raise LoadError(
+            f"{folder}: transformers loaded it without pocketllm, so its weights are random; load it in a new process"
+        )
+    return model
 
 
 @contextmanager
@@ -106,20 +123,10 @@ def load(
     if mode not in MODES:
         raise ConfigError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
     folder = resolve(str(path), revision=revision)
-    with verifying_folder(folder):
-        try:
-            tokenizer = read_tokenizer(folder, trust_remote_code)
-        except SourceError:
-            with _as_load_error(folder):  # of which the tokenizer's may be a consequence
-                AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            raise
     how = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-    with _quick_collections():
-        model = _from_pretrained(folder, mode, how)
-        if not isinstance(getattr(model, "hf_quantizer", None), PocketQuantizer):
-            raise LoadError(
-                f"{folder}: transformers loaded it without pocketllm, so its weights are random; load it in a new "
-                "process"
-            )
+    with _quick_collections(), verifying_folder(folder):
+        config = _read_config(folder, mode, trust_remote_code)
+        tokenizer = read_tokenizer(folder, trust_remote_code, config)
+        model = _from_pretrained(folder, config, how)
         use_one_product(model)
         return model.eval().requires_grad_(False), tokenizer

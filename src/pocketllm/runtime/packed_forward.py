@@ -34,8 +34,7 @@ def reason_without_kernel(module: nn.Module, leaf: str, matrix: PackedMatrix) ->
         type(module), "_dense_class", type(module)
     )  # of a packed layer, the class that it replaces
     plain = any(dense.forward is known.forward for known in (nn.Linear, Conv1D, nn.Embedding))
-    embeds = issubclass(dense, nn.Embedding) and takes_stand_in(matrix)
-    if leaf == "weight" and (plain or embeds):
+    if leaf == "weight" and (plain or (issubclass(dense, nn.Embedding) and takes_stand_in(matrix))):
         return ""
     if len(matrix.entry.shape) == 3 and takes_stand_in(matrix):
         return ""

@@ -53,6 +53,11 @@ class _FixedDtype(nn.Module):
         return next((b.device for b in self._buffers.values() if b is not None), torch.device("cpu"))
 
 
+def _unfilled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor without values, to be replaced by that of a file."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 class Codebook(_FixedDtype):
     """One codebook, float16 [K, d], in the buffer `weight`; not stored if it is drawn from a seed."""
 
@@ -62,7 +67,7 @@ class Codebook(_FixedDtype):
         super().__init__()
         self.entry = entry
         if entry.seed is None:
-            self.register_buffer("weight", torch.empty(entry.size, entry.vector_len, dtype=torch.float16))
+            self.register_buffer("weight", _unfilled((entry.size, entry.vector_len), torch.float16))
 
     def value(self) -> Tensor:
         """[K, d] float16."""
@@ -81,8 +86,8 @@ class Decoder(_FixedDtype):
         super().__init__()
         self.entry = entry
         up, down = entry.codec.network_shapes
-        self.register_buffer("up", torch.empty(up, dtype=torch.float16))
-        self.register_buffer("down", torch.empty(down, dtype=torch.float16))
+        self.register_buffer("up", _unfilled(up, torch.float16))
+        self.register_buffer("down", _unfilled(down, torch.float16))
 
 
 class Store(nn.Module):
@@ -173,12 +178,12 @@ class PackedMatrix(_FixedDtype):
         self.form = entry.form(codebook)
         self.per_row = subvectors_per_row(entry.columns, codebook.vector_len)
         nbytes = self.form.nbytes(entry.rows, self.per_row)
-        self.register_buffer("indices", torch.empty(nbytes, dtype=torch.uint8))
+        self.register_buffer("indices", _unfilled((nbytes,), torch.uint8))
         decoder = store.decoders[entry.decoder].entry
         assert isinstance(decoder, DecoderEntry)
-        self.is_lookup = decoder.codec.decoder == "lookup"  # else values depend on the row
+        self.is_lookup = decoder.codec.decodes_to_table  # else values depend on the row
         if decoder.codec.row_scale:
-            self.register_buffer("row_scale", torch.empty(entry.rows, dtype=torch.bfloat16))
+            self.register_buffer("row_scale", _unfilled((entry.rows,), torch.bfloat16))
         self._product: PackedProduct | None = None
         self._made_of: tuple[Tensor | None, Tensor | None] = (None, None)  # tensors of the product
         self._store = [store]  # a list hides it from nn.Module: shared, so it must not be registered
@@ -199,11 +204,16 @@ class PackedMatrix(_FixedDtype):
 
     def product(self) -> PackedProduct | None:
         """Products straight from the stream; None if the decoder has row statistics or tensors are offloaded."""
-        stream, scale = self._buffers["indices"], self._buffers.get("row_scale")
-        if self._made_of[0] is not stream or self._made_of[1] is not scale:
-            self._product, self._made_of = None, (stream, scale)
+        if not self._has_product():
+            self._product = None
             next(make_products([self]), None)
+            self._made_of = self._buffers["indices"], self._buffers.get("row_scale")
         return self._product
+
+    def _has_product(self) -> bool:
+        """Whether `product` has been made of the tensors that are there."""
+        stream, scale = self._made_of
+        return stream is self._buffers["indices"] and scale is self._buffers.get("row_scale")
 
     def _make_product(self, decoded: Tensor) -> None:
         """Make the product, from what the decoder makes of the codebook: [K, d] float32."""
@@ -239,9 +249,12 @@ def make_products(matrices: Iterable[PackedMatrix]) -> Iterator[PackedMatrix]:
         if matrix.is_lookup and not matrix.indices.is_meta:
             groups.setdefault((id(matrix._store[0]), matrix.indices.device), []).append(matrix)
     for (_, device), group in groups.items():
-        uses = [(matrix.entry.codebook, matrix.entry.decoder) for matrix in group]
+        uses = {matrix: (matrix.entry.codebook, matrix.entry.decoder) for matrix in group}
+        missing = [matrix for matrix in group if not matrix._has_product()]
         with default_torch_state():
-            decoded = group[0]._store[0].decoded_codebooks(uses, device)
-        for matrix, codebook in zip(group, decoded, strict=True):
-            matrix._make_product(codebook)
+            found = group[0]._store[0].decoded_codebooks([uses[matrix] for matrix in missing], device)
+        decoded = dict(zip(missing, found, strict=True))
+        for matrix in group:
+            if matrix in decoded:
+                matrix._make_product(decoded[matrix])
             yield matrix

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from pocketllm.format.layout import STORE
 from pocketllm.runtime.layers import Store, packed_matrices
@@ -26,12 +26,14 @@ class Unread:
 
     Args:
         store: of the model, not part of it meanwhile. names: parameter -> its name in the files.
+        parts: parameter -> its tensors on the meta device; its packed matrix has none meanwhile.
     """
 
     files: tuple[Path, ...]
     device: torch.device
     store: Store
     names: Mapping[str, str]
+    parts: Mapping[str, Mapping[str, Tensor | None]]
 
     @classmethod
     def of(cls, model: nn.Module, files: Any, device_map: Any, names: Mapping[str, str]) -> Unread | None:
@@ -43,17 +45,18 @@ class Unread:
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map or "cpu"}
         if not files or len(devices) != 1 or devices & {"auto", "balanced", "balanced_low_0", "sequential"}:
             return None
-        for matrix in packed_matrices(model).values():
-            matrix._non_persistent_buffers_set.update(matrix._buffers)
+        parts = {}
+        for name, matrix in packed_matrices(model).items():
+            parts[name], matrix._buffers = matrix._buffers, {}
         store = model._modules.pop(STORE)
         assert isinstance(store, Store)
-        return cls(tuple(map(Path, files)), torch.device(devices.pop()), store, names)
+        return cls(tuple(map(Path, files)), torch.device(devices.pop()), store, names, parts)
 
-    def stored_names(self, model: nn.Module) -> set[str]:
+    def stored_names(self) -> set[str]:
         """Names of the hidden tensors in the files, and as transformers renames them."""
         found = {f"{STORE}.{name}" for name, _ in self.store.named_buffers()}
-        for name, matrix in packed_matrices(model).items():
-            found.update(f"{stem}.{part}" for stem in (name, self.names[name]) for part in matrix._buffers)
+        for name, parts in self.parts.items():
+            found.update(f"{stem}.{part}" for stem in (name, self.names[name]) for part in parts)
         return found
 
     def read(self, model: nn.Module) -> None:
@@ -64,13 +67,13 @@ class Unread:
             for file in self.files:
                 handle = opened.enter_context(safe_open(str(file), framework="pt"))
                 handles.update(dict.fromkeys(handle.keys(), handle))
-            owners: list[tuple[str, nn.Module]]
-            owners = [(self.names[name], matrix) for name, matrix in packed_matrices(model).items()]
+            owners: list[tuple[str, nn.Module]] = []
+            for name, matrix in packed_matrices(model).items():
+                matrix._buffers = dict(self.parts[name])
+                owners.append((self.names[name], matrix))
             owners += [(f"{STORE}.{path}", module) for path, module in self.store.named_modules()]
             for stem, owner in owners:
-                for part, empty in owner._buffers.items():
-                    assert empty is not None
+                for part in owner._buffers:
                     handle = handles.get(f"{stem}.{part}")
-                    value = empty.to("meta") if handle is None else handle.get_tensor(f"{stem}.{part}")
-                    owner._buffers[part] = value if value.is_meta else value.to(self.device)
-                owner._non_persistent_buffers_set.clear()
+                    if handle is not None:
+                        owner._buffers[part] = handle.get_tensor(f"{stem}.{part}").to(self.device)

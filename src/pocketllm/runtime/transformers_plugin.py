@@ -144,8 +144,7 @@ class PocketQuantizer(HfQuantizer):
             self.quantization_config.set_layout(layout)
         check_shapes(model, layout)
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
-        with torch.device("meta"):
-            replace_parameters(model, layout, dtype)
+        replace_parameters(model, layout, dtype)
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         known = layout.matrices
         self._tied = {n: source for n, source in tied.items() if source in known and n not in known}
@@ -154,7 +153,7 @@ class PocketQuantizer(HfQuantizer):
         if tied:
             model.all_tied_weights_keys = {n: s for n, s in tied.items() if n not in self._tied}
         self._unread = Unread.of(model, kwargs.get("checkpoint_files"), kwargs.get("device_map"), names)
-        hidden = set() if self._unread is None else self._unread.stored_names(model)
+        hidden = set() if self._unread is None else self._unread.stored_names()
         model.initialize_weights = partial(initialize, model)
         take_over_missing(model, self._tied, hidden)
         return model

@@ -175,8 +175,10 @@ def load_dense(folder: Path, dtype: Any = "auto", trust_remote_code: bool = Fals
     return model.eval()
 
 
-def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+def read_tokenizer(folder: Path, trust_remote_code: bool, config: Any = None) -> Any:
     """The model's tokenizer, or None if the folder has none.
+
+    config: of the model, if it has been read.
 
     Raises:
         SourceError: its files cannot be read.
@@ -189,7 +191,7 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         if not path.name.startswith(".") and not path.is_dir():
             need_regular(path, SourceError)
     try:
-        made = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        made = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, config=config)
         made.decode(made("a")["input_ids"])  # some settings are not looked at before they are used
         return made
     except Exception as error:  # transformers and tokenizers raise whatever they come upon

@@ -1,0 +1,51 @@
+"""Tables of docs/loading.md: stages of loading, types of activations."""
+
+from __future__ import annotations
+
+from pages import load_results, markdown_table
+
+
+def load_time() -> str:
+    """Stages of loading, packed and dense."""
+    found = load_results("load_time")
+    packed, dense = found["runs"]["packed"], found["runs"]["checkpoint"]
+    rows = [
+        [title, stage["name"], f"{1000 * stage['seconds']:.0f}", f"{stage['bytes'] / 1e6:.0f}"]
+        for title, run in (("packed", packed), ("not compressed", dense))
+        for stage in run["stages"]
+        if stage["name"] != "nothing"
+    ]
+    for title, run in (("packed", packed), ("not compressed", dense)):
+        rows.append([title, "**load**", f"**{1000 * run['seconds']:.0f}**", ""])
+        first, peak = 1000 * run["first_token_seconds"], run["peak_bytes"] / 1e6
+        rows.append([title, "**load and first token**", f"**{first:.0f}**", f"**{peak:.0f}** (peak)"])
+    share = packed["peak_bytes"] / found["weight_file_bytes"]
+    note = (
+        f"SmolLM2-135M, {found['machine']['threads']} threads; memory is what is resident at the end of a stage, "
+        f"beyond the process before loading, and includes pages of mapped files; the peak of the packed model is "
+        f"{share:.2f} times its weight file of {found['weight_file_bytes'] / 1e6:.0f} MB. Medians of {found['rounds']} "
+        f"processes, in turn. `{found['command']}`"
+    )
+    return f"{markdown_table(['', 'stage', 'ms', 'memory, MB'], rows)}\n\n{note}"
+
+
+def activation_types() -> str:
+    """KL of rounding activations."""
+    found = load_results("activation_types")
+    rows = [
+        [
+            name,
+            f"{round(run['kl'], 4) + 0.0:.4f} ± {run['kl_stderr']:.4f}",
+            f"{run['perplexity']:.3f}",
+            f"{run['top1_agreement']:.1%}",
+        ]
+        for name, run in found["runs"].items()
+    ]
+    reference = next(iter(found["runs"].values()))["reference_perplexity"]
+    note = (
+        f"SmolLM2-135M at {found['bpw_blocks']:.2f} bits per weight of blocks, against the same model decoded in "
+        f"float32 (perplexity {reference:.3f}); {found['text']}, context {found['context']}, first "
+        f"{found['windows']} windows. `{found['command']}`"
+    )
+    head = ["weights, activations", "KL, nats", "perplexity", "top-1 agreement"]
+    return f"{markdown_table(head, rows)}\n\n{note}"
