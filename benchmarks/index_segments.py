@@ -35,24 +35,25 @@ class Segments:
     windows: Tensor
     gains: Tensor
 
-    def best_apart(self, share: float) -> Segments:
-        """The segments of the largest gains, none of which shares a window with another.
+    def chosen(self, numbers: Tensor) -> Segments:
+        """Some of them."""
+        return Segments(self.places[numbers], self.windows[numbers], self.gains[numbers])
 
-        Args:
-            share: of all windows that are in these segments, at most so many are in the result; gains are positive.
-        """
+    def apart(self, most: int) -> Segments:
+        """At most so many segments of the largest gains, best first, that share no window with a better one."""
         order = self.gains.argsort(descending=True, stable=True)
         order = order[self.gains[order] > 0]
         places = self.places[order]
+        inside, rank = places >= 0, torch.arange(len(order))[:, None].expand_as(places)
         first = torch.full((int(self.places.max()) + 1,), len(order))
-        rank = torch.arange(len(order))[:, None].expand_as(places)
-        inside = places >= 0
         first.scatter_reduce_(0, places[inside], rank[inside], "amin")
-        # Kept if no better segment, kept or not, shares a window: a subset that needs no order of decisions.
         alone = torch.where(inside, first[places.clamp(min=0)] == rank, True).all(dim=1)
-        most = int(share * len(first)) // self.places.shape[1]
-        chosen = order[alone][:most]
-        return Segments(self.places[chosen], self.windows[chosen], self.gains[chosen])
+        return self.chosen(order[alone][:most])
+
+    def moves(self, indices: Tensor, table: Tensor) -> Tensor:
+        """[S, touched, d]: how far they move what the indices [rows, n] decode to."""
+        old = indices.reshape(-1)[self.places.clamp(min=0)].long()
+        return (table[self.windows] - table[old]) * (self.places >= 0)[:, :, None]
 
     def applied(self, indices: Tensor) -> Tensor:
         """The indices [rows, n] with these segments in place of their own."""

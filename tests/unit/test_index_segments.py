@@ -1,10 +1,21 @@
-"""Segments of paths against brute force on a tiny matrix."""
+"""Segments of trellis paths (benchmarks/index_segments.py) against brute force on a tiny matrix."""
+
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from pocketllm.codec.index_form import HashedTrellis, Trellis
-from pocketllm.recover.segment_search import Segments, SegmentSearch
+
+PATH = Path(__file__).parents[2] / "benchmarks" / "index_segments.py"
+spec = importlib.util.spec_from_file_location("index_segments", PATH)
+assert spec is not None and spec.loader is not None
+index_segments = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = index_segments  # where dataclasses look for their module
+spec.loader.exec_module(index_segments)
+Segments, SegmentSearch = index_segments.Segments, index_segments.SegmentSearch
 
 FORMS = [Trellis(4, 2, 3), Trellis(5, 2, 100), HashedTrellis(9, 4, 3), HashedTrellis(9, 1, 4)]
 
@@ -53,7 +64,7 @@ def test_every_segment_is_as_good_as_the_best_of_all_changes_of_its_steps(form, 
 
 def test_accepted_segments_share_no_window_so_that_their_gains_add_up():
     search, indices, gradient, curvature = problem(HashedTrellis(9, 4, 3), 2)
-    found = search.best(indices, gradient, curvature, search.places(*indices.shape)).best_apart(1.0)
+    found = search.best(indices, gradient, curvature, search.places(*indices.shape)).apart(1000)
     assert len(found.gains) > 1
     used = found.places[found.places >= 0]
     assert len(used) == len(used.unique())
@@ -62,10 +73,18 @@ def test_accepted_segments_share_no_window_so_that_their_gains_add_up():
     torch.testing.assert_close(gain_of(search, indices, new, gradient, curvature), found.gains.sum())
 
 
-def test_a_share_limits_how_many_windows_change():
+def test_only_so_many_of_the_best_segments_are_taken():
     search, indices, gradient, curvature = problem(HashedTrellis(9, 4, 3), 2)
     found = search.best(indices, gradient, curvature, search.places(*indices.shape))
-    few = found.best_apart(0.2)
-    assert len(few.gains) == 1
-    assert few.gains[0] == found.gains.max()
-    assert len(found.best_apart(0.0).gains) == 0
+    assert found.apart(1).gains.tolist() == [found.gains.max()]
+    assert len(found.apart(0).gains) == 0
+
+
+def test_moves_are_those_of_the_decoded_indices():
+    search, indices, gradient, curvature = problem(Trellis(5, 2, 100), 2)
+    found = search.best(indices, gradient, curvature, search.places(*indices.shape)).apart(2)
+    moved = torch.zeros(indices.numel(), 2)
+    inside = found.places >= 0
+    moved[found.places[inside]] = found.moves(indices, search.table)[inside]
+    new = search.table[found.applied(indices).long()] - search.table[indices.long()]
+    torch.testing.assert_close(moved, new.reshape(-1, 2))
