@@ -1,5 +1,5 @@
-"""Convert the 260,000 weights of stories260K (weights/stories260K.bin, tok512.bin) to a folder that transformers reads: a
-trained model for experiments that need many passes.
+"""Convert stories260K (weights/stories260K.bin, weights/tok512.bin) to a folder that transformers reads: a trained
+model of 260,000 weights, for experiments that need many passes.
 
     POCKETLLM_DATA=... python benchmarks/stories.py OUTPUT
 """
