@@ -63,10 +63,7 @@ def run_vllm(folder: Path, name: str, config: ServeConfig, mode: str, dtype: str
     command += ["--served-model-name", name, "--host", config.host, "--port", str(config.port)]
     command += ["--max-num-seqs", str(config.max_requests), "--dtype", dtype]
     command += ["--kv-cache-memory-bytes", str(int(config.kv_cache_gb * 10**9))]
-    command += [
-        "--max-model-len",
-        "-1",
-    ]  # the longest context that fits into the cache, at most the model's own
+    command += ["--max-model-len", "-1"]  # the longest context that fits into the cache, at most the model's own
     if not torch.cuda.is_available():
         command.append("--enforce-eager")  # on a CPU, torch.compile takes minutes and needs a C++ compiler
     if mode == "packed":
