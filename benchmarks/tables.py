@@ -15,6 +15,7 @@ import recovery_table
 from architecture_table import architectures, large_models, peak_memory
 from codec_tables import codec_floor, codec_speed, hashed
 from common import GEMMA
+from index_table import index_learning
 from loading_tables import activation_types, load_time
 from pages import RESULTS, ROOT, load_results, markdown_table, optional_results
 from paper_table import paper
@@ -100,6 +101,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peer_bits": peer_bits,
     "peers_paired": peers_paired,
     "recovery": recovery,
+    "index_learning": index_learning,
     "paper": paper,
     "training_cost": recovery_table.training_cost,
     "architectures": architectures,
