@@ -12,6 +12,7 @@ disk space, memory or permission. Every command must end with the right result o
 the file: no traceback, no hang, no crash, and no model that loads but computes something else. The counts below are
 from one run of version {version}{commit}:
 
+<!-- not run: an hour; the test suite runs a small part -->
 ```
 {command} --json benchmarks/results/reliability.json
 python -m tests.campaign --json benchmarks/results/reliability.json --page docs/reliability.md
