@@ -11,13 +11,13 @@ from pocketllm.config.recover_config import DistillConfig, LoopConfig
 from pocketllm.errors import ConfigError
 
 DEMO_SETTINGS = {
-    "calibration.tokens": 16384,
+    "calibration.tokens": 8192,
     "calibration.sensitivity_tokens": 1024,
-    "codec.trellis_width": 10,
+    "codec.trellis_width": 9,
 }
-"""Settings of the demo that save time: fewer tokens than the default, and windows that take a quarter of the search."""
+"""Settings of the demo that save time: fewer tokens than the default, and windows that take an eighth of the search."""
 DEMO_RECOVERY = DistillConfig(
-    steps=10,
+    steps=8,
     context=256,
     validation_windows=8,
     lr_codebook=5e-4,
@@ -25,7 +25,7 @@ DEMO_RECOVERY = DistillConfig(
     lr_norm=5e-4,
     lr_dense=2e-4,
     lr_decoder=1e-4,
-    loop=LoopConfig(batch_size=4, eval_every=10, checkpoint_every=5),
+    loop=LoopConfig(batch_size=4, eval_every=8, checkpoint_every=4),
 )
 """Distillation in the demo: few steps need low learning rates."""
 
