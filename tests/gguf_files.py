@@ -42,6 +42,7 @@ def write(
     *,
     architecture: str = "llama",
     without: str = "",
+    added: Any = None,
     tokenizer: bool = True,
     shards: int = 1,
     factors: Any = None,
@@ -53,7 +54,7 @@ def write(
     """Write a model of the class above.
 
     Args:
-        kind: quantization of the matrices. without: name of a tensor to leave out.
+        kind: quantization of the matrices. without: name of a tensor to leave out. added: more tensors by name.
         factors: that the frequencies of rotary positions are divided by. scaling: method and factor instead.
         blocks, width, file_type: as the header says.
     """
@@ -80,7 +81,7 @@ def write(
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
     quantization = gguf.GGMLQuantizationType[kind]
-    for name, value in _tensors(dense).items():
+    for name, value in {**_tensors(dense), **(added or {})}.items():
         if name == without:
             continue
         if value.ndim == 2:

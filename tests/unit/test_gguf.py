@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -127,6 +128,10 @@ def test_truncated(share: float, file: Path, cache: Path) -> None:
         (
             {"without": "blk.1.ffn_up.weight"},
             r"no tensor for model.layers.1.mlp.up_proj.weight \(1 param.* incomplete",
+        ),
+        (
+            {"added": {"blk.0.attn_q.bias": np.ones(64, dtype=np.float32)}},
+            "holds 74,496 values, and LlamaForCausalLM has parameters for 74,432: .* would ignore the others",
         ),
         ({"tokenizer": False}, "its tokenizer cannot be rebuilt .* put the model's tokenizer.json and"),
         ({"shards": 3}, "one of 3 shards; merge them"),

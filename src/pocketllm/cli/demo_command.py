@@ -55,7 +55,7 @@ def demo(
     ] = DEMO_RECOVERY.steps,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The three primary colors are",
     context: Annotated[int, typer.Option(min=2, help="Tokens per measured window.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Largest number of windows to measure.")] = 3,
+    windows: Annotated[int, typer.Option(min=1, help="Largest number of windows to measure.")] = 2,
     overwrite: Overwrite = False,
     threads: Threads = 0,
     json: Json = False,

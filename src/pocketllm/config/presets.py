@@ -17,7 +17,7 @@ DEMO_SETTINGS = {
 }
 """Settings of the demo that save time: fewer tokens than the default, and windows that take an eighth of the search."""
 DEMO_RECOVERY = DistillConfig(
-    steps=8,
+    steps=6,
     context=256,
     validation_windows=8,
     lr_codebook=5e-4,
@@ -25,7 +25,7 @@ DEMO_RECOVERY = DistillConfig(
     lr_norm=5e-4,
     lr_dense=2e-4,
     lr_decoder=1e-4,
-    loop=LoopConfig(batch_size=4, eval_every=8, checkpoint_every=4),
+    loop=LoopConfig(batch_size=4, eval_every=6, checkpoint_every=3),
 )
 """Distillation in the demo: few steps need low learning rates."""
 

@@ -7,6 +7,7 @@ file are), the tokenizer, and a note of the file's quantization.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections import Counter
@@ -67,6 +68,10 @@ def convert(file: Path, folder: Path, tokenizer_files: list[Path], noted: bool =
         write_json(folder / NOTE_NAME, asdict(header.quantization))
 
 
+_NOT_PARAMETERS = ("rope_freqs.", "rope_factors_")
+"""Beginnings of the names of tensors that belong to the configuration."""
+
+
 @dataclass(frozen=True)
 class _Header:
     """What is read of a GGUF file before transformers reads it. shapes: of its tensors, last dimension first."""
@@ -77,6 +82,23 @@ class _Header:
     dtype: str
     shapes: dict[str, tuple[int, ...]]
     positions: RotaryScaling
+
+    def need_all_used(self, model: Any) -> None:
+        """Raises SourceError if the file holds more values than the model: transformers skips unknown tensors."""
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        places = sum(value.numel() for name, value in model.state_dict().items() if name not in tied)
+        apart = ("output.weight",) if tied else ()  # a copy of the embedding, which some files store
+        stored = sum(
+            math.prod(shape)
+            for name, shape in self.shapes.items()
+            if name not in apart and not name.startswith(_NOT_PARAMETERS)
+        )
+        if stored > places:
+            raise SourceError(
+                f"{self.file}: holds {stored:,} values, and {type(model).__name__} has parameters for {places:,}: "
+                f"transformers would ignore the others, such as a bias that the type {self.architecture!r} does not "
+                "have; compress the original checkpoint (safetensors) instead"
+            )
 
     @classmethod
     def of(cls, file: Path) -> _Header:
@@ -163,6 +185,7 @@ def _write_model(alone: Path, header: _Header, folder: Path) -> None:
             f"{header.file}: no tensor for {min(facts['missing_keys'])} ({len(facts['missing_keys'])} parameters "
             "missing); the file is incomplete, fetch it again"
         )
+    header.need_all_used(model)
     dtype = getattr(torch, header.dtype)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
