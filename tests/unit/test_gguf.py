@@ -166,6 +166,18 @@ def test_a_tokenizer_next_to_the_file_is_used(dense: Any, tmp_path: Path, cache:
     assert list(cache.iterdir()) == [folder]
 
 
+def test_a_chat_template_next_to_the_file_completes_its_tokenizer(
+    file: Path, dense: Any, tmp_path: Path, cache: Path
+) -> None:
+    alone = need_tokenizer(resolve(str(file)))
+    template = "{% for turn in messages %}{{ turn.content }}!{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    other = gguf_files.write(tmp_path / "tiny.gguf", dense)
+    tokenizer = need_tokenizer(resolve(str(other)))
+    assert tokenizer.chat_template == template
+    assert tokenizer("ab")["input_ids"] == alone("ab")["input_ids"]
+
+
 def scaled(dense: Any, **parameters: Any) -> Any:
     """The model with other rotary positions."""
     config = deepcopy(gguf_files.CONFIG)

@@ -43,7 +43,8 @@ def convert(file: Path, folder: Path, tokenizer_files: list[Path], noted: bool =
     """Write the model in a GGUF file as a folder with safetensors and tokenizer.
 
     Args:
-        tokenizer_files: copied in place of the tokenizer in the file, if there are any. noted: write the note.
+        tokenizer_files: from beside the file; with a vocabulary, they replace the tokenizer in the file, else (such as
+            a chat template alone) they complete it. noted: write the note.
 
     Raises:
         SourceError: as `dense_folder`.
@@ -58,16 +59,17 @@ def convert(file: Path, folder: Path, tokenizer_files: list[Path], noted: bool =
             shutil.copyfile(file, alone)
         with redirect_stderr(StringIO()):  # a bar that no setting of transformers turns off
             _write_model(alone, header, folder)
-            if tokenizer_files:
-                for path in tokenizer_files:
-                    shutil.copyfile(path, folder / path.name)
-            else:
+            if not any(path.name.startswith(_VOCABULARY) for path in tokenizer_files):
                 _write_tokenizer(alone, header, folder)
+            for path in tokenizer_files:
+                shutil.copyfile(path, folder / path.name)
     read_tokenizer(folder, False)
     if noted:
         write_json(folder / NOTE_NAME, asdict(header.quantization))
 
 
+_VOCABULARY = ("tokenizer.", "vocab.")
+"""Beginnings of the names of files that hold a tokenizer's vocabulary."""
 _NOT_PARAMETERS = ("rope_freqs.", "rope_factors_")
 """Beginnings of the names of tensors that belong to the configuration."""
 
