@@ -7,6 +7,9 @@ from typing import Any
 
 from pages import load_results, markdown_table
 
+LITTLE = 0.5
+"""Share of the weights that is compressed, below which a type is named."""
+
 
 def architectures() -> str:
     """Every causal language model type of transformers: works, refused with the reason, fails."""
@@ -21,9 +24,17 @@ def architectures() -> str:
     ]
     summary = "; ".join(f"{state}: {number}" for state, number in count.most_common())
     head = ["type", "without calibration", "with calibration", "reason"]
+    little = [
+        f"`{kind}` {share:.0%}"
+        for kind, entry in types.items()
+        if (share := min((entry.get("compressed") or {"": 1.0}).values())) < LITTLE
+    ]
     return (
         f"{len(types)} model types of transformers {found['transformers']}. Without / with calibration: {summary}.\n\n"
         f"Types that work with and without calibration, in both modes: {', '.join(both)}.\n\n"
+        f"Types of which less than half of the (tiny) model's weights are compressed, because the others are in towers "
+        f"that stay dense, in layers with their own forward method, or in parameters of a form that is not known: "
+        f"{', '.join(little)}. A dry run shows what of a model is left dense, and why.\n\n"
         f"{markdown_table(head, rows)}\n\n`{found['command']}`"
     )
 
