@@ -88,7 +88,7 @@ def packed(rows: int, columns: int, form: tuple[Any, ...], device: torch.device)
 
 
 def seconds(calls: list[Work], device: torch.device) -> float:
-    """Of one of several calls, median over rounds."""
+    """Time of one of several calls, median over rounds."""
     for call in calls:
         call()  # compiles
     if device.type == "cpu":

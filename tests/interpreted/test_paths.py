@@ -39,7 +39,7 @@ def test_it_finds_what_torch_finds(width: int, stride: int, d: int) -> None:
 
 
 def test_several_problems_at_once() -> None:
-    """Of different shapes, with arrays that begin anywhere: as one by one."""
+    """Matrices of different shapes, with arrays that begin anywhere, give the same paths as one by one."""
     some = [
         problem(6, 2, 2, [9, 20, 7], [4, 0, 4]),
         problem(7, 3, 1, [11], [0]),

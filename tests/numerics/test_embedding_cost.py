@@ -40,7 +40,7 @@ def test_gradient_of_looked_up_rows(architecture: str, tmp_path: Path) -> None:
 
 
 def test_a_large_vocabulary_is_not_in_memory_in_float32(tmp_path: Path) -> None:
-    """Of the embedding, the rows that the text uses are loaded; the head is as it is stored, and dropped at the end."""
+    """The rows of the embedding that the text uses are loaded; the head is as it is stored, and dropped at the end."""
     model = tiny.model(vocab_size=1000).bfloat16()
     model.save_pretrained(tmp_path / "dense")
     ids = torch.tensor([[5, 700, 5, 1, 2, 999]])

@@ -32,7 +32,7 @@ def problem(form: Trellis, d: int):
 
 
 def gain_of(search, old, new, gradient, curvature):
-    """Of replacing all indices, from the definition."""
+    """The gain from replacing all indices, from its definition."""
     moved = (search.table[new.long()] - search.table[old.long()]).reshape(len(old), -1)[
         :, : gradient.shape[1]
     ]

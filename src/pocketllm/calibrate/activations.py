@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, overload
 
@@ -85,14 +85,9 @@ class SpooledActivations:
 
 def spooled(values: Activations, folder: Path, device: torch.device | str) -> SpooledActivations:
     """Batches on disk; themselves if they already are."""
-    return (
-        values
-        if isinstance(values, SpooledActivations)
-        else _filled(SpooledActivations(folder, device), values)
-    )
-
-
-def _filled(made: SpooledActivations, values: Iterable[Tensor]) -> SpooledActivations:
+    if isinstance(values, SpooledActivations):
+        return values
+    made = SpooledActivations(folder, device)
     for value in values:
         made.append(value)
     return made

@@ -14,7 +14,7 @@ from pocketllm.plan.matrices import Matrix
 MOST_PARALLEL = 4
 """Jobs at once; each takes memory of its own."""
 WEIGHT_BYTES = ROW_PAIR_BYTES = 48
-"""Of that memory, about: a dozen float32 copies of W and of G."""
+"""Memory of a job per weight of its matrix, and per number of G: about a dozen float32 copies."""
 
 
 def most_parallel(matrices: Sequence[Matrix], device: torch.device) -> int:

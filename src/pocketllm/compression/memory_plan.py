@@ -32,10 +32,8 @@ _END_BYTES = 42  # for each weight of a group of rows of embedding or head
 _FACTOR_BYTES = 40  # for each number of a Hessian while it is factorized in float64,
 _ROOT_BYTES = 28  # or only its triangular root is computed
 _ANY = 96 << 20  # what does not depend on sizes: tables, samples, the interpreter's and the allocator's own
-_MARGIN, _STEP = (
-    3 * 10**7,
-    10**7,
-)  # what the process holds differs from run to run; limits in messages are multiples
+_MARGIN = 3 * 10**7  # what the process holds differs from run to run
+_STEP = 10**7  # of which limits in messages are multiples
 
 
 @dataclass(frozen=True)
@@ -176,20 +174,16 @@ class _Sizes:
                 loaded[_number(name, path)] += size + 4 * math.prod(self.source.shape(name))
         return [_Block(*each) for each in zip(matrices, loaded, strict=True)]
 
-    def _read(self, name: str) -> int:
-        """Bytes of a parameter in the file, which is mapped, and of what is converted from it."""
-        return self._reads[name]
-
     @cached_property
     def _reads(self) -> dict[str, int]:
-        """`_read` of every parameter."""
+        """Bytes of each parameter in the file, which is mapped, and of what is converted from it."""
         source = self.source
         own = {n: math.prod(source.shape(n)) * source.dtype(n).itemsize for n in source.names()}
         return {name: 3 * size if source.assembly.is_converted(name) else size for name, size in own.items()}
 
     def _written(self) -> Iterator[int]:
         """Bytes of each tensor as it is read and as it is stored: dense, or the indices of a matrix."""
-        yield from (self._read(d.name) + 4 * math.prod(d.shape) for d in self.plan.dense)
+        yield from (self._reads[d.name] + 4 * math.prod(d.shape) for d in self.plan.dense)
         yield from (2 * m.weights for m in self.plan.matrices)
 
     def _activations(self, tokens: int, at_once: int, lists: int, on_disk: bool) -> int:
@@ -203,7 +197,7 @@ class _Sizes:
         model, weight = self.source.model, self.source.model.get_output_embeddings().weight
         vocabulary = weight.shape[0]
         stored = [
-            self._read(name) for name in self.source.names() if model.get_parameter_or_buffer(name) is weight
+            self._reads[name] for name in self.source.names() if model.get_parameter_or_buffer(name) is weight
         ]
         positions = max(1, min(LOGITS_AT_ONCE, LOGIT_NUMBERS // vocabulary))
         weights = vocabulary * self._width
@@ -275,4 +269,4 @@ class _Sizes:
         groups = row_groups(matrix, form, is_whole=self.plan.rotation(matrix)[0] is not None)
         rows = max(group.stop - group.start for group in groups)
         hessian = (_FACTOR_BYTES + 16) * matrix.columns**2
-        return _END_BYTES * rows * matrix.columns + self._read(matrix.name) + hessian
+        return _END_BYTES * rows * matrix.columns + self._reads[matrix.name] + hessian
