@@ -142,6 +142,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """(entry of every tensor, byte at which their data begin) of a safetensors file, without its metadata."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file, read in chunks."""
     digest, piece = hashlib.sha256(), memoryview(bytearray(min(_CHUNK, max(1, path.stat().st_size))))

@@ -230,8 +230,8 @@ def summary_table(report: Mapping[str, Any], title: str) -> Table:
         table.add_row("seconds", f"{report['seconds']:.0f}")
     for kind in ("peak_memory_bytes", "peak_gpu_memory_bytes"):
         if report.get(kind):
-            title = kind.removesuffix("_bytes").replace("_", " ")
-            table.add_row(f"{title}, predicted" if report.get("is_plan") else title, size(report[kind]))
+            name = kind.removesuffix("_bytes").replace("_", " ")
+            table.add_row(f"{name}, predicted" if report.get("is_plan") else name, size(report[kind]))
     for text in warnings_of(report):
         table.add_row("warning", text, style="yellow")
     return table

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pocketllm.errors import FormatError, ShapeError
-from pocketllm.files import files_below, read_object
+from pocketllm.files import files_below, read_object, safetensors_header
 from pocketllm.format import checkpoint as ckpt
 from pocketllm.format.model_card import CARD_NAME, card_text, dense_card, stored_names
 from pocketllm.format.report import rounded
@@ -29,9 +29,7 @@ def stored_sizes(folder: Path) -> tuple[dict[str, tuple[torch.dtype, tuple[int, 
     sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     files: dict[str, Path] = {}
     for path in weights_of(folder):
-        with path.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        header.pop("__metadata__", None)
+        header, _ = safetensors_header(path)
         for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
             sizes[name], files[name] = (_DTYPES[facts["dtype"]], tuple(facts["shape"])), path
     return sizes, files

@@ -127,8 +127,7 @@ class Plan:
 
     def decoder_key(self, matrix: Matrix) -> str:
         """Matrices with the same key share a decoder (and a codebook)."""
-        (shared,) = _shared((matrix,), self.config.decoder_scope)
-        return f"{self.codebook_key(matrix)}|{shared}"
+        return f"{self.codebook_key(matrix)}|{self.shared(matrix)[1]}"
 
     def rotation(self, matrix: Matrix) -> Seeds:
         """Seeds of the rotations of a matrix; the same for all that have the same inputs.

@@ -5,13 +5,13 @@ What is read lies in the system's cache, which it gives up when memory is short,
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from pocketllm.files import safetensors_header
 from pocketllm.source.assembly import Part
 
 _GAP = 1 << 20  # bytes between tensors that are read as well
@@ -56,9 +56,7 @@ def _place(file: Path, key: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def _places(file: Path) -> dict[str, tuple[int, int]]:
-    """(first byte, end) of every tensor of a file: the header's length, the header, and offsets after it."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    offsets = {key: entry["data_offsets"] for key, entry in header.items() if key != "__metadata__"}
-    return {key: (8 + length + begin, 8 + length + end) for key, (begin, end) in offsets.items()}
+    """(first byte, end) of every tensor of a file."""
+    header, data = safetensors_header(file)
+    offsets = {key: entry["data_offsets"] for key, entry in header.items()}
+    return {key: (data + begin, data + end) for key, (begin, end) in offsets.items()}
