@@ -11,12 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-import pocketllm
-from pocketllm import LoraTuneConfig
 from tests.hub_server import TOKEN, served
-from tests.recovery import SENTENCE, quick_loop
 from tests.vllm import engine
 from tests.vllm.conftest import Pair
 
@@ -29,23 +25,30 @@ pytestmark = [
 ]
 
 
+ADAPT = """
+import sys
+from pathlib import Path
+import torch
+import pocketllm
+from tests.recovery import SENTENCE, quick_loop
+
+small, root = map(Path, sys.argv[1:])
+(root / "text").write_text(SENTENCE * 40)
+training = {"steps": 8, "learning_rate": 0.05, "context": 24, "validation_items": 4, "loop": quick_loop()}
+config = pocketllm.LoraTuneConfig(rank=8, alpha=16, texts=(str(root / "text"),), **training)
+pocketllm.lora(small, root / "adapter", config)
+pocketllm.merge(small, root / "adapter", root / "merged", dtype=torch.float32)
+"""
+
+
 @pytest.fixture(scope="module")
 def adapted(pair: Callable[[str], Pair], tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """An adapter trained on the compressed model, and the dense model with it merged."""
+    """An adapter trained on the compressed model, and the dense model with it merged.
+
+    In a process of its own: vLLM, once it has run a model of transformers, leaves layers of its own in transformers.
+    """
     small, root = pair("tied")[0], tmp_path_factory.mktemp("adapted")
-    (root / "text").write_text(SENTENCE * 40)
-    config = LoraTuneConfig(
-        rank=8,
-        alpha=16,
-        steps=8,
-        learning_rate=0.05,
-        context=24,
-        texts=(str(root / "text"),),
-        validation_items=4,
-        loop=quick_loop(),
-    )
-    pocketllm.lora(small, root / "adapter", config)
-    pocketllm.merge(small, root / "adapter", root / "merged", dtype=torch.float32)
+    subprocess.run([sys.executable, "-c", ADAPT, small, root], check=True, cwd=Path(__file__).parents[2])
     return root / "adapter", root / "merged"
 
 
