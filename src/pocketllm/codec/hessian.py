@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor
 from pocketllm.codec.rotation import rotate_hessian
 from pocketllm.codec.subvectors import subvectors_per_row
 from pocketllm.errors import WeightError
+
+STACKED_NUMBERS = 1 << 26
+"""Numbers of the Hessians that are factorized in one call; each takes about 40 bytes meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +43,28 @@ def factorize(hessian: Tensor, vector_len: int, damping: float = 0.01) -> Hessia
     Raises:
         WeightError: H holds NaN or Inf.
     """
-    columns = hessian.shape[0]
+    return factorize_stack([hessian], vector_len, damping)[0]
+
+
+def factorize_stack(hessians: list[Tensor], vector_len: int, damping: float = 0.01) -> list[HessianFactor]:
+    """`factorize` for Hessians of one size: each step is one call for all of them."""
+    columns = hessians[0].shape[0]
     padding = subvectors_per_row(columns, vector_len) * vector_len - columns
-    hessian, mean = _regular(hessian)
-    hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))  # errors there cost nothing
+    regular, means = zip(*map(_regular, hessians), strict=True)
+    stack = regular[0][None] if len(regular) == 1 else torch.stack(regular)
+    stack = torch.nn.functional.pad(stack, (0, padding, 0, padding))  # errors there cost nothing
+    del regular
+    added = torch.tensor([damping * mean for mean in means], dtype=stack.dtype, device=stack.device)
     while True:
-        damped = _damped(hessian, damping * mean)
+        damped = stack.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(added[:, None])
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
+        if not failed.any():
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            return HessianFactor(damped.float(), upper.float(), columns)
-        damping *= 2
+        if not failed.any():
+            made = zip(damped.float(), upper.float(), strict=True)
+            return [HessianFactor(h, u, columns) for h, u in made]
+        added = torch.where(failed > 0, 2 * added, added)
 
 
 def triangular_root(hessian: Tensor, damping: float) -> Tensor:
@@ -123,9 +138,31 @@ class Hessian:
         """
         key = seed, vector_len
         if key not in self._factors:
-            rotated = self.matrix if seed is None else rotate_hessian(self.matrix, seed)
-            self._factors[key] = factorize(rotated, vector_len, self.damping)
+            self._factors[key] = factorize(self._rotated(seed), vector_len, self.damping)
         return self._factors[key]
+
+    def _rotated(self, seed: int | None) -> Tensor:
+        return self.matrix if seed is None else rotate_hessian(self.matrix, seed)
+
+    @staticmethod
+    def factorize_together(hessians: Sequence[Hessian], seed: int | None, vector_len: int) -> None:
+        """Compute the factors that `factor` will return, those of one size in one call each.
+
+        For GPUs, which small factorizations do not fill; they are the same as one by one, but take more memory.
+
+        Raises:
+            WeightError: one holds NaN or Inf.
+        """
+        sizes = defaultdict[tuple[int, float], list[Hessian]](list)
+        for hessian in hessians:
+            sizes[len(hessian.matrix), hessian.damping].append(hessian)
+        for (columns, damping), alike in sizes.items():
+            step = max(1, STACKED_NUMBERS // columns**2)
+            for begin in range(0, len(alike), step):
+                part = alike[begin : begin + step]
+                factors = factorize_stack([h._rotated(seed) for h in part], vector_len, damping)
+                for hessian, factor in zip(part, factors, strict=True):
+                    hessian._factors[seed, vector_len] = factor
 
 
 class IdentityHessian(Hessian):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -202,13 +203,11 @@ def _encode_together(
     encoder: MatrixEncoder, path: str, matrices: list[Matrix], inputs: Inputs, of: int, progress: Progress
 ) -> None:
     """Encode some of the `of` matrices of a block, with their Hessians in memory."""
-    after = output_hessians(encoder.outputs, path, encoder.device, [m.name for m in matrices])
+    after = _output_hessians(encoder, path, matrices)
     hessians = _input_hessians(matrices, inputs, encoder.plan)
 
     def encode(matrix: Matrix) -> None:
-        found = after.pop(matrix.name, None)
-        outputs = None if found is None else Hessian(found, OUTPUT_DAMPING)
-        encoder.encode(matrix, hessians[matrix.name], outputs, inputs=inputs)
+        encoder.encode(matrix, hessians[matrix.name], after.pop(matrix.name, None), inputs=inputs)
 
     jobs, most = [partial(encode, m) for m in matrices], most_parallel(matrices, torch.device(encoder.device))
     running = run_parallel(jobs, encoder.device, of=of, most=most)
@@ -238,6 +237,19 @@ def _encode_end(encoder: MatrixEncoder, matrix: Matrix, sensitivity: Sensitivity
     encoder.encode(matrix, Hessian(hessian, settings.damping), row_importance=rows.to(encoder.device))
 
 
+def _output_hessians(encoder: MatrixEncoder, path: str, matrices: list[Matrix]) -> dict[str, Hessian]:
+    """The Hessian of each matrix's outputs, for those that have one.
+
+    On a CPU each is factorized when its matrix is encoded, so that few factors are in memory at a time.
+    """
+    found = output_hessians(encoder.outputs, path, encoder.device, [m.name for m in matrices])
+    made = {name: Hessian(value, OUTPUT_DAMPING) for name, value in found.items()}
+    if made and torch.device(encoder.device).type == "cuda":
+        seed = encoder.plan.rotation(next(m for m in matrices if m.name in made))[0]  # that of all in blocks
+        Hessian.factorize_together(list(made.values()), seed, 1)
+    return made
+
+
 def _input_hessians(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> dict[str, Hessian]:
     """The Hessian of each matrix's inputs, one for all that share them.
 
@@ -245,8 +257,16 @@ def _input_hessians(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> dict[
     """
     settings, shared = plan.config.calibration, dict[int, Hessian]()
     assert settings is not None
+    wanted = defaultdict[tuple[int | None, int], list[Hessian]](list)
     for matrix in matrices:
         hessian = inputs.hessians[matrix.name]
         made = shared.setdefault(id(hessian), Hessian(hessian, settings.damping))
-        made.factor(plan.rotation(matrix)[1], plan.specs[matrix.name].vector_len)
+        key = plan.rotation(matrix)[1], plan.specs[matrix.name].vector_len
+        if made not in wanted[key]:
+            wanted[key].append(made)
+    for (seed, vector_len), found in wanted.items():
+        if found[0].matrix.is_cuda:
+            Hessian.factorize_together(found, seed, vector_len)
+        for made in found:
+            made.factor(seed, vector_len)
     return {m.name: shared[id(inputs.hessians[m.name])] for m in matrices}
