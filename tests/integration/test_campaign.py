@@ -20,7 +20,7 @@ RESULT = ROOT / "benchmarks" / "results" / "reliability.json"
 def test_a_small_campaign(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-    asked = ["--mutations", "40", "--kills", "3", "--faults", "4", "--seed", "1"]
+    asked = ["--mutations", "30", "--kills", "2", "--faults", "3", "--seed", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.campaign", *asked, "--json", str(tmp_path / "result.json")],
         env={**os.environ, "PYTHONPATH": path},
@@ -32,7 +32,7 @@ def test_a_small_campaign(tmp_path: Path) -> None:
     assert (tmp_path / "result.json").is_file(), done.stderr
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert [part["bad"] for part in result["parts"].values()] == [[], [], []]
-    assert sum(result["parts"]["mutations"]["ends"].values()) == 40
+    assert sum(result["parts"]["mutations"]["ends"].values()) == 30
     assert done.returncode == 0
 
 

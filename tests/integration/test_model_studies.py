@@ -14,7 +14,7 @@ from pocketllm.plan.target import planned
 from pocketllm.report.model_facts import read_model
 from pocketllm.runtime.decode import Matrices
 from pocketllm.studies import load, run_study
-from pocketllm.studies.measure import codebook_steps, decoder_steps, probe, sensitivity_steps as sensitive
+from pocketllm.studies.measure import codebook_steps, decoder_steps, sensitivity_steps as sensitive
 from pocketllm.studies.measure.compressed_models import dense_model, installed
 from tests import tiny
 from tests.studies import setup_of, small_model
@@ -44,18 +44,16 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny.save(folder, max_position_embeddings=64, num_hidden_layers=3))
 
 
-@pytest.mark.parametrize("study", ["sensitivity", "decoder", "robustness", "overhead"])
+@pytest.mark.parametrize("study", ["sensitivity", "decoder", "robustness"])
 def test_windows_are_cut_to_the_positions_of_the_model(
     study: str, short: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoder_steps, "_QUICK", ("none-kind", "affine-matrix"))
-    monkeypatch.setattr(probe, "run", probe.measure)
     results = run_study(study, short, tmp_path / "out", quick=True).result["results"]
     found = {
         "sensitivity": lambda: results["plain-parts"]["context"],
         "decoder": lambda: results["none-kind"]["before"]["context"],
         "robustness": lambda: results["dense"]["context"],
-        "overhead": lambda: 1 + results["cpu-0"]["long"],
     }
     assert found[study]() == 64
     if study == "decoder":

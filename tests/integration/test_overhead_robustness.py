@@ -17,6 +17,7 @@ from pocketllm.studies import load, run_study
 from pocketllm.studies.measure import probe
 from pocketllm.studies.measure.overhead_steps import decode_flops
 from pocketllm.studies.measure.task_scores import able, points_lost, probability_lost
+from tests import tiny
 from tests.studies import small_model
 
 
@@ -63,10 +64,13 @@ def test_a_process_of_its_own(model: str, tmp_path: Path) -> None:
         probe.run(replace(asked, folder=str(tmp_path / "nowhere"), mode="packed"))
 
 
-def test_overhead_study(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overhead_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model with 64 positions, to which its prompts are cut."""
     monkeypatch.setattr(probe, "run", probe.measure)
-    done = run_study("overhead", model, tmp_path / "out", quick=True)
+    model = tiny.save(tmp_path / "dense", max_position_embeddings=64, num_hidden_layers=3)
+    done = run_study("overhead", str(model), tmp_path / "out", quick=True)
     results = done.result["results"]
+    assert 1 + results["cpu-0"]["long"] == 64
     assert set(results["cpu-0"]["runs"]) == {
         *(probe.DENSE, "lookup, decoded at load", "lookup, packed"),
         *("row, decoded at load", "row, packed"),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 _MAPS = Path("/proc/self/maps")
 _MMAP_THRESHOLD, _LARGE = -3, 1 << 18  # of mallopt(3); bytes
+_WORTH_DROPPING = 1 << 20  # bytes of a file; asking for all maps takes some milliseconds
 _DONT_NEED = getattr(mmap, "MADV_DONTNEED", None)
 
 
@@ -49,12 +50,14 @@ class MappedPages:
 
 
 def drop_files(files: Collection[Path]) -> None:
-    """Drop the pages of all memory that maps one of these files.
+    """Drop the pages of all memory that maps one of these files, except small ones, which it is not worth it for.
 
     None of it may have been changed: the change would be lost.
     """
-    names = {str(file.resolve()) for file in files}
-    for begin, end, name in _mapped_ranges() if _DONT_NEED is not None else ():
+    names = {
+        str(file.resolve()) for file in files if file.is_file() and file.stat().st_size >= _WORTH_DROPPING
+    }
+    for begin, end, name in _mapped_ranges() if names and _DONT_NEED is not None else ():
         if name in names:
             _drop(begin, end)
 
