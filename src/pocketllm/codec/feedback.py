@@ -43,7 +43,7 @@ from pocketllm.codec.feedback_schedule import ColumnFeedback, RowFeedback, Strip
 from pocketllm.codec.hessian import HessianFactor
 from pocketllm.codec.index_form import ColumnChoice, IndexForm
 from pocketllm.codec.subvectors import cut
-from pocketllm.config.constants import PEAKED_KURTOSIS, RELIABLE_STRIP_WEIGHTS
+from pocketllm.config.constants import EVEN_COSTS, GAUSSIAN_KURTOSIS, RELIABLE_STRIP_WEIGHTS
 
 
 def assign(
@@ -78,7 +78,7 @@ def assign(
     choice: ColumnChoice = form.columns(rows, weight.device, in_strips=outputs is not None)
     problem = _Problem(padded, factor, table, choice, importance, outputs)
     best = problem.scored(problem.feedback(scale))
-    if not (choice.nearest_is_slow and problem.is_far_below_nearest(best[2], form.bits / d)):
+    if not (choice.nearest_is_slow and problem.is_far_below_nearest(best[2], form.predicted_nmse(d))):
         best = problem.better(best, problem.scored(problem.nearest(scale)))
     for _ in range(passes if outputs is None else 0):
         best = problem.better(best, problem.scored(problem.descend(best[0], best[1])))
@@ -135,29 +135,43 @@ class _Problem:
             torch.where(take, other[2], one[2]),
         )
 
-    def is_far_below_nearest(self, loss: Tensor, bits: float) -> bool:
+    def is_far_below_nearest(self, loss: Tensor, nmse: float) -> bool:
         """Whether the nearest path cannot improve any strip, so that it need not be searched.
 
-        The error of the nearest path is independent of H and G and costs about mean(H_jj) mean(G_ii) |e|^2 over a
-        strip's thousands of weights, with |e|^2 at least 2^(-2 bits) |w|^2 by Shannon's bound for Gaussian weights.
-        Half of that is the margin. The estimate is not used if weights are few, inputs differ widely in size, or
-        weights are far from Gaussian (rotated ones are not).
+        The errors of the nearest path do not depend on H and G. Taken as independent, with variance nmse |w|^2 / C in a
+        row w of C weights, they cost on average nmse mean(H_jj) tr(G'), with G'_ik = |w_i| G_ik |w_k|. The relative
+        standard deviation of that is sqrt(2) |H|_F / tr(H) |G'|_F / tr(G'), and a fitted row scale saves up to
+        |H|_F^2 / tr(H)^2 of it. The margin is a tenth, that, and four standard deviations; two thirds in place of a
+        tenth if errors in few rows cost far more than in others, since paths give them precision. The estimate is not
+        used if weights are few or far from Gaussian (rotated ones are not), or inputs differ widely in size.
+
+        Args:
+            loss: [rows] of `feedback`. nmse: the mean error of the form on a unit Gaussian.
         """
-        square = self.weight.square()
-        peaked = square.square().mean(dim=1) / square.mean(dim=1).square().clamp(min=1e-30)
-        if float(peaked.mean()) > PEAKED_KURTOSIS:
+        h, importance = self.factor.hessian[: self.factor.columns, : self.factor.columns], self.importance
+        sizes = self.weight.square().sum(dim=1)
+        peaked = self.weight.square().square().mean(dim=1) * self.weight.shape[1] ** 2
+        kurtosis = float((peaked / sizes.square().clamp(min=1e-30)).mean())
+        if not GAUSSIAN_KURTOSIS[0] < kurtosis < GAUSSIAN_KURTOSIS[1] or _spread(h.diagonal()) > EVEN_COSTS:
             return False
-        least = 4.0**-bits * self.weight.square().sum(dim=1)
-        sides = [self.factor] if self.outputs is None else [self.factor, self.outputs]
-        for side in sides:
-            diagonal = side.hessian.diagonal()[: side.columns]
-            if float(diagonal.max()) > 8 * float(diagonal.mean()):
-                return False
-            least = least * diagonal.mean()
         if min(self.together) * self.factor.columns < RELIABLE_STRIP_WEIGHTS:
             return False
-        pairs = zip(loss.split(self.together), least.split(self.together), strict=True)
-        return all(bool(found.sum() < 0.5 * bound.sum()) for found, bound in pairs)
+        g = importance if self.outputs is None else self.outputs.hessian.diagonal()
+        even = 0.9 if _spread(g * sizes) < EVEN_COSTS else 0.33
+        share = float(h.square().sum() / h.diagonal().sum().square())
+        pairs = zip(
+            (importance * loss).split(self.together), (importance * sizes).split(self.together), strict=True
+        )
+        for found, size in pairs:
+            cost, square = size.sum(), size.square().sum()
+            if self.outputs is not None:
+                weighted = self.outputs.hessian * (size[:, None] * size).sqrt()
+                cost, square = weighted.diagonal().sum(), weighted.square().sum()
+            deviation = (2 * share * float(square / cost.square())) ** 0.5
+            least = (even - share - 4 * deviation) * nmse * h.diagonal().mean() * cost
+            if not float(found.sum()) < float(least):
+                return False
+        return True
 
     def _weights(self, scale: Tensor) -> Tensor:
         """[rows] what a squared error in units of the row scale costs."""
@@ -234,3 +248,8 @@ class _Problem:
             pull += (self.table[now] - self.table[found]) @ hessian[block]
             indices[:, column] = found
         return indices
+
+
+def _spread(values: Tensor) -> float:
+    """The largest over the mean."""
+    return float(values.max() / values.mean().clamp(min=1e-30))

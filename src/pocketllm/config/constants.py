@@ -61,8 +61,10 @@ SIZE_ROUNDS = 8
 """Plans that are tried to meet a target for the output folder."""
 RELIABLE_STRIP_WEIGHTS = 4096
 """Weights of a strip from which on its mean error is reliable."""
-PEAKED_KURTOSIS = 4.0
-"""Kurtosis of rows from which on they do not count as Gaussian (3)."""
+GAUSSIAN_KURTOSIS = 2.5, 4.0
+"""Kurtosis of rows that count as Gaussian (3)."""
+EVEN_COSTS = 8.0
+"""Largest cost of an input or a row over the mean, up to which costs count as even."""
 STRIP_LAG = 2
 """Columns between a strip and the next: one to be encoded after the other, one to look ahead."""
 FEEDBACK_GROUP = 128
