@@ -17,7 +17,7 @@ from pocketllm.codec.rotation import rotate_matrix, unrotate_matrix
 
 CPU = torch.device("cpu")
 compiled = pytest.mark.skipif(
-    any(library._loaded(name) is None for name in ("nearest", "trellis", "matrix")),
+    any(library.library(name) is None for name in ("nearest", "trellis", "matrix")),
     reason="no C++ compiler here",
 )
 
@@ -75,6 +75,31 @@ def test_paths(width: int, stride: int, d: int, lengths: tuple[int, ...]) -> Non
     few = {name: getattr(problem, name).round() for name in ("points", "weights", "tables")}
     equal = replace(problem, **few, halves=few["tables"].square().sum(dim=1) / 2)  # many paths cost the same
     assert torch.equal(cpu.cheapest_paths(equal), reference.cheapest_paths(equal))
+
+
+@pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this processor has no AVX-512 BF16")
+@pytest.mark.parametrize("tokens", [1, 2, 9, 300])
+@pytest.mark.parametrize("columns", [1, 47, 48, 49, 150])
+def test_squares_in_bfloat16(tokens: int, columns: int) -> None:
+    x, totals = torch.randn(tokens, columns).bfloat16(), []
+    start = torch.randn(columns, columns)
+    for threads in (1, 2):
+        totals.append(start + start.T)
+        torch.set_num_threads(threads)
+        try:
+            cpu.add_square_bfloat16(totals[-1], x)
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(*totals) and torch.equal(totals[0], totals[0].T)
+    wanted = start.double() + start.T + x.double().T @ x.double()
+    torch.testing.assert_close(totals[0].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this processor has no AVX-512 BF16")
+def test_squares_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "call", lambda *given: 1)
+    with pytest.raises(MemoryError, match="no memory to sum 3 products of 2 columns"):
+        cpu.add_square_bfloat16(torch.zeros(2, 2), torch.zeros(3, 2, dtype=torch.bfloat16))
 
 
 @compiled
@@ -181,6 +206,12 @@ def sum_squares() -> tuple[Tensor, Tensor]:
     return total, x.T @ x
 
 
+def sum_bfloat16_squares() -> tuple[Tensor, Tensor]:
+    x, total = torch.randn(20, 7).bfloat16(), torch.zeros(7, 7)
+    select.add_square(total, x)
+    return total, x.float().T @ x.float()
+
+
 def decode() -> tuple[Tensor, Tensor]:
     table, scale, indices = torch.randn(16, 3), torch.rand(5), torch.randint(16, (5, 4))
     return select.gather(table, indices, scale, 10), reference.gather(table, indices, scale, 10)
@@ -219,6 +250,10 @@ KERNELS: dict[str, tuple[Any, str, Callable[[], tuple[Tensor, Tensor]], str]] = 
     "scatter": (cpu, "scatter", take_gradients, "it decodes to other values"),
     "rotate": (cpu, "rotate", rotate, "it decodes to other values"),
 }
+
+if cpu.multiplies_bfloat16():
+    found = (cpu, "add_square_bfloat16", sum_bfloat16_squares, "it sums other products")
+    KERNELS["bfloat16 squares"] = found
 
 LANGUAGES = {"nearest_faiss": "faiss", "kmeans_faiss": "faiss", "add_square": "numpy"}
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pocketllm.calibrate import gradients, sensitivity
+from pocketllm.calibrate import autocast as compute, gradients, sensitivity
 from pocketllm.calibrate.blocks import BlockStream
 from pocketllm.calibrate.calibration import read_windows
 from pocketllm.calibrate.input_hessians import Collector
@@ -108,7 +108,8 @@ def test_tokens_are_weighted_where_few_have_most_of_the_gradient() -> None:
     assert float(outputs.squares["loud"].trace()) < 3 * float((sizes.median() * 3) ** 2 * 200)
 
 
-def test_inputs_are_multiplied_by_their_weights() -> None:
+def test_inputs_are_multiplied_by_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "fast_dtype", lambda device: torch.float32)
     model, x = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4)]), torch.randn(1, 20, 6)
     matrices = [Matrix(f"{n}.weight", (4, 6), 4, 6, str(n), True) for n in (0, 1)]
     weights = torch.rand(20) + 0.5

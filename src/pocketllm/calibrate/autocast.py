@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
@@ -18,3 +19,8 @@ def autocast(device: torch.device | str) -> torch.autocast:
     """Compute matrix products in `fast_dtype`; sums and everything else in float32."""
     dtype = fast_dtype(device)
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
+def as_multiplied(x: Tensor) -> Tensor:
+    """x in the dtype in which products with it are computed under `autocast`."""
+    return x.to(fast_dtype(x.device))

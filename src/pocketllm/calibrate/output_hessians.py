@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pocketllm.calibrate.autocast import as_multiplied
 from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.codec.kernels.select import add_square
 from pocketllm.format.kept import read_kept
@@ -69,5 +70,5 @@ def _sum(tensors: Mapping[str, Tensor], name: str, device: str) -> Tensor:
     codes, scales = tensors[_CODES + name], tensors[_SCALES + name]
     total = torch.zeros(codes.shape[1], codes.shape[1], device=device)
     for part, scale in zip(codes.split(_CHUNK), scales.split(_CHUNK), strict=True):
-        add_square(total, part.to(device).float() * scale.to(device)[:, None])
+        add_square(total, as_multiplied(part.to(device).float() * scale.to(device)[:, None]))
     return total

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pocketllm.calibrate.autocast import as_multiplied
 from pocketllm.codec.kernels.select import add_square
 from pocketllm.ranks import SOLO, Ranks
 
@@ -53,8 +54,8 @@ class WindowSums:
     _waiting: list[tuple[_Label, Tensor]] = field(default_factory=list)
 
     def add_square(self, name: str, x: Tensor) -> None:
-        """Add x^T x, x [n, C] float32."""
-        self._note(_Label(_SQUARE, name, rows=len(x)), x)
+        """Add x^T x, x [n, C] in the dtype in which layers multiply it."""
+        self._note(_Label(_SQUARE, name, rows=len(x)), as_multiplied(x))
 
     def add_value(self, name: str, value: Tensor) -> None:
         """Add a tensor."""
@@ -121,7 +122,7 @@ class WindowSums:
         if name not in self.squares:
             self.squares[name] = torch.zeros(x.shape[1], x.shape[1], device=self.device)
         if self.columns_in_8_bits is not None and x.shape[1] >= self.columns_in_8_bits:
-            self.in_8_bits.setdefault(name, []).append(in_8_bits(x))
+            self.in_8_bits.setdefault(name, []).append(in_8_bits(x.float()))
         add_square(self.squares[name], x.to(self.device))
 
 

@@ -36,7 +36,7 @@ class Recipe:
 
 RECIPES = {
     "nearest": Recipe(("nearest.cpp",), flags=("-march=native",)),
-    "matrix": Recipe(("matrix.cpp",), flags=("-march=native",)),
+    "matrix": Recipe(("matrix.cpp", "squares.cpp"), flags=("-march=native",)),
     # Without fused operations it computes exactly what torch does.
     "trellis": Recipe(("trellis.cpp", "ordered.cpp"), flags=("-march=native", "-ffp-contract=off")),
     "packed": Recipe(

