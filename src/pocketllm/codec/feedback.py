@@ -140,10 +140,10 @@ class _Problem:
 
         The errors of the nearest path do not depend on H and G. Taken as independent, with variance nmse |w|^2 / C in a
         row w of C weights, they cost on average nmse mean(H_jj) tr(G'), with G'_ik = |w_i| G_ik |w_k|. The relative
-        standard deviation of that is sqrt(2) |H|_F / tr(H) |G'|_F / tr(G'), and a fitted row scale saves up to
-        |H|_F^2 / tr(H)^2 of it. The margin is a tenth, that, and four standard deviations; two thirds in place of a
-        tenth if errors in few rows cost far more than in others, since paths give them precision. The estimate is not
-        used if weights are few or far from Gaussian (rotated ones are not), or inputs differ widely in size.
+        standard deviation of that is sqrt(2) |H|_F / tr(H) |G'|_F / tr(G'), and fitted row scales save a share of about
+        |H|_F^2 / tr(H)^2. The margin is a tenth and four standard deviations; two thirds in place of a tenth if errors
+        in few rows cost far more than in others, since paths give them precision. The estimate is not used if weights
+        are few or far from Gaussian (rotated ones are not), or inputs differ widely in size.
 
         Args:
             loss: [rows] of `feedback`. nmse: the mean error of the form on a unit Gaussian.
@@ -168,7 +168,7 @@ class _Problem:
                 weighted = self.outputs.hessian * (size[:, None] * size).sqrt()
                 cost, square = weighted.diagonal().sum(), weighted.square().sum()
             deviation = (2 * share * float(square / cost.square())) ** 0.5
-            least = (even - share - 4 * deviation) * nmse * h.diagonal().mean() * cost
+            least = (1 - share) * (even - 4 * deviation) * nmse * h.diagonal().mean() * cost
             if not float(found.sum()) < float(least):
                 return False
         return True
