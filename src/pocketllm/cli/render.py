@@ -92,14 +92,15 @@ class Output:
 
 
 class _Notes(logging.Handler):
-    """Shows the library's warnings as notes."""
+    """Shows the library's warnings as notes; terms of use are shown even if notes are not."""
 
     def __init__(self, output: Output) -> None:
         super().__init__(logging.WARNING)
         self.output = output
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.output.note(f"warning: {record.getMessage()}")
+        show = self.output.stderr.print if getattr(record, "shown_always", False) else self.output.note
+        show(f"warning: {record.getMessage()}")
 
 
 @dataclass
