@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 import pocketllm
 from pocketllm.errors import SourceError, WeightError
 from pocketllm.source import gguf_conversion, gguf_model, need_tokenizer, resolve, resolve_local
-from pocketllm.source.folder import load_dense
 from tests import gguf_files, tiny
 from tests.commands import Run, kill_now, killed
 
@@ -246,65 +244,6 @@ def test_a_chat_template_next_to_the_file_completes_its_tokenizer(
     tokenizer = need_tokenizer(resolve(str(other)))
     assert tokenizer.chat_template == template
     assert tokenizer("ab")["input_ids"] == alone("ab")["input_ids"]
-
-
-def scaled(dense: Any, **parameters: Any) -> Any:
-    """The model with other rotary positions."""
-    config = deepcopy(gguf_files.CONFIG)
-    config.rope_parameters = {"rope_theta": 10000.0, **parameters}
-    made = LlamaForCausalLM(config).eval()
-    made.load_state_dict(dense.state_dict())
-    return made
-
-
-def frequencies(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model.model.rotary_emb.inv_freq
-    return found
-
-
-LLAMA = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"rope_type": "llama3", "factor": 8.0, **LLAMA},
-        {"rope_type": "llama3", "factor": 32.0, **LLAMA},
-        {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0},
-        {"rope_type": "default"},
-    ],
-    ids=["llama 3.1", "llama 3.2", "linear", "yarn", "factors of one"],
-)
-def test_scaled_positions(dense: Any, tmp_path: Path, parameters: dict[str, Any]) -> None:
-    """transformers does not read them; they are those of the model that the file was made from."""
-    wanted, method = scaled(dense, **parameters), parameters["rope_type"]
-    if method in ("linear", "yarn"):
-        how: dict[str, Any] = {"scaling": (method, parameters["factor"])}
-    else:
-        how = {"factors": frequencies(dense) / frequencies(wanted)}
-    folder = resolve(str(gguf_files.write(tmp_path / "tiny.gguf", dense, **how)))
-    found = load_dense(folder, torch.float32)
-    torch.testing.assert_close(frequencies(found), frequencies(wanted))
-    assert found.model.rotary_emb.attention_scaling == wanted.model.rotary_emb.attention_scaling
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ({"factors": [1.0] * 15 + [7.0]}, "by factors for each frequency"),
-        ({"factors": [8.0] * 5}, "by factors for each frequency"),
-        ({"scaling": ("longrope", 4.0)}, "by the method 'longrope'"),
-    ],
-)
-def test_scaled_positions_that_cannot_be_translated(
-    dense: Any, tmp_path: Path, how: dict[str, Any], words: str
-) -> None:
-    file = gguf_files.write(tmp_path / "tiny.gguf", dense, **how)
-    with pytest.raises(
-        SourceError, match=f"tiny.gguf: scales rotary positions {words}, .* original checkpoint"
-    ):
-        resolve(str(file))
 
 
 def test_damaged_note(file: Path) -> None:

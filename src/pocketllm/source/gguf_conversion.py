@@ -107,6 +107,19 @@ class _Header:
     shapes: dict[str, tuple[int, ...]]
     positions: RotaryScaling
 
+    def complete(self, config: Any) -> None:
+        """Set in transformers' configuration what it does not read.
+
+        Raises:
+            SourceError: positions that cannot be translated.
+        """
+        if "token_embd.weight" in self.shapes:  # transformers counts the tokens of the tokenizer instead
+            config.vocab_size = self.shapes["token_embd.weight"][-1]
+        if config.model_type == "gemma3_text":  # the file holds no scale of attention; as llama.cpp sets it
+            heads = config.hidden_size // config.num_attention_heads
+            config.query_pre_attn_scalar = heads if config.num_hidden_layers == 62 else config.head_dim
+        self.positions.put_into(config, self.file)
+
     def need_all_used(self, model: Any) -> None:
         """Raises SourceError if the file holds more values than the model: transformers skips unknown tensors."""
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -199,9 +212,7 @@ def _write_model(alone: Path, header: _Header, folder: Path) -> None:
             f"{where} cannot be read by transformers ({_reason(error, header.file, alone)}); {hint}"
         ) from error
     check_counts(config.to_dict(), list(header.shapes.values()), header.file, SourceError)
-    if "token_embd.weight" in header.shapes:  # transformers counts the tokens of the tokenizer instead
-        config.vocab_size = header.shapes["token_embd.weight"][-1]
-    header.positions.put_into(config, header.file)
+    header.complete(config)
     if hasattr(transformers, "GgufConfig"):
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
