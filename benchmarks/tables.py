@@ -116,6 +116,10 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+_SOURCES = {"ablations": "calibrated", "peer_bits": "peers", "headline": "peers", "cost": "peak_memory"}
+"""Results of a table that has not their name."""
+
+
 def filled(page: str) -> str:
     """The page with every `<!-- NAME:begin -->` ... `<!-- NAME:end -->` filled in."""
     for name, make in TABLES.items():
