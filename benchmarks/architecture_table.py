@@ -33,10 +33,10 @@ def architectures() -> str:
     return (
         f"{len(types)} model types of transformers {found['transformers']}. Without / with calibration: {summary}.\n\n"
         f"Types that work with and without calibration, in both modes: {', '.join(both)}.\n\n"
-        "Types of which less than half of the (tiny) model's weights are compressed, because the others are in vision or "
-        "audio towers (`--set towers=true` compresses their linear layers), in convolutions, in tables of positions, or "
-        f"in linear layers outside the blocks: {', '.join(little)}. `compress` and `--dry-run` warn then, and name the "
-        "share and the reasons.\n\n"
+        "Types of which less than half of the (tiny) model's weights are compressed, because the others are in vision "
+        "or audio towers (`--set towers=true` compresses their linear layers), in convolutions, in tables of "
+        f"positions, or in linear layers outside the blocks: {', '.join(little)}. `compress` and `--dry-run` warn "
+        "then, and name the share and the reasons.\n\n"
         f"{markdown_table(head, rows)}\n\n`{found['command']}`"
     )
 
