@@ -1,10 +1,11 @@
-"""Tables of docs/models.md (which model types work how, large dimensions without weights), and of peak memory."""
+"""Tables of docs/models.md (which model types work how, large dimensions without weights, cost), and of peak memory."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
+from common import GEMMA, SMOLLM2
 from pages import load_results, markdown_table
 
 LITTLE = 0.5
@@ -32,9 +33,10 @@ def architectures() -> str:
     return (
         f"{len(types)} model types of transformers {found['transformers']}. Without / with calibration: {summary}.\n\n"
         f"Types that work with and without calibration, in both modes: {', '.join(both)}.\n\n"
-        f"Types of which less than half of the (tiny) model's weights are compressed, because the others are in towers "
-        f"that stay dense, in layers with their own forward method, or in parameters of a form that is not known: "
-        f"{', '.join(little)}. A dry run shows what of a model is left dense, and why.\n\n"
+        "Types of which less than half of the (tiny) model's weights are compressed, because the others are in vision "
+        "or audio towers (`--set towers=true` compresses their linear layers), in convolutions, in tables of "
+        f"positions, or in linear layers outside the blocks: {', '.join(little)}. `compress` and `--dry-run` warn "
+        "then, and name the share and the reasons.\n\n"
         f"{markdown_table(head, rows)}\n\n`{found['command']}`"
     )
 
@@ -90,6 +92,41 @@ def peak_memory() -> str:
         "Resident GB (10^9 bytes); in brackets without the pages of mapped files, which the system can drop. "
         f"Default preset at {found['bpw']} bits per weight, embedding included, {found['machine']['threads']} threads. "
         f"`{found['command']}`"
+    )
+    return f"{markdown_table(head, rows)}\n\n{note}"
+
+
+def cost() -> str:
+    """How long compressing the two real models takes, and how much memory."""
+    rows = []
+    for subject in (SMOLLM2, GEMMA):
+        presets, calibrated = (load_results(subject.results(kind)) for kind in ("presets", "calibrated"))
+        runs = [
+            (f"`{name}`", entry, presets)
+            for name, entry in presets["presets"].items()
+            if name.startswith("lookup")
+        ]
+        runs += [
+            (f"default, {name}", entry, calibrated)
+            for name, entry in calibrated["settings"].items()
+            if name.startswith("everything")
+        ]
+        dense = presets["dense"]["bytes_on_disk"] / 1e6
+        for name, entry, found in runs:
+            peak, threads = entry.get("peak_memory_bytes"), found["machine"]["threads"]
+            memory = "" if peak is None else f"{peak / 1e9:.1f}"
+            sizes = f"{dense:.0f}", f"{entry['bytes_on_disk'] / 1e6:.0f}"
+            rows.append([subject.title, name, *sizes, str(threads), f"{entry['seconds']:.0f}", memory])
+    alone = load_results("peak_memory")
+    peaks = ", ".join(
+        f"{entry['peak_bytes'] / 1e9:.1f} GB ({model} at {alone['bpw']} bits, `{alone['command']}`)"
+        for model, entry in alone["models"].items()
+    )
+    head = ["model", "compressed by", "dense, MB", "MB on disk", "threads", "seconds", "peak GB"]
+    note = (
+        f"Elapsed seconds; some of these runs shared the machine ({alone['machine']['processor']}, "
+        f"{alone['machine']['cores']} cores) with other work. Peak resident memory of the same process; measured again "
+        f"in a separate run: {peaks}. `python benchmarks/presets.py`, `python benchmarks/calibrated.py`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
 

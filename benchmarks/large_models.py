@@ -131,6 +131,13 @@ def _write_sparse(file: Path, header: dict[str, Any]) -> None:
         stream.truncate(8 + len(text) + size)
 
 
+def _settings() -> Any:
+    """The default form (indices on a hashed trellis) at 3 bits, without calibration."""
+    import pocketllm
+
+    return dataclasses.replace(pocketllm.preset("calibrated-8x"), target_bpw=BPW, calibration=None)
+
+
 def whole(large: Large) -> dict[str, Any]:
     """The exact size of the compressed model, from its plan."""
     import transformers
@@ -140,9 +147,7 @@ def whole(large: Large) -> dict[str, Any]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         dense = sparse_checkpoint(getattr(transformers, large.config)(**large.settings), Path(place))
-        base = pocketllm.preset("calibrated-8x")
-        config = dataclasses.replace(base, target_bpw=BPW, calibration=None)
-        report = pocketllm.dry_run(place, config)
+        report = pocketllm.dry_run(place, _settings())
     return {
         "dense_bytes": dense,
         "bytes_on_disk": report.bytes_on_disk,
@@ -194,9 +199,7 @@ def _compress(large: Large, folder: Path) -> dict[str, Any]:
     """Compress it."""
     import pocketllm
 
-    settings = dataclasses.replace(pocketllm.preset("lookup-8x"), target_bpw=BPW)
-    codec = dataclasses.replace(settings.codec, epochs=1, max_sample=1 << 16)
-    settings = dataclasses.replace(settings, codec=codec)
+    settings = _settings()
     planned = pocketllm.dry_run(folder / "dense", settings)
     report = pocketllm.compress(folder / "dense", settings, folder / "small")
     return {

@@ -65,7 +65,11 @@ def headline() -> str:
 
 def peer_bits() -> str:
     """What the peers' names say, and what they store."""
-    return markdown_table(*table.fallbacks(load_results("peers")))
+    gemma = optional_results(GEMMA.results("peers"))
+    head, rows = table.fallbacks(load_results("peers"))
+    if gemma is not None:
+        rows += [[f"{GEMMA.title}: {row[0]}", *row[1:]] for row in table.fallbacks(gemma)[1]]
+    return markdown_table(head, rows)
 
 
 def peers_paired() -> str:

@@ -40,7 +40,9 @@ def part_of(name: str) -> str:
     return "blocks" if any(piece.isdigit() for piece in name.split(".")) else "ends"
 
 
-def measured(dense: Path, compressed: Path) -> dict[str, float]:
+def measured(
+    dense: Path, compressed: Path, text: str, context: int = CONTEXT, windows: int = WINDOWS
+) -> dict[str, float]:
     """KL to the dense model by part, in nats per token."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -50,7 +52,6 @@ def measured(dense: Path, compressed: Path) -> dict[str, float]:
     from pocketllm.runtime.layers import packed_matrices
     from pocketllm.source import load_dense, need_tokenizer
 
-    text = data_file(*TEXT).read_text(encoding="utf-8")
     tokenizer, reference = need_tokenizer(dense), load_dense(dense, torch.float32)
     config = AutoConfig.from_pretrained(compressed)
     config.quantization_config["mode"] = "packed"
@@ -64,7 +65,7 @@ def measured(dense: Path, compressed: Path) -> dict[str, float]:
             for name, matrix in packed.items():
                 if part in ("all", part_of(name)):
                     model.get_parameter(name).copy_(matrix())
-        found[part] = text_divergence(model, reference, tokenizer, text, CONTEXT, WINDOWS).kl
+        found[part] = text_divergence(model, reference, tokenizer, text, context, windows).kl
     return found
 
 
@@ -74,7 +75,8 @@ def main() -> None:
 
     name, compressed, cache = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     report = json.loads((compressed / "pocketllm.json").read_text())
-    wanted, got = predicted(name, report["config"], cache), measured(resolve(name), compressed)
+    text = data_file(*TEXT).read_text(encoding="utf-8")
+    wanted, got = predicted(name, report["config"], cache), measured(resolve(name), compressed, text)
     ratios = {part: got[part] / wanted[part] for part in wanted}
     values = {"model": name, "bpw": report["bpw_matrices"], "predicted": wanted, "kl": got, "ratio": ratios}
     print(json.dumps(values, indent=1))

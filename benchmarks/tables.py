@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import recovery_table
-from architecture_table import architectures, large_models, peak_memory
+from architecture_table import architectures, cost, large_models, peak_memory
 from codec_tables import codec_floor, codec_speed, hashed
 from common import GEMMA
 from index_table import index_learning
@@ -106,6 +106,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training_cost": recovery_table.training_cost,
     "architectures": architectures,
     "large_models": large_models,
+    "cost": cost,
     "compact_hessians": compact_hessians,
     "peak_memory": peak_memory,
     "large_plan": large_plan,
@@ -115,11 +116,20 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+_SOURCES = {"ablations": "calibrated", "peer_bits": "peers", "headline": "peers", "cost": "peak_memory"}
+"""Results of a table that has not their name."""
+
+
 def filled(page: str) -> str:
     """The page with every `<!-- NAME:begin -->` ... `<!-- NAME:end -->` filled in."""
     for name, make in TABLES.items():
         pattern = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        source = {"ablations": "calibrated", "peer_bits": "peers", "headline": "peers"}.get(name, name)
+        source = {
+            "ablations": "calibrated",
+            "peer_bits": "peers",
+            "headline": "peers",
+            "cost": "peak_memory",
+        }.get(name, name)
         if pattern.search(page) and (RESULTS / f"{source}.json").is_file():
             body = make()
             page = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", page)

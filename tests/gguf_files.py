@@ -27,6 +27,12 @@ _NAMES = {
     **{"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"},
     **{"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
 }
+_GEMMA3_NAMES = {
+    **_NAMES,
+    **{"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"},
+    **{"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm"},
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 def model() -> Any:
@@ -109,10 +115,41 @@ def _tensors(dense: Any) -> dict[str, Any]:
     return found
 
 
-def _name(name: str) -> str:
+def _name(name: str, parts: dict[str, str] = _NAMES) -> str:
     ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     stem = name.removesuffix(".weight")
     if stem in ends:
         return f"{ends[stem]}.weight"
     _, _, number, rest = stem.split(".", 3)
-    return f"blk.{number}.{_NAMES[rest]}.weight"
+    return f"blk.{number}.{parts[rest]}.weight"
+
+
+def write_gemma3(path: Path, dense: Any, scaling: tuple[str, float] | None = None) -> Path:
+    """Write a tiny Gemma 3 in float32, without a tokenizer. scaling: method and factor of rotary positions."""
+    config, kind = dense.config, gguf.GGMLQuantizationType.F32
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    if scaling is not None:
+        writer.add_string("gemma3.rope.scaling.type", scaling[0])
+        writer.add_rope_scaling_factor(scaling[1])
+    for name, value in dense.state_dict().items():
+        if name == "lm_head.weight":  # tied
+            continue
+        array = value.numpy() + (1 if "norm" in name else 0)
+        writer.add_tensor(_name(name, _GEMMA3_NAMES), np.ascontiguousarray(array), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

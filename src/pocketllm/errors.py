@@ -81,3 +81,8 @@ def reason_of(error: BaseException) -> str:
     """
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()
     return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
+
+
+def cannot_read(path: object, error: OSError) -> SourceError:
+    """The error for a file or folder that the system does not let this user read."""
+    return SourceError(f"{path}: cannot be read ({error.strerror or error}); check its permissions")

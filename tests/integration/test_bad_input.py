@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import pocketllm
 from pocketllm.errors import ConfigError, FormatError, PocketError, SourceError, WeightError
-from pocketllm.format.report import warnings_of
+from pocketllm.format.report_warnings import warnings_of
 from pocketllm.runtime.export import save_dense
 from pocketllm.source.folder import load_dense
 from tests import tiny

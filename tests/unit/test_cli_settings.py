@@ -9,8 +9,9 @@ from typer.main import get_command
 
 from pocketllm import preset
 from pocketllm.cli import serve_command
-from pocketllm.cli.compress_command import parse_overrides, recovery_of
+from pocketllm.cli.compress_command import recovery_of
 from pocketllm.cli.render import parse_size
+from pocketllm.cli.shared_options import parse_overrides
 from pocketllm.config import DEFAULT_PRESET, PLAIN_PRESET, CalibrationConfig, CompressConfig, CompressOptions
 from pocketllm.config.serve_config import ServeConfig
 from pocketllm.config.settings import help_of

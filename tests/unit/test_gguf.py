@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 import pocketllm
-from pocketllm.errors import SourceError
+from pocketllm.errors import SourceError, WeightError
 from pocketllm.source import gguf_conversion, gguf_model, need_tokenizer, resolve, resolve_local
-from pocketllm.source.folder import load_dense
 from tests import gguf_files, tiny
-from tests.commands import Run
+from tests.commands import Run, kill_now, killed
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +149,73 @@ def test_files_that_cannot_be_read(
     assert not any(cache.iterdir())
 
 
+def test_values_that_are_not_finite(dense: Any, tmp_path: Path, cache: Path) -> None:
+    broken = deepcopy(dense)
+    broken.model.norm.weight.data[3] = torch.nan
+    file = gguf_files.write(tmp_path / "tiny.gguf", broken)
+    with pytest.raises(WeightError, match=f"^{file}: model.norm.weight: 1 of 64 values are NaN or Inf"):
+        resolve(str(file))
+    assert not any(cache.iterdir())
+
+
+def test_errors_name_the_file_and_no_temporary_one(dense: Any, tmp_path: Path, cache: Path) -> None:
+    file = gguf_files.write(tmp_path / "tiny.gguf", dense, tokenizer=False)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"; fetch tokenizer.json next to the file again$") as raised:
+        resolve(str(file))
+    assert str(raised.value).startswith(f"{file}: its tokenizer cannot be read (")
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match="cannot be rebuilt") as raised:
+        resolve(str(file))
+    assert str(cache) not in str(raised.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    for name in (str(tmp_path / "x.gguf"), "owner/x.GGUF"):
+        with pytest.raises(SourceError, match=f"^{name}: no such file; check the path of the GGUF file"):
+            resolve(name)
+
+
+@pytest.mark.parametrize("what", ["the file", "its header", "the folder"])
+def test_no_permission_to_read(what: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    place, name = {
+        "the file": (gguf_model, "sha256_file"),
+        "its header": (gguf, "GGUFReader"),
+        "the folder": (os, "listdir"),
+    }[what]
+    monkeypatch.setattr(place, name, refuse)
+    given = file.parent if what == "the folder" else file
+    with pytest.raises(
+        SourceError, match=rf"^{given}: cannot be read \(Permission denied\); check its permissions"
+    ):
+        resolve(str(given))
+
+
+def test_what_a_killed_conversion_leaves_is_removed(
+    file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = gguf_conversion.convert
+
+    def convert_half(gguf: Path, folder: Path, *options: Any) -> None:
+        convert(gguf, folder, *options)
+        kill_now()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gguf_conversion, "convert", convert_half)
+        killed(lambda: resolve(str(file)))
+    (left,) = cache.iterdir()
+    assert left.name.startswith(".tiny-") and (left / "model" / "config.json").is_file()
+    other = cache / ".other-12345678"
+    other.mkdir()
+    with (other / "lock").open("wb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        folder = resolve(str(file))
+        assert set(cache.iterdir()) == {folder, other}
+
+
 def test_the_command_line_refuses_and_writes_nothing(file: Path, tmp_path: Path, run: Run) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
     code, _, err = run("compress", str(file), "-o", str(tmp_path / "out"), "--no-calibration")
@@ -178,65 +246,6 @@ def test_a_chat_template_next_to_the_file_completes_its_tokenizer(
     assert tokenizer("ab")["input_ids"] == alone("ab")["input_ids"]
 
 
-def scaled(dense: Any, **parameters: Any) -> Any:
-    """The model with other rotary positions."""
-    config = deepcopy(gguf_files.CONFIG)
-    config.rope_parameters = {"rope_theta": 10000.0, **parameters}
-    made = LlamaForCausalLM(config).eval()
-    made.load_state_dict(dense.state_dict())
-    return made
-
-
-def frequencies(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model.model.rotary_emb.inv_freq
-    return found
-
-
-LLAMA = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"rope_type": "llama3", "factor": 8.0, **LLAMA},
-        {"rope_type": "llama3", "factor": 32.0, **LLAMA},
-        {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0},
-        {"rope_type": "default"},
-    ],
-    ids=["llama 3.1", "llama 3.2", "linear", "yarn", "factors of one"],
-)
-def test_scaled_positions(dense: Any, tmp_path: Path, parameters: dict[str, Any]) -> None:
-    """transformers does not read them; they are those of the model that the file was made from."""
-    wanted, method = scaled(dense, **parameters), parameters["rope_type"]
-    if method in ("linear", "yarn"):
-        how: dict[str, Any] = {"scaling": (method, parameters["factor"])}
-    else:
-        how = {"factors": frequencies(dense) / frequencies(wanted)}
-    folder = resolve(str(gguf_files.write(tmp_path / "tiny.gguf", dense, **how)))
-    found = load_dense(folder, torch.float32)
-    torch.testing.assert_close(frequencies(found), frequencies(wanted))
-    assert found.model.rotary_emb.attention_scaling == wanted.model.rotary_emb.attention_scaling
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ({"factors": [1.0] * 15 + [7.0]}, "by factors for each frequency"),
-        ({"factors": [8.0] * 5}, "by factors for each frequency"),
-        ({"scaling": ("longrope", 4.0)}, "by the method 'longrope'"),
-    ],
-)
-def test_scaled_positions_that_cannot_be_translated(
-    dense: Any, tmp_path: Path, how: dict[str, Any], words: str
-) -> None:
-    file = gguf_files.write(tmp_path / "tiny.gguf", dense, **how)
-    with pytest.raises(
-        SourceError, match=f"tiny.gguf: scales rotary positions {words}, .* original checkpoint"
-    ):
-        resolve(str(file))
-
-
 def test_damaged_note(file: Path) -> None:
     folder = resolve(str(file))
     (folder / gguf_conversion.NOTE_NAME).write_text("[")
@@ -265,5 +274,22 @@ def test_a_system_without_links(file: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_cache_that_cannot_be_written(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "taken").write_text("")
     monkeypatch.setattr(gguf_model, "cache_folder", lambda: tmp_path / "taken" / "cache")
-    with pytest.raises(SourceError, match="POCKETLLM_CACHE"):
+    with pytest.raises(SourceError, match=r"POCKETLLM_CACHE at a folder with 64 MB to spare"):
         resolve(str(file))
+
+
+@pytest.mark.parametrize(("kind", "nbytes"), [("Q2_K", 2), ("Q8_0", 2), ("F16", 2), ("F32", 4)])
+def test_the_disk_space_that_is_named(kind: str, nbytes: int, tmp_path: Path) -> None:
+    """Of the dequantized model, however small its file is."""
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    quantization = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[quantization]
+    for name in "ab":
+        content = np.zeros((512, 1024 // block * size), dtype=np.uint8)
+        writer.add_tensor(name, content, raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert gguf_conversion.needed_bytes(path) == nbytes * 2 * 512 * 1024 + 64_000_000

@@ -1,8 +1,8 @@
 """The inputs of a block's layers: the Hessian H = E[x x^T] of each matrix.
 
-Linear layers are watched by hooks. Fused experts, one 3-D parameter for all experts of a block, are watched
-where their slices are multiplied; all experts of a parameter are encoded with one Hessian, the mean over every
-pair of a token and an expert that it was sent to.
+Linear layers are watched by hooks. Fused experts, one parameter for all experts of a block, are watched where their
+slices are multiplied; all experts of a parameter are encoded with one Hessian, the mean over every pair of a token and
+an expert that it was sent to.
 
 A Hessian of fewer tokens than columns has directions that were never seen, in which errors would seem to cost
 nothing. The missing tokens are replaced by the mean of its siblings (the same layer of the block's other experts)
@@ -113,15 +113,15 @@ class Collector:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Collect from whatever runs inside, each run of the block inside a `batch`."""
-        fused = [m for m in self.matrices if len(m.shape) == 3]
-        self.by_expert = {m.name: [0] * m.shape[0] for m in fused}
+        fused = [m for m in self.matrices if m.experts]
+        self.by_expert = {m.name: [0] * m.experts for m in fused}
         latest: list[tuple[Tensor, str]] = []  # the latest input and the first matrix that read it
         handles = [
             self.model.get_submodule(m.name.rpartition(".")[0]).register_forward_pre_hook(
                 self._hook(m, latest)
             )
             for m in self.matrices
-            if len(m.shape) == 2
+            if not m.experts
         ]
         try:
             if fused:
@@ -151,13 +151,16 @@ class Collector:
 
         return collect
 
-    def _slices(self, fused: list[Matrix]) -> dict[int, tuple[Matrix, int]]:
-        """Address of every expert's slice -> (matrix, number of the expert)."""
+    def _slices(self, fused: list[Matrix]) -> dict[int, _Slice]:
+        """Slice of every expert by its address."""
         found = {}
         for matrix in fused:
             weight = self.model.get_parameter(matrix.name)
-            step = weight.stride(0) * weight.element_size()
-            found.update({weight.data_ptr() + step * n: (matrix, n) for n in range(matrix.shape[0])})
+            step = weight.stride(0) * len(weight) // matrix.experts * weight.element_size()
+            column = weight.stride(-2 if matrix.transposed else -1)
+            found.update(
+                {weight.data_ptr() + step * n: _Slice(matrix, n, column) for n in range(matrix.experts)}
+            )
         return found
 
     def _add_expert(self, matrix: Matrix, expert: int, x: Tensor) -> None:
@@ -231,25 +234,44 @@ class _AllSeenError(Exception):
     """Every matrix of the block has seen its inputs."""
 
 
+@dataclass(frozen=True)
+class _Slice:
+    """The part of a parameter that holds the matrix of one expert.
+
+    column_stride: distance in memory from a weight to that of the next column of the matrix, as it is encoded.
+    """
+
+    matrix: Matrix
+    expert: int
+    column_stride: int
+
+    def is_summed_over_columns(self, product: str, weight: Tensor) -> bool:
+        """Whether a product with the slice sums over the columns of the matrix, and not over its rows."""
+        if weight.ndim < 2:
+            return False
+        summed = -1 if product == "linear" else -2
+        at = weight.shape[summed], weight.stride(summed)
+        return at == (self.matrix.columns, self.column_stride)
+
+
 class _Products(TorchFunctionMode):
     """Reports every product of an input with a slice of a watched parameter, or with all of it at once."""
 
-    def __init__(
-        self, slices: Mapping[int, tuple[Matrix, int]], tell: Callable[[Matrix, int, Tensor], None]
-    ) -> None:
+    def __init__(self, slices: Mapping[int, _Slice], tell: Callable[[Matrix, int, Tensor], None]) -> None:
         super().__init__()
         self.slices, self.tell = slices, tell
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
+        name = getattr(func, "__name__", "")
+        if name in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
             x, weight = args[:2]
             found = self.slices.get(weight.data_ptr())
-            if found is not None and x.shape[-1] == found[0].columns:
-                matrix, expert = found
-                if weight.numel() == matrix.columns * matrix.rows // matrix.shape[0]:
-                    self.tell(matrix, expert, x)
+            if found is not None and found.is_summed_over_columns(name, weight):
+                matrix = found.matrix
+                if weight.numel() == matrix.weights // matrix.experts:
+                    self.tell(matrix, found.expert, x)
                 elif weight.numel() == matrix.weights and x.ndim == 3:  # one batch of inputs for each expert
                     for number, batch in enumerate(x):
                         sent = batch[batch.any(dim=1)]  # the inputs of other experts are zeros

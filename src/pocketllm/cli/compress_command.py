@@ -11,7 +11,15 @@ import typer
 from pocketllm.cli.option_groups import RunOptions, with_groups
 from pocketllm.cli.publishing import push_folder, with_measured_card
 from pocketllm.cli.removed_options import SettingsCommand
-from pocketllm.cli.render import Bars, Output, kinds_table, parse_size, skipped_table, summary_table
+from pocketllm.cli.render import (
+    Bars,
+    Output,
+    kinds_table,
+    parse_size,
+    skipped_table,
+    summary_table,
+    with_warnings,
+)
 from pocketllm.cli.shared_options import (
     Context,
     MaxMemory,
@@ -23,6 +31,7 @@ from pocketllm.cli.shared_options import (
     Seed,
     Windows,
     count,
+    parse_overrides,
     set_option,
 )
 from pocketllm.cli.target_list import Several, Targets, parse_bpw, refuse
@@ -190,7 +199,7 @@ def compress(
             return
         report = with_measured_card(report, output, text, measured)
         commit = None if push is None or dry_run else push_folder(bars, output, push, private)
-    _show(show, {**report.to_dict(), "commit": commit}, measured, job)
+    _show(show, with_warnings({**report.to_dict(), "commit": commit}), measured, job)
 
 
 @dataclass(frozen=True)
@@ -264,24 +273,6 @@ def _show(show: Output, report: dict[str, Any], measured: dict[str, Any], job: _
         report["measured"] = measured
         tables.append(perplexity_table(job.text, measured))
     show.result(report, *tables)
-
-
-def parse_overrides(options: list[str]) -> tuple[tuple[str, float], ...]:
-    """(pattern, bits per weight) of each PATTERN=BITS.
-
-    Raises:
-        ConfigError: not of that form.
-    """
-    found = []
-    for option in options:
-        pattern, _, bits = option.rpartition("=")
-        try:
-            found.append((pattern, float(bits)))
-        except ValueError:
-            pattern = ""
-        if not pattern:
-            raise ConfigError(f"--override: got {option!r}, wanted PATTERN=BITS, as 'model.layers.0.*=4'")
-    return tuple(found)
 
 
 def recovery_of(options: CompressOptions, method: str | None, texts: list[str]) -> DistillConfig | None:

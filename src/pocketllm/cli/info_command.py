@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pocketllm.cli.render import Output, kinds_table, skipped_table, summary_table
+from pocketllm.cli.render import Output, kinds_table, skipped_table, summary_table, with_warnings
 from pocketllm.cli.shared_options import Adapter, Compressed, Json, Quiet
 
 app = typer.Typer()
@@ -37,5 +37,5 @@ def info(
         report = {**counting_adapter(report, folder_bytes(adapter)), "adapter": str(adapter)}
         title += f" with adapter {adapter}"
     Output(json, quiet).result(
-        report, summary_table(report, title), kinds_table(report), skipped_table(report)
+        with_warnings(report), summary_table(report, title), kinds_table(report), skipped_table(report)
     )

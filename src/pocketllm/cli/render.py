@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from pocketllm.errors import ConfigError
-from pocketllm.format.report import warnings_of
+from pocketllm.format.report_warnings import warnings_of
 
 
 def _console(stderr: bool) -> Console:
@@ -92,14 +92,15 @@ class Output:
 
 
 class _Notes(logging.Handler):
-    """Shows the library's warnings as notes."""
+    """Shows the library's warnings as notes; terms of use are shown even if notes are not."""
 
     def __init__(self, output: Output) -> None:
         super().__init__(logging.WARNING)
         self.output = output
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.output.note(f"warning: {record.getMessage()}")
+        show = self.output.stderr.print if getattr(record, "shown_always", False) else self.output.note
+        show(f"warning: {record.getMessage()}")
 
 
 @dataclass
@@ -195,6 +196,11 @@ def parse_size(text: str, option: str = "--size") -> int:
     if found is None or found[2].lower() not in units:
         raise ConfigError(f"{option}: got {text!r}, wanted bytes, such as 30000000, 30MB or 30MiB")
     return int(float(found[1]) * units[found[2].lower()])
+
+
+def with_warnings(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report as `--json` shows it."""
+    return {**report, "warnings": warnings_of(report)}
 
 
 def summary_table(report: Mapping[str, Any], title: str) -> Table:

@@ -80,3 +80,21 @@ def count(name: str, number: int) -> int | None:
     if number < 0:
         raise ConfigError(f"{name}: got {number}, wanted 0 (all) or more")
     return number or None
+
+
+def parse_overrides(options: list[str]) -> tuple[tuple[str, float], ...]:
+    """(pattern, bits per weight) of each PATTERN=BITS.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    found = []
+    for option in options:
+        pattern, _, bits = option.rpartition("=")
+        try:
+            found.append((pattern, float(bits)))
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise ConfigError(f"--override: got {option!r}, wanted PATTERN=BITS, as 'model.layers.0.*=4'")
+    return tuple(found)

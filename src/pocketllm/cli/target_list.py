@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocketllm.cli.publishing import with_measured_card
-from pocketllm.cli.render import Bars, Output, summary_table
+from pocketllm.cli.render import Bars, Output, summary_table, with_warnings
 from pocketllm.cli.text_perplexity import EvalText, perplexity_table
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
@@ -107,7 +107,8 @@ class Several:
         values, tables = [], []
         for name, report in reports.items():
             folder, figures = self.output / name, measured.get(name, {})
-            shown = with_measured_card(report, folder, self.text, figures).to_dict()
+            described = with_measured_card(report, folder, self.text, figures)
+            shown = with_warnings(described.to_dict())
             tables.append(summary_table(shown, f"{self.model} -> {folder}"))
             if figures and self.text is not None:
                 tables.append(perplexity_table(self.text, figures))

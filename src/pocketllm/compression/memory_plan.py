@@ -247,7 +247,7 @@ class _Sizes:
 
     def _is_two_sided(self, matrix: Matrix) -> bool:
         settings = self.plan.config.calibration
-        return settings is not None and settings.two_sided and len(matrix.shape) == 2
+        return settings is not None and settings.two_sided and not matrix.experts
 
     def _job(self, matrix: Matrix) -> int:
         """Copies of W; with G either its factors in float64, or in float32 with the feedback's part of U for every

@@ -12,6 +12,10 @@ from typing import Any
 RUN_FACTS = ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")  # of a Report; not stored
 NO_USE = "the model class has no use for it"
 """Why a stored tensor is skipped that belongs to no parameter of the model."""
+IN_TOWER = "outside the language model's blocks (a vision or audio tower or similar)"
+KEPT_END = "embedding or head, kept in 16 bit by the settings"
+BY_OVERRIDE = "left dense by an override"
+IN_DENSE_BLOCK = "in a block left dense by the settings"
 
 
 @dataclass(frozen=True)
@@ -166,40 +170,6 @@ def _at(values: Any, key: str) -> Any:
     return values.get(key) if isinstance(values, Mapping) else None
 
 
-def warnings_of(report: Mapping[str, Any]) -> list[str]:
-    """Warnings about weights that were left out, and about the calibration of a report's matrices."""
-    matrices = [m for m in report["matrices"] if m.get("input_tokens") is not None]
-    unseen = [m["name"] for m in matrices if m["input_tokens"] == 0]
-    experts = [m for m in matrices if m.get("unseen_experts")]
-    thin = [m for m in matrices if 0 < m["input_tokens"] < m["columns"]]
-    found = []
-    unused = [e["name"] for e in report["skipped"] if e["reason"] == NO_USE and e["name"].endswith(".weight")]
-    if unused:
-        found.append(
-            f"left out {_some(unused, 'tensors')}, for which the model class has no use: check that "
-            "config.json belongs to the weights"
-        )
-    if unseen:
-        found.append(
-            f"no input of {_some(unseen)} was seen (no calibration token reached the layer, or it is not a linear "
-            "layer of a known kind): encoded for the mean inputs of the other experts of the block, or if there "
-            "are none for inputs of equal strength in every direction"
-        )
-    if experts:
-        count = sum(m["unseen_experts"] for m in experts)
-        found.append(
-            f"no calibration token reached {count} experts in {_some([m['name'] for m in experts])}"
-            ": encoded for the mean inputs of the other experts of the block"
-        )
-    if thin:
-        least = min(thin, key=lambda m: m["input_tokens"] / m["columns"])
-        found.append(
-            f"fewer tokens than inputs in {_some([m['name'] for m in thin])} (at worst {least['input_tokens']:,} "
-            f"tokens for {least['columns']:,} inputs): their Hessians were regularized; give more text"
-        )
-    return found
-
-
 def weighted_mean(values: Iterable[tuple[float | None, int]]) -> float | None:
     """Weighted mean over matrices; None if a value is unknown or not finite, or there are none.
 
@@ -218,10 +188,6 @@ def weighted_mean(values: Iterable[tuple[float | None, int]]) -> float | None:
 def rounded(value: float) -> float:
     """Six significant digits, as stored in reports; values below 1e-9 become 0."""
     return 0.0 if abs(value) < 1e-9 else float(f"{value:.6g}")
-
-
-def _some(names: list[str], kind: str = "matrices") -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} {kind} ({names[0]} and others)"
 
 
 def peak_memory_bytes(device: str = "cpu") -> tuple[int | None, int | None]:

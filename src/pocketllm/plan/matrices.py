@@ -20,8 +20,6 @@ ROW_SCALE_BITS = 16
 """Stored bits of a row scale."""
 CODEWORD_BITS = 16
 """Stored bits of each of the d numbers of a codeword."""
-IN_TOWER = "outside the language model's blocks (a vision or audio tower or similar)"
-KEPT_END = "embedding or head, kept in 16 bit by the settings"
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class Matrix:
     shape: as the model holds it. rows, columns: after transposing (Conv1D) or flattening (experts).
     kind: its name without the block number. in_blocks: False for embedding and head. in_tower: outside the language
     model's blocks, and never calibrated.
+    experts: number of experts whose matrices it holds, one below the other; 0 if it is a single matrix.
     strip_rows: approximate number of rows of a strip, on a trellis.
     """
 
@@ -43,6 +42,7 @@ class Matrix:
     transposed: bool = False
     in_tower: bool = False
     strip_rows: int = STRIP_ROWS
+    experts: int = 0
 
     @property
     def weights(self) -> int:
@@ -138,7 +138,7 @@ class Plan:
         calibration = self.config.calibration
         if calibration is None or not calibration.rotate:
             return None, None
-        both = matrix.in_blocks and len(matrix.shape) == 2
+        both = matrix.in_blocks and not matrix.experts
         return (2 * self.config.seed if both else None), 2 * self.config.seed + 1
 
     def shared(self, matrix: Matrix) -> tuple[str, str]:

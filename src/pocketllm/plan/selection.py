@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import nn
+
 from pocketllm.config import CompressConfig
 from pocketllm.errors import ConfigError
-from pocketllm.plan.matrices import IN_TOWER, KEPT_END, Dense, Matrix
+from pocketllm.format.report import BY_OVERRIDE, IN_DENSE_BLOCK, IN_TOWER, KEPT_END
+from pocketllm.plan.matrices import Dense, Matrix
+from pocketllm.plan.stacked_experts import find_experts
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
+from pocketllm.source.linear_layers import LAYERS, linear_kind
 from pocketllm.source.model_class import find_blocks, input_embedding, language_model_path, output_head
 
 _BLOCK = re.compile(r"^(?P<stem>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
@@ -59,13 +64,13 @@ def _left_dense(matrix: Matrix, parts: _Parts, config: CompressConfig) -> str:
     match = _BLOCK.match(matrix.name)
     number = int(match["number"]) if match else -1
     if (override(matrix.name, config) or 0) >= 16:
-        return "left dense by an override"
+        return BY_OVERRIDE
     if (
         matrix.in_blocks
         and not matrix.in_tower
         and not config.dense_first <= number < parts.blocks - config.dense_last
     ):
-        return "in a block left dense by the settings"
+        return IN_DENSE_BLOCK
     return KEPT_END if not matrix.in_blocks and config.keep_embeddings else ""
 
 
@@ -102,12 +107,10 @@ class _Parts:
 
     def matrix(self, name: str) -> Matrix | str:
         """The tensor as a matrix, or the reason why it is not compressed."""
-        from torch import nn
-        from transformers.pytorch_utils import Conv1D
-
         parent, _, leaf = name.rpartition(".")
         shape, module = self.source.shape(name), self.source.model.get_submodule(parent)
-        if not self.source.model.get_parameter_or_buffer(name).dtype.is_floating_point:
+        value = self.source.model.get_parameter_or_buffer(name)
+        if not value.dtype.is_floating_point:
             return "integers or booleans"
         match = _BLOCK.match(name)
         in_tower = match is not None and not name.startswith(self.within)
@@ -115,14 +118,25 @@ class _Parts:
             return IN_TOWER
         kind = match["rest"] if match else name
         kind = re.sub(r"\.\d+\.", ".*.", kind).removesuffix(".weight")
-        if len(shape) == 3 and match and "expert" in name:
-            experts, rows, columns = shape
-            transposed = self._is_transposed(module, leaf, rows, columns)
-            rows, columns = (columns, rows) if transposed else (rows, columns)
-            return Matrix(name, shape, experts * rows, columns, kind, True, transposed, in_tower)
+        if len(shape) > 1 and not isinstance(value, nn.Parameter):
+            return "a buffer (computed by the model's class, not trained)"
+        found = find_experts(module, name, shape, self._hidden_size) if match else None
+        if found is not None:
+            rows = found.count * found.rows
+            return Matrix(
+                name,
+                shape,
+                rows,
+                found.columns,
+                kind,
+                True,
+                transposed=found.transposed,
+                in_tower=in_tower,
+                experts=found.count,
+            )
         if len(shape) != 2:
             return "norm, bias or other small tensor" if len(shape) < 2 else f"a {len(shape)}-D tensor"
-        if leaf != "weight" or not isinstance(module, nn.Embedding | nn.Linear | Conv1D):
+        if leaf != "weight" or not isinstance(module, LAYERS):
             return f"a parameter of {type(module).__name__} (router or similar)"
         if any(module is end for end in self.ends):
             return Matrix(name, shape, *shape, kind, False)
@@ -130,22 +144,14 @@ class _Parts:
             return "an embedding other than the token embedding"
         if not match:
             return "a linear layer outside the blocks"
-        if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        plain = linear_kind(type(module))
+        if plain is None:
             return (
                 f"a parameter of {type(module).__name__}, which is no plain linear layer (router or similar)"
             )
-        if isinstance(module, Conv1D):
-            return Matrix(name, shape, shape[1], shape[0], kind, True, True, in_tower)
-        return Matrix(name, shape, *shape, kind, True, in_tower=in_tower)
+        rows, columns = shape if plain is nn.Linear else shape[::-1]
+        return Matrix(name, shape, rows, columns, kind, True, plain is not nn.Linear, in_tower)
 
-    def _is_transposed(self, module: Any, leaf: str, rows: int, columns: int) -> bool:
-        """Whether fused experts are stored as [experts, inputs, outputs].
-
-        If the module does not declare it, the position of the hidden size decides.
-        """
-        said = getattr(module, "is_transposed", None)
-        if said is not None:
-            return bool(said)
-        hidden = getattr(self.source.model.config.get_text_config(), "hidden_size", None)
-        outputs = leaf.startswith("down")
-        return rows != columns and (columns if outputs else rows) == hidden
+    @cached_property
+    def _hidden_size(self) -> int | None:
+        return getattr(self.source.model.config.get_text_config(), "hidden_size", None)

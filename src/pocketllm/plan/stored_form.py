@@ -15,7 +15,8 @@ import pocketllm
 from pocketllm.config import CodecConfig
 from pocketllm.format.layout import STORE, CodebookEntry, DecoderEntry, Layout, MatrixEntry
 from pocketllm.format.model_card import dense_card_name, stored_names
-from pocketllm.plan.matrices import KEPT_END, Dense, Matrix, Plan
+from pocketllm.format.report import KEPT_END
+from pocketllm.plan.matrices import Dense, Matrix, Plan
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.model_files import companions, need_config
 

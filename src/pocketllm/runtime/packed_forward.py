@@ -16,15 +16,18 @@ from transformers.pytorch_utils import Conv1D
 from pocketllm.codec.kernels.packed_product import PackedProduct
 from pocketllm.runtime.packed_parameter import RunsOnStandIns, takes_stand_in
 from pocketllm.runtime.packed_tensors import PACKED, TIED, PackedMatrix
+from pocketllm.source.linear_layers import linear_kind
 
 
 def packed_bases(dense: type[nn.Module]) -> tuple[type[nn.Module], ...]:
     """Base classes of the packed form of a layer's class, with a forward of this module where there is one."""
-    for packed, plain in ((PackedLinear, nn.Linear), (PackedConv1D, Conv1D), (PackedEmbedding, nn.Embedding)):
+    if issubclass(dense, nn.Embedding):
+        return (PackedEmbedding,) if dense is nn.Embedding else (RunsOnStandIns, dense, PackedEmbedding)
+    for packed, plain in ((PackedLinear, nn.Linear), (PackedConv1D, Conv1D)):
+        if dense is plain:
+            return (packed,)
         if issubclass(dense, plain):
-            if dense is plain:
-                return (packed,)
-            return (RunsOnStandIns, dense, packed) if plain is nn.Embedding else (dense, packed)
+            return (packed, dense) if linear_kind(dense) is plain else (dense, packed)
     return (RunsOnStandIns, dense)
 
 
@@ -33,7 +36,7 @@ def reason_without_kernel(module: nn.Module, leaf: str, matrix: PackedMatrix) ->
     dense = getattr(
         type(module), "_dense_class", type(module)
     )  # of a packed layer, the class that it replaces
-    plain = any(dense.forward is known.forward for known in (nn.Linear, Conv1D, nn.Embedding))
+    plain = linear_kind(dense) is not None or dense.forward is nn.Embedding.forward
     if leaf == "weight" and (plain or (issubclass(dense, nn.Embedding) and takes_stand_in(matrix))):
         return ""
     if len(matrix.entry.shape) == 3 and takes_stand_in(matrix):

@@ -22,7 +22,8 @@ from typing import IO
 from pocketllm.cache import cache_folder
 from pocketllm.errors import SourceError
 from pocketllm.files import sha256_file
-from pocketllm.source import gguf_conversion, gguf_model
+from pocketllm.source import gguf_conversion
+from pocketllm.source.cached_folder import kept_folder
 
 _log = logging.getLogger(__name__)
 BUILTIN_PREFIX = "builtin:"
@@ -101,7 +102,7 @@ def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> 
     builtin = _BUILTINS[short]
 
     def make(scratch: Path) -> Path:
-        _log.warning("%s", builtin.terms)
+        _log.warning("%s", builtin.terms, extra={"shown_always": True})
         gguf = _gguf(builtin, scratch, progress)
         progress("dequantizing")
         made = scratch / "model"
@@ -111,7 +112,7 @@ def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> 
                 _copy(extra, builtin.version, scratch, out, progress)
         return made
 
-    return gguf_model.kept_folder(_folder(short), make, builtin.nbytes)
+    return kept_folder(_folder(short), make, lambda: builtin.nbytes)
 
 
 def cached(name: str) -> Path | None:

@@ -28,14 +28,15 @@ from pocketllm.source.assembly import (
     settle_tied,
 )
 from pocketllm.source.folder import dequantizer, meta_model
-from pocketllm.source.gguf_model import dense_folder, find_gguf, read_note
+from pocketllm.source.gguf_model import SUFFIX, dense_folder, find_gguf, read_note
 from pocketllm.source.hub import download, downloaded, split_hub_id
 from pocketllm.source.model_class import build
 from pocketllm.source.model_files import weight_files
+from pocketllm.source.value_checks import check_values
 from pocketllm.torch_state import in_default_torch_state
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-_LARGEST = 1e15  # squares and their sums stay finite in float32
+_CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -116,14 +117,14 @@ class DenseCheckpoint:
         tensors = self.assembly.tensors(name)
         for part, tensor in zip(self.parts[name], tensors, strict=True):
             if tensor.dtype in _CHECKED:
-                _check_values(f"{part.key} in {part.file.name}", tensor)
+                check_values(f"{part.key} in {part.file.name}", tensor)
         value = tensors[0]
         if self.assembly.is_converted(name):
             made = self.assembly.converted(name, tensors)
             value = made[name] if name in made else made[self.assembly.lead[name]]
             if self.is_quantized:
                 value = value.detach().to(dtype)
-                _check_values(name, value)
+                check_values(name, value)
         if tuple(value.shape) != self.shape(name):
             raise WeightError(
                 f"{name}: stored with shape {tuple(value.shape)}, wanted {self.shape(name)} as in the model; "
@@ -217,6 +218,8 @@ def resolve(
         raise SourceError(
             f"{name}: a file; wanted a model folder with config.json and *.safetensors, or a file *.gguf"
         )
+    if path.suffix.lower() == SUFFIX:
+        raise SourceError(f"{name}: no such file; check the path of the GGUF file")
     if split_hub_id(name) is None:
         raise SourceError(
             f"{name}: no such folder; wanted a model folder, a Hub id (owner/name) or builtin:…"
@@ -286,19 +289,3 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> DenseCheckpoint
         )
     opened.assembly.parts = {name: parts[name] for name in meta if name in parts}
     return opened
-
-
-_CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def _check_values(where: str, tensor: Tensor) -> None:
-    low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(1), torch.zeros(1))
-    finite = bool(torch.isfinite(low) and torch.isfinite(high))
-    if finite and (tensor.ndim < 2 or max(-float(low), float(high)) <= _LARGEST):
-        return
-    bad = tensor.abs() > _LARGEST if finite else ~torch.isfinite(tensor)
-    what = f"beyond {_LARGEST:g}" if finite else "NaN or Inf"
-    raise WeightError(
-        f"{where}: {int(bad.sum())} of {tensor.numel()} values are {what}; "
-        "the checkpoint is damaged, fetch it again"
-    )

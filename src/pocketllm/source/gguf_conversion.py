@@ -17,11 +17,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from pocketllm.errors import SourceError, reason_of
+from pocketllm.errors import SourceError, cannot_read, reason_of
 from pocketllm.files import read_object, write_json
 from pocketllm.source.folder import copy_file_mode, read_tokenizer
 from pocketllm.source.gguf_positions import RotaryScaling
 from pocketllm.source.model_files import WEIGHTS_NAME, check_counts
+from pocketllm.source.value_checks import check_values
 
 NOTE_NAME = "pocketllm_gguf.json"
 _KEPT_DTYPES = {"F32": "float32", "F16": "float16"}  # everything else is kept in bfloat16
@@ -48,6 +49,7 @@ def convert(file: Path, folder: Path, tokenizer_files: list[Path], noted: bool =
 
     Raises:
         SourceError: as `dense_folder`.
+        WeightError: values that are not finite.
     """
     header = _Header.of(file)
     folder.mkdir()
@@ -63,11 +65,31 @@ def convert(file: Path, folder: Path, tokenizer_files: list[Path], noted: bool =
                 _write_tokenizer(alone, header, folder)
             for path in tokenizer_files:
                 shutil.copyfile(path, folder / path.name)
-    read_tokenizer(folder, False)
+    try:
+        read_tokenizer(folder, False)
+    except SourceError as error:
+        beside = " and ".join(path.name for path in tokenizer_files)
+        advice = f"fetch {beside} next to the file again" if beside else _TOKENIZER_ADVICE
+        reason = _reason(error.__cause__ or error, file, folder)
+        raise SourceError(f"{file}: its tokenizer cannot be read ({reason}); {advice}") from error
     if noted:
         write_json(folder / NOTE_NAME, asdict(header.quantization))
 
 
+def needed_bytes(file: Path) -> int:
+    """Disk that `convert` needs, about.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+    header = _Header.of(file)
+    weights = sum(math.prod(shape) for shape in header.shapes.values())
+    return weights * (4 if header.dtype == "float32" else 2) + _SMALL_FILES_BYTES
+
+
+_SMALL_FILES_BYTES = 64_000_000
+"""A large tokenizer, and what else is written."""
+_TOKENIZER_ADVICE = "put the model's tokenizer.json and tokenizer_config.json next to the file"
 _VOCABULARY = ("tokenizer.", "vocab.")
 """Beginnings of the names of files that hold a tokenizer's vocabulary."""
 _NOT_PARAMETERS = ("rope_freqs.", "rope_factors_")
@@ -84,6 +106,19 @@ class _Header:
     dtype: str
     shapes: dict[str, tuple[int, ...]]
     positions: RotaryScaling
+
+    def complete(self, config: Any) -> None:
+        """Set in transformers' configuration what it does not read.
+
+        Raises:
+            SourceError: positions that cannot be translated.
+        """
+        if "token_embd.weight" in self.shapes:  # transformers counts the tokens of the tokenizer instead
+            config.vocab_size = self.shapes["token_embd.weight"][-1]
+        if config.model_type == "gemma3_text":  # the file holds no scale of attention; as llama.cpp sets it
+            heads = config.hidden_size // config.num_attention_heads
+            config.query_pre_attn_scalar = heads if config.num_hidden_layers == 62 else config.head_dim
+        self.positions.put_into(config, self.file)
 
     def need_all_used(self, model: Any) -> None:
         """Raises SourceError if the file holds more values than the model: transformers skips unknown tensors."""
@@ -110,8 +145,8 @@ class _Header:
         try:
             reader = GGUFReader(file)
             architecture = str(_field(reader, "general.architecture"))
-        except OSError:
-            raise
+        except OSError as error:
+            raise cannot_read(file, error) from error
         except Exception as error:  # it slices whatever it finds, and asks afterwards
             raise SourceError(
                 f"{file}: not a readable GGUF file ({reason_of(error)}); truncated or damaged, fetch it again"
@@ -135,6 +170,11 @@ class _Header:
             {tensor.name: tuple(int(size) for size in tensor.shape) for tensor in reader.tensors},
             RotaryScaling.of(reader, architecture),
         )
+
+
+def _reason(error: BaseException, file: Path, place: Path) -> str:
+    """The reason of an error, with the GGUF file in place of a temporary path or its folder."""
+    return reason_of(error).replace(str(place), str(file)).replace(str(place.parent), str(file.parent))
 
 
 def _field(reader: Any, name: str) -> Any:
@@ -168,11 +208,11 @@ def _write_model(alone: Path, header: _Header, folder: Path) -> None:
     try:
         config = transformers.AutoConfig.from_pretrained(alone.parent, **how)
     except Exception as error:  # transformers raises whatever it comes upon
-        raise SourceError(f"{where} cannot be read by transformers ({reason_of(error)}); {hint}") from error
+        raise SourceError(
+            f"{where} cannot be read by transformers ({_reason(error, header.file, alone)}); {hint}"
+        ) from error
     check_counts(config.to_dict(), list(header.shapes.values()), header.file, SourceError)
-    if "token_embd.weight" in header.shapes:  # transformers counts the tokens of the tokenizer instead
-        config.vocab_size = header.shapes["token_embd.weight"][-1]
-    header.positions.put_into(config, header.file)
+    header.complete(config)
     if hasattr(transformers, "GgufConfig"):
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
@@ -181,7 +221,9 @@ def _write_model(alone: Path, header: _Header, folder: Path) -> None:
         )
         model, facts = found
     except Exception as error:
-        raise SourceError(f"{where} cannot be read by transformers ({reason_of(error)}); {hint}") from error
+        raise SourceError(
+            f"{where} cannot be read by transformers ({_reason(error, header.file, alone)}); {hint}"
+        ) from error
     if facts["missing_keys"]:
         raise SourceError(
             f"{header.file}: no tensor for {min(facts['missing_keys'])} ({len(facts['missing_keys'])} parameters "
@@ -195,6 +237,7 @@ def _write_model(alone: Path, header: _Header, folder: Path) -> None:
     del model, found
     for name in state:
         state[name] = state[name].to(dtype).contiguous()
+        check_values(f"{header.file}: {name}", state[name])
     save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     copy_file_mode(folder, "config.json")
 
@@ -219,7 +262,7 @@ def _write_tokenizer(alone: Path, header: _Header, folder: Path) -> None:
         made.decode(made("a")["input_ids"])
     except Exception as error:  # as in `_write_model`
         raise SourceError(
-            f"{header.file}: its tokenizer cannot be rebuilt ({reason_of(error)}); put the model's tokenizer.json and "
-            "tokenizer_config.json next to the file"
+            f"{header.file}: its tokenizer cannot be rebuilt ({_reason(error, header.file, alone)}); "
+            f"{_TOKENIZER_ADVICE}"
         ) from error
     made.save_pretrained(folder)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pocketllm.cache import cache_folder
-from pocketllm.errors import SourceError
+from pocketllm.errors import SourceError, cannot_read
 from pocketllm.files import need_regular, read_object, sha256_file
 from pocketllm.source import gguf_conversion
-from pocketllm.source.folder import open_safetensors
-from pocketllm.source.model_files import weight_files
+from pocketllm.source.cached_folder import kept_folder
 
 SUFFIX = ".gguf"
 _TOKENIZER_FILES = (
@@ -28,13 +25,17 @@ def find_gguf(path: Path) -> Path | None:
     """The GGUF file that a path names: itself, or the only one in a folder without safetensors.
 
     Raises:
-        SourceError: a folder with several of them.
+        SourceError: a folder with several of them, or one that cannot be listed.
     """
     if not path.is_dir():
         return path if path.suffix.lower() == SUFFIX else None
-    if any(path.glob("*.safetensors*")):
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    if any(".safetensors" in name for name in names):
         return None
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() == SUFFIX and not p.name.startswith("."))
+    found = [path / name for name in names if name.lower().endswith(SUFFIX) and not name.startswith(".")]
     if len(found) > 1:
         raise SourceError(
             f"{path}: several GGUF files ({', '.join(file.name for file in found[:3])}); name the one to read"
@@ -56,7 +57,10 @@ def dense_folder(file: Path, progress: Callable[[str], None] = lambda message: N
     beside = [path for name in _TOKENIZER_FILES if os.path.lexists(path := file.parent / name)]
     for path in beside:
         need_regular(path, SourceError)
-    identity = _identity([file, *beside])
+    try:
+        identity = _identity([file, *beside])
+    except OSError as error:
+        raise cannot_read(error.filename or file, error) from error
     folder = cache_folder() / "gguf" / f"{file.stem[:100]}-{identity}"
 
     def make(scratch: Path) -> Path:
@@ -64,7 +68,7 @@ def dense_folder(file: Path, progress: Callable[[str], None] = lambda message: N
         gguf_conversion.convert(file, scratch / "model", beside)
         return scratch / "model"
 
-    return kept_folder(folder, make, 3 * file.stat().st_size)
+    return kept_folder(folder, make, lambda: gguf_conversion.needed_bytes(file))
 
 
 def _identity(files: list[Path]) -> str:
@@ -72,45 +76,6 @@ def _identity(files: list[Path]) -> str:
         f"{path.name if number else ''}:{sha256_file(path)}\n" for number, path in enumerate(files)
     )
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
-
-
-def kept_folder(folder: Path, make: Callable[[Path], Path], nbytes: int) -> Path:
-    """A model folder in the cache, made on first use: under a temporary name, and renamed when complete.
-
-    Args:
-        make: fills a folder within the one it is given, and returns it. nbytes: that it needs, about.
-
-    Raises:
-        SourceError: as `make`; or the cache cannot be written.
-    """
-    if (folder / "config.json").is_file() and _is_complete(folder):
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            made = make(Path(scratch))
-            try:
-                made.rename(folder)
-            except OSError:
-                if not (folder / "config.json").is_file():  # another process was quicker
-                    raise
-    except OSError as error:
-        raise SourceError(
-            f"{error.filename or folder}: cannot be written ({error.strerror or error}); "
-            f"point POCKETLLM_CACHE at a folder with {nbytes / 1e6:,.0f} MB to spare"
-        ) from error
-    return folder
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether the weights in the cache can be opened; a damaged folder is removed, so that it is made again."""
-    try:
-        for file in weight_files(folder):
-            open_safetensors(file)
-    except SourceError:
-        shutil.rmtree(folder, ignore_errors=True)
-        return False
-    return True
 
 
 def read_note(folder: Path) -> dict[str, Any] | None:

@@ -18,6 +18,8 @@ _LONG_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 _LLAMA = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _NAMES = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
 _TRANSLATED = ("linear", "yarn")
+_SCALED_PART = {"gemma3_text": "full_attention"}
+"""Model type -> the only layers whose positions are scaled (linearly), for types with settings by kind of layer."""
 _PRECISION = 1e-3  # of a factor
 
 
@@ -54,14 +56,18 @@ class RotaryScaling:
         Raises:
             SourceError: a scaling that cannot be translated.
         """
-        own = getattr(config, "rope_parameters", None) or {}
+        every = getattr(config, "rope_parameters", None) or {}
+        part = _SCALED_PART.get(getattr(config, "model_type", ""))
+        own = every if part is None else every.get(part, {})
         if own.get("rope_type", "default") != "default":
             return
         found = self._translated()
         if self.is_other or found is None or (found and "rope_theta" not in own):
             raise self._refusal(file)
+        if part is not None and found and found["rope_type"] != "linear":
+            raise self._refusal(file)
         if found:
-            config.rope_parameters = {**own, **found}
+            config.rope_parameters = {**own, **found} if part is None else {**every, part: {**own, **found}}
         if self._is_by_factor and not self._agrees(config):
             raise self._refusal(file)
 
