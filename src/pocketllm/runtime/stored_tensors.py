@@ -59,9 +59,17 @@ class Unread:
             found.update(f"{stem}.{part}" for stem in (name, self.names[name]) for part in parts)
         return found
 
+    def are_others_of(self, model: nn.Module) -> bool:
+        """Whether all other tensors in the files have the name and shape of a parameter or buffer of the model."""
+        hidden, shapes = self.stored_names(), {k: list(v.shape) for k, v in model.state_dict().items()}
+        with ExitStack() as opened:
+            handles = [opened.enter_context(safe_open(str(file), framework="pt")) for file in self.files]
+            others = ((handle, name) for handle in handles for name in handle.keys() if name not in hidden)  # noqa: SIM118
+            return all(handle.get_slice(name).get_shape() == shapes.get(name) for handle, name in others)
+
     def read(self, model: nn.Module) -> None:
         """Give the model its packed tensors; those that no file holds stay on the meta device."""
-        model.add_module(STORE, self.store)
+        model.add_module(STORE, self.store.eval())
         with ExitStack() as opened:
             handles: dict[str, Any] = {}
             for file in self.files:
