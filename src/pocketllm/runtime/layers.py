@@ -46,7 +46,7 @@ def replace_parameters(model: nn.Module, layout: Layout, float_dtype: torch.dtyp
 
 def attach_tied(model: nn.Module, name: str, source: str) -> None:
     """Let the parameter `name` decode the packed matrix registered as `source`."""
-    packed = packed_matrices(model)[source]
+    packed = model.get_submodule(source)
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     module._parameters.pop(leaf, None)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pocketllm.format.layout import STORE
-from pocketllm.runtime.layers import Store, packed_matrices
+from pocketllm.runtime.layers import PackedMatrix, Store, packed_matrices
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,14 @@ class Unread:
 
     Args:
         store: of the model, not part of it meanwhile. names: parameter -> its name in the files.
-        parts: parameter -> its tensors on the meta device; its packed matrix has none meanwhile.
+        matrices: by parameter, without their tensors meanwhile. parts: parameter -> those, on the meta device.
     """
 
     files: tuple[Path, ...]
     device: torch.device
     store: Store
     names: Mapping[str, str]
+    matrices: Mapping[str, PackedMatrix]
     parts: Mapping[str, Mapping[str, Tensor | None]]
 
     @classmethod
@@ -45,12 +46,12 @@ class Unread:
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map or "cpu"}
         if not files or len(devices) != 1 or devices & {"auto", "balanced", "balanced_low_0", "sequential"}:
             return None
-        parts = {}
-        for name, matrix in packed_matrices(model).items():
+        parts, matrices = {}, packed_matrices(model)
+        for name, matrix in matrices.items():
             parts[name], matrix._buffers = matrix._buffers, {}
         store = model._modules.pop(STORE)
         assert isinstance(store, Store)
-        return cls(tuple(map(Path, files)), torch.device(devices.pop()), store, names, parts)
+        return cls(tuple(map(Path, files)), torch.device(devices.pop()), store, names, matrices, parts)
 
     def stored_names(self) -> set[str]:
         """Names of the hidden tensors in the files, and as transformers renames them."""
@@ -76,7 +77,7 @@ class Unread:
                 handle = opened.enter_context(safe_open(str(file), framework="pt"))
                 handles.update(dict.fromkeys(handle.keys(), handle))
             owners: list[tuple[str, nn.Module]] = []
-            for name, matrix in packed_matrices(model).items():
+            for name, matrix in self.matrices.items():
                 matrix._buffers = dict(self.parts[name])
                 owners.append((self.names[name], matrix))
             owners += [(f"{STORE}.{path}", module) for path, module in self.store.named_modules()]

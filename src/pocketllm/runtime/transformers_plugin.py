@@ -93,6 +93,10 @@ class PocketQuantizationConfig(QuantizationConfigMixin):
         """Describe another form than the one that was read."""
         self.__dict__.update(layout.to_dict())
 
+    def to_dict(self) -> dict[str, Any]:
+        """All keys, with entries that copies share; see `__deepcopy__`."""
+        return dict(self.__dict__)
+
     def to_diff_dict(self) -> dict[str, Any]:
         """All keys; there is no default layout to compare with."""
         return self.to_dict()
@@ -135,6 +139,11 @@ class PocketQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         """Adapters can be trained in both modes; transformers' Trainer refuses a model without any."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile holds packed products as one operator, so `generate` may compile the forward pass."""
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
