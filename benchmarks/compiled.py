@@ -21,7 +21,7 @@ from typing import Any
 
 from common import quiet, save
 
-MODEL, ROUNDS, THREADS, NEW_TOKENS = "builtin:smollm2-135m", 3, 2, 64
+MODEL, ROUNDS, THREADS, NEW_TOKENS = "builtin:smollm2-135m", 1, 2, 64
 WAYS = ("dynamic", "static", "compiled", "compiled again")
 
 
