@@ -24,7 +24,6 @@ from pocketllm.codec.kernels.reference import hartley
 
 FEW_ROWS = 2  # of x: up to here they are multiplied one by one, beyond a decoded tile is worth its time
 TILE_WEIGHTS = 1 << 20  # of U that are decoded at a time
-ROWS_AT_ONCE = 256  # of x as integers, where U is one tile: their sums are 4 bytes each
 
 
 _ADDRESS, _NUMBER = ctypes.c_void_p, ctypes.c_int64
@@ -97,26 +96,22 @@ def multiply_rows(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, rows: rang
 
 def _multiply_integers(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | None) -> Tensor:
     """`multiply` of many rows of x [T, columns] bfloat16, with entries and rotated rows of x as 8-bit integers."""
-    count, rows, threads = len(x), sizes.rows, torch.get_num_threads()
-    fits = rows <= _tile_rows(sizes)
-    kept, step = (
-        list(tiles(weight, sizes, torch.int8, isa)) if fits else None,
-        ROWS_AT_ONCE if fits else count,
+    count, threads = len(x), torch.get_num_threads()
+    whole, unit, half = torch.empty(x.shape, dtype=torch.int8), torch.empty(count), x.dtype
+    into = (count, sizes.columns, weight.signs_in, _mixer(weight.signs_in), int(isa), threads)
+    library.call("packed", "packed_rotate_to_integers", x, whole, unit, *into)
+    sums = torch.empty(count, sizes.rows, dtype=torch.int32)
+    for begin, end, tile in tiles(weight, sizes, torch.int8, isa):
+        if end - begin == sizes.rows:
+            torch._int_mm(whole, tile.T, out=sums)
+        else:
+            sums[:, begin:end] = torch._int_mm(whole, tile.T)
+    out, bias = (
+        torch.empty(count, sizes.rows, dtype=half),
+        None if bias is None else bias.to(half).contiguous(),
     )
-    whole, unit = torch.empty(step, sizes.columns, dtype=torch.int8), torch.empty(step)
-    sums, out = torch.empty(step, rows, dtype=torch.int32), torch.empty(count, rows, dtype=x.dtype)
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    into = (sizes.columns, weight.signs_in, _mixer(weight.signs_in), int(isa), threads)
-    back = (rows, weight.signs_out, _mixer(weight.signs_out), weight.row_scale, bias, int(isa), threads)
-    for first in range(0, count, step):
-        taken = min(step, count - first)
-        library.call("packed", "packed_rotate_to_integers", x[first:], whole, unit, taken, *into)
-        for begin, end, tile in kept or tiles(weight, sizes, torch.int8, isa):
-            if fits:
-                torch._int_mm(whole[:taken], tile.T, out=sums[:taken])
-            else:
-                sums[:, begin:end] = torch._int_mm(whole, tile.T)
-        library.call("packed", "packed_rotate_from_integers", sums, unit, out[first:], taken, *back)
+    back = (count, sizes.rows, weight.signs_out, _mixer(weight.signs_out), weight.row_scale, bias)
+    library.call("packed", "packed_rotate_from_integers", sums, unit, out, *back, int(isa), threads)
     return out
 
 
@@ -165,11 +160,6 @@ def rotate_(x: Tensor, signs: Tensor, isa: Isa, *, inverse: bool) -> Tensor:
     return x
 
 
-def _tile_rows(sizes: Sizes) -> int:
-    """Rows of U that are decoded at a time."""
-    return max(64, TILE_WEIGHTS // max(1, sizes.columns) // 64 * 64)
-
-
 def tiles(
     weight: Tensors, sizes: Sizes, dtype: torch.dtype, isa: Isa, rows: range | None = None
 ) -> Iterator[tuple[int, int, Tensor]]:
@@ -177,7 +167,8 @@ def tiles(
 
     rows: which; all of them if None.
     """
-    rows, step = range(sizes.rows) if rows is None else rows, _tile_rows(sizes)
+    rows = range(sizes.rows) if rows is None else rows
+    step = max(64, TILE_WEIGHTS // max(1, sizes.columns) // 64 * 64)
     memory = torch.empty(min(step, len(rows)), sizes.columns, dtype=dtype)
     parts = [(begin, min(begin + step, rows.stop)) for begin in range(rows.start, rows.stop, step)]
     if sizes.banded:
