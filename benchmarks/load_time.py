@@ -29,8 +29,7 @@ PACKED = (
     ("pocketllm.runtime.transformers_plugin", "layout_for", "modules built (transformers)"),
     ("pocketllm.runtime.transformers_plugin", "take_over_missing", "parameters replaced by packed ones"),
     ("pocketllm.runtime.transformers_plugin", "give_back_missing", "dense tensors read (transformers)"),
-    ("pocketllm.runtime.transformers_plugin", "verify_loaded", "packed tensors mapped"),
-    ("pocketllm.runtime.transformers_plugin", "compute_weights", "packed tensors verified"),
+    ("pocketllm.runtime.transformers_plugin", "compute_weights", "packed tensors mapped"),
     ("pocketllm.runtime.transformers_plugin", "run_experts_one_by_one", "tables and bands made"),
 )
 """Functions whose first call ends a stage, and the stage."""

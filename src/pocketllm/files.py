@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -153,8 +154,12 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a file, read in chunks."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(min(_CHUNK, max(1, path.stat().st_size))))
-    with path.open("rb", buffering=0) as stream:
+    digest, size = hashlib.sha256(), min(_CHUNK, max(1, path.stat().st_size))
+    with (
+        path.open("rb", buffering=0) as stream,
+        mmap.mmap(-1, size) as memory,  # returned to the system afterwards, unlike memory of the C library
+        memoryview(memory) as piece,
+    ):
         while count := stream.readinto(piece):
             digest.update(piece[:count])
     return digest.hexdigest()

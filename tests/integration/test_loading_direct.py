@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import pocketllm
 from pocketllm.errors import FormatError, LoadError
 from pocketllm.format import checkpoint as ckpt
-from pocketllm.runtime import load_checks
+from pocketllm.runtime import load_checks, transformers_plugin as plugin
 
 IDS = torch.arange(3, 20)[None]
 
@@ -145,3 +145,24 @@ def test_load_verifies_once(small: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not seen  # load's own verification is not repeated
     t.AutoModelForCausalLM.from_pretrained(small)
     assert seen == [small]
+
+
+def test_conversions_only_of_tensors_that_need_them(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' table of conversions is built only if a stored name or shape is not the model's own."""
+    path, built = saved / "model.safetensors", []
+    monkeypatch.setattr(plugin, "_conversions", lambda *given, **options: built.append(given) or [])
+    t.LlamaForCausalLM.from_pretrained(saved)
+    assert not built
+    tensors = load_file(path)
+    save_file({**tensors, "of.another.name": torch.zeros(1)}, path, {"format": "pt"})
+    t.LlamaForCausalLM.from_pretrained(saved)
+    assert len(built) == 1
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
+        t.LlamaForCausalLM.from_pretrained(saved)
+    assert len(built) == 2
+    t.LlamaForCausalLM.from_pretrained(
+        saved.parent / "saved", key_mapping={"x": "y"}, ignore_mismatched_sizes=True
+    )
+    assert len(built) == 3

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import pocketllm
 from pocketllm.codec.kernels import select
@@ -138,6 +139,21 @@ def test_packed_layers_compile_and_export(llama: Path) -> None:
     wanted = layer(x)
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), wanted)
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), wanted, rtol=0, atol=ROUNDING)
+
+
+def test_a_packed_model_compiles_for_generate(llama: Path) -> None:
+    """As one graph with a static cache, as `generate` compiles models whose quantizer allows it."""
+    model, _ = pocketllm.load(llama, mode="packed", dtype=torch.float32)
+    assert model.hf_quantizer.is_compileable
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
+    found = []
+    for forward in (model.forward, compiled):
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        with torch.no_grad():
+            found.append(
+                [forward(token, past_key_values=cache).logits for token in TOKENS[:, :2].split(1, 1)]
+            )
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=ROUNDING)
 
 
 def test_copies_of_packed_layers_run_on_their_own(llama: Path) -> None:

@@ -35,6 +35,24 @@ def test_mapped_tensors_leave_memory_and_return(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which memory maps files")
+def test_pages_that_neighbours_share_leave_memory_with_both(tmp_path: Path) -> None:
+    save_file(
+        {f"{n:03}": torch.full((3000,), n % 256, dtype=torch.uint8) for n in range(999)},
+        tmp_path / "x.safetensors",
+    )
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        mapped = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    assert all(bool((tensor == n % 256).all()) for n, tensor in enumerate(mapped))
+    held = resident_file_bytes()
+    for tensor in mapped:
+        MappedPages().drop(tensor)  # none holds a page of its own
+    assert resident_file_bytes() > held - MEBIBYTE
+    MappedPages().drop(*reversed(mapped))
+    assert resident_file_bytes() < held - 2 * MEBIBYTE
+    assert all(bool((tensor == n % 256).all()) for n, tensor in enumerate(mapped))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which memory maps files")
 def test_all_memory_that_maps_a_file(tmp_path: Path) -> None:
     stored = torch.arange(32 * MEBIBYTE // 8)
     for name in ("x", "y"):

@@ -129,8 +129,8 @@ class _Rounded(torch.autograd.Function):
 
 
 def int8_entries(decoded: Tensor) -> Tensor:
-    """The decoded codebook [256, d] -> int8 tables [d, 256], one for each component, in units of 1/32."""
-    return (rounded_entries(decoded).T / UNIT).to(torch.int8).contiguous()
+    """Decoded codebooks [..., 256, d] -> int8 tables [..., d, 256], one for each component, in units of 1/32."""
+    return (rounded_entries(decoded).mT / UNIT).to(torch.int8).contiguous()
 
 
 def hashed_table(decoded: Tensor, width: int) -> Tensor:

@@ -87,7 +87,12 @@ def join(subvectors: Tensor, columns: int) -> Tensor:
     return subvectors.reshape(subvectors.shape[0], -1)[:, :columns]
 
 
+def strip_count(rows: int, strip_rows: int) -> int:
+    """Number of the strips that `rows` are cut into."""
+    return max(1, round(rows / strip_rows))
+
+
 def strip_lengths(rows: int, strip_rows: int) -> list[int]:
     """Lengths of the strips that `rows` are cut into: equal but for one row, the longer ones first."""
-    count = max(1, round(rows / strip_rows))
+    count = strip_count(rows, strip_rows)
     return [rows // count + (1 if strip < rows % count else 0) for strip in range(count)]

@@ -26,7 +26,7 @@ from pocketllm.codec.codebook import FittedCodebook, centroids, codebook_utiliza
 from pocketllm.codec.kernels import select
 from pocketllm.codec.kernels.reference import PathProblem
 from pocketllm.codec.packing import pack, packed_bytes, strip_places, unpack
-from pocketllm.codec.subvectors import strip_lengths
+from pocketllm.codec.subvectors import strip_count, strip_lengths
 from pocketllm.config import CodecConfig, CompressConfig
 from pocketllm.config.constants import LOOKAHEAD_ROWS, STRIP_ROWS, TRELLIS_STEPS
 
@@ -100,8 +100,10 @@ class Trellis:
 
     def nbytes(self, rows: int, per_row: int) -> int:
         """Bytes of [rows, per_row] packed indices; every strip begins on a byte."""
-        lengths = strip_lengths(rows, self.strip_rows)
-        return sum(packed_bytes(length * per_row, self.stride) for length in lengths)
+        count = strip_count(rows, self.strip_rows)
+        length, longer = divmod(rows, count)
+        more, usual = (packed_bytes(n * per_row, self.stride) for n in (length + 1, length))
+        return longer * more + (count - longer) * usual
 
     def pack(self, indices: Tensor) -> Tensor:
         """[rows, n] indices that form paths -> uint8 stream, strip after strip, and column after column in each."""
@@ -127,7 +129,7 @@ class Trellis:
 
     def strips(self, rows: int) -> int:
         """Number of parts of the stream that can be read from their start."""
-        return len(strip_lengths(rows, self.strip_rows))
+        return strip_count(rows, self.strip_rows)
 
     def first_bits(self, rows: Tensor, count: int, per_row: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `Independent.first_bits`; the bits before the first window of a strip count as zero."""

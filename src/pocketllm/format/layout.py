@@ -5,6 +5,7 @@ It is the body of `quantization_config` in config.json. FORMAT.md specifies it.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from pocketllm.errors import ConfigError, FormatError
 FORMAT_VERSION = 3  # the newest; `Layout.format_version` is what a model needs
 READABLE_VERSIONS = (2, 3)
 _MAX_SIZE, _MAX_VECTOR_LEN = 1 << 20, 64  # K and d of a codebook
+_CRC32 = re.compile("[0-9a-f]{8}")
 STORE = "pocketllm"
 PARTS = ("indices", "row_scale", "weight", "up", "down")  # of a matrix, a codebook, a decoder
 
@@ -250,16 +252,22 @@ def _decoder_entry(entry: Mapping[str, Any]) -> DecoderEntry:
     _integers("decoder's vector_len", [entry["vector_len"]], 1, _MAX_VECTOR_LEN)
     _integers("decoder's hidden and depth", (entry["hidden"], entry["depth"]), 0)
     _boolean("decoder's row_scale", entry["row_scale"])
-    codec = CodecConfig(
-        vector_len=entry["vector_len"],
-        hidden=entry["hidden"],
-        depth=entry["depth"],
-        decoder=entry["form"],
-        norm=entry["norm"],
-        row_scale=entry["row_scale"],
+    numbers = entry["vector_len"], entry["hidden"], entry["depth"]
+    return DecoderEntry(_codec(*numbers, entry["form"], entry["norm"], entry["row_scale"]), entry["crc32"])
+
+
+@functools.lru_cache(maxsize=64)
+def _codec(vector_len: int, hidden: int, depth: int, form: Any, norm: Any, row_scale: bool) -> CodecConfig:
+    """The settings of a decoder, which most of a model's have in common."""
+    return CodecConfig(
+        vector_len=vector_len,
+        hidden=hidden,
+        depth=depth,
+        decoder=form,
+        norm=norm,
+        row_scale=row_scale,
         init="normal",  # not used in decoding; `kmeans` would constrain `hidden`
     )
-    return DecoderEntry(codec, entry["crc32"])
 
 
 def _integers(what: str, values: Iterable[Any], least: int, most: int = (1 << 63) - 1) -> None:
@@ -274,5 +282,5 @@ def _boolean(what: str, value: Any) -> None:
 
 
 def _checksum(value: Any) -> None:
-    if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value)):
+    if not (isinstance(value, str) and _CRC32.fullmatch(value)):
         raise ValueError(f"crc32: got {value!r}, wanted 8 lower-case hexadecimal digits")

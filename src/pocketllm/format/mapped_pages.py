@@ -10,7 +10,7 @@ import ctypes
 import functools
 import mmap
 from bisect import bisect_right
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -34,19 +34,28 @@ class MappedPages:
         self._begins, self._ends = [r[0] for r in ranges], [r[1] for r in ranges]
 
     def drop(self, *tensors: Tensor) -> None:
-        """Drop the pages of tensors from memory where they map a file.
+        """Drop the pages of tensors from memory where they map a file; of neighbours, also those that they share.
 
         Each must hold what the file does: a change made in memory would be lost.
         """
-        for tensor in tensors:
-            if tensor.device.type != "cpu" or not tensor.is_contiguous() or _DONT_NEED is None:
-                continue
-            page, begin = mmap.PAGESIZE, tensor.data_ptr()
-            end = (begin + tensor.numel() * tensor.element_size()) // page * page
-            begin = -(-begin // page) * page
+        page = mmap.PAGESIZE
+        for begin, end in _joined(tensors) if _DONT_NEED is not None else ():
+            begin, end = -(-begin // page) * page, end // page * page
             at = bisect_right(self._begins, begin) - 1
             if begin < end and at >= 0 and end <= self._ends[at]:
                 _drop(begin, end)
+
+
+def _joined(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
+    """Addresses (begin, end) of tensors on the CPU, in order; neighbours make one range."""
+    plain = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.is_contiguous()]
+    begin = end = 0
+    for at, size in sorted((t.data_ptr(), t.numel() * t.element_size()) for t in plain):
+        if at != end:
+            yield begin, end
+            begin = at
+        end = at + size
+    yield begin, end
 
 
 def drop_files(files: Collection[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import time
@@ -151,15 +152,28 @@ def check_report(values: Mapping[str, Any]) -> None:
 
 
 def _check_fields(cls: type[Report] | type[MatrixReport], values: Any, where: str) -> None:
-    for entry in fields(cls):
-        value: Any = _at(values, entry.name)
-        if value is None and (entry.default is not MISSING or entry.name in _MEASURED):
+    for name, text, wanted, is_optional in _field_types(cls):
+        value: Any = _at(values, name)
+        if value is None and is_optional:
             continue
-        wanted = _JSON_TYPES[re.split(r"\W", str(entry.type))[0]]
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
-            raise ValueError(f"{where}{entry.name}: got {value!r}, wanted {entry.type}")
-        if entry.name in _POSITIVE and not _is_positive(value):
-            raise ValueError(f"{where}{entry.name}: got {value!r}, wanted more than 0")
+            raise ValueError(f"{where}{name}: got {value!r}, wanted {text}")
+        if name in _POSITIVE and not _is_positive(value):
+            raise ValueError(f"{where}{name}: got {value!r}, wanted more than 0")
+
+
+@functools.cache
+def _field_types(cls: type[Report] | type[MatrixReport]) -> tuple[tuple[str, Any, Any, bool], ...]:
+    """(name, its type as it is written, the types of its JSON, whether it may be missing) of every field."""
+    return tuple(
+        (
+            entry.name,
+            entry.type,
+            _JSON_TYPES[re.split(r"\W", str(entry.type))[0]],
+            entry.default is not MISSING or entry.name in _MEASURED,
+        )
+        for entry in fields(cls)
+    )
 
 
 def _is_positive(value: Any) -> bool:

@@ -213,10 +213,10 @@ def make_trainable(model: Any, dense: bool = False) -> dict[str, TrainableMatrix
                 made[id(packed)] = named[parameter_name(f"{path}.{key}")] = matrix
                 module._modules[key] = matrix
     for module in list(model.modules()):
-        for key, held in list(module.__dict__.items()):
-            if key.startswith(TIED):
-                held[0] = made[id(held[0])]
-                held[0].uses += 1
+        tied = module.__dict__.get(TIED, {})
+        for key, packed in tied.items():
+            tied[key] = made[id(packed)]
+            tied[key].uses += 1
         _fast_linear(module)
     shared = {id(p) for p in store.parameters()}
     for parameter in model.parameters():

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pocketllm.codec.kernels import select
 from pocketllm.format.layout import STORE, Layout
@@ -46,11 +46,11 @@ def replace_parameters(model: nn.Module, layout: Layout, float_dtype: torch.dtyp
 
 def attach_tied(model: nn.Module, name: str, source: str) -> None:
     """Let the parameter `name` decode the packed matrix registered as `source`."""
-    packed = packed_matrices(model)[source]
+    packed = model.get_submodule(source)
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     module._parameters.pop(leaf, None)
-    module.__dict__[TIED + leaf] = [packed]  # the list hides it: registered once, as `source`
+    module.__dict__.setdefault(TIED, {})[leaf] = packed  # the dict hides it: registered once, as `source`
 
 
 def packed_matrices(model: nn.Module) -> dict[str, PackedMatrix]:
@@ -104,11 +104,17 @@ def compute_weights(model: nn.Module) -> None:
             }
             dense: Any = type(module)
             module.__class__ = _packed_class(dense, leaves)
-    pages = MappedPages()
-    for matrix in make_products(packed_matrices(model).values()):  # now: torch.compile does not trace this
+    pages, kept = MappedPages(), list[Tensor]()
+
+    def drop_stream(matrix: PackedMatrix) -> None:
+        """Bands are what is multiplied with; the file holds the stream."""
         product = matrix.product()
         if product is not None and product.weight.sizes.banded:
-            pages.drop(matrix.indices)  # bands are what is multiplied with; the file holds the stream
+            pages.drop(matrix.indices)
+            kept.extend(matrix.buffers(recurse=False))
+
+    make_products(packed_matrices(model).values(), drop_stream)  # now: torch.compile does not trace this
+    pages.drop(*kept)  # with the pages that neighbours share
 
 
 def reason_to_decode(model: nn.Module) -> str:
@@ -129,10 +135,7 @@ def reason_to_decode(model: nn.Module) -> str:
 def _packed_leaves(module: nn.Module) -> list[tuple[str, PackedMatrix]]:
     children = module._modules.items()
     own = [(key.removeprefix(PACKED), m) for key, m in children if isinstance(m, PackedMatrix)]
-    tied = [
-        (key.removeprefix(TIED), held[0]) for key, held in module.__dict__.items() if key.startswith(TIED)
-    ]
-    return own + tied
+    return [*own, *module.__dict__.get(TIED, {}).items()]
 
 
 class _Packed(nn.Module):
@@ -148,7 +151,7 @@ class _Packed(nn.Module):
         """Replace a packed parameter by an ordinary one."""
         if name in self._leaves:
             self._modules.pop(PACKED + name, None)
-            self.__dict__.pop(TIED + name, None)
+            self.__dict__.get(TIED, {}).pop(name, None)
             rest = tuple(leaf for leaf in self._leaves if leaf != name)
             dense: Any = self._dense_class
             self.__class__ = _packed_class(dense, rest) if rest else dense
@@ -216,7 +219,7 @@ def decode_in_place(model: nn.Module) -> dict[str, PackedMatrix]:
     for module in list(model.modules()):
         for leaf, matrix in _packed_leaves(module):
             module._modules.pop(leaf, None)
-            module.__dict__.pop(TIED + leaf, None)
+            module.__dict__.get(TIED, {}).pop(leaf, None)
             module.register_parameter(leaf, decoded[id(matrix)])
     delattr(model, STORE)
     return packed

@@ -129,4 +129,4 @@ def load(
         tokenizer = read_tokenizer(folder, trust_remote_code, config)
         model = _from_pretrained(folder, config, how)
         use_one_product(model)
-        return model.eval().requires_grad_(False), tokenizer
+        return model.requires_grad_(False), tokenizer

@@ -58,7 +58,7 @@ def product_of(module: nn.Module, transposed: bool = False) -> PackedProduct | N
 def _matrix_of(module: nn.Module) -> Any:
     """The `PackedMatrix` of a module's weight."""
     matrix = module._modules.get(f"{PACKED}weight")
-    return module.__dict__.get(f"{TIED}weight", [None])[0] if matrix is None else matrix
+    return module.__dict__.get(TIED, {}).get("weight") if matrix is None else matrix
 
 
 def _multiply(product: PackedProduct, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketllm.codec.codebook import seeded_codebook
+from pocketllm.codec.hashed_table import int8_entries
 from pocketllm.codec.kernels.packed_product import PackedProduct
 from pocketllm.codec.kernels.packed_weight import form_weight
 from pocketllm.codec.matrix_codec import EncodedMatrix, MatrixCodec
@@ -20,12 +21,12 @@ from pocketllm.codec.metanet import MetaDecoder
 from pocketllm.codec.subvectors import subvectors_per_row, unfold
 from pocketllm.config import CodecConfig
 from pocketllm.format.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
-from pocketllm.torch_state import default_torch_state
+from pocketllm.torch_state import default_torch_state, in_default_torch_state
 
 PACKED = "packed_"
 """Prefix under which a module registers the packed matrix of a parameter."""
-TIED = "_packed_tied_"
-"""Prefix of a reference to another module's; unlike `_tied_weights_keys`, which classes of transformers may set."""
+TIED = "_packed_tied"
+"""Attribute that holds references to other modules' by parameter; transformers' `_tied_weights_keys` is of classes."""
 _CODEWORDS = 1 << 16
 """Codewords that are decoded at a time."""
 
@@ -116,14 +117,15 @@ class Store(nn.Module):
         return self._codecs[key]
 
     @torch.no_grad()
-    def decoded_codebooks(self, uses: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    def tables(self, uses: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
         """What decoders in the look-up form make of codebooks, without codecs of their own.
 
         Args:
             uses: (codebook, decoder) of each.
 
         Returns:
-            [K, d] float32 each. Networks of one shape are computed together, which takes a fraction of the time.
+            [K, d] float32 each, of hashed codebooks int8 [d, K]. Networks of one shape are computed together, which
+            takes a fraction of the time.
         """
         found: dict[tuple[int, int], Tensor] = {}
         for group in self._same_shapes(dict.fromkeys(uses)):
@@ -136,16 +138,19 @@ class Store(nn.Module):
             )
             net.use_weights(up, down)
             values = torch.stack([self._codebook(codebook).value() for codebook, _ in group])
-            found.update(zip(group, net(values.to(device).float()), strict=True))
+            decoded = net(values.to(device).float())
+            is_hashed = self._codebook(group[0][0]).entry.window
+            found.update(zip(group, int8_entries(decoded) if is_hashed else decoded, strict=True))
         return [found[use] for use in uses]
 
     def _same_shapes(self, uses: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """Uses whose networks have one shape, at most `_CODEWORDS` codewords in all."""
-        groups: dict[tuple[CodecConfig, int], list[tuple[int, int]]] = {}
+        groups: dict[tuple[CodecConfig, int, int], list[tuple[int, int]]] = {}
         for codebook, decoder in uses:
-            key = self._decoder(decoder).entry.codec, self._codebook(codebook).entry.size
+            entry = self._codebook(codebook).entry
+            key = self._decoder(decoder).entry.codec, entry.size, entry.window
             groups.setdefault(key, []).append((codebook, decoder))
-        for (_, size), group in groups.items():
+        for (_, size, _), group in groups.items():
             step = max(1, _CODEWORDS // size)
             for begin in range(0, len(group), step):
                 yield group[begin : begin + step]
@@ -206,7 +211,7 @@ class PackedMatrix(_FixedDtype):
         """Products straight from the stream; None if the decoder has row statistics or tensors are offloaded."""
         if not self._has_product():
             self._product = None
-            next(make_products([self]), None)
+            make_products([self])
             self._made_of = self._buffers["indices"], self._buffers.get("row_scale")
         return self._product
 
@@ -215,14 +220,13 @@ class PackedMatrix(_FixedDtype):
         stream, scale = self._made_of
         return stream is self._buffers["indices"] and scale is self._buffers.get("row_scale")
 
-    def _make_product(self, decoded: Tensor) -> None:
-        """Make the product, from what the decoder makes of the codebook: [K, d] float32."""
+    def _make_product(self, table: Tensor) -> None:
+        """Make the product from one of `Store.tables`."""
         entry, stream, scale = self.entry, self.indices, self._buffers.get("row_scale")
         self._made_of = stream, scale
-        with default_torch_state(), torch.no_grad():
-            scale = torch.ones(entry.rows, device=stream.device) if scale is None else scale.float()
-            weight = form_weight(stream, self.form, decoded, scale, entry.columns)
-            self._product = PackedProduct(weight.rotated(entry.rotation))
+        scale = torch.ones(entry.rows, device=stream.device) if scale is None else scale.float()
+        weight = form_weight(stream, self.form, table, scale, entry.columns)
+        self._product = PackedProduct(weight.rotated(entry.rotation))
 
     def forward(self) -> Tensor:
         if torch.compiler.is_exporting():
@@ -242,19 +246,21 @@ class PackedMatrix(_FixedDtype):
         return unfold(codec.decode(encoded, self.float_dtype, decoded), self.entry)
 
 
-def make_products(matrices: Iterable[PackedMatrix]) -> Iterator[PackedMatrix]:
-    """Make the products of all matrices that can have one, in less time than one by one, and yield these matrices."""
+@in_default_torch_state
+@torch.no_grad()
+def make_products(
+    matrices: Iterable[PackedMatrix], on_made: Callable[[PackedMatrix], None] = lambda matrix: None
+) -> None:
+    """Make the products of all matrices that can have one, in less time than one by one.
+
+    on_made: called with each of these matrices when its product is there.
+    """
     groups: dict[tuple[int, torch.device], list[PackedMatrix]] = {}
     for matrix in matrices:
-        if matrix.is_lookup and not matrix.indices.is_meta:
+        if matrix.is_lookup and not matrix.indices.is_meta and not matrix._has_product():
             groups.setdefault((id(matrix._store[0]), matrix.indices.device), []).append(matrix)
     for (_, device), group in groups.items():
-        uses = {matrix: (matrix.entry.codebook, matrix.entry.decoder) for matrix in group}
-        missing = [matrix for matrix in group if not matrix._has_product()]
-        with default_torch_state():
-            found = group[0]._store[0].decoded_codebooks([uses[matrix] for matrix in missing], device)
-        decoded = dict(zip(missing, found, strict=True))
-        for matrix in group:
-            if matrix in decoded:
-                matrix._make_product(decoded[matrix])
-            yield matrix
+        uses = [(matrix.entry.codebook, matrix.entry.decoder) for matrix in group]
+        for matrix, table in zip(group, group[0]._store[0].tables(uses, device), strict=True):
+            matrix._make_product(table)
+            on_made(matrix)

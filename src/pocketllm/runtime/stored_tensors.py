@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pocketllm.format.layout import STORE
-from pocketllm.runtime.layers import Store, packed_matrices
+from pocketllm.runtime.layers import PackedMatrix, Store, packed_matrices
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,14 @@ class Unread:
 
     Args:
         store: of the model, not part of it meanwhile. names: parameter -> its name in the files.
-        parts: parameter -> its tensors on the meta device; its packed matrix has none meanwhile.
+        matrices: by parameter, without their tensors meanwhile. parts: parameter -> those, on the meta device.
     """
 
     files: tuple[Path, ...]
     device: torch.device
     store: Store
     names: Mapping[str, str]
+    matrices: Mapping[str, PackedMatrix]
     parts: Mapping[str, Mapping[str, Tensor | None]]
 
     @classmethod
@@ -45,12 +46,12 @@ class Unread:
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map or "cpu"}
         if not files or len(devices) != 1 or devices & {"auto", "balanced", "balanced_low_0", "sequential"}:
             return None
-        parts = {}
-        for name, matrix in packed_matrices(model).items():
+        parts, matrices = {}, packed_matrices(model)
+        for name, matrix in matrices.items():
             parts[name], matrix._buffers = matrix._buffers, {}
         store = model._modules.pop(STORE)
         assert isinstance(store, Store)
-        return cls(tuple(map(Path, files)), torch.device(devices.pop()), store, names, parts)
+        return cls(tuple(map(Path, files)), torch.device(devices.pop()), store, names, matrices, parts)
 
     def stored_names(self) -> set[str]:
         """Names of the hidden tensors in the files, and as transformers renames them."""
@@ -59,16 +60,24 @@ class Unread:
             found.update(f"{stem}.{part}" for stem in (name, self.names[name]) for part in parts)
         return found
 
+    def are_others_of(self, model: nn.Module) -> bool:
+        """Whether all other tensors in the files have the name and shape of a parameter or buffer of the model."""
+        hidden, shapes = self.stored_names(), {k: list(v.shape) for k, v in model.state_dict().items()}
+        with ExitStack() as opened:
+            handles = [opened.enter_context(safe_open(str(file), framework="pt")) for file in self.files]
+            others = ((handle, name) for handle in handles for name in handle.keys() if name not in hidden)  # noqa: SIM118
+            return all(handle.get_slice(name).get_shape() == shapes.get(name) for handle, name in others)
+
     def read(self, model: nn.Module) -> None:
         """Give the model its packed tensors; those that no file holds stay on the meta device."""
-        model.add_module(STORE, self.store)
+        model.add_module(STORE, self.store.eval())
         with ExitStack() as opened:
             handles: dict[str, Any] = {}
             for file in self.files:
                 handle = opened.enter_context(safe_open(str(file), framework="pt"))
                 handles.update(dict.fromkeys(handle.keys(), handle))
             owners: list[tuple[str, nn.Module]] = []
-            for name, matrix in packed_matrices(model).items():
+            for name, matrix in self.matrices.items():
                 matrix._buffers = dict(self.parts[name])
                 owners.append((self.names[name], matrix))
             owners += [(f"{STORE}.{path}", module) for path, module in self.store.named_modules()]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import modeling_utils
 from transformers.core_model_loading import rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -92,6 +93,10 @@ class PocketQuantizationConfig(QuantizationConfigMixin):
         """Describe another form than the one that was read."""
         self.__dict__.update(layout.to_dict())
 
+    def to_dict(self) -> dict[str, Any]:
+        """All keys, with entries that copies share; see `__deepcopy__`."""
+        return dict(self.__dict__)
+
     def to_diff_dict(self) -> dict[str, Any]:
         """All keys; there is no default layout to compare with."""
         return self.to_dict()
@@ -110,6 +115,7 @@ class PocketQuantizer(HfQuantizer):
         self._verified: Path | None = None
         self._unread: Unread | None = None
         self._layout: ckpt.Layout | None = None
+        self.needs_no_conversion = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Only models that are already compressed can be loaded."""
@@ -135,6 +141,11 @@ class PocketQuantizer(HfQuantizer):
         """Adapters can be trained in both modes; transformers' Trainer refuses a model without any."""
         return True
 
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile holds packed products as one operator, so `generate` may compile the forward pass."""
+        return True
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         verify_before_reading(kwargs.get("checkpoint_files"), self._verified)
         stored = self.quantization_config.layout()
@@ -154,6 +165,7 @@ class PocketQuantizer(HfQuantizer):
             model.all_tied_weights_keys = {n: s for n, s in tied.items() if n not in self._tied}
         self._unread = Unread.of(model, kwargs.get("checkpoint_files"), kwargs.get("device_map"), names)
         hidden = set() if self._unread is None else self._unread.stored_names()
+        self.needs_no_conversion = self._unread is not None and self._unread.are_others_of(model)
         model.initialize_weights = partial(initialize, model)
         take_over_missing(model, self._tied, hidden)
         return model
@@ -161,11 +173,12 @@ class PocketQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del model.initialize_weights
         give_back_missing(model)
+        is_mapped = self._unread is not None
         if self._unread is not None:
             self._unread.read(model)
         self._unread, store = None, getattr(model, ckpt.STORE)
         assert self._layout is not None
-        verify_loaded(model, self._layout)
+        verify_loaded(model, self._layout, is_mapped)
         model.save_pretrained = partial(save, model)
         if self._decodes(model):
             self._decoded = decode_in_place(model), store
@@ -228,6 +241,23 @@ class PocketQuantizer(HfQuantizer):
         for name, value in store.state_dict().items():
             state[f"{ckpt.STORE}.{name}"] = value
         return state
+
+
+_conversions = modeling_utils.get_model_conversion_mapping
+
+
+def _conversions_of(model: Any, key_mapping: Any = None, hf_quantizer: Any = None, **options: Any) -> Any:
+    """transformers' conversions of the tensors that a checkpoint stores: none if they are stored as the model has them.
+
+    To find those of one model, transformers builds those of all it knows, which takes a quarter of the time in which a
+    small dense model is loaded.
+    """
+    if key_mapping is None and isinstance(hf_quantizer, PocketQuantizer) and hf_quantizer.needs_no_conversion:
+        return []
+    return _conversions(model, key_mapping, hf_quantizer, **options)
+
+
+modeling_utils.get_model_conversion_mapping = _conversions_of
 
 
 def _buffer(module: nn.Module, name: str) -> Tensor:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from pocketllm.codec.index_form import Trellis
 from pocketllm.codec.kernels import library
-from pocketllm.codec.subvectors import strip_lengths
+from pocketllm.codec.subvectors import strip_count
 
 COLUMNS = 8  # of subvectors in a band
 _READ_BYTES = 64  # by the kernel at a time
+_WORTH_A_THREAD = 1 << 20  # bytes of a stream: fewer take less time than waking a thread that sleeps
 
 
 def fits_bands(trellis: Trellis) -> bool:
@@ -20,7 +21,7 @@ def fits_bands(trellis: Trellis) -> bool:
 
 def band_bytes(rows: int, per_row: int, trellis: Trellis) -> int:
     """Bytes of the bands of a matrix, with what the kernel may read beyond them."""
-    strips = len(strip_lengths(rows, trellis.strip_rows))
+    strips = strip_count(rows, trellis.strip_rows)
     bands = -(-per_row // COLUMNS)
     return bands * (strips * trellis.kept + rows * trellis.stride) + _READ_BYTES
 
@@ -41,6 +42,7 @@ def from_bands(bands: Tensor, trellis: Trellis, rows: int, per_row: int, nbytes:
 
 
 def _convert(stream: Tensor, bands: Tensor, trellis: Trellis, shape: tuple[int, int], inverse: bool) -> None:
-    strips = len(strip_lengths(shape[0], trellis.strip_rows))
-    sizes = (*shape, trellis.width, trellis.stride, strips, int(inverse), torch.get_num_threads())
+    strips = strip_count(shape[0], trellis.strip_rows)
+    threads = 1 if stream.numel() < _WORTH_A_THREAD else torch.get_num_threads()
+    sizes = (*shape, trellis.width, trellis.stride, strips, int(inverse), threads)
     library.call("packed", "hashed_bands", stream, bands, *sizes)

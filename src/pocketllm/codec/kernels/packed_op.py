@@ -127,7 +127,7 @@ def _operator(
     signs_in: Tensor | None,
     sizes: list[int],
 ) -> Tensor:
-    sized, weight = _sizes(sizes), Tensors(stream, table, row_scale, signs_out, signs_in)
+    sized, weight = sizes_of(sizes), Tensors(stream, table, row_scale, signs_out, signs_in)
     out = _kernel(x.device).multiply(x.reshape(-1, sized.columns), weight, sized)
     return out.to(x.dtype).view(*x.shape[:-1], sized.rows)
 
@@ -142,24 +142,25 @@ def _backward(
     signs_in: Tensor | None,
     sizes: list[int],
 ) -> Tensor:
-    sized, weight = _sizes(sizes), Tensors(stream, table, row_scale, signs_out, signs_in)
+    sized, weight = sizes_of(sizes), Tensors(stream, table, row_scale, signs_out, signs_in)
     out = _kernel(grad.device).multiply_transposed(grad.reshape(-1, sized.rows), weight, sized)
     return out.to(grad.dtype).view(*grad.shape[:-1], sized.columns)
 
 
-def _sizes(numbers: list[int]) -> Sizes:
+def sizes_of(numbers: list[int]) -> Sizes:
+    """Sizes as an operator gets them."""
     rows, columns, vector_len, width, stride, strip_rows, banded = numbers
     return Sizes(rows, columns, vector_len, width, stride, strip_rows, bool(banded))
 
 
 @_operator.register_fake
 def _(x: Tensor, *packed: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], _sizes(packed[-1]).rows)
+    return x.new_empty(*x.shape[:-1], sizes_of(packed[-1]).rows)
 
 
 @_backward.register_fake
 def _(grad: Tensor, *packed: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], _sizes(packed[-1]).columns)
+    return grad.new_empty(*grad.shape[:-1], sizes_of(packed[-1]).columns)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,6 +6,8 @@ through the operator of packed_op.py, which computes the same.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from pocketllm.codec.kernels import packed_cpu, select
 from pocketllm.codec.kernels.banded_cpu import PreparedBands
 from pocketllm.codec.kernels.library import Isa
 from pocketllm.codec.kernels.packed_cpu import Prepared
-from pocketllm.codec.kernels.packed_op import mixed, packed_matmul
+from pocketllm.codec.kernels.packed_op import mixed, packed_matmul, sizes_of
 from pocketllm.codec.kernels.packed_weight import PackedWeight
 from pocketllm.codec.subvectors import join
 from pocketllm.errors import ShapeError
@@ -77,6 +79,14 @@ class PackedProduct:
         Raises:
             IndexError: a row outside of the matrix.
         """
+        if torch.compiler.is_compiling():
+            row_scale, signs_in, sizes = (
+                self.weight.row_scale,
+                self.weight.signs_in,
+                list(map(int, self.weight.sizes)),
+            )
+            stream, table = self.weight.stream, self.weight.table
+            return torch.ops.pocketllm.packed_look_up(rows, stream, table, row_scale, signs_in, sizes, dtype)
         flat = rows.reshape(-1)
         at_once = self._runs_at_once(flat, None)
         if self.isa is not None and at_once and dtype in packed_cpu.DTYPES:
@@ -100,3 +110,23 @@ class PackedProduct:
             return False
         wants = x.requires_grad or (bias is not None and bias.requires_grad)
         return not (wants and torch.is_grad_enabled())
+
+
+@torch.library.custom_op("pocketllm::packed_look_up", mutates_args=())
+def _look_up(
+    rows: Tensor,
+    stream: Tensor,
+    table: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor | None,
+    sizes: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`PackedProduct.look_up` as an operator, for torch.compile."""
+    weight = PackedWeight(stream, table, row_scale, sizes_of(sizes), None, signs_in)
+    return PackedProduct(weight).look_up(rows, dtype)
+
+
+@_look_up.register_fake
+def _(rows: Tensor, *packed: Any) -> Tensor:
+    return rows.new_empty(*rows.shape, sizes_of(packed[-2]).columns, dtype=packed[-1])

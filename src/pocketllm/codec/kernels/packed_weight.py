@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pocketllm.codec.hashed_table import UNIT, hashed_table, int8_entries
+from pocketllm.codec.hashed_table import UNIT, hashed_table
 from pocketllm.codec.index_form import HashedTrellis, IndexForm, Trellis, form_for
 from pocketllm.codec.kernels import hashed, library
 from pocketllm.codec.packing import MAX_WIDTH
@@ -183,12 +183,17 @@ def packed_weight(
 
 
 def form_weight(
-    stream: Tensor, form: IndexForm, decoded: Tensor, row_scale: Tensor, columns: int
+    stream: Tensor, form: IndexForm, table: Tensor, row_scale: Tensor, columns: int
 ) -> PackedWeight:
-    """A matrix in any form, from its decoded codebook [K, d] float32; the other arguments as `packed_weight`."""
+    """A matrix in any form.
+
+    Args:
+        table: the decoded codebook [K, d] float32; of a hashed trellis, `int8_entries` of that.
+        stream, row_scale, columns: as of `packed_weight`.
+    """
     if isinstance(form, HashedTrellis):
-        return hashed_weight(stream, int8_entries(decoded), row_scale * UNIT, columns, form)
-    return packed_weight(stream, decoded, row_scale, columns, form)
+        return hashed_weight(stream, table, row_scale * UNIT, columns, form)
+    return packed_weight(stream, table, row_scale, columns, form)
 
 
 def full_table(table: Tensor, sizes: Sizes) -> Tensor:

@@ -1,0 +1,100 @@
+"""Speed of `generate` on SmolLM2-135M with a growing cache, a static one, and a compiled forward pass.
+
+    python benchmarks/compiled.py FOLDER
+
+FOLDER is SmolLM2-135M compressed; it runs packed, next to the dense checkpoint. Every run is a process of its own, all
+in turn. Compiling (torch.compile as `generate` calls it: full graph, static cache) is timed in a process without and in
+one with the cache of an earlier one. Writes results/compiled.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import quiet, save
+
+MODEL, ROUNDS, THREADS, NEW_TOKENS = "builtin:smollm2-135m", 1, 2, 64
+WAYS = ("dynamic", "static", "compiled", "compiled again")
+
+
+def options(way: str) -> dict[str, Any]:
+    """Of `generate`."""
+    from transformers import CompileConfig
+
+    if way == "dynamic":
+        return {}
+    if way == "static":
+        return {"cache_implementation": "static", "disable_compile": True}
+    config = CompileConfig(fullgraph=True, mode="default")
+    config._compile_all_devices = True  # else only on GPUs
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+def child(model: str, way: str) -> None:
+    """One run in this process; prints JSON."""
+    import torch
+
+    import pocketllm
+    from pocketllm.evaluate.own_process import import_all, peak_bytes
+    from pocketllm.format import is_compressed
+    from pocketllm.source import load_dense, resolve
+
+    quiet()
+    torch.set_num_threads(THREADS)
+    folder = resolve(model)
+    import_all(str(folder))
+    base = peak_bytes("cpu", forget=True)
+    packed = is_compressed(folder)
+    loaded = pocketllm.load(folder, dtype=torch.bfloat16)[0] if packed else load_dense(folder, torch.bfloat16)
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    seconds = []
+    for _ in range(3):  # the first one also compiles
+        started = time.perf_counter()
+        loaded.generate(torch.arange(5, 13)[None], **length, **options(way))
+        seconds.append(time.perf_counter() - started)
+    usual = min(seconds[1:])
+    found = {"tokens_per_second": NEW_TOKENS / usual, "first_seconds": seconds[0] - usual}
+    print(json.dumps({**found, "peak_bytes": peak_bytes("cpu") - base}))
+
+
+def run(model: str, way: str, cache: str) -> dict[str, float]:
+    """One run in a process of its own. cache: folder of compiled code."""
+    command = [sys.executable, __file__, "child", model, way]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Measure and write."""
+    models = {"packed": sys.argv[1], "checkpoint": MODEL}
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as scratch:
+            for way in WAYS:
+                for name, model in models.items():
+                    one = run(model, way, str(Path(scratch, name)))
+                    found.setdefault((name, way), []).append(one)
+    runs = [
+        {"model": name, "way": way, **{key: statistics.median(one[key] for one in each) for key in each[0]}}
+        for (name, way), each in found.items()
+    ]
+    values = {"model": MODEL, "rounds": ROUNDS, "threads": THREADS, "new_tokens": NEW_TOKENS}
+    command = "python benchmarks/compiled.py FOLDER"
+    save("compiled", command, {**values, "load": os.getloadavg()[2], "runs": runs})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        child(*sys.argv[2:4])
+    else:
+        main()
