@@ -23,7 +23,7 @@ from peer_tables import headline, peer_bits, peers, peers_paired
 from scaling_tables import compact_hessians, large_plan, scaling_predictions, scaling_runs, stage_time
 from size_tables import ablations, calibrated, ours, presets
 from speed_tables import runtime, serving
-from task_tables import tasks
+from task_tables import calibration_texts, tasks
 from vllm_tables import rank_sizes, serving_vllm
 
 PAGES = (
@@ -86,6 +86,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibrated": calibrated,
     "ablations": ablations,
     "hashed": hashed,
+    "calibration_texts": calibration_texts,
     "rotation": rotation,
     "codec_floor": codec_floor,
     "codec_speed": codec_speed,

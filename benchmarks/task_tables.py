@@ -85,3 +85,26 @@ def _without_guessing(found: dict[str, Any]) -> str:
 
 def _beside(value: float, gap: dict[str, float]) -> str:
     return f"{value:.1%} ({gap['difference'] * 100:+.1f} ± {gap['stderr'] * 100:.1f})"
+
+
+def calibration_texts() -> str:
+    """What the calibration text changes, by the text that the model is judged on."""
+    found = load_results("calibration_texts")
+    judged = list(next(iter(found["rows"].values()))["texts"])
+    rows = []
+    for name, row in found["rows"].items():
+        each = [row["texts"][text] for text in judged]
+        shown = [f"{t['perplexity'] / t['dense_perplexity']:.2f}, {t['kl']:.3f}" for t in each]
+        mean = f"{sum(t['kl'] for t in each) / len(each):.3f}"
+        rows.append([name, *shown, mean, f"{row['accuracy']['all']['acc']:.1%}"])
+    dense = next(iter(found["rows"].values()))["dense_accuracy"]["all"]
+    error = max(t["kl_stderr"] for row in found["rows"].values() for t in row["texts"].values())
+    note = (
+        f"SmolLM2-135M at {found['bpw']} bits per weight of the blocks, before recovery. Cells: perplexity over the "
+        f"dense one, and KL divergence in nats (standard errors up to {error:.3f}), on {found['windows']} windows of "
+        f"{found['context']} tokens not calibrated on and of no test set. Tasks: mean accuracy in PIQA "
+        f"and ARC-Easy, {found['questions']} questions each; dense {dense['acc']:.1%} ± {dense['stderr']:.1%}. One run "
+        f"each. `{found['command']}`"
+    )
+    head = ["calibrated on", *judged, "mean KL", "tasks"]
+    return f"{markdown_table(head, rows)}\n\n{note}"

@@ -18,7 +18,7 @@ from pocketllm.errors import OutputError
 from pocketllm.files import write_json
 from pocketllm.format.checkpoint import verify
 from pocketllm.format.output import check_output, named_output
-from pocketllm.report.output_files import check_target
+from pocketllm.format.output_file import check_target
 from tests import tiny
 from tests.commands import Run, digest
 

@@ -19,8 +19,8 @@ from pocketllm.errors import (
     OutputError,
     SourceError,
 )
+from pocketllm.format.output_file import check_target, write_atomically
 from pocketllm.report import Evaluation, check_html, check_picture, compare, read_evaluations
-from pocketllm.report.output_files import check_target, write_atomically
 from pocketllm.report.perplexity_section import Subject, perplexity_section
 from tests.reports import paragraphs
 

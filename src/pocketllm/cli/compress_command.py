@@ -172,8 +172,8 @@ def compress(
     show, trust, is_first = run.output(), run.trust_remote_code, launched()[0] == 0
     options = recipe.parsed()
     configs, number = [each.config() for each in options], count("--windows", windows)
-    if options[0].note():
-        show.note(options[0].note())
+    for note in filter(None, (options[0].note(), options[0].text_note())):
+        show.note(note)
     recovery = recovery_of(options[0], recover, recover_text or [])
     if len(configs) > 1:
         refuse("applies to one target; give one to --bpw", {"--recover": recover, "--push": push})

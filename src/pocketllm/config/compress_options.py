@@ -101,6 +101,16 @@ class CompressOptions:
             f"{self._start}, without calibration; name a preset to choose another"
         )
 
+    def text_note(self) -> str:
+        """What is calibrated on if no text is named, for the user; empty if one is, or without calibration."""
+        calibration = self.config().calibration
+        if calibration is None or calibration.texts:
+            return ""
+        return (
+            "calibrated on Python's documentation, since no --calibration is given: text like its future inputs "
+            "serves a model much better, and so does text that it writes itself (pocketllm sample)"
+        )
+
     def recovery(self, texts: tuple[str, ...] = ()) -> DistillConfig:
         """Settings of the distillation that follows a compression.
 

@@ -10,6 +10,7 @@ from .checkpoint import (
 )
 from .layout import Layout as Layout
 from .model_card import Figure as Figure
+from .output_file import check_target as check_target, write_atomically as write_atomically
 from .publish import (
     check_push as check_push,
     push as push,

@@ -8,6 +8,7 @@ from .html_page import (
     check_html as check_html,
     default_output as default_output,
     html_report as html_report,
+    only_read as only_read,
 )
 from .marks import Mark as Mark, mark as mark
 from .model_facts import (
@@ -16,6 +17,5 @@ from .model_facts import (
     block_of as block_of,
     read_model as read_model,
 )
-from .output_files import only_read as only_read
 from .svg import drawing as drawing, need_matplotlib as need_matplotlib, png_and_svg as png_and_svg
 from .tables import short as short

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import ConfigError
+from pocketllm.format import check_target, write_atomically
 from pocketllm.report import svg
 from pocketllm.report.comparison import Comparison
-from pocketllm.report.output_files import check_target, write_atomically
 from pocketllm.report.tables import short
 
 _INK, _GREY, _BLUE = "#1b1c20", "#c6cad2", "#0b5fa5"

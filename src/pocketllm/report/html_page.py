@@ -11,11 +11,11 @@ from pathlib import Path
 import pocketllm
 from pocketllm.errors import ConfigError
 from pocketllm.files import real_path
+from pocketllm.format import check_target, write_atomically
 from pocketllm.recover import check_adapter
 from pocketllm.report.codebook_usage import CodebookUsage, codebooks_section, count_usage
 from pocketllm.report.evaluations import Evaluation
 from pocketllm.report.model_facts import ModelFacts, mean, read_model, with_adapter
-from pocketllm.report.output_files import check_target, only_read, write_atomically
 from pocketllm.report.perplexity_section import Subject, dense_figures, perplexity_section
 from pocketllm.report.recipe import commands_of, recipe_section
 from pocketllm.report.rendering import need_templates, render_page
@@ -28,7 +28,7 @@ from pocketllm.report.sections import (
     weights_section,
 )
 from pocketllm.report.weight_distributions import Weights, compare_weights
-from pocketllm.source import folder_of, name_of
+from pocketllm.source import folder_of, name_of, resolve_local
 from pocketllm.torch_state import in_default_torch_state
 
 Progress = Callable[[str, float, str], None]
@@ -51,6 +51,12 @@ class Page:
     mismatch: str
     adapter: str = ""
     adapter_command: str = ""
+
+
+def only_read(models: Sequence[Path], adapters: Sequence[Path | None], against: str | None) -> list[Path]:
+    """The input folders of a result, with the dense model's if it is named and on this machine. Provisional."""
+    dense = None if against is None else resolve_local(against)
+    return [path for path in (*models, *adapters, dense) if path is not None]
 
 
 def check_html(output: Path, folders: Iterable[str | Path] = ()) -> None:

@@ -1,15 +1,14 @@
-"""Check where results may be written, and write them atomically."""
+"""Check where a single file may be written, and write it atomically."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from pocketllm.errors import OutputError
 from pocketllm.format.output import check_not_nested, check_parent, named_output
-from pocketllm.source import resolve_local
 
 
 def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
@@ -28,12 +27,6 @@ def check_target(path: Path, only_read: Iterable[str | Path] = ()) -> None:
     for folder in only_read:
         check_not_nested(path, Path(folder), "file")
     check_parent(path, "file")
-
-
-def only_read(models: Sequence[Path], adapters: Sequence[Path | None], against: str | None) -> list[Path]:
-    """The input folders of a result, with the dense model's if it is named and on this machine. Provisional."""
-    dense = None if against is None else resolve_local(against)
-    return [path for path in (*models, *adapters, dense) if path is not None]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
