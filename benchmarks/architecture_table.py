@@ -55,7 +55,7 @@ def large_models() -> str:
                 f"{whole['bpw_matrices']:.3f}",
                 str(whole["matrices"]),
                 f"{whole['plan_seconds']:.1f}",
-                *(_block(block) if block is not None else [""] * 4),
+                *(_block(block) if block is not None else [""] * 5),
             ]
         )
     head = [
@@ -66,6 +66,7 @@ def large_models() -> str:
         "matrices",
         "dry run, s",
         "one block, M weights",
+        "form of its indices",
         "loaded in both modes",
         "processor s",
         "peak GB",
@@ -139,7 +140,8 @@ def _block(block: dict[str, Any]) -> list[str]:
     """Cells of the block of a large model."""
     state = "agrees" if block["agrees"] and block["bytes_are_planned"] else "differs"
     peak = f"{block['peak_memory_bytes'] / 1e9:.1f}"
-    return [f"{block['weights'] / 1e6:.0f}", state, f"{block['processor_seconds']:.0f}", peak]
+    form = block.get("form", "look-up")  # the presets lookup-*, in results before the form was noted
+    return [f"{block['weights'] / 1e6:.0f}", form, state, f"{block['processor_seconds']:.0f}", peak]
 
 
 def _is(entry: dict[str, Any], without: str, calibrated: str) -> bool:

@@ -28,6 +28,7 @@ from typing import Any
 from common import RESULTS, quiet, save
 
 BPW = 3.0
+_FORM = "hashed trellis"  # of `_settings`
 SHARD_BYTES = 4 << 30
 _ROUNDING = 2e-3  # of the largest logit, in float32
 _BLOCK_VOCABULARY = 512
@@ -163,6 +164,7 @@ def block(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         made, compressed, loaded = (_in_own_process(step, name, folder) for step in _STEPS)
     return {
+        "form": _FORM,
         "weights": compressed["weights"],
         "dense_bytes": made["dense_bytes"],
         "bytes_are_planned": compressed["bytes_are_planned"],
