@@ -95,7 +95,7 @@ def test_little_text_is_told(run: Run, source: Path, tmp_path: Path) -> None:
             2,
             "--no-calibration cannot be combined with --compensate",
         ),
-        (["--set", "calibration.compensate=2"], 2, "use --compensate"),
+        (["--set", "calibration.compensate=2"], 2, "use the option --compensate"),
         (
             ["--no-calibration", "--set", "calibration.rotate=false"],
             2,
