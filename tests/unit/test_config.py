@@ -160,7 +160,7 @@ def test_settings_of_compensation_are_stored_only_with_it() -> None:
     """So that models without it keep their bytes."""
     off = CompressConfig(target_bpw=3, calibration=CalibrationConfig())
     on = CompressConfig(target_bpw=3, calibration=CalibrationConfig(compensate=5))
-    more = {"compensate": 5, "compensate_rate": 0.03}
+    more = {"compensate": 5, "compensate_rate": 1.0}
     assert on.to_dict()["calibration"] == {**off.to_dict()["calibration"], **more}
     assert "compensate" not in off.to_dict()["calibration"]
     assert CompressConfig.from_dict(off.to_dict()) == off and CompressConfig.from_dict(on.to_dict()) == on

@@ -10,7 +10,7 @@ norm removes a token's scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from pocketllm.plan.matrices import Matrix
 
 COMPENSATE_TOKENS = 1024
 """Tokens of a step, at least one window."""
+HELD_OUT = 8
+"""One of so many batches is held out from the steps, the last ones."""
 
 
 def groups_in_order(stream: BlockStream, block: nn.Module, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
@@ -58,7 +60,7 @@ def groups_in_order(stream: BlockStream, block: nn.Module, matrices: Sequence[Ma
 def compensated(
     stream: BlockStream,
     block: nn.Module,
-    names: Sequence[str],
+    matrices: Sequence[Matrix],
     targets: Activations,
     settings: CalibrationConfig,
     seed: int,
@@ -66,19 +68,16 @@ def compensated(
     """Train weights of the loaded block for `settings.compensate` steps; each takes one batch.
 
     Args:
-        names: of the weights, in full. targets: [batch, context, C] outputs of the dense block, by batch.
+        matrices: those to train. targets: [batch, context, C] outputs of the dense block, by batch.
         seed: of the order of batches.
 
     Returns:
-        The trained weights, float32.
+        The trained weights, float32, by name; the given ones if the loss is not lower on the batches that are held out.
     """
     prefix, steps = f"{stream.path}.{stream.number}.", settings.compensate
-    values = {name: stream.model.get_parameter(name).detach().clone().requires_grad_() for name in names}
-    sizes = {name: float(value.detach().square().mean().sqrt()) for name, value in values.items()}
-    rates: list[dict[str, Any]] = [
-        {"params": [value], "lr": settings.compensate_rate * sizes[name]} for name, value in values.items()
-    ]
-    optimizer = torch.optim.Adam(rates, betas=(0.9, 0.99))
+    given = {m.name: stream.model.get_parameter(m.name).detach() for m in matrices}
+    values = {name: value.clone().requires_grad_() for name, value in given.items()}
+    optimizer = torch.optim.Adam(_rates(matrices, values, settings.compensate_rate), betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: (1 + math.cos(math.pi * n / steps)) / 2)
     own = {name.removeprefix(prefix): value for name, value in values.items()}
 
@@ -86,15 +85,31 @@ def compensated(
         result = functional_call(block, own, (hidden, *args), kwargs)
         return result[0] if isinstance(result, tuple) else result
 
-    for number in _batches(len(targets), steps, seed):
-        optimizer.zero_grad(set_to_none=True)
+    def loss(number: int) -> Tensor:
         target = targets[number]
+        error = (stream.call(output, stream.hidden[number], number) - target).square().sum(dim=-1)
+        return (error / target.square().sum(dim=-1).clamp(min=1e-12)).mean()
+
+    @torch.no_grad()
+    def mean_loss(numbers: range) -> float:
+        return sum(loss(number).item() for number in numbers) / len(numbers)
+
+    used = len(targets) - len(targets) // HELD_OUT
+    held = range(used, len(targets)) or range(used)
+    before = mean_loss(held)
+    for number in _batches(used, steps, seed):
+        optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            error = (stream.call(output, stream.hidden[number], number) - target).square().sum(dim=-1)
-            (error / target.square().sum(dim=-1).clamp(min=1e-12)).mean().backward()
+            loss(number).backward()
         optimizer.step()
         schedule.step()
-    return {name: value.detach() for name, value in values.items()}
+    return {name: value.detach() for name, value in values.items()} if mean_loss(held) < before else given
+
+
+def _rates(matrices: Sequence[Matrix], values: Mapping[str, Tensor], rate: float) -> list[dict[str, Any]]:
+    """Learning rates: steps of Adam are equal in all weights, and add up over the inputs of a layer."""
+    sizes = {name: float(value.detach().square().mean().sqrt()) for name, value in values.items()}
+    return [{"params": [values[m.name]], "lr": rate * sizes[m.name] / m.columns} for m in matrices]
 
 
 def _batches(count: int, steps: int, seed: int) -> Iterator[int]:

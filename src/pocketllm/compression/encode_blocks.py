@@ -131,7 +131,7 @@ def _encode_in_groups(
         for unit in units[position : position + 1]:
             if ranks.is_first and not encoder.work.has(unit):
                 progress(encoder.share, f"{path}: compensation")
-                later = [matrix.name for group in groups[position + 1 :] for matrix in group]
+                later = [matrix for group in groups[position + 1 :] for matrix in group]
                 seed = encoder.plan.config.seed + number
                 encoder.work.save(unit, compensated(stream, block, later, targets, settings, seed), {})
             ranks.sync_files(encoder.work.folder, [unit])

@@ -38,7 +38,7 @@ class CalibrationConfig:
     refine_rate: Learning rate for refine_epochs.
     compensate: Steps in which the weights of a block that are not yet encoded are tuned to make up for the errors of
         those that are, after each group of matrices with the same inputs; 0 is off; needs sequential=true.
-    compensate_rate: Learning rate for compensate, relative to the root mean square of a matrix.
+    compensate_rate: Learning rate for compensate: times the root mean square of a matrix over its number of inputs.
     texts: Files, folders or data sets on the Hub (OWNER/NAME[:CONFIG[:SPLIT]]); the default is Python's own
         documentation.
     """
@@ -55,7 +55,7 @@ class CalibrationConfig:
     refine_epochs: int = 0
     refine_rate: float = 1e-3
     compensate: int = 0
-    compensate_rate: float = 0.03
+    compensate_rate: float = 1.0
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
