@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", choices=(STORIES, SMOLLM2.name), default=STORIES)
     parser.add_argument("--bpw", type=float, default=3.05)
-    parser.add_argument("--steps", type=int, nargs="+", default=[0, 10, 20, 50, 100])
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 20, 100])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     chosen = parser.parse_args()
     path = RESULTS / "compensate.json"

@@ -6,7 +6,16 @@ from statistics import mean
 
 from pages import load_results, markdown_table
 
-HEAD = ["model", "bpw of blocks", "steps", "perplexity", "KL, nats", "lowest to highest", "processor seconds"]
+HEAD = [
+    "model",
+    "bpw of blocks",
+    "steps",
+    "runs",
+    "perplexity",
+    "KL, nats",
+    "lowest to highest",
+    "processor seconds",
+]
 
 
 def compensate() -> str:
@@ -20,6 +29,7 @@ def compensate() -> str:
                 model,
                 f"{bpw:.2f}",
                 str(steps),
+                str(len(runs)),
                 f"{mean(run['perplexity'] for run in runs):.2f}",
                 f"{mean(divergences):.3f}",
                 f"{min(divergences):.3f} to {max(divergences):.3f}",
@@ -28,11 +38,10 @@ def compensate() -> str:
         )
     dense = {run["model"]: run["dense_perplexity"] for run in found["runs"]}
     perplexities = ", ".join(f"{model} {value:.2f}" for model, value in dense.items())
-    seeds = max(run["seed"] for run in found["runs"]) + 1
     return "\n\n".join(
         [
             markdown_table(HEAD, rows),
-            f"Embedding dense; means over {seeds} seeds. Perplexity of the dense model: {perplexities}. Measured on "
-            f"text that was not used for calibration. `{found['command']}`",
+            f"Embedding dense; means over runs with other seeds. Perplexity of the dense model: {perplexities}. "
+            f"Measured on text that was not used for calibration. `{found['command']}`",
         ]
     )
