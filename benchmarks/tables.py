@@ -15,6 +15,7 @@ import recovery_table
 from architecture_table import architectures, cost, large_models, peak_memory
 from codec_tables import codec_floor, codec_speed, hashed
 from common import GEMMA
+from compensate_table import compensate
 from index_table import index_learning
 from loading_tables import activation_types, load_time
 from pages import RESULTS, ROOT, load_results, markdown_table, optional_results
@@ -87,6 +88,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablations,
     "hashed": hashed,
     "calibration_texts": calibration_texts,
+    "compensate": compensate,
     "rotation": rotation,
     "codec_floor": codec_floor,
     "codec_speed": codec_speed,

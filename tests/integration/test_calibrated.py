@@ -38,7 +38,7 @@ def compress(source: Path, config: pocketllm.CompressConfig, output: Path, **how
 @pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, *tiny.MIXED])
 def test_every_architecture(architecture: str, tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "dense", architecture)
-    config = tiny.on_trellis(calibration={"refine_epochs": 1})
+    config = tiny.on_trellis(calibration={"refine_epochs": 1, "compensate": 1})
     planned = pocketllm.dry_run(source, config, calibration_folder=tmp_path / "measured")
     report = compress(source, config, tmp_path / "out", calibration_folder=tmp_path / "measured")
     assert report.bytes_on_disk == planned.bytes_on_disk

@@ -89,6 +89,13 @@ def test_little_text_is_told(run: Run, source: Path, tmp_path: Path) -> None:
             2,
             "the preset does not calibrate",
         ),
+        (["--preset", "lookup-8x", "--compensate", "2"], 2, "--compensate: the preset does not calibrate"),
+        (
+            ["--no-calibration", "--compensate", "2"],
+            2,
+            "--no-calibration cannot be combined with --compensate",
+        ),
+        (["--set", "calibration.compensate=2"], 2, "use the option --compensate"),
         (
             ["--no-calibration", "--set", "calibration.rotate=false"],
             2,

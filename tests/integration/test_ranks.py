@@ -32,6 +32,7 @@ CASES = {
         tiny.on_trellis(calibration={"sequential": False, "refine_epochs": 1}),
     ),
     "refined": ("gemma3", tiny.on_trellis(calibration={"refine_epochs": 1})),
+    "compensated": ("llama", tiny.on_trellis(calibration={"compensate": 1})),
     "experts": ("mixtral", tiny.on_trellis()),
     "experts, 2 and 4": ("mixtral", tiny.on_trellis()),
 }

@@ -145,12 +145,25 @@ def test_the_paper_s_presets_stay_as_they_are(name: str, bpw: float, vector_len:
         ({"passes": -1}, "passes"),
         ({"refine_epochs": -1}, "refine_epochs"),
         ({"refine_rate": 0.0}, "refine_rate"),
+        ({"compensate": -1}, "compensate: got -1, wanted at least 0"),
+        ({"compensate_rate": 0.0}, "compensate_rate: got 0.0, wanted more than 0"),
+        ({"compensate": 1, "sequential": False}, "compensate: got sequential=false, wanted true"),
         ({"damping": 0.0}, "damping"),
     ],
 )
 def test_calibration_settings_are_checked(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         CalibrationConfig(**values)
+
+
+def test_settings_of_compensation_are_stored_only_with_it() -> None:
+    """So that models without it keep their bytes."""
+    off = CompressConfig(target_bpw=3, calibration=CalibrationConfig())
+    on = CompressConfig(target_bpw=3, calibration=CalibrationConfig(compensate=5))
+    more = {"compensate": 5, "compensate_rate": 1.0}
+    assert on.to_dict()["calibration"] == {**off.to_dict()["calibration"], **more}
+    assert "compensate" not in off.to_dict()["calibration"]
+    assert CompressConfig.from_dict(off.to_dict()) == off and CompressConfig.from_dict(on.to_dict()) == on
 
 
 def test_calibration_needs_the_look_up_decoder() -> None:

@@ -103,6 +103,7 @@ CONFIGS = {
         PLAIN, calibration=CalibrationConfig(tokens=64, context=32, damping=0.1)
     ),
     "refined three times": with_calibration(refine_epochs=3, refine_rate=1e-4, sensitivity_tokens=512),
+    "compensated": with_calibration(compensate=20, compensate_rate=0.01),
     "trellis": with_codec(BASE, trellis_width=10, codebook_source="seed"),
     "independent indices, calibrated": with_codec(BASE, trellis_width=None, codebook_source="fit"),
     "d of the codec": with_codec(vector_len=2),

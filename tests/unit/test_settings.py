@@ -148,6 +148,8 @@ def test_every_field_of_a_configuration_has_a_key() -> None:
     assert set(settings_of(config)) == set(flat(config.to_dict())) - {"overrides"} | {
         "towers",
         "max_memory_gb",
+        "calibration.compensate",
+        "calibration.compensate_rate",
     }
     for method, default in FINETUNE_METHODS.items():
         assert set(finetune_settings(method)) == set(flat(default.to_dict()))

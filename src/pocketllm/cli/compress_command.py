@@ -21,10 +21,13 @@ from pocketllm.cli.render import (
     with_warnings,
 )
 from pocketllm.cli.shared_options import (
+    Compensate,
     Context,
+    KeepEmbeddings,
     MaxMemory,
     MeasuredIn,
     OutputFolder,
+    Override,
     Overwrite,
     Ppl,
     Private,
@@ -70,15 +73,6 @@ Calibration = Annotated[
 NoCalibration = Annotated[
     bool, typer.Option("--no-calibration", help="Minimize the error of the weights alone; needs no text.")
 ]
-Override = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PATTERN=BITS",
-        help="Bits of the indices per weight of matrices by name, such as 'model.layers.0.*=4'; 16 leaves them dense; "
-        "the last matching pattern applies; repeatable.",
-    ),
-]
-KeepEmbeddings = Annotated[bool, typer.Option("--keep-embeddings", help="Leave embedding and head dense.")]
 Recover = Annotated[
     str | None,
     typer.Option(help="distill: recover accuracy after the compression, as `pocketllm finetune` does."),
@@ -109,6 +103,7 @@ class RecipeOptions:
     settings: Annotated[list[str] | None, set_option("compress")] = None
     seed: Seed = 0
     max_memory: MaxMemory = None
+    compensate: Compensate = None
 
     def parsed(self) -> list[CompressOptions]:
         """The options with their values parsed, for every target.
@@ -128,6 +123,7 @@ class RecipeOptions:
             overrides=parse_overrides(self.override or []),
             seed=self.seed,
             max_memory=None if self.max_memory is None else parse_size(self.max_memory, "--max-memory"),
+            compensate=self.compensate,
             settings=tuple(self.settings or ()),
         )
         return [first, *(replace(first, bpw=more) for more in bpw[1:])]

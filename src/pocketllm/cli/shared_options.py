@@ -49,6 +49,22 @@ MaxMemory = Annotated[
         help="Most memory that the process may take while it compresses, such as 4GB; the result is the same.",
     ),
 ]
+Compensate = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEPS",
+        help="Steps in which what is not yet encoded of a block is tuned to make up for the errors of what is.",
+    ),
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=BITS",
+        help="Bits of the indices per weight of matrices by name, such as 'model.layers.0.*=4'; 16 leaves them dense; "
+        "the last matching pattern applies; repeatable.",
+    ),
+]
+KeepEmbeddings = Annotated[bool, typer.Option("--keep-embeddings", help="Leave embedding and head dense.")]
 MeasuredIn = Annotated[
     Path | None,
     typer.Option(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pocketllm.calibrate.activations import Activations
 from pocketllm.calibrate.blocks import BlockStream, block_list
@@ -18,6 +18,7 @@ from pocketllm.calibrate.input_hessians import Inputs
 from pocketllm.calibrate.output_hessians import output_hessians
 from pocketllm.calibrate.sensitivity import Sensitivity
 from pocketllm.codec.hessian import Hessian
+from pocketllm.compression.compensate import COMPENSATE_TOKENS, compensated, compensated_unit, groups_in_order
 from pocketllm.compression.matrix_encoder import MatrixEncoder, matrix_unit, refined_unit
 from pocketllm.compression.matrix_jobs import most_parallel, run_parallel
 from pocketllm.config.constants import OUTPUT_DAMPING
@@ -76,24 +77,71 @@ def _on_compressed_inputs(
 ) -> None:
     """Encode every block for the outputs of the encoded blocks before it.
 
-    Refinement takes steps on one batch after another: with it every rank runs all batches, and the first refines.
+    Refinement and compensation take steps on one batch after another: with them every rank runs all batches, and the
+    first takes the steps.
     """
-    of_batches = SOLO if refines else ranks
+    settings = encoder.plan.config.calibration
+    compensates = settings is not None and settings.compensate > 0
+    of_batches = SOLO if refines or compensates else ranks
+    batch = max(1, COMPENSATE_TOKENS // windows.shape[1]) if compensates else 0
     own: dict[str, Any] = {"ranks": of_batches, "folder": encoder.activations}
-    stream = BlockStream(encoder.source, windows, encoder.device, weights=encoder.outside, **own)
-    targets: Activations = BlockStream(encoder.source, windows, encoder.device).hidden if refines else []
+    stream = BlockStream(encoder.source, windows, encoder.device, batch, weights=encoder.outside, **own)
+    targets: Activations = (
+        BlockStream(encoder.source, windows, encoder.device, batch).hidden if refines else []
+    )
     for number, (path, block) in enumerate(stream):
         inside = _inside(encoder.plan, path)
-        see = partial(stream.inputs, block, inside, token_weights)
-        _encode_block(encoder, path, inside, see, progress, ranks)
         if refines:
             targets = stream.run(block, targets)
+        if compensates:
+            _encode_in_groups(encoder, stream, block, inside, token_weights, progress, ranks)
+        else:
+            see = partial(stream.inputs, block, inside, token_weights)
+            _encode_block(encoder, path, inside, see, progress, ranks)
+        if refines:
             progress(encoder.share, f"{path}: refinement")
             if ranks.is_first:
                 encoder.refine(number, f"{path}.", block, inside, stream, targets)
             ranks.sync_files(encoder.work.folder, [refined_unit(number)])
         encoder.install(number, inside, stream)
         stream.hidden = stream.run(block, stream.hidden)
+
+
+def _encode_in_groups(
+    encoder: MatrixEncoder,
+    stream: BlockStream,
+    block: nn.Module,
+    inside: list[Matrix],
+    token_weights: Mapping[str, Tensor] | None,
+    progress: Progress,
+    ranks: Ranks,
+) -> None:
+    """Encode the loaded block in groups; after each, the matrices that follow are tuned to make up for its errors."""
+    settings, number = encoder.plan.config.calibration, stream.number
+    path = f"{stream.path}.{number}"
+    assert settings is not None
+    if not _left(encoder, inside, ranks):
+        encoder.passed += sum(map(_weights, inside))
+        return
+    targets, groups = stream.run(block, stream.hidden), groups_in_order(stream, block, inside)
+    units = [compensated_unit(number, position) for position in range(len(groups) - 1)]
+    for position, group in enumerate(groups):
+        see = partial(stream.inputs, block, group, token_weights)
+        _encode_block(encoder, path, group, see, progress, ranks)
+        encoder.install(number, group, stream)
+        for unit in units[position : position + 1]:
+            if ranks.is_first and not encoder.work.has(unit):
+                progress(encoder.share, f"{path}: compensation")
+                later = [matrix for group in groups[position + 1 :] for matrix in group]
+                seed = encoder.plan.config.seed + number
+                encoder.work.save(unit, compensated(stream, block, later, targets, settings, seed), {})
+            ranks.sync_files(encoder.work.folder, [unit])
+            encoder.targets, _ = encoder.work.load(unit)
+            for name, value in encoder.targets.items():
+                stream.set_weight(name, value)
+    encoder.targets = {}
+    for unit in units:
+        (encoder.work.folder / unit).unlink(missing_ok=True)
 
 
 def _on_dense_inputs(

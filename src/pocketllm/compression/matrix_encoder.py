@@ -48,22 +48,19 @@ class MatrixEncoder:
     """Encodes matrices of one model into a workspace; finished ones are not encoded again.
 
     Set by the caller: codecs, fitted, by decoder key. at_once: matrices of a block that are encoded at once, 0 for as
-    many as there are threads. activations: folder for those of all windows, None for in memory.
+    many as there are threads. activations: folder for those of all windows, None for in memory. targets: weights to
+    encode in place of the dense ones, by name.
     """
 
     def __init__(
-        self,
-        work: Workspace,
-        source: DenseCheckpoint,
-        plan: Plan,
-        device: str,
-        outputs: Path | None = None,
+        self, work: Workspace, source: DenseCheckpoint, plan: Plan, device: str, outputs: Path | None = None
     ) -> None:
         self.work, self.source, self.plan, self.device = work, source, plan, device
         self.outputs = outputs  # folder of the Hessians of layers' outputs
         self.codecs: dict[str, MatrixCodec] = {}
         self.by_name = {m.name: m for m in plan.matrices}
         self.scales: dict[str, Tensor] = {}  # refined row scales
+        self.targets: dict[str, Tensor] = {}
         self.activations: Path | None = None
         self.at_once = self.passed = 0  # passed: weights of the finished matrices
 
@@ -94,13 +91,15 @@ class MatrixEncoder:
         if self.done(matrix):
             return
         settings = self.plan.config.calibration
-        weight = fold(self.source.read(matrix.name), matrix.transposed)
+        weight = self.source.read(matrix.name)
+        target = fold(self.targets.get(matrix.name, weight), matrix.transposed)
+        weight = fold(weight, matrix.transposed)
         rotation, found, form = self.plan.rotation(matrix), list[_EncodedRows](), self._form(matrix)
         for rows in row_groups(matrix, form, is_whole=outputs is not None or rotation[0] is not None):
             part = weight[rows].to(self.device)
             drop_files(self.source.files)
             encoded = self.codec(matrix).encode(
-                part,
+                target[rows].to(self.device),
                 hessian,
                 outputs,
                 form=form,

@@ -20,6 +20,7 @@ from torch import Tensor
 from pocketllm.calibrate.block_list import block_list
 from pocketllm.calibrate.blocks import BATCH_TOKENS
 from pocketllm.calibrate.gradients import LOGIT_NUMBERS, LOGITS_AT_ONCE, STRIP_WEIGHTS
+from pocketllm.compression.compensate import COMPENSATE_TOKENS
 from pocketllm.compression.matrix_encoder import row_groups
 from pocketllm.compression.matrix_jobs import MOST_PARALLEL, WEIGHT_BYTES
 from pocketllm.config import CompressConfig
@@ -28,6 +29,7 @@ from pocketllm.errors import ConfigError
 from pocketllm.plan.matrices import Matrix, Plan
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 
+_TUNED_BYTES = 24  # for each weight that compensation tunes
 _END_BYTES = 42  # for each weight of a group of rows of embedding or head
 _FACTOR_BYTES = 40  # for each number of a Hessian while it is factorized in float64,
 _ROOT_BYTES = 28  # or only its triangular root is computed
@@ -147,6 +149,9 @@ class _Sizes:
             "encode: blocks": in_encoding + max(self._encoded(block, measured, at_once) for block in blocks),
             "write": max(self._written()),
         }
+        if settings.compensate:
+            step = max(COMPENSATE_TOKENS, context)
+            found["encode: compensation"] = in_encoding + max(self._tuned(block, step) for block in blocks)
         return {name: self.held + _ANY + int(value) for name, value in found.items()}
 
     @property
@@ -211,7 +216,7 @@ class _Sizes:
         """
         weights, squares = block.loaded, [m.rows**2 for m in block.matrices if self._is_two_sided(m)]
         codes = 2 * tokens * sum(m.rows for m in block.matrices if m.rows > tokens // 2)
-        graph = 3 * 4 * context * sum(m.rows + m.columns for m in block.matrices) + self._attention(context)
+        graph = self._graph(block, context)
         inputs = weights + _ROOT_BYTES * max((m.columns**2 for m in block.matrices), default=0)
         backward = weights + 4 * sum(m.weights for m in block.matrices) + graph + 4 * sum(squares) + codes
         outputs = 6 * sum(squares) + codes + (4 + _ROOT_BYTES) * max(squares, default=0)
@@ -236,8 +241,25 @@ class _Sizes:
         factors = sorted((8 * m.columns**2 + self._output(m, tokens) for m in block.matrices), reverse=True)
         largest = max((m.columns for m in block.matrices), default=0)
         kept = block.loaded + 4 * sum(m.columns**2 for m in block.matrices)
+        kept += self._targets(block)
         in_flight = sum(factors[: at_once or len(factors)])
         return kept + in_flight + max(sum(jobs[:parallel]), _FACTOR_BYTES * largest**2)
+
+    def _tuned(self, block: _Block, tokens: int) -> int:
+        """Weights; of those to encode values, gradients, two moments and copies in 16 bits; the graph of a step."""
+        return (
+            block.loaded + _TUNED_BYTES * sum(m.weights for m in block.matrices) + self._graph(block, tokens)
+        )
+
+    def _targets(self, block: _Block) -> int:
+        """Tuned weights as they are read."""
+        settings = self.plan.config.calibration
+        is_tuned = settings is not None and settings.compensate > 0
+        return 4 * sum(m.weights for m in block.matrices) if is_tuned else 0
+
+    def _graph(self, block: _Block, tokens: int) -> int:
+        """What the backward pass through a block needs."""
+        return 3 * 4 * tokens * sum(m.rows + m.columns for m in block.matrices) + self._attention(tokens)
 
     def _output(self, matrix: Matrix, tokens: int) -> int:
         """The Hessian of a matrix's outputs, and what it is read from."""

@@ -36,6 +36,9 @@ class CalibrationConfig:
         of the dense model, which can be cached.
     refine_epochs: Passes over the text to tune each encoded block; 0 is off.
     refine_rate: Learning rate for refine_epochs.
+    compensate: Steps in which the weights of a block that are not yet encoded are tuned to make up for the errors of
+        those that are, after each group of matrices with the same inputs; 0 is off; needs sequential=true.
+    compensate_rate: Learning rate for compensate: times the root mean square of a matrix over its number of inputs.
     texts: Files, folders or data sets on the Hub (OWNER/NAME[:CONFIG[:SPLIT]]); the default is Python's own
         documentation.
     """
@@ -51,6 +54,8 @@ class CalibrationConfig:
     sequential: bool = True
     refine_epochs: int = 0
     refine_rate: float = 1e-3
+    compensate: int = 0
+    compensate_rate: float = 1.0
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -61,6 +66,12 @@ class CalibrationConfig:
             raise ConfigError("passes: coordinate descent needs two_sided=False")
         at_least("refine_epochs", self.refine_epochs, 0)
         positive("refine_rate", self.refine_rate)
+        at_least("compensate", self.compensate, 0)
+        positive("compensate_rate", self.compensate_rate)
+        if self.compensate and not self.sequential:
+            raise ConfigError(
+                "compensate: got sequential=false, wanted true; later inputs depend on what is tuned"
+            )
         positive("damping", self.damping)
 
 
@@ -170,13 +181,15 @@ class CompressConfig:
         return _codec_for(self.codec, vector_len)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types of what defines the result: without `max_memory_gb`, and `towers` only where it is true, as
-        files of models without it are older.
+        """Plain JSON types of what defines the result: without `max_memory_gb`, and `towers` and the settings of
+        compensation only where they are used, as files of models without them are older.
         """
         values = plain(self)
         del values["max_memory_gb"]
         if not self.towers:
             del values["towers"]
+        if self.calibration is not None and not self.calibration.compensate:
+            del values["calibration"]["compensate"], values["calibration"]["compensate_rate"]
         return values
 
     @classmethod

@@ -19,6 +19,7 @@ COMPRESS_OPTIONS = {
     "seed": "--seed",
     "max_memory_gb": "--max-memory",
     "calibration.texts": "--calibration",
+    "calibration.compensate": "--compensate",
     "recover.texts": "--recover-text",
     "recover.loop.seed": "--seed",
 }
@@ -40,7 +41,8 @@ class CompressOptions:
     """The options of `pocketllm compress` that define the result.
 
     size: bytes of the output folder. calibration: texts. overrides: as in CompressConfig.
-    max_memory: most bytes of the process. settings: KEY=VALUE words of `--set`.
+    compensate: steps; see CalibrationConfig. max_memory: most bytes of the process.
+    settings: KEY=VALUE words of `--set`.
     """
 
     preset: str | None = None
@@ -53,6 +55,7 @@ class CompressOptions:
     overrides: tuple[tuple[str, float], ...] = ()
     seed: int = 0
     max_memory: int | None = None
+    compensate: int | None = None
     settings: tuple[str, ...] = ()
 
     @cached_property
@@ -82,6 +85,8 @@ class CompressOptions:
         base = preset(self._start if self.preset is None else self.preset)
         if self.calibration:
             given["calibration.texts"] = self.calibration
+        if self.compensate is not None:
+            given["calibration.compensate"] = self.compensate
         return replaced(base, {**given, **self._options(), **self._calibration(base, given)})
 
     @property
@@ -149,7 +154,7 @@ class CompressOptions:
     def _calibration(self, base: CompressConfig, given: Mapping[str, Any]) -> dict[str, Any]:
         """Calibration turned off, or on if the preset has none and texts or tokens are given."""
         keys = [key for key in given if key.startswith("calibration.")]
-        named = ", ".join("--calibration" if key == "calibration.texts" else key for key in keys)
+        named = ", ".join(COMPRESS_OPTIONS.get(key, key) for key in keys)
         if self.no_calibration:
             if keys:
                 raise ConfigError(f"--no-calibration cannot be combined with {named}")

@@ -100,6 +100,9 @@ def _changes(base: CompressConfig, wanted: CompressConfig) -> list[str]:
         changed.add("calibration.tokens")  # given, it turns calibration on
     for key in after:
         words += ["--set", f"{key}={text_of(after[key].default)}"] if key in changed else []
+    compensate = "calibration.compensate"
+    if wanted.calibration is not None and after[compensate].default != before[compensate].default:
+        words += [COMPRESS_OPTIONS[compensate], text_of(after[compensate].default)]
     return words
 
 
