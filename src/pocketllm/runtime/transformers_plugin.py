@@ -165,7 +165,7 @@ class PocketQuantizer(HfQuantizer):
             model.all_tied_weights_keys = {n: s for n, s in tied.items() if n not in self._tied}
         self._unread = Unread.of(model, kwargs.get("checkpoint_files"), kwargs.get("device_map"), names)
         hidden = set() if self._unread is None else self._unread.stored_names()
-        self.needs_no_conversion = self._unread is not None and self._unread.are_others_of(model)
+        self.needs_no_conversion = self._unread is not None and self._unread.are_others_of(model, hidden)
         model.initialize_weights = partial(initialize, model)
         take_over_missing(model, self._tied, hidden)
         return model
