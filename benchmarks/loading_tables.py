@@ -75,7 +75,7 @@ def compiled() -> str:
     note = (
         f"SmolLM2-135M, bfloat16, {found['threads']} threads, `generate` of {found['new_tokens']} tokens after a "
         "prompt of 8; the first call takes longer than the others by the time in the fourth column. Medians of "
-        f"{found['rounds']} processes, in turn. `{found['command']}`"
+        f"{found['rounds']} processes, but one that compiles without a cache. `{found['command']}`"
     )
     head = ["", "", "tokens/s", "first call, extra seconds", "peak memory, MB"]
     return f"{markdown_table(head, rows)}\n\n{note}"
