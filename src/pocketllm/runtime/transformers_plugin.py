@@ -168,7 +168,7 @@ class PocketQuantizer(HfQuantizer):
         self._unread = Unread.of(model, kwargs.get("checkpoint_files"), kwargs.get("device_map"), names)
         hidden = set() if self._unread is None else self._unread.stored_names()
         self.needs_no_conversion = self._unread is not None and self._unread.are_others_of(model, hidden)
-        modeling_utils.get_model_conversion_mapping = _conversions_of  # what is called next
+        vars(modeling_utils)["get_model_conversion_mapping"] = _conversions_of  # what is called next
         model.initialize_weights = partial(initialize, model)
         take_over_missing(model, self._tied, hidden)
         return model
