@@ -3,15 +3,14 @@
     python benchmarks/compiled.py FOLDER
 
 FOLDER is SmolLM2-135M compressed; it runs packed, next to the dense checkpoint. Every run is a process of its own.
-Compiling (torch.compile as `generate` calls it: full graph, static cache) is timed in one process without a cache and
-in others with the cache of that one. Writes results/compiled.json.
+Compiling (torch.compile as `generate` calls it: full graph, static cache) is timed in a process without a cache and in
+another one with the cache of the first. Writes results/compiled.json.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 from common import quiet, save
 
-MODEL, ROUNDS, THREADS, NEW_TOKENS = "builtin:smollm2-135m", 1, 2, 64
+MODEL, THREADS, NEW_TOKENS = "builtin:smollm2-135m", 2, 64
 WAYS = ("dynamic", "static", "compiled", "compiled again")
 
 
@@ -80,21 +79,14 @@ def main() -> None:
     jobs = [(name, way) for way in WAYS[:2] for name in models] + [
         (name, way) for name in models for way in WAYS[2:]
     ]
-    runs = []
+    shared = {"model": MODEL, "threads": THREADS, "new_tokens": NEW_TOKENS}
+    runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, way in jobs:
-            count = 1 if way == "compiled" else ROUNDS
-            each = [run(models[name], way, str(Path(scratch, name))) for _ in range(count)]
-            middle = {key: statistics.median(one[key] for one in each) for key in each[0]}
-            runs.append({"model": name, "way": way, **middle})
-            values = {
-                "model": MODEL,
-                "rounds": ROUNDS,
-                "threads": THREADS,
-                "new_tokens": NEW_TOKENS,
-                "runs": runs,
-            }
-            save("compiled", "python benchmarks/compiled.py FOLDER", {**values, "load": os.getloadavg()[2]})
+            found = run(models[name], way, str(Path(scratch, name)))
+            runs.append({"model": name, "way": way, **found})
+            values = {**shared, "load": os.getloadavg()[2], "runs": runs}
+            save("compiled", "python benchmarks/compiled.py FOLDER", values)
 
 
 if __name__ == "__main__":

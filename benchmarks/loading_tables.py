@@ -74,8 +74,8 @@ def compiled() -> str:
     ]
     note = (
         f"SmolLM2-135M, bfloat16, {found['threads']} threads, `generate` of {found['new_tokens']} tokens after a "
-        "prompt of 8; the first call takes longer than the others by the time in the fourth column. Medians of "
-        f"{found['rounds']} processes, but one that compiles without a cache. `{found['command']}`"
+        "prompt of 8, in a process of its own: the better of two calls, after a first one that takes longer by the "
+        f"time in the fourth column. `{found['command']}`"
     )
     head = ["", "", "tokens/s", "first call, extra seconds", "peak memory, MB"]
     return f"{markdown_table(head, rows)}\n\n{note}"
