@@ -65,7 +65,7 @@ def compiled() -> str:
             {"packed": "packed", "checkpoint": "not compressed"}[run["model"]],
             titles[run["way"]],
             f"{run['tokens_per_second']:.1f}",
-            f"{run['first_seconds']:.1f}",
+            f"{max(0.0, run['first_seconds']):.1f}",
             f"{run['peak_bytes'] / 1e6:.0f}",
         ]
         for name in ("packed", "checkpoint")
