@@ -1,4 +1,4 @@
-"""Tables of docs/loading.md: stages of loading, types of activations."""
+"""Tables of docs/loading.md: stages of loading, types of activations, compiled generation."""
 
 from __future__ import annotations
 
@@ -48,4 +48,34 @@ def activation_types() -> str:
         f"{found['windows']} windows. `{found['command']}`"
     )
     head = ["weights, activations", "KL, nats", "perplexity", "top-1 agreement"]
+    return f"{markdown_table(head, rows)}\n\n{note}"
+
+
+def compiled() -> str:
+    """Growing and static caches, and a compiled forward pass."""
+    found = load_results("compiled")
+    titles = {
+        "dynamic": "growing cache",
+        "static": "static cache",
+        "compiled": "static cache, compiled",
+        "compiled again": "static cache, compiled by an earlier process",
+    }
+    rows = [
+        [
+            {"packed": "packed", "checkpoint": "not compressed"}[run["model"]],
+            titles[run["way"]],
+            f"{run['tokens_per_second']:.1f}",
+            f"{max(0.0, run['first_seconds']):.1f}",
+            f"{run['peak_bytes'] / 1e6:.0f}",
+        ]
+        for name in ("packed", "checkpoint")
+        for run in found["runs"]
+        if run["model"] == name
+    ]
+    note = (
+        f"SmolLM2-135M, bfloat16, {found['threads']} threads, `generate` of {found['new_tokens']} tokens after a "
+        "prompt of 8, in a process of its own: the better of two calls, after a first one that takes longer by the "
+        f"time in the fourth column. `{found['command']}`"
+    )
+    head = ["", "", "tokens/s", "first call, extra seconds", "peak memory, MB"]
     return f"{markdown_table(head, rows)}\n\n{note}"

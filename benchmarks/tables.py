@@ -17,7 +17,7 @@ from codec_tables import codec_floor, codec_speed, hashed
 from common import GEMMA
 from compensate_table import compensate
 from index_table import index_learning
-from loading_tables import activation_types, load_time
+from loading_tables import activation_types, compiled, load_time
 from pages import RESULTS, ROOT, load_results, markdown_table, optional_results
 from paper_table import paper
 from peer_tables import headline, peer_bits, peers, peers_paired
@@ -93,6 +93,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "codec_floor": codec_floor,
     "codec_speed": codec_speed,
     "runtime": runtime,
+    "compiled": compiled,
     "load_time": load_time,
     "activation_types": activation_types,
     "serving": serving,

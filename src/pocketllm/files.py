@@ -16,7 +16,7 @@ from pocketllm.errors import PocketError
 _LARGEST_JSON = 1 << 28  # bytes; the report of a model with a million matrices is below
 
 
-_CHUNK = 1 << 23  # few enough that a thread rarely waits for the interpreter lock
+_PART = 1 << 24  # bytes: a thread that hashes a file asks for the interpreter lock once for each part
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -153,13 +153,11 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in chunks."""
-    digest, size = hashlib.sha256(), min(_CHUNK, max(1, path.stat().st_size))
-    with (
-        path.open("rb", buffering=0) as stream,
-        mmap.mmap(-1, size) as memory,  # returned to the system afterwards, unlike memory of the C library
-        memoryview(memory) as piece,
-    ):
-        while count := stream.readinto(piece):
-            digest.update(piece[:count])
+    """Hex digest of a file, mapped into memory in parts."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as stream:
+        for begin in range(0, size, _PART):
+            length = min(_PART, size - begin)
+            with mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=begin) as part:
+                digest.update(part)
     return digest.hexdigest()

@@ -42,6 +42,19 @@ def default_torch_state() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch with one thread, for little work while other threads are busy: it would wait for its own to get a core."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def in_default_torch_state(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
     """Run a function in `default_torch_state`."""
 

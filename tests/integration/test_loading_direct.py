@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
+from transformers import conversion_mapping
 
 import pocketllm
 from pocketllm.errors import FormatError, LoadError
 from pocketllm.format import checkpoint as ckpt
-from pocketllm.runtime import load_checks, transformers_plugin as plugin
+from pocketllm.runtime import load_checks
 
 IDS = torch.arange(3, 20)[None]
 
@@ -150,7 +151,8 @@ def test_load_verifies_once(small: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_conversions_only_of_tensors_that_need_them(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' table of conversions is built only if a stored name or shape is not the model's own."""
     path, built = saved / "model.safetensors", []
-    monkeypatch.setattr(plugin, "_conversions", lambda *given, **options: built.append(given) or [])
+    called = "get_model_conversion_mapping"
+    monkeypatch.setattr(conversion_mapping, called, lambda *given, **options: built.append(given) or [])
     t.LlamaForCausalLM.from_pretrained(saved)
     assert not built
     tensors = load_file(path)

@@ -151,7 +151,7 @@ def check_report(values: Mapping[str, Any]) -> None:
             raise ValueError(f"bytes_by_part.{part}: got {nbytes!r}")
 
 
-def _check_fields(cls: type[Report] | type[MatrixReport], values: Any, where: str) -> None:
+def _check_fields(cls: Any, values: Any, where: str) -> None:
     for name, text, wanted, is_optional in _field_types(cls):
         value: Any = _at(values, name)
         if value is None and is_optional:
@@ -163,7 +163,7 @@ def _check_fields(cls: type[Report] | type[MatrixReport], values: Any, where: st
 
 
 @functools.cache
-def _field_types(cls: type[Report] | type[MatrixReport]) -> tuple[tuple[str, Any, Any, bool], ...]:
+def _field_types(cls: Any) -> tuple[tuple[str, Any, Any, bool], ...]:
     """(name, its type as it is written, the types of its JSON, whether it may be missing) of every field."""
     return tuple(
         (

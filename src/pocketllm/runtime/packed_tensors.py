@@ -7,6 +7,7 @@ registered.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,14 +22,16 @@ from pocketllm.codec.metanet import MetaDecoder
 from pocketllm.codec.subvectors import subvectors_per_row, unfold
 from pocketllm.config import CodecConfig
 from pocketllm.format.layout import CodebookEntry, DecoderEntry, Layout, MatrixEntry
-from pocketllm.torch_state import default_torch_state, in_default_torch_state
+from pocketllm.torch_state import default_torch_state, in_default_torch_state, one_thread
 
 PACKED = "packed_"
 """Prefix under which a module registers the packed matrix of a parameter."""
 TIED = "_packed_tied"
 """Attribute that holds references to other modules' by parameter; transformers' `_tied_weights_keys` is of classes."""
 _CODEWORDS = 1 << 16
-"""Codewords that are decoded at a time."""
+"""Codewords that are decoded at a time, as a group."""
+_FEW_GROUPS = 4
+"""Groups up to which one thread is faster, since others hash files meanwhile."""
 
 
 class _FixedDtype(nn.Module):
@@ -127,21 +130,25 @@ class Store(nn.Module):
             [K, d] float32 each, of hashed codebooks int8 [d, K]. Networks of one shape are computed together, which
             takes a fraction of the time.
         """
+        groups = list(self._same_shapes(dict.fromkeys(uses)))
         found: dict[tuple[int, int], Tensor] = {}
-        for group in self._same_shapes(dict.fromkeys(uses)):
-            codec = self._decoder(group[0][1]).entry.codec
-            net = MetaDecoder(codec.vector_len, codec.hidden, codec.depth, codec.decoder_norm)
-            decoders = [self._decoder(decoder) for _, decoder in group]
-            up, down = (
-                torch.stack(parts).to(device)
-                for parts in zip(*((d.up, d.down) for d in decoders), strict=True)
-            )
-            net.use_weights(up, down)
-            values = torch.stack([self._codebook(codebook).value() for codebook, _ in group])
-            decoded = net(values.to(device).float())
-            is_hashed = self._codebook(group[0][0]).entry.window
-            found.update(zip(group, int8_entries(decoded) if is_hashed else decoded, strict=True))
+        with one_thread() if len(groups) <= _FEW_GROUPS else nullcontext():
+            for group in groups:
+                found.update(zip(group, self._tables_of(group, device), strict=True))
         return [found[use] for use in uses]
+
+    def _tables_of(self, group: list[tuple[int, int]], device: torch.device) -> Tensor:
+        """`tables` of uses whose networks have one shape, stacked."""
+        codec = self._decoder(group[0][1]).entry.codec
+        net = MetaDecoder(codec.vector_len, codec.hidden, codec.depth, codec.decoder_norm)
+        decoders = [self._decoder(decoder) for _, decoder in group]
+        up, down = (
+            torch.stack(parts).to(device) for parts in zip(*((d.up, d.down) for d in decoders), strict=True)
+        )
+        net.use_weights(up, down)
+        values = torch.stack([self._codebook(codebook).value() for codebook, _ in group])
+        decoded: Tensor = net(values.to(device).float())
+        return int8_entries(decoded) if self._codebook(group[0][0]).entry.window else decoded
 
     def _same_shapes(self, uses: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """Uses whose networks have one shape, at most `_CODEWORDS` codewords in all."""

@@ -6,7 +6,7 @@ name and a thread. It still fills them where it decides on devices (several of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +60,9 @@ class Unread:
             found.update(f"{stem}.{part}" for stem in (name, self.names[name]) for part in parts)
         return found
 
-    def are_others_of(self, model: nn.Module) -> bool:
-        """Whether all other tensors in the files have the name and shape of a parameter or buffer of the model."""
-        hidden, shapes = self.stored_names(), {k: list(v.shape) for k, v in model.state_dict().items()}
+    def are_others_of(self, model: nn.Module, hidden: Collection[str]) -> bool:
+        """Whether all tensors in the files but the hidden ones have name and shape of a parameter or buffer."""
+        shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
         with ExitStack() as opened:
             handles = [opened.enter_context(safe_open(str(file), framework="pt")) for file in self.files]
             others = ((handle, name) for handle in handles for name in handle.keys() if name not in hidden)  # noqa: SIM118

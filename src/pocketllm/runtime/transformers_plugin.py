@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import modeling_utils
+from transformers import conversion_mapping
 from transformers.core_model_loading import rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -147,6 +147,8 @@ class PocketQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from transformers import modeling_utils  # which is still being imported when this module is
+
         verify_before_reading(kwargs.get("checkpoint_files"), self._verified)
         stored = self.quantization_config.layout()
         layout, names = layout_for(model, stored)
@@ -165,7 +167,8 @@ class PocketQuantizer(HfQuantizer):
             model.all_tied_weights_keys = {n: s for n, s in tied.items() if n not in self._tied}
         self._unread = Unread.of(model, kwargs.get("checkpoint_files"), kwargs.get("device_map"), names)
         hidden = set() if self._unread is None else self._unread.stored_names()
-        self.needs_no_conversion = self._unread is not None and self._unread.are_others_of(model)
+        self.needs_no_conversion = self._unread is not None and self._unread.are_others_of(model, hidden)
+        vars(modeling_utils)["get_model_conversion_mapping"] = _conversions_of  # what is called next
         model.initialize_weights = partial(initialize, model)
         take_over_missing(model, self._tied, hidden)
         return model
@@ -243,9 +246,6 @@ class PocketQuantizer(HfQuantizer):
         return state
 
 
-_conversions = modeling_utils.get_model_conversion_mapping
-
-
 def _conversions_of(model: Any, key_mapping: Any = None, hf_quantizer: Any = None, **options: Any) -> Any:
     """transformers' conversions of the tensors that a checkpoint stores: none if they are stored as the model has them.
 
@@ -254,10 +254,7 @@ def _conversions_of(model: Any, key_mapping: Any = None, hf_quantizer: Any = Non
     """
     if key_mapping is None and isinstance(hf_quantizer, PocketQuantizer) and hf_quantizer.needs_no_conversion:
         return []
-    return _conversions(model, key_mapping, hf_quantizer, **options)
-
-
-modeling_utils.get_model_conversion_mapping = _conversions_of
+    return conversion_mapping.get_model_conversion_mapping(model, key_mapping, hf_quantizer, **options)
 
 
 def _buffer(module: nn.Module, name: str) -> Tensor:
