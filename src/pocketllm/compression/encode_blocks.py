@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,12 @@ from pocketllm.calibrate.activations import Activations
 from pocketllm.calibrate.blocks import BlockStream, block_list
 from pocketllm.calibrate.embedding_cost import end_hessian
 from pocketllm.calibrate.input_hessians import Inputs
-from pocketllm.calibrate.output_hessians import output_hessians
 from pocketllm.calibrate.sensitivity import Sensitivity
 from pocketllm.codec.hessian import Hessian
+from pocketllm.compression.block_hessians import hessians_of_inputs, hessians_of_outputs
 from pocketllm.compression.compensate import COMPENSATE_TOKENS, compensated, compensated_unit, groups_in_order
 from pocketllm.compression.matrix_encoder import MatrixEncoder, matrix_unit, refined_unit
 from pocketllm.compression.matrix_jobs import most_parallel, run_parallel
-from pocketllm.config.constants import OUTPUT_DAMPING
 from pocketllm.format.kept import is_intact
 from pocketllm.format.mapped_pages import return_freed
 from pocketllm.plan.matrices import Matrix, Plan
@@ -251,8 +249,8 @@ def _encode_together(
     encoder: MatrixEncoder, path: str, matrices: list[Matrix], inputs: Inputs, of: int, progress: Progress
 ) -> None:
     """Encode some of the `of` matrices of a block, with their Hessians in memory."""
-    after = _output_hessians(encoder, path, matrices)
-    hessians = _input_hessians(matrices, inputs, encoder.plan)
+    after = hessians_of_outputs(encoder.outputs, path, encoder.device, matrices, encoder.plan)
+    hessians = hessians_of_inputs(matrices, inputs, encoder.plan)
 
     def encode(matrix: Matrix) -> None:
         encoder.encode(matrix, hessians[matrix.name], after.pop(matrix.name, None), inputs=inputs)
@@ -283,38 +281,3 @@ def _encode_end(encoder: MatrixEncoder, matrix: Matrix, sensitivity: Sensitivity
     settings, rows = encoder.plan.config.calibration, sensitivity.row_importance[matrix.name]
     assert settings is not None
     encoder.encode(matrix, Hessian(hessian, settings.damping), row_importance=rows.to(encoder.device))
-
-
-def _output_hessians(encoder: MatrixEncoder, path: str, matrices: list[Matrix]) -> dict[str, Hessian]:
-    """The Hessian of each matrix's outputs, for those that have one.
-
-    On a CPU each is factorized when its matrix is encoded, so that few factors are in memory at a time.
-    """
-    found = output_hessians(encoder.outputs, path, encoder.device, [m.name for m in matrices])
-    made = {name: Hessian(value, OUTPUT_DAMPING) for name, value in found.items()}
-    if made and torch.device(encoder.device).type == "cuda":
-        seed = encoder.plan.rotation(next(m for m in matrices if m.name in made))[0]  # that of all in blocks
-        Hessian.factorize_together(list(made.values()), seed, 1)
-    return made
-
-
-def _input_hessians(matrices: list[Matrix], inputs: Inputs, plan: Plan) -> dict[str, Hessian]:
-    """The Hessian of each matrix's inputs, one for all that share them.
-
-    They are factorized here, before matrices are encoded in parallel: with all threads, and in a fixed order.
-    """
-    settings, shared = plan.config.calibration, dict[int, Hessian]()
-    assert settings is not None
-    wanted = defaultdict[tuple[int | None, int], list[Hessian]](list)
-    for matrix in matrices:
-        hessian = inputs.hessians[matrix.name]
-        made = shared.setdefault(id(hessian), Hessian(hessian, settings.damping))
-        key = plan.rotation(matrix)[1], plan.specs[matrix.name].vector_len
-        if made not in wanted[key]:
-            wanted[key].append(made)
-    for (seed, vector_len), found in wanted.items():
-        if found[0].matrix.is_cuda:
-            Hessian.factorize_together(found, seed, vector_len)
-        for made in found:
-            made.factor(seed, vector_len)
-    return {m.name: shared[id(inputs.hessians[m.name])] for m in matrices}
