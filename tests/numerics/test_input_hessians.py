@@ -192,6 +192,22 @@ def test_few_tokens_are_filled_up() -> None:
     assert torch.equal(regularized_hessian(torch.zeros(8, 8), 0, other), other)
 
 
+def test_layers_called_by_keyword() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=x)
+
+    model, x = Named(), torch.randn(22, 6)
+    collector = Collector(model, [Matrix("layer.weight", (4, 6), 4, 6, "layer", True)])
+    with collector.watching(), collector.batch({}):
+        model(x)
+    assert torch.allclose(collector.inputs("cpu").hessians["layer.weight"], x.T @ x / 22, atol=1e-6)
+
+
 class Experts(nn.Module):
     """Experts of their own modules, as some models outside transformers have them."""
 

@@ -208,12 +208,15 @@ def test_what_a_killed_conversion_leaves_is_removed(
         killed(lambda: resolve(str(file)))
     (left,) = cache.iterdir()
     assert left.name.startswith(".tiny-") and (left / "model" / "config.json").is_file()
-    other = cache / ".other-12345678"
-    other.mkdir()
-    with (other / "lock").open("wb") as stream:
+    alive, foreign = left.with_name(f"{left.name[:-4]}live"), cache / ".other"
+    for folder in (alive, foreign):
+        folder.mkdir()
+    (foreign / "lock").touch()
+    (foreign / "pocketllm-lock").touch()
+    with (alive / "pocketllm-lock").open("wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         folder = resolve(str(file))
-        assert set(cache.iterdir()) == {folder, other}
+        assert set(cache.iterdir()) == {folder, alive, foreign}
 
 
 def test_the_command_line_refuses_and_writes_nothing(file: Path, tmp_path: Path, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
+from pocketllm.source import linear_layers
 from pocketllm.source.linear_layers import linear_kind
 
 
@@ -62,13 +64,28 @@ class Pair(nn.Linear):
         return super().forward(x), x
 
 
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The classes above count as those of transformers."""
+    linear_layers._kind.cache_clear()
+    monkeypatch.setattr(linear_layers, "_KNOWN", "")
+    yield
+    linear_layers._kind.cache_clear()
+
+
+@pytest.mark.parametrize("cls", [Flattened, Product])
+def test_the_forward_of_other_projects_is_not_run(cls: type[nn.Module]) -> None:
+    """It may compute a product here, and something else with larger tensors."""
+    assert linear_kind(cls) is None
+
+
 @pytest.mark.parametrize("cls", [nn.Linear, FalconLinear, Flattened])
-def test_linear_layers(cls: type[nn.Module]) -> None:
+def test_linear_layers(cls: type[nn.Module], trusted: None) -> None:
     assert linear_kind(cls) is nn.Linear
 
 
 @pytest.mark.parametrize("cls", [Conv1D, Product])
-def test_layers_stored_the_other_way(cls: type[nn.Module]) -> None:
+def test_layers_stored_the_other_way(cls: type[nn.Module], trusted: None) -> None:
     assert linear_kind(cls) is Conv1D
 
 
@@ -87,11 +104,11 @@ def test_layers_stored_the_other_way(cls: type[nn.Module]) -> None:
         nn.Bilinear,
     ],
 )
-def test_other_layers(cls: type[nn.Module]) -> None:
+def test_other_layers(cls: type[nn.Module], trusted: None) -> None:
     assert linear_kind(cls) is None
 
 
-def test_the_state_of_torch_stays_as_it_is() -> None:
+def test_the_state_of_torch_stays_as_it_is(trusted: None) -> None:
     class Late(FalconLinear):
         def forward(self, x: Any) -> Any:
             return super().forward(x)

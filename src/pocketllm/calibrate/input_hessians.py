@@ -118,7 +118,7 @@ class Collector:
         latest: list[tuple[Tensor, str]] = []  # the latest input and the first matrix that read it
         handles = [
             self.model.get_submodule(m.name.rpartition(".")[0]).register_forward_pre_hook(
-                self._hook(m, latest)
+                self._hook(m, latest), with_kwargs=True
             )
             for m in self.matrices
             if not m.experts
@@ -135,9 +135,9 @@ class Collector:
 
     def _hook(
         self, matrix: Matrix, latest: list[tuple[Tensor, str]]
-    ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def collect(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0]
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def collect(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = (*inputs, *named.values())[0]
             if matrix.name in self.weights:
                 self._add(matrix.name, x, self.weights[matrix.name])
             elif latest and latest[0][0] is x:

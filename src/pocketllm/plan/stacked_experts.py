@@ -36,6 +36,8 @@ def find_experts(module: Any, name: str, shape: tuple[int, ...], hidden: int | N
     """
     if "expert" not in f"{name} {type(module).__name__}".lower() or isinstance(module, _torch_layers()):
         return None
+    if min(shape[-2:], default=0) < 2 or "bias" in name.rpartition(".")[2]:
+        return None  # a scale or bias of each expert
     if len(shape) == 3:
         experts, rows, columns = shape
         if _is_transposed(module, name.rpartition(".")[2], rows, columns, hidden):

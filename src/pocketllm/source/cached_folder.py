@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from pocketllm.errors import SourceError
@@ -20,7 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_LOCK = "lock"
+_LOCK = "pocketllm-lock"
 
 
 def kept_folder(folder: Path, make: Callable[[Path], Path], nbytes: Callable[[], int]) -> Path:
@@ -37,7 +38,7 @@ def kept_folder(folder: Path, make: Callable[[Path], Path], nbytes: Callable[[],
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent)
+        _remove_leftovers(folder)
         with _scratch(folder) as scratch:
             made = make(scratch)
             try:
@@ -79,9 +80,10 @@ def _scratch(folder: Path) -> Iterator[Path]:
             yield place
 
 
-def _remove_leftovers(parent: Path) -> None:
-    """Remove the temporary folders of processes that were killed."""
-    for lock in parent.glob(f".*/{_LOCK}") if fcntl is not None else ():
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary folders of processes that were killed while they made this folder."""
+    own = f".{escape(folder.name)}-*/{_LOCK}"
+    for lock in folder.parent.glob(own) if fcntl is not None else ():
         with suppress(OSError), lock.open("r+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if its process lives
             shutil.rmtree(lock.parent, ignore_errors=True)

@@ -13,6 +13,8 @@ from pocketllm.torch_state import in_default_torch_state
 
 LAYERS = (nn.Embedding, nn.Linear, Conv1D)
 """Classes whose subclasses hold the matrices that a model multiplies with, or looks rows up in."""
+_KNOWN = "transformers."
+"""Module of the classes whose forward is run; code that comes with a model is in `transformers_modules`."""
 _INPUTS, _OUTPUTS = 5, 3
 _SHAPES = ((_INPUTS,), (4, _INPUTS), (2, 3, _INPUTS))
 _SCALES = (0.0, 1e-3, 1.0, 1e4)
@@ -26,8 +28,9 @@ class _OtherAttributeError(BaseException):
 def linear_kind(cls: Any) -> type[nn.Linear] | type[Conv1D] | None:
     """`nn.Linear` if modules of a class compute x W^T + b, `Conv1D` if they compute x W + b; None for any other.
 
-    A subclass with its own forward is decided by running that forward on small random tensors, with and without bias:
-    it must give the product, and must read no attribute but the weight, the bias and their sizes.
+    A subclass of transformers with its own forward is decided by running that forward on small random tensors, with
+    and without bias: it must give the product, and must read no attribute but the weight, the bias and their sizes.
+    Classes of other origin may do something else with other tensors, and count as any other layer.
     """
     return _kind(cls)
 
@@ -37,7 +40,9 @@ def linear_kind(cls: Any) -> type[nn.Linear] | type[Conv1D] | None:
 def _kind(cls: Any) -> type[nn.Linear] | type[Conv1D] | None:
     for plain in (nn.Linear, Conv1D):
         if issubclass(cls, plain):
-            return plain if cls.forward is plain.forward or _computes(cls, plain) else None
+            if cls.forward is plain.forward:
+                return plain
+            return plain if cls.__module__.startswith(_KNOWN) and _computes(cls, plain) else None
     return None
 
 
