@@ -11,23 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import SourceError
+from pocketllm.source.gguf_positions import need_positive
 
+_EPSILON = ("norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
 _COMPARED = {
     "block_count": ("num_hidden_layers",),
     "embedding_length": ("hidden_size",),
     "feed_forward_length": ("ffn_hidden_size", "intermediate_size"),
     "attention.head_count": ("num_attention_heads",),
-    "attention.head_count_kv": ("num_kv_heads", "num_key_value_heads"),
+    "attention.head_count_kv": ("num_key_value_heads",),
     "expert_count": ("num_experts", "num_local_experts"),
 }
 """Key -> attributes of a configuration, the first that there is; a difference is refused: other settings follow."""
 _SET = {
-    "attention.layer_norm_epsilon": (
-        *("norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
-    ),
-    "attention.layer_norm_rms_epsilon": (
-        *("norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
-    ),
+    "attention.layer_norm_epsilon": _EPSILON,
+    "attention.layer_norm_rms_epsilon": _EPSILON,
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "expert_used_count": ("num_experts_per_tok", "top_k_experts"),
@@ -80,6 +78,7 @@ class Metadata:
             self._put_base(config, key, part)
         self._put_rotated(config)
         self._put_window(config)
+        self._need_pattern(config)
         if config.model_type in _LARGEST:  # no key of GGUF holds the scale of attention
             wide = config.num_hidden_layers == _LARGEST[config.model_type]
             width = config.hidden_size // config.num_attention_heads if wide else config.head_dim
@@ -92,11 +91,8 @@ class Metadata:
         if len(found) > 1:
             raise self._refusal(key, value, "one value for every layer")
         number = next(iter(found), None)
-        if number is not None and not (math.isfinite(number) and number > 0):
-            raise SourceError(
-                f"{self.file}: {self.architecture}.{key} is {number}, wanted a positive number; the file is damaged, "
-                "fetch it again"
-            )
+        if number is not None:
+            need_positive(number, f"{self.file}: {self.architecture}.{key}")
         return number
 
     def _need(self, key: str, name: str, found: Any) -> None:
@@ -146,6 +142,18 @@ class Metadata:
         if not hasattr(config, "sliding_window") or (kinds and "sliding_attention" not in kinds):
             raise self._refusal(key, value, f"sliding_window {found}")
         config.sliding_window = value
+
+    def _need_pattern(self, config: Any) -> None:
+        key = "attention.sliding_window_pattern"
+        value, kinds = self.values.get(key), getattr(config, "layer_types", None)
+        if not value or not kinds:
+            return
+        found = [kind == "sliding_attention" for kind in kinds]
+        period = (
+            [number % value < value - 1 for number in range(len(kinds))] if isinstance(value, int) else value
+        )
+        if list(period) != found:
+            raise self._refusal(key, value, f"layer_types {found}")
 
     def _refusal(self, key: str, value: Any, found: str) -> SourceError:
         return SourceError(

@@ -24,6 +24,14 @@ _SCALED_PART = {"gemma3_text": "full_attention"}
 _PRECISION = 1e-3  # of a factor
 
 
+def need_positive(number: Any, where: str) -> None:
+    """Raises SourceError unless it is a positive, finite number. where: the file and the key or tensor."""
+    if not (isinstance(number, int | float) and math.isfinite(number) and number > 0):
+        raise SourceError(
+            f"{where} is {number!r}, wanted a positive number; the file is damaged, fetch it again"
+        )
+
+
 @dataclass(frozen=True)
 class RotaryScaling:
     """What a GGUF file says about scaled positions.
@@ -57,10 +65,7 @@ class RotaryScaling:
         numbers = {_FACTORS: factors, f"{prefix}factor": [values["factor"]] if "factor" in values else []}
         for name, found in numbers.items():
             for number in found:
-                if not (math.isfinite(number) and number > 0):
-                    raise SourceError(
-                        f"{file}: {name} holds {number}, wanted positive numbers; the file is damaged, fetch it again"
-                    )
+                need_positive(number, f"{file}: {name}")
         return cls(tuple(factors), "" if method == "none" else method, values, is_other)
 
     def put_into(self, config: Any, file: Path) -> None:
