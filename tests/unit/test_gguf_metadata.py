@@ -60,7 +60,6 @@ def test_base_of_positions_by_kind_of_layer(tmp_path: Path) -> None:
         ("starcoder2", "attention.sliding_window", 2048, "sliding_window"),
         ("gpt-oss", "attention.sliding_window", 64, "sliding_window"),
         ("nemotron", "attention.layer_norm_epsilon", 0.5, "norm_eps"),
-        ("lfm2", "attention.layer_norm_rms_epsilon", 0.5, "norm_eps"),
         ("falcon", "attention.layer_norm_epsilon", 0.5, "layer_norm_epsilon"),
         ("gemma2", "final_logit_softcapping", 8.0, "final_logit_softcapping"),
         ("qwen2moe", "expert_feed_forward_length", 24, "moe_intermediate_size"),
@@ -68,11 +67,8 @@ def test_base_of_positions_by_kind_of_layer(tmp_path: Path) -> None:
     ],
 )
 def test_settings(architecture: str, key: str, value: Any, name: str, tmp_path: Path) -> None:
-    keys = {
-        "lfm2": {"attention.head_count_kv": [0, 1], "shortconv.l_cache": 3},
-        "falcon": {"feed_forward_length": 256},
-    }
-    config = read(tmp_path, architecture, {**keys.get(architecture, {}), key: value})
+    keys = {"feed_forward_length": 256} if architecture == "falcon" else {}
+    config = read(tmp_path, architecture, {**keys, key: value})
     assert getattr(config, name) == value
 
 
