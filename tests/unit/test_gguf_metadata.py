@@ -102,6 +102,14 @@ def test_settings_that_change_nothing(architecture: str, keys: dict[str, Any], t
     assert read(tmp_path, architecture, keys).to_dict() == alone.to_dict()
 
 
+def test_blocks_that_predict_further_tokens() -> None:
+    """A file counts them as blocks, transformers does not."""
+    config, file = AutoConfig.for_model("qwen3", num_hidden_layers=2), Path("x.gguf")
+    Metadata(file, "qwen35", {"block_count": 3, "nextn_predict_layers": 1}).put_into(config)
+    with pytest.raises(SourceError, match=r"block_count is 3, .* num_hidden_layers 2"):
+        Metadata(file, "qwen35", {"block_count": 3}).put_into(config)
+
+
 @pytest.mark.parametrize(
     ("architecture", "keys", "words"),
     [

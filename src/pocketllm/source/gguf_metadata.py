@@ -67,6 +67,10 @@ class Metadata:
         """
         for key, names in _COMPARED.items():
             name, found = _attribute(config, names)
+            if (
+                key == "block_count"
+            ):  # counts blocks that predict further tokens, which transformers leaves out
+                found += self._value("nextn_predict_layers") or 0
             if found is not None:
                 self._need(key, name, found)
         for key, names in _SET.items():
