@@ -56,13 +56,14 @@ def write(
     blocks: int = CONFIG.num_hidden_layers,
     width: int = CONFIG.hidden_size,
     file_type: int | None = None,
+    window: int = 0,
 ) -> Path:
     """Write a model of the class above.
 
     Args:
         kind: quantization of the matrices. without: name of a tensor to leave out. added: more tensors by name.
         factors: that the frequencies of rotary positions are divided by. scaling: method and factor instead.
-        blocks, width, file_type: as the header says.
+        blocks, width, file_type, window: as the header says.
     """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -75,6 +76,8 @@ def write(
     writer.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_file_type(file_type or gguf.LlamaFileType[f"MOSTLY_{kind}"])
+    if window:
+        writer.add_sliding_window(window)
     if scaling is not None:
         writer.add_string(f"{architecture}.rope.scaling.type", scaling[0])
         writer.add_rope_scaling_factor(scaling[1])
@@ -122,6 +125,26 @@ def _name(name: str, parts: dict[str, str] = _NAMES) -> str:
         return f"{ends[stem]}.weight"
     _, _, number, rest = stem.split(".", 3)
     return f"blk.{number}.{parts[rest]}.weight"
+
+
+def write_header(path: Path, architecture: str, keys: dict[str, Any]) -> Path:
+    """Write the metadata of a model without its tensors. keys: without the prefix of the architecture."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in keys.items():
+        name = f"{architecture}.{key}"
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        else:
+            writer.add_float32(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def write_gemma3(path: Path, dense: Any, scaling: tuple[str, float] | None = None) -> Path:

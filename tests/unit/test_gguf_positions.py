@@ -6,6 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -13,6 +14,7 @@ from transformers import LlamaForCausalLM
 from pocketllm.errors import SourceError
 from pocketllm.source import gguf_model, resolve
 from pocketllm.source.folder import load_dense
+from pocketllm.source.gguf_positions import RotaryScaling
 from tests import gguf_files, tiny
 
 
@@ -83,6 +85,24 @@ def test_scaled_positions_that_cannot_be_translated(
         SourceError, match=f"tiny.gguf: scales rotary positions {words}, .* original checkpoint"
     ):
         resolve(str(file))
+
+
+@pytest.mark.parametrize("wrong", [0.0, -2.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["factor", "factors"])
+def test_scaling_that_is_not_possible(what: str, wrong: float, dense: Any, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"scaling": ("linear", wrong)} if what == "factor" else {"factors": [1.0, wrong]}
+    name = "llama.rope.scaling.factor" if what == "factor" else "rope_freqs.weight"
+    file = gguf_files.write(tmp_path / "tiny.gguf", dense, **how)
+    with pytest.raises(
+        SourceError, match=rf"tiny.gguf: {name} is {wrong}, wanted a positive number; .* fetch it again"
+    ):
+        resolve(str(file))
+
+
+def test_a_factor_without_a_method_is_linear(tmp_path: Path) -> None:
+    file = gguf_files.write_header(tmp_path / "x.gguf", "llama", {"rope.scaling.factor": 4.0})
+    found = RotaryScaling.of(gguf.GGUFReader(file), "llama", file)
+    assert (found.method, found.values) == ("linear", {"factor": 4.0})
 
 
 def gemma3(factor: float | None = None, **changes: Any) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 from pocketllm.errors import SourceError, cannot_read, reason_of
 from pocketllm.files import read_object, write_json
 from pocketllm.source.folder import copy_file_mode, read_tokenizer
+from pocketllm.source.gguf_metadata import Metadata
 from pocketllm.source.gguf_positions import RotaryScaling
 from pocketllm.source.model_files import WEIGHTS_NAME, check_counts
 from pocketllm.source.value_checks import check_values
@@ -105,19 +106,18 @@ class _Header:
     quantization: Quantization
     dtype: str
     shapes: dict[str, tuple[int, ...]]
+    metadata: Metadata
     positions: RotaryScaling
 
     def complete(self, config: Any) -> None:
         """Set in transformers' configuration what it does not read.
 
         Raises:
-            SourceError: positions that cannot be translated.
+            SourceError: settings or positions that cannot be translated.
         """
         if "token_embd.weight" in self.shapes:  # transformers counts the tokens of the tokenizer instead
             config.vocab_size = self.shapes["token_embd.weight"][-1]
-        if config.model_type == "gemma3_text":  # the file holds no scale of attention; as llama.cpp sets it
-            heads = config.hidden_size // config.num_attention_heads
-            config.query_pre_attn_scalar = heads if config.num_hidden_layers == 62 else config.head_dim
+        self.metadata.put_into(config)
         self.positions.put_into(config, self.file)
 
     def need_all_used(self, model: Any) -> None:
@@ -139,7 +139,7 @@ class _Header:
 
     @classmethod
     def of(cls, file: Path) -> _Header:
-        """Raises SourceError if it is damaged or one of several shards."""
+        """Raises SourceError if it is damaged, has positions that are not possible, or is one of several shards."""
         from gguf import GGUFReader
 
         try:
@@ -156,6 +156,7 @@ class _Header:
             raise SourceError(
                 f"{file}: one of {shards} shards; merge them into one file first (llama-gguf-split --merge)"
             )
+        _need_apart(reader, file)
         weights: Counter[str] = Counter()
         for tensor in reader.tensors:
             weights[tensor.tensor_type.name] += tensor.n_elements
@@ -168,7 +169,8 @@ class _Header:
             ),
             _KEPT_DTYPES.get(most, "bfloat16"),
             {tensor.name: tuple(int(size) for size in tensor.shape) for tensor in reader.tensors},
-            RotaryScaling.of(reader, architecture),
+            Metadata.of(reader, architecture, file),
+            RotaryScaling.of(reader, architecture, file),
         )
 
 
@@ -180,6 +182,18 @@ def _reason(error: BaseException, file: Path, place: Path) -> str:
 def _field(reader: Any, name: str) -> Any:
     field = reader.get_field(name)
     return None if field is None else field.contents()
+
+
+def _need_apart(reader: Any, file: Path) -> None:
+    """Raises SourceError if two tensors share bytes, or a tensor shares some with the header."""
+    name, end = "the header", reader.data_offset
+    for tensor in sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset)):
+        if tensor.data_offset < end:
+            raise SourceError(
+                f"{file}: {tensor.name} overlaps {name} (starts at byte {tensor.data_offset}, wanted {end} or later); "
+                "damaged, fetch it again"
+            )
+        name, end = tensor.name, tensor.data_offset + tensor.n_bytes
 
 
 def _type_name(reader: Any, most: str) -> str:

@@ -6,6 +6,7 @@ method (`rope.scaling.*`). Both are translated into transformers' settings.
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,14 @@ _SCALED_PART = {"gemma3_text": "full_attention"}
 _PRECISION = 1e-3  # of a factor
 
 
+def need_positive(number: Any, where: str) -> None:
+    """Raises SourceError unless it is a positive, finite number. where: the file and the key or tensor."""
+    if not (isinstance(number, int | float) and math.isfinite(number) and number > 0):
+        raise SourceError(
+            f"{where} is {number!r}, wanted a positive number; the file is damaged, fetch it again"
+        )
+
+
 @dataclass(frozen=True)
 class RotaryScaling:
     """What a GGUF file says about scaled positions.
@@ -37,8 +46,12 @@ class RotaryScaling:
     is_other: bool
 
     @classmethod
-    def of(cls, reader: Any, architecture: str) -> RotaryScaling:
-        """Read it with a `GGUFReader`."""
+    def of(cls, reader: Any, architecture: str, file: Path) -> RotaryScaling:
+        """Read it with a `GGUFReader`.
+
+        Raises:
+            SourceError: factors that are not positive and finite.
+        """
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         factors = tensors[_FACTORS].data.reshape(-1).tolist() if _FACTORS in tensors else ()
         prefix = f"{architecture}.rope.scaling."
@@ -47,7 +60,12 @@ class RotaryScaling:
             for name, field in reader.fields.items()
             if name.startswith(prefix)
         }
-        method, is_other = str(values.pop("type", "none")), any(name in tensors for name in _LONG_FACTORS)
+        is_other = any(name in tensors for name in _LONG_FACTORS)
+        method = str(values.pop("type", "linear" if "factor" in values else "none"))  # as in llama.cpp
+        numbers = {_FACTORS: factors, f"{prefix}factor": [values["factor"]] if "factor" in values else []}
+        for name, found in numbers.items():
+            for number in found:
+                need_positive(number, f"{file}: {name}")
         return cls(tuple(factors), "" if method == "none" else method, values, is_other)
 
     def put_into(self, config: Any, file: Path) -> None:
