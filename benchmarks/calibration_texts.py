@@ -10,7 +10,6 @@ Writes results/calibration_texts.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import CONTEXT, RESULTS, SMOLLM2, data_file, quiet, save
+from common import CONTEXT, SMOLLM2, data_file, quiet, rows_to_measure, save
 
 BPW = 2.05
 WINDOWS = 4  # of CONTEXT tokens, of each text that is judged on
@@ -55,16 +54,10 @@ ROWS = {
 
 def main() -> None:
     """Measure the rows named on the command line; the others keep their figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME")
-    chosen = parser.parse_args()
-    path = RESULTS / "calibration_texts.json"
-    rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else {}
-    if unknown := sorted(set(chosen.names) - set(ROWS)):
-        sys.exit(f"{unknown[0]}: no such row; known: {', '.join(ROWS)}")
+    names, rows = rows_to_measure(__doc__ or "", "calibration_texts", "rows", ROWS)
     with tempfile.TemporaryDirectory() as scratch:
         parts, judged = cut_texts(Path(scratch))
-        for name in chosen.names or [name for name in ROWS if name not in rows]:
+        for name in names:
             row, folder = ROWS[name], Path(scratch, "model")
             texts = [part for text in row.texts for part in ("--calibration", str(parts[text]()))]
             target = ("--bpw", str(BPW), "--keep-embeddings", "--overwrite")

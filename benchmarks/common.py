@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,21 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def rows_to_measure(doc: str, name: str, key: str, known: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """Rows that the command line names, by default those without a result, and the results that there are.
+
+    Args:
+        doc: of the program. name, key: where results/NAME.json keeps rows. known: all names.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    chosen, path = parser.parse_args().names, RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))[key] if path.is_file() else {}
+    if unknown := sorted(set(chosen) - set(known)):
+        sys.exit(f"{unknown[0]}: no such row; known: {', '.join(known)}")
+    return chosen or [row for row in known if row not in found], found
 
 
 def save(name: str, command: str, values: dict[str, Any], device: str = "cpu") -> None:

@@ -25,7 +25,7 @@ WAYS = ("dynamic", "static", "compiled", "compiled again")
 
 
 def options(way: str) -> dict[str, Any]:
-    """Of `generate`."""
+    """Arguments of `generate` for a way to run it."""
     from transformers import CompileConfig
 
     if way == "dynamic":

@@ -14,7 +14,6 @@ WikiText-2's validation text, since it decides. Writes results/hessian_forms.jso
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CONTEXT, RESULTS, SMOLLM2, data_file, quiet, save
+from common import CONTEXT, SMOLLM2, data_file, quiet, rows_to_measure, save
 from torch import Tensor, nn
 
 BPW, WINDOWS, ROUNDS = 2.05, 16, 4
@@ -120,14 +119,8 @@ def child(name: str, folder: Path) -> None:
 
 def main() -> None:
     """Measure the variants named on the command line, by default those without a result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME")
-    chosen = parser.parse_args()
-    path = RESULTS / "hessian_forms.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["variants"] if path.is_file() else {}
-    if unknown := sorted(set(chosen.names) - set(VARIANTS)):
-        sys.exit(f"{unknown[0]}: no such variant; known: {', '.join(VARIANTS)}")
-    for name in chosen.names or [name for name in VARIANTS if name not in found]:
+    names, found = rows_to_measure(__doc__ or "", "hessian_forms", "variants", VARIANTS)
+    for name in names:
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, __file__, "child", name, scratch]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -65,7 +65,7 @@ def test_a_process_of_its_own(model: str, tmp_path: Path) -> None:
 
 
 def test_overhead_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model with 64 positions, to which its prompts are cut."""
+    """Its prompts are cut to the model's 64 positions."""
     monkeypatch.setattr(probe, "run", probe.measure)
     model = tiny.save(tmp_path / "dense", max_position_embeddings=64, num_hidden_layers=3)
     done = run_study("overhead", str(model), tmp_path / "out", quick=True)

@@ -283,7 +283,7 @@ def test_cache_that_cannot_be_written(file: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(("kind", "nbytes"), [("Q2_K", 2), ("Q8_0", 2), ("F16", 2), ("F32", 4)])
 def test_the_disk_space_that_is_named(kind: str, nbytes: int, tmp_path: Path) -> None:
-    """Of the dequantized model, however small its file is."""
+    """It is that of the dequantized model, however small the file is."""
     path = tmp_path / "x.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     quantization = gguf.GGMLQuantizationType[kind]

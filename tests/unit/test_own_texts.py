@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import pocketllm
+from pocketllm.config import SampleConfig
 from pocketllm.errors import ConfigError, OutputError
-from pocketllm.evaluate import SampleConfig, sample_texts
+from pocketllm.evaluate import sample_texts
 from tests import tiny
 from tests.commands import Run
 
@@ -64,7 +65,7 @@ def test_what_another_model_or_setting_wrote_is_not_continued(
 
 def test_bad_requests(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tokens", "length", "batch"):
-        with pytest.raises(ConfigError, match=f"{name}: got 0, wanted 1 or more"):
+        with pytest.raises(ConfigError, match=f"{name}: got 0, wanted at least 1"):
             SampleConfig(**{name: 0})
     with pytest.raises(ConfigError, match="temperature: got 0"):
         SampleConfig(temperature=0)

@@ -10,6 +10,7 @@ import typer
 
 from pocketllm.cli.option_groups import LoadOptions, RunOptions, with_groups
 from pocketllm.cli.shared_options import Overwrite, Runnable, Seed
+from pocketllm.config import SampleConfig
 
 app = typer.Typer()
 
@@ -23,17 +24,19 @@ def sample(
     model: Runnable,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, JSON lines.")],
-    tokens: Annotated[int, typer.Option(help="Tokens to write, at least.")] = 40_000,
-    length: Annotated[int, typer.Option(help="Tokens of each text.")] = 512,
-    batch: Annotated[int, typer.Option(help="Texts at once.")] = 32,
-    temperature: Annotated[float, typer.Option(help="1 keeps the model's own distribution.")] = 1.0,
+    tokens: Annotated[int, typer.Option(help="Tokens to write, at least.")] = SampleConfig.tokens,
+    length: Annotated[int, typer.Option(help="Tokens of each text.")] = SampleConfig.length,
+    batch: Annotated[int, typer.Option(help="Texts at once.")] = SampleConfig.batch,
+    temperature: Annotated[
+        float, typer.Option(help="1 keeps the model's own distribution.")
+    ] = SampleConfig.temperature,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     how: LoadOptions,
     run: RunOptions,
 ) -> None:
     """Write text that a model makes up, to calibrate on where there is no text like its future inputs."""
-    from pocketllm.evaluate import SampleConfig, check_free, sample_texts
+    from pocketllm.evaluate import check_free, sample_texts
 
     show = run.output()
     run.setup()

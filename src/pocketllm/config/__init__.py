@@ -26,6 +26,7 @@ from pocketllm.config.presets import (
     preset,
 )
 from pocketllm.config.recover_config import DistillConfig, LoopConfig, LoraTuneConfig
+from pocketllm.config.sample_config import SampleConfig
 from pocketllm.config.settings import Setting, replaced, settings_of, text_of
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "LoraTuneConfig",
     "Preset",
     "Safeguards",
+    "SampleConfig",
     "Setting",
     "adapter_command",
     "as_options",

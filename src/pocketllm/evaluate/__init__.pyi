@@ -5,11 +5,7 @@ from .kl import Divergence as Divergence, standard_error as standard_error, text
 from .local_tasks import local_task_digest as local_task_digest, local_task_names as local_task_names
 from .measure import Adapter as Adapter, Model as Model, TaskOptions as TaskOptions
 from .own_process import import_all as import_all, peak_bytes as peak_bytes
-from .own_texts import (
-    SampleConfig as SampleConfig,
-    check_free as check_free,
-    sample_texts as sample_texts,
-)
+from .own_texts import check_free as check_free, sample_texts as sample_texts
 from .perplexity import Perplexity as Perplexity
 from .tasks import (
     PAPER_TASKS as PAPER_TASKS,

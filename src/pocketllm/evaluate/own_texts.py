@@ -4,49 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from pocketllm.config.checks import MOST_SEED
+from pocketllm.config import SampleConfig
 from pocketllm.errors import ConfigError, OutputError, reason_of
 from pocketllm.evaluate.generate import Sampling
 from pocketllm.format.output_file import check_target
 from pocketllm.text.vocabulary import positions_of
 from pocketllm.torch_state import in_default_torch_state
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """What is written.
-
-    tokens: in all, at least. length: tokens of a text; fewer if the model has fewer positions. batch: texts at once.
-    temperature: as of `Sampling`; at 1, texts have the model's own distribution. seed: of the random choices.
-
-    Raises:
-        ConfigError: a value out of range.
-    """
-
-    tokens: int = 40_000
-    length: int = 512
-    batch: int = 32
-    temperature: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "length", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted 1 or more")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature: got {self.temperature}, wanted above 0")
-        if not 0 <= self.seed <= MOST_SEED:
-            raise ConfigError(f"seed: got {self.seed}, wanted 0 to {MOST_SEED}")
 
 
 @in_default_torch_state

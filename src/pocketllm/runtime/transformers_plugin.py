@@ -249,8 +249,7 @@ class PocketQuantizer(HfQuantizer):
 def _conversions_of(model: Any, key_mapping: Any = None, hf_quantizer: Any = None, **options: Any) -> Any:
     """transformers' conversions of the tensors that a checkpoint stores: none if they are stored as the model has them.
 
-    To find those of one model, transformers builds those of all it knows, which takes a quarter of the time in which a
-    small dense model is loaded.
+    To find those of one model, transformers builds those of all that it knows, which takes long.
     """
     if key_mapping is None and isinstance(hf_quantizer, PocketQuantizer) and hf_quantizer.needs_no_conversion:
         return []

@@ -67,12 +67,13 @@ class Metadata:
         """
         for key, names in _COMPARED.items():
             name, found = _attribute(config, names)
+            if found is None:
+                continue
             if (
                 key == "block_count"
-            ):  # counts blocks that predict further tokens, which transformers leaves out
+            ):  # it counts blocks that predict further tokens, which transformers leaves out
                 found += self._value("nextn_predict_layers") or 0
-            if found is not None:
-                self._need(key, name, found)
+            self._need(key, name, found)
         for key, names in _SET.items():
             value, (name, _) = self._value(key), _attribute(config, names)
             if value is not None and name in vars(config):
