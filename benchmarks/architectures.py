@@ -77,17 +77,12 @@ def outcome(kind: str) -> Outcome:
     return found
 
 
-def _tokens() -> Any:
-    import torch
-
-    return torch.arange(3, 40)[None]
-
-
 def _logits(model: Any) -> Any:
     import torch
 
+    rows = model.config.num_codebooks if model.config.model_type.startswith("musicgen") else 1
     with torch.inference_mode():
-        return model(_tokens(), use_cache=False).logits.float()
+        return model(torch.arange(3, 40).expand(rows, -1), use_cache=False).logits.float()
 
 
 def _built(kind: str, folder: Path) -> Any:
@@ -95,10 +90,11 @@ def _built(kind: str, folder: Path) -> Any:
     import torch
     from tests import tiny
     from tiny_configs import config_of
-    from transformers import AutoModelForCausalLM
+
+    from pocketllm.source.model_class import build
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(kind)).eval()
+    model = build(config_of(kind), trust_remote_code=False).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Some classes leave the memory of a parameter as it is.
@@ -110,10 +106,23 @@ def _built(kind: str, folder: Path) -> Any:
         raise ValueError("logits are not finite")
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    again = _opened(folder)
     if not torch.allclose(_logits(again), logits, atol=_ROUNDING * float(logits.abs().max())):
         raise ValueError("transformers stores and loads another model")
     return logits
+
+
+def _opened(folder: Path, **settings: Any) -> Any:
+    """A stored model in float32, its configuration's quantization changed by `settings`."""
+    import torch
+    from transformers import AutoConfig
+
+    from pocketllm.source.model_class import model_class
+
+    config = AutoConfig.from_pretrained(folder)
+    if settings:
+        config.quantization_config |= settings
+    return model_class(config).from_pretrained(folder, config=config, dtype=torch.float32).eval()
 
 
 def _compressed(source: Path, output: Path, name: str, expected: Any, found: Outcome) -> dict[str, str]:
@@ -162,18 +171,12 @@ def _guarded(run: Callable[[], str]) -> str:
 def _loaded(source: Path, output: Path, mode: str, expected: Any) -> str:
     """Load a compressed model, and compare it with the dense one that holds the decoded weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from pocketllm.runtime.layers import packed_matrices
 
-    def load(mode: str) -> Any:
-        config = AutoConfig.from_pretrained(output)
-        config.quantization_config["mode"] = mode
-        return AutoModelForCausalLM.from_pretrained(output, config=config, dtype=torch.float32).eval()
-
-    model = load(mode)
-    packed = packed_matrices(model if mode == "packed" else load("packed"))
-    reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model = _opened(output, mode=mode)
+    packed = packed_matrices(model if mode == "packed" else _opened(output, mode="packed"))
+    reference = _opened(source)
     with torch.no_grad():
         for name, matrix in packed.items():
             reference.get_parameter(name).copy_(matrix())

@@ -102,10 +102,25 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def config_of(kind: str) -> Any:
-    """The tiny configuration of a type."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    """The tiny configuration of a type.
 
-    cls = CONFIG_MAPPING[kind]
+    Some multimodal types name a class for their language model that takes a configuration which no Auto class knows;
+    it is theirs then, and names its class.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as AUTO
+
+    own_type = getattr(transformers, AUTO[kind]).config_class.model_type
+    if own_type not in AUTO:
+        config = _tiny(CONFIG_MAPPING[own_type], own_type)
+        config.architectures = [AUTO[kind]]
+        return config
+    return _tiny(CONFIG_MAPPING[kind], kind)
+
+
+def _tiny(cls: Any, kind: str) -> Any:
+    """A configuration of a class and type at a tiny size."""
     own = _OWN.get(kind, {})
     # A default that the class itself refuses cannot be asked for its settings; `own` says what is missing.
     default = cls(**own) if kind in _REFUSED_DEFAULTS else cls()

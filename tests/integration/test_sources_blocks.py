@@ -148,6 +148,11 @@ REFUSED = {
             sliding_window=16,
         )
     ),
+    "no single token embedding": lambda: t.MusicgenForCausalLM(
+        t.MusicgenDecoderConfig(
+            vocab_size=96, max_position_embeddings=64, hidden_size=32, num_hidden_layers=2, ffn_dim=32
+        )
+    ),
 }
 
 
@@ -181,6 +186,14 @@ def test_whatever_a_block_raises_is_a_refusal(tmp_path: Path, monkeypatch: pytes
     def fail(*_: Any) -> None:
         raise KeyError("state")
 
+    for method, reason in (
+        ("after_blocks", "needs more than the output of its blocks after them"),
+        ("embedding_gradient", "runs what lies before its blocks without gradients"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(BlockStream, method, fail)
+            with pytest.raises(ConfigError, match=reason):
+                check_blocks(source, ids)
     monkeypatch.setattr(BlockStream, "call", fail)
     with pytest.raises(ConfigError, match=r"cannot be run block by block \('state'\)"):
         check_blocks(source, ids)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketllm.errors import ConfigError
+from pocketllm.errors import ConfigError, PocketError
 from pocketllm.source.model_class import find_blocks, shared_modules
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -53,6 +53,17 @@ def refusal(model: Any, reason: str) -> ConfigError:
     return ConfigError(
         f"calibration: {type(model).__name__} {reason}; use a preset without calibration (lookup-8x)"
     )
+
+
+@contextmanager
+def refused(model: Any, reason: str) -> Iterator[None]:
+    """Make a `refusal` of whatever a model raises in a `with` statement."""
+    try:
+        yield
+    except PocketError:
+        raise
+    except Exception as error:
+        raise refusal(model, reason) from error
 
 
 @contextmanager

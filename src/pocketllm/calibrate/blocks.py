@@ -23,6 +23,7 @@ from pocketllm.calibrate.block_list import (
     CaughtError,
     block_list as block_list,
     refusal,
+    refused,
     shared_with,
     standing_in,
 )
@@ -255,11 +256,15 @@ def check_blocks(source: DenseCheckpoint, windows: Tensor, device: str = "cpu") 
             (out,) = stream.run(block, stream.hidden)
         if out.shape != stream.hidden[0].shape:
             raise refusal(stream.model, "has blocks that change the shape of activations")
-        with torch.enable_grad():
+        with (
+            torch.enable_grad(),
+            refused(stream.model, "needs more than the output of its blocks after them"),
+        ):
             final = stream.after_blocks(out.detach().requires_grad_())
         if not final.requires_grad:
             raise refusal(stream.model, "runs its blocks without gradients")
-        stream.embedding_gradient(windows[:1, :16], torch.zeros_like(out))
+        with refused(stream.model, "runs what lies before its blocks without gradients"):
+            stream.embedding_gradient(windows[:1, :16], torch.zeros_like(out))
         if not stream.has_bare_head():
             raise refusal(stream.model, "has layers between its blocks and its head")
     except PocketError:

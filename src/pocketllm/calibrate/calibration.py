@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 import pocketllm
 from pocketllm.cache import cache_folder
+from pocketllm.calibrate.block_list import refusal
 from pocketllm.calibrate.input_hessians import regularized_hessian
 from pocketllm.calibrate.sensitivity import Sensitivity, measure
 from pocketllm.codec.index_form import form_of
@@ -36,6 +37,7 @@ from pocketllm.plan.selection import classify
 from pocketllm.ranks import SOLO, Ranks
 from pocketllm.source.dense_checkpoint import DenseCheckpoint
 from pocketllm.source.folder import read_tokenizer
+from pocketllm.source.model_class import input_embedding
 from pocketllm.text.default_texts import default_text
 from pocketllm.text.read import read_calibration
 from pocketllm.text.vocabulary import check_tokens, positions_of
@@ -246,10 +248,14 @@ def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Calibration
 
     Raises:
         SourceError: a text or the tokenizer cannot be read, or does not fit the model; too little text.
+        ConfigError: the model has no single token embedding.
     """
     settings = config.calibration
     if settings is None:
         return None
+    embedding: Any = input_embedding(source.model)
+    if embedding is None:
+        raise refusal(source.model, "has no single token embedding")
     tokenizer = _tokenizer(source)
     characters = _HUB_CHARACTERS_PER_TOKEN * settings.tokens
     texts = [read_calibration(place, characters, tokenizer) for place in settings.texts] or [default_text()]
@@ -257,7 +263,7 @@ def read_windows(source: DenseCheckpoint, config: CompressConfig) -> Calibration
     context = min(settings.context, positions)
     windows, counts = calibration_windows(tokenizer, texts, settings.tokens, context, config.seed)
     check_tokens(source.model, windows)
-    rows = source.model.get_input_embeddings().weight.shape[0]
+    rows = embedding.weight.shape[0]
     return CalibrationText(windows, pad(counts[:rows], (0, max(0, rows - len(counts)))))
 
 

@@ -50,21 +50,21 @@ def shared_modules(model: nn.Module) -> dict[str, str]:
 
 
 def input_embedding(model: Any) -> nn.Module | None:
-    """The token embedding of a model, if it declares one."""
+    """The token embedding of a model, if it declares one (models of audio have several)."""
     try:
         found = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    return found if isinstance(found, nn.Module) else None
+    return found if isinstance(found, nn.Module) and not isinstance(found, nn.ModuleList) else None
 
 
 def output_head(model: Any) -> nn.Module | None:
-    """The head that gives the logits of tokens; None for a class that has another head, or none."""
+    """The head that gives the logits of tokens; None for a class that has another head, several, or none."""
     try:
         found = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    return found if isinstance(found, nn.Module) else None
+    return found if isinstance(found, nn.Module) and not isinstance(found, nn.ModuleList) else None
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList] | None:

@@ -74,9 +74,11 @@ def check_tokens(model: Any, ids: Any) -> None:
         ids: token ids, of any shape.
 
     Raises:
-        SourceError: naming the token: the tokenizer belongs to another model.
+        SourceError: naming the token: the tokenizer belongs to another model. Or the model has no single embedding.
     """
     embedding = model.get_input_embeddings()  # a packed one decodes all of its weight when that is asked for
+    if not hasattr(embedding, "num_embeddings") and not hasattr(embedding, "weight"):
+        raise SourceError(f"{name_of(model)}: has no single token embedding, so it cannot be run on text")
     rows = int(embedding.num_embeddings if hasattr(embedding, "num_embeddings") else len(embedding.weight))
     if ids.numel() and int(ids.max()) >= rows:
         raise SourceError(
