@@ -1,8 +1,8 @@
 """Can the indices of a compressed model learn? Predicted and found change of its KL divergence if short segments of the
 trellis paths are replaced by the alternatives that a gradient promises most of. Writes results/index_learning.json.
 
-    POCKETLLM_DATA=... python benchmarks/index_learning.py NAME=FOLDER ...
-    python benchmarks/index_learning.py NAME=FOLDER --teacher DENSE --text FILE --held FILE ... --context 256 --rounds 4
+    POCKETLLM_DATA=... python benchmarks/index_learning.py                    # stories260K, see index_stories.py
+    POCKETLLM_DATA=... python benchmarks/index_learning.py NAME=FOLDER ...    # other models
 
 In each round:
 
@@ -23,13 +23,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, data_file, quiet, save
+from index_stories import rows
 from index_trial import Candidates, Trial
 from torch import Tensor
 
@@ -166,24 +170,25 @@ def measured(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     return {"rounds": rounds, "kl_after": after}
 
 
-def main() -> None:
-    """Measure the models that are named; figures of others stay."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER")
-    parser.add_argument("--teacher", default="")
-    parser.add_argument("--text", type=Path, nargs="+", default=[])
-    parser.add_argument("--held", type=Path, nargs="+", default=[])
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--tokens", type=int, default=32768, help="of the gradients")
-    parser.add_argument("--curvature-tokens", type=int, default=8192)
-    parser.add_argument("--projected", type=int, default=16, help="windows of step 3")
-    parser.add_argument("--windows", type=int, default=8, help="of each text that changes are measured on")
-    parser.add_argument("--rounds", type=int, default=1)
-    chosen = parser.parse_args()
-    if bool(chosen.text) != bool(chosen.held):
-        sys.exit("--text and --held belong together")
-    quiet()
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    made.add_argument("models", nargs="*", metavar="NAME=FOLDER")
+    made.add_argument("--teacher", default="")
+    made.add_argument("--text", type=Path, nargs="+", default=[])
+    made.add_argument("--held", type=Path, nargs="+", default=[])
+    made.add_argument("--context", type=int, default=512)
+    made.add_argument("--dtype", default="auto")
+    made.add_argument("--tokens", type=int, default=32768, help="of the gradients")
+    made.add_argument("--curvature-tokens", type=int, default=8192)
+    made.add_argument("--projected", type=int, default=16, help="windows of step 3")
+    made.add_argument("--windows", type=int, default=8, help="of each text that changes are measured on")
+    made.add_argument("--rounds", type=int, default=1)
+    return made
+
+
+def keep(chosen: argparse.Namespace, command: str) -> None:
+    """Measure the models that are named and write their figures; those of others stay."""
     path = RESULTS / "index_learning.json"
     models = json.loads(path.read_text(encoding="utf-8"))["models"] if path.is_file() else {}
     for name, _, folder in (entry.partition("=") for entry in chosen.models):
@@ -191,8 +196,24 @@ def main() -> None:
             key: getattr(chosen, key)
             for key in ("context", "dtype", "tokens", "curvature_tokens", "projected", "windows")
         }
-        models[name] = {**settings, **measured(Path(folder), chosen)}
+        models[name] = {"command": command, **settings, **measured(Path(folder), chosen)}
         save("index_learning", "python benchmarks/index_learning.py", {"models": models})
+
+
+def main() -> None:
+    """Measure the models of the command line, or those of stories260K."""
+    chosen = parser().parse_args()
+    if bool(chosen.text) != bool(chosen.held):
+        sys.exit("--text and --held belong together")
+    quiet()
+    own = "python benchmarks/index_learning.py"
+    if chosen.models:
+        # Folders lie anywhere; their names say enough.
+        shown = (re.sub(r"[^ =]*/", "", part) for part in sys.argv[1:])
+        return keep(chosen, shlex.join([*own.split(), *shown]))
+    with tempfile.TemporaryDirectory() as scratch:
+        for arguments in rows(Path(scratch)):
+            keep(parser().parse_args(arguments), own)
 
 
 if __name__ == "__main__":

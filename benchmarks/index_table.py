@@ -29,7 +29,8 @@ def index_learning() -> str:
     texts.append(
         f"Changes of KL(dense || compressed) in nats per token, ± standard error. {'; '.join(notes)}."
     )
-    return "\n\n".join([*texts, f"`{found['command']}`"])
+    commands = dict.fromkeys(model.get("command", found["command"]) for model in found["models"].values())
+    return "\n\n".join([*texts, ", ".join(f"`{command}`" for command in commands)])
 
 
 def _row(name: str, number: int, tried: dict[str, Any], held: list[str]) -> list[str]:

@@ -5,18 +5,24 @@ not see. Predicted is what the plan counted on: importance (nats per unit of nms
 (The nmse that is reached is larger, since error feedback shapes errors for the inputs, which the importance takes into
 account.)
 
-python benchmarks/predicted_loss.py MODEL COMPRESSED MEASURED    # MEASURED: folder of --calibration-cache
+    POCKETLLM_DATA=... python benchmarks/predicted_loss.py [--model smollm2-135m]
+
+Everything is compressed at 3 bits per weight, calibrated on WikiText-2's train text and measured on its raw test text.
+Writes results/predicted_MODEL.json; exit code 1 if a part is off by more than WITHIN times.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import data_file, quiet, save
+from common import SMOLLM2, SUBJECTS, data_file, quiet, save
 
+BPW, WITHIN = 3.0, 1.5
 CONTEXT, WINDOWS = 512, 8
 TEXT = ("wikitext2", "wiki.test.raw")
 
@@ -70,18 +76,29 @@ def measured(
 
 
 def main() -> None:
+    """Compress, predict and measure."""
     quiet()
+    import pocketllm
+    from pocketllm.config import CompressOptions
     from pocketllm.source import resolve
 
-    name, compressed, cache = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    report = json.loads((compressed / "pocketllm.json").read_text())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=SUBJECTS, default=SMOLLM2.name)
+    name = SUBJECTS[parser.parse_args().model].source
+    calibration = (str(data_file("wikitext2", "wiki.train.first_part.txt")),)
+    config = CompressOptions(bpw=BPW, calibration=calibration).config()
     text = data_file(*TEXT).read_text(encoding="utf-8")
-    wanted, got = predicted(name, report["config"], cache), measured(resolve(name), compressed, text)
+    with tempfile.TemporaryDirectory() as scratch:
+        out, cache = Path(scratch) / "out", Path(scratch) / "measured"
+        report = pocketllm.compress(name, config, out, calibration_folder=cache)
+        wanted, got = predicted(name, report.config, cache), measured(resolve(name), out, text)
     ratios = {part: got[part] / wanted[part] for part in wanted}
-    values = {"model": name, "bpw": report["bpw_matrices"], "predicted": wanted, "kl": got, "ratio": ratios}
+    values = {"model": name, "bpw": report.bpw_matrices, "predicted": wanted, "kl": got, "ratio": ratios}
     print(json.dumps(values, indent=1))
-    short = name.rpartition(":")[2].replace("/", "-")
-    save(f"predicted_{short}", f"python benchmarks/predicted_loss.py {name} COMPRESSED MEASURED", values)
+    short = name.rpartition(":")[2]
+    save(f"predicted_{short}", f"python benchmarks/predicted_loss.py --model {short}", values)
+    if off := [part for part, ratio in ratios.items() if not 1 / WITHIN < ratio < WITHIN]:
+        sys.exit(f"predicted and measured loss differ by more than {WITHIN} times: {', '.join(off)}")
 
 
 if __name__ == "__main__":
