@@ -86,3 +86,19 @@ def hashed() -> str:
         f"`{found['command']}`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
+
+
+def hessian_forms() -> str:
+    """Other Hessians for error feedback."""
+    found = load_results("hessian_forms")
+    rows = [
+        [name, f"{one['perplexity']:.2f}", f"{one['kl']:.3f} ± {one['kl_stderr']:.3f}"]
+        for name, one in found["variants"].items()
+    ]
+    dense = next(iter(found["variants"].values()))["dense_perplexity"]
+    note = (
+        f"SmolLM2-135M at {found['bpw']} bits per weight of the blocks (dense perplexity {dense:.2f}); WikiText-2 "
+        f"validation text, context {found['context']}, first {found['windows']} windows; one run each. "
+        f"`{found['command']}`"
+    )
+    return f"{markdown_table(['Hessians', 'perplexity', 'KL, nats'], rows)}\n\n{note}"

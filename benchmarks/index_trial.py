@@ -32,6 +32,7 @@ SEARCHED, KEPT = (
 )  # segments of a matrix, of the largest bound on their gain, and of the largest gain
 STEPS = {1: 6, 2: 4, 3: 2, 4: 2}  # of a segment, by bits of a step; else 1: at most 256 alternatives
 CPU = torch.device("cpu")
+_TRAINED = trainable._Linear  # what a trial replaces
 
 OnGradient = Callable[[str, Tensor, Tensor], None]
 
@@ -75,6 +76,8 @@ class Trial:
     def __init__(
         self, folder: Path, teacher: str, windows: Tensor, config: DistillConfig, dtype: str
     ) -> None:
+        trainable._Linear = _TRAINED  # type: ignore[misc]
+        FixedLinear.decoded.clear()
         base, self.dtype = open_base(folder, None), compute_dtype(dtype, CPU)
         dense = open_teacher(find_teacher(teacher or str(base.report["model"]), base), self.dtype, CPU)
         self.student = load_student(base, config, CPU)

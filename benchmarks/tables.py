@@ -13,7 +13,7 @@ from typing import Any
 
 import recovery_table
 from architecture_table import architectures, cost, large_models, peak_memory
-from codec_tables import codec_floor, codec_speed, hashed
+from codec_tables import codec_floor, codec_speed, hashed, hessian_forms
 from common import GEMMA
 from compensate_table import compensate
 from index_table import index_learning
@@ -87,6 +87,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibrated": calibrated,
     "ablations": ablations,
     "hashed": hashed,
+    "hessian_forms": hessian_forms,
     "calibration_texts": calibration_texts,
     "compensate": compensate,
     "rotation": rotation,
