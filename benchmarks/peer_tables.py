@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from common import GEMMA
 from pages import load_results, markdown_table, optional_results
 from peers import table
@@ -45,22 +47,36 @@ def headline() -> str:
         if "failure" in entry or not (ours or entry["title"] in _HEADLINE):
             continue
         title = f"**{entry['title']}**" if ours else entry["title"]
-        rows.append((entry["bpw"], title, entry["perplexity"], entry["kl_nats"]))
+        rows.append((entry["bpw"], title, entry["perplexity"], entry["kl_nats"], entry["name"]))
     for base in recovered["bases"].values():
         run = base["runs"].get("distill")
         if run is not None:
             title = f"**PocketLLM, {base['bpw_blocks']:.2f}, distilled**"
-            rows.append((base["bpw_blocks"], title, run["perplexity"], run["kl"]))
+            rows.append((base["bpw_blocks"], title, run["perplexity"], run["kl"], ""))
     rows.sort(key=lambda row: (-row[0], -row[2]))
-    shown = [[title, f"{bpw:.2f}", f"{ppl:.2f}", f"{kl:.3f}"] for bpw, title, ppl, kl in rows]
+    gemma = load_results(GEMMA.results("peers"))
+    shown = [
+        [title, f"{bpw:.2f}", f"{ppl:.2f}", f"{kl:.3f}", *_of_gemma(gemma["settings"].get(name))]
+        for bpw, title, ppl, kl, name in rows
+    ]
     dense = ["dense (bf16)", "16", f"{recovered['dense_perplexity']:.2f}", "0"]
+    dense += ["16", f"{gemma['dense']['perplexity']:.2f}", "0"]
     note = (
         f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, evaluated in "
         "bf16. bpw: every stored bit of the blocks' linear layers, per weight; embedding and head are dense in every "
-        f"row. `{found['command']}`, `{recovered['command']}`"
+        f"row. Gemma: {GEMMA.title}, first {gemma['windows']} windows; empty: not measured. `{found['command']}`, "
+        f"`{recovered['command']}`"
     )
     head = ["setting", "bpw", "perplexity", "KL to dense, nats"]
+    head += ["Gemma: bpw", "Gemma: perplexity", "Gemma: KL"]
     return f"{markdown_table(head, [dense, *shown])}\n\n{note}"
+
+
+def _of_gemma(entry: dict[str, Any] | None) -> list[str]:
+    """Bits, perplexity and divergence of a setting on Gemma; empty where it was not measured."""
+    if entry is None:
+        return ["", "", ""]
+    return [f"{entry['bpw']:.2f}", f"{entry['perplexity']:.2f}", f"{entry['kl_nats']:.3f}"]
 
 
 def peer_bits() -> str:
