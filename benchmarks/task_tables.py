@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pages import load_results, markdown_table
+from common import GEMMA, SMOLLM2, Subject
+from pages import load_results, markdown_table, optional_results
 from peers.table import number
 
 _TASK_TITLES = {
@@ -21,7 +22,12 @@ _TASK_TITLES = {
 
 def tasks() -> str:
     """Zero-shot accuracy of compressed models beside the dense one; the differences in brackets."""
-    found = load_results("tasks")
+    gemma = optional_results(GEMMA.results("tasks"))
+    parts = [_tasks(SMOLLM2, load_results("tasks"))]
+    return "\n\n".join(parts if gemma is None else [*parts, _tasks(GEMMA, gemma)])
+
+
+def _tasks(subject: Subject, found: dict[str, Any]) -> str:
     dense = found["dense"]
     names = [name for name in _TASK_TITLES if name in dense["tasks"]]
     names += [name for name in dense["tasks"] if name not in _TASK_TITLES]
@@ -53,7 +59,7 @@ def tasks() -> str:
     version = dense["tasks"][names[0]]["versions"]["lm-eval"]
     seconds = sum(task["seconds"] for task in dense["tasks"].values())
     note = (
-        f"SmolLM2-135M. Tasks: lm-eval {version}, zero-shot, acc, {which} ({seconds:.0f} seconds per model); "
+        f"{subject.title}. Tasks: lm-eval {version}, zero-shot, acc, {which} ({seconds:.0f} seconds per model); "
         "in brackets the difference from dense with its standard error, paired by document. Perplexity and KL: "
         f"{found['text']}, context {found['context']}, first {found['windows']} windows. Evaluated in "
         f"{found['dtype'].removeprefix('torch.')}. `{found['command']}`"
