@@ -96,7 +96,7 @@ def test_norms_of_heads_that_transformers_does_not_read(tmp_path: Path) -> None:
     """As StableLM 2 12B has them."""
     dense, added = gguf_store.model(TYPES["stablelm"]), {"blk.0.attn_q_norm.weight": torch.ones(4, 12)}
     with pytest.raises(
-        SourceError, match="StableLmForCausalLM has parameters for .* would ignore the others"
+        SourceError, match=r"StableLmForCausalLM has parameters for .* would ignore the others"
     ):
         resolve(str(gguf_store.write(tmp_path / "tiny.gguf", dense, TYPES["stablelm"], added)))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllm.errors import SourceError, reason_of
-from pocketllm.files import read_object, write_json
+from pocketllm.files import copy_into, read_object, write_json
 from pocketllm.source.folder import copy_file_mode, read_tokenizer
 from pocketllm.source.gguf_header import Header
 from pocketllm.source.model_files import WEIGHTS_NAME, check_counts
@@ -45,13 +44,13 @@ def convert(file: Path, folder: Path, tokenizer_files: list[Path], noted: bool =
         try:
             alone.symlink_to(file.absolute())
         except OSError:  # a system without links
-            shutil.copyfile(file, alone)
+            _copy(file, alone)
         with redirect_stderr(StringIO()):  # a bar that no setting of transformers turns off
             _write_model(alone, header, folder)
             if not any(path.name.startswith(_VOCABULARY) for path in tokenizer_files):
                 _write_tokenizer(alone, header, folder)
             for path in tokenizer_files:
-                shutil.copyfile(path, folder / path.name)
+                _copy(path, folder / path.name)
     try:
         read_tokenizer(folder, False)
     except SourceError as error:
@@ -61,6 +60,11 @@ def convert(file: Path, folder: Path, tokenizer_files: list[Path], noted: bool =
         raise SourceError(f"{file}: its tokenizer cannot be read ({reason}); {advice}") from error
     if noted:
         write_json(folder / NOTE_NAME, asdict(header.quantization))
+
+
+def _copy(path: Path, target: Path) -> None:
+    with target.open("wb") as out:
+        copy_into(path, out)
 
 
 def needed_bytes(file: Path) -> int:
