@@ -59,7 +59,10 @@ TYPES = {
         "qwen35moe",
         "qwen3_5_moe_text",
         {**_LINEAR_ATTENTION, **_EXPERTS, "shared_expert_intermediate_size": 28},
-        {**_LINEAR_ATTENTION_KEYS, "expert_shared_feed_forward_length": 28},
+        {
+            **{**_LINEAR_ATTENTION_KEYS, "expert_shared_feed_forward_length": 28},
+            "attention.recurrent_layers": [True, False],
+        },
         qwen35,
     ),
     "phi3": Type(

@@ -113,6 +113,15 @@ def test_blocks_that_predict_further_tokens() -> None:
         Metadata(file, "qwen35", {"block_count": 3}).put_into(config)
 
 
+def test_layers_of_another_kind() -> None:
+    config = AutoConfig.for_model("qwen3_5_text", num_hidden_layers=2, full_attention_interval=2)
+    Metadata(Path("x.gguf"), "qwen35", {"attention.recurrent_layers": [True, False]}).put_into(config)
+    with pytest.raises(
+        SourceError, match=r"recurrent_layers is \[False, True\], .* layer_types \[True, False\]"
+    ):
+        Metadata(Path("x.gguf"), "qwen35", {"attention.recurrent_layers": [False, True]}).put_into(config)
+
+
 @pytest.mark.parametrize(
     ("architecture", "keys", "words"),
     [

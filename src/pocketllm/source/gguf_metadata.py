@@ -33,12 +33,19 @@ _SET = {
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
 }
 """As above; the configuration takes the value of the file."""
+_BASES = {"rope.freq_base": "full_attention", "rope.freq_base_swa": "sliding_attention"}
+"""Key -> the kind of layer that it is for, in a configuration with several."""
+_PATTERNS = {
+    "attention.sliding_window_pattern": "sliding_attention",
+    "attention.recurrent_layers": "linear_attention",
+}
+"""Key -> the kind of layer that it says of every layer whether it is; a difference is refused."""
 _READ = {
-    *{*_COMPARED, *_SET, "nextn_predict_layers", "context_length", "vocab_size", "full_attention_interval"},
-    *("attention.key_length", "attention.value_length", "rope.freq_base", "rope.freq_base_swa"),
-    *("rope.dimension_count", "attention.sliding_window", "attention.sliding_window_pattern"),
+    *(*_COMPARED, *_SET, *_BASES, *_PATTERNS),
+    *("attention.key_length", "attention.value_length", "attention.sliding_window", "rope.dimension_count"),
     *("rope.dimension_sections", "shortconv.l_cache", "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size"),
-    *("ssm.time_step_rank", "ssm.group_count", "tensor_data_layout", "use_parallel_residual", "pooling_type"),
+    *("ssm.time_step_rank", "ssm.group_count", "full_attention_interval", "nextn_predict_layers"),
+    *("context_length", "vocab_size", "tensor_data_layout", "use_parallel_residual", "pooling_type"),
 }
 """Keys that are read here or by transformers, or do not change the model: llama.cpp finds parallel residuals by the
 tensors, as transformers does, and pools after the model."""
@@ -55,8 +62,6 @@ _UNREADABLE = {
     "gpt_oss": "its experts",
 }
 """Type -> what transformers does not read from GGUF files, or takes from its defaults."""
-_BASES = {"rope.freq_base": "full_attention", "rope.freq_base_swa": "sliding_attention"}
-"""Key -> the kind of layer that it is for, in a configuration with several."""
 _LARGEST = {"gemma2": 46, "gemma3_text": 62}
 """Model type -> number of blocks of its 27B model, which scales attention otherwise (as in llama.cpp)."""
 _DEFAULT_BASE = 1e4  # of rotary positions in a file that names none, as in llama.cpp
@@ -143,7 +148,8 @@ class Metadata:
             self._put_base(config, key, part)
         self._put_rotated(config)
         self._put_window(config)
-        self._need_pattern(config)
+        for key, kind in _PATTERNS.items():
+            self._need_pattern(config, key, kind)
         if config.model_type in _LARGEST:  # no key of GGUF holds the scale of attention
             wide = config.num_hidden_layers == _LARGEST[config.model_type]
             width = config.hidden_size // config.num_attention_heads if wide else config.head_dim
@@ -217,12 +223,11 @@ class Metadata:
             raise self._refusal(key, value, f"sliding_window {found}")
         config.sliding_window = value
 
-    def _need_pattern(self, config: Any) -> None:
-        key = "attention.sliding_window_pattern"
+    def _need_pattern(self, config: Any, key: str, kind: str) -> None:
         value, kinds = self.values.get(key), getattr(config, "layer_types", None)
         if not value or not kinds:
             return
-        found = [kind == "sliding_attention" for kind in kinds]
+        found = [own == kind for own in kinds]
         period = (
             [number % value < value - 1 for number in range(len(kinds))] if isinstance(value, int) else value
         )
