@@ -78,6 +78,7 @@ def test_scaled_positions(dense: Any, tmp_path: Path, parameters: dict[str, Any]
         ({"factors": [1.0] * 15 + [7.0]}, "by factors for each frequency"),
         ({"factors": [8.0] * 5}, "by factors for each frequency"),
         ({"scaling": ("longrope", 4.0)}, "by the method 'longrope'"),
+        ({"factors": [1.0] * 8 + [8.0] * 8, "scaling": ("linear", 4.0)}, "by the method 'linear'"),
     ],
 )
 def test_scaled_positions_that_cannot_be_translated(
