@@ -36,7 +36,7 @@ def shifted_norms(name: str, value: Tensor, config: Any) -> Stored:
 
 
 def experts(name: str, value: Tensor, config: Any) -> Stored:
-    """Gate and up projections of experts apart; no dimension of one at the end (of ggml's order)."""
+    """Gate and up projections of experts separated; the gate of shared experts without its dimension of one."""
     stem, _, last = name.rpartition(".")
     if last == "gate_up_proj":
         gate, up = value.chunk(2, dim=1)
@@ -70,7 +70,7 @@ def convolutions(name: str, value: Tensor, config: Any) -> Stored:
 
 
 def qwen35(name: str, value: Tensor, config: Any) -> Stored:
-    """As above, with the value heads of linear attention in tiles over its key heads."""
+    """As `convolutions` and `experts`; value heads of linear attention are in tiles over its key heads."""
     keys, own = config.linear_num_key_heads, 2 * config.linear_key_head_dim * config.linear_num_key_heads
 
     def tiled(rows: Tensor, width: int = config.linear_value_head_dim) -> Tensor:

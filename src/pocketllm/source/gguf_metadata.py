@@ -39,7 +39,7 @@ _PATTERNS = {
     "attention.sliding_window_pattern": "sliding_attention",
     "attention.recurrent_layers": "linear_attention",
 }
-"""Key -> the kind of layer that it says of every layer whether it is; a difference is refused."""
+"""Key -> the kind of layer that its list marks; a difference is refused."""
 _READ = {
     *(*_COMPARED, *_SET, *_BASES, *_PATTERNS),
     *("attention.key_length", "attention.value_length", "attention.sliding_window", "rope.dimension_count"),
@@ -47,21 +47,21 @@ _READ = {
     *("ssm.time_step_rank", "ssm.group_count", "full_attention_interval", "nextn_predict_layers"),
     *("context_length", "vocab_size", "tensor_data_layout", "use_parallel_residual", "pooling_type"),
 }
-"""Keys that are read here or by transformers, or do not change the model: llama.cpp finds parallel residuals by the
-tensors, as transformers does, and pools after the model."""
+"""Keys that are read here or by transformers, and keys that do not change the model: llama.cpp recognizes parallel
+residuals by the tensors, as transformers does, and pooling follows the model."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale", "expert_weights_scale"), (0, 1)),
     "attention.causal": (True,),
 }
-"""Values of other keys that change nothing; 0 (False) for those that are not named."""
+"""Values of other keys that change nothing; for keys that are not listed, 0 (or False)."""
 _GATES = {"minimax_m2": 2}
-"""Model type -> the function that weighs its experts (sigmoid); softmax (1) for others."""
+"""Model type -> number of the function that weights its experts (2: sigmoid); others have 1 (softmax)."""
 _UNREADABLE = {
     "gemma4": "the sizes and scales of its layers",
     "gpt-oss": "its experts",
     "gpt_oss": "its experts",
 }
-"""Type -> what transformers does not read from GGUF files, or takes from its defaults."""
+"""Type -> the part that transformers does not read from GGUF files."""
 _LARGEST = {"gemma2": 46, "gemma3_text": 62}
 """Model type -> number of blocks of its 27B model, which scales attention otherwise (as in llama.cpp)."""
 _DEFAULT_BASE = 1e4  # of rotary positions in a file that names none, as in llama.cpp
