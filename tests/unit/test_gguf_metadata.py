@@ -146,6 +146,11 @@ def test_layers_of_another_kind() -> None:
         ),
         ("falcon", {"feed_forward_length": 96}, "feed_forward_length is 96, .* ffn_hidden_size 256"),
         ("nemotron", {"attention.layer_norm_epsilon": [0.1, 0.2]}, "is .*0.2.* one value for every layer"),
+        (
+            "nemotron",
+            {"attention.layer_norm_epsilon": 0.5, "attention.layer_norm_rms_epsilon": 0.25},
+            "layer_norm_epsilon is 0.5, .*layer_norm_rms_epsilon 0.25",
+        ),
         ("llama", {"expert_count": 8, "expert_used_count": 2}, "expert_count is 8, .* no experts"),
         ("qwen2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, .* no such setting"),
         *(
@@ -200,7 +205,7 @@ NEEDED = {"attention.head_count": 2, "attention.layer_norm_rms_epsilon": 1e-5}
     ("architecture", "keys", "missing"),
     [
         ("llama", {"attention.layer_norm_epsilon": 1e-5}, "attention.head_count"),
-        ("llama", {"attention.head_count": 2}, "attention.layer_norm_rms_epsilon"),
+        ("llama", {"attention.head_count": 2}, "attention.layer_norm_epsilon"),
         ("qwen3moe", {**NEEDED, "expert_count": 4}, "expert_used_count"),
         ("gemma3", NEEDED, "attention.sliding_window"),
     ],

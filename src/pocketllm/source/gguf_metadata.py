@@ -13,7 +13,9 @@ from typing import Any
 from pocketllm.errors import SourceError
 from pocketllm.source.gguf_positions import need_positive
 
-_EPSILON = ("norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
+_EPSILON_NAMES = ("norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
+_EPSILON_KEYS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon")
+"""A file may have both; which one counts depends on its type."""
 _COMPARED = {
     "block_count": ("num_hidden_layers",),
     "embedding_length": ("hidden_size",),
@@ -24,8 +26,7 @@ _COMPARED = {
 }
 """Key -> attributes of a configuration, the first that there is; a difference is refused: other settings follow."""
 _SET = {
-    "attention.layer_norm_epsilon": _EPSILON,
-    "attention.layer_norm_rms_epsilon": _EPSILON,
+    **dict.fromkeys(_EPSILON_KEYS, _EPSILON_NAMES),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "expert_used_count": ("num_experts_per_tok", "top_k_experts"),
@@ -97,10 +98,7 @@ class Metadata:
                 f"{self.file}: a GGUF file of the type {self.architecture!r} cannot be read: transformers does not "
                 f"read {part} from GGUF files; compress the original checkpoint (safetensors) instead"
             )
-        needed = [
-            ("attention.head_count",),
-            ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"),
-        ]
+        needed: list[tuple[str, ...]] = [("attention.head_count",), _EPSILON_KEYS]
         if self._value("expert_count"):
             needed.append(("expert_used_count",))
         if self.architecture == "gemma3":
@@ -125,6 +123,9 @@ class Metadata:
             SourceError: a value that cannot be set, or is not possible.
         """
         self._need_known(config)
+        one, other = (self._value(key) for key in _EPSILON_KEYS)
+        if None not in (one, other) and one != other:
+            raise self._refusal(_EPSILON_KEYS[0], one, f"{_EPSILON_KEYS[1]} {other}")
         for key, names in _COMPARED.items():
             name, found = _attribute(config, names)
             if found is None:
