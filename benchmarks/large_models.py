@@ -61,8 +61,15 @@ def _sizes(
     }
 
 
+_LLAMA_3_POSITIONS = {
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        **{"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0},
+        **{"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+    },
+}
 MODELS = {
-    "llama-3.1-8b": Large("LlamaConfig", _sizes(4096, 14336, 32, 32, 8, 128256)),
+    "llama-3.1-8b": Large("LlamaConfig", _sizes(4096, 14336, 32, 32, 8, 128256, **_LLAMA_3_POSITIONS)),
     "qwen3-8b": Large("Qwen3Config", _sizes(4096, 12288, 36, 32, 8, 151936, head_dim=128)),
     "qwen3-30b-a3b": Large(
         "Qwen3MoeConfig",

@@ -136,6 +136,8 @@ def write_header(path: Path, architecture: str, keys: dict[str, Any]) -> Path:
             writer.add_array(name, value)
         elif isinstance(value, str):
             writer.add_string(name, value)
+        elif isinstance(value, bool):
+            writer.add_bool(name, value)
         elif isinstance(value, int):
             writer.add_uint32(name, value)
         else:

@@ -9,14 +9,14 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from pocketllm.errors import PocketError
+from pocketllm.errors import PocketError, cannot_read
 
 _LARGEST_JSON = 1 << 28  # bytes; the report of a model with a million matrices is below
 
 
-_PART = 1 << 24  # bytes: a thread that hashes a file asks for the interpreter lock once for each part
+_PART = 1 << 24  # bytes: a thread that reads a file asks for the interpreter lock once for each part
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -119,6 +119,32 @@ def files_below(folder: Path, error: type[PocketError]) -> Iterator[str]:
         for name in sorted(names):
             if not name.startswith("."):
                 yield (Path(place) / name).relative_to(folder).as_posix()
+
+
+def copy_into(path: Path, out: IO[bytes]) -> None:
+    """Append the content of a file to a stream.
+
+    Raises:
+        SourceError: the file cannot be read. OSError: the stream cannot be written.
+    """
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    with stream:
+        copy_stream(stream, out, path)
+
+
+def copy_stream(stream: IO[bytes], out: IO[bytes], path: Path) -> None:
+    """Append one stream to another. path: of the first, for the error; raises as `copy_into`."""
+    while True:
+        try:
+            part = stream.read(_PART)
+        except OSError as error:
+            raise cannot_read(path, error) from error
+        if not part:
+            return
+        out.write(part)
 
 
 def is_utf8(text: str) -> bool:

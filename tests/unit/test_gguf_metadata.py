@@ -92,6 +92,9 @@ def test_scale_of_attention(architecture: str, blocks: int, scale: int, tmp_path
         ("gemma3", {**GEMMA, "block_count": 6, "attention.sliding_window_pattern": 6}),
         ("gemma3", {**GEMMA, "attention.sliding_window_pattern": [True, True]}),
         ("gemma2", {**GEMMA, "rope.freq_base_swa": 1e4}),
+        ("llama", {"logit_scale": 1.0, "attention.scale": 0.0, "attention.causal": True, "pooling_type": 1}),
+        ("qwen3moe", {"expert_count": 128, "expert_gating_func": 1, "expert_weights_scale": 1.0}),
+        ("llama", {"expert_count": 0, "expert_used_count": 0, "tensor_data_layout": "Meta AI original pth"}),
     ],
 )
 def test_settings_that_change_nothing(architecture: str, keys: dict[str, Any], tmp_path: Path) -> None:
@@ -108,6 +111,15 @@ def test_blocks_that_predict_further_tokens() -> None:
     Metadata(file, "qwen35", {"block_count": 3, "nextn_predict_layers": 1}).put_into(config)
     with pytest.raises(SourceError, match=r"block_count is 3, .* num_hidden_layers 2"):
         Metadata(file, "qwen35", {"block_count": 3}).put_into(config)
+
+
+def test_layers_of_another_kind() -> None:
+    config = AutoConfig.for_model("qwen3_5_text", num_hidden_layers=2, full_attention_interval=2)
+    Metadata(Path("x.gguf"), "qwen35", {"attention.recurrent_layers": [True, False]}).put_into(config)
+    with pytest.raises(
+        SourceError, match=r"recurrent_layers is \[False, True\], .* layer_types \[True, False\]"
+    ):
+        Metadata(Path("x.gguf"), "qwen35", {"attention.recurrent_layers": [False, True]}).put_into(config)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +146,24 @@ def test_blocks_that_predict_further_tokens() -> None:
         ),
         ("falcon", {"feed_forward_length": 96}, "feed_forward_length is 96, .* ffn_hidden_size 256"),
         ("nemotron", {"attention.layer_norm_epsilon": [0.1, 0.2]}, "is .*0.2.* one value for every layer"),
+        (
+            "nemotron",
+            {"attention.layer_norm_epsilon": 0.5, "attention.layer_norm_rms_epsilon": 0.25},
+            "layer_norm_epsilon is 0.5, .*layer_norm_rms_epsilon 0.25",
+        ),
+        ("llama", {"expert_count": 8, "expert_used_count": 2}, "expert_count is 8, .* no experts"),
+        ("qwen2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, .* no such setting"),
+        *(
+            (architecture, {key: value}, f"{key} is {value}, .* no such setting")
+            for architecture, key, value in [
+                ("llama", "logit_scale", 0.5),
+                ("llama", "attention.causal", False),
+                ("llama", "rope.scale_linear", 4.0),
+                ("mamba", "ssm.dt_b_c_rms", True),
+                ("qwen3moe", "expert_gating_func", 2),
+                ("minimax-m2", "expert_gating_func", 1),
+            ]
+        ),
     ],
 )
 def test_another_model_is_refused(
@@ -151,6 +181,42 @@ def test_values_that_are_not_possible(wrong: Any, tmp_path: Path) -> None:
         SourceError, match=rf"x.gguf: starcoder2.rope.freq_base is '?{wrong}'?, wanted a positive number"
     ):
         read(tmp_path, "starcoder2", {"rope.freq_base": wrong})
+
+
+@pytest.mark.parametrize("architecture", ["lfm2", "minimax-m2"])
+def test_the_base_of_a_file_that_names_none(architecture: str, tmp_path: Path) -> None:
+    """It is that of llama.cpp, whatever the default of transformers is."""
+    config = AutoConfig.for_model(
+        architecture.replace("-", "_"), rope_parameters={"rope_type": "default", "rope_theta": 5e6}
+    )
+    Metadata(tmp_path / "x.gguf", architecture, {}).put_into(config)
+    assert config.rope_parameters["rope_theta"] == 1e4
+
+
+@pytest.mark.parametrize("architecture", ["stablelm", "nemotron"])
+def test_all_dimensions_of_a_file_that_names_none_are_rotated(architecture: str, tmp_path: Path) -> None:
+    assert read(tmp_path, architecture, {}).rope_parameters["partial_rotary_factor"] == 1
+
+
+NEEDED = {"attention.head_count": 2, "attention.layer_norm_rms_epsilon": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "missing"),
+    [
+        ("llama", {"attention.layer_norm_epsilon": 1e-5}, "attention.head_count"),
+        ("llama", {"attention.head_count": 2}, "attention.layer_norm_epsilon"),
+        ("qwen3moe", {**NEEDED, "expert_count": 4}, "expert_used_count"),
+        ("gemma3", NEEDED, "attention.sliding_window"),
+    ],
+)
+def test_settings_that_are_missing(architecture: str, keys: dict[str, Any], missing: str) -> None:
+    """transformers would take its default, which is that of another model."""
+    Metadata(Path("x.gguf"), "llama", NEEDED).need_readable()
+    with pytest.raises(
+        SourceError, match=rf"^x.gguf: does not say {architecture}.{missing}, .* original checkpoint"
+    ):
+        Metadata(Path("x.gguf"), architecture, keys).need_readable()
 
 
 def test_the_conversion_refuses_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

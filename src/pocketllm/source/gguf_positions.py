@@ -95,12 +95,14 @@ class RotaryScaling:
 
     def _translated(self) -> dict[str, Any] | None:
         """Settings of transformers, none if nothing is scaled; None if there are no such settings."""
+        values = {_NAMES[name]: value for name, value in self.values.items() if name in _NAMES}
+        unknown = {name: value for name, value in self.values.items() if name not in (*_NAMES, "finetuned")}
+        if not self.method and any(value not in (0, 1) for value in unknown.values()):
+            return None
         if self._is_by_factor:
-            return {"rope_type": "llama3", "factor": max(self.factors), **_LLAMA}
+            return None if self.method else {"rope_type": "llama3", "factor": max(self.factors), **_LLAMA}
         if not self.method:
             return {}
-        values = {_NAMES[name]: value for name, value in self.values.items() if name in _NAMES}
-        unknown = set(self.values) - {*_NAMES, "finetuned"}
         if self.method not in _TRANSLATED or unknown or "factor" not in values:
             return None
         return {"rope_type": self.method, **values}
