@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,10 +273,15 @@ def main() -> None:
     if sys.argv[1:2] == ["--step"]:
         _run_step(*sys.argv[2:5])
         return
-    path, is_whole = RESULTS / "large_models.json", "--whole" in sys.argv
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}; default: all")
+    parser.add_argument("--whole", action="store_true", help="the exact sizes only")
+    given, path = parser.parse_args(), RESULTS / "large_models.json"
+    if unknown := sorted(set(given.models) - set(MODELS)):
+        parser.error(f"{unknown[0]}: no such model; known: {', '.join(MODELS)}")
     found: dict[str, Any] = json.loads(path.read_text())["models"] if path.is_file() else {}
-    for name in [name for name in sys.argv[1:] if name != "--whole"] or MODELS:
-        measured = {"whole": whole(MODELS[name])} | ({} if is_whole else {"block": block(name)})
+    for name in given.models or MODELS:
+        measured = {"whole": whole(MODELS[name])} | ({} if given.whole else {"block": block(name)})
         found[name] = found.get(name, {}) | measured
         print(name, found[name], flush=True)
         models = {key: found[key] for key in MODELS if key in found}
