@@ -38,4 +38,15 @@ struct Shape {
     }
 };
 
+// What does not change between products with a matrix; banded_cpu.py fills it in, eight bytes for each field.
+struct Matrix {
+    const uint8_t* bands;
+    const int8_t* entries;  // [d, 256]
+    const float* scale;
+    const float *signs_in, *mixer_in, *signs_out, *mixer_out;  // null where a side is not rotated
+    int64_t d, columns, rows, n, width, stride, strips;
+
+    Shape shape() const { return Shape{rows, n, width, stride, strips}; }
+};
+
 }  // namespace hashed
