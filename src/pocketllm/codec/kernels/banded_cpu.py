@@ -1,4 +1,6 @@
-"""The CPU kernels of the hashed trellis as functions of tensors: hashed_rows.cpp and hashed_matmul.cpp."""
+"""The CPU kernels of the hashed trellis as functions of tensors: hashed_rows.cpp and, for many rows of x,
+hashed_many.cpp.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ _ADDRESS, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 
 class PreparedBands:
-    """A banded weight as the kernels take it at once: addresses and sizes (`Matrix` of hashed_rows.cpp).
+    """A banded weight as the kernels take it at once: addresses and sizes (`Matrix` of hashed_layout.h).
 
     Args:
         bands, entries, row_scale, signs_out, signs_in: as of a `PackedWeight`, on the CPU.

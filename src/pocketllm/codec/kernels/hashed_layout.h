@@ -1,4 +1,4 @@
-// The layout in bands that hashed_bands.cpp makes and hashed_matmul.cpp reads.
+// The layout in bands that hashed_bands.cpp makes and the kernels of the hashed trellis read.
 //
 // A band is eight columns of subvectors of a strip: bit c of its byte m is bit m of column c. The window of row t
 // then lies in bytes t * stride to t * stride + width of all eight columns. The first width - stride bytes repeat
