@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -37,23 +38,23 @@ struct alignas(64) Entries {  // of eight rows times eight columns
 };
 
 // A block of tokens as integers, in the order in which they are multiplied with bands:
-// [tiles][bands * d][TILE][COLUMNS]; zero beyond the columns of the matrix.
+// [tiles][bands * d][TILE][COLUMNS], zero beyond the columns of the matrix.
 struct Tokens {
     const Matrix& m;
     int64_t steps;
-    std::vector<int8_t> rotated, bytes;
+    std::unique_ptr<int8_t[]> rotated, bytes;  // not filled with zeros: what nothing is written to is not used either
     std::vector<float> unit;
     std::vector<int32_t> offset;  // 128 times the sum of a token, which products with unsigned entries have too much
 
     Tokens(const Matrix& m, int64_t most)
-        : m(m), steps(m.shape().bands() * m.d), rotated(most * m.columns),
-          bytes((most + TILE - 1) / TILE * TILE * steps * COLUMNS), unit(most), offset(most + TILE) {}
+        : m(m), steps(m.shape().bands() * m.d), rotated(new int8_t[most * m.columns]),
+          bytes(new int8_t[(most + TILE - 1) / TILE * TILE * steps * COLUMNS]), unit(most), offset(most) {}
 
-    const int8_t* tile(int64_t number) const { return bytes.data() + number * TILE * steps * COLUMNS; }
+    const int8_t* tile(int64_t number) const { return bytes.get() + number * TILE * steps * COLUMNS; }
 
     // Tokens [first, first + count) of the block, from x.
     HASHED_TARGET void take(const BFloat16* x, int64_t first, int64_t count) {
-        int8_t* whole = rotated.data() + first * m.columns;
+        int8_t* whole = rotated.get() + first * m.columns;
         packed_rotate_to_integers(x, whole, unit.data() + first, count, m.columns, m.signs_in, m.mixer_in, AVX512, 1);
         for (int64_t t = first; t < first + count; ++t, whole += m.columns) arrange(whole, t);
     }
@@ -62,7 +63,7 @@ struct Tokens {
         const int64_t wide = COLUMNS * m.d;
         const __m128i halves = m.d == 1 ? _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
                                         : _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-        int8_t* to = bytes.data() + token / TILE * TILE * steps * COLUMNS + token % TILE * COLUMNS;
+        int8_t* to = bytes.get() + token / TILE * TILE * steps * COLUMNS + token % TILE * COLUMNS;
         __m128i sums = _mm_setzero_si128();
         for (int64_t at = 0; at < m.columns; at += wide) {
             const int64_t left = m.columns - at < wide ? m.columns - at : wide;
@@ -155,7 +156,7 @@ int hashed_many(const Matrix* matrix, const BFloat16* x, int64_t tokens, const B
     const int64_t most = tokens < BLOCK ? tokens : BLOCK, step = GROUPS * GROUP;
     const int64_t chunks = (shape.strip_rows(0) + step - 1) / step;
     Tokens block(m, most);
-    std::vector<int32_t> sums(most * m.rows);
+    const std::unique_ptr<int32_t[]> sums(new int32_t[most * m.rows]);
 #pragma omp parallel num_threads((int)threads)
     {
         std::vector<Entries> decoded(block.steps * GROUPS);
@@ -168,11 +169,11 @@ int hashed_many(const Matrix* matrix, const BFloat16* x, int64_t tokens, const B
             for (int64_t task = 0; task < shape.strips * chunks; ++task) {
                 const int64_t strip = task / chunks, row = task % chunks * step, left = shape.strip_rows(strip) - row;
                 if (left > 0)
-                    multiply_rows(m, strip, row, left < step ? left : step, block, count, decoded.data(), sums.data());
+                    multiply_rows(m, strip, row, left < step ? left : step, block, count, decoded.data(), sums.get());
             }
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < count; t += part)
-                packed_rotate_from_integers(sums.data() + t * m.rows, block.unit.data() + t,
+                packed_rotate_from_integers(sums.get() + t * m.rows, block.unit.data() + t,
                                             out + (first + t) * m.rows, t + part < count ? part : count - t, m.rows,
                                             m.signs_out, m.mixer_out, m.scale, bias, AVX512, 1);
         }
