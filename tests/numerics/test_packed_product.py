@@ -12,6 +12,7 @@ from pocketllm.codec.kernels import library, select
 from pocketllm.codec.kernels.packed_op import packed_matmul_reference
 from pocketllm.codec.kernels.packed_product import PackedProduct
 from pocketllm.codec.kernels.packed_weight import PackedWeight
+from pocketllm.codec.kernels.reference import hartley
 from pocketllm.errors import ShapeError
 from tests.packed_weights import (
     FLOAT32,
@@ -108,6 +109,25 @@ def test_many_rows_as_integers_of_their_own_scale(columns: int) -> None:
     assert bool(found[80].isnan().all()) and bool(found[40].isnan().all())
     same[[3, 20, 40, 80]] = False
     assert torch.equal(found[same], before[same])
+
+
+@needs_bands
+@pytest.mark.parametrize("count", [65, 300])
+def test_many_rows_are_exact_products_of_integers(count: int) -> None:
+    """Bit by bit what rotations and a product of integers in float64 give, in tiles and blocks that do not fill up."""
+    for bare in in_bands(37, 51, ((12, 3, 1), (12, 4, 2))):
+        weight = bare.rotated((1, 2))
+        mixers = [hartley(size // (size & -size)) for size in (51, 37)]
+        x, bias = torch.randn(count, 51).bfloat16(), torch.randn(37).bfloat16()
+        whole, unit = torch.empty(count, 51, dtype=torch.int8), torch.empty(count)
+        into = (count, 51, weight.signs_in, mixers[0], int(library.Isa.AVX512), 1)
+        library.call("packed", "packed_rotate_to_integers", x, whole, unit, *into)
+        sums, wanted = (whole.double() @ weight.unit().double().T).int(), torch.empty(count, 37).bfloat16()
+        back = (count, 37, weight.signs_out, mixers[1], weight.row_scale, bias, int(library.Isa.AVX512), 1)
+        library.call("packed", "packed_rotate_from_integers", sums, unit, wanted, *back)
+        product = PackedProduct(weight)
+        assert torch.equal(product.linear(x, bias), wanted)
+        assert is_same_with_any_number_of_threads(lambda product=product, x=x: product.linear(x))
 
 
 @needs_compiler

@@ -1,4 +1,6 @@
-"""The CPU kernels of the hashed trellis as functions of tensors: hashed_rows.cpp and hashed_matmul.cpp."""
+"""The CPU kernels of the hashed trellis as functions of tensors: hashed_rows.cpp and, for many rows of x,
+hashed_many.cpp.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ _ADDRESS, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 
 class PreparedBands:
-    """A banded weight as the kernels take it at once: addresses and sizes (`Matrix` of hashed_rows.cpp).
+    """A banded weight as the kernels take it at once: addresses and sizes (`Matrix` of hashed_layout.h).
 
     Args:
         bands, entries, row_scale, signs_out, signs_in: as of a `PackedWeight`, on the CPU.
@@ -69,6 +71,13 @@ class PreparedBands:
         self.run(self.address, x.data_ptr(), half, count, added, out.data_ptr(), torch.get_num_threads())
         return out
 
+    def multiply_many(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, columns] -> x W^T + bias [T, rows], all bfloat16, with entries and rotated x as 8-bit integers."""
+        x, out = x.contiguous(), torch.empty(len(x), self.rows, dtype=x.dtype)
+        bias = None if bias is None else bias.to(x.dtype).contiguous()
+        library.call("packed", "hashed_many", self.address, x, len(x), bias, out, torch.get_num_threads())
+        return out
+
     def look_up(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows [m] int64 of W -> [m, columns] float32 or bfloat16.
 
@@ -82,6 +91,6 @@ class PreparedBands:
         return out
 
     def decode(self, begin: int, end: int, out: Tensor) -> None:
-        """Rows [begin, end) of U, in units of an entry, into the first rows of `out`: float32, bfloat16 or int8."""
+        """Rows [begin, end) of U, in units of an entry, into the first rows of `out`: float32 or bfloat16."""
         size, threads = out.element_size(), torch.get_num_threads()
         library.call("packed", "hashed_decode", self.address, begin, end, size, out, threads)

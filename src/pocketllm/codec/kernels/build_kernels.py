@@ -40,7 +40,7 @@ RECIPES = {
     # Without fused operations it computes exactly what torch does.
     "trellis": Recipe(("trellis.cpp", "ordered.cpp"), flags=("-march=native", "-ffp-contract=off")),
     "packed": Recipe(
-        ("packed_matmul.cpp", "hashed_matmul.cpp", "hashed_rows.cpp", "hashed_bands.cpp"),
+        ("packed_matmul.cpp", "hashed_matmul.cpp", "hashed_rows.cpp", "hashed_many.cpp", "hashed_bands.cpp"),
         (
             "packed_rows.inc",
             "rotate.inc",

@@ -1,4 +1,4 @@
-// The layout in bands that hashed_bands.cpp makes and hashed_matmul.cpp reads.
+// The layout in bands that hashed_bands.cpp makes and the kernels of the hashed trellis read.
 //
 // A band is eight columns of subvectors of a strip: bit c of its byte m is bit m of column c. The window of row t
 // then lies in bytes t * stride to t * stride + width of all eight columns. The first width - stride bytes repeat
@@ -36,6 +36,17 @@ struct Shape {
     int64_t bands_offset(int64_t strip) const {
         return bands() * (strip * (width - stride) + strip_first(strip) * stride);
     }
+};
+
+// What does not change between products with a matrix; banded_cpu.py fills it in, eight bytes for each field.
+struct Matrix {
+    const uint8_t* bands;
+    const int8_t* entries;  // [d, 256]
+    const float* scale;
+    const float *signs_in, *mixer_in, *signs_out, *mixer_out;  // null where a side is not rotated
+    int64_t d, columns, rows, n, width, stride, strips;
+
+    Shape shape() const { return Shape{rows, n, width, stride, strips}; }
 };
 
 }  // namespace hashed

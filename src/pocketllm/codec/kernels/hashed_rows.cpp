@@ -22,17 +22,6 @@ namespace {
 const int64_t AVX2 = 1;                    // for rotations
 const int64_t WORTH_A_THREAD = 1 << 22;    // weights: fewer take less time than waking a thread that sleeps
 
-// What does not change between products with a matrix; hashed_cpu.py fills it in, eight bytes for each field.
-struct Matrix {
-    const uint8_t* bands;
-    const int8_t* entries;  // [d, 256]
-    const float* scale;
-    const float *signs_in, *mixer_in, *signs_out, *mixer_out;  // null where a side is not rotated
-    int64_t d, columns, rows, n, width, stride, strips;
-
-    Shape shape() const { return Shape{rows, n, width, stride, strips}; }
-};
-
 void rotate(float* x, int64_t n, const float* signs, const float* mixer, bool inverse) {
     if (signs) rotate_vectors(x, 1, n, signs, mixer, n / (n & -n), inverse, AVX2, 1);
 }
@@ -47,10 +36,6 @@ HASHED_TARGET inline void store_sixteen(__m128i entries, __mmask16 which, float*
 HASHED_TARGET inline void store_sixteen(__m128i entries, __mmask16 which, BFloat16* to) {
     const __m512i bits = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(entries)));
     _mm256_mask_storeu_epi16(to, which, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-}
-
-HASHED_TARGET inline void store_sixteen(__m128i entries, __mmask16 which, int8_t* to) {
-    _mm_mask_storeu_epi8(to, which, entries);
 }
 
 // Rows [first, first + count) of a strip, count <= 8, as integers; `pitch` numbers from one to the next.
@@ -170,12 +155,10 @@ int hashed_look_up(const Matrix* matrix, const int64_t* ids, int64_t count, int6
     return 0;
 }
 
-// out [last - first, columns]: rows of U in units of an entry, as numbers of `bytes` (float32, bfloat16, int8).
+// out [last - first, columns]: rows of U in units of an entry, as numbers of `bytes` (float32, bfloat16).
 int hashed_decode(const Matrix* matrix, int64_t first, int64_t last, int64_t bytes, void* out, int64_t threads) {
 #if defined(__x86_64__)
-    if (bytes == 1)
-        decode_tile(*matrix, first, last, (int8_t*)out, threads);
-    else if (bytes == 2)
+    if (bytes == 2)
         decode_tile(*matrix, first, last, (BFloat16*)out, threads);
     else
         decode_tile(*matrix, first, last, (float*)out, threads);

@@ -70,7 +70,7 @@ def multiply(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | 
 def _multiply_many(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | None) -> Tensor:
     """`multiply` of many rows of x in one of `DTYPES`, by decoded tiles."""
     if sizes.banded and x.dtype == torch.bfloat16:
-        return _multiply_integers(x.contiguous(), weight, sizes, isa, bias)
+        return PreparedBands(*weight, sizes).multiply_many(x, bias)
     x, out = x.contiguous(), torch.empty(len(x), sizes.rows, dtype=x.dtype)
     if weight.signs_in is not None:
         x = _rotated(x, torch.empty_like(x), weight.signs_in, isa, inverse=False)
@@ -92,27 +92,6 @@ def multiply_rows(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, rows: rang
         out[:, begin - rows.start : end - rows.start] = x @ tile.T
     scale = weight.row_scale[rows.start : rows.stop].contiguous()
     return _rotated(out, out, None, isa, inverse=True, scale=scale)
-
-
-def _multiply_integers(x: Tensor, weight: Tensors, sizes: Sizes, isa: Isa, bias: Tensor | None) -> Tensor:
-    """`multiply` of many rows of x [T, columns] bfloat16, with entries and rotated rows of x as 8-bit integers."""
-    count, threads = len(x), torch.get_num_threads()
-    whole, unit, half = torch.empty(x.shape, dtype=torch.int8), torch.empty(count), x.dtype
-    into = (count, sizes.columns, weight.signs_in, _mixer(weight.signs_in), int(isa), threads)
-    library.call("packed", "packed_rotate_to_integers", x, whole, unit, *into)
-    sums = torch.empty(count, sizes.rows, dtype=torch.int32)
-    for begin, end, tile in tiles(weight, sizes, torch.int8, isa):
-        if end - begin == sizes.rows:
-            torch._int_mm(whole, tile.T, out=sums)
-        else:
-            sums[:, begin:end] = torch._int_mm(whole, tile.T)
-    out, bias = (
-        torch.empty(count, sizes.rows, dtype=half),
-        None if bias is None else bias.to(half).contiguous(),
-    )
-    back = (count, sizes.rows, weight.signs_out, _mixer(weight.signs_out), weight.row_scale, bias)
-    library.call("packed", "packed_rotate_from_integers", sums, unit, out, *back, int(isa), threads)
-    return out
 
 
 def _mixer(signs: Tensor | None) -> Tensor | None:
