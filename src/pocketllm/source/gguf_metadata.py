@@ -61,6 +61,7 @@ _UNREADABLE = {
     "gemma4": "the sizes and scales of its layers",
     "gpt-oss": "its experts",
     "gpt_oss": "its experts",
+    "mistral": "the order of the rows of its queries and keys (files of Mistral models have the type 'llama')",
 }
 """Type -> the part that transformers does not read from GGUF files."""
 _LARGEST = {"gemma2": 46, "gemma3_text": 62}

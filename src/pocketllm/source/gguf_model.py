@@ -75,6 +75,7 @@ def _identity(files: list[Path]) -> str:
     parts = "".join(
         f"{path.name if number else ''}:{sha256_file(path)}\n" for number, path in enumerate(files)
     )
+    parts += f"conversion {gguf_conversion.CONVERSION}"
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
