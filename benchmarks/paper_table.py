@@ -113,13 +113,13 @@ def _conditions(found: dict[str, Any]) -> str:
     which = "" if tasks is None else ", ".join(tasks["tasks"])
     documents = "all documents" if not limit else f"the first {limit} documents of each"
     said = (
-        f"Mean accuracy over those of the paper's tasks that are at hand ({which}), {documents}; "
+        f"Mean accuracy over those of the paper's tasks that are at hand ({which}), {documents}; in brackets the "
+        "difference from dense with its standard error, paired by document. "
         if which
-        else ""
+        else "The tasks were not measured. "
     )
     return (
-        f"{said}in brackets the difference from dense with its standard error, paired by document. Perplexity and KL: "
-        f"{found['text']}, context {found['context']}, first {entry['settings']['windows']} windows, evaluated in "
+        f"{said}Perplexity and KL: {found['text']}, context {found['context']}, first {entry['settings']['windows']} windows, evaluated in "
         f"{found['dtype']}. bpw of blocks counts those that stay dense; MB are 10^6 bytes of all files, adapter "
         f"included. `{found['command']}`"
     )

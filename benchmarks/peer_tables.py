@@ -64,8 +64,8 @@ def headline() -> str:
     note = (
         f"SmolLM2-135M; {found['text']}, context {found['context']}, first {found['windows']} windows, evaluated in "
         "bf16. bpw: every stored bit of the blocks' linear layers, per weight; embedding and head are dense in every "
-        f"row. Gemma: {GEMMA.title}, first {gemma['windows']} windows; its dense weights come from a Q4_K_M file, which "
-        f"favours llama.cpp; empty: not measured. `{found['command']}`, "
+        f"row. Gemma: {GEMMA.title}, first {gemma['windows']} windows; dense weights of a Q4_K_M file, which favours "
+        f"llama.cpp; empty: not measured. `{found['command']}`, "
         f"`{recovered['command']}`"
     )
     head = ["setting", "bpw", "perplexity", "KL to dense, nats"]
