@@ -127,7 +127,8 @@ def cost() -> str:
     note = (
         f"Elapsed seconds; some of these runs shared the machine ({alone['machine']['processor']}, "
         f"{alone['machine']['cores']} cores) with other work. Peak resident memory of the same process, for Gemma "
-        f"before compressing took less memory; now: {peaks}. `python benchmarks/presets.py`, `python benchmarks/calibrated.py`"
+        f"before compressing took less memory; now: {peaks}. "
+        "`python benchmarks/presets.py`, `python benchmarks/calibrated.py`"
     )
     return f"{markdown_table(head, rows)}\n\n{note}"
 
