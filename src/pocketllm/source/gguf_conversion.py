@@ -180,7 +180,7 @@ def _write_configs(model: Any, dtype: Any, folder: Path) -> None:
 
 def _write_tokenizer(alone: Path, header: Header, folder: Path) -> None:
     try:
-        gguf_tokenizer.save(gguf_tokenizer.rebuild(alone, header), header, folder)
+        gguf_tokenizer.write(alone, header, folder)
     except SourceError:
         raise
     except Exception as error:  # as in `_reading`

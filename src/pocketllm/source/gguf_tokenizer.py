@@ -37,8 +37,11 @@ _NORMAL = 1  # of the types of tokens
 _FEW = 0.01  # share of tokens that converters may spell otherwise
 
 
-def rebuild(alone: Path, header: Header) -> Any:
-    """The tokenizer of a file.
+def write(alone: Path, header: Header, folder: Path) -> None:
+    """Rebuild the tokenizer of a file and write it to a folder.
+
+    Its class there is the one that takes tokenizer.json as it is (others split text in their own way), and tokens that
+    transformers adds beyond those of the file are left out.
 
     Args:
         alone: the file, in a folder of its own.
@@ -46,9 +49,23 @@ def rebuild(alone: Path, header: Header) -> Any:
     Raises:
         SourceError: it splits text in a way that is not known here. Whatever transformers raises.
     """
+    stored = _stored(header)
+    made = _rebuilt(alone, header, stored)
+    made.save_pretrained(folder)
+    count = len(stored["tokens"])
+    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    values, settings = read_object(path), read_object(settings_path)
+    beyond = [token["content"] for token in values["added_tokens"] if token["id"] >= count]
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < count]
+    write_json(path, values)
+    settings = {key: None if value in beyond else value for key, value in settings.items()}
+    own = {"padding_side": made.padding_side, "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(settings_path, {**settings, **own})
+
+
+def _rebuilt(alone: Path, header: Header, stored: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    stored = _stored(header)
     pre = str(stored["pre"])
     if stored["model"] == "gpt2" and pre not in _known():
         raise SourceError(
@@ -67,22 +84,6 @@ def rebuild(alone: Path, header: Header) -> Any:
         _set_spaces(backend, stored["add_space_prefix"] is not False)
     made.decode(made("a")["input_ids"])
     return made
-
-
-def save(made: Any, header: Header, folder: Path) -> None:
-    """Write a rebuilt tokenizer, without tokens that transformers adds beyond those of the file.
-
-    Its class is the one that takes tokenizer.json as it is; others split text in their own way.
-    """
-    made.save_pretrained(folder)
-    count = len(_stored(header)["tokens"])
-    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    values, settings = read_object(path), read_object(settings_path)
-    beyond = [token["content"] for token in values["added_tokens"] if token["id"] >= count]
-    values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < count]
-    write_json(path, values)
-    settings = {key: None if value in beyond else value for key, value in settings.items()}
-    write_json(settings_path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def check_beside(tokenizer: Any, header: Header, names: list[str]) -> None:
