@@ -297,7 +297,7 @@ def test_where_models_are_looked_for(source: Path, tmp_path: Path, monkeypatch: 
     assert resolve_local(str(source)) == source
     assert resolve_local("./nowhere/at/all") is None and resolve_local("nobody/nothing") is None
     assert builtin.cached("builtin:unknown") is None and resolve_local("builtin:smollm2-135m") is None
-    folder = tmp_path / "smollm2-135m-0.1.2"
+    folder = tmp_path / "smollm2-135m-0.1.2-2"
     folder.mkdir()
     (folder / "config.json").touch()
     assert resolve_local("builtin:smollm2-135m") == folder
