@@ -29,7 +29,8 @@ def measure(subject: Subject, model: str, tasks: str, limit: int, *options: str)
     command += ["--windows", str(subject.windows), "--tasks", tasks, "--limit", str(limit), *options]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
-    found.pop("model"), found.pop("text")
+    for key in ("model", "text", "texts", "window_kl"):
+        found.pop(key)
     for entry in (found, found["against"] or {}):
         for task in (entry.get("tasks") or {}).values():
             task.pop("cached")

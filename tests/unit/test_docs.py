@@ -7,7 +7,9 @@ import json
 import re
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,3 +75,21 @@ def test_continuous_integration_runs_what_contributing_says() -> None:
     blocks = re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     for command, block in zip(commands[3:], blocks[:2], strict=True):
         assert command in block
+
+
+def test_results_name_no_place_on_a_machine() -> None:
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from texts(part)
+
+    files = [
+        *(ROOT / "benchmarks" / "results").glob("*.json"),
+        *(ROOT / "docs").glob("studies/*/result.json"),
+    ]
+    assert len(files) > 40
+    for file in files:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        assert not [text for text in texts(found) if text.startswith("/")], file
