@@ -13,6 +13,7 @@ from pocketllm.source.gguf_metadata import Metadata
 from pocketllm.source.gguf_positions import RotaryScaling
 
 _KEPT_DTYPES = {"F32": "float32", "F16": "float16"}  # everything else is kept in bfloat16
+_TOKENIZER = ("model", "pre", "add_space_prefix", "add_bos_token", "tokens", "token_type")
 _NOT_PARAMETERS = ("rope_freqs.", "rope_factors_")
 """Beginnings of the names of tensors that belong to the configuration."""
 
@@ -31,7 +32,10 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Header:
-    """What is read of a GGUF file before transformers reads it. shapes: of its tensors, last dimension first."""
+    """What is read of a GGUF file before transformers reads it.
+
+    shapes: of its tensors, last dimension first. tokenizer: fields of its tokenizer; None for one that is not there.
+    """
 
     file: Path
     architecture: str
@@ -40,6 +44,7 @@ class Header:
     shapes: dict[str, tuple[int, ...]]
     metadata: Metadata
     positions: RotaryScaling
+    tokenizer: dict[str, Any]
 
     def complete(self, config: Any) -> None:
         """Set in transformers' configuration what it does not read.
@@ -106,15 +111,8 @@ class Header:
             {tensor.name: tuple(int(size) for size in tensor.shape) for tensor in reader.tensors},
             Metadata.of(reader, architecture, file),
             RotaryScaling.of(reader, architecture, file),
+            {key: _field(reader, f"tokenizer.ggml.{key}") for key in _TOKENIZER},
         )
-
-
-def read_fields(file: Path, names: dict[str, str]) -> dict[str, Any]:
-    """Fields of a file's metadata by other names; None for one that is not there."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
-    return {key: _field(reader, name) for key, name in names.items()}
 
 
 def _field(reader: Any, name: str) -> Any:

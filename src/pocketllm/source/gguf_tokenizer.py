@@ -8,7 +8,7 @@ from typing import Any
 
 from pocketllm.errors import SourceError
 from pocketllm.files import read_object, write_json
-from pocketllm.source.gguf_header import Header, read_fields
+from pocketllm.source.gguf_header import Header
 
 TOKENIZER_ADVICE = "put the model's tokenizer.json and tokenizer_config.json next to the file"
 _AS_GPT2 = frozenset(
@@ -32,7 +32,6 @@ _AS_LLAMA3 = frozenset(
     )
 )
 """A word that is a token stays one, whatever the merges say, and a text begins with BOS unless the file says no."""
-_KEYS = ("model", "pre", "add_space_prefix", "add_bos_token", "tokens", "token_type")
 _NORMAL = 1  # of the types of tokens
 _FEW = 0.01  # share of tokens that converters may spell otherwise
 
@@ -49,10 +48,9 @@ def write(alone: Path, header: Header, folder: Path) -> None:
     Raises:
         SourceError: it splits text in a way that is not known here. Whatever transformers raises.
     """
-    stored = _stored(header)
-    made = _rebuilt(alone, header, stored)
+    made = _rebuilt(alone, header)
     made.save_pretrained(folder)
-    count = len(stored["tokens"])
+    count = len(header.tokenizer["tokens"])
     path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
     values, settings = read_object(path), read_object(settings_path)
     beyond = [token["content"] for token in values["added_tokens"] if token["id"] >= count]
@@ -63,9 +61,10 @@ def write(alone: Path, header: Header, folder: Path) -> None:
     write_json(settings_path, {**settings, **own})
 
 
-def _rebuilt(alone: Path, header: Header, stored: dict[str, Any]) -> Any:
+def _rebuilt(alone: Path, header: Header) -> Any:
     from transformers import AutoTokenizer
 
+    stored = header.tokenizer
     pre = str(stored["pre"])
     if stored["model"] == "gpt2" and pre not in _known():
         raise SourceError(
@@ -95,7 +94,7 @@ def check_beside(tokenizer: Any, header: Header, names: list[str]) -> None:
     Raises:
         SourceError: it has other tokens.
     """
-    stored = _stored(header)
+    stored = header.tokenizer
     tokens, types = stored["tokens"] or [], stored["token_type"] or []
     own = {number: token for token, number in tokenizer.get_vocab().items()}
     normal = [n for n in range(len(tokens)) if n >= len(types) or types[n] == _NORMAL]
@@ -111,10 +110,6 @@ def check_beside(tokenizer: Any, header: Header, names: list[str]) -> None:
 def _spelled(token: str) -> str:
     """A token with spaces as converters of SentencePiece write them."""
     return token.replace(" ", "▁")
-
-
-def _stored(header: Header) -> dict[str, Any]:
-    return read_fields(header.file, {key: f"tokenizer.ggml.{key}" for key in _KEYS})
 
 
 def _known() -> frozenset[str]:
